@@ -1,0 +1,1 @@
+//! Records to samples to batches: conversations, procedural scenes, worker threads.

@@ -1,0 +1,1 @@
+//! A linear layer that can carry low-rank adapters: attach, merge, unmerge.

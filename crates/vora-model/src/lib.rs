@@ -1,0 +1,1 @@
+//! Vision as LoRA: splices patches among word embeddings, reads and writes checkpoint folders.

@@ -1,0 +1,1 @@
+//! What libtorch has and tch lacks: runtime, strict safetensors, fused optimizer.

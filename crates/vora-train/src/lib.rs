@@ -1,0 +1,1 @@
+//! Combined loss, distillation heads, optimizer, schedule, trainer, checkpoints, evaluation.

@@ -1,0 +1,1 @@
+//! Image to pixels to patches; vision transformers as teacher and encoder.
