@@ -1,1 +1,30 @@
-fn main(){}
+//! Compiles the C++ layer in `csrc/` against the headers of the libtorch that torch-sys links.
+
+use std::path::PathBuf;
+
+fn main() {
+    println!("cargo:rerun-if-changed=csrc");
+    println!("cargo:rerun-if-env-changed=LIBTORCH");
+    let Some(lib) = std::env::var_os("DEP_TCH_LIBTORCH_LIB").map(PathBuf::from) else {
+        return; // torch-sys was built with `doc-only`: nothing is linked, so there is nothing to compile
+    };
+    let include = lib.parent().expect("the folder that holds lib/").join("include");
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .flag_if_supported("-Wno-unused-parameter")
+        .include(&include)
+        .include(include.join("torch/csrc/api/include"))
+        .file("csrc/vora_torch.cpp")
+        .compile("vora_torch");
+    // Cargo puts a search path that lies in its target folder on LD_LIBRARY_PATH of what it runs, doctests included:
+    // so libtorch is reached through a link there.
+    let link = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("libtorch");
+    let _ = std::fs::remove_file(&link);
+    #[cfg(unix)]
+    std::os::unix::fs::symlink(&lib, &link).expect("a link in OUT_DIR");
+    println!("cargo:rustc-link-search=native={}", link.display());
+    // The static library above refers to these two; named here, they follow it on the link line.
+    println!("cargo:rustc-link-lib=torch_cpu");
+    println!("cargo:rustc-link-lib=c10");
+}

@@ -1,0 +1,111 @@
+// The few libtorch entry points that tch does not bind. Every function returns null or a negative number
+// where libtorch threw; `vora_last_error` then has the first line of its text.
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
+#include <ATen/Functions.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/_fused_adamw.h>
+
+#include <string>
+#include <vector>
+
+namespace {
+
+thread_local std::string last_error;
+
+std::string first_line(const char* text) {
+  std::string line(text);
+  return line.substr(0, line.find('\n'));
+}
+
+template <typename R, typename F>
+R guard(R failed, F&& f) {
+  try {
+    return f();
+  } catch (const c10::Error& e) {
+    last_error = first_line(e.what_without_backtrace());
+  } catch (const std::exception& e) {
+    last_error = first_line(e.what());
+  } catch (...) {
+    last_error = "unknown C++ exception";
+  }
+  return failed;
+}
+
+std::vector<at::Tensor> list(at::Tensor* const* tensors, size_t n) {
+  std::vector<at::Tensor> result;
+  result.reserve(n);
+  for (size_t i = 0; i < n; i++) result.push_back(*tensors[i]);
+  return result;
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* vora_last_error() { return last_error.c_str(); }
+
+// A CPU tensor over memory that `owner` keeps alive; `release(owner)` runs when the last view of it is gone.
+at::Tensor* vora_from_blob(void* data, const int64_t* shape, size_t dims, int8_t kind, void* owner,
+                           void (*release)(void*)) {
+  return guard<at::Tensor*>(nullptr, [&] {
+    auto options = at::TensorOptions().dtype(static_cast<at::ScalarType>(kind)).device(at::kCPU);
+    return new at::Tensor(at::from_blob(
+        data, at::IntArrayRef(shape, dims), [owner, release](void*) { release(owner); }, options));
+  });
+}
+
+// Fills a CPU tensor from a generator of its own, so that its values depend on `seed` alone.
+int vora_fill_normal(at::Tensor* tensor, double std, uint64_t seed) {
+  return guard(-1, [&] {
+    at::NoGradGuard no_grad;
+    tensor->normal_(0.0, std, at::make_generator<at::CPUGeneratorImpl>(seed));
+    return 0;
+  });
+}
+
+int vora_fill_uniform(at::Tensor* tensor, double bound, uint64_t seed) {
+  return guard(-1, [&] {
+    at::NoGradGuard no_grad;
+    tensor->uniform_(-bound, bound, at::make_generator<at::CPUGeneratorImpl>(seed));
+    return 0;
+  });
+}
+
+// One AdamW step over all tensors of a group (Loshchilov & Hutter 2019; torch.optim.AdamW(fused=True)).
+int vora_fused_adamw(at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* exp_avgs,
+                     at::Tensor* const* exp_avg_sqs, at::Tensor* const* steps, size_t n, double lr, double beta1,
+                     double beta2, double weight_decay, double eps) {
+  return guard(-1, [&] {
+    at::NoGradGuard no_grad;
+    at::_fused_adamw_(list(params, n), list(grads, n), list(exp_avgs, n), list(exp_avg_sqs, n), {}, list(steps, n),
+                      lr, beta1, beta2, weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false);
+    return 0;
+  });
+}
+
+// The 2-norm over all elements of all tensors, as one 0-dim f32 tensor.
+at::Tensor* vora_grad_norm(at::Tensor* const* grads, size_t n) {
+  return guard<at::Tensor*>(nullptr, [&] {
+    at::NoGradGuard no_grad;
+    auto norms = at::_foreach_norm(list(grads, n), 2.0);
+    return new at::Tensor(at::linalg_vector_norm(at::stack(norms).to(at::kFloat)));
+  });
+}
+
+// 1 when bf16 matrix products run in hardware here (AVX512-BF16 or AMX), else 0.
+int vora_cpu_has_bf16() {
+  return guard(0, [&] {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") ? 1 : 0;
+#else
+    return 0;
+#endif
+  });
+}
+
+}  // extern "C"

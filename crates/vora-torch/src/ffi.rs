@@ -1,0 +1,62 @@
+//! Declarations of `csrc/vora_torch.cpp`, and its error text.
+
+use std::ffi::{CStr, c_char, c_void};
+
+use anyhow::{Result, anyhow};
+use tch::Tensor;
+use torch_sys::C_tensor;
+
+unsafe extern "C" {
+    fn vora_last_error() -> *const c_char;
+    pub(crate) fn vora_from_blob(
+        data: *mut c_void,
+        shape: *const i64,
+        dims: usize,
+        kind: i8,
+        owner: *mut c_void,
+        release: extern "C" fn(*mut c_void),
+    ) -> *mut C_tensor;
+    pub(crate) fn vora_fill_normal(tensor: *mut C_tensor, std: f64, seed: u64) -> i32;
+    pub(crate) fn vora_fill_uniform(tensor: *mut C_tensor, bound: f64, seed: u64) -> i32;
+    pub(crate) fn vora_fused_adamw(
+        params: *const *const C_tensor,
+        grads: *const *const C_tensor,
+        exp_avgs: *const *const C_tensor,
+        exp_avg_sqs: *const *const C_tensor,
+        steps: *const *const C_tensor,
+        n: usize,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        eps: f64,
+    ) -> i32;
+    pub(crate) fn vora_grad_norm(grads: *const *const C_tensor, n: usize) -> *mut C_tensor;
+    pub(crate) fn vora_cpu_has_bf16() -> i32;
+}
+
+/// What the last failed call of this thread said.
+pub(crate) fn last_error() -> anyhow::Error {
+    // SAFETY: the C++ side returns a thread-local string that lives until the next call of this thread.
+    let text = unsafe { CStr::from_ptr(vora_last_error()) };
+    anyhow!("libtorch: {}", text.to_string_lossy())
+}
+
+/// `Ok` where the call returned 0.
+pub(crate) fn check(status: i32) -> Result<()> {
+    if status == 0 { Ok(()) } else { Err(last_error()) }
+}
+
+/// The tensor that a call made, or why it made none.
+pub(crate) fn tensor(ptr: *mut C_tensor) -> Result<Tensor> {
+    if ptr.is_null() {
+        return Err(last_error());
+    }
+    // SAFETY: the C++ side gave up a tensor made with `new`, which `Tensor` now owns.
+    Ok(unsafe { Tensor::from_ptr(ptr) })
+}
+
+/// The pointers that a list argument takes.
+pub(crate) fn pointers(tensors: &[Tensor]) -> Vec<*const C_tensor> {
+    tensors.iter().map(|t| t.as_ptr()).collect()
+}

@@ -1,0 +1,469 @@
+//! Reading checkpoint files as views of mapped memory, and writing them so that a crash leaves no half file.
+
+use std::collections::BTreeMap;
+use std::ffi::c_void;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use memmap2::{MmapMut, MmapOptions};
+use safetensors::{Dtype, SafeTensors};
+use tch::{Device, Kind, Tensor};
+
+use crate::{error, ffi};
+
+/// Where a tensor lies: a file of the checkpoint, a byte range of it, its kind and shape.
+#[derive(Debug, Clone)]
+struct Entry {
+    file_idx: usize,
+    offset: usize,
+    len: usize,
+    kind: Kind,
+    shape: Vec<i64>,
+}
+
+/// One mapped file.
+#[derive(Debug)]
+struct Mapped {
+    path: PathBuf,
+    // Private and writable: a view handed to libtorch can be written to by mistake without touching the file.
+    map: Arc<MmapMut>,
+}
+
+/// The tensors of one checkpoint, by name; nothing is read until a tensor is asked for.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    files: Vec<Mapped>,
+    entries: BTreeMap<String, Entry>,
+}
+
+impl Checkpoint {
+    /// Opens a `.safetensors` file, or a folder with `model.safetensors` or `model.safetensors.index.json`.
+    ///
+    /// Errors name the file and what is wrong with it; pickle files are refused by name.
+    pub fn open(path: &Path) -> Result<Self> {
+        let mut checkpoint = Self { path: path.to_owned(), files: Vec::new(), entries: BTreeMap::new() };
+        for file in checkpoint_files(path)? {
+            checkpoint.add(&file)?;
+        }
+        Ok(checkpoint)
+    }
+
+    fn add(&mut self, path: &Path) -> Result<()> {
+        let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+        // SAFETY: a private mapping; another process that truncates the file while we read it would end this one
+        // with SIGBUS, as it would any program that maps its weights.
+        let map = unsafe { MmapOptions::new().map_copy(&file) }
+            .with_context(|| format!("cannot map {} into memory", path.display()))?;
+        let (header_len, metadata) = SafeTensors::read_metadata(&map)
+            .map_err(|e| anyhow!("{} is not a whole safetensors file: {e}", path.display()))?;
+        let data_start = header_len + size_of::<u64>();
+        let file_idx = self.files.len();
+        for (name, info) in metadata.tensors() {
+            let kind = kind_of(info.dtype).with_context(|| format!("tensor `{name}` of {}", path.display()))?;
+            let shape = info.shape.iter().map(|&d| i64::try_from(d)).collect::<Result<Vec<_>, _>>()?;
+            let (start, end) = info.data_offsets;
+            let entry = Entry { file_idx, offset: data_start + start, len: end - start, kind, shape };
+            if let Some(other) = self.entries.insert(name.clone(), entry) {
+                let other = self.files[other.file_idx].path.display();
+                bail!("tensor `{name}` is in {other} and again in {}", path.display());
+            }
+        }
+        self.files.push(Mapped { path: path.to_owned(), map: Arc::new(map) });
+        Ok(())
+    }
+
+    /// The path that was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// Kind and shape of a tensor.
+    pub fn info(&self, name: &str) -> Option<(Kind, &[i64])> {
+        self.entries.get(name).map(|e| (e.kind, e.shape.as_slice()))
+    }
+
+    /// The tensor as it lies in the file: on the CPU, a view of the mapped memory.
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        let entry =
+            self.entries.get(name).with_context(|| format!("{} has no tensor `{name}`", self.path.display()))?;
+        let map = &self.files[entry.file_idx].map;
+        let bytes = &map[entry.offset..entry.offset + entry.len];
+        if bytes.is_empty() || !(bytes.as_ptr() as usize).is_multiple_of(entry.kind.elt_size_in_bytes()) {
+            // Nothing to view, or a file whose header is not padded: copied.
+            return Tensor::f_from_data_size(bytes, &entry.shape, entry.kind).map_err(error::clean);
+        }
+        let owner = Arc::into_raw(Arc::clone(map)).cast_mut().cast::<c_void>();
+        // SAFETY: the range lies inside the map, is aligned for its kind, and the map lives until `release`.
+        let tensor = ffi::tensor(unsafe {
+            ffi::vora_from_blob(
+                bytes.as_ptr().cast_mut().cast(),
+                entry.shape.as_ptr(),
+                entry.shape.len(),
+                scalar_type(entry.kind),
+                owner,
+                release,
+            )
+        });
+        if tensor.is_err() {
+            release(owner);
+        }
+        tensor
+    }
+}
+
+/// Drops the reference that a view held on its map.
+extern "C" fn release(owner: *mut c_void) {
+    // SAFETY: `owner` came from `Arc::into_raw` of this type, once per view.
+    drop(unsafe { Arc::from_raw(owner.cast_const().cast::<MmapMut>()) });
+}
+
+/// The files that make up the checkpoint at `path`.
+fn checkpoint_files(path: &Path) -> Result<Vec<PathBuf>> {
+    if !path.is_dir() {
+        let pickled = path.extension().is_some_and(|e| ["bin", "pt", "pth", "ckpt"].iter().any(|p| e == *p));
+        ensure!(
+            !pickled,
+            "{} is a pickle file, which can run code when it is read: convert it to safetensors first",
+            path.display()
+        );
+        return Ok(vec![path.to_owned()]);
+    }
+    let index = path.join("model.safetensors.index.json");
+    if index.exists() {
+        let text = std::fs::read(&index).with_context(|| format!("cannot read {}", index.display()))?;
+        let json: serde_json::Value =
+            serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", index.display()))?;
+        let map = json["weight_map"]
+            .as_object()
+            .with_context(|| format!("{} has no object `weight_map`", index.display()))?;
+        let mut names = Vec::new();
+        for (tensor, file) in map {
+            let file = file.as_str().filter(|f| !f.contains(['/', '\\'])).with_context(|| {
+                format!("{}: tensor `{tensor}` names no file of this folder: {file}", index.display())
+            })?;
+            names.push(path.join(file));
+        }
+        names.sort();
+        names.dedup();
+        return Ok(names);
+    }
+    for name in ["model.safetensors", "adapter_model.safetensors"] {
+        if path.join(name).exists() {
+            return Ok(vec![path.join(name)]);
+        }
+    }
+    if path.join("pytorch_model.bin").exists() {
+        bail!("{} holds only pickled weights (pytorch_model.bin): convert them to safetensors first", path.display());
+    }
+    bail!("{} has neither model.safetensors nor model.safetensors.index.json", path.display())
+}
+
+/// libtorch's kind for a safetensors dtype.
+fn kind_of(dtype: Dtype) -> Result<Kind> {
+    Ok(match dtype {
+        Dtype::F64 => Kind::Double,
+        Dtype::F32 => Kind::Float,
+        Dtype::F16 => Kind::Half,
+        Dtype::BF16 => Kind::BFloat16,
+        Dtype::I64 => Kind::Int64,
+        Dtype::I32 => Kind::Int,
+        Dtype::I16 => Kind::Int16,
+        Dtype::I8 => Kind::Int8,
+        Dtype::U8 => Kind::Uint8,
+        Dtype::BOOL => Kind::Bool,
+        other => bail!("dtype {other:?} is not supported"),
+    })
+}
+
+/// `c10::ScalarType` of a kind that a checkpoint can hold, by its number in libtorch's ABI.
+fn scalar_type(kind: Kind) -> i8 {
+    match kind {
+        Kind::Uint8 => 0,
+        Kind::Int8 => 1,
+        Kind::Int16 => 2,
+        Kind::Int => 3,
+        Kind::Int64 => 4,
+        Kind::Half => 5,
+        Kind::Float => 6,
+        Kind::Double => 7,
+        Kind::Bool => 11,
+        Kind::BFloat16 => 15,
+        other => unreachable!("kind_of gives no {other:?}"),
+    }
+}
+
+/// The safetensors dtype for a kind.
+fn dtype_of(kind: Kind) -> Result<Dtype> {
+    Ok(match kind {
+        Kind::Double => Dtype::F64,
+        Kind::Float => Dtype::F32,
+        Kind::Half => Dtype::F16,
+        Kind::BFloat16 => Dtype::BF16,
+        Kind::Int64 => Dtype::I64,
+        Kind::Int => Dtype::I32,
+        Kind::Int16 => Dtype::I16,
+        Kind::Int8 => Dtype::I8,
+        Kind::Uint8 => Dtype::U8,
+        Kind::Bool => Dtype::BOOL,
+        other => bail!("safetensors has no dtype for {other:?}"),
+    })
+}
+
+/// A tensor on its way into a file: contiguous and on the CPU, its bytes borrowed.
+struct Bytes {
+    tensor: Tensor,
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
+impl Bytes {
+    fn new(tensor: &Tensor) -> Result<Self> {
+        let dtype = dtype_of(tensor.f_kind().map_err(error::clean)?)?;
+        let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
+        let shape = tensor.size().iter().map(|&d| d as usize).collect();
+        Ok(Self { tensor, dtype, shape })
+    }
+
+    fn as_slice(&self) -> &[u8] {
+        let len = self.tensor.numel() * self.tensor.kind().elt_size_in_bytes();
+        if len == 0 {
+            return &[];
+        }
+        // SAFETY: a contiguous CPU tensor of `len` bytes, owned by self.
+        unsafe { std::slice::from_raw_parts(self.tensor.data_ptr().cast::<u8>().cast_const(), len) }
+    }
+}
+
+impl safetensors::View for &Bytes {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
+        self.as_slice().into()
+    }
+    fn data_len(&self) -> usize {
+        self.as_slice().len()
+    }
+}
+
+/// Writes `tensors` to `path` atomically: beside its place, synced, renamed. `{"format": "pt"}` is added to the
+/// metadata, as HF transformers asks for.
+pub fn save(path: &Path, tensors: &[(String, Tensor)], metadata: &[(&str, &str)]) -> Result<()> {
+    let what = || format!("cannot write {}", path.display());
+    let mut header = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    header.extend(metadata.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())));
+    let bytes = tensors
+        .iter()
+        .map(|(name, t)| Ok((name.as_str(), Bytes::new(t).with_context(|| format!("tensor `{name}`"))?)))
+        .collect::<Result<Vec<_>>>()
+        .with_context(what)?;
+    let views = bytes.iter().map(|(name, b)| (*name, b));
+    write_atomically(path, |file| {
+        let mut file = std::io::BufWriter::with_capacity(1 << 20, file);
+        serialize_into(&mut file, views, header)?;
+        file.flush()?;
+        Ok(())
+    })
+}
+
+/// The safetensors format by hand: length of the header, header, data; streamed, so that nothing is held twice.
+fn serialize_into<'a>(
+    out: &mut impl Write,
+    views: impl Iterator<Item = (&'a str, &'a Bytes)>,
+    metadata: std::collections::HashMap<String, String>,
+) -> Result<()> {
+    let mut views: Vec<_> = views.collect();
+    // As the reference writer sorts them: by alignment, the widest first, then by name.
+    views.sort_by(|(a_name, a), (b_name, b)| {
+        let width = |x: &Bytes| x.tensor.kind().elt_size_in_bytes();
+        width(b).cmp(&width(a)).then(a_name.cmp(b_name))
+    });
+    let mut header = serde_json::Map::new();
+    header.insert("__metadata__".into(), serde_json::to_value(metadata)?);
+    let mut offset = 0;
+    for (name, b) in &views {
+        let end = offset + b.as_slice().len();
+        let info = serde_json::json!({"dtype": b.dtype, "shape": b.shape, "data_offsets": [offset, end]});
+        ensure!(header.insert((*name).to_owned(), info).is_none(), "two tensors are named `{name}`");
+        offset = end;
+    }
+    let mut header = serde_json::to_vec(&header)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    for (_, b) in &views {
+        out.write_all(b.as_slice())?;
+    }
+    Ok(())
+}
+
+/// Writes a file so that a crash at any moment leaves either the old one or the new one: written beside its place,
+/// synced, renamed, and the folder synced.
+pub fn write_atomically(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+    let what = || format!("cannot write {}", path.display());
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let mut file = tempfile::Builder::new()
+        .prefix(".tmp-")
+        .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
+        .tempfile_in(folder)
+        .with_context(what)?;
+    write(file.as_file_mut()).with_context(what)?;
+    file.as_file().sync_all().with_context(what)?;
+    file.persist(path).map_err(|e| e.error).with_context(what)?;
+    File::open(folder).and_then(|f| f.sync_all()).with_context(what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example() -> Vec<(String, Tensor)> {
+        vec![
+            ("b.weight".into(), Tensor::from_slice(&[1f32, 2.0, 3.0, 4.0, 5.0, 6.0]).view([2, 3])),
+            ("a.ids".into(), Tensor::from_slice(&[7i64, 8])),
+            ("c.half".into(), Tensor::from_slice(&[0.5f32, -1.5]).to_kind(Kind::BFloat16)),
+            ("d.scalar".into(), Tensor::from(2.5f32)),
+            ("e.empty".into(), Tensor::zeros([0, 4], (Kind::Float, Device::Cpu))),
+        ]
+    }
+
+    #[test]
+    fn what_is_saved_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        save(&path, &example(), &[("step", "7")]).unwrap();
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        assert_eq!(checkpoint.names().count(), 5);
+        for (name, tensor) in example() {
+            let read = checkpoint.tensor(&name).unwrap();
+            assert_eq!((read.kind(), read.size()), (tensor.kind(), tensor.size()), "{name}");
+            assert!(read.equal(&tensor), "{name}");
+        }
+        // Only the file is left: the temporary one was renamed.
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn the_reference_reader_accepts_our_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        save(&path, &example(), &[]).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        let parsed = SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(parsed.tensor("b.weight").unwrap().shape(), [2, 3]);
+        let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+        assert_eq!(metadata.metadata().as_ref().unwrap()["format"], "pt");
+    }
+
+    #[test]
+    fn a_view_outlives_its_checkpoint_and_never_changes_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        save(&path, &example(), &[]).unwrap();
+        let mut view = Checkpoint::open(&path).unwrap().tensor("b.weight").unwrap();
+        let _ = view.fill_(9.0);
+        assert_eq!(view.double_value(&[1, 2]), 9.0);
+        let again = Checkpoint::open(&path).unwrap().tensor("b.weight").unwrap();
+        assert_eq!(again.double_value(&[1, 2]), 6.0);
+    }
+
+    #[test]
+    fn truncated_anywhere_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        save(&path, &example(), &[]).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        for len in (0..whole.len()).step_by(7) {
+            std::fs::write(&path, &whole[..len]).unwrap();
+            let error = Checkpoint::open(&path).unwrap_err().to_string();
+            assert!(error.contains("x.safetensors"), "{len}: {error}");
+        }
+    }
+
+    #[test]
+    fn hostile_headers_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let file = |header: &str, data: usize| {
+            let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+            bytes.extend_from_slice(header.as_bytes());
+            bytes.resize(bytes.len() + data, 0);
+            bytes
+        };
+        let bomb = u64::MAX.to_le_bytes().to_vec();
+        let cases = [
+            bomb,
+            file(r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,8]}}"#, 8),
+            file(
+                r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#,
+                12,
+            ),
+            file(r#"{"a":{"dtype":"F32","shape":[9223372036854775807,9223372036854775807],"data_offsets":[0,8]}}"#, 8),
+            file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#, 4),
+            file("not json", 0),
+        ];
+        for (i, bytes) in cases.iter().enumerate() {
+            std::fs::write(&path, bytes).unwrap();
+            let error = Checkpoint::open(&path).unwrap_err().to_string();
+            assert!(error.contains("not a whole safetensors file"), "case {i}: {error}");
+        }
+    }
+
+    #[test]
+    fn shards_are_one_checkpoint() {
+        let folder = tempfile::tempdir().unwrap();
+        let (one, two) = (example()[..2].to_vec_of(), example()[2..].to_vec_of());
+        save(&folder.path().join("model-00001-of-00002.safetensors"), &one, &[]).unwrap();
+        save(&folder.path().join("model-00002-of-00002.safetensors"), &two, &[]).unwrap();
+        let map: serde_json::Map<String, serde_json::Value> = [(&one, 1), (&two, 2)]
+            .iter()
+            .flat_map(|(list, i)| {
+                list.iter().map(move |(n, _)| (n.clone(), format!("model-0000{i}-of-00002.safetensors").into()))
+            })
+            .collect();
+        let index = serde_json::json!({"metadata": {}, "weight_map": map});
+        std::fs::write(folder.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        assert_eq!(checkpoint.names().collect::<Vec<_>>(), ["a.ids", "b.weight", "c.half", "d.scalar", "e.empty"]);
+
+        let escape = serde_json::json!({"weight_map": {"a": "../../etc/passwd"}});
+        std::fs::write(folder.path().join("model.safetensors.index.json"), escape.to_string()).unwrap();
+        let error = Checkpoint::open(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("names no file of this folder"), "{error}");
+    }
+
+    #[test]
+    fn pickles_are_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("pytorch_model.bin"), b"x").unwrap();
+        let error = Checkpoint::open(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("pytorch_model.bin") && error.contains("convert"), "{error}");
+        let error = Checkpoint::open(&folder.path().join("pytorch_model.bin")).unwrap_err().to_string();
+        assert!(error.contains("pickle"), "{error}");
+    }
+
+    /// Shallow copies of a list of named tensors.
+    trait ToVecOf {
+        fn to_vec_of(&self) -> Vec<(String, Tensor)>;
+    }
+    impl ToVecOf for [(String, Tensor)] {
+        fn to_vec_of(&self) -> Vec<(String, Tensor)> {
+            self.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect()
+        }
+    }
+}

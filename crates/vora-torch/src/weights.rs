@@ -1,0 +1,358 @@
+//! A source of weights that walks a checkpoint's own names, or makes new ones from a seed.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::{self, Display};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context, Result};
+use tch::{Device, Kind, Tensor};
+use thiserror::Error;
+
+use crate::safetensors::Checkpoint;
+use crate::{error, ffi};
+
+/// How a tensor starts when the source makes new weights.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Init {
+    /// All zero.
+    Zeros,
+    /// All one.
+    Ones,
+    /// All the same.
+    Const(f64),
+    /// Normal with mean 0.
+    Normal {
+        /// Standard deviation.
+        std: f64,
+    },
+    /// Uniform in ±1/sqrt(fan_in), fan_in over all but the first dimension: `kaiming_uniform_(a=sqrt(5))`,
+    /// PyTorch's default for linear layers and LoRA's for `A`.
+    KaimingUniform,
+    /// A weight that only a checkpoint can give; normal with std 0.02 in a source of new weights, for tests.
+    Required,
+}
+
+/// What does not fit between a checkpoint and the model that reads it, in one list.
+#[derive(Debug, Error, PartialEq)]
+pub struct Mismatch {
+    /// Where the weights came from.
+    pub path: PathBuf,
+    /// Names that the model wants and the checkpoint lacks.
+    pub missing: Vec<String>,
+    /// Names in the checkpoint that the model did not ask for.
+    pub unexpected: Vec<String>,
+    /// Name, shape found, shape expected.
+    pub misshapen: Vec<(String, Vec<i64>, Vec<i64>)>,
+}
+
+impl Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} does not fit this model:", self.path.display())?;
+        for name in &self.missing {
+            write!(f, "\n  missing    {name}")?;
+        }
+        for name in &self.unexpected {
+            write!(f, "\n  unexpected {name}")?;
+        }
+        for (name, found, expected) in &self.misshapen {
+            write!(f, "\n  misshapen  {name} is {found:?}, the model expects {expected:?}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Where tensors come from.
+#[derive(Debug)]
+enum Source {
+    File(Checkpoint),
+    Tensors(HashMap<String, Tensor>),
+    New { seed: u64 },
+}
+
+/// What happened so far: asked for, registered, wrong.
+#[derive(Debug, Default)]
+struct Ledger {
+    parameters: Vec<(String, Tensor)>,
+    asked: BTreeMap<String, ()>,
+    missing: Vec<String>,
+    misshapen: Vec<(String, Vec<i64>, Vec<i64>)>,
+}
+
+/// A source of weights and a place in its tree of names; clones share the source.
+///
+/// Frozen tensors come from [`Weights::get`] in the kind asked for (on the CPU a view of the mapped file where the
+/// kinds agree); trained ones from [`Weights::parameter`] as f32 masters. A name that the checkpoint lacks is noted
+/// and stood in for, so that [`Weights::finish`] can tell everything that does not fit in one error.
+#[derive(Debug, Clone)]
+pub struct Weights {
+    source: Arc<Source>,
+    ledger: Arc<Mutex<Ledger>>,
+    path: String,
+    device: Device,
+    kind: Kind,
+}
+
+impl Weights {
+    /// Opens a folder or file of safetensors; see [`Checkpoint::open`].
+    pub fn open(path: &Path, device: Device, kind: Kind) -> Result<Self> {
+        Ok(Self::new(Source::File(Checkpoint::open(path)?), device, kind))
+    }
+
+    /// Makes every tensor new from its [`Init`]; its values depend on `seed` and its full name alone.
+    pub fn random(seed: u64, device: Device, kind: Kind) -> Self {
+        Self::new(Source::New { seed }, device, kind)
+    }
+
+    /// Takes tensors from memory, as tests do.
+    pub fn from_tensors(tensors: impl IntoIterator<Item = (String, Tensor)>, device: Device, kind: Kind) -> Self {
+        Self::new(Source::Tensors(tensors.into_iter().collect()), device, kind)
+    }
+
+    fn new(source: Source, device: Device, kind: Kind) -> Self {
+        Self { source: Arc::new(source), ledger: Arc::default(), path: String::new(), device, kind }
+    }
+
+    /// The same source one step down: `weights.pp("layers").pp(0)`.
+    pub fn pp(&self, name: impl Display) -> Self {
+        Self { path: self.full_name(&name.to_string()), ..self.clone() }
+    }
+
+    /// Where in the tree this is, `""` at the root.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// The device that tensors are put on.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// The kind of frozen tensors.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Whether the checkpoint has this tensor; a source of new weights has every one.
+    pub fn contains(&self, name: &str) -> bool {
+        let name = self.full_name(name);
+        match &*self.source {
+            Source::File(checkpoint) => checkpoint.info(&name).is_some(),
+            Source::Tensors(tensors) => tensors.contains_key(&name),
+            Source::New { .. } => true,
+        }
+    }
+
+    /// The shape that a tensor has in the checkpoint.
+    pub fn shape(&self, name: &str) -> Option<Vec<i64>> {
+        let name = self.full_name(name);
+        match &*self.source {
+            Source::File(checkpoint) => checkpoint.info(&name).map(|(_, shape)| shape.to_vec()),
+            Source::Tensors(tensors) => tensors.get(&name).map(Tensor::size),
+            Source::New { .. } => None,
+        }
+    }
+
+    /// A frozen tensor, in the kind of this source.
+    pub fn get(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
+        Ok(self.find(name, shape, init)?.to_kind(self.kind).to_device(self.device))
+    }
+
+    /// A trained tensor: an f32 leaf that requires gradients, registered under its full name.
+    pub fn parameter(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
+        let found = self.find(name, shape, init)?.detach();
+        let tensor = Tensor::empty(shape, (Kind::Float, self.device));
+        tch::no_grad(|| tensor.shallow_clone().copy_(&found));
+        let tensor = tensor.set_requires_grad(true);
+        self.ledger().parameters.push((self.full_name(name), tensor.shallow_clone()));
+        Ok(tensor)
+    }
+
+    /// All trained tensors handed out so far, by full name, in the order of their making.
+    pub fn parameters(&self) -> Vec<(String, Tensor)> {
+        self.ledger().parameters.iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect()
+    }
+
+    /// An error that lists everything missing, unexpected and misshapen; call it when the model is built.
+    pub fn finish(&self) -> Result<()> {
+        self.finish_allowing(|_| false)
+    }
+
+    /// As [`Weights::finish`], but lets unexpected names pass for which `allowed` is true.
+    pub fn finish_allowing(&self, allowed: impl Fn(&str) -> bool) -> Result<()> {
+        let ledger = self.ledger();
+        let names: Vec<&str> = match &*self.source {
+            Source::File(checkpoint) => checkpoint.names().collect(),
+            Source::Tensors(tensors) => tensors.keys().map(String::as_str).collect(),
+            Source::New { .. } => Vec::new(),
+        };
+        let mut unexpected: Vec<String> = names
+            .into_iter()
+            .filter(|name| !ledger.asked.contains_key(*name) && !allowed(name))
+            .map(str::to_owned)
+            .collect();
+        unexpected.sort();
+        let (missing, misshapen) = (ledger.missing.clone(), ledger.misshapen.clone());
+        if missing.is_empty() && unexpected.is_empty() && misshapen.is_empty() {
+            return Ok(());
+        }
+        Err(Mismatch { path: self.origin(), missing, unexpected, misshapen }.into())
+    }
+
+    /// The file or folder behind this source, for messages.
+    fn origin(&self) -> PathBuf {
+        match &*self.source {
+            Source::File(checkpoint) => checkpoint.path().to_owned(),
+            Source::Tensors(_) => "tensors in memory".into(),
+            Source::New { .. } => "new weights".into(),
+        }
+    }
+
+    fn ledger(&self) -> std::sync::MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn full_name(&self, name: &str) -> String {
+        if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
+    }
+
+    /// The tensor of that name on the CPU (or where it already is), or a stand-in when it is missing or misshapen.
+    fn find(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
+        let name = self.full_name(name);
+        self.ledger().asked.insert(name.clone(), ());
+        let found = match &*self.source {
+            Source::New { seed } => {
+                return new_tensor(*seed, &name, shape, init).with_context(|| format!("making tensor `{name}`"));
+            }
+            Source::File(checkpoint) => checkpoint.info(&name).map(|(_, shape)| shape.to_vec()),
+            Source::Tensors(tensors) => tensors.get(&name).map(Tensor::size),
+        };
+        match found {
+            Some(found) if found == shape => match &*self.source {
+                Source::File(checkpoint) => checkpoint.tensor(&name),
+                Source::Tensors(tensors) => Ok(tensors[&name].shallow_clone()),
+                Source::New { .. } => unreachable!("returned above"),
+            },
+            Some(found) => {
+                self.ledger().misshapen.push((name, found, shape.to_vec()));
+                stand_in(shape)
+            }
+            None => {
+                self.ledger().missing.push(name);
+                stand_in(shape)
+            }
+        }
+    }
+}
+
+/// A tensor of that shape over a single zero, for a model that will not be used.
+fn stand_in(shape: &[i64]) -> Result<Tensor> {
+    Tensor::zeros([1], (Kind::Float, Device::Cpu)).f_as_strided(shape, vec![0; shape.len()], 0).map_err(error::clean)
+}
+
+/// A new f32 tensor on the CPU.
+fn new_tensor(seed: u64, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
+    let mut tensor = Tensor::empty(shape, (Kind::Float, Device::Cpu));
+    // FNV-1a over the name, so that adding a layer changes no other layer's start.
+    let seed =
+        name.bytes().fold(0xcbf2_9ce4_8422_2325 ^ seed, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+    let normal = |tensor: &mut Tensor, std| {
+        // SAFETY: a live f32 CPU tensor.
+        ffi::check(unsafe { ffi::vora_fill_normal(tensor.as_mut_ptr(), std, seed) })
+    };
+    match init {
+        Init::Zeros => drop(tensor.zero_()),
+        Init::Ones => drop(tensor.fill_(1.0)),
+        Init::Const(value) => drop(tensor.fill_(value)),
+        Init::Normal { std } => normal(&mut tensor, std)?,
+        Init::Required => normal(&mut tensor, 0.02)?,
+        Init::KaimingUniform => {
+            let fan_in: i64 = shape[1.min(shape.len())..].iter().product();
+            let bound = 1.0 / (fan_in as f64).sqrt();
+            // SAFETY: a live f32 CPU tensor.
+            ffi::check(unsafe { ffi::vora_fill_uniform(tensor.as_mut_ptr(), bound, seed) })?;
+        }
+    }
+    Ok(tensor)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::safetensors::save;
+
+    fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
+        (a - b).abs().max().double_value(&[])
+    }
+
+    #[test]
+    fn everything_that_does_not_fit_is_told_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
+        let tensors = [("a.weight", zeros(&[2, 3])), ("b.weight", zeros(&[4])), ("extra", zeros(&[1]))];
+        save(&path, &tensors.map(|(n, t)| (n.to_owned(), t)), &[]).unwrap();
+
+        let weights = Weights::open(folder.path(), Device::Cpu, Kind::Float).unwrap();
+        assert_eq!(weights.pp("a").get("weight", &[2, 3], Init::Required).unwrap().size(), [2, 3]);
+        assert_eq!(weights.pp("b").get("weight", &[5], Init::Required).unwrap().size(), [5]);
+        assert_eq!(weights.pp("c").parameter("weight", &[1 << 10, 2], Init::Zeros).unwrap().size(), [1 << 10, 2]);
+        let error = weights.finish().unwrap_err();
+        assert_eq!(
+            error.downcast_ref::<Mismatch>().unwrap(),
+            &Mismatch {
+                path: folder.path().to_owned(),
+                missing: vec!["c.weight".into()],
+                unexpected: vec!["extra".into()],
+                misshapen: vec![("b.weight".into(), vec![4], vec![5])],
+            }
+        );
+        let text = error.to_string();
+        assert!(text.contains("misshapen  b.weight is [4], the model expects [5]"), "{text}");
+        let weights = Weights::open(&path, Device::Cpu, Kind::Float).unwrap();
+        weights.finish_allowing(|_| true).unwrap();
+    }
+
+    #[test]
+    fn new_weights_depend_on_seed_and_name_alone() {
+        let make = |seed, name: &str| {
+            Weights::random(seed, Device::Cpu, Kind::Float).get(name, &[64, 32], Init::KaimingUniform).unwrap()
+        };
+        assert!(make(1, "a").equal(&make(1, "a")));
+        assert!(!make(1, "a").equal(&make(1, "b")));
+        assert!(!make(1, "a").equal(&make(2, "a")));
+        let bound = 1.0 / 32f64.sqrt();
+        let largest = make(3, "a").abs().max().double_value(&[]);
+        assert!(largest <= bound && largest > 0.95 * bound, "{largest}");
+        let normal = Weights::random(1, Device::Cpu, Kind::Float);
+        let std = normal.get("n", &[4096], Init::Normal { std: 0.5 }).unwrap().std(true).double_value(&[]);
+        assert!((std - 0.5).abs() < 0.05, "{std}");
+    }
+
+    #[test]
+    fn parameters_are_f32_leaves_under_their_names() {
+        let weights = Weights::random(0, Device::Cpu, Kind::BFloat16);
+        let a = weights.pp("layer").pp(3).parameter("lora_A.weight", &[2, 4], Init::KaimingUniform).unwrap();
+        let frozen = weights.get("w", &[2], Init::Ones).unwrap();
+        assert_eq!((a.kind(), a.requires_grad()), (Kind::Float, true));
+        assert_eq!((frozen.kind(), frozen.requires_grad()), (Kind::BFloat16, false));
+        let parameters = weights.parameters();
+        assert_eq!(parameters.len(), 1);
+        assert_eq!(parameters[0].0, "layer.3.lora_A.weight");
+        a.sum(Kind::Float).backward();
+        assert_eq!(parameters[0].1.grad().sum(Kind::Float).double_value(&[]), 8.0);
+    }
+
+    #[test]
+    fn a_frozen_weight_of_the_files_kind_is_a_view() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        save(&path, &[("w".into(), Tensor::randn([8, 8], (Kind::Float, Device::Cpu)))], &[]).unwrap();
+        let weights = Weights::open(&path, Device::Cpu, Kind::Float).unwrap();
+        let get = || weights.get("w", &[8, 8], Init::Required).unwrap();
+        assert_eq!(get().data_ptr(), get().data_ptr());
+        let half =
+            Weights::open(&path, Device::Cpu, Kind::BFloat16).unwrap().get("w", &[8, 8], Init::Required).unwrap();
+        assert!(max_difference(&half.to_kind(Kind::Float), &get()) < 0.02);
+    }
+}
