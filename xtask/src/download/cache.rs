@@ -1,0 +1,119 @@
+//! The cache folder of the hub's own clients: `models--ORG--NAME/{blobs,refs,snapshots}`, shared with Python.
+
+use std::{
+    env,
+    ffi::OsString,
+    fs::{self, File},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+/// The cache's root: `HF_HUB_CACHE`, else `HF_HOME/hub`, else `~/.cache/huggingface/hub`.
+#[derive(Debug, Clone)]
+pub(crate) struct Cache {
+    root: PathBuf,
+}
+
+impl Cache {
+    pub(crate) fn at(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    pub(crate) fn from_env() -> Result<Self> {
+        Self::from_vars(|name| env::var_os(name).filter(|value| !value.is_empty()))
+    }
+
+    fn from_vars(var: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
+        let home = var("HOME").or_else(|| var("USERPROFILE")).map(PathBuf::from);
+        let path = |name: &str| {
+            let path = PathBuf::from(var(name)?);
+            Some(match (path.strip_prefix("~"), &home) {
+                (Ok(rest), Some(home)) => home.join(rest),
+                _ => path,
+            })
+        };
+        let root = path("HF_HUB_CACHE")
+            .or_else(|| path("HUGGINGFACE_HUB_CACHE"))
+            .or_else(|| Some(path("HF_HOME")?.join("hub")))
+            .or_else(|| Some(path("XDG_CACHE_HOME")?.join("huggingface/hub")))
+            .or_else(|| Some(home.clone()?.join(".cache/huggingface/hub")));
+        root.map(Self::at).context("no home folder is known; HF_HOME or --cache says where weights go")
+    }
+
+    /// The folder of one model; `name` is `ORG/NAME`.
+    pub(crate) fn repo(&self, name: &str) -> Result<Repo> {
+        let fits = |part: &str| {
+            let legal = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+            !part.is_empty() && part.chars().all(legal) && !part.starts_with(['-', '.']) && !part.contains("..")
+        };
+        match name.split_once('/') {
+            Some((org, model)) if fits(org) && fits(model) => {}
+            _ => bail!("`{name}` is not a model's name; it must read ORG/NAME, see --list"),
+        }
+        let folder = format!("models--{}", name.replace('/', "--"));
+        Ok(Repo { folder: self.root.join(&folder), locks: self.root.join(".locks").join(folder) })
+    }
+}
+
+/// One model in the cache.
+#[derive(Debug)]
+pub(crate) struct Repo {
+    pub(crate) folder: PathBuf,
+    locks: PathBuf,
+}
+
+impl Repo {
+    pub(crate) fn snapshot(&self, revision: &str) -> PathBuf {
+        self.folder.join("snapshots").join(revision)
+    }
+
+    /// The revision that `main` was when it was fetched.
+    pub(crate) fn main(&self) -> Option<String> {
+        let revision = fs::read_to_string(self.folder.join("refs/main")).ok()?;
+        let revision = revision.trim();
+        let is_a_name = !revision.is_empty() && !revision.contains(['/', '\\']) && !revision.starts_with('.');
+        is_a_name.then(|| revision.to_owned())
+    }
+
+    pub(crate) fn set_main(&self, revision: &str) -> Result<()> {
+        let refs = self.folder.join("refs");
+        fs::create_dir_all(&refs).with_context(|| format!("cannot create {}", refs.display()))?;
+        let new = refs.join(format!(".main-{}", std::process::id()));
+        fs::write(&new, revision).with_context(|| format!("writing {}", new.display()))?;
+        fs::rename(&new, refs.join("main")).with_context(|| format!("cannot write refs/main in {}", refs.display()))
+    }
+
+    /// Waits for the lock named `name`, which Python's client takes as well, and holds it until the file is dropped.
+    pub(crate) fn lock(&self, name: &str) -> Result<File> {
+        let path = self.locks.join(format!("{name}.lock"));
+        let open = || {
+            fs::create_dir_all(&self.locks)?;
+            let file = File::options().create(true).truncate(false).write(true).open(&path)?;
+            file.lock()?;
+            Ok::<_, std::io::Error>(file)
+        };
+        open().with_context(|| format!("cannot lock {}", path.display()))
+    }
+}
+
+/// What a folder needs before a model can be built from it.
+pub(crate) fn check_complete(folder: &Path, files: &[&str]) -> Result<()> {
+    for file in ["config.json"].iter().chain(files) {
+        ensure!(folder.join(file).is_file(), "{} has no {file}", folder.display());
+    }
+    if folder.join("model.safetensors").is_file() {
+        return Ok(());
+    }
+    let index = folder.join("model.safetensors.index.json");
+    ensure!(index.is_file(), "{} has neither model.safetensors nor its index", folder.display());
+    let text = fs::read_to_string(&index).with_context(|| format!("reading {}", index.display()))?;
+    let index: Value = serde_json::from_str(&text).with_context(|| format!("reading {}", index.display()))?;
+    let shards = index["weight_map"].as_object().context("the index has no weight_map")?;
+    for shard in shards.values() {
+        let shard = shard.as_str().context("a name in the index's weight_map is not a string")?;
+        ensure!(folder.join(shard).is_file(), "{} has no {shard}", folder.display());
+    }
+    Ok(())
+}

