@@ -85,6 +85,24 @@ impl Repo {
         fs::rename(&new, refs.join("main")).with_context(|| format!("cannot write refs/main in {}", refs.display()))
     }
 
+    /// Where the bytes of a file with this `etag` lie.
+    pub(crate) fn blob(&self, etag: &str) -> PathBuf {
+        self.folder.join("blobs").join(etag)
+    }
+
+    /// Shows the blob `etag` as `file` of the snapshot `revision`: a relative link, a copy where there are no links.
+    pub(crate) fn link(&self, revision: &str, file: &str, etag: &str) -> Result<()> {
+        let snapshot = self.snapshot(revision);
+        fs::create_dir_all(&snapshot).with_context(|| format!("cannot create {}", snapshot.display()))?;
+        let new = snapshot.join(format!(".{etag}-{}", std::process::id()));
+        #[cfg(unix)]
+        let made = std::os::unix::fs::symlink(Path::new("../../blobs").join(etag), &new);
+        #[cfg(not(unix))]
+        let made = fs::copy(self.blob(etag), &new);
+        made.and_then(|_| fs::rename(&new, snapshot.join(file)))
+            .with_context(|| format!("cannot put {file} into {}", snapshot.display()))
+    }
+
     /// Waits for the lock named `name`, which Python's client takes as well, and holds it until the file is dropped.
     pub(crate) fn lock(&self, name: &str) -> Result<File> {
         let path = self.locks.join(format!("{name}.lock"));

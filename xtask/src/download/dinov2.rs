@@ -81,7 +81,8 @@ fn expected() -> BTreeMap<String, Vec<usize>> {
         ("layernorm.bias".to_owned(), vec![HIDDEN]),
     ]);
     for layer in 0..LAYERS {
-        let mut insert = |part: &str, shape: &[usize]| shapes.insert(format!("encoder.layer.{layer}.{part}"), shape.into());
+        let mut insert =
+            |part: &str, shape: &[usize]| shapes.insert(format!("encoder.layer.{layer}.{part}"), shape.into());
         for norm in ["norm1", "norm2"] {
             insert(&format!("{norm}.weight"), &[HIDDEN]);
             insert(&format!("{norm}.bias"), &[HIDDEN]);
@@ -163,7 +164,10 @@ fn position_embeddings(graph: &Onnx) -> Result<(Vec<usize>, Vec<f32>)> {
     let piece = |count: usize| {
         let fits = |name: &&str| !name.starts_with(BACKBONE) && graph.shape(name) == Some(&[1, count, HIDDEN]);
         let names: Vec<_> = graph.names().filter(fits).collect();
-        ensure!(names.len() == 1, "one anonymous initialiser of shape [1, {count}, {HIDDEN}] is needed, found {names:?}");
+        ensure!(
+            names.len() == 1,
+            "one anonymous initialiser of shape [1, {count}, {HIDDEN}] is needed, found {names:?}"
+        );
         Ok(graph.tensor(names[0])?.1)
     };
     Ok((vec![1, 1 + patches, HIDDEN], [piece(1)?, piece(patches)?].concat()))

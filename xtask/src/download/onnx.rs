@@ -174,8 +174,8 @@ impl<'a> Fields<'a> {
 
     fn take(&mut self, len: u64) -> Result<&'a [u8]> {
         let split = usize::try_from(len).ok().and_then(|len| self.0.split_at_checked(len));
-        let (taken, rest) =
-            split.with_context(|| format!("a field of {len} bytes, {} are left: is the file cut off?", self.0.len()))?;
+        let (taken, rest) = split
+            .with_context(|| format!("a field of {len} bytes, {} are left: is the file cut off?", self.0.len()))?;
         self.0 = rest;
         Ok(taken)
     }

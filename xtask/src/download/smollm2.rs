@@ -183,9 +183,7 @@ fn tokenizer(file: &Gguf, tokens: &[&str], specials: &[usize]) -> Result<Value> 
     let vocab: Map<String, Value> = tokens.iter().enumerate().map(|(id, token)| ((*token).into(), id.into())).collect();
     ensure!(vocab.len() == tokens.len(), "the GGUF's vocabulary has a token twice");
     let byte_level = |add_prefix_space| json!({ "type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": true, "use_regex": true });
-    let added_token = |&id: &usize| {
-        json!({ "id": id, "content": tokens[id], "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true })
-    };
+    let added_token = |&id: &usize| json!({ "id": id, "content": tokens[id], "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true });
     Ok(json!({
         "version": "1.0",
         "truncation": null,
@@ -232,7 +230,8 @@ fn tokenizer_config(config: &Config, tokens: &[&str], specials: &[usize], chat_t
         "eos_token": eos,
         "model_max_length": config.max_position_embeddings,
         "pad_token": pad,
-        "tokenizer_class": "GPT2Tokenizer",
+        // The hub has GPT2Tokenizer here; transformers 5 then builds that class's own splitting and drops `Digits`.
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": token(0)?,
         "vocab_size": config.vocab_size,
     }))
