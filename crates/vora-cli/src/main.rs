@@ -1,1 +1,78 @@
-fn main() {}
+//! The program `vora`: trains a language model to see by low-rank adaptation, merges what it learned into the
+//! weights, and asks the result about pictures. All work is done by the libraries; here are the command line, the
+//! progress bar and the exit codes: 0 done, 1 failed, 2 wrong usage, 130 and 143 after SIGINT and SIGTERM.
+
+mod ask;
+mod hub;
+mod inspect;
+mod merge;
+mod train;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Vision as LoRA: train, merge, ask, inspect.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 100, after_help = "\
+Examples:
+  vora train --config crates/vora-train/recipes/scenes.yaml
+  vora merge runs/scenes/final --out runs/scenes/merged
+  vora ask runs/scenes/merged picture.png \"What color is the circle?\"
+  vora inspect runs/scenes/merged")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train adapters, patch embedding and distillation heads as a run file says
+    Train(train::Args),
+    /// Fold trained adapters into the weights and write a checkpoint folder
+    Merge(merge::Args),
+    /// Ask a model about pictures; the answer is streamed
+    Ask(ask::Args),
+    /// Show a checkpoint's tensors, adapters and parameter counts
+    Inspect(inspect::Args),
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("VORA_LOG").unwrap_or_else(|_| "warn".into()),
+        )
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .init();
+    let result = match Cli::parse().command {
+        Command::Train(args) => train::run(&args),
+        Command::Merge(args) => merge::run(&args),
+        Command::Ask(args) => ask::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            report(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// `error: ...` on stderr, with its causes behind it; libtorch's frames are left out.
+fn report(error: &anyhow::Error) {
+    let mut text = String::from("error: ");
+    for (depth, cause) in error.chain().enumerate() {
+        if depth > 0 {
+            text.push_str(": ");
+        }
+        match cause.downcast_ref::<tch::TchError>() {
+            Some(torch) => text.push_str(&vora_torch::error::first_line(torch)),
+            None => text.push_str(&cause.to_string()),
+        }
+    }
+    // The one place that prints an error: this is the program.
+    let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("{text}\n").as_bytes());
+}

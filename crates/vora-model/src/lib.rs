@@ -1,1 +1,34 @@
-//! Vision as LoRA: splices patches among word embeddings, reads and writes checkpoint folders.
+//! The ways a language model gets to see, on one interface: today [`Vora`], which splices the patches of a picture
+//! among the word embeddings of a decoder that carries adapters, and reads and writes its checkpoint folders.
+//!
+//! It trains nothing and generates nothing: losses live in `vora-train`, decoding loops in `vora-infer`. It reads no
+//! image file either; pixels come in as tensors.
+//!
+//! ```
+//! use tch::{Device, Kind, Tensor};
+//! use vora_llm::{LlmConfig, Modality, Span, Spans};
+//! use vora_model::{Input, Vora, VoraConfig};
+//! use vora_torch::Weights;
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! let config = VoraConfig::new(LlmConfig::tiny(), 32, 14, 28); // 28 px: 2 x 2 patches of 14
+//! let model = Vora::load(config, &Weights::random(0, Device::Cpu, Kind::Float))?;
+//! let span = |modality, len| Span { modality, len, document: 0, branch: None };
+//! let input = Input {
+//!     input_ids: Tensor::from_slice(&[5i64, 0, 0, 0, 0, 6, 7]).view([1, 7]), // ids at image places are not read
+//!     pixel_values: vec![Tensor::zeros([3, 28, 28], (Kind::Float, Device::Cpu))],
+//!     spans: Spans {
+//!         rows: vec![vec![span(Modality::Text, 1), span(Modality::Image { rows: 2, cols: 2 }, 4), span(Modality::Text, 2)]],
+//!     },
+//! };
+//! let output = tch::no_grad(|| model.forward(&input, 0))?;
+//! assert_eq!(output.last_hidden_state.size()[..2], [1, 7]);
+//! # Ok(())
+//! # }
+//! ```
+
+mod config;
+mod vora;
+
+pub use config::VoraConfig;
+pub use vora::{Input, Vora};

@@ -1,0 +1,129 @@
+//! `vora inspect`: what lies in a checkpoint, without loading it.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use comfy_table::{Table, presets};
+use vora_torch::safetensors::Checkpoint;
+
+/// Show a checkpoint's tensors, adapters and parameter counts.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  vora inspect runs/scenes/merged
+  vora inspect runs/scenes/final/adapter_model.safetensors --tensors")]
+pub(crate) struct Args {
+    /// A folder with safetensors in it, a .safetensors file, or a model's name in the hub's cache
+    model: String,
+    /// List every tensor, not only the groups
+    #[arg(long)]
+    tensors: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What stands under one prefix.
+#[derive(Debug, Default, serde::Serialize)]
+struct Group {
+    tensors: usize,
+    parameters: i64,
+    bytes: i64,
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    let path = PathBuf::from(&args.model);
+    let path = if path.exists() { path } else { crate::hub::resolve(&args.model)? };
+    let checkpoint = Checkpoint::open(&path)?;
+
+    let mut groups: BTreeMap<String, Group> = BTreeMap::new();
+    let mut adapters: BTreeMap<i64, usize> = BTreeMap::new();
+    let mut rows = Vec::new();
+    for name in checkpoint.names() {
+        let Some((kind, shape)) = checkpoint.info(name) else { continue };
+        let parameters: i64 = shape.iter().product();
+        let bytes = parameters * kind.elt_size_in_bytes() as i64;
+        for key in [group_of(name), "total".to_owned()] {
+            let group = groups.entry(key).or_default();
+            group.tensors += 1;
+            group.parameters += parameters;
+            group.bytes += bytes;
+        }
+        if name.contains("lora_A") {
+            *adapters.entry(shape[0]).or_default() += 1;
+        }
+        rows.push((name.to_owned(), format!("{kind:?}"), shape.to_vec(), parameters));
+    }
+
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        let tensors: Vec<_> = rows
+            .iter()
+            .map(|(name, kind, shape, n)| serde_json::json!({"name": name, "kind": kind, "shape": shape, "parameters": n}))
+            .collect();
+        let adapters: Vec<_> =
+            adapters.iter().map(|(r, n)| serde_json::json!({"r": r, "linear_layers": n})).collect();
+        let json = serde_json::json!({"path": path, "groups": groups, "adapters": adapters, "tensors": tensors});
+        writeln!(out, "{}", serde_json::to_string_pretty(&json)?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    writeln!(out, "{}", path.display())?;
+    let mut table = Table::new();
+    if args.tensors {
+        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(["tensor", "kind", "shape", "parameters"]);
+        for (name, kind, shape, parameters) in rows {
+            table.add_row([name, kind, format!("{shape:?}"), thousands(parameters)]);
+        }
+    } else {
+        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(["part", "tensors", "parameters", "MiB"]);
+        let total = groups.remove("total").unwrap_or_default();
+        for (name, group) in groups.into_iter().chain([("total".to_owned(), total)]) {
+            let mebibytes = format!("{:.1}", group.bytes as f64 / f64::from(1 << 20));
+            table.add_row([name, group.tensors.to_string(), thousands(group.parameters), mebibytes]);
+        }
+    }
+    writeln!(out, "{table}")?;
+    for (r, layers) in adapters {
+        writeln!(out, "adapter of rank {r} on {layers} linear layers")?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The part of the model that a tensor belongs to: its name up to the first number, adapters apart.
+fn group_of(name: &str) -> String {
+    let part: Vec<&str> = name.split('.').take_while(|s| s.parse::<usize>().is_err()).take(3).collect();
+    let part = part.join(".");
+    if name.contains(".lora_") { format!("{part} (adapters)") } else { part }
+}
+
+fn thousands(n: i64) -> String {
+    let digits = n.to_string();
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_end_at_the_first_number() {
+        assert_eq!(group_of("llm.model.layers.3.mlp.up_proj.weight"), "llm.model.layers");
+        assert_eq!(group_of("llm.model.layers.3.mlp.up_proj.lora_A.weight"), "llm.model.layers (adapters)");
+        assert_eq!(group_of("vision_embedding.pos_embed"), "vision_embedding.pos_embed");
+    }
+
+    #[test]
+    fn thousands_are_set_apart() {
+        assert_eq!([7, 1234, 134_515_008].map(thousands), ["7", "1,234", "134,515,008"]);
+    }
+}

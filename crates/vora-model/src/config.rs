@@ -1,0 +1,170 @@
+//! `config.json` of a VoRA folder: the LLM's keys and the published VoRA keys, side by side in one object.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use vora_llm::{LlmConfig, VisionAttention};
+use vora_lora::LoraConfig;
+use vora_vision::PatchEmbedConfig;
+
+/// The keys that the published VoRA code adds to the LLM's own (its `VoRAConfig`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct VisionKeys {
+    #[serde(default)]
+    llm: String,
+    #[serde(default = "aimv2_embedding")]
+    vision_embedding: String,
+    vision_embedding_intermediate_size: i64,
+    patch_size: i64,
+    image_size: i64,
+    #[serde(default)]
+    vision_attention_mask: VisionAttention,
+    #[serde(default)]
+    aux_vision: String,
+    #[serde(default, deserialize_with = "lora_or_empty", skip_serializing_if = "Option::is_none")]
+    lora: Option<LoraConfig>,
+}
+
+/// The published name of the patch embedding: conv, RMSNorm, positions, projection.
+fn aimv2_embedding() -> String {
+    "AIMv2Embedding".to_owned()
+}
+
+/// Merged folders of the published code say `"lora": {}`.
+fn lora_or_empty<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<LoraConfig>, D::Error> {
+    match Value::deserialize(deserializer)? {
+        Value::Null => Ok(None),
+        Value::Object(map) if map.is_empty() => Ok(None),
+        value => serde_json::from_value(value).map(Some).map_err(serde::de::Error::custom),
+    }
+}
+
+/// What a VoRA is made of.
+#[derive(Debug, Clone)]
+pub struct VoraConfig {
+    /// The decoder.
+    pub llm: LlmConfig,
+    /// Where the LLM came from: a hub name or a folder.
+    pub llm_name: String,
+    /// Where the teacher came from.
+    pub aux_vision: String,
+    /// Channels between patchifier and projection.
+    pub vision_embedding_intermediate_size: i64,
+    /// Side of a patch, in pixels.
+    pub patch_size: i64,
+    /// Side of the pictures that the position table was made for, in pixels.
+    pub image_size: i64,
+    /// Whether the tokens of a picture see each other in both directions.
+    pub vision_attention: VisionAttention,
+    /// The adapters that are attached; none once merged.
+    pub lora: Option<LoraConfig>,
+    /// The LLM's own `config.json`, kept whole so that nothing of it is lost.
+    llm_json: Map<String, Value>,
+}
+
+impl VoraConfig {
+    /// A VoRA over `llm` with bidirectional vision attention and no adapters.
+    pub fn new(llm: LlmConfig, vision_embedding_intermediate_size: i64, patch_size: i64, image_size: i64) -> Self {
+        let llm_json = match serde_json::to_value(&llm) {
+            Ok(Value::Object(map)) => map,
+            _ => Map::new(),
+        };
+        Self {
+            llm,
+            llm_name: String::new(),
+            aux_vision: String::new(),
+            vision_embedding_intermediate_size,
+            patch_size,
+            image_size,
+            vision_attention: VisionAttention::Bidirectional,
+            lora: None,
+            llm_json,
+        }
+    }
+
+    /// As [`VoraConfig::new`], over the LLM in `folder`.
+    pub fn from_llm(folder: &Path, embed_dim: i64, patch_size: i64, image_size: i64) -> Result<Self> {
+        let llm = LlmConfig::open(folder)?;
+        let llm_json = read_object(&folder.join("config.json"))?;
+        Ok(Self { llm_json, ..Self::new(llm, embed_dim, patch_size, image_size) })
+    }
+
+    /// Reads `config.json` of a VoRA folder, ours or a published one.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join("config.json");
+        let json = read_object(&path)?;
+        Self::from_json(json).with_context(|| format!("in {}", path.display()))
+    }
+
+    fn from_json(mut json: Map<String, Value>) -> Result<Self> {
+        let model_type = json.get("model_type").and_then(Value::as_str).unwrap_or_default();
+        ensure!(model_type == "vora", "model_type is `{model_type}`, a VoRA folder says `vora`");
+        let keys: VisionKeys = serde_json::from_value(Value::Object(json.clone()))?;
+        // The published config keeps the LLM's keys but not its type; only Qwen2 was published.
+        let llm_type = json.remove("llm_model_type").unwrap_or_else(|| json!("qwen2"));
+        json.insert("model_type".into(), llm_type);
+        if let Ok(Value::Object(vision)) = serde_json::to_value(&keys) {
+            json.retain(|key, _| !vision.contains_key(key) && key != "lora");
+        }
+        json.remove("architectures");
+        let llm: LlmConfig = serde_json::from_value(Value::Object(json.clone()))?;
+        llm.validate()?;
+        Ok(Self {
+            llm,
+            llm_name: keys.llm,
+            aux_vision: keys.aux_vision,
+            vision_embedding_intermediate_size: keys.vision_embedding_intermediate_size,
+            patch_size: keys.patch_size,
+            image_size: keys.image_size,
+            vision_attention: keys.vision_attention_mask,
+            lora: keys.lora,
+            llm_json: json,
+        })
+    }
+
+    /// The object that [`VoraConfig::open`] reads and HF's `LlamaConfig.from_pretrained` takes the LLM's keys from.
+    pub fn to_json(&self) -> Result<Value> {
+        let mut json = self.llm_json.clone();
+        let llm_type = json.remove("model_type").unwrap_or_else(|| json!("llama"));
+        let keys = VisionKeys {
+            llm: self.llm_name.clone(),
+            vision_embedding: aimv2_embedding(),
+            vision_embedding_intermediate_size: self.vision_embedding_intermediate_size,
+            patch_size: self.patch_size,
+            image_size: self.image_size,
+            vision_attention_mask: self.vision_attention,
+            aux_vision: self.aux_vision.clone(),
+            lora: self.lora.clone(),
+        };
+        if let Value::Object(vision) = serde_json::to_value(keys)? {
+            json.extend(vision);
+        }
+        json.insert("model_type".into(), json!("vora"));
+        json.insert("llm_model_type".into(), llm_type);
+        json.insert("architectures".into(), json!(["VoRAForCausalLM"]));
+        Ok(Value::Object(json))
+    }
+
+    /// The LLM's own `config.json`.
+    pub fn llm_json(&self) -> Value {
+        Value::Object(self.llm_json.clone())
+    }
+
+    /// The patch embedding of these sizes.
+    pub fn patch_embed(&self) -> PatchEmbedConfig {
+        PatchEmbedConfig {
+            patch_size: self.patch_size,
+            image_size: self.image_size,
+            embed_dim: self.vision_embedding_intermediate_size,
+            hidden_size: self.llm.hidden_size,
+        }
+    }
+}
+
+fn read_object(path: &Path) -> Result<Map<String, Value>> {
+    let text = std::fs::read(path)
+        .with_context(|| format!("cannot read {}; a model is a folder with config.json in it", path.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("{} is not a JSON object", path.display()))
+}

@@ -1,0 +1,187 @@
+//! Vision as LoRA (arXiv 2503.20680): patches among word embeddings, one decoder for both.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+use vora_llm::{AttentionPlan, CausalLm, Output, Spans};
+use vora_lora::LoraConfig;
+use vora_torch::safetensors::{save, write_atomically};
+use vora_torch::weights::Weights;
+use vora_vision::PatchEmbed;
+
+use crate::VoraConfig;
+
+/// One batch, as the model takes it.
+#[derive(Debug)]
+pub struct Input {
+    /// `[batch, seq]`; what stands at image places is not read.
+    pub input_ids: Tensor,
+    /// The pictures in the order of their places in the batch, each `[3, height, width]`.
+    pub pixel_values: Vec<Tensor>,
+    /// Which tokens are text and which are pictures, row by row.
+    pub spans: Spans,
+}
+
+/// An LLM with eyes: a decoder whose first blocks may carry adapters, and one patch embedding.
+#[derive(Debug)]
+pub struct Vora {
+    config: VoraConfig,
+    llm: CausalLm,
+    vision_embedding: PatchEmbed,
+}
+
+impl Vora {
+    /// Takes `llm.*` and `vision_embedding.*` from one source, as a VoRA folder has them. Adapters that the config
+    /// names are attached and taken from the same source.
+    pub fn load(config: VoraConfig, weights: &Weights) -> Result<Self> {
+        Self::assemble(config, &weights.pp("llm"), weights)
+    }
+
+    /// Builds a VoRA from an LLM's own folder: frozen weights from `llm`, everything trained (adapters and patch
+    /// embedding) from `trained`.
+    pub fn assemble(config: VoraConfig, llm: &Weights, trained: &Weights) -> Result<Self> {
+        let mut model = Self {
+            llm: CausalLm::load(&config.llm, llm)?,
+            vision_embedding: PatchEmbed::load(&config.patch_embed(), &trained.pp("vision_embedding"))?,
+            config,
+        };
+        if let Some(lora) = model.config.lora.clone() {
+            model.attach("default", &lora, &trained.pp("llm"))?;
+        }
+        Ok(model)
+    }
+
+    /// Opens a folder that [`Vora::save`] wrote, merged or not.
+    pub fn open(folder: &Path, device: Device, kind: Kind) -> Result<Self> {
+        let config = VoraConfig::open(folder)?;
+        let weights = Weights::open(folder, device, kind)?;
+        let model = Self::load(config, &weights)?;
+        // The teacher's heads have done their work once a model runs.
+        weights.finish_allowing(|name| name.starts_with("aux_vision."))?;
+        Ok(model)
+    }
+
+    /// Puts a named adapter on the linear layers that `lora` asks for; its tensors stand at their layers' names.
+    pub fn attach(&mut self, name: &str, lora: &LoraConfig, weights: &Weights) -> Result<()> {
+        let (mut attached, mut seen) = (0, Vec::new());
+        self.llm.linears_mut(&mut |layer_idx, module, linear| {
+            if lora.targets(layer_idx, module) {
+                let path = format!("model.layers.{layer_idx}.{module}");
+                linear.attach(name, lora, &weights.pp(path))?;
+                attached += 1;
+            } else if layer_idx == 0 {
+                seen.push(module.to_owned());
+            }
+            Ok(())
+        })?;
+        ensure!(
+            attached > 0,
+            "lora.target_modules {:?} in the first {} layers match no linear layer; this model has {}",
+            lora.target_modules,
+            lora.layers,
+            seen.join(", ")
+        );
+        self.config.lora = Some(lora.clone());
+        Ok(())
+    }
+
+    /// Folds every adapter into its layer's weight: in f32, rounded once. None is left.
+    pub fn merge(&mut self) -> Result<()> {
+        self.llm.linears_mut(&mut |_, _, linear| {
+            linear.merge();
+            Ok(())
+        })?;
+        self.config.lora = None;
+        Ok(())
+    }
+
+    /// What it is made of.
+    pub fn config(&self) -> &VoraConfig {
+        &self.config
+    }
+
+    /// The decoder.
+    pub fn llm(&self) -> &CausalLm {
+        &self.llm
+    }
+
+    /// The patch embedding.
+    pub fn vision_embedding(&self) -> &PatchEmbed {
+        &self.vision_embedding
+    }
+
+    /// The word embeddings with the pictures' patches in their places, `[batch, seq, hidden]`.
+    pub fn embed(&self, input: &Input) -> Result<Tensor> {
+        let (batch, seq) = input.input_ids.size2()?;
+        let device = input.input_ids.device();
+        let places = input.spans.image_positions();
+        if places.is_empty() {
+            ensure!(input.pixel_values.is_empty(), "{} pictures and no place for one", input.pixel_values.len());
+            return Ok(self.llm.embed(&input.input_ids));
+        }
+        let patches = self.patches(&input.pixel_values)?; // [image tokens, hidden]
+        ensure!(
+            patches.size()[0] == places.len() as i64,
+            "the pictures make {} patches, the text has places for {}",
+            patches.size()[0],
+            places.len()
+        );
+        let places = Tensor::from_slice(&places).to_device(device);
+        let ids = input.input_ids.view([-1]).index_fill(0, &places, 0);
+        let words = self.llm.embed(&ids); // [batch * seq, hidden]
+        Ok(words.index_copy(0, &places, &patches).view([batch, seq, -1]))
+    }
+
+    /// All patches of all pictures, one after the other, `[image tokens, hidden]`; pictures of one size that follow
+    /// each other are embedded together.
+    fn patches(&self, pixel_values: &[Tensor]) -> Result<Tensor> {
+        let mut rows = Vec::new();
+        for group in pixel_values.chunk_by(|a, b| a.size() == b.size()) {
+            let patches = self.vision_embedding.forward(&Tensor::stack(group, 0)); // [pictures, patches, hidden]
+            rows.push(patches.flatten(0, 1));
+        }
+        ensure!(!rows.is_empty(), "a place for a picture, and no picture");
+        Ok(Tensor::cat(&rows, 0))
+    }
+
+    /// How attention goes over these spans; made once a batch.
+    pub fn plan(&self, spans: &Spans) -> Result<AttentionPlan> {
+        let embed = self.llm.embed_tokens();
+        AttentionPlan::new(spans, self.config.vision_attention, &self.config.llm, embed.device(), embed.kind())
+    }
+
+    /// Runs the decoder over a batch; keeps the hidden states of the first `hidden_layers` blocks.
+    pub fn forward(&self, input: &Input, hidden_layers: usize) -> Result<Output> {
+        let plan = self.plan(&input.spans)?;
+        Ok(self.llm.forward(&self.embed(input)?, &plan, hidden_layers))
+    }
+
+    /// Every tensor by its name in a VoRA folder, adapters included where they are attached.
+    pub fn tensors(&self) -> Vec<(String, Tensor)> {
+        let llm = self.llm.tensors().into_iter().map(|(name, t)| (format!("llm.{name}"), t));
+        let vision = self.vision_embedding.tensors().into_iter().map(|(name, t)| (format!("vision_embedding.{name}"), t));
+        llm.chain(vision).collect()
+    }
+
+    /// Writes `config.json` and `model.safetensors` in the layout of the published VoRA models.
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+        save(&folder.join("model.safetensors"), &self.tensors(), &[])?;
+        write_json(&folder.join("config.json"), &self.config.to_json()?)
+    }
+
+    /// Writes the LLM alone as a plain checkpoint, without pictures, for any tool that reads one.
+    pub fn save_llm(&self, folder: &Path) -> Result<()> {
+        ensure!(self.config.lora.is_none(), "the adapters are still apart from the weights: merge first");
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+        save(&folder.join("model.safetensors"), &self.llm.tensors(), &[])?;
+        write_json(&folder.join("config.json"), &self.config.llm_json())
+    }
+}
+
+fn write_json(path: &Path, json: &Value) -> Result<()> {
+    let text = serde_json::to_string_pretty(json)?;
+    write_atomically(path, |file| Ok(std::io::Write::write_all(file, text.as_bytes())?))
+}
