@@ -1,0 +1,103 @@
+//! `cargo xtask bench`: the criterion benches, and the comparison of whole trainings.
+
+mod compare;
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::train::{self, Run};
+use crate::{cmd, setup};
+use compare::Variant;
+
+/// The values of `model.vision_attention` that are compared.
+const VARIANTS: [&str; 2] = ["bidirectional", "causal"];
+
+const EXAMPLES: &str = "\
+Examples:
+  cargo xtask bench                              every bench
+  cargo xtask bench attention                    benches/benches/attention.rs
+  cargo xtask bench attention -- cpu/bf16        only benches with this in their name
+  cargo xtask bench attention --train            train with bidirectional and with causal vision attention, same seed
+  cargo xtask bench attention --train --set train.steps=100
+  cargo xtask bench attention --train --plot     draw again from the last two trainings";
+
+/// Arguments of `bench`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// A file of benches/benches, without `.rs`; all of them by default
+    #[arg(required_if_eq("train", "true"))]
+    name: Option<String>,
+    /// Compare whole trainings: one table and one picture of losses and accuracies
+    #[arg(long)]
+    train: bool,
+    /// Train nothing, only make table and picture of the trainings that are there
+    #[arg(long, requires = "train")]
+    plot: bool,
+    /// Run file of both trainings [default: crates/vora-train/recipes/scenes.yaml]
+    #[arg(long, value_name = "FILE", requires = "train")]
+    config: Option<PathBuf>,
+    /// Change one key of the run file, in both trainings
+    #[arg(long = "set", value_name = "KEY=VALUE", requires = "train", value_parser = train::key_value)]
+    set: Vec<String>,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, requires = "train")]
+    device: Option<String>,
+    /// Where the trainings and their comparison go; older ones there are replaced
+    #[arg(long, value_name = "DIR", requires = "train", default_value = "runs/bench-attention")]
+    out: PathBuf,
+    /// Handed to the bench
+    #[arg(last = true, value_name = "ARGS", conflicts_with = "train")]
+    args: Vec<String>,
+}
+
+/// Runs benches, or trains and compares.
+pub fn run(args: &Args) -> Result<()> {
+    if args.train { compare_trainings(args) } else { criterion(args) }
+}
+
+fn criterion(args: &Args) -> Result<()> {
+    setup::ensure()?;
+    let mut bench = cmd::cargo();
+    bench.args(["bench", "--locked", "--package", "benches"]);
+    match &args.name {
+        Some(name) => bench.args(["--bench", name]),
+        None => bench.arg("--benches"),
+    };
+    cmd::run(bench.arg("--").args(&args.args))
+}
+
+fn compare_trainings(args: &Args) -> Result<()> {
+    let name = args.name.as_deref().unwrap_or_default();
+    ensure!(name == "attention", "no bench `{name}` trains; `attention` does");
+    let config = match &args.config {
+        Some(file) => std::path::absolute(file)?,
+        None => cmd::root().join(train::SCENES),
+    };
+    let out = cmd::root().join(&args.out);
+    if !args.plot {
+        setup::ensure()?;
+        let vora = cmd::vora()?;
+        for variant in VARIANTS {
+            let dir = out.join(variant);
+            if dir.exists() {
+                fs::remove_dir_all(&dir).with_context(|| format!("removing the older {}", dir.display()))?;
+            }
+            let mut set = args.set.clone();
+            set.push(format!("model.vision_attention={variant}"));
+            set.push(format!("run_dir={}", dir.display()));
+            let run = Run { config: config.clone(), set, device: args.device.clone() };
+            run.download()?;
+            cmd::run(&mut run.command(vora("train")))?;
+        }
+    }
+    let variants: Vec<_> = VARIANTS.iter().map(|name| Variant::read(name, &out.join(name))).collect::<Result<_>>()?;
+    let (table, svg) = (compare::table(&variants), out.join("attention.svg"));
+    println!("{table}");
+    fs::write(out.join("attention.txt"), format!("{table}\n")).context("cannot write attention.txt")?;
+    compare::draw(&variants, &svg)?;
+    println!("{} and attention.txt beside it", svg.display());
+    Ok(())
+}

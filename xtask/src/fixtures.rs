@@ -1,0 +1,87 @@
+//! `cargo xtask fixtures`: rebuilds the golden tensors in a Python environment of their own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::cmd;
+
+const EXAMPLES: &str = "\
+Examples:
+  cargo xtask fixtures                 run every script of fixtures/generate
+  cargo xtask fixtures attention       fixtures/generate/attention.py -> fixtures/golden/attention.safetensors";
+
+/// Arguments of `fixtures`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// Scripts to run, without `.py`; all of them by default
+    #[arg(value_name = "NAME")]
+    names: Vec<String>,
+}
+
+/// Runs the scripts, one after another, in the clone.
+pub fn run(args: &Args) -> Result<()> {
+    let generate = cmd::root().join("fixtures/generate");
+    let scripts = scripts(&generate, &args.names)?;
+    let python = environment(&generate.join("requirements.txt"))?;
+    for script in scripts {
+        cmd::run(Command::new(&python).arg(&script).current_dir(cmd::root()))?;
+    }
+    Ok(())
+}
+
+/// The scripts of these names, or all; a name that starts with `_` is a module that scripts share.
+fn scripts(generate: &Path, names: &[String]) -> Result<Vec<PathBuf>> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(generate).with_context(|| format!("cannot list {}", generate.display()))? {
+        let path = entry?.path();
+        let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+        if path.extension().is_some_and(|extension| extension == "py") && !stem.starts_with('_') {
+            all.push((stem.to_owned(), path));
+        }
+    }
+    all.sort();
+    let known = all.iter().map(|(stem, _)| stem.as_str()).collect::<Vec<_>>().join(", ");
+    for name in names {
+        ensure!(all.iter().any(|(stem, _)| stem == name), "no script `{name}.py` in fixtures/generate; it has {known}");
+    }
+    all.retain(|(stem, _)| names.is_empty() || names.contains(stem));
+    Ok(all.into_iter().map(|(_, path)| path).collect())
+}
+
+/// The Python of a virtual environment with these requirements; made anew in the cache folder when they change.
+fn environment(requirements: &Path) -> Result<PathBuf> {
+    let wanted = fs::read(requirements).with_context(|| format!("cannot read {}", requirements.display()))?;
+    let folder = cmd::cache()?.join("fixtures-python");
+    let python = folder.join("bin/python");
+    let installed = folder.join("requirements.txt"); // written last: with it the environment is complete
+    if fs::read(&installed).is_ok_and(|installed| installed == wanted) {
+        return Ok(python);
+    }
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    cmd::run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder))
+        .context("cannot make a virtual environment (Python 3.11 or later; `apt install python3-venv` where it is apart)")?;
+    cmd::run(Command::new(&python).args(["-m", "pip", "install", "--requirement"]).arg(requirements))?;
+    fs::write(&installed, wanted).with_context(|| format!("cannot write {}", installed.display()))?;
+    Ok(python)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scripts_are_found_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["b.py", "a.py", "_shared.py", "requirements.txt"] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        assert_eq!(scripts(dir.path(), &[]).unwrap(), [dir.path().join("a.py"), dir.path().join("b.py")]);
+        assert_eq!(scripts(dir.path(), &["b".into()]).unwrap(), [dir.path().join("b.py")]);
+        let err = scripts(dir.path(), &["c".into()]).unwrap_err().to_string();
+        assert_eq!(err, "no script `c.py` in fixtures/generate; it has a, b");
+    }
+}

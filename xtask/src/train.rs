@@ -1,0 +1,257 @@
+//! `cargo xtask train`: the whole way from a fresh clone to a model that answers questions about pictures.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::{cmd, download, setup};
+
+/// The default recipe, and the one of `--smoke`.
+pub const SCENES: &str = "crates/vora-train/recipes/scenes.yaml";
+const SMOKE: &str = "crates/vora-train/recipes/smoke.yaml";
+
+/// The models that recipes name and `download` knows how to get without the hub.
+const DEFAULT_MODELS: [&str; 2] = ["HuggingFaceTB/SmolLM2-135M-Instruct", "facebook/dinov2-small"];
+
+/// How many questions are asked after the training.
+const QUESTIONS: usize = 6;
+
+const EXAMPLES: &str = "\
+Examples:
+  cargo xtask train                                        the default recipe, ten minutes on two cores
+  cargo xtask train --smoke                                every step in seconds, with a tiny random model
+  cargo xtask train --set train.steps=200 --set run_dir=runs/short
+  cargo xtask train --resume                               go on from the last checkpoint
+  cargo xtask train --config my.yaml --device cuda";
+
+/// Arguments of `train`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// Run file [default: crates/vora-train/recipes/scenes.yaml]
+    #[arg(long, value_name = "FILE", conflicts_with = "smoke")]
+    config: Option<PathBuf>,
+    /// Change one key of the run file; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE", value_parser = key_value)]
+    set: Vec<String>,
+    /// Go on from the last checkpoint of the run folder
+    #[arg(long)]
+    resume: bool,
+    /// A tiny random model, in seconds: shows that every step works, learns nothing
+    #[arg(long)]
+    smoke: bool,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long)]
+    device: Option<String>,
+}
+
+/// What clap checks of a `--set`; the key itself is the program's to judge.
+pub fn key_value(text: &str) -> Result<String, String> {
+    match text.split_once('=') {
+        Some((key, _)) if !key.is_empty() => Ok(text.to_owned()),
+        _ => Err("it must read KEY=VALUE, as in `lora.r=32`".to_owned()),
+    }
+}
+
+/// One training of the program `vora`.
+#[derive(Debug)]
+pub struct Run {
+    /// The run file.
+    pub config: PathBuf,
+    /// `KEY=VALUE`, applied in this order.
+    pub set: Vec<String>,
+    /// Handed on to `vora` where given.
+    pub device: Option<String>,
+}
+
+/// Sets up, trains, merges, and asks the merged model about pictures it never saw.
+pub fn run(args: &Args) -> Result<()> {
+    let config = match &args.config {
+        Some(file) => std::path::absolute(file)?,
+        None => cmd::root().join(if args.smoke { SMOKE } else { SCENES }),
+    };
+    let run = Run { config, set: args.set.clone(), device: args.device.clone() };
+    let run_dir = run.dir()?;
+    setup::ensure()?;
+    run.download()?;
+    let vora = cmd::vora()?;
+
+    let mut train = run.command(vora("train"));
+    if args.resume {
+        train.arg("--resume");
+    }
+    cmd::run(&mut train)?;
+
+    let merged = run_dir.join("merged");
+    if merged.exists() {
+        fs::remove_dir_all(&merged).with_context(|| format!("removing the older {}", merged.display()))?;
+    }
+    cmd::run(vora("merge").arg(run_dir.join("final")).arg("--out").arg(&merged))?;
+    ask(&vora, &run_dir, args.device.as_deref())?;
+    report(&run_dir);
+    Ok(())
+}
+
+impl Run {
+    /// `vora train` and its arguments.
+    pub fn command(&self, mut train: Command) -> Command {
+        train.arg("--config").arg(&self.config);
+        for set in &self.set {
+            train.args(["--set", set]);
+        }
+        if let Some(device) = &self.device {
+            train.args(["--device", device]);
+        }
+        train
+    }
+
+    /// The run folder: the last `--set run_dir=`, else what the run file says; relative to the clone, as `vora` is run there.
+    pub fn dir(&self) -> Result<PathBuf> {
+        let text = self.text()?;
+        let dir = self.set.iter().rev().find_map(|set| set.strip_prefix("run_dir=")).or_else(|| run_dir(&text));
+        let dir = dir.with_context(|| format!("{} has no key `run_dir`; add --set run_dir=DIR", self.config.display()))?;
+        Ok(cmd::root().join(dir))
+    }
+
+    /// Fetches those default models that this run needs and the cache lacks.
+    pub fn download(&self) -> Result<()> {
+        let text = self.text()?;
+        for model in DEFAULT_MODELS {
+            if std::iter::once(&text).chain(&self.set).any(|place| place.contains(model)) {
+                download::ensure(model).with_context(|| format!("fetching {model}"))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn text(&self) -> Result<String> {
+        fs::read_to_string(&self.config)
+            .with_context(|| format!("cannot read {}; --config takes a run file", self.config.display()))
+    }
+}
+
+/// The value of the top-level key `run_dir` in a YAML text.
+fn run_dir(text: &str) -> Option<&str> {
+    let value = text.lines().find_map(|line| line.strip_prefix("run_dir:"))?;
+    let value = value.split(" #").next()?.trim().trim_matches(['"', '\'']);
+    (!value.is_empty()).then_some(value)
+}
+
+/// Shows pictures that the training held out, with their questions, and what the merged model answers.
+fn ask(vora: &impl Fn(&str) -> Command, run_dir: &Path, device: Option<&str>) -> Result<()> {
+    let samples = run_dir.join("samples");
+    let file = samples.join("questions.jsonl");
+    let text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+    println!("\npictures that it never saw:");
+    for question in questions(&text).with_context(|| format!("reading {}", file.display()))?.iter().take(QUESTIONS) {
+        let image = samples.join(&question.image);
+        let mut ask = vora("ask");
+        ask.arg(run_dir.join("merged")).arg(&image).arg(&question.question);
+        if let Some(device) = device {
+            ask.args(["--device", device]);
+        }
+        let output = ask.output().context("cannot run vora")?;
+        let says = String::from_utf8_lossy(if output.status.success() { &output.stdout } else { &output.stderr });
+        ensure!(output.status.success(), "`vora ask` about {} failed: {}", image.display(), says.trim());
+        println!("  {}", shown(&image).display());
+        println!("    {}\n    {}   (right: {})", question.question, says.trim(), question.answer);
+    }
+    Ok(())
+}
+
+/// A line of `samples/questions.jsonl`; `image` is relative to its folder.
+#[derive(Debug, PartialEq)]
+struct Question {
+    image: String,
+    question: String,
+    answer: String,
+}
+
+fn questions(jsonl: &str) -> Result<Vec<Question>> {
+    let parse = |(i, line): (usize, &str)| {
+        let value: Value = serde_json::from_str(line).with_context(|| format!("line {}", i + 1))?;
+        let text = |key: &str| {
+            value[key].as_str().map(str::to_owned).with_context(|| format!("line {}: no text under `{key}`", i + 1))
+        };
+        Ok(Question { image: text("image")?, question: text("question")?, answer: text("answer")? })
+    };
+    jsonl.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).map(parse).collect()
+}
+
+/// Says what lies where.
+fn report(run_dir: &Path) {
+    let merged = shown(&run_dir.join("merged")).display().to_string();
+    println!("\n{}:", shown(run_dir).display());
+    for (name, what) in [
+        ("config.yaml", "the run file as it was used"),
+        ("metrics.jsonl", "one line a step"),
+        ("loss.svg", "both losses over the steps"),
+        ("eval.json", "exact match by split and kind of question, and that of the blind control"),
+        ("checkpoints", "what `--resume` goes on from"),
+        ("final", "adapters and patch embedding, to train further"),
+        ("merged", "a plain checkpoint: nothing is left to pay for at inference"),
+    ] {
+        if run_dir.join(name).exists() {
+            println!("  {name:<14} {what}");
+        }
+    }
+    println!("\nask it yourself:\n  cargo run --release --bin vora -- ask {merged} IMAGE \"What shape is it?\"");
+}
+
+/// A path as one would type it in the clone.
+fn shown(path: &Path) -> PathBuf {
+    path.strip_prefix(cmd::root()).unwrap_or(path).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn run_folder_is_read_from_run_file_and_set() {
+        assert_eq!(run_dir("seed: 1\nrun_dir: runs/a  # here\n"), Some("runs/a"));
+        assert_eq!(run_dir("run_dir: \"runs/b\"\n"), Some("runs/b"));
+        assert_eq!(run_dir("train:\n  run_dir: runs/c\n"), None);
+
+        let dir = tempfile::tempdir().unwrap();
+        let config = dir.path().join("a.yaml");
+        fs::write(&config, "seed: 1\n").unwrap();
+        let mut run = Run { config, set: vec![], device: None };
+        assert!(run.dir().unwrap_err().to_string().ends_with("has no key `run_dir`; add --set run_dir=DIR"));
+        run.set = vec!["run_dir=runs/x".into(), "run_dir=/y".into()];
+        assert_eq!(run.dir().unwrap(), Path::new("/y"));
+    }
+
+    #[test]
+    fn missing_run_file_is_named() {
+        let run = Run { config: "/nowhere/a.yaml".into(), set: vec![], device: None };
+        let err = format!("{:#}", run.dir().unwrap_err());
+        assert!(err.starts_with("cannot read /nowhere/a.yaml; --config takes a run file: "), "{err}");
+    }
+
+    #[test]
+    fn command_hands_everything_on() {
+        let run = Run { config: "/a.yaml".into(), set: vec!["lr=1".into(), "x.y=2".into()], device: Some("cpu".into()) };
+        let command = run.command(Command::new("vora"));
+        let args: Vec<_> = command.get_args().map(|arg| arg.to_str().unwrap()).collect();
+        assert_eq!(args, ["--config", "/a.yaml", "--set", "lr=1", "--set", "x.y=2", "--device", "cpu"]);
+    }
+
+    #[test]
+    fn questions_name_the_line_that_is_wrong() {
+        let good = r#"{"image":"0.png","question":"What colour is it?","answer":"red"}"#;
+        let first = Question { image: "0.png".into(), question: "What colour is it?".into(), answer: "red".into() };
+        assert_eq!(questions(&format!("{good}\n\n")).unwrap(), [first]);
+        let err = questions(&format!("{good}\n{{\"image\":\"1.png\"}}")).unwrap_err();
+        assert_eq!(err.to_string(), "line 2: no text under `question`");
+    }
+
+    #[test]
+    fn set_without_a_value_is_refused() {
+        assert!(key_value("lora.r").is_err() && key_value("=1").is_err());
+        assert_eq!(key_value("a=b=c"), Ok("a=b=c".to_owned()));
+    }
+}
