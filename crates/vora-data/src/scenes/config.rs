@@ -1,0 +1,222 @@
+//! What a dataset of scenes is made of.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::colour::Colour;
+use super::question::QuestionKind;
+use super::shape::Shape;
+
+/// The `scenes:` section of a run file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ScenesConfig {
+    /// Another seed gives other pictures, in every split.
+    pub seed: u64,
+    /// Side of the square picture, in pixels.
+    pub image_size: u32,
+    /// How many named colours, the first of [`Colour::ALL`]; at least 4.
+    pub colours: usize,
+    /// How many shapes, the first of [`Shape::ALL`]; at least 4.
+    pub shapes: usize,
+    /// Shares of pictures with one, two and three objects; they need not add up to 1.
+    pub objects: [f64; 3],
+    /// Colour-shape pairs that the splits `train` and `test` never show nor name. Each colour and each shape keeps
+    /// more than half of its partners.
+    pub held_out: usize,
+    /// Share of objects with a colour that has no name; nobody asks for it.
+    pub unnamed_share: f64,
+    /// Questions asked about one picture; fewer where it gives rise to fewer.
+    pub questions_per_image: usize,
+    /// How often each kind is asked, relative to the others; a kind that is missing is not asked.
+    pub kinds: BTreeMap<QuestionKind, f64>,
+    /// Share of questions about a lone object that name it all the same: "What color is the circle?".
+    pub named_share: f64,
+    /// The grounds, each as often as the others.
+    pub grounds: Vec<Ground>,
+    /// An object's radius, smallest and largest, as a share of its quarter's side.
+    pub radius: [f32; 2],
+    /// How far an object strays from the middle of its quarter, as a share of the quarter's side.
+    pub position_jitter: f32,
+    /// How far each channel of a named colour strays, of 255.
+    pub colour_jitter: u8,
+    /// Standard deviation of the noise on every channel of every pixel, of 255.
+    pub noise: f32,
+}
+
+/// What lies behind the objects; always one colour.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ground {
+    /// Middle grey.
+    Grey,
+    /// Nearly white.
+    Light,
+    /// Nearly black.
+    Dark,
+    /// A muted hue.
+    Tinted,
+}
+
+impl Default for ScenesConfig {
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            image_size: 56,
+            colours: 8,
+            shapes: 5,
+            objects: [0.6, 0.2, 0.2],
+            held_out: 8,
+            unnamed_share: 0.3,
+            questions_per_image: 4,
+            kinds: BTreeMap::from([
+                (QuestionKind::Colour, 1.0),
+                (QuestionKind::Shape, 2.0),
+                (QuestionKind::Where, 1.0),
+                (QuestionKind::HowMany, 1.0),
+                (QuestionKind::YesNo, 1.0),
+                (QuestionKind::Caption, 1.0),
+            ]),
+            named_share: 0.0,
+            grounds: vec![Ground::Grey],
+            radius: [0.36, 0.45],
+            position_jitter: 0.05,
+            colour_jitter: 15,
+            noise: 4.0,
+        }
+    }
+}
+
+impl ScenesConfig {
+    /// Checks what the types leave open.
+    ///
+    /// # Errors
+    /// Names the first key whose value makes no dataset, and what it takes.
+    pub fn validate(&self) -> Result<()> {
+        ensure!(
+            (8..=4096).contains(&self.image_size),
+            "scenes.image_size is {}, it must be 8 to 4096",
+            self.image_size
+        );
+        for (key, n, most) in [("colours", self.colours, Colour::ALL.len()), ("shapes", self.shapes, Shape::ALL.len())]
+        {
+            ensure!((4..=most).contains(&n), "scenes.{key} is {n}, it must be 4 to {most}");
+        }
+        let total: f64 = self.objects.iter().sum();
+        ensure!(
+            self.objects.iter().all(|share| *share >= 0.0) && total > 0.0 && total.is_finite(),
+            "scenes.objects is {:?}, it must hold three shares of which one is above 0",
+            self.objects
+        );
+        let most = self.most_held_out();
+        ensure!(
+            self.held_out <= most,
+            "scenes.held_out is {}, it must be at most {most} so that each of {} colours and {} shapes keeps more \
+             than half of its partners",
+            self.held_out,
+            self.colours,
+            self.shapes
+        );
+        for (key, share) in [("unnamed_share", self.unnamed_share), ("named_share", self.named_share)] {
+            ensure!((0.0..=1.0).contains(&share), "scenes.{key} is {share}, it must be 0 to 1");
+        }
+        ensure!(self.questions_per_image > 0, "scenes.questions_per_image is 0, it must be at least 1");
+        for (kind, weight) in &self.kinds {
+            ensure!(*weight >= 0.0 && weight.is_finite(), "scenes.kinds.{kind} is {weight}, it must be 0 or more");
+        }
+        // An object of an unnamed colour is never asked its colour, so other kinds have to be there.
+        let always = [QuestionKind::Shape, QuestionKind::Where, QuestionKind::HowMany, QuestionKind::YesNo];
+        ensure!(
+            always.iter().chain(&[QuestionKind::Caption]).any(|kind| self.weight(*kind) > 0.0),
+            "scenes.kinds asks nothing that every picture can answer, it needs one of shape, where, how_many, \
+             yes_no, caption"
+        );
+        ensure!(!self.grounds.is_empty(), "scenes.grounds is empty, it must name at least one ground");
+        let [smallest, largest] = self.radius;
+        ensure!(
+            0.1 <= smallest && smallest <= largest && largest <= 0.6,
+            "scenes.radius is {:?}, it must be two numbers from 0.1 to 0.6, the smaller one first",
+            self.radius
+        );
+        ensure!(
+            (0.0..=0.2).contains(&self.position_jitter),
+            "scenes.position_jitter is {}, it must be 0 to 0.2",
+            self.position_jitter
+        );
+        ensure!(self.colour_jitter <= 30, "scenes.colour_jitter is {}, it must be 0 to 30", self.colour_jitter);
+        ensure!((0.0..=64.0).contains(&self.noise), "scenes.noise is {}, it must be 0 to 64", self.noise);
+        Ok(())
+    }
+
+    /// The pairs held out, dealt diagonally, so that all colours and all shapes lose equally many, give or take one.
+    pub(super) fn held_out_pairs(&self) -> Vec<(Colour, Shape)> {
+        (0..self.held_out)
+            .map(|k| {
+                let (colour, round) = (k % self.colours, k / self.colours);
+                (Colour::ALL[colour], Shape::ALL[(colour + round) % self.shapes])
+            })
+            .collect()
+    }
+
+    pub(super) fn weight(&self, kind: QuestionKind) -> f64 {
+        self.kinds.get(&kind).copied().unwrap_or(0.0)
+    }
+
+    fn most_held_out(&self) -> usize {
+        (0..=self.colours * self.shapes)
+            .take_while(|&n| {
+                let pairs = Self { held_out: n, ..self.clone() }.held_out_pairs();
+                let lost_by_colour = |c| pairs.iter().filter(|pair| pair.0 == c).count();
+                let lost_by_shape = |s| pairs.iter().filter(|pair| pair.1 == s).count();
+                Colour::ALL[..self.colours].iter().all(|c| 2 * lost_by_colour(*c) < self.shapes)
+                    && Shape::ALL[..self.shapes].iter().all(|s| 2 * lost_by_shape(*s) < self.colours)
+            })
+            .last()
+            .unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn held_out_pairs_are_different_and_leave_most_partners() {
+        for (colours, shapes) in [(8, 5), (8, 8), (12, 8), (4, 4), (6, 4)] {
+            let mut config = ScenesConfig { colours, shapes, held_out: 0, ..ScenesConfig::default() };
+            config.held_out = config.most_held_out();
+            config.validate().unwrap();
+            let pairs = config.held_out_pairs();
+            assert_eq!(pairs.iter().collect::<HashSet<_>>().len(), pairs.len());
+            assert!(config.held_out >= colours, "{colours} x {shapes} allows only {}", config.held_out);
+        }
+    }
+
+    #[test]
+    fn errors_name_the_key_and_what_it_takes() {
+        let default = ScenesConfig::default;
+        let says = |config: ScenesConfig, text: &str| {
+            let message = config.validate().unwrap_err().to_string();
+            assert!(message.contains(text), "`{message}` lacks `{text}`");
+        };
+        default().validate().unwrap();
+        says(ScenesConfig { colours: 13, ..default() }, "scenes.colours is 13, it must be 4 to 12");
+        says(ScenesConfig { held_out: 40, ..default() }, "scenes.held_out is 40, it must be at most");
+        says(ScenesConfig { objects: [0.0; 3], ..default() }, "scenes.objects");
+        says(ScenesConfig { noise: f32::NAN, ..default() }, "scenes.noise is NaN");
+        says(ScenesConfig { kinds: BTreeMap::from([(QuestionKind::Colour, 1.0)]), ..default() }, "scenes.kinds");
+        says(ScenesConfig { radius: [0.5, 0.4], ..default() }, "the smaller one first");
+    }
+
+    #[test]
+    fn unknown_keys_are_refused() {
+        let read = serde_json::from_str::<ScenesConfig>;
+        assert_eq!(read(r#"{"colours": 6, "kinds": {"how_many": 2.0}}"#).unwrap().colours, 6);
+        assert!(read(r#"{"colors": 6}"#).unwrap_err().to_string().contains("unknown field `colors`"));
+        assert!(read(r#"{"kinds": {"size": 1.0}}"#).unwrap_err().to_string().contains("unknown variant `size`"));
+    }
+}
