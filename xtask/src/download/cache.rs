@@ -135,3 +135,60 @@ pub(crate) fn check_complete(folder: &Path, files: &[&str]) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn root(vars: &[(&str, &str)]) -> PathBuf {
+        let var = |name: &str| vars.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value));
+        Cache::from_vars(var).unwrap().root
+    }
+
+    #[test]
+    fn the_root_is_where_python_has_it() {
+        let mut vars = vec![("HOME", "/home/me")];
+        assert_eq!(root(&vars), Path::new("/home/me/.cache/huggingface/hub"));
+        vars.push(("XDG_CACHE_HOME", "/xdg"));
+        assert_eq!(root(&vars), Path::new("/xdg/huggingface/hub"));
+        vars.push(("HF_HOME", "~/hf"));
+        assert_eq!(root(&vars), Path::new("/home/me/hf/hub"));
+        vars.push(("HF_HUB_CACHE", "/weights"));
+        assert_eq!(root(&vars), Path::new("/weights"));
+        assert!(Cache::from_vars(|_| None).unwrap_err().to_string().contains("HF_HOME or --cache"));
+    }
+
+    #[test]
+    fn names_cannot_leave_the_cache() {
+        let cache = Cache::at("/c");
+        assert_eq!(cache.repo("a/b-1.5_x").unwrap().folder, Path::new("/c/models--a--b-1.5_x"));
+        for name in ["x", "a/b/c", "../b", "a/..", "a/b..c", "/b", "a/", "a/b c", "a/-b", "a\\b/c", ""] {
+            let error = cache.repo(name).unwrap_err().to_string();
+            assert!(error.contains("must read ORG/NAME"), "{name}: {error}");
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let repo = Cache::at(folder.path()).repo("a/b").unwrap();
+        assert_eq!(repo.main(), None);
+        repo.set_main("abc").unwrap();
+        assert_eq!(repo.main().as_deref(), Some("abc"));
+        repo.set_main("../../etc").unwrap();
+        assert_eq!(repo.main(), None);
+    }
+
+    #[test]
+    fn a_folder_is_complete_with_config_and_all_shards() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+        let error = || check_complete(folder.path(), &["tokenizer.json"]).unwrap_err().to_string();
+        assert!(error().ends_with("has no config.json"), "{}", error());
+        write("config.json", "{}");
+        assert!(error().ends_with("has no tokenizer.json"));
+        write("tokenizer.json", "{}");
+        assert!(error().ends_with("neither model.safetensors nor its index"));
+        write("model.safetensors.index.json", r#"{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}"#);
+        write("1.safetensors", "");
+        assert!(error().ends_with("has no 2.safetensors"));
+        write("2.safetensors", "");
+        check_complete(folder.path(), &["tokenizer.json"]).unwrap();
+    }
+}

@@ -179,3 +179,42 @@ fn transpose(shape: &[usize], values: &[f32]) -> Result<(Vec<usize>, Vec<f32>)> 
     let out = (0..columns).flat_map(|column| (0..rows).map(move |row| values[row * columns + column]));
     Ok((vec![columns, rows], out.collect()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILE: &[u8] = include_bytes!("../../../fixtures/golden/onnx_file.onnx");
+
+    #[test]
+    fn weights_are_found_through_the_bias_added_after_them() {
+        let graph = Onnx::parse(FILE).unwrap();
+        let pairs = linear_weights(&graph).unwrap();
+        let layer = "encoder.layer.0.attention.attention";
+        assert_eq!(
+            pairs,
+            [(format!("{layer}.key.weight"), "onnx::MatMul_1"), (format!("{layer}.query.weight"), "onnx::MatMul_2")]
+        );
+    }
+
+    #[test]
+    fn matrices_are_transposed() {
+        let (shape, values) = transpose(&[2, 3], &[0., 1., 2., 3., 4., 5.]).unwrap();
+        assert_eq!((shape, values), (vec![3, 2], vec![0., 3., 1., 4., 2., 5.]));
+        assert!(transpose(&[6], &[0.; 6]).unwrap_err().to_string().contains("expected a matrix"));
+    }
+
+    #[test]
+    fn every_name_of_the_model_is_expected_once() {
+        assert_eq!(expected().len(), 7 + 18 * LAYERS);
+        let parameters: usize = expected().values().map(|shape| shape.iter().product::<usize>()).sum();
+        assert_eq!(parameters, 22_056_576); // as transformers counts facebook/dinov2-small
+    }
+
+    #[test]
+    fn another_graph_is_refused() {
+        let graph = Onnx::parse(FILE).unwrap();
+        let error = weights(&graph).unwrap_err().to_string();
+        assert!(error.contains("one anonymous initialiser of shape [1, 1, 384] is needed, found []"), "{error}");
+    }
+}

@@ -330,3 +330,126 @@ fn scalar_bytes(kind: u32) -> Option<usize> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safetensors::SafeTensors;
+
+    const FILE: &[u8] = include_bytes!("../../../fixtures/golden/gguf_file.gguf");
+    const GOLDEN: &[u8] = include_bytes!("../../../fixtures/golden/gguf_file.safetensors");
+
+    #[test]
+    fn every_kind_matches_the_python_package_bit_for_bit() {
+        let file = Gguf::parse(FILE).unwrap();
+        let golden = SafeTensors::deserialize(GOLDEN).unwrap();
+        for name in file.names() {
+            let (shape, values) = file.tensor(name).unwrap();
+            let expected = golden.tensor(&format!("raw.{name}")).unwrap();
+            assert_eq!(shape, expected.shape(), "{name}");
+            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            assert_eq!(bytes, expected.data(), "{name}");
+        }
+        assert_eq!(file.names().count(), 11);
+    }
+
+    #[test]
+    fn metadata_of_every_kind_is_read() {
+        let file = Gguf::parse(FILE).unwrap();
+        for bits in [8, 16, 32, 64] {
+            assert_eq!(file.unsigned(&format!("test.uint{bits}")).unwrap(), u64::MAX >> (64 - bits));
+            let text = file.unsigned(&format!("test.int{bits}")).unwrap_err().to_string();
+            assert!(text.contains(&format!("Signed({})", i64::MIN >> (64 - bits))), "{text}");
+        }
+        assert_eq!((file.float("test.float32").unwrap(), file.float("test.float64").unwrap()), (0.1, 0.1));
+        assert!(file.bool("test.bool").unwrap());
+        assert_eq!(file.text("tokenizer.ggml.pre").unwrap(), "smollm");
+        assert_eq!(file.texts("tokenizer.ggml.merges").unwrap()[3], "hell o");
+        assert_eq!(file.integers("tokenizer.ggml.token_type").unwrap()[..4], [3, 3, 3, 1]);
+        for (error, part) in [
+            (file.text("nope").unwrap_err(), "no metadata `nope`"),
+            (file.texts("test.floats").unwrap_err(), "`test.floats` is an array of kind 6, it must be 8"),
+            (file.text("test.bool").unwrap_err(), "`test.bool` is Bool(true), it must be a string"),
+        ] {
+            assert!(error.to_string().contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_cut_file_is_an_error_wherever_it_is_cut() {
+        let file = Gguf::parse(FILE).unwrap();
+        let end = FILE.len() - file.data.len() + file.tensors.values().map(|info| info.end).max().unwrap();
+        for len in 0..end {
+            assert!(Gguf::parse(&FILE[..len]).is_err(), "cut at {len}");
+        }
+    }
+
+    #[test]
+    fn no_altered_byte_makes_it_panic() {
+        let header = FILE.len() - Gguf::parse(FILE).unwrap().data.len();
+        let mut bytes = FILE.to_vec();
+        for at in 0..header {
+            for value in [0, 1, 9, 0x7f, 0xff] {
+                bytes[at] = value;
+                if let Ok(file) = Gguf::parse(&bytes) {
+                    file.names().for_each(|name| drop(file.tensor(name)));
+                }
+            }
+            bytes[at] = FILE[at];
+        }
+    }
+
+    /// A version 3 file: metadata and tensor list as given, then 64 bytes of data.
+    fn build(num_tensors: u64, num_values: u64, body: &[&[u8]]) -> Vec<u8> {
+        let mut bytes = b"GGUF\x03\0\0\0".to_vec();
+        bytes.extend(num_tensors.to_le_bytes());
+        bytes.extend(num_values.to_le_bytes());
+        bytes.extend(body.concat());
+        bytes.resize(bytes.len().next_multiple_of(32) + 64, 0);
+        bytes
+    }
+
+    fn text(text: &str) -> Vec<u8> {
+        [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
+    }
+
+    fn tensor(name: &str, dims: &[u64], kind: u32, offset: u64) -> Vec<u8> {
+        let dims_bytes: Vec<u8> = dims.iter().flat_map(|dim| dim.to_le_bytes()).collect();
+        let num_dims = (dims.len() as u32).to_le_bytes();
+        [&text(name)[..], &num_dims, &dims_bytes, &kind.to_le_bytes(), &offset.to_le_bytes()].concat()
+    }
+
+    #[test]
+    fn hostile_headers_are_refused() {
+        let huge = u64::MAX.to_le_bytes();
+        let string = 8u32.to_le_bytes();
+        let array = |kind: u32| [9u32.to_le_bytes(), kind.to_le_bytes()].concat();
+        let t = tensor;
+        for (bytes, part) in [
+            (b"PK\x03\x04 a wheel".to_vec(), "not a GGUF file"),
+            (b"GGUF\x01\0\0\0".to_vec(), "version 1"),
+            (build(0, u64::MAX, &[]), "metadata key `` stands there twice"),
+            (build(u64::MAX, 0, &[&t("a", &[1], 0, 0)]), "tensor `` stands there twice"),
+            (build(0, 1, &[&huge]), "bytes are needed at byte"),
+            (build(0, 1, &[&text("k"), &string, &huge]), "key `k`"),
+            (build(0, 1, &[&text("k"), &array(8), &huge]), "key `k`"),
+            (build(0, 1, &[&text("k"), &array(12), &huge]), "overflows"),
+            (build(0, 1, &[&text("k"), &array(9), &huge]), "array of kind 9"),
+            (build(0, 1, &[&text("k"), &77u32.to_le_bytes()]), "unknown kind 77"),
+            (build(0, 2, &[&text("k"), &array(0), &[0; 8], &text("k"), &array(0), &[0; 8]]), "`k` stands there twice"),
+            (build(1, 0, &[&t("a", &[1 << 33, 1 << 33], 0, 0)]), "overflows"),
+            (build(1, 0, &[&t("a", &[1 << 62], 0, 0)]), "overflows"),
+            (build(1, 0, &[&t("a", &[4], 0, u64::MAX - 31)]), "overflows"),
+            (build(1, 0, &[&t("a", &[1; 5], 0, 0)]), "5 dimensions"),
+            (build(1, 0, &[&t("a", &[4], 14, 0)]), "tensor `a`: kind 14 is not read here"),
+            (build(1, 0, &[&t("a", &[33], 3, 0)]), "rows of 33 do not divide into blocks of 32"),
+            (build(1, 0, &[&t("a", &[17], 0, 0)]), "`a` ends at byte 68 of the data, the file has 64"),
+            (build(1, 0, &[&t("a", &[4], 0, 4)]), "off the alignment of 32"),
+            (build(2, 0, &[&t("a", &[9], 0, 0), &t("b", &[8], 0, 32)]), "`b` overlaps another"),
+            (build(2, 0, &[&t("a", &[8], 0, 0), &t("a", &[8], 0, 32)]), "`a` stands there twice"),
+        ] {
+            let error = format!("{:#}", Gguf::parse(&bytes).unwrap_err());
+            assert!(error.contains(part), "{error} has no `{part}`");
+        }
+    }
+}

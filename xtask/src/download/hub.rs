@@ -2,9 +2,8 @@
 //! hash that the hub states.
 
 use std::{
-    env,
-    fs::{self, File},
-    io::{Read, Seek, SeekFrom, Write},
+    env, fs,
+    io::Read,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -12,8 +11,6 @@ use std::{
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
-use sha1::Sha1;
-use sha2::{Digest, Sha256};
 use ureq::{
     Agent, Body,
     config::RedirectAuthHeaders,
@@ -23,6 +20,7 @@ use ureq::{
 
 use super::cache::{Cache, Repo};
 use super::note;
+use super::partial::{FileInfo, Partial};
 
 const TRIES: u32 = 5; // in a row without one byte gained
 const LONGEST_LISTING: u64 = 32 << 20; // bytes
@@ -44,20 +42,13 @@ pub(crate) struct Listing {
     files: Vec<String>,
 }
 
-/// What the hub says about one file.
-#[derive(Debug)]
-struct FileInfo {
-    etag: String, // sha256, or git's sha1 of a small file; names the blob in the cache
-    size: u64,
-}
-
 impl Hub {
     /// Reads `HF_ENDPOINT`, `HF_TOKEN`, proxies and certificates; an error where `HF_HUB_OFFLINE` forbids to ask the hub.
     pub(crate) fn from_env() -> Result<Self> {
         let var = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());
         for name in ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"] {
             let value = var(name).unwrap_or_default().to_uppercase();
-            ensure!(!["1", "ON", "YES", "TRUE"].contains(&value.as_str()), "{name} is set");
+            ensure!(!["1", "ON", "YES", "TRUE"].contains(&value.as_str()), "{name} is set, so the hub is not asked");
         }
         let mut config = Agent::config_builder();
         if let Some(path) = var("REQUESTS_CA_BUNDLE").or_else(|| var("SSL_CERT_FILE")) {
@@ -235,110 +226,6 @@ enum Stop {
     Failed(Error),
 }
 
-/// A file that is being filled, with the hash of what it has so far.
-struct Partial<'a> {
-    path: &'a Path,
-    file: File,
-    hash: Hash,
-    len: u64,
-    bar: ProgressBar,
-}
-
-impl<'a> Partial<'a> {
-    fn open(path: &'a Path, info: &FileInfo, bar: ProgressBar) -> Result<Self> {
-        let opened = path
-            .parent()
-            .map_or(Ok(()), fs::create_dir_all)
-            .and_then(|()| File::options().create(true).truncate(false).read(true).write(true).open(path));
-        let file = opened.with_context(|| format!("cannot open {}", path.display()))?;
-        let mut partial = Self { path, file, hash: Hash::new(info), len: 0, bar };
-        let mut buffer = vec![0; 1 << 16];
-        loop {
-            let count = partial.file.read(&mut buffer).with_context(|| format!("reading {}", path.display()))?;
-            if count == 0 {
-                break;
-            }
-            partial.hash.update(&buffer[..count]);
-            partial.len += count as u64;
-        }
-        if partial.len > info.size {
-            partial.hash = Hash::new(info);
-            partial.restart()?;
-        }
-        partial.bar.set_position(partial.len);
-        Ok(partial)
-    }
-
-    fn restart(&mut self) -> Result<()> {
-        let emptied = self.file.set_len(0).and_then(|()| self.file.seek(SeekFrom::Start(0)));
-        emptied.with_context(|| format!("cannot empty {}", self.path.display()))?;
-        self.hash.reset();
-        self.len = 0;
-        Ok(())
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all(bytes).with_context(|| format!("writing {}", self.path.display()))?;
-        self.hash.update(bytes);
-        self.len += bytes.len() as u64;
-        self.bar.set_position(self.len);
-        Ok(())
-    }
-
-    fn finish(self, info: &FileInfo) -> Result<()> {
-        self.bar.finish_and_clear();
-        let found = self.hash.finish();
-        if self.len != info.size || found != info.etag {
-            fs::remove_file(self.path).with_context(|| format!("cannot delete {}", self.path.display()))?;
-            bail!(
-                "its {} bytes have the hash {found}, the hub says {} bytes with {}; they were deleted, try again",
-                self.len,
-                info.size,
-                info.etag
-            );
-        }
-        self.file.sync_all().with_context(|| format!("writing {}", self.path.display()))
-    }
-}
-
-/// The hash that an etag states: sha256 of the bytes, or git's sha1, which hashes a header with the size first.
-enum Hash {
-    Sha256(Sha256),
-    Git { sha1: Sha1, size: u64 },
-}
-
-impl Hash {
-    fn new(info: &FileInfo) -> Self {
-        let mut hash = match info.etag.len() {
-            64 => Self::Sha256(Sha256::new()),
-            _ => Self::Git { sha1: Sha1::new(), size: info.size },
-        };
-        hash.reset();
-        hash
-    }
-
-    fn reset(&mut self) {
-        match self {
-            Self::Sha256(hash) => Digest::reset(hash),
-            Self::Git { sha1, size } => *sha1 = Sha1::new_with_prefix(format!("blob {size}\0")),
-        }
-    }
-
-    fn update(&mut self, bytes: &[u8]) {
-        match self {
-            Self::Sha256(hash) => hash.update(bytes),
-            Self::Git { sha1, .. } => sha1.update(bytes),
-        }
-    }
-
-    fn finish(self) -> String {
-        match self {
-            Self::Sha256(hash) => format!("{:x}", hash.finalize()),
-            Self::Git { sha1, .. } => format!("{:x}", sha1.finalize()),
-        }
-    }
-}
-
 /// Of a model's files those that loading needs: safetensors, JSON, tokenizer and chat template.
 fn wanted(name: &str, files: &[&str]) -> Result<Vec<String>> {
     let top_level =
@@ -391,4 +278,298 @@ fn progress_bar(file: &str, size: u64) -> ProgressBar {
     }
     let style = ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left");
     bar.with_style(style.expect("the template is right"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{
+        io::{BufRead, BufReader, Write},
+        net::{TcpListener, TcpStream},
+        sync::{Arc, Mutex},
+        thread,
+    };
+
+    const REVISION: &str = "0123456789abcdef0123456789abcdef01234567";
+
+    /// A hub on this machine: `model.safetensors` by way of a storage under another host name, `config.json` directly.
+    #[derive(Debug, Default)]
+    struct Faults {
+        cuts: Vec<usize>, // how many bytes the storage's next answers have before the connection breaks
+        altered: bool,    // one byte of the weights is not what the hash says
+        no_ranges: bool,  // the storage always sends the whole file
+        log: Vec<String>, // of requests: method, path, `range` and `authorization`
+        pickle: bool,     // the listing has a pickle and no safetensors
+    }
+
+    struct Server {
+        endpoint: String,
+        faults: Arc<Mutex<Faults>>,
+    }
+
+    fn weights() -> Vec<u8> {
+        (0..200_000u32).map(|idx| (idx * 31 % 251) as u8).collect()
+    }
+
+    impl Server {
+        fn start() -> Self {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let port = listener.local_addr().unwrap().port();
+            let faults = Arc::new(Mutex::new(Faults::default()));
+            let shared = faults.clone();
+            thread::spawn(move || {
+                for stream in listener.incoming() {
+                    let shared = shared.clone();
+                    thread::spawn(move || answer(&stream.unwrap(), port, &shared));
+                }
+            });
+            Self { endpoint: format!("http://127.0.0.1:{port}"), faults }
+        }
+
+        fn hub(&self) -> Hub {
+            hub(&self.endpoint)
+        }
+
+        fn faults(&self) -> std::sync::MutexGuard<'_, Faults> {
+            self.faults.lock().unwrap()
+        }
+
+        fn logged(&self, part: &str) -> usize {
+            self.faults().log.iter().filter(|line| line.contains(part)).count()
+        }
+    }
+
+    fn hub(endpoint: &str) -> Hub {
+        let config = Agent::config_builder().proxy(None);
+        Hub::new(endpoint, Some("secret".into()), config, Duration::from_millis(1))
+    }
+
+    /// Answers one request; a connection serves no second one.
+    fn answer(mut stream: &TcpStream, port: u16, faults: &Mutex<Faults>) {
+        let mut lines = BufReader::new(stream).lines().map_while(Result::ok);
+        let Some(request) = lines.next() else { return };
+        let headers: Vec<_> = lines.take_while(|line| !line.is_empty()).map(|line| line.to_lowercase()).collect();
+        let value = |name: &str| headers.iter().find_map(|line| line.strip_prefix(&format!("{name}: "))).unwrap_or("");
+        let mut faults = faults.lock().unwrap();
+        faults.log.push(format!("{request} {} {}", value("range"), value("authorization")));
+        let mut words = request.split(' ');
+        let (method, path) = (words.next().unwrap(), words.next().unwrap());
+        let config = b"{\"model_type\": \"llama\"}";
+        let (head, body) = match path {
+            "/api/models/org/model/revision/main" if faults.pickle => {
+                ("200 OK\r\n".into(), json(&["config.json", "pytorch_model.bin"]))
+            }
+            "/api/models/org/model/revision/main" => (
+                "200 OK\r\n".into(),
+                json(&["README.md", "config.json", "model.safetensors", "onnx/model.onnx", "../x.json"]),
+            ),
+            _ if path == format!("/org/model/resolve/{REVISION}/config.json") => {
+                ("307 Temporary Redirect\r\nLocation: /cache/config.json\r\n".into(), vec![])
+            }
+            "/cache/config.json" => {
+                ("200 OK\r\nETag: \"230d5f4da0da586aad26ead694ea67cd15bd6df1\"\r\n".into(), config.to_vec())
+            }
+            _ if path == format!("/org/model/resolve/{REVISION}/model.safetensors") => {
+                let (sha256, size) = (hash(&weights()), weights().len());
+                let linked = format!("X-Linked-Etag: \"{sha256}\"\r\nX-Linked-Size: {size}\r\n");
+                (format!("302 Found\r\n{linked}Location: http://localhost:{port}/storage\r\n"), vec![])
+            }
+            "/storage" => {
+                let mut bytes = weights();
+                bytes[100_000] ^= u8::from(faults.altered);
+                match value("range").trim_start_matches("bytes=").trim_end_matches('-').parse::<usize>() {
+                    Ok(from) if !faults.no_ranges => {
+                        let range = format!("Content-Range: bytes {from}-{}/{}\r\n", bytes.len() - 1, bytes.len());
+                        (format!("206 Partial Content\r\n{range}"), bytes.split_off(from))
+                    }
+                    _ => ("200 OK\r\n".into(), bytes),
+                }
+            }
+            _ => ("404 Not Found\r\n".into(), vec![]),
+        };
+        let sent = if path == "/storage" && !faults.cuts.is_empty() { faults.cuts.remove(0) } else { body.len() };
+        drop(faults);
+        let head = format!("HTTP/1.1 {head}Content-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+        let _ = stream.write_all(head.as_bytes());
+        if method == "GET" {
+            let _ = stream.write_all(&body[..sent.min(body.len())]);
+        }
+    }
+
+    fn json(files: &[&str]) -> Vec<u8> {
+        let files: Vec<_> = files.iter().map(|file| serde_json::json!({ "rfilename": file })).collect();
+        serde_json::json!({ "sha": REVISION, "siblings": files }).to_string().into()
+    }
+
+    fn hash(bytes: &[u8]) -> String {
+        use sha2::Digest;
+        format!("{:x}", sha2::Sha256::digest(bytes))
+    }
+
+    fn fetch(hub: &Hub, root: &Path) -> Result<PathBuf> {
+        hub.fetch(&Cache::at(root), &hub.listing("org/model")?)
+    }
+
+    fn files(folder: &Path) -> Vec<String> {
+        let Ok(entries) = fs::read_dir(folder) else { return vec![] };
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn fills_the_cache_as_python_does() {
+        let (server, root) = (Server::start(), tempfile::tempdir().unwrap());
+        let snapshot = fetch(&server.hub(), root.path()).unwrap();
+        let model = root.path().join("models--org--model");
+        assert_eq!(snapshot, model.join("snapshots").join(REVISION));
+        assert_eq!(files(&snapshot), ["config.json", "model.safetensors"]);
+        assert_eq!(
+            files(&model.join("blobs")),
+            ["230d5f4da0da586aad26ead694ea67cd15bd6df1".to_owned(), hash(&weights())]
+        );
+        assert_eq!(fs::read(snapshot.join("model.safetensors")).unwrap(), weights());
+        assert_eq!(fs::read_to_string(model.join("refs/main")).unwrap(), REVISION);
+        #[cfg(unix)]
+        assert_eq!(
+            fs::read_link(snapshot.join("model.safetensors")).unwrap(),
+            Path::new("../../blobs").join(hash(&weights()))
+        );
+        assert_eq!(Cache::at(root.path()).repo("org/model").unwrap().main().as_deref(), Some(REVISION));
+        // The token goes to the hub and not to its storage.
+        assert_eq!((server.logged("GET /storage HTTP/1.1  "), server.logged("GET /storage HTTP/1.1  bearer")), (1, 0));
+        assert_eq!(server.logged("/api/models/org/model/revision/main HTTP/1.1  bearer secret"), 1);
+        // Nothing is fetched twice.
+        fetch(&server.hub(), root.path()).unwrap();
+        assert_eq!(server.logged("GET /storage"), 1);
+    }
+
+    #[test]
+    fn goes_on_where_the_connection_broke() {
+        let (server, root) = (Server::start(), tempfile::tempdir().unwrap());
+        server.faults().cuts = vec![70_000, 0, 60_000];
+        let snapshot = fetch(&server.hub(), root.path()).unwrap();
+        assert_eq!(fs::read(snapshot.join("model.safetensors")).unwrap(), weights());
+        assert_eq!(server.logged("GET /storage"), 4);
+        assert_eq!(server.logged("bytes=70000-"), 2 * 2); // asked of the hub and of its storage
+        assert_eq!(server.logged("bytes=130000-"), 2);
+    }
+
+    #[test]
+    fn goes_on_where_an_earlier_run_stopped() {
+        let (server, root) = (Server::start(), tempfile::tempdir().unwrap());
+        server.faults().cuts = [&[70_000][..], &[0; TRIES as usize]].concat();
+        let error = format!("{:#}", fetch(&server.hub(), root.path()).unwrap_err());
+        assert!(error.contains("fetching model.safetensors of org/model: 70000 of 200000 bytes are kept"), "{error}");
+        let model = root.path().join("models--org--model");
+        assert!(!model.join("refs/main").exists());
+        assert_eq!(files(&model.join("blobs"))[1], format!("{}.incomplete", hash(&weights())));
+        let snapshot = fetch(&server.hub(), root.path()).unwrap();
+        assert_eq!(fs::read(snapshot.join("model.safetensors")).unwrap(), weights());
+        assert_eq!(server.logged("bytes=70000-"), 2 * (TRIES as usize + 1));
+    }
+
+    #[test]
+    fn starts_again_where_the_server_cannot_resume() {
+        let (server, root) = (Server::start(), tempfile::tempdir().unwrap());
+        server.faults().cuts = vec![70_000];
+        server.faults().no_ranges = true;
+        let snapshot = fetch(&server.hub(), root.path()).unwrap();
+        assert_eq!(fs::read(snapshot.join("model.safetensors")).unwrap(), weights());
+    }
+
+    #[test]
+    fn one_altered_byte_is_refused_and_deleted() {
+        let (server, root) = (Server::start(), tempfile::tempdir().unwrap());
+        server.faults().altered = true;
+        let error = format!("{:#}", fetch(&server.hub(), root.path()).unwrap_err());
+        assert!(
+            error.contains(&format!("the hub says 200000 bytes with {}; they were deleted", hash(&weights()))),
+            "{error}"
+        );
+        let model = root.path().join("models--org--model");
+        assert_eq!(files(&model.join("blobs")), ["230d5f4da0da586aad26ead694ea67cd15bd6df1"]); // config.json
+        assert_eq!(files(&model.join("snapshots").join(REVISION)), ["config.json"]);
+        server.faults().altered = false;
+        fetch(&server.hub(), root.path()).unwrap();
+    }
+
+    #[test]
+    fn a_partial_file_of_something_else_is_refused() {
+        let (server, root) = (Server::start(), tempfile::tempdir().unwrap());
+        let blobs = root.path().join("models--org--model/blobs");
+        fs::create_dir_all(&blobs).unwrap();
+        fs::write(blobs.join(format!("{}.incomplete", hash(&weights()))), [7; 1000]).unwrap();
+        let error = format!("{:#}", fetch(&server.hub(), root.path()).unwrap_err());
+        assert!(error.contains("they were deleted, try again"), "{error}");
+        fetch(&server.hub(), root.path()).unwrap();
+    }
+
+    #[test]
+    fn two_at_once_end_with_one_good_file() {
+        let (server, root) = (Server::start(), tempfile::tempdir().unwrap());
+        server.faults().cuts = vec![70_000];
+        thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| fetch(&server.hub(), root.path()).unwrap());
+            }
+        });
+        let model = root.path().join("models--org--model");
+        assert_eq!(fs::read(model.join("snapshots").join(REVISION).join("model.safetensors")).unwrap(), weights());
+        assert_eq!(files(&model.join("blobs")).len(), 2);
+        assert_eq!(server.logged("GET /storage"), 2); // both of the one that came first
+    }
+
+    #[test]
+    fn pickle_is_refused_with_advice() {
+        let server = Server::start();
+        server.faults().pickle = true;
+        let error = server.hub().listing("org/model").unwrap_err().to_string();
+        assert!(error.contains("org/model has its weights as pickle only (pytorch_model.bin)"), "{error}");
+        assert!(error.contains("look for a version of the model in safetensors"), "{error}");
+    }
+
+    #[test]
+    fn unreachable_and_unknown_are_told_apart() {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port(); // free again at once
+        let error = format!("{:#}", hub(&format!("http://127.0.0.1:{port}/")).listing("org/model").unwrap_err());
+        assert!(error.starts_with(&format!("cannot reach http://127.0.0.1:{port}: ")), "{error}");
+        let error = format!("{:#}", Server::start().hub().listing("org/other").unwrap_err());
+        assert!(error.contains("/api/models/org/other/revision/main answered 404"), "{error}");
+    }
+
+    #[test]
+    fn only_what_loading_needs_is_wanted() {
+        let files = [
+            ".gitattributes",
+            "README.md",
+            "config.json",
+            "generation_config.json",
+            "chat_template.jinja",
+            "merges.txt",
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors",
+            "model.safetensors.index.json",
+            "consolidated.safetensors",
+            "pytorch_model.bin",
+            "tokenizer.model",
+            "onnx/config.json",
+            "modeling_x.py",
+        ];
+        assert_eq!(
+            wanted("a/b", &files).unwrap(),
+            [
+                "config.json",
+                "generation_config.json",
+                "chat_template.jinja",
+                "merges.txt",
+                "model-00001-of-00002.safetensors",
+                "model-00002-of-00002.safetensors",
+                "model.safetensors.index.json",
+                "tokenizer.model",
+            ]
+        );
+        assert_eq!(wanted("a/b", &["adapter_model.safetensors"]).unwrap(), ["adapter_model.safetensors"]);
+        assert!(wanted("a/b", &["config.json"]).unwrap_err().to_string().contains("a/b has no safetensors file"));
+    }
 }

@@ -10,6 +10,7 @@ mod dinov2;
 mod gguf;
 mod hub;
 mod onnx;
+mod partial;
 mod pypi;
 mod smollm2;
 

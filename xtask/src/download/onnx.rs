@@ -197,3 +197,63 @@ fn varint(bytes: &mut &[u8]) -> Result<u64> {
 fn text(bytes: &[u8]) -> Result<&str> {
     std::str::from_utf8(bytes).context("a name is not UTF-8")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILE: &[u8] = include_bytes!("../../../fixtures/golden/onnx_file.onnx");
+
+    #[test]
+    fn initialisers_and_nodes_are_read() {
+        let onnx = Onnx::parse(FILE).unwrap();
+        let (shape, values) = onnx.tensor("onnx::MatMul_1").unwrap();
+        assert_eq!((shape, values), (vec![2, 3], vec![0., 1., 2., 3., 4., 5.]));
+        let float_data = "backbone.encoder.layer.0.attention.attention.query.bias";
+        assert_eq!(onnx.tensor(float_data).unwrap().1, [0., 1., 2.]);
+        assert_eq!(onnx.names().count(), 5);
+        let kinds: Vec<_> = onnx.nodes.iter().map(|node| node.op_type).collect();
+        assert_eq!(kinds, ["MatMul", "Add", "MatMul", "Add", "MatMul"]);
+        assert_eq!(
+            (&onnx.nodes[0].inputs[..], &onnx.nodes[0].outputs[..]),
+            (&["x", "onnx::MatMul_1"][..], &["/key/MatMul"][..])
+        );
+    }
+
+    #[test]
+    fn what_is_no_f32_tensor_is_refused() {
+        let onnx = Onnx::parse(FILE).unwrap();
+        let error = |name| format!("{:#}", onnx.tensor(name).unwrap_err());
+        assert!(error("shape").contains("data type 7, only f32"), "{}", error("shape"));
+        assert!(error("nope").contains("no initialiser `nope`"));
+        let external = [8, 2, 0x10, 1, 0x70, 1]; // dims 2, f32, data_location 1
+        let error = TensorProto::parse(&external).unwrap().values().unwrap_err().to_string();
+        assert!(error.contains("another file"), "{error}");
+        let short = [8, 2, 0x10, 1, 0x4a, 4, 0, 0, 0, 0]; // dims 2, f32, raw_data of 4 bytes
+        let error = TensorProto::parse(&short).unwrap().values().unwrap_err().to_string();
+        assert!(error.contains("[2] does not fit its 4 bytes"), "{error}");
+    }
+
+    #[test]
+    fn cut_or_altered_files_do_not_panic() {
+        let whole = Onnx::parse(FILE).unwrap().names().count();
+        for len in 0..FILE.len() {
+            // Cut between two fields of the model it may still be whole; never is a part of the graph passed off as all.
+            if let Ok(onnx) = Onnx::parse(&FILE[..len]) {
+                assert_eq!(onnx.names().count(), whole, "cut at {len}");
+            }
+        }
+        let mut bytes = FILE.to_vec();
+        for at in 0..FILE.len() {
+            for value in [0, 1, 0x7f, 0x80, 0xff] {
+                bytes[at] = value;
+                if let Ok(onnx) = Onnx::parse(&bytes) {
+                    onnx.names().for_each(|name| drop(onnx.tensor(name)));
+                }
+            }
+            bytes[at] = FILE[at];
+        }
+        let error = format!("{:#}", Onnx::parse(b"\x3a\xff\xff\xff\xff\x0f").unwrap_err());
+        assert!(error.contains("is the file cut off?"), "{error}");
+    }
+}

@@ -236,3 +236,78 @@ fn tokenizer_config(config: &Config, tokens: &[&str], specials: &[usize], chat_t
         "vocab_size": config.vocab_size,
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safetensors::SafeTensors;
+
+    const GOLDEN: &[u8] = include_bytes!("../../../fixtures/golden/gguf_file.safetensors");
+
+    fn converted() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let gguf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/golden/gguf_file.gguf");
+        convert(&gguf, folder.path(), "a test").unwrap();
+        folder
+    }
+
+    fn json_file(folder: &tempfile::TempDir, name: &str) -> Value {
+        serde_json::from_str(&fs::read_to_string(folder.path().join(name)).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn weights_match_the_reference() {
+        let folder = converted();
+        let bytes = fs::read(folder.path().join("model.safetensors")).unwrap();
+        let (found, golden) = (SafeTensors::deserialize(&bytes).unwrap(), SafeTensors::deserialize(GOLDEN).unwrap());
+        assert_eq!(found.len(), 11);
+        for (name, tensor) in found.tensors() {
+            let expected = golden.tensor(&format!("hf.{name}")).unwrap();
+            assert_eq!((tensor.dtype(), tensor.shape()), (expected.dtype(), expected.shape()), "{name}");
+            assert_eq!(tensor.data(), expected.data(), "{name}");
+        }
+        let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+        assert_eq!(header.metadata().as_ref().unwrap()["format"], "pt");
+    }
+
+    #[test]
+    fn config_and_tokenizer_are_those_of_the_hub() {
+        let folder = converted();
+        let config = json_file(&folder, "config.json");
+        assert_eq!((&config["rms_norm_eps"], &config["rope_theta"]), (&json!(1e-5), &json!(100000.0)));
+        assert_eq!((&config["hidden_size"], &config["vocab_size"]), (&json!(32), &json!(19)));
+        let tokenizer = json_file(&folder, "tokenizer.json");
+        assert_eq!(
+            tokenizer["pre_tokenizer"]["pretokenizers"][0],
+            json!({ "type": "Digits", "individual_digits": true })
+        );
+        assert_eq!(tokenizer["model"]["vocab"]["<|im_end|>"], 2);
+        assert_eq!(tokenizer["model"]["merges"][3], "hell o");
+        assert_eq!(tokenizer["added_tokens"].as_array().unwrap().len(), 3);
+        let tokenizer_config = json_file(&folder, "tokenizer_config.json");
+        assert_eq!(
+            (&tokenizer_config["bos_token"], &tokenizer_config["eos_token"]),
+            (&json!("<|im_start|>"), &json!("<|im_end|>"))
+        );
+        let template = fs::read_to_string(folder.path().join("chat_template.jinja")).unwrap();
+        assert_eq!(tokenizer_config["chat_template"], template);
+    }
+
+    #[test]
+    fn rows_go_back_to_halves() {
+        // One head of four rows and one column; llama.cpp has pairs (0, 2) and (1, 3) side by side.
+        assert_eq!(unpermute(&[0., 2., 1., 3.], 1, 4, 1), [0., 1., 2., 3.]);
+        // Two heads of two rows stay, two columns each.
+        let rows = [0., 1., 2., 3., 4., 5., 6., 7.];
+        assert_eq!(unpermute(&rows, 2, 2, 2), rows);
+    }
+
+    #[test]
+    fn another_file_is_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let gguf = folder.path().join("no.gguf");
+        fs::write(&gguf, b"<html>").unwrap();
+        let error = format!("{:#}", convert(&gguf, folder.path(), "a test").unwrap_err());
+        assert!(error.contains("no.gguf: this is not a GGUF file"), "{error}");
+    }
+}
