@@ -5,7 +5,7 @@ use std::env;
 
 use anyhow::{Context, Result};
 use image::imageops;
-use vora_data::scenes::{Ground, Scenes, ScenesConfig, Split};
+use vora_data::scenes::{Colour, Ground, Scenes, ScenesConfig, Shape, Split};
 
 fn main() -> Result<()> {
     let mut arguments = env::args().skip(1);
@@ -13,8 +13,8 @@ fn main() -> Result<()> {
     let image_size = arguments.next().map_or(Ok(56), |size| size.parse())?;
     let config = ScenesConfig {
         image_size,
-        colours: 12,
-        shapes: 8,
+        colours: Colour::ALL.to_vec(),
+        shapes: Shape::ALL.to_vec(),
         grounds: vec![Ground::Grey, Ground::Light, Ground::Dark, Ground::Tinted],
         ..ScenesConfig::default()
     };

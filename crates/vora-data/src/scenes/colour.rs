@@ -1,12 +1,15 @@
 //! The named colours, and colours that lie between them.
 
+use serde::{Deserialize, Serialize};
+
 use super::draw::Draw;
 
 /// Red, green and blue, 0 to 255.
 pub(super) type Rgb = [u8; 3];
 
 /// A colour that has a name; its text is the American one, as questions ask for "color".
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[expect(missing_docs, reason = "each is the colour of its name")]
 pub enum Colour {
     Red,
@@ -24,7 +27,7 @@ pub enum Colour {
 }
 
 impl Colour {
-    /// Every colour, in the order in which a dataset of `n` colours takes them. The first ten are one token each in
+    /// Every colour; the first ten are one token each in
     /// SmolLM2's vocabulary, without a space before them too.
     pub const ALL: [Self; 12] = [
         Self::Red,

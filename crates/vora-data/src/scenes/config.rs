@@ -17,12 +17,14 @@ pub struct ScenesConfig {
     pub seed: u64,
     /// Side of the square picture, in pixels.
     pub image_size: u32,
-    /// How many named colours, the first of [`Colour::ALL`]; at least 4.
-    pub colours: usize,
-    /// How many shapes, the first of [`Shape::ALL`]; at least 4.
-    pub shapes: usize,
+    /// The named colours; at least 4.
+    pub colours: Vec<Colour>,
+    /// The shapes; at least 4.
+    pub shapes: Vec<Shape>,
     /// Shares of pictures with one, two and three objects; they need not add up to 1.
     pub objects: [f64; 3],
+    /// The first so many pictures of the split `train` hold one object: what is easy comes first.
+    pub lone_first: u64,
     /// Colour-shape pairs that the splits `train` and `test` never show nor name. Each colour and each shape keeps
     /// more than half of its partners.
     pub held_out: usize,
@@ -65,9 +67,10 @@ impl Default for ScenesConfig {
         Self {
             seed: 0,
             image_size: 56,
-            colours: 8,
-            shapes: 5,
+            colours: Colour::ALL[..8].to_vec(),
+            shapes: Shape::ALL[..5].to_vec(),
             objects: [0.6, 0.2, 0.2],
+            lone_first: 0,
             held_out: 8,
             unnamed_share: 0.3,
             questions_per_image: 4,
@@ -100,10 +103,8 @@ impl ScenesConfig {
             "scenes.image_size is {}, it must be 8 to 4096",
             self.image_size
         );
-        for (key, n, most) in [("colours", self.colours, Colour::ALL.len()), ("shapes", self.shapes, Shape::ALL.len())]
-        {
-            ensure!((4..=most).contains(&n), "scenes.{key} is {n}, it must be 4 to {most}");
-        }
+        check_list("colours", &self.colours)?;
+        check_list("shapes", &self.shapes)?;
         let total: f64 = self.objects.iter().sum();
         ensure!(
             self.objects.iter().all(|share| *share >= 0.0) && total > 0.0 && total.is_finite(),
@@ -116,8 +117,8 @@ impl ScenesConfig {
             "scenes.held_out is {}, it must be at most {most} so that each of {} colours and {} shapes keeps more \
              than half of its partners",
             self.held_out,
-            self.colours,
-            self.shapes
+            self.colours.len(),
+            self.shapes.len()
         );
         for (key, share) in [("unnamed_share", self.unnamed_share), ("named_share", self.named_share)] {
             ensure!((0.0..=1.0).contains(&share), "scenes.{key} is {share}, it must be 0 to 1");
@@ -152,10 +153,11 @@ impl ScenesConfig {
 
     /// The pairs held out, dealt diagonally, so that all colours and all shapes lose equally many, give or take one.
     pub(super) fn held_out_pairs(&self) -> Vec<(Colour, Shape)> {
+        let (colours, shapes) = (&self.colours, &self.shapes);
         (0..self.held_out)
             .map(|k| {
-                let (colour, round) = (k % self.colours, k / self.colours);
-                (Colour::ALL[colour], Shape::ALL[(colour + round) % self.shapes])
+                let (colour, round) = (k % colours.len(), k / colours.len());
+                (colours[colour], shapes[(colour + round) % shapes.len()])
             })
             .collect()
     }
@@ -165,17 +167,27 @@ impl ScenesConfig {
     }
 
     fn most_held_out(&self) -> usize {
-        (0..=self.colours * self.shapes)
+        let (colours, shapes) = (&self.colours, &self.shapes);
+        (0..=colours.len() * shapes.len())
             .take_while(|&n| {
                 let pairs = Self { held_out: n, ..self.clone() }.held_out_pairs();
                 let lost_by_colour = |c| pairs.iter().filter(|pair| pair.0 == c).count();
                 let lost_by_shape = |s| pairs.iter().filter(|pair| pair.1 == s).count();
-                Colour::ALL[..self.colours].iter().all(|c| 2 * lost_by_colour(*c) < self.shapes)
-                    && Shape::ALL[..self.shapes].iter().all(|s| 2 * lost_by_shape(*s) < self.colours)
+                colours.iter().all(|c| 2 * lost_by_colour(*c) < shapes.len())
+                    && shapes.iter().all(|s| 2 * lost_by_shape(*s) < colours.len())
             })
             .last()
             .unwrap_or(0)
     }
+}
+
+/// Three objects of one picture all differ, and one more is needed to be absent.
+fn check_list<T: PartialEq + std::fmt::Debug>(key: &str, list: &[T]) -> Result<()> {
+    ensure!(list.len() >= 4, "scenes.{key} has {} entries, it must have at least 4", list.len());
+    for (idx, item) in list.iter().enumerate() {
+        ensure!(!list[..idx].contains(item), "scenes.{key} has {item:?} twice");
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -186,13 +198,14 @@ mod tests {
 
     #[test]
     fn held_out_pairs_are_different_and_leave_most_partners() {
-        for (colours, shapes) in [(8, 5), (8, 8), (12, 8), (4, 4), (6, 4)] {
+        for (num_colours, num_shapes) in [(8, 5), (8, 8), (12, 8), (4, 4), (6, 4)] {
+            let (colours, shapes) = (Colour::ALL[..num_colours].to_vec(), Shape::ALL[..num_shapes].to_vec());
             let mut config = ScenesConfig { colours, shapes, held_out: 0, ..ScenesConfig::default() };
             config.held_out = config.most_held_out();
             config.validate().unwrap();
             let pairs = config.held_out_pairs();
             assert_eq!(pairs.iter().collect::<HashSet<_>>().len(), pairs.len());
-            assert!(config.held_out >= colours, "{colours} x {shapes} allows only {}", config.held_out);
+            assert!(config.held_out >= num_colours, "{num_colours} x {num_shapes} allows only {}", config.held_out);
         }
     }
 
@@ -204,7 +217,8 @@ mod tests {
             assert!(message.contains(text), "`{message}` lacks `{text}`");
         };
         default().validate().unwrap();
-        says(ScenesConfig { colours: 13, ..default() }, "scenes.colours is 13, it must be 4 to 12");
+        says(ScenesConfig { colours: vec![Colour::Red; 3], ..default() }, "scenes.colours has 3 entries");
+        says(ScenesConfig { shapes: vec![Shape::Ring; 4], ..default() }, "scenes.shapes has Ring twice");
         says(ScenesConfig { held_out: 40, ..default() }, "scenes.held_out is 40, it must be at most");
         says(ScenesConfig { objects: [0.0; 3], ..default() }, "scenes.objects");
         says(ScenesConfig { noise: f32::NAN, ..default() }, "scenes.noise is NaN");
@@ -215,7 +229,7 @@ mod tests {
     #[test]
     fn unknown_keys_are_refused() {
         let read = serde_json::from_str::<ScenesConfig>;
-        assert_eq!(read(r#"{"colours": 6, "kinds": {"how_many": 2.0}}"#).unwrap().colours, 6);
+        assert_eq!(read(r#"{"colours": ["pink"], "kinds": {"how_many": 2.0}}"#).unwrap().colours, [Colour::Pink]);
         assert!(read(r#"{"colors": 6}"#).unwrap_err().to_string().contains("unknown field `colors`"));
         assert!(read(r#"{"kinds": {"size": 1.0}}"#).unwrap_err().to_string().contains("unknown variant `size`"));
     }

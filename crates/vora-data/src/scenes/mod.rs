@@ -81,13 +81,13 @@ impl Scenes {
     }
 
     /// The named colours in use.
-    pub fn colours(&self) -> &'static [Colour] {
-        &Colour::ALL[..self.config.colours]
+    pub fn colours(&self) -> &[Colour] {
+        &self.config.colours
     }
 
     /// The shapes in use.
-    pub fn shapes(&self) -> &'static [Shape] {
-        &Shape::ALL[..self.config.shapes]
+    pub fn shapes(&self) -> &[Shape] {
+        &self.config.shapes
     }
 
     /// The pairs that come together in the split `unseen` only.

@@ -68,7 +68,9 @@ impl Scenes {
     /// The scene of this number, always the same.
     pub fn scene(&self, index: u64) -> Scene {
         let draw = &mut Draw::new(self.config.seed, self.split as u64, index, Purpose::Scene);
-        let num_objects = 1 + draw.weighted(self.config.objects);
+        let several = draw.weighted(self.config.objects);
+        let alone = self.split == Split::Train && index < self.config.lone_first;
+        let num_objects = if alone { 1 } else { 1 + several };
         let quarters: [usize; 4] = draw.permutation();
         let mut objects: Vec<Object> = Vec::with_capacity(num_objects);
         for quarter in &quarters[..num_objects] {
@@ -200,8 +202,17 @@ mod tests {
 
     fn scenes(split: Split) -> Scenes {
         let grounds = vec![Ground::Grey, Ground::Light, Ground::Dark, Ground::Tinted];
-        Scenes::new(ScenesConfig { grounds, colours: 12, shapes: 8, held_out: 12, ..ScenesConfig::default() }, split)
-            .unwrap()
+        Scenes::new(
+            ScenesConfig {
+                grounds,
+                colours: Colour::ALL.to_vec(),
+                shapes: Shape::ALL.to_vec(),
+                held_out: 12,
+                ..ScenesConfig::default()
+            },
+            split,
+        )
+        .unwrap()
     }
 
     #[test]
@@ -235,6 +246,14 @@ mod tests {
     }
 
     #[test]
+    fn the_first_pictures_of_training_hold_one_object() {
+        let config = ScenesConfig { objects: [0.0, 1.0, 1.0], lone_first: 20, ..ScenesConfig::default() };
+        let num_objects = |split, index| Scenes::new(config.clone(), split).unwrap().scene(index).objects.len();
+        assert_eq!((num_objects(Split::Train, 0), num_objects(Split::Train, 19)), (1, 1));
+        assert!(num_objects(Split::Train, 20) > 1 && num_objects(Split::Test, 0) > 1);
+    }
+
+    #[test]
     fn grounds_keep_away_from_objects() {
         let scenes = scenes(Split::Train);
         let close = (0..2000)
@@ -248,7 +267,12 @@ mod tests {
 
     #[test]
     fn the_object_is_where_the_scene_says() {
-        let config = ScenesConfig { objects: [1.0, 0.0, 0.0], noise: 0.0, shapes: 4, ..ScenesConfig::default() };
+        let config = ScenesConfig {
+            objects: [1.0, 0.0, 0.0],
+            noise: 0.0,
+            shapes: Shape::ALL[..4].to_vec(),
+            ..ScenesConfig::default()
+        };
         let scenes = Scenes::new(config, Split::Train).unwrap();
         for index in 0..50 {
             let (scene, picture) = (scenes.scene(index), scenes.render(index));

@@ -1,7 +1,10 @@
 //! Shapes as inside tests in a frame of their own: centre 0, radius about 1, `v` downwards.
 
+use serde::{Deserialize, Serialize};
+
 /// What an object is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[expect(missing_docs, reason = "each is the shape of its name")]
 pub enum Shape {
     Circle,
@@ -27,7 +30,7 @@ const TIPS: [[f32; 2]; 5] = [
 ];
 
 impl Shape {
-    /// Every shape, in the order in which a dataset of `n` shapes takes them.
+    /// Every shape.
     pub const ALL: [Self; 8] =
         [Self::Circle, Self::Square, Self::Triangle, Self::Cross, Self::Ring, Self::Star, Self::Diamond, Self::Heart];
 
