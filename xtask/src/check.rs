@@ -39,7 +39,9 @@ fn dependency_rules() -> Result<()> {
         .status()
         .is_ok_and(|status| status.success());
     if !installed {
-        eprintln!("NOT CHECKED: dependency rules (deny.toml) need cargo-deny; `cargo install cargo-deny --locked` adds it");
+        eprintln!(
+            "NOT CHECKED: dependency rules (deny.toml) need cargo-deny; `cargo install cargo-deny --locked` adds it"
+        );
         return Ok(());
     }
     // Advisories need the network and change by themselves: a task of their own, `cargo deny check advisories`.

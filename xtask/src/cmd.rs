@@ -159,7 +159,8 @@ mod tests {
 
     #[test]
     fn program_is_read_from_cargos_messages() {
-        let messages = [r#"{"reason":"compiler-artifact","executable":null}"#, "not json", r#"{"executable":"/t/vora"}"#];
+        let messages =
+            [r#"{"reason":"compiler-artifact","executable":null}"#, "not json", r#"{"executable":"/t/vora"}"#];
         assert_eq!(messages.iter().find_map(|m| executable(m)), Some(PathBuf::from("/t/vora")));
     }
 }

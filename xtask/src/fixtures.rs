@@ -62,8 +62,9 @@ fn environment(requirements: &Path) -> Result<PathBuf> {
         return Ok(python);
     }
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    cmd::run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder))
-        .context("cannot make a virtual environment (Python 3.11 or later; `apt install python3-venv` where it is apart)")?;
+    cmd::run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder)).context(
+        "cannot make a virtual environment (Python 3.11 or later; `apt install python3-venv` where it is apart)",
+    )?;
     cmd::run(Command::new(&python).args(["-m", "pip", "install", "--requirement"]).arg(requirements))?;
     fs::write(&installed, wanted).with_context(|| format!("cannot write {}", installed.display()))?;
     Ok(python)

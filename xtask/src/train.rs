@@ -112,7 +112,8 @@ impl Run {
     pub fn dir(&self) -> Result<PathBuf> {
         let text = self.text()?;
         let dir = self.set.iter().rev().find_map(|set| set.strip_prefix("run_dir=")).or_else(|| run_dir(&text));
-        let dir = dir.with_context(|| format!("{} has no key `run_dir`; add --set run_dir=DIR", self.config.display()))?;
+        let dir =
+            dir.with_context(|| format!("{} has no key `run_dir`; add --set run_dir=DIR", self.config.display()))?;
         Ok(cmd::root().join(dir))
     }
 
@@ -234,7 +235,8 @@ mod tests {
 
     #[test]
     fn command_hands_everything_on() {
-        let run = Run { config: "/a.yaml".into(), set: vec!["lr=1".into(), "x.y=2".into()], device: Some("cpu".into()) };
+        let run =
+            Run { config: "/a.yaml".into(), set: vec!["lr=1".into(), "x.y=2".into()], device: Some("cpu".into()) };
         let command = run.command(Command::new("vora"));
         let args: Vec<_> = command.get_args().map(|arg| arg.to_str().unwrap()).collect();
         assert_eq!(args, ["--config", "/a.yaml", "--set", "lr=1", "--set", "x.y=2", "--device", "cpu"]);

@@ -9,7 +9,8 @@ use comfy_table::{CellAlignment, Table};
 use plotters::prelude::*;
 use serde_json::Value;
 
-const COLOURS: [RGBColor; 4] = [RGBColor(31, 119, 180), RGBColor(214, 39, 40), RGBColor(44, 160, 44), RGBColor(148, 103, 189)];
+const COLOURS: [RGBColor; 4] =
+    [RGBColor(31, 119, 180), RGBColor(214, 39, 40), RGBColor(44, 160, 44), RGBColor(148, 103, 189)];
 
 /// What one run folder says about one training.
 #[derive(Debug)]
@@ -41,7 +42,8 @@ impl Variant {
     pub fn read(name: &str, dir: &Path) -> Result<Self> {
         let read = |file: &str| {
             let path = dir.join(file);
-            fs::read_to_string(&path).with_context(|| format!("cannot read {}; has this training ended?", path.display()))
+            fs::read_to_string(&path)
+                .with_context(|| format!("cannot read {}; has this training ended?", path.display()))
         };
         let steps = steps(&read("metrics.jsonl")?).with_context(|| format!("{}/metrics.jsonl", dir.display()))?;
         let accuracy = accuracy(&read("eval.json")?).with_context(|| format!("{}/eval.json", dir.display()))?;
@@ -76,7 +78,8 @@ fn accuracy(json: &str) -> Result<BTreeMap<(String, String), Accuracy>> {
     for (split, kinds) in value.as_object().context("it must hold {split: {kind: ..}}")? {
         for (kind, entry) in kinds.as_object().with_context(|| format!("`{split}` must hold {{kind: ..}}"))? {
             let number = |key| entry[key].as_f64().with_context(|| format!("`{split}.{kind}` has no number `{key}`"));
-            let entry = Accuracy { n: number("n")?, exact_match: number("exact_match")?, blind: number("blind_exact_match")? };
+            let entry =
+                Accuracy { n: number("n")?, exact_match: number("exact_match")?, blind: number("blind_exact_match")? };
             accuracy.insert((split.clone(), kind.clone()), entry);
         }
     }
@@ -149,7 +152,9 @@ fn draw_loss(area: &Area, title: &str, variants: &[Variant], value: impl Fn(&Ste
     chart.configure_mesh().x_desc("step").light_line_style(WHITE).draw()?;
     for ((variant, line), colour) in variants.iter().zip(lines).zip(COLOURS) {
         let series = chart.draw_series(LineSeries::new(line, colour.stroke_width(2)))?;
-        series.label(&variant.name).legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
+        series
+            .label(&variant.name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
     }
     chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK.mix(0.3)).draw()?;
     Ok(())

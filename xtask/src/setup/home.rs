@@ -91,7 +91,10 @@ fn make_view(home: &Path) -> Result<()> {
 fn version(torch: &Path) -> Result<String> {
     let header = torch.join("include/torch/headeronly/version.h");
     let text = fs::read_to_string(&header).with_context(|| {
-        format!("cannot read {}; LIBTORCH takes the folder that holds libtorch {VERSION}'s lib/ and include/", header.display())
+        format!(
+            "cannot read {}; LIBTORCH takes the folder that holds libtorch {VERSION}'s lib/ and include/",
+            header.display()
+        )
     })?;
     let number = |part: &str| {
         let define = format!("#define TORCH_VERSION_{part} ");
@@ -105,7 +108,8 @@ pub fn of_user(cache: &Path, libtorch: &Path) -> Result<PathBuf> {
     let context = || format!("LIBTORCH={}", libtorch.display());
     let torch = libtorch.canonicalize().with_context(context)?;
     let digest = Sha256::digest(torch.as_os_str().as_encoded_bytes());
-    let home = cache.join(format!("libtorch-user-{:02x}{:02x}{:02x}{:02x}", digest[0], digest[1], digest[2], digest[3]));
+    let home =
+        cache.join(format!("libtorch-user-{:02x}{:02x}{:02x}{:02x}", digest[0], digest[1], digest[2], digest[3]));
     if is_complete(&home, false) && version(&torch).with_context(context)? == VERSION {
         return Ok(home);
     }
@@ -157,7 +161,8 @@ pub mod tests {
     use super::*;
     use zip::write::SimpleFileOptions;
 
-    const HEADER: &str = "#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR 11\n#define TORCH_VERSION_PATCH 0\n";
+    const HEADER: &str =
+        "#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR 11\n#define TORCH_VERSION_PATCH 0\n";
 
     fn wheel(dir: &Path, entries: &[(&str, &str)]) -> PathBuf {
         let path = dir.join("torch-2.11.0-test.whl");
@@ -224,7 +229,9 @@ pub mod tests {
         assert!(is_complete(&home, true));
         assert_eq!(names(&home.join("view/lib")), ["libc10.so", "libgomp.so.1", "libtorch.so", "libtorch_cpu.so"]);
         assert_eq!(names(&home.join("nvidia/cu13/lib")), ["libcublas.so.13", "libcudart.so.13"]);
-        assert!(home.join("torch/lib/libtorch_cuda.so").exists() && !home.join("torch/lib/libtorch_python.so").exists());
+        assert!(
+            home.join("torch/lib/libtorch_cuda.so").exists() && !home.join("torch/lib/libtorch_python.so").exists()
+        );
     }
 
     #[test]

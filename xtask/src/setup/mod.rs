@@ -73,9 +73,14 @@ fn users_libtorch(root: &Path, libtorch: Option<PathBuf>) -> Option<PathBuf> {
 
 /// Whether the machine has an NVIDIA driver; `root` is `/`.
 fn nvidia_driver(root: &Path) -> bool {
-    ["proc/driver/nvidia/version", "usr/lib/x86_64-linux-gnu/libcuda.so.1", "usr/lib64/libcuda.so.1", "usr/lib/wsl/lib/libcuda.so.1"]
-        .iter()
-        .any(|path| root.join(path).exists())
+    [
+        "proc/driver/nvidia/version",
+        "usr/lib/x86_64-linux-gnu/libcuda.so.1",
+        "usr/lib64/libcuda.so.1",
+        "usr/lib/wsl/lib/libcuda.so.1",
+    ]
+    .iter()
+    .any(|path| root.join(path).exists())
 }
 
 /// The folder of the pinned libtorch in the cache; made there first if it is missing.
@@ -119,7 +124,9 @@ fn lock(path: &Path) -> Result<File> {
 /// torch-sys compiles C++: better one line now than a page from cargo.
 fn compiler() -> Result<()> {
     if env::var_os("CXX").is_none() && !cmd::on_path("c++") {
-        bail!("no C++ compiler: `c++` is not on PATH; install g++ (`apt install g++`, `dnf install gcc-c++`) or set CXX");
+        bail!(
+            "no C++ compiler: `c++` is not on PATH; install g++ (`apt install g++`, `dnf install gcc-c++`) or set CXX"
+        );
     }
     Ok(())
 }
@@ -151,7 +158,8 @@ mod tests {
     #[test]
     fn failed_fetch_leaves_no_home_and_says_what_to_do() {
         let cache = tempfile::tempdir().unwrap();
-        let pip = Pip::fake(cache.path(), "echo 'WARNING: Retrying (Retry(total=4)) after connection broken' >&2; exit 1");
+        let pip =
+            Pip::fake(cache.path(), "echo 'WARNING: Retrying (Retry(total=4)) after connection broken' >&2; exit 1");
         let err = format!("{:#}", cached(cache.path(), false, None, &pip).unwrap_err());
         assert!(err.contains("cannot be reached") && err.contains("--wheel") && err.contains("LIBTORCH"), "{err}");
         assert!(!err.contains('\n'), "{err}");

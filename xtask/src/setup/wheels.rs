@@ -10,7 +10,8 @@ use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
 /// What to do when a wheel cannot be had, for the end of an error line.
-const INSTEAD: &str = "give a wheel that you have (`cargo xtask setup --wheel FILE`) or set LIBTORCH to a libtorch 2.11.0";
+const INSTEAD: &str =
+    "give a wheel that you have (`cargo xtask setup --wheel FILE`) or set LIBTORCH to a libtorch 2.11.0";
 
 /// pip takes each of these tags literally, so all that the pinned wheels have are listed.
 const PLATFORMS: [&str; 6] =
@@ -41,7 +42,9 @@ impl Pin {
     /// Whether a file of this name is a wheel of this package and version.
     fn names(&self, file: &Path) -> bool {
         let start = format!("{}-{}-", self.name.replace('-', "_"), self.version);
-        file.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(&start) && name.ends_with(".whl"))
+        file.file_name()
+            .and_then(|name| name.to_str())
+            .is_some_and(|name| name.starts_with(&start) && name.ends_with(".whl"))
     }
 
     /// Refuses a file with another sha256 than the pinned ones.
@@ -173,13 +176,19 @@ fn explain(pin: &Pin, stderr: &str) -> String {
     let Pin { name, version, .. } = pin;
     let has = |words: &[&str]| words.iter().any(|word| stderr.contains(word));
     if has(&["No module named pip"]) {
-        return format!("python3 has no pip, which fetches libtorch; install it (`apt install python3-pip`), {INSTEAD}");
+        return format!(
+            "python3 has no pip, which fetches libtorch; install it (`apt install python3-pip`), {INSTEAD}"
+        );
     }
     if has(&["DO NOT MATCH THE HASHES"]) {
-        return format!("{name} {version} from the package index has a wrong sha256 and is refused; try again, {INSTEAD}");
+        return format!(
+            "{name} {version} from the package index has a wrong sha256 and is refused; try again, {INSTEAD}"
+        );
     }
     if has(&["Retrying (", "NewConnectionError", "ProxyError", "SSLError", "timed out", "Temporary failure"]) {
-        return format!("cannot fetch {name} {version}: the package index cannot be reached; connect and try again, {INSTEAD}");
+        return format!(
+            "cannot fetch {name} {version}: the package index cannot be reached; connect and try again, {INSTEAD}"
+        );
     }
     let last = stderr.lines().rev().find(|line| line.starts_with("ERROR: ")).unwrap_or("ERROR: it gave no reason");
     format!("cannot fetch {name} {version}: pip: {}; {INSTEAD}", &last["ERROR: ".len()..])
