@@ -12,4 +12,5 @@
 //! # }
 //! ```
 
+pub mod record;
 pub mod scenes;

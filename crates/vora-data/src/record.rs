@@ -1,0 +1,451 @@
+//! The conversation format: one JSON object a line, images beside it.
+//!
+//! `{"id": .., "frames": ["a.jpg"], "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, ..]}`; LLaVA's
+//! `image` instead of `frames` is read too. Annotations are streamed once for the places of their lines and then read
+//! line by line: a file may be larger than memory.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Mutex;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+
+/// What marks an image's place in a human turn.
+pub const IMAGE_PLACE: &str = "<image>";
+
+/// No line is longer: 16 MiB.
+const MAX_LINE: u64 = 16 << 20;
+
+/// No image file is larger: 256 MiB.
+const MAX_IMAGE_FILE: u64 = 256 << 20;
+
+/// Who says something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Sets the scene; first, if there at all.
+    System,
+    /// Asks.
+    User,
+    /// Answers; the only one a model learns to speak like.
+    Assistant,
+}
+
+impl Role {
+    /// Its name in chat templates.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::User => "user",
+            Self::Assistant => "assistant",
+        }
+    }
+}
+
+/// A piece of what somebody says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Part {
+    /// Words.
+    Text(String),
+    /// The image of this number, counted over the whole conversation.
+    Image(usize),
+}
+
+/// What one of the two says at once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Turn {
+    /// Who.
+    pub role: Role,
+    /// What, in order.
+    pub parts: Vec<Part>,
+}
+
+/// One conversation about some images, or about none.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    /// The record's own, or `file:line` where it has none.
+    pub id: String,
+    /// Image files, relative to the image folder.
+    pub frames: Vec<String>,
+    /// User and assistant by turns, after at most one system turn; the assistant has the last word.
+    pub turns: Vec<Turn>,
+}
+
+#[derive(Deserialize)]
+struct RawRecord {
+    id: Option<Id>,
+    #[serde(default)]
+    frames: Vec<String>,
+    image: Option<OneOrMore>,
+    conversations: Vec<RawTurn>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Id {
+    Text(String),
+    Number(i64),
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum OneOrMore {
+    One(String),
+    More(Vec<String>),
+}
+
+#[derive(Deserialize)]
+struct RawTurn {
+    from: String,
+    value: String,
+}
+
+impl Record {
+    /// Reads one line.
+    ///
+    /// # Errors
+    /// Says what is wrong, but not where: whoever has the line knows.
+    pub fn parse(line: &[u8]) -> Result<Self> {
+        let text =
+            std::str::from_utf8(line).map_err(|e| anyhow::anyhow!("not UTF-8 from byte {} on", e.valid_up_to()))?;
+        let raw: RawRecord = serde_json::from_str(text).map_err(|e| {
+            let message = e.to_string();
+            let what = message.rsplit_once(" at line").map_or(message.as_str(), |(what, _)| what);
+            anyhow::anyhow!("not a record: {what}, at column {}", e.column())
+        })?;
+        let frames = match raw.image {
+            None => raw.frames,
+            Some(_) if !raw.frames.is_empty() => bail!("it has both `frames` and `image`"),
+            Some(OneOrMore::One(frame)) => vec![frame],
+            Some(OneOrMore::More(frames)) => frames,
+        };
+        let id = match raw.id {
+            Some(Id::Text(id)) => id,
+            Some(Id::Number(id)) => id.to_string(),
+            None => String::new(),
+        };
+        Ok(Self { id, turns: turns(raw.conversations, frames.len())?, frames })
+    }
+}
+
+/// Checks the order of turns and gives each image its place.
+fn turns(raw: Vec<RawTurn>, num_images: usize) -> Result<Vec<Turn>> {
+    let mut turns = Vec::with_capacity(raw.len());
+    let mut places = 0;
+    for RawTurn { from, value } in raw {
+        let role = match from.as_str() {
+            "system" => Role::System,
+            "human" | "user" => Role::User,
+            "gpt" | "assistant" => Role::Assistant,
+            _ => bail!("a turn is from `{from}`, expected one of `human`, `gpt`, `system`"),
+        };
+        let expected = match turns.last().map(|turn: &Turn| turn.role) {
+            None if role == Role::System => Role::System,
+            None | Some(Role::System | Role::Assistant) => Role::User,
+            Some(Role::User) => Role::Assistant,
+        };
+        ensure!(role == expected, "turn {} is from `{from}`, it is the {}'s", turns.len() + 1, expected.name());
+        // Only a question has places; elsewhere the mark is text like any other.
+        let parts = if role == Role::User { split_places(&value, &mut places) } else { vec![Part::Text(value)] };
+        turns.push(Turn { role, parts });
+    }
+    match turns.last() {
+        None => bail!("it has no conversation"),
+        Some(turn) => ensure!(turn.role == Role::Assistant, "the last question has no answer"),
+    }
+    if places == 0 {
+        // No question says where: the images come before the first one.
+        let first = turns.iter_mut().find(|turn| turn.role == Role::User).expect("an answer follows a question");
+        first.parts.splice(0..0, (0..num_images).map(Part::Image));
+    } else {
+        ensure!(places == num_images, "{places} places `{IMAGE_PLACE}` in the questions, {num_images} images");
+    }
+    Ok(turns)
+}
+
+/// `"a<image>b"` -> text, image, text; `places` counts on.
+fn split_places(text: &str, places: &mut usize) -> Vec<Part> {
+    let mut parts = Vec::new();
+    for (idx, text) in text.split(IMAGE_PLACE).enumerate() {
+        if idx > 0 {
+            parts.push(Part::Image(*places));
+            *places += 1;
+        }
+        if !text.is_empty() {
+            parts.push(Part::Text(text.to_owned()));
+        }
+    }
+    parts
+}
+
+/// An annotation file with its image folder: records by number, read when asked for.
+#[derive(Debug)]
+pub struct Conversations {
+    path: PathBuf,
+    image_folder: PathBuf, // without links or dots
+    file: Mutex<File>,
+    lines: Vec<(u64, u32)>, // start, length; a longer line than can be read has length u32::MAX
+    blank: Vec<usize>,      // how many records were found before each blank line
+}
+
+impl Conversations {
+    /// Finds the lines of `annotation`; images lie under `image_folder`, where a file of text alone needs none.
+    ///
+    /// # Errors
+    /// Where either cannot be read, or the file is one JSON array and not an object a line.
+    pub fn open(annotation: &Path, image_folder: &Path) -> Result<Self> {
+        let shown = annotation.display();
+        let file = File::open(annotation).with_context(|| format!("cannot read {shown}"))?;
+        let image_folder = fs::canonicalize(image_folder)
+            .with_context(|| format!("cannot read the image folder {}", image_folder.display()))?;
+        let mut found = Self {
+            path: annotation.to_owned(),
+            image_folder,
+            file: Mutex::new(file.try_clone().with_context(|| format!("cannot read {shown}"))?),
+            lines: Vec::new(),
+            blank: Vec::new(),
+        };
+        found.find_lines(&mut BufReader::with_capacity(1 << 20, file)).with_context(|| format!("reading {shown}"))?;
+        ensure!(!found.lines.is_empty(), "{shown} has no records");
+        Ok(found)
+    }
+
+    fn find_lines(&mut self, file: &mut impl BufRead) -> Result<()> {
+        let (mut start, mut at, mut blank) = (0_u64, 0_u64, true);
+        loop {
+            let chunk = file.fill_buf()?;
+            if chunk.is_empty() {
+                if at > start {
+                    self.add_line(start, at, blank);
+                }
+                return Ok(());
+            }
+            let newline = chunk.iter().position(|byte| *byte == b'\n');
+            let line = &chunk[..newline.unwrap_or(chunk.len())];
+            if blank && let Some(first) = line.iter().find(|byte| !byte.is_ascii_whitespace()) {
+                ensure!(
+                    *first != b'[' || !self.lines.is_empty(),
+                    "the file is one JSON array, expected one object a line (`jq -c '.[]'` makes it so)"
+                );
+                blank = false;
+            }
+            at += line.len() as u64;
+            let used = line.len() + usize::from(newline.is_some());
+            file.consume(used);
+            if newline.is_some() {
+                self.add_line(start, at, blank);
+                at += 1;
+                (start, blank) = (at, true);
+            }
+        }
+    }
+
+    fn add_line(&mut self, start: u64, end: u64, blank: bool) {
+        if blank {
+            self.blank.push(self.lines.len());
+        } else {
+            self.lines.push((start, u32::try_from(end - start).unwrap_or(u32::MAX)));
+        }
+    }
+
+    /// How many records there are, good and bad.
+    pub fn len(&self) -> u64 {
+        self.lines.len() as u64
+    }
+
+    /// Never: a file of no records does not open.
+    pub fn is_empty(&self) -> bool {
+        self.lines.is_empty()
+    }
+
+    /// `file:line` of a record.
+    pub fn place(&self, index: u64) -> String {
+        let index = index as usize;
+        let line = 1 + index + self.blank.partition_point(|before| *before <= index);
+        format!("{}:{line}", self.path.display())
+    }
+
+    /// Reads the record of this number, `0..len`.
+    ///
+    /// # Errors
+    /// Names file and line, and says what is wrong with it.
+    pub fn record(&self, index: u64) -> Result<Record> {
+        let place = || self.place(index);
+        let line = self.line(index).with_context(place)?;
+        let mut record = Record::parse(&line).with_context(place)?;
+        if record.id.is_empty() {
+            record.id = place();
+        }
+        Ok(record)
+    }
+
+    fn line(&self, index: u64) -> Result<Vec<u8>> {
+        let (start, len) = *self.lines.get(index as usize).context("there is no such record")?;
+        ensure!(u64::from(len) <= MAX_LINE, "the line has more than {} MiB", MAX_LINE >> 20);
+        let mut line = vec![0; len as usize];
+        let mut file = self.file.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        file.seek(SeekFrom::Start(start))?;
+        file.read_exact(&mut line).context("the file has become shorter")?;
+        Ok(line)
+    }
+
+    /// Reads the file of a record's image, undecoded.
+    ///
+    /// # Errors
+    /// Where the path leaves the image folder, by `..`, by its root or by a link; where the file is missing, no
+    /// ordinary file, or larger than an image may be.
+    pub fn image(&self, frame: &str) -> Result<Vec<u8>> {
+        let path = self.image_path(frame)?;
+        let file = File::open(&path).with_context(|| format!("cannot read image `{frame}`"))?;
+        let mut bytes = Vec::new();
+        let len = file.take(MAX_IMAGE_FILE + 1).read_to_end(&mut bytes);
+        let len = len.with_context(|| format!("cannot read image `{frame}`"))? as u64;
+        ensure!(len <= MAX_IMAGE_FILE, "image `{frame}` has more than {} MiB", MAX_IMAGE_FILE >> 20);
+        Ok(bytes)
+    }
+
+    fn image_path(&self, frame: &str) -> Result<PathBuf> {
+        let inside = Path::new(frame).components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+        ensure!(inside && !frame.is_empty(), "image `{frame}` does not lie in the image folder");
+        let path = self.image_folder.join(frame);
+        let path = fs::canonicalize(&path)
+            .with_context(|| format!("cannot read image `{frame}` in {}", self.image_folder.display()))?;
+        ensure!(path.starts_with(&self.image_folder), "image `{frame}` is a link out of the image folder");
+        ensure!(path.is_file(), "image `{frame}` is not a file");
+        Ok(path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    const GOOD: &str =
+        r#"{"id": "a", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}"#;
+
+    fn conversation(extra: &str, question: &str) -> String {
+        format!(
+            r#"{{{extra}, "conversations": [{{"from": "human", "value": "{question}"}}, {{"from": "gpt", "value": "<image>"}}]}}"#
+        )
+    }
+
+    fn parse(line: &str) -> Result<Record> {
+        Record::parse(line.as_bytes())
+    }
+
+    fn text(text: &str) -> Part {
+        Part::Text(text.to_owned())
+    }
+
+    #[test]
+    fn images_stand_where_the_text_says_else_first() {
+        let record = parse(&conversation(r#""frames": ["a.png", "b.png"]"#, "x<image>y<image>")).unwrap();
+        assert_eq!(record.turns[0].parts, [text("x"), Part::Image(0), text("y"), Part::Image(1)]);
+        assert_eq!(record.turns[1].parts, [text("<image>")]); // an answer has no places
+        let record = parse(&conversation(r#""id": 7, "image": "a.png", "width": 3"#, "What?")).unwrap();
+        assert_eq!(record.turns[0].parts, [Part::Image(0), text("What?")]);
+        assert_eq!((record.id.as_str(), record.frames), ("7", vec!["a.png".to_owned()]));
+    }
+
+    #[test]
+    fn errors_say_what_is_wrong() {
+        let says = |line: &str, text: &str| {
+            let message = format!("{:#}", parse(line).unwrap_err());
+            assert!(message.contains(text), "`{message}` lacks `{text}`");
+        };
+        says(&conversation(r#""frames": []"#, "<image>"), "1 places `<image>` in the questions, 0 images");
+        says(&conversation(r#""frames": ["a", "b"]"#, "<image>"), "1 places `<image>` in the questions, 2 images");
+        says(&conversation(r#""frames": ["a"], "image": "b""#, "x"), "both `frames` and `image`");
+        says(r#"{"conversations": []}"#, "no conversation");
+        says(r#"{"conversations": [{"from": "human", "value": "x"}]}"#, "the last question has no answer");
+        says(r#"{"conversations": [{"from": "gpt", "value": "x"}]}"#, "turn 1 is from `gpt`, it is the user's");
+        says(r#"{"conversations": [{"from": "robot", "value": "x"}]}"#, "a turn is from `robot`");
+        says(r#"{"id": "a"}"#, "missing field `conversations`, at column 11");
+        says(r#"{"id": "#, "at column 7");
+        assert!(Record::parse(b"{\"id\": \"\xff\"}").unwrap_err().to_string().contains("not UTF-8 from byte 8 on"));
+    }
+
+    fn file(lines: &[&[u8]]) -> (tempfile::TempDir, Result<Conversations>) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("data.jsonl");
+        fs::write(&path, lines.concat()).unwrap();
+        let found = Conversations::open(&path, folder.path());
+        (folder, found)
+    }
+
+    #[test]
+    fn records_are_read_by_number_and_errors_name_the_line() {
+        let good = GOOD.as_bytes();
+        let nameless = GOOD.replace(r#""id": "a", "#, "");
+        let lines = [good, b"\n\r\n\n{oops\n  \n", nameless.as_bytes(), b"\r\n\xff\n", good];
+        let (_folder, found) = file(&lines);
+        let found = found.unwrap();
+        assert_eq!(found.len(), 5);
+        assert_eq!(found.record(4).unwrap(), found.record(0).unwrap());
+        let error = |index| format!("{:#}", found.record(index).unwrap_err());
+        assert!(error(1).contains("data.jsonl:4: not a record"), "{}", error(1));
+        assert!(error(3).contains("data.jsonl:7: not UTF-8"), "{}", error(3));
+        assert!(found.record(2).unwrap().id.ends_with("data.jsonl:6"));
+        assert!(error(5).contains("no such record"));
+    }
+
+    #[test]
+    fn a_line_without_end_is_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("data.jsonl");
+        let mut writer = File::create(&path).unwrap();
+        writer.write_all(b"{\"id\": \"").unwrap();
+        writer.set_len(MAX_LINE + 100).unwrap(); // zeros, which take no room on the disk
+        writer.seek(SeekFrom::End(0)).unwrap();
+        writeln!(writer, "\n{GOOD}").unwrap();
+        let found = Conversations::open(&path, folder.path()).unwrap();
+        let message = format!("{:#}", found.record(0).unwrap_err());
+        assert!(message.contains("data.jsonl:1: the line has more than 16 MiB"), "{message}");
+        assert_eq!(found.record(1).unwrap().id, "a");
+    }
+
+    #[test]
+    fn files_that_are_no_annotations_say_so() {
+        let error = |lines: &[&[u8]]| format!("{:#}", file(lines).1.unwrap_err());
+        assert!(error(&[b" \n [\n", GOOD.as_bytes(), b"]"]).contains("one JSON array"));
+        assert!(error(&[b"\n\n"]).contains("has no records"));
+        let missing = Conversations::open(Path::new("nowhere.jsonl"), Path::new(".")).unwrap_err();
+        assert!(missing.to_string().contains("cannot read nowhere.jsonl"));
+    }
+
+    #[test]
+    fn images_stay_in_their_folder() {
+        let (folder, found) = file(&[GOOD.as_bytes()]);
+        let found = found.unwrap();
+        fs::create_dir(folder.path().join("sub")).unwrap();
+        fs::write(folder.path().join("sub/a.png"), b"png").unwrap();
+        assert_eq!(found.image("sub/a.png").unwrap(), b"png");
+        let error = |frame: &str| format!("{:#}", found.image(frame).unwrap_err());
+        for frame in ["../a.png", "sub/../../a.png", "/etc/hosts", ""] {
+            assert!(error(frame).contains("does not lie in the image folder"), "{}", error(frame));
+        }
+        assert!(error("b.png").contains("cannot read image `b.png`"));
+        assert!(error("sub").contains("is not a file"));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_may_stay_in_the_folder_but_not_leave_it() {
+        use std::os::unix::fs::symlink;
+        let (folder, found) = file(&[GOOD.as_bytes()]);
+        let found = found.unwrap();
+        let outside = tempfile::tempdir().unwrap();
+        fs::write(outside.path().join("secret.png"), b"png").unwrap();
+        symlink(outside.path().join("secret.png"), folder.path().join("a.png")).unwrap();
+        symlink(outside.path(), folder.path().join("out")).unwrap();
+        symlink("data.jsonl", folder.path().join("b.png")).unwrap();
+        for frame in ["a.png", "out/secret.png"] {
+            let message = format!("{:#}", found.image(frame).unwrap_err());
+            assert!(message.contains("a link out of the image folder"), "{message}");
+        }
+        assert!(found.image("b.png").is_ok());
+    }
+}
