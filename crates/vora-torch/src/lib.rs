@@ -18,6 +18,7 @@
 pub mod error;
 mod ffi;
 pub mod ops;
+pub mod rms_norm;
 pub mod runtime;
 pub mod safetensors;
 pub mod weights;
