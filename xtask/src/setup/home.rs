@@ -30,6 +30,7 @@ pub fn make(home: &Path, wheels: &[PathBuf], cuda: bool) -> Result<()> {
         unpack(wheel, home, if cuda { wanted_cuda } else { wanted_cpu })
             .with_context(|| format!("unpacking {}", wheel.display()))?;
     }
+    check_version(&home.join("torch"))?;
     make_view(home)
 }
 
@@ -68,8 +69,6 @@ fn unpack(wheel: &Path, home: &Path, wanted: fn(&str) -> bool) -> Result<()> {
 /// Adds `view/` beside `torch/`. `build-version` comes last: with it the view is complete.
 fn make_view(home: &Path) -> Result<()> {
     let torch = home.join("torch");
-    let version = version(&torch)?;
-    ensure!(version == VERSION, "this is libtorch {version}, tch needs {VERSION}");
     let lib = home.join("view/lib");
     fs::create_dir_all(&lib).with_context(|| format!("cannot make {}", lib.display()))?;
     symlink("../torch/include", home.join("view/include"))?;
@@ -87,33 +86,32 @@ fn make_view(home: &Path) -> Result<()> {
     fs::write(home.join("view/build-version"), format!("{VERSION}\n")).context("cannot write build-version")
 }
 
-/// The version in a libtorch's headers.
-fn version(torch: &Path) -> Result<String> {
+/// Refuses a libtorch whose headers tell of another version.
+fn check_version(torch: &Path) -> Result<()> {
     let header = torch.join("include/torch/headeronly/version.h");
-    let text = fs::read_to_string(&header).with_context(|| {
-        format!(
-            "cannot read {}; LIBTORCH takes the folder that holds libtorch {VERSION}'s lib/ and include/",
-            header.display()
-        )
-    })?;
+    let text = fs::read_to_string(&header)
+        .with_context(|| format!("no libtorch {VERSION}: cannot read {}", header.display()))?;
     let number = |part: &str| {
         let define = format!("#define TORCH_VERSION_{part} ");
-        text.lines().find_map(|line| line.strip_prefix(&define)).map(str::trim).unwrap_or("?").to_owned()
+        text.lines().find_map(|line| line.strip_prefix(&define)).map_or("?", str::trim).to_owned()
     };
-    Ok([number("MAJOR"), number("MINOR"), number("PATCH")].join("."))
+    let version = [number("MAJOR"), number("MINOR"), number("PATCH")].join(".");
+    ensure!(version == VERSION, "this is libtorch {version}, tch needs {VERSION}");
+    Ok(())
 }
 
 /// A home around a libtorch that the user has: a zip from pytorch.org, or `torch/` of a Python's site-packages.
 pub fn of_user(cache: &Path, libtorch: &Path) -> Result<PathBuf> {
-    let context = || format!("LIBTORCH={}", libtorch.display());
+    let context = || format!("LIBTORCH={} must be the folder with libtorch's lib/ and include/", libtorch.display());
     let torch = libtorch.canonicalize().with_context(context)?;
+    check_version(&torch).with_context(context)?;
     let digest = Sha256::digest(torch.as_os_str().as_encoded_bytes());
     let home =
         cache.join(format!("libtorch-user-{:02x}{:02x}{:02x}{:02x}", digest[0], digest[1], digest[2], digest[3]));
-    if is_complete(&home, false) && version(&torch).with_context(context)? == VERSION {
+    if is_complete(&home, false) {
         return Ok(home);
     }
-    let partial = home.with_extension("partial");
+    let partial = beside(&home);
     for old in [&partial, &home] {
         if old.exists() {
             fs::remove_dir_all(old).with_context(|| format!("removing {}", old.display()))?;
@@ -125,6 +123,13 @@ pub fn of_user(cache: &Path, libtorch: &Path) -> Result<PathBuf> {
     make_view(&partial).with_context(context)?;
     fs::rename(&partial, &home).with_context(|| format!("cannot make {}", home.display()))?;
     Ok(home)
+}
+
+/// Where a home is made before it is moved to its place in one step.
+pub fn beside(home: &Path) -> PathBuf {
+    let mut name = home.as_os_str().to_owned();
+    name.push(".partial");
+    name.into()
 }
 
 /// Whether `home` holds a whole libtorch of this version, with the CUDA libraries if they are asked for.
@@ -248,7 +253,7 @@ pub mod tests {
         let err = format!("{:#}", of_user(&dir.path().join("cache"), &torch).unwrap_err());
         assert!(err.starts_with("LIBTORCH=") && err.ends_with("this is libtorch 2.9.0, tch needs 2.11.0"), "{err}");
         let err = format!("{:#}", of_user(&dir.path().join("cache"), dir.path()).unwrap_err());
-        assert!(err.contains("the folder that holds libtorch 2.11.0's lib/ and include/"), "{err}");
+        assert!(err.contains("no libtorch 2.11.0: cannot read"), "{err}");
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub struct Args {
     /// Take torch from this file instead of the package index
     #[arg(long, value_name = "FILE")]
     wheel: Option<PathBuf>,
-    /// Fetch the CUDA libraries too (2.2 GB more); the default where an NVIDIA driver is found
+    /// Fetch the CUDA libraries too (2 GB more, 3.7 GB unpacked); the default where an NVIDIA driver is found
     #[arg(long)]
     cuda: bool,
     /// No CUDA libraries, whatever the machine has
@@ -96,7 +96,7 @@ fn cached(cache: &Path, cuda: bool, wheel: Option<&Path>, pip: &Pip) -> Result<P
         return Ok(home);
     }
     // All is made beside its place: what an interrupted setup leaves is here, and only whole, verified wheels are reused.
-    let partial = home.with_extension("partial");
+    let partial = home::beside(&home);
     let mut pins = wheels::pins(include_str!("pinned-cpu.txt"));
     if cuda {
         pins.extend(wheels::pins(include_str!("pinned-cuda.txt")));
