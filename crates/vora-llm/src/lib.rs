@@ -1,1 +1,39 @@
-//! Llama-family decoders over libtorch: spans-aware attention, KV cache, tokenizer, chat template.
+//! Llama-family decoders over libtorch: attention over spans of text and images, a KV cache, hidden states of chosen
+//! layers, logits where they are asked for. It knows no pixels: an image is a span of embeddings that somebody else
+//! made. It trains nothing and samples nothing.
+//!
+//! ```
+//! use tch::{Device, Kind, Tensor};
+//! use vora_llm::{AttentionPlan, CausalLm, LlmConfig, Span, Spans, VisionAttention};
+//! use vora_torch::Weights;
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! let weights = Weights::random(42, Device::Cpu, Kind::Float);
+//! let llm = CausalLm::load(&LlmConfig::tiny(64), &weights)?;
+//! // Two words, an image of two by two patches, one word.
+//! let spans = Spans { rows: vec![vec![Span::text(2), Span::image(2, 2), Span::text(1)]] };
+//! let plan = AttentionPlan::new(&spans, VisionAttention::Bidirectional, Device::Cpu, Kind::Float)?;
+//! let inputs_embeds = llm.embed(&Tensor::from_slice(&[[5i64, 3, 0, 0, 0, 0, 9]].concat()).unsqueeze(0));
+//! let output = llm.forward(&inputs_embeds, &plan, 1);
+//! assert_eq!(output.hidden_states.len(), 2); // the embeddings, and what the first layer made of them
+//! let last = output.last_hidden_state.select(1, -1); // [batch, hidden]
+//! assert_eq!(llm.logits(&last).size(), [1, 64]);
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod attention;
+pub mod config;
+pub mod decoder;
+pub mod kv_cache;
+pub mod mlp;
+pub mod rms_norm;
+pub mod rotary;
+pub mod spans;
+
+pub use attention::attend;
+pub use config::LlmConfig;
+pub use decoder::{CausalLm, Output};
+pub use kv_cache::KvCache;
+pub use rms_norm::RmsNorm;
+pub use spans::{AttentionPlan, Modality, Span, Spans, VisionAttention};

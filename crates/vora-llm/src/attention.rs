@@ -1,0 +1,214 @@
+//! Grouped-query attention over spans, with and without a cache of keys and values.
+
+use anyhow::Result;
+use tch::{Tensor, nn::Module};
+use vora_lora::Linear;
+use vora_torch::weights::Weights;
+
+use crate::config::LlmConfig;
+use crate::kv_cache::{LayerCache, Step};
+use crate::rms_norm::RmsNorm;
+use crate::rotary::CosSin;
+use crate::spans::{AttentionPlan, Kernel};
+
+/// `softmax(q k^T / sqrt(head_dim) + mask) v`, where `plan` says who sees whom.
+///
+/// `q` is `[batch, heads, seq, head_dim]`, `k` and `v` are `[batch, kv_heads, seq, head_dim]`, and so is the result as
+/// `q`. Each key-value head serves `heads / kv_heads` neighbouring query heads.
+pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &AttentionPlan) -> Tensor {
+    match &plan.kernel {
+        Kernel::Causal => scaled_dot_product(q, k, v, None, true),
+        Kernel::Mask(mask) => scaled_dot_product(q, k, v, Some(mask), false),
+        Kernel::Segments(segments) => {
+            let outputs: Vec<Tensor> = segments
+                .iter()
+                .map(|s| {
+                    let (k, v) = (k.narrow(2, 0, s.end), v.narrow(2, 0, s.end));
+                    scaled_dot_product(&q.narrow(2, s.start, s.end - s.start), &k, &v, s.mask.as_ref(), s.causal)
+                })
+                .collect();
+            Tensor::cat(&outputs, 2)
+        }
+    }
+}
+
+fn scaled_dot_product(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal: bool) -> Tensor {
+    let (heads, kv_heads) = (q.size()[1], k.size()[1]);
+    let grouped = heads != kv_heads;
+    if grouped && mask.is_some() && q.device().is_cuda() {
+        // CUDA's kernel that takes a mask has no groups; without them libtorch would fall back to plain matrices.
+        let (k, v) = (repeat_heads(k, heads / kv_heads), repeat_heads(v, heads / kv_heads));
+        return Tensor::scaled_dot_product_attention(q, &k, &v, mask, 0.0, causal, None, false);
+    }
+    Tensor::scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None, grouped)
+}
+
+/// `[batch, kv_heads, seq, head_dim]` -> `[batch, kv_heads * times, seq, head_dim]`
+fn repeat_heads(x: &Tensor, times: i64) -> Tensor {
+    let (batch, kv_heads, seq, head_dim) = x.size4().expect("x is [batch, kv_heads, seq, head_dim]");
+    x.unsqueeze(2).expand([batch, kv_heads, times, seq, head_dim], false).reshape([
+        batch,
+        kv_heads * times,
+        seq,
+        head_dim,
+    ])
+}
+
+/// Self-attention of one decoder layer.
+#[derive(Debug)]
+pub struct Attention {
+    pub(crate) q_proj: Linear,
+    pub(crate) k_proj: Linear,
+    pub(crate) v_proj: Linear,
+    pub(crate) o_proj: Linear,
+    pub(crate) qk_norm: Option<(RmsNorm, RmsNorm)>, // over head_dim, before the rotation
+    num_heads: i64,
+    num_kv_heads: i64,
+    head_dim: i64,
+}
+
+impl Attention {
+    /// Takes `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `q_norm`, `k_norm` where the model has them.
+    pub fn load(config: &LlmConfig, weights: &Weights) -> Result<Self> {
+        let (hidden, head_dim) = (config.hidden_size, config.head_width());
+        let (num_heads, num_kv_heads) = (config.num_attention_heads, config.kv_heads());
+        let (qkv_bias, o_bias) = config.attention_biases();
+        let norm = |name: &str| RmsNorm::load(&weights.pp(name), head_dim, config.rms_norm_eps);
+        Ok(Self {
+            q_proj: Linear::load(&weights.pp("q_proj"), hidden, num_heads * head_dim, qkv_bias)?,
+            k_proj: Linear::load(&weights.pp("k_proj"), hidden, num_kv_heads * head_dim, qkv_bias)?,
+            v_proj: Linear::load(&weights.pp("v_proj"), hidden, num_kv_heads * head_dim, qkv_bias)?,
+            o_proj: Linear::load(&weights.pp("o_proj"), num_heads * head_dim, hidden, o_bias)?,
+            qk_norm: if config.has_qk_norm() { Some((norm("q_norm")?, norm("k_norm")?)) } else { None },
+            num_heads,
+            num_kv_heads,
+            head_dim,
+        })
+    }
+
+    /// `[batch, seq, hidden]` -> `[batch, seq, hidden]`
+    pub fn forward(&self, x: &Tensor, cos_sin: &CosSin, plan: &AttentionPlan) -> Tensor {
+        let [q, k, v] = self.project(x, cos_sin);
+        self.output(&attend(&q, &k, &v, plan))
+    }
+
+    /// As [`Attention::forward`], and keeps keys and values.
+    pub(crate) fn prefill(&self, x: &Tensor, cos_sin: &CosSin, plan: &AttentionPlan, cache: &mut LayerCache) -> Tensor {
+        let [q, k, v] = self.project(x, cos_sin);
+        cache.fill(&k, &v);
+        self.output(&attend(&q, &k, &v, plan))
+    }
+
+    /// `[batch, 1, hidden]` -> `[batch, 1, hidden]`; every row sees what the cache holds of it, and itself.
+    pub(crate) fn decode_step(&self, x: &Tensor, cos_sin: &CosSin, step: &Step, cache: &mut LayerCache) -> Tensor {
+        let [q, k, v] = self.project(x, cos_sin);
+        let (k, v) = cache.append(&k, &v, step);
+        self.output(&scaled_dot_product(&q, &k, &v, step.mask.as_ref(), false))
+    }
+
+    /// `[batch, seq, hidden]` -> rotated q `[batch, heads, seq, head_dim]`, rotated k and plain v
+    /// `[batch, kv_heads, seq, head_dim]`
+    fn project(&self, x: &Tensor, cos_sin: &CosSin) -> [Tensor; 3] {
+        let (batch, seq, _) = x.size3().expect("x is [batch, seq, hidden]");
+        let split = |x: Tensor, heads| x.view([batch, seq, heads, self.head_dim]);
+        let mut q = split(self.q_proj.forward(x), self.num_heads); // [batch, seq, heads, head_dim]
+        let mut k = split(self.k_proj.forward(x), self.num_kv_heads);
+        let v = split(self.v_proj.forward(x), self.num_kv_heads);
+        if let Some((q_norm, k_norm)) = &self.qk_norm {
+            (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
+        }
+        [cos_sin.rotate(&q.transpose(1, 2)), cos_sin.rotate(&k.transpose(1, 2)), v.transpose(1, 2)]
+    }
+
+    /// `[batch, heads, seq, head_dim]` -> `[batch, seq, hidden]`
+    fn output(&self, attended: &Tensor) -> Tensor {
+        let (batch, heads, seq, head_dim) = attended.size4().expect("attended is [batch, heads, seq, head_dim]");
+        self.o_proj.forward(&attended.transpose(1, 2).reshape([batch, seq, heads * head_dim]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::{Device, Kind};
+
+    use crate::rotary::Rotary;
+    use crate::spans::{KernelChoice, Span, Spans, VisionAttention};
+
+    const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    #[test]
+    fn matches_reference() {
+        let golden = fixtures::open("attention");
+        let weights = Weights::from_tensors(golden.under("weights."), Device::Cpu, Kind::Float);
+        let config = LlmConfig { attention_bias: true, ..LlmConfig::tiny(64) };
+        let attention = Attention::load(&config, &weights).unwrap();
+        weights.finish().unwrap();
+        let plan =
+            AttentionPlan::new(&Spans::text(&[11, 11]), VisionAttention::Causal, Device::Cpu, Kind::Float).unwrap();
+        let rotary = Rotary::new(&config, Kind::Float).unwrap();
+        let cos_sin = rotary.cos_sin(plan.position_ids(), plan.num_positions());
+        fixtures::assert_close_to(&attention.forward(&golden["x"], &cos_sin, &plan), &golden["y"], 1e-5);
+    }
+
+    /// `q` [2, 4, seq, 8], `k` and `v` [2, 2, seq, 8]
+    fn random_qkv(seq: i64) -> [Tensor; 3] {
+        tch::manual_seed(7);
+        [4, 2, 2].map(|heads| Tensor::randn([2, heads, seq, 8], F32).set_requires_grad(true))
+    }
+
+    /// Output and gradients of one kernel; a plan whose rows are padded is compared up to `seq`.
+    fn run(rows: &[Vec<Span>], mode: VisionAttention, choice: KernelChoice, upto: &[i64]) -> Vec<Tensor> {
+        let spans = Spans { rows: rows.to_vec() };
+        let plan = AttentionPlan::with_kernel(&spans, mode, Device::Cpu, Kind::Float, choice).unwrap();
+        let [q, k, v] = random_qkv(spans.seq());
+        let y = attend(&q, &k, &v, &plan);
+        assert!(bool::try_from(y.isfinite().all()).unwrap());
+        let real: Vec<Tensor> =
+            upto.iter().enumerate().map(|(row, &len)| y.get(row as i64).narrow(1, 0, len)).collect();
+        let loss = real.iter().map(|t| t.square().sum(Kind::Float)).reduce(|a, b| a + b).unwrap();
+        loss.backward();
+        real.into_iter().chain([q.grad(), k.grad(), v.grad()]).collect()
+    }
+
+    #[test]
+    fn all_kernels_agree() {
+        let image = Span::image(3, 4);
+        let text = |len| Span::text(len);
+        for (rows, mode, choices) in [
+            (
+                vec![vec![text(9)], vec![text(9)]],
+                VisionAttention::Bidirectional,
+                vec![KernelChoice::Causal, KernelChoice::Segments],
+            ),
+            (vec![vec![text(9)], vec![text(5)]], VisionAttention::Bidirectional, vec![KernelChoice::Causal]),
+            (
+                vec![vec![text(2), image], vec![text(3), image, text(2)]],
+                VisionAttention::Causal,
+                vec![KernelChoice::Causal],
+            ),
+            (
+                vec![vec![text(2), image, text(4), image, image, text(1)]; 2],
+                VisionAttention::Bidirectional,
+                vec![KernelChoice::Segments],
+            ),
+            (vec![vec![image, text(7)], vec![image]], VisionAttention::Bidirectional, vec![KernelChoice::Segments]),
+        ] {
+            let lens: Vec<i64> = Spans { rows: rows.clone() }.row_lens().collect();
+            let expected = run(&rows, mode, KernelChoice::Mask, &lens);
+            for choice in choices {
+                for (found, expected) in run(&rows, mode, choice, &lens).iter().zip(&expected) {
+                    fixtures::assert_close_to(found, expected, 1e-5);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn repeated_heads_are_grouped_heads() {
+        let [q, k, v] = random_qkv(6);
+        let grouped = scaled_dot_product(&q, &k, &v, None, true);
+        let repeated = scaled_dot_product(&q, &repeat_heads(&k, 2), &repeat_heads(&v, 2), None, true);
+        fixtures::assert_close_to(&grouped, &repeated, 1e-6);
+    }
+}

@@ -1,0 +1,545 @@
+//! The decoder: layers of attention and MLP around a residual stream, and the head that turns it into logits.
+
+use anyhow::{Result, ensure};
+use tch::{Device, Kind, Tensor, nn::Module};
+use vora_lora::Linear;
+use vora_torch::weights::{Init, Weights};
+
+use crate::attention::Attention;
+use crate::config::LlmConfig;
+use crate::kv_cache::KvCache;
+use crate::mlp::Mlp;
+use crate::rms_norm::RmsNorm;
+use crate::rotary::{CosSin, Rotary};
+use crate::spans::AttentionPlan;
+
+/// `h = x + self_attn(input_layernorm(x))`, then `h + mlp(post_attention_layernorm(h))`.
+#[derive(Debug)]
+pub struct DecoderLayer {
+    input_layernorm: RmsNorm,
+    self_attn: Attention,
+    post_attention_layernorm: RmsNorm,
+    mlp: Mlp,
+}
+
+impl DecoderLayer {
+    /// Takes one `model.layers.N`.
+    pub fn load(config: &LlmConfig, weights: &Weights) -> Result<Self> {
+        let norm = |name: &str| RmsNorm::load(&weights.pp(name), config.hidden_size, config.rms_norm_eps);
+        Ok(Self {
+            input_layernorm: norm("input_layernorm")?,
+            self_attn: Attention::load(config, &weights.pp("self_attn"))?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            mlp: Mlp::load(config, &weights.pp("mlp"))?,
+        })
+    }
+
+    /// `[batch, seq, hidden]` -> `[batch, seq, hidden]`
+    pub fn forward(&self, x: &Tensor, cos_sin: &CosSin, plan: &AttentionPlan) -> Tensor {
+        self.around(x, |normed| self.self_attn.forward(normed, cos_sin, plan))
+    }
+
+    /// The residual stream around whichever form of attention.
+    fn around(&self, x: &Tensor, attention: impl FnOnce(&Tensor) -> Tensor) -> Tensor {
+        let h = x + attention(&self.input_layernorm.forward(x)); // [batch, seq, hidden]
+        let mlp = self.mlp.forward(&self.post_attention_layernorm.forward(&h));
+        h + mlp
+    }
+
+    /// The linear layers by their names on disk, in the order of HF's `named_modules`.
+    fn linears(&self) -> [(&'static str, &Linear); 7] {
+        let (a, m) = (&self.self_attn, &self.mlp);
+        [
+            ("self_attn.q_proj", &a.q_proj),
+            ("self_attn.k_proj", &a.k_proj),
+            ("self_attn.v_proj", &a.v_proj),
+            ("self_attn.o_proj", &a.o_proj),
+            ("mlp.gate_proj", &m.gate_proj),
+            ("mlp.up_proj", &m.up_proj),
+            ("mlp.down_proj", &m.down_proj),
+        ]
+    }
+
+    fn linears_mut(&mut self) -> [(&'static str, &mut Linear); 7] {
+        let (a, m) = (&mut self.self_attn, &mut self.mlp);
+        [
+            ("self_attn.q_proj", &mut a.q_proj),
+            ("self_attn.k_proj", &mut a.k_proj),
+            ("self_attn.v_proj", &mut a.v_proj),
+            ("self_attn.o_proj", &mut a.o_proj),
+            ("mlp.gate_proj", &mut m.gate_proj),
+            ("mlp.up_proj", &mut m.up_proj),
+            ("mlp.down_proj", &mut m.down_proj),
+        ]
+    }
+
+    fn norms(&self) -> Vec<(&'static str, &RmsNorm)> {
+        let mut norms = vec![
+            ("input_layernorm", &self.input_layernorm),
+            ("post_attention_layernorm", &self.post_attention_layernorm),
+        ];
+        if let Some((q_norm, k_norm)) = &self.self_attn.qk_norm {
+            norms.extend([("self_attn.q_norm", q_norm), ("self_attn.k_norm", k_norm)]);
+        }
+        norms
+    }
+}
+
+/// What a forward leaves.
+#[derive(Debug)]
+pub struct Output {
+    /// After the final norm, `[batch, seq, hidden]`.
+    pub last_hidden_state: Tensor,
+    /// The embeddings, then the output of each layer asked for, `[batch, seq, hidden]` each; as in HF, the one after
+    /// the last layer of all is the normed one.
+    pub hidden_states: Vec<Tensor>,
+}
+
+/// Embedding, layers and final norm: everything under `model.` in a checkpoint.
+#[derive(Debug)]
+pub struct Decoder {
+    embed_tokens: Tensor, // [vocab, hidden]
+    layers: Vec<DecoderLayer>,
+    norm: RmsNorm,
+    rotary: Rotary,
+}
+
+impl Decoder {
+    /// Takes `embed_tokens`, `layers` and `norm`.
+    pub fn load(config: &LlmConfig, weights: &Weights) -> Result<Self> {
+        let vocab = [config.vocab_size, config.hidden_size];
+        let embed_tokens = weights.pp("embed_tokens").get("weight", &vocab, Init::Required)?;
+        let layers = (0..config.num_hidden_layers)
+            .map(|layer_idx| {
+                let weights = weights.pp("layers").pp(layer_idx);
+                skip_frequencies(config, &weights)?;
+                DecoderLayer::load(config, &weights)
+            })
+            .collect::<Result<_>>()?;
+        let norm = RmsNorm::load(&weights.pp("norm"), config.hidden_size, config.rms_norm_eps)?;
+        Ok(Self { embed_tokens, layers, norm, rotary: Rotary::new(config, weights.kind())? })
+    }
+
+    /// `[batch, seq, hidden]` -> [`Output`] with `hidden_states[0..=hidden_layers]`
+    pub fn forward(&self, inputs_embeds: &Tensor, plan: &AttentionPlan, hidden_layers: usize) -> Output {
+        let cos_sin = self.rotary.cos_sin(plan.position_ids(), plan.num_positions());
+        let mut hidden_states = vec![inputs_embeds.shallow_clone()];
+        let mut x = inputs_embeds.shallow_clone(); // [batch, seq, hidden]
+        for (layer_idx, layer) in self.layers.iter().enumerate() {
+            x = layer.forward(&x, &cos_sin, plan);
+            if layer_idx < hidden_layers.min(self.layers.len() - 1) {
+                hidden_states.push(x.shallow_clone());
+            }
+        }
+        let last_hidden_state = self.norm.forward(&x);
+        if hidden_layers >= self.layers.len() {
+            hidden_states.push(last_hidden_state.shallow_clone());
+        }
+        Output { last_hidden_state, hidden_states }
+    }
+}
+
+/// Old Llama checkpoints hold the rotary frequencies of every layer; they follow from the config.
+fn skip_frequencies(config: &LlmConfig, weights: &Weights) -> Result<()> {
+    let rotary = weights.pp("self_attn.rotary_emb");
+    if rotary.shape("inv_freq").is_some() {
+        let _ = rotary.get("inv_freq", &[config.head_width() / 2], Init::Required)?;
+    }
+    Ok(())
+}
+
+/// A decoder with its head.
+#[derive(Debug)]
+pub struct CausalLm {
+    model: Decoder,
+    lm_head: Option<Tensor>, // [vocab, hidden]; none where the embedding is the head
+    config: LlmConfig,
+    device: Device,
+    kind: Kind,
+}
+
+impl CausalLm {
+    /// Takes `model` and, where it is not tied to the embedding, `lm_head`.
+    ///
+    /// # Errors
+    /// What [`LlmConfig::validate`] refuses; tensors that do not fit are told by [`Weights::finish`].
+    pub fn load(config: &LlmConfig, weights: &Weights) -> Result<Self> {
+        config.validate()?;
+        let head = weights.pp("lm_head");
+        let vocab = [config.vocab_size, config.hidden_size];
+        let lm_head = if config.tie_word_embeddings {
+            if head.shape("weight").is_some() {
+                let _ = head.get("weight", &vocab, Init::Required)?; // a second copy of the embedding, in some files
+            }
+            None
+        } else {
+            Some(head.get("weight", &vocab, Init::Required)?)
+        };
+        Ok(Self {
+            model: Decoder::load(config, &weights.pp("model"))?,
+            lm_head,
+            config: config.clone(),
+            device: weights.device(),
+            kind: weights.kind(),
+        })
+    }
+
+    /// Sizes and constants.
+    pub fn config(&self) -> &LlmConfig {
+        &self.config
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// The kind of weights and hidden states.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// `[..]` -> `[.., hidden]`
+    pub fn embed(&self, input_ids: &Tensor) -> Tensor {
+        Tensor::embedding(&self.model.embed_tokens, input_ids, -1, false, false)
+    }
+
+    /// `[batch, seq, hidden]` -> [`Output`] with `hidden_states[0..=hidden_layers]`; no logits.
+    pub fn forward(&self, inputs_embeds: &Tensor, plan: &AttentionPlan, hidden_layers: usize) -> Output {
+        self.model.forward(inputs_embeds, plan, hidden_layers)
+    }
+
+    /// Logits where they are asked for: `[n, hidden]` -> `[n, vocab]`
+    pub fn logits(&self, hidden: &Tensor) -> Tensor {
+        hidden.linear::<&Tensor>(self.lm_head.as_ref().unwrap_or(&self.model.embed_tokens), None)
+    }
+
+    /// A cache for this model.
+    ///
+    /// # Errors
+    /// See [`KvCache::new`].
+    pub fn new_cache(&self, batch: i64, capacity: i64) -> Result<KvCache> {
+        KvCache::new(&self.config, batch, capacity, self.device, self.kind)
+    }
+
+    /// Fills an empty cache: `[batch, seq, hidden]` -> logits of each row's last token `[batch, vocab]`
+    ///
+    /// # Errors
+    /// Where the batch does not fit into the cache, or has rows that cannot be continued.
+    pub fn prefill(&self, inputs_embeds: &Tensor, plan: &AttentionPlan, cache: &mut KvCache) -> Result<Tensor> {
+        cache.check_prefill(plan)?;
+        Ok(tch::no_grad(|| {
+            let cos_sin = self.model.rotary.cos_sin(plan.position_ids(), plan.num_positions());
+            let mut x = inputs_embeds.shallow_clone(); // [batch, seq, hidden]
+            for (layer, kept) in self.model.layers.iter().zip(&mut cache.layers) {
+                x = layer.around(&x, |normed| layer.self_attn.prefill(normed, &cos_sin, plan, kept));
+            }
+            cache.filled(plan);
+            let rows: Vec<Tensor> = (0..).zip(plan.row_lens()).map(|(row, len)| x.get(row).get(len - 1)).collect();
+            self.logits(&self.model.norm.forward(&Tensor::stack(&rows, 0)))
+        }))
+    }
+
+    /// One more token for every row: `[batch, 1]` -> logits `[batch, vocab]`
+    ///
+    /// # Errors
+    /// Where the cache is empty, full, or for another number of rows.
+    pub fn decode_step(&self, input_ids: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        let (batch, new) = input_ids.size2()?;
+        ensure!(new == 1, "{new} tokens a row in one decoding step");
+        let step = cache.next_step(batch)?;
+        Ok(tch::no_grad(|| {
+            let cos_sin = self.model.rotary.cos_sin(&step.position_ids, step.seen);
+            let mut x = self.embed(input_ids); // [batch, 1, hidden]
+            for (layer, kept) in self.model.layers.iter().zip(&mut cache.layers) {
+                x = layer.around(&x, |normed| layer.self_attn.decode_step(normed, &cos_sin, &step, kept));
+            }
+            cache.stepped();
+            self.logits(&self.model.norm.forward(&x.squeeze_dim(1)))
+        }))
+    }
+
+    /// Visits every linear layer: its layer's index, its name within (`self_attn.q_proj`), itself.
+    ///
+    /// # Errors
+    /// The first that `visit` returns.
+    pub fn linears_mut(&mut self, visit: &mut dyn FnMut(usize, &str, &mut Linear) -> Result<()>) -> Result<()> {
+        for (layer_idx, layer) in self.model.layers.iter_mut().enumerate() {
+            for (name, linear) in layer.linears_mut() {
+                visit(layer_idx, name, linear)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`CausalLm::linears_mut`], without changing them.
+    ///
+    /// # Errors
+    /// The first that `visit` returns.
+    pub fn linears(&self, visit: &mut dyn FnMut(usize, &str, &Linear) -> Result<()>) -> Result<()> {
+        for (layer_idx, layer) in self.model.layers.iter().enumerate() {
+            for (name, linear) in layer.linears() {
+                visit(layer_idx, name, linear)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Every tensor of a plain checkpoint, by HF's name, adapters left out: merge them first.
+    pub fn tensors(&self) -> Vec<(String, Tensor)> {
+        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), self.model.embed_tokens.shallow_clone())];
+        for (layer_idx, layer) in self.model.layers.iter().enumerate() {
+            let mut push = |name: &str, tensor: &Tensor| {
+                tensors.push((format!("model.layers.{layer_idx}.{name}"), tensor.shallow_clone()));
+            };
+            for (name, linear) in layer.linears() {
+                push(&format!("{name}.weight"), linear.weight());
+                if let Some(bias) = linear.bias() {
+                    push(&format!("{name}.bias"), bias);
+                }
+            }
+            for (name, norm) in layer.norms() {
+                push(&format!("{name}.weight"), norm.weight());
+            }
+        }
+        tensors.push(("model.norm.weight".to_owned(), self.model.norm.weight().shallow_clone()));
+        if let Some(lm_head) = &self.lm_head {
+            tensors.push(("lm_head.weight".to_owned(), lm_head.shallow_clone()));
+        }
+        tensors
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fixtures::Golden;
+    use vora_lora::LoraConfig;
+
+    use crate::spans::{Span, Spans, VisionAttention};
+
+    const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    fn plan(rows: Vec<Vec<Span>>, mode: VisionAttention) -> AttentionPlan {
+        AttentionPlan::new(&Spans { rows }, mode, Device::Cpu, Kind::Float).unwrap()
+    }
+
+    fn text(lens: &[i64]) -> AttentionPlan {
+        plan(Spans::text(lens).rows, VisionAttention::Bidirectional)
+    }
+
+    /// The golden Llama, with further tensors under `own` for another architecture.
+    fn load(golden: &Golden, config: &LlmConfig, own: Option<&str>) -> CausalLm {
+        let own = own.map(|prefix| golden.under(prefix)).unwrap_or_default();
+        let tensors = golden.under("weights.").into_iter().chain(own);
+        let weights = Weights::from_tensors(tensors, Device::Cpu, Kind::Float);
+        let llm = CausalLm::load(config, &weights).unwrap();
+        weights.finish().unwrap();
+        llm
+    }
+
+    fn llama(golden: &Golden) -> CausalLm {
+        load(golden, &LlmConfig::tiny(64), None)
+    }
+
+    #[test]
+    fn hidden_states_logits_and_gradients_match_reference() {
+        let golden = fixtures::open("llama");
+        let llm = llama(&golden);
+        let inputs_embeds = llm.embed(&golden["input_ids"]).set_requires_grad(true);
+        let output = llm.forward(&inputs_embeds, &text(&[10, 10]), 2);
+        assert_eq!(output.hidden_states.len(), 3);
+        for (i, hidden) in output.hidden_states.iter().enumerate() {
+            fixtures::assert_close_to(hidden, &golden[&format!("hidden_states.{i}")], 1e-5);
+        }
+        let logits = llm.logits(&output.last_hidden_state);
+        fixtures::assert_close_to(&logits, &golden["logits"], 2e-5);
+        logits.square().mean(Kind::Float).backward();
+        fixtures::assert_close_to(&inputs_embeds.grad(), &golden["grad_inputs_embeds"], 1e-5);
+    }
+
+    #[test]
+    fn as_many_hidden_states_as_asked_for() {
+        let golden = fixtures::open("llama");
+        let llm = llama(&golden);
+        let embeds = llm.embed(&golden["input_ids"]);
+        for n in 0..=2 {
+            let found = llm.forward(&embeds, &text(&[10, 10]), n).hidden_states;
+            assert_eq!(found.len(), n + 1);
+            fixtures::assert_close_to(&found[n], &golden[&format!("hidden_states.{n}")], 1e-5);
+        }
+    }
+
+    #[test]
+    fn other_architectures_match_reference() {
+        let golden = fixtures::open("llama");
+        let tiny = LlmConfig::tiny(64);
+        let of = |model_type: &str| LlmConfig { model_type: model_type.to_owned(), ..tiny.clone() };
+        for (name, config) in [
+            ("untied", LlmConfig { tie_word_embeddings: false, ..tiny.clone() }),
+            ("qwen2", of("qwen2")),
+            ("qwen3", LlmConfig { head_dim: Some(8), ..of("qwen3") }),
+        ] {
+            let llm = load(&golden, &config, Some(&format!("{name}.")));
+            let output = llm.forward(&llm.embed(&golden["input_ids"]), &text(&[10, 10]), 0);
+            let logits = llm.logits(&output.last_hidden_state);
+            fixtures::assert_close_to(&logits, &golden[&format!("logits.{name}")], 5e-5);
+        }
+    }
+
+    #[test]
+    fn images_documents_and_branches_match_reference() {
+        let golden = fixtures::open("llama");
+        let llm = llama(&golden);
+        let rows = vec![
+            vec![Span::text(3), Span::image(2, 3), Span::image(1, 2), Span::text(4)],
+            vec![
+                Span::image(2, 2),
+                Span::text(2),
+                Span::text(2).in_document(1),
+                Span::image(2, 2).in_document(1),
+                Span::text(1).in_document(1),
+            ],
+            vec![
+                Span::text(2),
+                Span::image(2, 2),
+                Span::text(3).on_branch(0),
+                Span::text(4).on_branch(1),
+                Span::image(1, 2).on_branch(1),
+            ],
+        ];
+        let lens: Vec<i64> = Spans { rows: rows.clone() }.row_lens().collect();
+        let plan = plan(rows, VisionAttention::Bidirectional);
+        let inputs_embeds = golden["spans.inputs_embeds"].copy().set_requires_grad(true);
+        let found = llm.forward(&inputs_embeds, &plan, 0).last_hidden_state;
+        let mut loss = Tensor::from(0f32);
+        for (row, len) in (0..).zip(lens) {
+            let found = found.get(row).narrow(0, 0, len);
+            let expected = golden["spans.last_hidden_state"].get(row).narrow(0, 0, len);
+            fixtures::assert_close_to(&found, &expected, 1e-5);
+            loss += found.square().mean(Kind::Float);
+        }
+        loss.backward();
+        fixtures::assert_close_to(&inputs_embeds.grad(), &golden["spans.grad_inputs_embeds"], 1e-5);
+    }
+
+    #[test]
+    fn decoding_step_by_step_matches_reference() {
+        let golden = fixtures::open("llama");
+        let llm = llama(&golden);
+        let (prompts, continuation) = (&golden["steps.prompts"], &golden["steps.continuation"]);
+        let mut cache = llm.new_cache(2, 12).unwrap();
+        for _ in 0..2 {
+            cache.reset();
+            let mut logits = vec![llm.prefill(&llm.embed(prompts), &text(&[5, 8]), &mut cache).unwrap()];
+            for step in 0..4 {
+                logits.push(llm.decode_step(&continuation.narrow(1, step, 1), &mut cache).unwrap());
+            }
+            assert_eq!(cache.lens(), [9, 12]);
+            fixtures::assert_close_to(&Tensor::stack(&logits, 1), &golden["steps.logits"], 2e-5);
+        }
+        let error = llm.decode_step(&continuation.narrow(1, 0, 1), &mut cache).unwrap_err();
+        assert!(error.to_string().contains("the cache is full"), "{error}");
+        let error = llm.decode_step(continuation, &mut cache).unwrap_err();
+        assert!(error.to_string().contains("4 tokens a row in one decoding step"), "{error}");
+    }
+
+    /// Greedy tokens behind an image, each from the whole sequence anew and each from the cache.
+    #[test]
+    fn same_tokens_with_and_without_cache() {
+        let llm = CausalLm::load(&LlmConfig::tiny(64), &Weights::random(3, Device::Cpu, Kind::Float)).unwrap();
+        tch::manual_seed(3);
+        for mode in [VisionAttention::Bidirectional, VisionAttention::Causal] {
+            let row = vec![Span::text(2), Span::image(2, 2), Span::text(3)];
+            let embeds = Tensor::randn([1, 9, 32], F32);
+            let mut cache = llm.new_cache(1, 20).unwrap();
+            let mut logits = llm.prefill(&embeds, &plan(vec![row.clone()], mode), &mut cache).unwrap();
+            let mut whole = embeds;
+            for new in 0..8 {
+                let mut row = row.clone();
+                row.push(Span::text(new));
+                row.retain(|span| span.len > 0);
+                let output = llm.forward(&whole, &plan(vec![row], mode), 0);
+                let without = llm.logits(&output.last_hidden_state.select(1, -1));
+                fixtures::assert_close_to(&logits, &without, 1e-5);
+                let token = without.argmax(-1, true); // [1, 1]
+                assert!(token.equal(&logits.argmax(-1, true)));
+                whole = Tensor::cat(&[&whole, &llm.embed(&token)], 1);
+                logits = llm.decode_step(&token, &mut cache).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn only_adapters_get_gradients() {
+        let weights = Weights::random(5, Device::Cpu, Kind::Float);
+        let mut llm = CausalLm::load(&LlmConfig::tiny(64), &weights).unwrap();
+        let lora = LoraConfig { r: 2, lora_alpha: None, target_modules: vec!["self_attn.v_proj".into()], layers: 1 };
+        llm.linears_mut(&mut |layer_idx, name, linear| {
+            if layer_idx == 0 && lora.target_modules.iter().any(|target| target == name) {
+                linear.attach("vision", &lora, &weights.pp(format!("layers.{layer_idx}.{name}")))?;
+            }
+            Ok(())
+        })
+        .unwrap();
+        let output = llm.forward(&llm.embed(&Tensor::from_slice(&[1i64, 2, 3]).unsqueeze(0)), &text(&[3]), 0);
+        llm.logits(&output.last_hidden_state.squeeze_dim(0)).square().mean(Kind::Float).backward();
+        let parameters = weights.parameters();
+        assert_eq!(parameters.len(), 2);
+        let b = &parameters.iter().find(|(name, _)| name.contains("lora_B")).unwrap().1;
+        assert!(b.grad().abs().sum(Kind::Float).double_value(&[]) > 0.0);
+        for (name, tensor) in llm.tensors() {
+            assert!(!tensor.requires_grad() && !tensor.grad().defined(), "{name}");
+        }
+    }
+
+    #[test]
+    fn tensors_are_those_of_the_checkpoint() {
+        let golden = fixtures::open("llama");
+        for (own, config) in [
+            (None, LlmConfig::tiny(64)),
+            (Some("untied."), LlmConfig { tie_word_embeddings: false, ..LlmConfig::tiny(64) }),
+            (Some("qwen3."), LlmConfig { model_type: "qwen3".into(), ..LlmConfig::tiny(64) }),
+        ] {
+            let mut found = load(&golden, &config, own).tensors();
+            found.sort_by(|a, b| a.0.cmp(&b.0));
+            let mut expected = golden.under("weights.");
+            expected.extend(own.map(|prefix| golden.under(prefix)).unwrap_or_default());
+            expected.sort_by(|a, b| a.0.cmp(&b.0));
+            assert_eq!(found.len(), expected.len());
+            for (found, expected) in found.iter().zip(&expected) {
+                assert_eq!(found.0, expected.0);
+                assert!(found.1.equal(&expected.1), "{}", found.0);
+            }
+        }
+    }
+
+    #[test]
+    fn frequencies_and_a_tied_head_in_the_file_are_no_surprise() {
+        let golden = fixtures::open("llama");
+        let zeros = |shape: &[i64]| Tensor::zeros(shape, F32);
+        let more = [
+            ("lm_head.weight".to_owned(), zeros(&[64, 32])),
+            ("model.layers.1.self_attn.rotary_emb.inv_freq".to_owned(), zeros(&[4])),
+        ];
+        let tensors = golden.under("weights.").into_iter().chain(more);
+        let weights = Weights::from_tensors(tensors, Device::Cpu, Kind::Float);
+        CausalLm::load(&LlmConfig::tiny(64), &weights).unwrap();
+        weights.finish().unwrap();
+    }
+
+    #[test]
+    fn bf16_stays_bf16() {
+        let weights = Weights::random(5, Device::Cpu, Kind::BFloat16);
+        let llm = CausalLm::load(&LlmConfig::tiny(64), &weights).unwrap();
+        let rows = vec![vec![Span::text(2), Span::image(2, 2)]];
+        let plan =
+            AttentionPlan::new(&Spans { rows }, VisionAttention::Bidirectional, Device::Cpu, Kind::BFloat16).unwrap();
+        let embeds = Tensor::randn([1, 6, 32], F32).to_kind(Kind::BFloat16);
+        assert_eq!(llm.forward(&embeds, &plan, 0).last_hidden_state.kind(), Kind::BFloat16);
+        let mut cache = llm.new_cache(1, 8).unwrap();
+        let logits = llm.prefill(&embeds, &plan, &mut cache).unwrap();
+        let logits = llm.decode_step(&logits.argmax(-1, true), &mut cache).unwrap();
+        assert_eq!((logits.kind(), logits.size()), (Kind::BFloat16, vec![1, 64]));
+    }
+}

@@ -1,0 +1,207 @@
+//! Keys and values already computed, for generating one token at a time.
+
+use anyhow::{Result, ensure};
+use tch::{Device, Kind, Tensor};
+
+use crate::config::LlmConfig;
+use crate::spans::AttentionPlan;
+
+/// Keys and values of every layer for a batch of sequences, in memory taken once.
+///
+/// Rows may differ in length: a row's tokens lie at the front, and a step writes behind them.
+#[derive(Debug)]
+pub struct KvCache {
+    pub(crate) layers: Vec<LayerCache>,
+    lens: Vec<i64>, // tokens of each row
+    capacity: i64,
+    kind: Kind,
+    device: Device,
+}
+
+/// One layer's part.
+#[derive(Debug)]
+pub(crate) struct LayerCache {
+    keys: Tensor,   // [batch, kv_heads, capacity, head_dim], rotated
+    values: Tensor, // [batch, kv_heads, capacity, head_dim]
+}
+
+/// What the layers share in one decoding step.
+#[derive(Debug)]
+pub(crate) struct Step {
+    /// `[batch, 1]`
+    pub(crate) position_ids: Tensor,
+    /// Keys that any row sees, the new one included.
+    pub(crate) seen: i64,
+    /// Additive `[batch, 1, 1, seen]`, where rows differ in length.
+    pub(crate) mask: Option<Tensor>,
+    /// Row and slot of each new key, where rows differ in length.
+    places: Option<[Tensor; 2]>,
+}
+
+impl KvCache {
+    /// Room for `capacity` tokens in each of `batch` rows; `kind` is that of the model.
+    ///
+    /// # Errors
+    /// Where there is no room to take: batch or capacity below 1.
+    pub fn new(config: &LlmConfig, batch: i64, capacity: i64, device: Device, kind: Kind) -> Result<Self> {
+        ensure!(batch > 0, "a cache for {batch} sequences");
+        ensure!(capacity > 0, "a cache for {capacity} tokens");
+        let shape = [batch, config.kv_heads(), capacity, config.head_width()];
+        // Zeros, since a masked value still meets its weight of zero in a product, and 0 * NaN is NaN.
+        let zeros = || Tensor::zeros(shape, (kind, device));
+        let layers = (0..config.num_hidden_layers).map(|_| LayerCache { keys: zeros(), values: zeros() }).collect();
+        Ok(Self { layers, lens: vec![0; batch as usize], capacity, kind, device })
+    }
+
+    /// Tokens held of each row.
+    pub fn lens(&self) -> &[i64] {
+        &self.lens
+    }
+
+    /// Tokens that a row can hold.
+    pub fn capacity(&self) -> i64 {
+        self.capacity
+    }
+
+    /// Rows.
+    pub fn batch(&self) -> i64 {
+        self.lens.len() as i64
+    }
+
+    /// Bytes that keys and values take.
+    pub fn num_bytes(&self) -> usize {
+        self.layers.iter().map(|l| (l.keys.numel() + l.values.numel()) * self.kind.elt_size_in_bytes()).sum()
+    }
+
+    /// Keeps at most the first `len` tokens of every row.
+    pub fn truncate(&mut self, len: i64) {
+        self.lens.iter_mut().for_each(|l| *l = (*l).min(len.max(0)));
+    }
+
+    /// Forgets everything; the memory stays.
+    pub fn reset(&mut self) {
+        self.truncate(0);
+    }
+
+    /// Checks that a batch fits before anything is computed.
+    pub(crate) fn check_prefill(&self, plan: &AttentionPlan) -> Result<()> {
+        ensure!(self.lens.iter().all(|&len| len == 0), "the cache holds a prefill already: reset it first");
+        ensure!(plan.batch() == self.batch(), "{} rows in a cache for {}", plan.batch(), self.batch());
+        ensure!(plan.row_lens().iter().all(|&len| len > 0), "a row without tokens has nothing to go on from");
+        ensure!(
+            plan.is_cacheable(),
+            "several documents or branches in one row: only a row of one document can be continued"
+        );
+        let seq = plan.position_ids().size()[1];
+        ensure!(seq <= self.capacity, "{seq} tokens in a cache for {}", self.capacity);
+        Ok(())
+    }
+
+    pub(crate) fn filled(&mut self, plan: &AttentionPlan) {
+        self.lens = plan.row_lens().to_vec();
+    }
+
+    /// Plans a step that adds one token to every row.
+    pub(crate) fn next_step(&self, batch: i64) -> Result<Step> {
+        ensure!(batch == self.batch(), "{batch} rows in a cache for {}", self.batch());
+        let longest = *self.lens.iter().max().expect("batch is at least 1");
+        let shortest = *self.lens.iter().min().expect("batch is at least 1");
+        ensure!(shortest > 0, "decoding goes on from a prefill, and the cache is empty");
+        ensure!(longest < self.capacity, "the cache is full: a row has {longest} tokens of {}", self.capacity);
+        let lens = Tensor::from_slice(&self.lens).to_device(self.device); // [batch]
+        let seen = longest + 1;
+        let ragged = longest != shortest;
+        let mask = ragged.then(|| {
+            let unseen = Tensor::arange(seen, (Kind::Int64, self.device)).unsqueeze(0).gt_tensor(&lens.unsqueeze(1));
+            Tensor::zeros([batch, seen], (self.kind, self.device))
+                .masked_fill(&unseen, f64::NEG_INFINITY)
+                .view([batch, 1, 1, seen])
+        });
+        let places = ragged.then(|| [Tensor::arange(batch, (Kind::Int64, self.device)), lens.shallow_clone()]);
+        Ok(Step { position_ids: lens.unsqueeze(1), seen, mask, places })
+    }
+
+    pub(crate) fn stepped(&mut self) {
+        self.lens.iter_mut().for_each(|len| *len += 1);
+    }
+}
+
+impl LayerCache {
+    /// Keeps `[batch, kv_heads, seq, head_dim]` as the first tokens.
+    pub(crate) fn fill(&mut self, k: &Tensor, v: &Tensor) {
+        let seq = k.size()[2];
+        self.keys.narrow(2, 0, seq).copy_(k);
+        self.values.narrow(2, 0, seq).copy_(v);
+    }
+
+    /// Adds `[batch, kv_heads, 1, head_dim]` behind each row; all that is seen: `[batch, kv_heads, seen, head_dim]`.
+    pub(crate) fn append(&mut self, k: &Tensor, v: &Tensor, step: &Step) -> (Tensor, Tensor) {
+        let (keys, values) = (self.keys.narrow(2, 0, step.seen), self.values.narrow(2, 0, step.seen));
+        for (kept, new) in [(&keys, k), (&values, v)] {
+            match &step.places {
+                None => kept.narrow(2, step.seen - 1, 1).copy_(new),
+                Some([rows, slots]) => {
+                    let places = [Some(rows), None, Some(slots)]; // [batch, kv_heads, head_dim]
+                    let _ = kept.shallow_clone().index_put_(&places, &new.squeeze_dim(2), false);
+                }
+            }
+        }
+        (keys, values)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spans::{Span, Spans, VisionAttention};
+
+    const F32: (Device, Kind) = (Device::Cpu, Kind::Float);
+
+    fn plan(rows: Vec<Vec<Span>>) -> AttentionPlan {
+        AttentionPlan::new(&Spans { rows }, VisionAttention::Bidirectional, F32.0, F32.1).unwrap()
+    }
+
+    #[test]
+    fn rows_of_different_length_are_written_behind_their_end() {
+        let mut cache = KvCache::new(&LlmConfig::tiny(8), 2, 5, F32.0, F32.1).unwrap();
+        assert_eq!(cache.num_bytes(), 2 * 2 * (2 * 2 * 5 * 8) * 4);
+        let plan = plan(vec![vec![Span::text(1)], vec![Span::text(3)]]);
+        cache.check_prefill(&plan).unwrap();
+        let ones = Tensor::ones([2, 2, 3, 8], (F32.1, F32.0));
+        cache.layers[0].fill(&ones, &ones);
+        cache.filled(&plan);
+        let step = cache.next_step(2).unwrap();
+        let new = Tensor::full([2, 2, 1, 8], 7.0, (F32.1, F32.0));
+        let (keys, values) = cache.layers[0].append(&new, &new, &step);
+        cache.stepped();
+        assert_eq!(cache.lens(), [2, 4]);
+        for kept in [keys, values] {
+            let kept: Vec<f32> = kept.select(3, 0).select(1, 1).flatten(0, -1).try_into().unwrap();
+            assert_eq!(kept, [1.0, 7.0, 1.0, 0.0, 1.0, 1.0, 1.0, 7.0]);
+        }
+        let mask: Vec<f32> = step.mask.unwrap().flatten(0, -1).try_into().unwrap();
+        let unseen = f32::NEG_INFINITY;
+        assert_eq!(mask, [0.0, 0.0, unseen, unseen, 0.0, 0.0, 0.0, 0.0]);
+        cache.truncate(3);
+        assert_eq!(cache.lens(), [2, 3]);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_an_error() {
+        let config = LlmConfig::tiny(8);
+        assert!(KvCache::new(&config, 0, 4, F32.0, F32.1).unwrap_err().to_string().contains("0 sequences"));
+        assert!(KvCache::new(&config, 1, 0, F32.0, F32.1).unwrap_err().to_string().contains("0 tokens"));
+        let mut cache = KvCache::new(&config, 1, 4, F32.0, F32.1).unwrap();
+        let says = |error: anyhow::Error, what: &str| assert!(error.to_string().contains(what), "{error}");
+        says(cache.next_step(1).unwrap_err(), "the cache is empty");
+        says(cache.check_prefill(&plan(vec![vec![Span::text(5)]])).unwrap_err(), "5 tokens in a cache for 4");
+        says(cache.check_prefill(&plan(vec![vec![Span::text(1)]; 2])).unwrap_err(), "2 rows in a cache for 1");
+        let branches = vec![vec![Span::text(1), Span::text(1).on_branch(0)]];
+        says(cache.check_prefill(&plan(branches)).unwrap_err(), "several documents or branches");
+        cache.filled(&plan(vec![vec![Span::text(4)]]));
+        says(cache.next_step(1).unwrap_err(), "the cache is full: a row has 4 tokens of 4");
+        says(cache.check_prefill(&plan(vec![vec![Span::text(1)]])).unwrap_err(), "reset it first");
+        cache.reset();
+        cache.check_prefill(&plan(vec![vec![Span::text(1)]])).unwrap();
+    }
+}

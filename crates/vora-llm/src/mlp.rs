@@ -1,0 +1,52 @@
+//! The SwiGLU feed-forward block.
+
+use anyhow::Result;
+use tch::{Tensor, nn::Module};
+use vora_lora::Linear;
+use vora_torch::weights::Weights;
+
+use crate::config::LlmConfig;
+
+/// `down_proj(silu(gate_proj(x)) * up_proj(x))` (Shazeer 2020).
+#[derive(Debug)]
+pub struct Mlp {
+    pub(crate) gate_proj: Linear,
+    pub(crate) up_proj: Linear,
+    pub(crate) down_proj: Linear,
+}
+
+impl Mlp {
+    /// Takes `gate_proj`, `up_proj` and `down_proj`.
+    pub fn load(config: &LlmConfig, weights: &Weights) -> Result<Self> {
+        let (hidden, intermediate, bias) = (config.hidden_size, config.intermediate_size, config.mlp_bias);
+        Ok(Self {
+            gate_proj: Linear::load(&weights.pp("gate_proj"), hidden, intermediate, bias)?,
+            up_proj: Linear::load(&weights.pp("up_proj"), hidden, intermediate, bias)?,
+            down_proj: Linear::load(&weights.pp("down_proj"), intermediate, hidden, bias)?,
+        })
+    }
+}
+
+impl Module for Mlp {
+    /// `[.., hidden]` -> `[.., hidden]`
+    fn forward(&self, x: &Tensor) -> Tensor {
+        let gate = self.gate_proj.forward(x).silu(); // [.., intermediate]
+        self.down_proj.forward(&(gate * self.up_proj.forward(x)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::{Device, Kind};
+
+    #[test]
+    fn matches_reference() {
+        let golden = fixtures::open("mlp");
+        let weights = Weights::from_tensors(golden.under("weights."), Device::Cpu, Kind::Float);
+        let config = LlmConfig { mlp_bias: true, ..LlmConfig::tiny(64) };
+        let mlp = Mlp::load(&config, &weights).unwrap();
+        weights.finish().unwrap();
+        fixtures::assert_close_to(&mlp.forward(&golden["x"]), &golden["y"], 1e-5);
+    }
+}
