@@ -1,6 +1,10 @@
 //! Writing the files of a checkpoint folder: `model.safetensors` and the JSON files beside it.
 
-use std::{collections::HashMap, fs, path::Path};
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    path::Path,
+};
 
 use anyhow::{Context, Result, ensure};
 use half::bf16;
@@ -23,16 +27,17 @@ impl Tensors {
         self.0.push((name.into(), Dtype::BF16, shape, bytes));
     }
 
-    /// Writes the file; `source` says in its metadata where the weights came from.
-    pub(crate) fn write(&self, path: &Path, source: &str) -> Result<()> {
+    /// Writes the file through to the disk; the same tensors always give the same bytes.
+    pub(crate) fn write(&self, path: &Path) -> Result<()> {
         let mut views = Vec::new();
         for (name, dtype, shape, bytes) in &self.0 {
             let view = TensorView::new(*dtype, shape.clone(), bytes).with_context(|| format!("tensor `{name}`"))?;
             views.push((name.as_str(), view));
         }
-        let metadata = [("format", "pt"), ("source", source)].map(|(key, value)| (key.to_owned(), value.to_owned()));
-        safetensors::serialize_to_file(views, Some(HashMap::from(metadata)), path)
-            .with_context(|| format!("writing {}", path.display()))
+        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        safetensors::serialize_to_file(views, Some(metadata), path)
+            .with_context(|| format!("writing {}", path.display()))?;
+        File::open(path).and_then(|file| file.sync_all()).with_context(|| format!("writing {}", path.display()))
     }
 }
 

@@ -19,10 +19,10 @@ const IMAGE: usize = 518;
 const BACKBONE: &str = "backbone.";
 
 /// Reads the ONNX file `onnx` and fills the folder `out`.
-pub(crate) fn convert(onnx: &Path, out: &Path, source: &str) -> Result<()> {
+pub(crate) fn convert(onnx: &Path, out: &Path) -> Result<()> {
     let bytes = fs::read(onnx).with_context(|| format!("reading {}", onnx.display()))?;
     let graph = Onnx::parse(&bytes).with_context(|| format!("reading {}", onnx.display()))?;
-    weights(&graph)?.write(&out.join("model.safetensors"), source)?;
+    weights(&graph)?.write(&out.join("model.safetensors"))?;
     write_json(
         &out.join("config.json"),
         &json!({

@@ -439,7 +439,7 @@ mod tests {
             (build(0, 2, &[&text("k"), &array(0), &[0; 8], &text("k"), &array(0), &[0; 8]]), "`k` stands there twice"),
             (build(1, 0, &[&t("a", &[1 << 33, 1 << 33], 0, 0)]), "overflows"),
             (build(1, 0, &[&t("a", &[1 << 62], 0, 0)]), "overflows"),
-            (build(1, 0, &[&t("a", &[4], 0, u64::MAX - 31)]), "overflows"),
+            (build(1, 0, &[&t("a", &[8], 0, u64::MAX - 31)]), "overflows"),
             (build(1, 0, &[&t("a", &[1; 5], 0, 0)]), "5 dimensions"),
             (build(1, 0, &[&t("a", &[4], 14, 0)]), "tensor `a`: kind 14 is not read here"),
             (build(1, 0, &[&t("a", &[33], 3, 0)]), "rows of 33 do not divide into blocks of 32"),

