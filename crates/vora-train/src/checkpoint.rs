@@ -1,0 +1,351 @@
+//! Checkpoints that a crash cannot halve: written beside their place, checksummed, synced, renamed.
+
+use std::fmt::Write as _;
+use std::fs::{self, File, TryLockError};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use vora_torch::safetensors::write_atomically;
+
+/// The checksums of a checkpoint's files, as `sha256sum` writes and checks them.
+const MANIFEST: &str = "SHA256SUMS";
+
+/// Where a run stands: what a checkpoint holds beside its tensors.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainerState {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Samples drawn from the training data: where the data goes on.
+    pub samples_seen: u64,
+    /// Seconds of work so far.
+    pub seconds: f64,
+    /// What the data's order and contents are drawn from.
+    pub seed: u64,
+    /// The algorithm that draws them.
+    pub random: String,
+    /// SHA-256 of the run's configuration.
+    pub config_sha256: String,
+    /// The version of this library.
+    pub version: String,
+}
+
+impl TrainerState {
+    const FILE: &str = "trainer_state.json";
+
+    /// Writes `trainer_state.json` into a checkpoint.
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self)?;
+        write_atomically(&folder.join(Self::FILE), |file| Ok(file.write_all(text.as_bytes())?))
+    }
+
+    /// Reads `trainer_state.json` of a checkpoint.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join(Self::FILE);
+        let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        serde_json::from_slice(&text).with_context(|| format!("{} is not a trainer's state", path.display()))
+    }
+}
+
+/// SHA-256 in hex.
+pub fn sha256(bytes: &[u8]) -> String {
+    hex(Sha256::digest(bytes).as_slice())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// A run's folder that no other trainer may write to while this lives.
+#[derive(Debug)]
+pub struct RunFolder {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl RunFolder {
+    /// Makes the folder where it is missing and locks it; leftovers of a save that was cut short are removed.
+    pub fn lock(path: &Path) -> Result<Self> {
+        let what = || format!("cannot use the run folder {}", path.display());
+        fs::create_dir_all(path.join("checkpoints")).with_context(what)?;
+        let lock_path = path.join(".lock");
+        let mut options = File::options();
+        let mut lock =
+            options.read(true).write(true).create(true).truncate(false).open(&lock_path).with_context(what)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut holder = String::new();
+                let _ = lock.read_to_string(&mut holder);
+                bail!(
+                    "the run folder {} is in use by another trainer (process {})",
+                    path.display(),
+                    holder.trim()
+                );
+            }
+            Err(TryLockError::Error(error)) => return Err(error).with_context(what),
+        }
+        lock.set_len(0).with_context(what)?;
+        write!(lock, "{}", std::process::id()).with_context(what)?;
+        let this = Self { path: path.to_owned(), _lock: lock };
+        for entry in fs::read_dir(this.checkpoints()).with_context(what)? {
+            let entry = entry.with_context(what)?;
+            if entry.file_name().to_string_lossy().starts_with(".tmp-") {
+                fs::remove_dir_all(entry.path()).with_context(what)?;
+            }
+        }
+        Ok(this)
+    }
+
+    /// The folder itself.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn checkpoints(&self) -> PathBuf {
+        self.path.join("checkpoints")
+    }
+
+    /// Writes `checkpoints/step-N`: `write` fills a folder beside that place, which is checksummed, synced and
+    /// renamed. Then all but the newest `keep` checkpoints are removed. On an error nothing of it is left, and the
+    /// checkpoints before it are as they were.
+    pub fn save(&self, step: u64, keep: usize, write: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+        let folder = self.checkpoints().join(format!("step-{step}"));
+        replace_folder(&folder, write)?;
+        for (_, old) in list(&self.path)?.into_iter().rev().skip(keep.max(1)) {
+            // First out of sight, so that no half-removed checkpoint is ever found.
+            let gone = self.checkpoints().join(format!(".tmp-old-{}", name_of(&old)));
+            fs::rename(&old, &gone).with_context(|| format!("cannot remove {}", old.display()))?;
+            fs::remove_dir_all(&gone).with_context(|| format!("cannot remove {}", gone.display()))?;
+        }
+        Ok(folder)
+    }
+
+    /// Writes a folder of the run, as [`Self::save`] writes a checkpoint.
+    pub fn save_folder(&self, name: &str, write: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+        let folder = self.path.join(name);
+        replace_folder(&folder, write)?;
+        Ok(folder)
+    }
+}
+
+/// Makes `folder` whole or not at all.
+fn replace_folder(folder: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let what = || format!("cannot write {}", folder.display());
+    let parent = folder.parent().with_context(what)?;
+    let beside = parent.join(format!(".tmp-{}", name_of(folder)));
+    if beside.exists() {
+        fs::remove_dir_all(&beside).with_context(what)?;
+    }
+    let written = fs::create_dir_all(&beside)
+        .map_err(anyhow::Error::from)
+        .and_then(|()| write(&beside))
+        .and_then(|()| write_manifest(&beside));
+    if let Err(error) = written {
+        // What was written is worth nothing; a full disk gets its space back.
+        let _ = fs::remove_dir_all(&beside);
+        return Err(error).with_context(what);
+    }
+    if folder.exists() {
+        let old = parent.join(format!(".tmp-old-{}", name_of(folder)));
+        fs::rename(folder, &old).with_context(what)?;
+        fs::rename(&beside, folder).with_context(what)?;
+        fs::remove_dir_all(&old).with_context(what)?;
+    } else {
+        fs::rename(&beside, folder).with_context(what)?;
+    }
+    File::open(parent).and_then(|parent| parent.sync_all()).with_context(what)
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn write_manifest(folder: &Path) -> Result<()> {
+    let mut lines = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        lines.push(format!("{}  {}\n", digest_of(&path)?, name_of(&path)));
+    }
+    lines.sort_by(|a, b| a[64..].cmp(&b[64..]));
+    write_atomically(&folder.join(MANIFEST), |file| Ok(file.write_all(lines.concat().as_bytes())?))
+}
+
+fn digest_of(path: &Path) -> Result<String> {
+    let mut digest = Sha256::new();
+    let mut file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    std::io::copy(&mut file, &mut digest).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(hex(digest.finalize().as_slice()))
+}
+
+/// Compares every file of a checkpoint with its checksum; the error names the first that differs.
+pub fn verify(folder: &Path) -> Result<()> {
+    let manifest = folder.join(MANIFEST);
+    let text = fs::read(&manifest).with_context(|| format!("cannot read {}", manifest.display()))?;
+    let text = String::from_utf8_lossy(&text);
+    let mut listed = Vec::new();
+    for line in text.lines() {
+        let (expected, name) = line
+            .split_once("  ")
+            .ok_or_else(|| anyhow!("{} has a line that is no checksum: `{line}`", manifest.display()))?;
+        ensure!(!name.contains(['/', '\\']), "{} names a file outside: `{name}`", manifest.display());
+        let path = folder.join(name);
+        let found = digest_of(&path)?;
+        ensure!(found == expected, "checksum mismatch: {} has {found}, {MANIFEST} says {expected}", path.display());
+        listed.push(name);
+    }
+    ensure!(
+        listed.contains(&TrainerState::FILE) && text.ends_with('\n'),
+        "{} is not a whole list of a checkpoint's files",
+        manifest.display()
+    );
+    Ok(())
+}
+
+/// The checkpoints of a run by step, oldest first, unverified.
+pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let folder = run.join("checkpoints");
+    if !folder.exists() {
+        return Ok(Vec::new());
+    }
+    let what = || format!("cannot read {}", folder.display());
+    let mut found = Vec::new();
+    for entry in fs::read_dir(&folder).with_context(what)? {
+        let path = entry.with_context(what)?.path();
+        if let Some(step) = name_of(&path).strip_prefix("step-").and_then(|n| n.parse().ok()) {
+            found.push((step, path));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The last checkpoint whose files are all as they were written; none in a run that has saved none.
+///
+/// A damaged one is logged with what is wrong, and the one before it is taken; if all are damaged, that is the error.
+pub fn latest(run: &Path) -> Result<Option<PathBuf>> {
+    let mut damage = None;
+    for (_, folder) in list(run)?.into_iter().rev() {
+        match verify(&folder) {
+            Ok(()) => return Ok(Some(folder)),
+            Err(error) => {
+                tracing::warn!("{} is damaged and passed over: {error:#}", folder.display());
+                damage = Some(error.context(format!("no checkpoint of {} is whole", run.display())));
+            }
+        }
+    }
+    damage.map_or(Ok(None), Err)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(step: u64) -> TrainerState {
+        TrainerState {
+            step,
+            samples_seen: step * 6,
+            seconds: 1.5,
+            seed: 1,
+            random: "chacha".into(),
+            config_sha256: sha256(b"config"),
+            version: "0.1.0".into(),
+        }
+    }
+
+    fn fill(step: u64) -> impl FnOnce(&Path) -> Result<()> {
+        move |folder| {
+            fs::write(folder.join("optimizer.safetensors"), vec![step as u8; 1000])?;
+            state(step).save(folder)
+        }
+    }
+
+    #[test]
+    fn the_newest_are_kept_and_found() {
+        let run = tempfile::tempdir().unwrap();
+        let folder = RunFolder::lock(run.path()).unwrap();
+        assert!(latest(run.path()).unwrap().is_none());
+        for step in [5, 10, 100, 20] {
+            folder.save(step, 2, fill(step)).unwrap();
+        }
+        let steps: Vec<u64> = list(run.path()).unwrap().into_iter().map(|(step, _)| step).collect();
+        assert_eq!(steps, [20, 100]);
+        let last = latest(run.path()).unwrap().unwrap();
+        assert_eq!(TrainerState::open(&last).unwrap(), state(100));
+        // Saved again over itself.
+        folder.save(100, 2, fill(100)).unwrap();
+        verify(&last).unwrap();
+    }
+
+    #[test]
+    fn a_flipped_byte_in_any_file_is_named_and_the_one_before_is_used() {
+        let run = tempfile::tempdir().unwrap();
+        let folder = RunFolder::lock(run.path()).unwrap();
+        let before = folder.save(10, 3, fill(10)).unwrap();
+        let damaged = folder.save(20, 3, fill(20)).unwrap();
+        for name in ["optimizer.safetensors", TrainerState::FILE, MANIFEST] {
+            let path = damaged.join(name);
+            let whole = fs::read(&path).unwrap();
+            for at in [0, whole.len() / 2, whole.len() - 1] {
+                let mut bytes = whole.clone();
+                bytes[at] ^= 0x10;
+                fs::write(&path, bytes).unwrap();
+                let error = format!("{:#}", verify(&damaged).unwrap_err());
+                assert!(error.contains("step-20"), "{name} at {at}: {error}");
+                if name == "optimizer.safetensors" {
+                    assert!(error.contains("checksum mismatch") && error.contains(name), "{error}");
+                }
+                assert_eq!(latest(run.path()).unwrap().unwrap(), before, "{name} at {at}");
+            }
+            fs::write(&path, whole).unwrap();
+        }
+        assert_eq!(latest(run.path()).unwrap().unwrap(), damaged);
+        fs::remove_file(damaged.join("optimizer.safetensors")).unwrap();
+        assert_eq!(latest(run.path()).unwrap().unwrap(), before);
+        fs::remove_file(before.join(MANIFEST)).unwrap();
+        let error = format!("{:#}", latest(run.path()).unwrap_err());
+        assert!(error.contains("no checkpoint of") && error.contains("is whole"), "{error}");
+    }
+
+    #[test]
+    fn a_save_cut_short_leaves_the_one_before() {
+        let run = tempfile::tempdir().unwrap();
+        let folder = RunFolder::lock(run.path()).unwrap();
+        let before = folder.save(10, 3, fill(10)).unwrap();
+        // As kill -9 leaves it: a folder beside its place.
+        let beside = run.path().join("checkpoints/.tmp-step-20");
+        fs::create_dir(&beside).unwrap();
+        fs::write(beside.join("optimizer.safetensors"), b"half").unwrap();
+        assert_eq!(latest(run.path()).unwrap().unwrap(), before);
+        drop(folder);
+        let folder = RunFolder::lock(run.path()).unwrap();
+        assert!(!beside.exists());
+        // As a full disk does it.
+        let error = folder
+            .save(20, 1, |folder| {
+                fs::write(folder.join("optimizer.safetensors"), b"half")?;
+                Err(std::io::Error::from(std::io::ErrorKind::StorageFull).into())
+            })
+            .unwrap_err();
+        let error = format!("{error:#}");
+        assert!(error.contains("cannot write") && error.contains("step-20") && error.contains("no storage space"), "{error}");
+        assert!(!beside.exists());
+        assert_eq!(latest(run.path()).unwrap().unwrap(), before);
+    }
+
+    #[test]
+    fn a_second_trainer_is_refused() {
+        let run = tempfile::tempdir().unwrap();
+        let first = RunFolder::lock(run.path()).unwrap();
+        let error = RunFolder::lock(run.path()).unwrap_err().to_string();
+        let expected = format!("in use by another trainer (process {})", std::process::id());
+        assert!(error.contains(&expected), "{error}");
+        drop(first);
+        RunFolder::lock(run.path()).unwrap();
+    }
+}

@@ -1,0 +1,873 @@
+//! The run file: one YAML file is one run. Its keys are those of the published VoRA recipes, which load as they are,
+//! and of HF's `TrainingArguments`; what is ours beside them keeps the field's names.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use vora_data::scenes::{ScenesConfig, Split};
+use vora_llm::VisionAttention;
+use vora_lora::LoraConfig;
+
+use crate::distill::Pairing;
+use crate::optim::{LearningRates, OptimConfig};
+use crate::schedule::{Curve, Schedule};
+
+/// One run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainConfig {
+    /// The run folder.
+    pub output_dir: PathBuf,
+    /// What stands over the plot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run_name: Option<String>,
+    /// Fixes new weights and the order of the data.
+    #[serde(default = "seed")]
+    pub seed: u64,
+    /// Frozen weights and activations in bf16 (`true`) or f32 (`false`); absent: bf16 where the hardware multiplies it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bf16: Option<bool>,
+
+    /// The model.
+    pub model: ModelConfig,
+    /// The data.
+    pub data: DataConfig,
+    /// The teacher's part in the loss.
+    #[serde(default)]
+    pub distill: DistillConfig,
+
+    /// Steps of the run; -1 leaves it to `num_train_epochs`.
+    #[serde(default = "minus_one")]
+    pub max_steps: i64,
+    /// Passes over the data, where it has an end.
+    #[serde(default = "one")]
+    pub num_train_epochs: f64,
+    /// Samples in one forward pass.
+    #[serde(default = "eight")]
+    pub per_device_train_batch_size: usize,
+    /// Samples in one forward pass of an evaluation.
+    #[serde(default = "eight")]
+    pub per_device_eval_batch_size: usize,
+    /// Forward passes to one step; the step is that of one batch as large as all of them.
+    #[serde(default = "one_usize")]
+    pub gradient_accumulation_steps: usize,
+    /// Whether the training data is shuffled.
+    #[serde(default = "yes")]
+    pub shuffle: bool,
+    /// Threads that make samples.
+    #[serde(default = "one_usize")]
+    pub dataloader_num_workers: usize,
+
+    /// Learning rate at a schedule factor of 1.
+    #[serde(default = "learning_rate")]
+    pub learning_rate: f64,
+    /// Parts of the model that learn at another rate.
+    #[serde(default)]
+    pub learning_rates: LearningRates,
+    /// How the rate goes on after the warm-up.
+    #[serde(default)]
+    pub lr_scheduler_type: Curve,
+    /// Where `cosine_with_min_lr` ends.
+    #[serde(default)]
+    pub lr_scheduler_kwargs: SchedulerKwargs,
+    /// Steps of warm-up.
+    #[serde(default)]
+    pub warmup_steps: u64,
+    /// Share of the run that is warm-up, where `warmup_steps` is 0.
+    #[serde(default)]
+    pub warmup_ratio: f64,
+    /// Decoupled weight decay of matrices.
+    #[serde(default)]
+    pub weight_decay: f64,
+    /// AdamW's decay of the mean gradient.
+    #[serde(default = "adam_beta1")]
+    pub adam_beta1: f64,
+    /// AdamW's decay of the mean squared gradient.
+    #[serde(default = "adam_beta2")]
+    pub adam_beta2: f64,
+    /// Added to AdamW's denominator.
+    #[serde(default = "adam_epsilon")]
+    pub adam_epsilon: f64,
+    /// The gradient is scaled down to this norm; 0 leaves it.
+    #[serde(default = "one")]
+    pub max_grad_norm: f64,
+
+    /// A line of metrics every so many steps.
+    #[serde(default = "one_u64")]
+    pub logging_steps: u64,
+    /// When checkpoints are written during the run; there is always one at its end.
+    #[serde(default = "steps")]
+    pub save_strategy: Strategy,
+    /// Steps between checkpoints.
+    #[serde(default = "five_hundred")]
+    pub save_steps: u64,
+    /// How many checkpoints are kept.
+    #[serde(default = "three")]
+    pub save_total_limit: usize,
+    /// When the model is evaluated during the run; it always is at its end.
+    #[serde(default, alias = "eval_strategy")]
+    pub evaluation_strategy: Strategy,
+    /// Steps between evaluations.
+    #[serde(default = "five_hundred")]
+    pub eval_steps: u64,
+
+    /// Taken from published recipes, without effect here; see [`TrainConfig::without_effect`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tf32: Option<bool>,
+    /// As `tf32`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gradient_checkpointing: Option<bool>,
+    /// As `tf32`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report_to: Option<String>,
+    /// As `tf32`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wandb_project: Option<String>,
+    /// As `tf32`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deepspeed: Option<String>,
+}
+
+/// What is trained.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// The language model: a folder, or a name on the hub.
+    pub llm: String,
+    /// A VoRA folder to start from, in place of new adapters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pretrained: Option<String>,
+    /// The kind of patch embedding; there is one.
+    #[serde(default = "aimv2_embedding")]
+    pub vision_embedding: String,
+    /// Channels between patchifier and projection; absent: the teacher's hidden size, or 1536 without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vision_embedding_intermediate_size: Option<i64>,
+    /// Side of a patch, in pixels.
+    pub patch_size: i64,
+    /// Side of a picture, in pixels.
+    pub image_size: i64,
+    /// The teacher: a folder, or a name on the hub. Absent: no distillation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub aux_vision: Option<String>,
+    /// `preprocessor`: the patch embedding starts as the teacher's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reuse_aux_vision_embedding_layers: Option<String>,
+    /// The adapters.
+    pub lora: LoraConfig,
+    /// Whether the tokens of a picture see each other in both directions.
+    #[serde(default, alias = "vision_attention_mask")]
+    pub vision_attention: VisionAttention,
+}
+
+/// The teacher's part in the loss.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DistillConfig {
+    /// What the distillation loss is multiplied with; the language loss counts 1.
+    pub weight: f64,
+    /// Which of the student's hidden states meet the teacher's blocks.
+    pub pairing: Pairing,
+    /// Whether each position's mean is taken out of the teacher's features.
+    pub center: bool,
+    /// Pictures over which that mean, and the baseline of the loss, are measured before the first step.
+    pub mean_over: usize,
+}
+
+impl Default for DistillConfig {
+    fn default() -> Self {
+        Self { weight: 1.0, pairing: Pairing::Output, center: false, mean_over: 128 }
+    }
+}
+
+/// The data: what is learned from, and what is asked afterwards.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// What is learned from.
+    pub train: TrainData,
+    /// Held-out data by the name of its split.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub eval: BTreeMap<String, EvalData>,
+}
+
+/// What is learned from: `scenes`, or annotations.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainData {
+    /// Procedural pictures.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scenes: Option<ScenesConfig>,
+    /// Where annotations lie.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_fetch: Option<DataFetch>,
+    /// How annotations become samples.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_preprocess: Option<DataPreprocess>,
+}
+
+/// A held-out split: another stream of the training data's scenes, or annotations.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvalData {
+    /// A split of the scenes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub split: Option<Split>,
+    /// Where annotations lie.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_fetch: Option<DataFetch>,
+    /// How many samples are asked about.
+    #[serde(default = "two_hundred")]
+    pub samples: usize,
+}
+
+/// Where annotations lie.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataFetch {
+    /// One entry a source.
+    pub data_paths: Vec<DataPath>,
+}
+
+/// One source: a file of records and the folder that its pictures lie in.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataPath {
+    /// A JSON object a line.
+    pub anno_path: PathBuf,
+    /// Where its pictures are; empty for text alone.
+    #[serde(default)]
+    pub image_folder: PathBuf,
+}
+
+/// How annotations become samples.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataPreprocess {
+    /// A record's key for its pictures.
+    pub frames_key: String,
+    /// A record's key for its conversation.
+    pub label_key: String,
+    /// A sample with more tokens is refused.
+    pub max_seq_len: usize,
+    /// Taken from published recipes, without effect here: the tokenizer is the LLM's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<String>,
+    /// Without effect: one limit serves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_prompt_len: Option<usize>,
+    /// Without effect: turns are written as the LLM's own chat template writes them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vqa_processor_params: Option<VqaProcessorParams>,
+    /// Without effect: one frame a picture.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub num_segments: Option<usize>,
+    /// Without effect: pictures go through the processor that lies beside the teacher.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub frames_ops: Option<BTreeMap<String, BTreeMap<String, String>>>,
+}
+
+impl Default for DataPreprocess {
+    fn default() -> Self {
+        Self {
+            frames_key: "frames".into(),
+            label_key: "conversations".into(),
+            max_seq_len: 2048,
+            tokenizer: None,
+            max_prompt_len: None,
+            vqa_processor_params: None,
+            num_segments: None,
+            frames_ops: None,
+        }
+    }
+}
+
+/// The published recipes' way to write a chat template.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VqaProcessorParams {
+    /// What a conversation begins with.
+    pub system_message: String,
+    /// What stands before each turn.
+    pub roles: Vec<String>,
+}
+
+/// HF's `lr_scheduler_kwargs`, those that a schedule here has.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SchedulerKwargs {
+    /// Share of the rate at which `cosine_with_min_lr` ends.
+    pub min_lr_rate: f64,
+}
+
+/// When something is done during a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Strategy {
+    /// Not before its end.
+    #[default]
+    No,
+    /// Every so many steps.
+    Steps,
+}
+
+fn seed() -> u64 {
+    42
+}
+fn yes() -> bool {
+    true
+}
+fn minus_one() -> i64 {
+    -1
+}
+fn one() -> f64 {
+    1.0
+}
+fn one_usize() -> usize {
+    1
+}
+fn one_u64() -> u64 {
+    1
+}
+fn three() -> usize {
+    3
+}
+fn eight() -> usize {
+    8
+}
+fn two_hundred() -> usize {
+    200
+}
+fn five_hundred() -> u64 {
+    500
+}
+fn learning_rate() -> f64 {
+    2e-4
+}
+fn adam_beta1() -> f64 {
+    0.9
+}
+fn adam_beta2() -> f64 {
+    0.999
+}
+fn adam_epsilon() -> f64 {
+    1e-8
+}
+fn steps() -> Strategy {
+    Strategy::Steps
+}
+fn aimv2_embedding() -> String {
+    "AIMv2Embedding".into()
+}
+
+impl TrainConfig {
+    /// Reads and validates a run file, with `key.key=value` overrides applied to it.
+    pub fn open(path: &Path, overrides: &[String]) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read {}; --config takes a run file in YAML", path.display()))?;
+        Self::parse(&text, overrides).with_context(|| format!("in {}", path.display()))
+    }
+
+    /// As [`Self::open`], from text. Errors in the text carry line and column; one in an override names it.
+    pub fn parse(text: &str, overrides: &[String]) -> Result<Self> {
+        let as_written = serde_saphyr::from_str::<Self>(text);
+        let config = match (as_written, overrides) {
+            (Ok(config), []) => config,
+            (Err(error), []) => return Err(anyhow!("{error}")),
+            (as_written, overrides) => overridden(text, as_written, overrides)?,
+        };
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// The run file with everything in it that was left to defaults.
+    pub fn to_yaml(&self) -> Result<String> {
+        Ok(serde_saphyr::to_string(self)?)
+    }
+
+    /// Checks what the types leave open; the error names the key.
+    pub fn validate(&self) -> Result<()> {
+        let at_least_one = [
+            ("per_device_train_batch_size", self.per_device_train_batch_size as i64),
+            ("per_device_eval_batch_size", self.per_device_eval_batch_size as i64),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps as i64),
+            ("dataloader_num_workers", self.dataloader_num_workers as i64),
+            ("logging_steps", self.logging_steps as i64),
+            ("save_steps", self.save_steps as i64),
+            ("save_total_limit", self.save_total_limit as i64),
+            ("eval_steps", self.eval_steps as i64),
+            ("model.patch_size", self.model.patch_size),
+            ("model.image_size", self.model.image_size),
+            ("model.vision_embedding_intermediate_size", self.model.vision_embedding_intermediate_size.unwrap_or(1)),
+        ];
+        for (key, value) in at_least_one {
+            ensure!(value >= 1, "{key} is {value}, it must be at least 1");
+        }
+        for (part, rate) in &self.learning_rates.0 {
+            ensure!(*rate >= 0.0 && rate.is_finite(), "learning_rates.{part} is {rate}, it must be 0 or more");
+        }
+        let not_negative = [
+            ("learning_rate", self.learning_rate),
+            ("weight_decay", self.weight_decay),
+            ("max_grad_norm", self.max_grad_norm),
+            ("distill.weight", self.distill.weight),
+            ("num_train_epochs", self.num_train_epochs),
+        ];
+        for (key, value) in not_negative {
+            ensure!(value >= 0.0 && value.is_finite(), "{key} is {value}, it must be 0 or more");
+        }
+        let shares = [
+            ("adam_beta1", self.adam_beta1),
+            ("adam_beta2", self.adam_beta2),
+            ("warmup_ratio", self.warmup_ratio),
+            ("lr_scheduler_kwargs.min_lr_rate", self.lr_scheduler_kwargs.min_lr_rate),
+        ];
+        for (key, value) in shares {
+            ensure!((0.0..1.0).contains(&value), "{key} is {value}, it must be at least 0 and below 1");
+        }
+        ensure!(self.adam_epsilon > 0.0, "adam_epsilon is {}, it must be above 0", self.adam_epsilon);
+        ensure!(
+            self.max_steps == -1 || self.max_steps > 0,
+            "max_steps is {}, it must be at least 1, or -1 to leave it to num_train_epochs",
+            self.max_steps
+        );
+        self.model.validate()?;
+        ensure!(
+            self.model.aux_vision.is_some() || !self.distill.center,
+            "distill.center is true, but model.aux_vision names no teacher"
+        );
+        ensure!(self.distill.mean_over >= 2, "distill.mean_over is {}, it must be at least 2", self.distill.mean_over);
+        self.data.validate(self.model.image_size)?;
+        ensure!(
+            self.max_steps > 0 || self.data.train.scenes.is_none(),
+            "max_steps is -1, but scenes never end: say how many steps"
+        );
+        Ok(())
+    }
+
+    /// Keys that the file gives and that change nothing here, with the reason.
+    pub fn without_effect(&self) -> Vec<(&'static str, &'static str)> {
+        let preprocess = self.data.train.data_preprocess.as_ref();
+        let all = [
+            ("tf32", self.tf32.is_some(), "matrix products run in the kind of the weights"),
+            ("gradient_checkpointing", self.gradient_checkpointing == Some(true), "activations are kept"),
+            ("report_to", self.report_to.is_some(), "metrics go to metrics.jsonl"),
+            ("wandb_project", self.wandb_project.is_some(), "metrics go to metrics.jsonl"),
+            ("deepspeed", self.deepspeed.is_some(), "one process trains"),
+            ("data_preprocess.tokenizer", preprocess.is_some_and(|p| p.tokenizer.is_some()), "the LLM's own is used"),
+            (
+                "data_preprocess.max_prompt_len",
+                preprocess.is_some_and(|p| p.max_prompt_len.is_some()),
+                "max_seq_len is the limit",
+            ),
+            (
+                "data_preprocess.vqa_processor_params",
+                preprocess.is_some_and(|p| p.vqa_processor_params.is_some()),
+                "the LLM's own chat template is used",
+            ),
+            (
+                "data_preprocess.num_segments",
+                preprocess.is_some_and(|p| p.num_segments.is_some_and(|n| n != 1)),
+                "each frame is a picture",
+            ),
+            (
+                "data_preprocess.frames_ops",
+                preprocess.is_some_and(|p| p.frames_ops.is_some()),
+                "pictures go through the teacher's own processor",
+            ),
+        ];
+        all.into_iter().filter(|(_, given, _)| *given).map(|(key, _, reason)| (key, reason)).collect()
+    }
+
+    /// The schedule of a run of so many steps.
+    pub fn schedule(&self, max_steps: u64) -> Schedule {
+        let warmup_steps = match self.warmup_steps {
+            0 => (self.warmup_ratio * max_steps as f64).ceil() as u64,
+            steps => steps,
+        };
+        let min_lr_rate = self.lr_scheduler_kwargs.min_lr_rate;
+        Schedule { curve: self.lr_scheduler_type, warmup_steps, max_steps, min_lr_rate }
+    }
+
+    /// What the optimizer is told.
+    pub fn optim(&self) -> OptimConfig {
+        OptimConfig {
+            learning_rate: self.learning_rate,
+            learning_rates: self.learning_rates.clone(),
+            beta1: self.adam_beta1,
+            beta2: self.adam_beta2,
+            eps: self.adam_epsilon,
+            weight_decay: self.weight_decay,
+            max_grad_norm: self.max_grad_norm,
+        }
+    }
+
+    /// Keys whose values differ between two runs.
+    pub fn differences(&self, other: &Self) -> Result<Vec<Difference>> {
+        let mut found = Vec::new();
+        compare("", &serde_json::to_value(self)?, &serde_json::to_value(other)?, &mut found);
+        Ok(found)
+    }
+}
+
+impl ModelConfig {
+    fn validate(&self) -> Result<()> {
+        ensure!(!self.llm.is_empty(), "model.llm is empty, it takes a folder or a name on the hub");
+        let Self { patch_size, image_size, .. } = self;
+        ensure!(
+            image_size % patch_size == 0,
+            "model.image_size is {image_size}, it must be a multiple of model.patch_size, {patch_size}"
+        );
+        ensure!(
+            self.vision_embedding == aimv2_embedding(),
+            "model.vision_embedding is `{}`, the one there is is called `{}`",
+            self.vision_embedding,
+            aimv2_embedding()
+        );
+        match self.reuse_aux_vision_embedding_layers.as_deref() {
+            None | Some("") => {}
+            Some("preprocessor") => ensure!(
+                self.aux_vision.is_some(),
+                "model.reuse_aux_vision_embedding_layers is `preprocessor`, but model.aux_vision names no teacher"
+            ),
+            Some(other) => {
+                bail!("model.reuse_aux_vision_embedding_layers is `{other}`, it must be `preprocessor` or absent")
+            }
+        }
+        self.lora.validate().map_err(|error| anyhow!("model.{error}"))
+    }
+
+    /// Whether the patch embedding starts as the teacher's.
+    pub fn starts_from_teacher(&self) -> bool {
+        self.reuse_aux_vision_embedding_layers.as_deref() == Some("preprocessor")
+    }
+}
+
+impl DataConfig {
+    fn validate(&self, image_size: i64) -> Result<()> {
+        match (&self.train.scenes, &self.train.data_fetch) {
+            (None, None) => bail!("data.train has neither `scenes` nor `data_fetch`"),
+            (Some(_), Some(_)) => bail!("data.train has both `scenes` and `data_fetch`, it takes one of them"),
+            (Some(scenes), None) => {
+                scenes.validate().map_err(|error| anyhow!("data.train.{error}"))?;
+                ensure!(
+                    i64::from(scenes.image_size) == image_size,
+                    "data.train.scenes.image_size is {}, model.image_size is {image_size}: they must be the same",
+                    scenes.image_size
+                );
+            }
+            (None, Some(fetch)) => fetch.validate("data.train")?,
+        }
+        for (name, eval) in &self.eval {
+            ensure!(eval.samples >= 1, "data.eval.{name}.samples is 0, it must be at least 1");
+            match (&eval.split, &eval.data_fetch) {
+                (Some(_), Some(_)) | (None, None) => {
+                    bail!("data.eval.{name} must have one of `split` (of the scenes) and `data_fetch`")
+                }
+                (Some(_), None) => ensure!(
+                    self.train.scenes.is_some(),
+                    "data.eval.{name}.split names a split of the scenes, but data.train has no `scenes`"
+                ),
+                (None, Some(fetch)) => fetch.validate(&format!("data.eval.{name}"))?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl DataFetch {
+    fn validate(&self, key: &str) -> Result<()> {
+        ensure!(!self.data_paths.is_empty(), "{key}.data_fetch.data_paths is empty");
+        Ok(())
+    }
+}
+
+/// A key that two runs do not agree on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Difference {
+    /// The dotted key.
+    pub key: String,
+    /// Its value in the first.
+    pub first: String,
+    /// Its value in the second.
+    pub second: String,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} was {}, is {}", self.key, self.first, self.second)
+    }
+}
+
+fn compare(key: &str, first: &Value, second: &Value, found: &mut Vec<Difference>) {
+    if let (Value::Object(a), Value::Object(b)) = (first, second) {
+        let keys: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+        for name in keys {
+            let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+            compare(&key, a.get(name).unwrap_or(&Value::Null), b.get(name).unwrap_or(&Value::Null), found);
+        }
+    } else if first != second {
+        let text = |value: &Value| if value.is_null() { "absent".to_owned() } else { value.to_string() };
+        found.push(Difference { key: key.to_owned(), first: text(first), second: text(second) });
+    }
+}
+
+/// The run file's tree of values with the overrides set in it, typed after each so that a wrong one is named.
+fn overridden(
+    text: &str,
+    as_written: Result<TrainConfig, serde_saphyr::Error>,
+    overrides: &[String],
+) -> Result<TrainConfig> {
+    let mut tree: Value = serde_saphyr::from_str(text).map_err(|error| anyhow!("{error}"))?;
+    let mut typed = as_written.map_err(|error| anyhow!("{error}"));
+    for entry in overrides {
+        set(&mut tree, entry)?;
+        typed = match (typed, serde_json::from_value(tree.clone())) {
+            (_, Ok(config)) => Ok(config),
+            // The file itself is incomplete or wrong, and this override did not mend it: that error has a line.
+            (Err(error), Err(_)) => Err(error),
+            (Ok(_), Err(error)) => return Err(anyhow!("--set {entry}: {error}")),
+        };
+    }
+    typed
+}
+
+/// Sets `a.b=c` in a tree, where `c` is YAML; numbers step into lists.
+fn set(tree: &mut Value, entry: &str) -> Result<()> {
+    let (key, value) = entry.split_once('=').with_context(|| format!("--set {entry}: it must be key.key=value"))?;
+    let value: Value = serde_saphyr::from_str(value).map_err(|error| anyhow!("--set {entry}: {error}"))?;
+    let mut place = tree;
+    for part in key.split('.') {
+        ensure!(!part.is_empty(), "--set {entry}: the key has an empty part");
+        if place.is_null() {
+            *place = Value::Object(serde_json::Map::new());
+        }
+        place = match place {
+            Value::Object(map) => map.entry(part).or_insert(Value::Null),
+            Value::Array(list) => {
+                let len = list.len();
+                part.parse::<usize>()
+                    .ok()
+                    .and_then(|i| list.get_mut(i))
+                    .with_context(|| format!("--set {entry}: `{part}` is no place in a list of {len}"))?
+            }
+            _ => bail!("--set {entry}: `{part}` would go into a single value"),
+        };
+    }
+    *place = value;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The keys and values of the recipe that pretrained the published model.
+    const PUBLISHED: &str = r#"
+bf16: True
+seed: 42
+num_train_epochs: 1
+per_device_train_batch_size: 8  # 8 GPUs
+per_device_eval_batch_size: 4
+gradient_accumulation_steps: 4
+evaluation_strategy: "no"
+save_strategy: "steps"
+save_steps: 10000
+learning_rate: 0.0002
+weight_decay: 0.
+warmup_steps: 100
+lr_scheduler_type: "constant_with_warmup"
+logging_steps: 1
+tf32: True
+shuffle: True
+gradient_checkpointing: true
+dataloader_num_workers: 4
+report_to: wandb
+output_dir: ./output/pretrain_I8M
+wandb_project: VoRA
+run_name: pretrain_I8M
+deepspeed: ./configs/deepspeed/zero2.json
+model:
+  llm: Qwen/Qwen2.5-7B-Instruct
+  vision_embedding: "AIMv2Embedding"
+  patch_size: 14
+  image_size: 448
+  aux_vision: apple/aimv2-huge-patch14-448
+  reuse_aux_vision_embedding_layers: "preprocessor"
+  lora:
+    layers: 24
+    r: 1024
+    target_modules: [
+        "self_attn.q_proj",
+        "mlp.down_proj",
+    ]
+data:
+  train:
+    data_fetch:
+      data_paths: [
+        {
+          "anno_path": "{data_root}/annotations/VoRA-Recap-8M.json", # modify here
+          "image_folder": "{data_root}/VoRA-Recap-8M"
+        },
+        {
+          "anno_path": "{data_root}/annotations/VoRA-TextQA-Mixed.json",
+          "image_folder": ""
+        },
+      ]
+    data_preprocess:
+      frames_key: frames
+      label_key: conversations
+      tokenizer: Qwen/Qwen2.5-7B-Instruct
+      max_seq_len: 2048
+      max_prompt_len: 2048
+      vqa_processor_params:
+        system_message: "<|im_start|>system\nYou are a helpful assistant.<|im_end|>"
+        roles: ["\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"]
+      num_segments: 1
+      frames_ops:
+        PILExpand2Square: {}
+        HFImageTransform:
+          path: apple/aimv2-huge-patch14-448
+"#;
+
+    const SMALL: &str = "\
+output_dir: runs/x
+max_steps: 10
+model:
+  llm: somewhere
+  patch_size: 14
+  image_size: 56
+  lora:
+    layers: 2
+    r: 4
+data:
+  train:
+    scenes: {}
+";
+
+    fn set(overrides: &[&str]) -> Result<TrainConfig> {
+        let overrides: Vec<String> = overrides.iter().map(|&s| s.to_owned()).collect();
+        TrainConfig::parse(SMALL, &overrides)
+    }
+
+    #[track_caller]
+    fn fails(result: Result<TrainConfig>, texts: &[&str]) {
+        let message = format!("{:#}", result.unwrap_err());
+        for text in texts {
+            assert!(message.contains(text), "`{message}` lacks `{text}`");
+        }
+    }
+
+    #[test]
+    fn a_published_recipe_loads_as_it_is() {
+        let config = TrainConfig::parse(PUBLISHED, &[]).unwrap();
+        assert_eq!((config.bf16, config.max_steps, config.learning_rate), (Some(true), -1, 2e-4));
+        assert_eq!((config.model.lora.r, config.model.lora.layers), (1024, 24));
+        assert_eq!(config.model.vision_attention, VisionAttention::Bidirectional);
+        assert!(config.model.starts_from_teacher());
+        assert_eq!(config.schedule(1000).factor(50), 0.5);
+        let sources = &config.data.train.data_fetch.as_ref().unwrap().data_paths;
+        assert_eq!((sources.len(), sources[1].image_folder.as_os_str().is_empty()), (2, true));
+        let noted: Vec<&str> = config.without_effect().iter().map(|(key, _)| *key).collect();
+        assert!(noted.contains(&"deepspeed") && noted.contains(&"data_preprocess.frames_ops"), "{noted:?}");
+        // The fine-tuning recipe has one key more.
+        let text = PUBLISHED.replace("model:\n", "model:\n  pretrained: \"{your_pretrained_model}\"\n");
+        assert_eq!(TrainConfig::parse(&text, &[]).unwrap().model.pretrained.unwrap(), "{your_pretrained_model}");
+    }
+
+    #[test]
+    fn a_resolved_file_is_the_same_run() {
+        for text in [PUBLISHED, SMALL] {
+            let config = TrainConfig::parse(text, &[]).unwrap();
+            let yaml = config.to_yaml().unwrap();
+            assert_eq!(TrainConfig::parse(&yaml, &[]).unwrap(), config, "{yaml}");
+        }
+    }
+
+    #[test]
+    fn every_recipe_is_a_run() {
+        for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes")).unwrap() {
+            let config = TrainConfig::open(&entry.unwrap().path(), &[]).unwrap();
+            assert!(config.without_effect().is_empty());
+        }
+    }
+
+    #[test]
+    fn wrong_keys_are_refused_with_line_and_column() {
+        fails(
+            TrainConfig::parse(&SMALL.replace("    r: 4", "    rank: 4"), &[]),
+            &["unknown field `rank`", "expected one of `layers`, `r`", "line 9", "column 5"],
+        );
+        fails(TrainConfig::parse(&SMALL.replace("    r: 4", "    r: 4\n    r: 5"), &[]), &["duplicate", "r", "line 10"]);
+        fails(TrainConfig::parse(&SMALL.replace("  llm: somewhere\n", ""), &[]), &["missing field `llm`"]);
+        fails(TrainConfig::parse(&SMALL.replace("r: 4", "r: four"), &[]), &["line 9", "column 8"]);
+        fails(TrainConfig::parse("output_dir: [", &[]), &["line 1"]);
+        fails(TrainConfig::open(Path::new("nope/run.yaml"), &[]), &["cannot read nope/run.yaml", "--config"]);
+    }
+
+    #[test]
+    fn values_out_of_range_name_their_key() {
+        let cases: [(&str, &str); 12] = [
+            ("model.lora.r=0", "model.lora.r is 0, it must be at least 1"),
+            ("model.image_size=50", "model.image_size is 50, it must be a multiple of model.patch_size, 14"),
+            ("model.vision_embedding=CLIP", "model.vision_embedding is `CLIP`"),
+            ("model.reuse_aux_vision_embedding_layers=preprocessor", "model.aux_vision names no teacher"),
+            ("data.train.scenes.image_size=84", "data.train.scenes.image_size is 84, model.image_size is 56"),
+            ("data.train.scenes=null", "data.train has neither `scenes` nor `data_fetch`"),
+            ("max_steps=-1", "scenes never end"),
+            ("max_steps=0", "max_steps is 0"),
+            ("learning_rate=-1", "learning_rate is -1, it must be 0 or more"),
+            ("adam_beta2=1", "adam_beta2 is 1, it must be at least 0 and below 1"),
+            ("save_steps=0", "save_steps is 0, it must be at least 1"),
+            ("data.eval.test.samples=3", "data.eval.test must have one of `split`"),
+        ];
+        for (entry, expected) in cases {
+            fails(set(&[entry]), &[expected]);
+        }
+    }
+
+    #[test]
+    fn overrides_reach_into_the_tree() {
+        let config = set(&[
+            "model.lora.r=64",
+            "learning_rate=2e-3",
+            "bf16=True",
+            "lr_scheduler_type=cosine",
+            "learning_rates.lora_B=0.5",
+            "data.eval={test: {split: test, samples: 7}}",
+            "model.vision_attention=causal",
+        ])
+        .unwrap();
+        assert_eq!((config.model.lora.r, config.learning_rate, config.bf16), (64, 2e-3, Some(true)));
+        assert_eq!((config.lr_scheduler_type, config.learning_rates.0["lora_B"]), (Curve::Cosine, 0.5));
+        assert_eq!(config.data.eval["test"].samples, 7);
+        assert_eq!(config.model.vision_attention, VisionAttention::Causal);
+        let list = ["data.train.data_fetch.data_paths.1.image_folder=pictures".to_owned()];
+        let config = TrainConfig::parse(PUBLISHED, &list).unwrap();
+        assert_eq!(config.data.train.data_fetch.unwrap().data_paths[1].image_folder, Path::new("pictures"));
+    }
+
+    #[test]
+    fn a_wrong_override_is_named() {
+        fails(set(&["seed=1", "model.lora.rank=3"]), &["--set model.lora.rank=3: unknown field `rank`"]);
+        fails(set(&["max_steps"]), &["--set max_steps: it must be key.key=value"]);
+        fails(set(&["max_steps.x=1"]), &["`x` would go into a single value"]);
+        fails(set(&["max_steps=[1"]), &["--set max_steps=[1"]);
+        // A key that the file lacks can be given, and where it is still lacking the file's own line is told.
+        let incomplete = SMALL.replace("output_dir: runs/x\n", "");
+        TrainConfig::parse(&incomplete, &["output_dir=runs/y".to_owned()]).unwrap();
+        fails(TrainConfig::parse(&incomplete, &["seed=1".to_owned()]), &["missing field `output_dir`"]);
+    }
+
+    #[test]
+    fn differences_name_key_and_both_values() {
+        let (a, b) = (set(&[]).unwrap(), set(&["model.lora.r=64", "run_name=other"]).unwrap());
+        let found: Vec<String> = a.differences(&b).unwrap().iter().map(ToString::to_string).collect();
+        assert_eq!(found, ["model.lora.r was 4, is 64", "run_name was absent, is \"other\""]);
+        assert!(a.differences(&a).unwrap().is_empty());
+    }
+}

@@ -1,0 +1,231 @@
+//! What a run tells about itself: `metrics.jsonl`, a line a step, and the callback that draws a progress bar.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::eval::EvalReport;
+
+/// One optimizer step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepMetrics {
+    /// Counted from 1.
+    pub step: u64,
+    /// The sum that was trained on: language loss plus weighted distillation loss.
+    pub loss: f64,
+    /// Cross-entropy per supervised token, in nats.
+    pub loss_lm: f64,
+    /// Cosine loss, mean over the blocks; absent without a teacher or a picture.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_distill: Option<f64>,
+    /// The cosine loss of the best answer that looks at no picture.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub baseline_distill: Option<f64>,
+    /// The run's learning rate at this step; groups with their own move in proportion.
+    pub lr: f64,
+    /// 2-norm of the gradient before it was clipped.
+    pub grad_norm: f64,
+    /// Samples (pictures with their questions) a second.
+    pub samples_per_second: f64,
+    /// Tokens a second, image tokens included, padding not.
+    pub tokens_per_second: f64,
+    /// Seconds that the step waited for data.
+    pub data_wait: f64,
+    /// Seconds since the run began, pauses between runs left out.
+    pub seconds: f64,
+}
+
+/// An evaluation during a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EvalMetrics {
+    /// The step it followed.
+    pub step: u64,
+    /// The report.
+    pub eval: EvalReport,
+}
+
+/// One line of `metrics.jsonl`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Line {
+    /// A line with `eval` in it.
+    Eval(EvalMetrics),
+    /// Any other line.
+    Step(StepMetrics),
+}
+
+impl Line {
+    fn step(&self) -> u64 {
+        match self {
+            Self::Eval(eval) => eval.step,
+            Self::Step(step) => step.step,
+        }
+    }
+}
+
+/// Told how a run goes, as it goes; the library itself prints nothing.
+pub trait Progress {
+    /// The run goes from `step` to `max_steps`.
+    fn begin(&mut self, step: u64, max_steps: u64);
+    /// A step is done.
+    fn step(&mut self, metrics: &StepMetrics);
+    /// `done` of `total` batches are evaluated.
+    fn evaluating(&mut self, done: usize, total: usize);
+    /// An evaluation is done.
+    fn evaluated(&mut self, metrics: &EvalMetrics);
+    /// A checkpoint was written.
+    fn saved(&mut self, folder: &Path);
+}
+
+/// Tells nobody.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Silent;
+
+impl Progress for Silent {
+    fn begin(&mut self, _: u64, _: u64) {}
+    fn step(&mut self, _: &StepMetrics) {}
+    fn evaluating(&mut self, _: usize, _: usize) {}
+    fn evaluated(&mut self, _: &EvalMetrics) {}
+    fn saved(&mut self, _: &Path) {}
+}
+
+/// The open `metrics.jsonl` of a run.
+#[derive(Debug)]
+pub struct MetricsLog {
+    path: PathBuf,
+    file: File,
+}
+
+impl MetricsLog {
+    /// Opens the log of a run that goes on after `step` (0: from its start). Lines of later steps, which the run will
+    /// write again, and a line that a crash left half written are cut off.
+    pub fn open(path: &Path, step: u64) -> Result<Self> {
+        let what = || format!("cannot open {}", path.display());
+        let mut options = OpenOptions::new();
+        let mut file = options.read(true).write(true).create(true).truncate(false).open(path).with_context(what)?;
+        let text = std::fs::read_to_string(path).with_context(what)?;
+        let keep: usize = text
+            .split_inclusive('\n')
+            .take_while(|line| {
+                line.ends_with('\n') && serde_json::from_str::<Line>(line).is_ok_and(|line| line.step() <= step)
+            })
+            .map(str::len)
+            .sum();
+        let keep = if step == 0 { 0 } else { keep };
+        file.set_len(keep as u64).with_context(what)?;
+        file.seek(SeekFrom::End(0)).with_context(what)?;
+        Ok(Self { path: path.to_owned(), file })
+    }
+
+    /// Writes one line.
+    pub fn write(&mut self, line: &Line) -> Result<()> {
+        let mut text = serde_json::to_string(line)?;
+        text.push('\n');
+        self.file.write_all(text.as_bytes()).with_context(|| format!("cannot write {}", self.path.display()))
+    }
+
+    /// All lines of a log.
+    pub fn read(path: &Path) -> Result<Vec<Line>> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let line = |(i, text)| {
+            serde_json::from_str(text).with_context(|| format!("{}:{} is not a line of metrics", path.display(), i + 1))
+        };
+        text.lines().enumerate().map(line).collect()
+    }
+}
+
+/// Finds losses that stand out: more than six standard deviations above the mean of the last 128.
+#[derive(Debug, Default)]
+pub struct SpikeDetector {
+    recent: std::collections::VecDeque<f64>,
+}
+
+impl SpikeDetector {
+    const WINDOW: usize = 128;
+
+    /// Takes in a step's loss; for a spike, how many standard deviations above the mean it lies.
+    pub fn observe(&mut self, loss: f64) -> Option<f64> {
+        let n = self.recent.len() as f64;
+        let mean = self.recent.iter().sum::<f64>() / n;
+        let deviation = (self.recent.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / n).sqrt();
+        let sigmas = (loss - mean) / deviation;
+        let is_full = self.recent.len() == Self::WINDOW;
+        if is_full {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(loss);
+        (is_full && sigmas > 6.0).then_some(sigmas)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(step: u64) -> Line {
+        Line::Step(StepMetrics {
+            step,
+            loss: 1.5,
+            loss_lm: 1.0,
+            loss_distill: Some(0.5),
+            baseline_distill: None,
+            lr: 1e-3,
+            grad_norm: 0.1,
+            samples_per_second: 10.0,
+            tokens_per_second: 100.0,
+            data_wait: 0.0,
+            seconds: 1.0,
+        })
+    }
+
+    #[test]
+    fn a_resumed_log_goes_on_where_the_checkpoint_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut log = MetricsLog::open(&path, 0).unwrap();
+        for i in 1..=5 {
+            log.write(&step(i)).unwrap();
+        }
+        log.write(&Line::Eval(EvalMetrics { step: 3, eval: EvalReport::default() })).unwrap();
+        std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"step\": 6, \"lo").unwrap();
+
+        let mut log = MetricsLog::open(&path, 3).unwrap();
+        log.write(&step(4)).unwrap();
+        let lines = MetricsLog::read(&path).unwrap();
+        assert_eq!(lines, [step(1), step(2), step(3), step(4)]);
+
+        MetricsLog::open(&path, 0).unwrap();
+        assert!(MetricsLog::read(&path).unwrap().is_empty());
+    }
+
+    #[test]
+    fn an_eval_line_is_told_from_a_step() {
+        let line = Line::Eval(EvalMetrics { step: 3, eval: EvalReport::default() });
+        assert_eq!(serde_json::from_str::<Line>(&serde_json::to_string(&line).unwrap()).unwrap(), line);
+        let text = serde_json::to_string(&step(2)).unwrap();
+        assert!(text.contains("\"loss_lm\":1.0") && !text.contains("baseline"), "{text}");
+        assert_eq!(serde_json::from_str::<Line>(&text).unwrap(), step(2));
+    }
+
+    #[test]
+    fn a_broken_line_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        std::fs::write(&path, "{}\n").unwrap();
+        let error = MetricsLog::read(&path).unwrap_err().to_string();
+        assert!(error.contains("metrics.jsonl:1 is not a line of metrics"), "{error}");
+    }
+
+    #[test]
+    fn a_spike_stands_out_of_a_full_window() {
+        let mut detector = SpikeDetector::default();
+        for i in 0..128 {
+            assert_eq!(detector.observe(1.0 + 0.01 * f64::from(i % 7)), None);
+        }
+        assert_eq!(detector.observe(1.05), None);
+        assert!(detector.observe(2.0).is_some_and(|sigmas| sigmas > 6.0));
+    }
+}

@@ -1,0 +1,234 @@
+//! `loss.svg`: both losses over the steps, what the cosine loss would be without looking, and the accuracies.
+
+use std::path::Path;
+
+use anyhow::{Result, anyhow};
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+
+use crate::metrics::Line;
+
+const LANGUAGE: RGBColor = RGBColor(0x1f, 0x6f, 0xb4);
+const DISTILL: RGBColor = RGBColor(0xd9, 0x6c, 0x1e);
+const SPLITS: [RGBColor; 4] =
+    [RGBColor(0x2a, 0x8f, 0x4e), RGBColor(0x8e, 0x44, 0xad), RGBColor(0xc0, 0x39, 0x2b), RGBColor(0x16, 0xa0, 0x85)];
+const GREY: RGBColor = RGBColor(0x55, 0x55, 0x55);
+const WIDTH: u32 = 860;
+const PANEL: u32 = 230;
+
+/// One curve: points `(step, value)`.
+struct Curve {
+    name: String,
+    color: RGBColor,
+    points: Vec<(f64, f64)>,
+    dashed: bool,
+}
+
+impl Curve {
+    fn new(name: &str, color: RGBColor, points: Vec<(f64, f64)>) -> Self {
+        Self { name: name.to_owned(), color, points, dashed: false }
+    }
+}
+
+/// Draws a run into `path`: a panel for the language loss, one for the cosine loss, one for the accuracies, each only
+/// where the run has such numbers.
+pub fn draw(path: &Path, title: &str, lines: &[Line]) -> Result<()> {
+    let panels = panels(lines);
+    if panels.is_empty() {
+        return Ok(());
+    }
+    let mut svg = String::new();
+    paint(&mut svg, title, &panels).map_err(|e| anyhow!("cannot draw {}: {e}", path.display()))?;
+    vora_torch::safetensors::write_atomically(path, |file| Ok(std::io::Write::write_all(file, svg.as_bytes())?))
+}
+
+/// What each panel shows: its title, the value at its top where that is fixed, its curves.
+type Panel = (&'static str, Option<f64>, Vec<Curve>);
+
+fn panels(lines: &[Line]) -> Vec<Panel> {
+    let (mut language, mut distill, mut baseline) = (Vec::new(), Vec::new(), Vec::new());
+    let mut splits: Vec<(String, Vec<(f64, f64)>, Vec<(f64, f64)>)> = Vec::new();
+    for line in lines {
+        match line {
+            Line::Step(step) => {
+                let x = step.step as f64;
+                language.push((x, step.loss_lm));
+                distill.extend(step.loss_distill.map(|y| (x, y)));
+                baseline.extend(step.baseline_distill.map(|y| (x, y)));
+            }
+            Line::Eval(eval) => {
+                for (split, kinds) in &eval.eval.0 {
+                    let Some(all) = kinds.get("all") else { continue };
+                    let place = splits.iter().position(|(name, ..)| name == split).unwrap_or_else(|| {
+                        splits.push((split.clone(), Vec::new(), Vec::new()));
+                        splits.len() - 1
+                    });
+                    splits[place].1.push((eval.step as f64, all.exact_match));
+                    splits[place].2.extend(all.blind_exact_match.map(|y| (eval.step as f64, y)));
+                }
+            }
+        }
+    }
+    let mut panels: Vec<Panel> = Vec::new();
+    if !language.is_empty() {
+        panels.push(("cross-entropy per answer token", None, smoothed("language", LANGUAGE, language)));
+    }
+    if !distill.is_empty() {
+        let mut curves = smoothed("distillation", DISTILL, distill);
+        if !baseline.is_empty() {
+            curves.push(Curve { dashed: true, ..Curve::new("without looking", GREY, baseline) });
+        }
+        panels.push(("1 - cosine with the teacher", None, curves));
+    }
+    if !splits.is_empty() {
+        let mut curves = Vec::new();
+        for ((name, seen, blind), color) in splits.into_iter().zip(SPLITS.into_iter().cycle()) {
+            if !blind.is_empty() {
+                curves.push(Curve { dashed: true, ..Curve::new(&format!("{name}, wrong picture"), color, blind) });
+            }
+            curves.push(Curve::new(&name, color, seen));
+        }
+        panels.push(("exact match", Some(1.0), curves));
+    }
+    panels
+}
+
+/// The curve itself, pale, and its running mean over a fortieth of the run.
+fn smoothed(name: &str, color: RGBColor, points: Vec<(f64, f64)>) -> Vec<Curve> {
+    let window = (points.len() / 40).max(1);
+    if window == 1 {
+        return vec![Curve::new(name, color, points)];
+    }
+    let mean = |i: usize| {
+        let range = &points[i.saturating_sub(window - 1)..=i];
+        (points[i].0, range.iter().map(|p| p.1).sum::<f64>() / range.len() as f64)
+    };
+    let smooth = (0..points.len()).map(mean).collect();
+    let pale = |c: u8| c + (255 - c) / 10 * 6;
+    let pale = RGBColor(pale(color.0), pale(color.1), pale(color.2));
+    vec![Curve::new("", pale, points), Curve::new(name, color, smooth)]
+}
+
+fn paint(svg: &mut String, title: &str, panels: &[Panel]) -> Result<(), Box<dyn std::error::Error>> {
+    let root = SVGBackend::with_string(svg, (WIDTH, 36 + PANEL * panels.len() as u32)).into_drawing_area();
+    root.fill(&WHITE)?;
+    let (head, body) = root.split_vertically(36);
+    head.draw_text(title, &("sans-serif", 17).into_font().color(&BLACK), (58, 11))?;
+    let last = panels.iter().flat_map(|p| &p.2).flat_map(|c| &c.points).fold(1.0, |max: f64, p| max.max(p.0));
+    for (area, (name, top, curves)) in body.split_evenly((panels.len(), 1)).into_iter().zip(panels) {
+        let points = || curves.iter().flat_map(|c| &c.points).map(|p| p.1);
+        let top = top.unwrap_or_else(|| points().fold(0.0, f64::max) * 1.05);
+        let mut chart = ChartBuilder::on(&area)
+            .margin_top(20)
+            .margin_right(190)
+            .margin_bottom(6)
+            .x_label_area_size(26)
+            .y_label_area_size(58)
+            .build_cartesian_2d(0.0..last, 0.0..top.max(1e-6))?;
+        chart
+            .configure_mesh()
+            .light_line_style(WHITE)
+            .bold_line_style(RGBColor(0xe6, 0xe6, 0xe6))
+            .axis_style(GREY)
+            .label_style(("sans-serif", 12).into_font().color(&GREY))
+            .x_labels(9)
+            .y_labels(5)
+            .x_label_formatter(&|x| format!("{x:.0}"))
+            .y_label_formatter(&|y| if top < 0.1 { format!("{y:.3}") } else { format!("{y:.2}") })
+            .draw()?;
+        for curve in curves {
+            let style = curve.color.stroke_width(2);
+            if curve.dashed {
+                chart.draw_series(DashedLineSeries::new(curve.points.clone(), 6, 4, style))?;
+            } else {
+                chart.draw_series(LineSeries::new(curve.points.clone(), style))?;
+            }
+        }
+        area.draw_text(name, &("sans-serif", 13).into_font().color(&GREY), (58, 3))?;
+        label(&area, &chart.plotting_area().get_pixel_range(), top, curves)?;
+    }
+    root.present()?;
+    Ok(())
+}
+
+/// Names each curve at its right end, with its last value, pushed apart where they would overlap.
+fn label(
+    area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>,
+    (x, y): &(std::ops::Range<i32>, std::ops::Range<i32>),
+    top: f64,
+    curves: &[Curve],
+) -> Result<(), Box<dyn std::error::Error>> {
+    let (left, upper) = area.get_base_pixel();
+    let mut labels: Vec<(i32, String, RGBColor)> = curves
+        .iter()
+        .filter(|c| !c.name.is_empty())
+        .filter_map(|c| {
+            let (_, value) = *c.points.last()?;
+            let height = y.end - ((value / top).clamp(0.0, 1.0) * f64::from(y.end - y.start)) as i32;
+            Some((height - upper, format!("{} {value:.2}", c.name), c.color))
+        })
+        .collect();
+    labels.sort_by_key(|l| l.0);
+    for i in 1..labels.len() {
+        labels[i].0 = labels[i].0.max(labels[i - 1].0 + 14);
+    }
+    for (height, text, color) in labels {
+        let style = ("sans-serif", 12).into_font().color(&color).pos(Pos::new(HPos::Left, VPos::Center));
+        area.draw_text(&text, &style, (x.end - left + 8, height))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eval::{EvalReport, Score};
+    use crate::metrics::{EvalMetrics, StepMetrics};
+
+    /// A run as it might have been.
+    pub(crate) fn example() -> Vec<Line> {
+        let mut lines = Vec::new();
+        for step in 1..=400u64 {
+            let x = step as f64;
+            let wiggle = ((x * 12.9898).sin() * 43758.547).fract() * 0.15;
+            lines.push(Line::Step(StepMetrics {
+                step,
+                loss: 0.0,
+                loss_lm: 0.3 + 2.5 * (-x / 60.0).exp() + wiggle,
+                loss_distill: Some(0.55 + 0.45 * (-x / 150.0).exp() + wiggle * 0.1),
+                baseline_distill: Some(0.98),
+                lr: 1e-3,
+                grad_norm: 1.0,
+                samples_per_second: 1.0,
+                tokens_per_second: 1.0,
+                data_wait: 0.0,
+                seconds: x,
+            }));
+            if step % 100 == 0 {
+                let score = |m| Score { n: 100, exact_match: m, blind_exact_match: Some(0.3) };
+                let kinds = |m| [("all".to_owned(), score(m))].into();
+                let eval = EvalReport(
+                    [("test".to_owned(), kinds(1.0 - 60.0 / x)), ("unseen".to_owned(), kinds(0.9 - 60.0 / x))].into(),
+                );
+                lines.push(Line::Eval(EvalMetrics { step, eval }));
+            }
+        }
+        lines
+    }
+
+    #[test]
+    fn draws_what_a_run_has() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("loss.svg");
+        draw(&path, "scenes", &[]).unwrap();
+        assert!(!path.exists());
+        draw(&path, "scenes", &example()).unwrap();
+        let svg = std::fs::read_to_string(&path).unwrap();
+        for text in ["cross-entropy", "without looking", "exact match", "test", "wrong picture"] {
+            assert!(svg.contains(text), "no `{text}`");
+        }
+        let steps: Vec<Line> = example().into_iter().filter(|l| matches!(l, Line::Step(_))).take(3).collect();
+        draw(&path, "three steps", &steps).unwrap();
+        assert!(!std::fs::read_to_string(&path).unwrap().contains("exact match"));
+    }
+}
