@@ -23,7 +23,7 @@ const EXAMPLES: &str = "\
 Examples:
   cargo xtask train                                        the default recipe, ten minutes on two cores
   cargo xtask train --smoke                                every step in seconds, with a tiny random model
-  cargo xtask train --set train.steps=200 --set run_dir=runs/short
+  cargo xtask train --set max_steps=200 --set output_dir=runs/short
   cargo xtask train --resume                               go on from the last checkpoint
   cargo xtask train --config my.yaml --device cuda";
 
@@ -52,7 +52,7 @@ pub struct Args {
 pub fn key_value(text: &str) -> Result<String, String> {
     match text.split_once('=') {
         Some((key, _)) if !key.is_empty() => Ok(text.to_owned()),
-        _ => Err("it must read KEY=VALUE, as in `lora.r=32`".to_owned()),
+        _ => Err("it must read KEY=VALUE, as in `model.lora.r=32`".to_owned()),
     }
 }
 
@@ -108,12 +108,12 @@ impl Run {
         train
     }
 
-    /// The run folder: the last `--set run_dir=`, else what the run file says; relative to the clone, as `vora` is run there.
+    /// The run folder: the last `--set output_dir=`, else what the run file says; relative to the clone, as `vora` is run there.
     pub fn dir(&self) -> Result<PathBuf> {
         let text = self.text()?;
-        let dir = self.set.iter().rev().find_map(|set| set.strip_prefix("run_dir=")).or_else(|| run_dir(&text));
-        let dir =
-            dir.with_context(|| format!("{} has no key `run_dir`; add --set run_dir=DIR", self.config.display()))?;
+        let dir = self.set.iter().rev().find_map(|set| set.strip_prefix("output_dir=")).or_else(|| output_dir(&text));
+        let dir = dir
+            .with_context(|| format!("{} has no key `output_dir`; add --set output_dir=DIR", self.config.display()))?;
         Ok(cmd::root().join(dir))
     }
 
@@ -134,9 +134,9 @@ impl Run {
     }
 }
 
-/// The value of the top-level key `run_dir` in a YAML text.
-fn run_dir(text: &str) -> Option<&str> {
-    let value = text.lines().find_map(|line| line.strip_prefix("run_dir:"))?;
+/// The value of the top-level key `output_dir` in a YAML text.
+fn output_dir(text: &str) -> Option<&str> {
+    let value = text.lines().find_map(|line| line.strip_prefix("output_dir:"))?;
     let value = value.split(" #").next()?.trim().trim_matches(['"', '\'']);
     (!value.is_empty()).then_some(value)
 }
@@ -213,16 +213,16 @@ mod tests {
 
     #[test]
     fn run_folder_is_read_from_run_file_and_set() {
-        assert_eq!(run_dir("seed: 1\nrun_dir: runs/a  # here\n"), Some("runs/a"));
-        assert_eq!(run_dir("run_dir: \"runs/b\"\n"), Some("runs/b"));
-        assert_eq!(run_dir("train:\n  run_dir: runs/c\n"), None);
+        assert_eq!(output_dir("seed: 1\noutput_dir: runs/a  # here\n"), Some("runs/a"));
+        assert_eq!(output_dir("output_dir: \"runs/b\"\n"), Some("runs/b"));
+        assert_eq!(output_dir("train:\n  output_dir: runs/c\n"), None);
 
         let dir = tempfile::tempdir().unwrap();
         let config = dir.path().join("a.yaml");
         fs::write(&config, "seed: 1\n").unwrap();
         let mut run = Run { config, set: vec![], device: None };
-        assert!(run.dir().unwrap_err().to_string().ends_with("has no key `run_dir`; add --set run_dir=DIR"));
-        run.set = vec!["run_dir=runs/x".into(), "run_dir=/y".into()];
+        assert!(run.dir().unwrap_err().to_string().ends_with("has no key `output_dir`; add --set output_dir=DIR"));
+        run.set = vec!["output_dir=runs/x".into(), "output_dir=/y".into()];
         assert_eq!(run.dir().unwrap(), Path::new("/y"));
     }
 

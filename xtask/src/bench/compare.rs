@@ -34,7 +34,7 @@ struct Step {
 struct Accuracy {
     n: f64,
     exact_match: f64,
-    blind: f64,
+    blind: Option<f64>, // none where there was no control
 }
 
 impl Variant {
@@ -78,8 +78,8 @@ fn accuracy(json: &str) -> Result<BTreeMap<(String, String), Accuracy>> {
     for (split, kinds) in value.as_object().context("it must hold {split: {kind: ..}}")? {
         for (kind, entry) in kinds.as_object().with_context(|| format!("`{split}` must hold {{kind: ..}}"))? {
             let number = |key| entry[key].as_f64().with_context(|| format!("`{split}.{kind}` has no number `{key}`"));
-            let entry =
-                Accuracy { n: number("n")?, exact_match: number("exact_match")?, blind: number("blind_exact_match")? };
+            let blind = entry["blind_exact_match"].as_f64();
+            let entry = Accuracy { n: number("n")?, exact_match: number("exact_match")?, blind };
             accuracy.insert((split.clone(), kind.clone()), entry);
         }
     }
@@ -106,7 +106,10 @@ pub fn table(variants: &[Variant]) -> Table {
     row("samples/s".into(), &|v| mean(v.steps.iter().filter_map(|s| s.samples_per_second)).map(|x| format!("{x:.1}")));
     for key in keys(variants) {
         row(format!("{}: {}", key.0, key.1), &|v| {
-            v.accuracy.get(&key).map(|a| format!("{:.3} (blind {:.3}, n {})", a.exact_match, a.blind, a.n))
+            v.accuracy.get(&key).map(|a| {
+                let blind = a.blind.map_or_else(|| "-".to_owned(), |blind| format!("{blind:.3}"));
+                format!("{:.3} (blind {blind}, n {})", a.exact_match, a.n)
+            })
         });
     }
     for column in table.column_iter_mut().skip(1) {
@@ -188,10 +191,12 @@ fn draw_accuracy(area: &Area, variants: &[Variant], keys: &[(String, String)]) -
         for (i, (variant, colour)) in variants.iter().zip(COLOURS).enumerate() {
             let Some(accuracy) = variant.accuracy.get(key) else { continue };
             let (from, to) = (group as f64 + 0.1 + bar * i as f64, group as f64 + 0.1 + bar * (i + 1) as f64);
-            chart.draw_series([
-                Rectangle::new([(from, 0.0), (to, accuracy.exact_match)], colour.filled()),
-                Rectangle::new([(from, accuracy.blind - 0.004), (to, accuracy.blind + 0.004)], BLACK.filled()),
-            ])?;
+            chart.draw_series([Rectangle::new([(from, 0.0), (to, accuracy.exact_match)], colour.filled())])?;
+            chart.draw_series(
+                accuracy
+                    .blind
+                    .map(|blind| Rectangle::new([(from, blind - 0.004), (to, blind + 0.004)], BLACK.filled())),
+            )?;
         }
         let x = (width as f64 * (group as f64 + 0.5) / groups as f64) as i32;
         for (line, text) in [&key.1, &key.0].into_iter().enumerate() {
@@ -215,14 +220,22 @@ mod tests {
             .collect();
         let eval = r#"{"test":{"colour":{"n":100,"exact_match":0.97,"blind_exact_match":0.1},
             "shape":{"n":100,"exact_match":0.5,"blind_exact_match":0.2}},
-            "unseen":{"shape":{"n":50,"exact_match":0.4,"blind_exact_match":0.21}}}"#;
+            "unseen":{"shape":{"n":50,"exact_match":0.4,"blind_exact_match":null}}}"#;
         Variant { name: name.into(), steps: steps(&metrics).unwrap(), accuracy: accuracy(eval).unwrap() }
     }
 
     #[test]
     fn table_has_each_measure_of_each_variant() {
         let table = table(&[variant("bidirectional", 0.1), variant("causal", 0.2)]).to_string();
-        for text in ["bidirectional", "causal", "unseen: shape", "0.970 (blind 0.100, n 100)", "0.116", "20.0"] {
+        for text in [
+            "bidirectional",
+            "causal",
+            "unseen: shape",
+            "0.970 (blind 0.100, n 100)",
+            "0.400 (blind -, n 50)",
+            "0.116",
+            "20.0",
+        ] {
             assert!(table.contains(text), "no `{text}` in\n{table}");
         }
     }

@@ -20,7 +20,7 @@ Examples:
   cargo xtask bench attention                    benches/benches/attention.rs
   cargo xtask bench attention -- cpu/bf16        only benches with this in their name
   cargo xtask bench attention --train            train with bidirectional and with causal vision attention, same seed
-  cargo xtask bench attention --train --set train.steps=100
+  cargo xtask bench attention --train --set max_steps=100
   cargo xtask bench attention --train --plot     draw again from the last two trainings";
 
 /// Arguments of `bench`.
@@ -87,7 +87,7 @@ fn compare_trainings(args: &Args) -> Result<()> {
             }
             let mut set = args.set.clone();
             set.push(format!("model.vision_attention={variant}"));
-            set.push(format!("run_dir={}", dir.display()));
+            set.push(format!("output_dir={}", dir.display()));
             let run = Run { config: config.clone(), set, device: args.device.clone() };
             run.download()?;
             cmd::run(&mut run.command(vora("train")))?;
