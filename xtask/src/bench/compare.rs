@@ -149,17 +149,23 @@ fn draw_loss(area: &Area, title: &str, variants: &[Variant], value: impl Fn(&Ste
     let mut chart = ChartBuilder::on(area)
         .caption(title, ("sans-serif", 16))
         .margin(10)
+        .margin_right(20)
         .x_label_area_size(30)
         .y_label_area_size(45)
         .build_cartesian_2d(0.0..steps, 0.0..top * 1.05)?;
-    chart.configure_mesh().x_desc("step").light_line_style(WHITE).draw()?;
+    chart.configure_mesh().x_desc("step").x_label_formatter(&|step| format!("{step:.0}")).max_light_lines(0).draw()?;
     for ((variant, line), colour) in variants.iter().zip(lines).zip(COLOURS) {
         let series = chart.draw_series(LineSeries::new(line, colour.stroke_width(2)))?;
         series
             .label(&variant.name)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
     }
-    chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK.mix(0.3)).draw()?;
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
+        .background_style(WHITE.mix(0.8))
+        .border_style(BLACK.mix(0.3))
+        .draw()?;
     Ok(())
 }
 
@@ -179,10 +185,12 @@ fn draw_accuracy(area: &Area, variants: &[Variant], keys: &[(String, String)]) -
         .x_label_area_size(45)
         .y_label_area_size(45)
         .build_cartesian_2d(0.0..groups as f64, 0.0..1.0)?;
-    let area = chart.plotting_area().strip_coord_spec();
-    chart.configure_mesh().disable_x_axis().disable_x_mesh().light_line_style(WHITE).draw()?;
-    let (width, height) = area.dim_in_pixel();
-    let style = ("sans-serif", 11).into_text_style(&area).pos(plotters::style::text_anchor::Pos::new(
+    let plot = chart.plotting_area().strip_coord_spec();
+    chart.configure_mesh().disable_x_axis().disable_x_mesh().max_light_lines(0).draw()?;
+    let (width, height) = plot.dim_in_pixel();
+    let (left, top) =
+        (plot.get_base_pixel().0 - area.get_base_pixel().0, plot.get_base_pixel().1 - area.get_base_pixel().1);
+    let style = ("sans-serif", 12).into_text_style(area).pos(plotters::style::text_anchor::Pos::new(
         plotters::style::text_anchor::HPos::Center,
         plotters::style::text_anchor::VPos::Top,
     ));
@@ -198,9 +206,9 @@ fn draw_accuracy(area: &Area, variants: &[Variant], keys: &[(String, String)]) -
                     .map(|blind| Rectangle::new([(from, blind - 0.004), (to, blind + 0.004)], BLACK.filled())),
             )?;
         }
-        let x = (width as f64 * (group as f64 + 0.5) / groups as f64) as i32;
+        let x = left + (width as f64 * (group as f64 + 0.5) / groups as f64) as i32;
         for (line, text) in [&key.1, &key.0].into_iter().enumerate() {
-            area.draw(&Text::new(text.clone(), (x, height as i32 + 6 + 14 * line as i32), style.clone()))?;
+            area.draw(&Text::new(text.clone(), (x, top + height as i32 + 6 + 15 * line as i32), style.clone()))?;
         }
     }
     Ok(())
