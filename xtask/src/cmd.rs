@@ -22,6 +22,11 @@ pub fn cache() -> Result<PathBuf> {
     Ok(cache.context("no cache folder: set HOME or XDG_CACHE_HOME")?.join("vora"))
 }
 
+/// A path as one would type it in the clone.
+pub fn shown(path: &Path) -> String {
+    path.strip_prefix(root()).unwrap_or(path).display().to_string()
+}
+
 /// Whether a program of this name lies on PATH.
 pub fn on_path(program: impl AsRef<Path>) -> bool {
     env::split_paths(&env::var_os("PATH").unwrap_or_default()).any(|dir| dir.join(program.as_ref()).is_file())
@@ -37,37 +42,44 @@ pub fn cargo() -> Command {
     cargo
 }
 
-/// The program `vora`, built in release; it finds libtorch wherever cargo's target folder lies.
-pub fn vora() -> Result<impl Fn(&str) -> Command> {
-    let program = build_vora()?;
-    Ok(move |subcommand: &str| {
-        let lib = root().join(".libtorch/lib");
-        let rest = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-        let paths = env::join_paths(std::iter::once(lib).chain(env::split_paths(&rest)));
-        let mut vora = Command::new(&program);
-        vora.current_dir(root()).arg(subcommand);
-        if let Ok(paths) = paths {
-            vora.env("LD_LIBRARY_PATH", paths);
-        }
-        openmp(&mut vora);
-        vora
-    })
+/// The program `vora`.
+#[derive(Debug)]
+pub struct Vora {
+    /// Where cargo put it.
+    pub program: PathBuf,
 }
 
-fn build_vora() -> Result<PathBuf> {
-    let mut build = cargo();
-    build.args(["build", "--release", "--locked", "--package", "vora-cli", "--bin", "vora"]);
-    announce(&build);
-    let output = build
-        .arg("--message-format=json-render-diagnostics")
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot run cargo")?;
-    if !output.status.success() {
-        return Err(ChildFailed::new(&build, output.status).into());
+impl Vora {
+    /// Builds it in release, from the same packages as a plain `cargo run --release`: that would else build tch again.
+    pub fn build() -> Result<Self> {
+        let mut build = cargo();
+        build.args(["build", "--release", "--locked", "--bin", "vora"]);
+        announce(&build);
+        let output = build
+            .arg("--message-format=json-render-diagnostics")
+            .stderr(Stdio::inherit())
+            .output()
+            .context("cannot run cargo")?;
+        if !output.status.success() {
+            return Err(ChildFailed::new(&build, output.status).into());
+        }
+        let messages = String::from_utf8_lossy(&output.stdout);
+        let program = messages.lines().find_map(executable).context("cargo built no program `vora`")?;
+        Ok(Self { program })
     }
-    let messages = String::from_utf8_lossy(&output.stdout);
-    messages.lines().find_map(executable).context("cargo built no program `vora`")
+
+    /// `vora SUBCOMMAND`, run in the clone; it finds libtorch wherever cargo's target folder lies.
+    pub fn command(&self, subcommand: &str) -> Command {
+        let mut command = Command::new(&self.program);
+        command.current_dir(root()).arg(subcommand);
+        let rest = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+        let paths = std::iter::once(root().join(".libtorch/lib")).chain(env::split_paths(&rest));
+        if let Ok(paths) = env::join_paths(paths) {
+            command.env("LD_LIBRARY_PATH", paths);
+        }
+        openmp(&mut command);
+        command
+    }
 }
 
 /// The path in one of cargo's JSON messages, if it tells of a program.
@@ -104,13 +116,9 @@ fn announce(command: &Command) {
 
 /// The command as one would type it in the clone.
 fn line(command: &Command) -> String {
-    let root = root();
-    let word = |word: &OsStr| {
-        let path = Path::new(word);
-        path.strip_prefix(&root).unwrap_or(path).display().to_string()
-    };
+    let word = |word: &OsStr| shown(Path::new(word));
     let program = Path::new(command.get_program());
-    let name = if program.ends_with("cargo") { "cargo".into() } else { word(program.as_os_str()) };
+    let name = if program.ends_with("cargo") { "cargo".to_owned() } else { word(program.as_os_str()) };
     std::iter::once(name).chain(command.get_args().map(word)).collect::<Vec<_>>().join(" ")
 }
 

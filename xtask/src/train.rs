@@ -7,7 +7,8 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::{cmd, download, setup};
+use crate::cmd::{self, Vora, shown};
+use crate::{download, setup};
 
 /// The default recipe, and the one of `--smoke`.
 pub const SCENES: &str = "crates/vora-train/recipes/scenes.yaml";
@@ -74,13 +75,16 @@ pub fn run(args: &Args) -> Result<()> {
         None => cmd::root().join(if args.smoke { SMOKE } else { SCENES }),
     };
     let run = Run { config, set: args.set.clone(), device: args.device.clone() };
-    let run_dir = run.dir()?;
+    run.dir()?; // a run file that is wrong is told before anything is fetched
     setup::ensure()?;
     run.download()?;
-    let vora = cmd::vora()?;
+    train_merge_ask(&Vora::build()?, &run, args.resume)
+}
 
-    let mut train = run.command(vora("train"));
-    if args.resume {
+fn train_merge_ask(vora: &Vora, run: &Run, resume: bool) -> Result<()> {
+    let run_dir = run.dir()?;
+    let mut train = run.command(vora.command("train"));
+    if resume {
         train.arg("--resume");
     }
     cmd::run(&mut train)?;
@@ -89,9 +93,9 @@ pub fn run(args: &Args) -> Result<()> {
     if merged.exists() {
         fs::remove_dir_all(&merged).with_context(|| format!("removing the older {}", merged.display()))?;
     }
-    cmd::run(vora("merge").arg(run_dir.join("final")).arg("--out").arg(&merged))?;
-    ask(&vora, &run_dir, args.device.as_deref())?;
-    report(&run_dir);
+    cmd::run(vora.command("merge").arg(run_dir.join("final")).arg("--out").arg(&merged))?;
+    ask(vora, &run_dir, run.device.as_deref())?;
+    report(vora, &run_dir);
     Ok(())
 }
 
@@ -142,14 +146,14 @@ fn output_dir(text: &str) -> Option<&str> {
 }
 
 /// Shows pictures that the training held out, with their questions, and what the merged model answers.
-fn ask(vora: &impl Fn(&str) -> Command, run_dir: &Path, device: Option<&str>) -> Result<()> {
+fn ask(vora: &Vora, run_dir: &Path, device: Option<&str>) -> Result<()> {
     let samples = run_dir.join("samples");
     let file = samples.join("questions.jsonl");
     let text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
     println!("\npictures that it never saw:");
     for question in questions(&text).with_context(|| format!("reading {}", file.display()))?.iter().take(QUESTIONS) {
         let image = samples.join(&question.image);
-        let mut ask = vora("ask");
+        let mut ask = vora.command("ask");
         ask.arg(run_dir.join("merged")).arg(&image).arg(&question.question);
         if let Some(device) = device {
             ask.args(["--device", device]);
@@ -157,7 +161,7 @@ fn ask(vora: &impl Fn(&str) -> Command, run_dir: &Path, device: Option<&str>) ->
         let output = ask.output().context("cannot run vora")?;
         let says = String::from_utf8_lossy(if output.status.success() { &output.stdout } else { &output.stderr });
         ensure!(output.status.success(), "`vora ask` about {} failed: {}", image.display(), says.trim());
-        println!("  {}", shown(&image).display());
+        println!("  {}", shown(&image));
         println!("    {}\n    {}   (right: {})", question.question, says.trim(), question.answer);
     }
     Ok(())
@@ -183,9 +187,8 @@ fn questions(jsonl: &str) -> Result<Vec<Question>> {
 }
 
 /// Says what lies where.
-fn report(run_dir: &Path) {
-    let merged = shown(&run_dir.join("merged")).display().to_string();
-    println!("\n{}:", shown(run_dir).display());
+fn report(vora: &Vora, run_dir: &Path) {
+    println!("\n{}:", shown(run_dir));
     for (name, what) in [
         ("config.yaml", "the run file as it was used"),
         ("metrics.jsonl", "one line a step"),
@@ -199,12 +202,8 @@ fn report(run_dir: &Path) {
             println!("  {name:<14} {what}");
         }
     }
-    println!("\nask it yourself:\n  cargo run --release --bin vora -- ask {merged} IMAGE \"What shape is it?\"");
-}
-
-/// A path as one would type it in the clone.
-fn shown(path: &Path) -> PathBuf {
-    path.strip_prefix(cmd::root()).unwrap_or(path).to_owned()
+    let (vora, merged) = (shown(&vora.program), shown(&run_dir.join("merged")));
+    println!("\nask it yourself:\n  {vora} ask {merged} IMAGE \"What is in the picture?\"");
 }
 
 #[cfg(test)]
@@ -240,6 +239,32 @@ mod tests {
         let command = run.command(Command::new("vora"));
         let args: Vec<_> = command.get_args().map(|arg| arg.to_str().unwrap()).collect();
         assert_eq!(args, ["--config", "/a.yaml", "--set", "lr=1", "--set", "x.y=2", "--device", "cpu"]);
+    }
+
+    #[test]
+    fn training_is_followed_by_merge_and_questions() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::create_dir_all(at("run/samples")).unwrap();
+        fs::create_dir_all(at("run/merged/older")).unwrap();
+        let line = r#"{"image":"0.png","question":"What shape?","answer":"circle"}"#;
+        fs::write(at("run/samples/questions.jsonl"), line).unwrap();
+        fs::write(at("a.yaml"), format!("output_dir: {}\n", at("run").display())).unwrap();
+        // A program `vora` that only writes down how it was called.
+        fs::write(at("vora"), format!("#!/bin/sh\necho \"$*\" >> {}\n", at("log").display())).unwrap();
+        fs::set_permissions(at("vora"), fs::Permissions::from_mode(0o755)).unwrap();
+
+        let run = Run { config: at("a.yaml"), set: vec![], device: Some("cpu".into()) };
+        train_merge_ask(&Vora { program: at("vora") }, &run, true).unwrap();
+        let log = fs::read_to_string(at("log")).unwrap().replace(dir.path().to_str().unwrap(), "");
+        let expected = [
+            "train --config /a.yaml --device cpu --resume",
+            "merge /run/final --out /run/merged",
+            "ask /run/merged /run/samples/0.png What shape? --device cpu",
+        ];
+        assert_eq!(log.lines().collect::<Vec<_>>(), expected);
+        assert!(!at("run/merged").exists(), "the older one is removed");
     }
 
     #[test]

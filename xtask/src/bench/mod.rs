@@ -7,8 +7,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::cmd::{self, Vora};
+use crate::setup;
 use crate::train::{self, Run};
-use crate::{cmd, setup};
 use compare::Variant;
 
 /// The values of `model.vision_attention` that are compared.
@@ -79,7 +80,7 @@ fn compare_trainings(args: &Args) -> Result<()> {
     let out = cmd::root().join(&args.out);
     if !args.plot {
         setup::ensure()?;
-        let vora = cmd::vora()?;
+        let vora = Vora::build()?;
         for variant in VARIANTS {
             let dir = out.join(variant);
             if dir.exists() {
@@ -90,7 +91,7 @@ fn compare_trainings(args: &Args) -> Result<()> {
             set.push(format!("output_dir={}", dir.display()));
             let run = Run { config: config.clone(), set, device: args.device.clone() };
             run.download()?;
-            cmd::run(&mut run.command(vora("train")))?;
+            cmd::run(&mut run.command(vora.command("train")))?;
         }
     }
     let variants: Vec<_> = VARIANTS.iter().map(|name| Variant::read(name, &out.join(name))).collect::<Result<_>>()?;
@@ -98,6 +99,6 @@ fn compare_trainings(args: &Args) -> Result<()> {
     println!("{table}");
     fs::write(out.join("attention.txt"), format!("{table}\n")).context("cannot write attention.txt")?;
     compare::draw(&variants, &svg)?;
-    println!("{} and attention.txt beside it", svg.display());
+    println!("{} and attention.txt beside it", cmd::shown(&svg));
     Ok(())
 }

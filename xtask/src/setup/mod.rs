@@ -67,7 +67,8 @@ pub fn ensure() -> Result<()> {
 fn users_libtorch(root: &Path, libtorch: Option<PathBuf>) -> Option<PathBuf> {
     libtorch.filter(|path| {
         let in_root = path.parent().and_then(|parent| parent.canonicalize().ok()) == root.canonicalize().ok();
-        !path.as_os_str().is_empty() && !(in_root && path.ends_with(".libtorch"))
+        let own = path.ends_with(".libtorch") && in_root;
+        !own && !path.as_os_str().is_empty()
     })
 }
 
