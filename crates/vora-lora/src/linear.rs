@@ -193,3 +193,169 @@ impl Module for Linear {
         y.reshape(shape)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fixtures::{Golden, assert_close_to};
+    use tch::Device;
+
+    const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    fn config(r: i64, lora_alpha: Option<f64>) -> LoraConfig {
+        LoraConfig { lora_alpha, ..LoraConfig::new(r, 1) }
+    }
+
+    /// A case of the reference with its adapters `(name, r, alpha)`.
+    fn golden_linear(golden: &Golden, case: &str, kind: Kind, bias: bool, adapters: &[(&str, i64, f64)]) -> Linear {
+        let weights = Weights::from_tensors(golden.under(&format!("{case}.weights.")), Device::Cpu, kind);
+        let shape = weights.shape("weight").unwrap();
+        let mut linear = Linear::load(&weights, shape[1], shape[0], bias).unwrap();
+        weights.finish().unwrap();
+        for (name, r, alpha) in adapters {
+            let weights = Weights::from_tensors(golden.under(&format!("{case}.{name}.")), Device::Cpu, kind);
+            linear.attach(name, &config(*r, Some(*alpha)), &weights).unwrap();
+        }
+        linear
+    }
+
+    /// A linear with adapters whose `B` is not zero.
+    fn random_linear(in_features: i64, out_features: i64, rs: &[i64], kind: Kind) -> Linear {
+        let weights = Weights::random(3, Device::Cpu, kind);
+        let mut linear = Linear::load(&weights.pp("base"), in_features, out_features, true).unwrap();
+        for (i, &r) in rs.iter().enumerate() {
+            let alpha = (i % 2 == 1).then_some(1.5 * r as f64);
+            linear.attach(&format!("adapter_{i}"), &config(r, alpha), &weights.pp(i)).unwrap();
+        }
+        for adapter in linear.adapters() {
+            let random = Tensor::randn(adapter.lora_b().size(), F32) * 0.2;
+            tch::no_grad(|| adapter.lora_b().shallow_clone().copy_(&random));
+        }
+        linear
+    }
+
+    #[test]
+    fn matches_reference() {
+        let golden = fixtures::open("lora");
+        let cases: [(&str, bool, &[_]); 2] =
+            [("one", true, &[("only", 4, 8.0)]), ("two", false, &[("left", 2, 2.0), ("right", 3, 7.5)])];
+        for (case, bias, adapters) in cases {
+            let get = |name: &str| &golden[format!("{case}.{name}").as_str()];
+            let mut linear = golden_linear(&golden, case, Kind::Float, bias, adapters);
+            let x = get("x").copy().set_requires_grad(true);
+            let y = linear.forward(&x);
+            assert_close_to(&y, get("y"), 1e-5);
+            (&y * get("y_grad")).sum(Kind::Float).backward();
+            assert_close_to(&x.grad(), get("x_grad"), 1e-5);
+            for adapter in linear.adapters() {
+                let name = adapter.name();
+                assert_close_to(&adapter.lora_a().grad(), get(&format!("{name}.lora_A.grad")), 1e-5);
+                assert_close_to(&adapter.lora_b().grad(), get(&format!("{name}.lora_B.grad")), 1e-5);
+                assert_close_to(&linear.delta_weight(name).unwrap(), get(&format!("{name}.delta")), 1e-6);
+            }
+            let before = linear.weight().copy();
+            let first = linear.merge_adapter(adapters[0].0).unwrap();
+            assert_close_to(linear.weight(), get("merged_first"), 1e-6);
+            linear.unmerge(first);
+            assert_close_to(linear.weight(), get("unmerged"), 1e-6);
+            assert_close_to(linear.weight(), &before, 1e-6);
+            assert_close_to(&linear.forward(&x), get("y"), 1e-5);
+            linear.merge();
+            assert_close_to(linear.weight(), get("merged"), 1e-6);
+            assert_close_to(&linear.forward(&x), get("y"), 1e-5);
+        }
+    }
+
+    #[test]
+    fn merging_in_bf16_rounds_once() {
+        let golden = fixtures::open("lora");
+        let mut linear = golden_linear(&golden, "bf16", Kind::BFloat16, false, &[("only", 4, 6.0)]);
+        assert_close_to(&linear.delta_weight("only").unwrap(), &golden["bf16.only.delta"], 1e-6);
+        linear.merge();
+        assert_eq!(linear.weight().kind(), Kind::BFloat16);
+        let unequal = linear.weight().not_equal_tensor(&golden["bf16.merged_first"]);
+        let unequal = unequal.sum(Kind::Int64).int64_value(&[]);
+        assert!(unequal <= 1, "{unequal} weights are rounded otherwise"); // the order of a sum in f32 may decide a tie
+    }
+
+    #[test]
+    fn merged_is_forward_whatever_the_shape() {
+        tch::manual_seed(7);
+        for (in_features, out_features, rs) in
+            [(1, 1, &[1][..]), (3, 17, &[2]), (32, 5, &[8, 3]), (7, 64, &[5, 1, 2]), (48, 48, &[64])]
+        {
+            let mut linear = random_linear(in_features, out_features, rs, Kind::Float);
+            for shape in [vec![in_features], vec![4, in_features], vec![2, 3, in_features], vec![2, 1, 2, in_features]]
+            {
+                let x = Tensor::randn(&shape, F32);
+                let y = linear.forward(&x);
+                assert_eq!(y.size()[..shape.len() - 1], shape[..shape.len() - 1]);
+                assert_eq!(*y.size().last().unwrap(), out_features);
+            }
+            let x = Tensor::randn([9, in_features], F32);
+            let before = linear.forward(&x);
+            linear.merge();
+            assert_eq!(linear.adapters().count(), 0);
+            assert_close_to(&linear.forward(&x), &before, 1e-4);
+        }
+    }
+
+    #[test]
+    fn only_a_and_b_are_trained_and_as_f32() {
+        let linear = random_linear(16, 8, &[4], Kind::BFloat16);
+        let x = Tensor::randn([2, 3, 16], F32).to_kind(Kind::BFloat16);
+        let y = linear.forward(&x);
+        assert_eq!(y.kind(), Kind::BFloat16);
+        y.sum(Kind::Float).backward();
+        let adapter = linear.adapters().next().unwrap();
+        for half in [adapter.lora_a(), adapter.lora_b()] {
+            assert_eq!((half.kind(), half.grad().kind()), (Kind::Float, Kind::Float));
+            assert!(half.grad().abs().sum(Kind::Float).double_value(&[]) > 0.0);
+        }
+        assert!(!linear.weight().requires_grad() && !linear.bias().unwrap().requires_grad());
+        assert!(!linear.weight().grad().defined());
+        assert_eq!(linear.num_adapter_parameters(), 4 * 16 + 8 * 4);
+    }
+
+    #[test]
+    fn a_new_adapter_changes_nothing_and_a_detached_one_leaves_nothing() {
+        let weights = Weights::random(5, Device::Cpu, Kind::Float);
+        let mut linear = Linear::load(&weights, 16, 8, false).unwrap();
+        let x = Tensor::randn([3, 16], F32);
+        let before = linear.forward(&x);
+        linear.attach("sight", &config(4, None), &weights.pp("sight")).unwrap();
+        assert!(linear.forward(&x).equal(&before));
+        let a = linear.adapters().next().unwrap().lora_a().abs().max().double_value(&[]);
+        assert!(a > 0.0 && a <= 0.25, "Kaiming-uniform: within 1 / sqrt(16), found {a}");
+        let adapter = linear.detach("sight").unwrap();
+        assert_eq!((adapter.name(), adapter.r(), adapter.scaling()), ("sight", 4, 1.0));
+        assert_eq!(linear.adapters().count(), 0);
+    }
+
+    #[test]
+    fn merging_never_writes_into_the_checkpoint() {
+        let base = Tensor::randn([8, 16], F32);
+        let tensors = [("weight".to_owned(), base.shallow_clone())];
+        let weights = Weights::from_tensors(tensors, Device::Cpu, Kind::Float);
+        let mut linear = Linear::load(&weights, 16, 8, false).unwrap();
+        let kept = base.copy();
+        let new = Weights::random(1, Device::Cpu, Kind::Float);
+        linear.attach("a", &config(2, None), &new).unwrap();
+        tch::no_grad(|| linear.adapters().next().unwrap().lora_b().shallow_clone().fill_(1.0));
+        linear.merge();
+        assert!(base.equal(&kept) && !linear.weight().equal(&kept));
+    }
+
+    #[test]
+    fn errors_name_the_adapter() {
+        let mut linear = random_linear(4, 4, &[1, 1], Kind::Float);
+        let expected = r#"no adapter `sight` is attached; there are ["adapter_0", "adapter_1"]"#;
+        assert_eq!(linear.detach("sight").unwrap_err().to_string(), expected);
+        assert_eq!(linear.merge_adapter("sight").unwrap_err().to_string(), expected);
+        assert_eq!(linear.delta_weight("sight").unwrap_err().to_string(), expected);
+        let error = linear
+            .attach("adapter_1", &config(1, None), &Weights::random(0, Device::Cpu, Kind::Float).pp("layers.0"))
+            .unwrap_err();
+        assert_eq!(error.to_string(), "layers.0 already carries an adapter `adapter_1`");
+    }
+}

@@ -1,0 +1,147 @@
+//! The same merge over a whole checkpoint, by tensor name.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail, ensure};
+use tch::{Kind, Tensor};
+
+use crate::linear::delta_weight;
+
+/// A tensor that belongs to an adapter.
+struct Half {
+    module: String,
+    adapter: String, // "" where names carry none
+    is_a: bool,
+}
+
+impl Half {
+    /// Reads `<module>.lora_A.weight`, or `<module>.lora_A.<adapter>.weight` as PEFT names them in memory.
+    fn parse(name: &str) -> Option<Self> {
+        let rest = name.strip_suffix(".weight")?;
+        let (at, is_a) = [(".lora_A", true), (".lora_B", false)]
+            .into_iter()
+            .find_map(|(key, is_a)| rest.rfind(key).map(|at| (at, is_a)))?;
+        let (module, adapter) = (&rest[..at], &rest[at + ".lora_A".len()..]);
+        let adapter = if adapter.is_empty() { "" } else { adapter.strip_prefix('.')? };
+        Some(Self { module: module.to_owned(), adapter: adapter.to_owned(), is_a })
+    }
+}
+
+/// Folds every adapter of a checkpoint into the weight it belongs to: `W + scaling * B A` for each `W` that has
+/// `lora_A.weight` and `lora_B.weight` beside it, in f32, rounded once to the kind of `W`. The other tensors pass
+/// as they are; names and order stay, without the adapters'.
+///
+/// For the adapter folder of another program, chain its tensors, without their `base_model.model.`, behind those of
+/// the base. Errors name a half without its other half, and an adapter whose weight is missing or of another shape.
+pub fn merge_state_dict(
+    tensors: impl IntoIterator<Item = (String, Tensor)>,
+    scaling: f64,
+) -> Result<Vec<(String, Tensor)>> {
+    let mut merged = Vec::new();
+    let mut adapters: BTreeMap<String, BTreeMap<String, [Option<Tensor>; 2]>> = BTreeMap::new(); // by module, by name
+    for (name, tensor) in tensors {
+        match Half::parse(&name) {
+            Some(Half { module, adapter, is_a }) => {
+                let halves = adapters.entry(module).or_default().entry(adapter).or_default();
+                if halves[usize::from(!is_a)].replace(tensor).is_some() {
+                    bail!("two tensors are named `{name}`");
+                }
+            }
+            None => merged.push((name, tensor)),
+        }
+    }
+    let places: BTreeMap<String, usize> = merged.iter().enumerate().map(|(i, (name, _))| (name.clone(), i)).collect();
+    for (module, adapters) in adapters {
+        let place = [format!("{module}.weight"), format!("{module}.base_layer.weight")]
+            .iter()
+            .find_map(|name| places.get(name).copied())
+            .with_context(|| format!("`{module}` has an adapter but no weight"))?;
+        let (name, weight) = &merged[place];
+        let mut sum = weight.to_kind(Kind::Float).copy();
+        for halves in adapters.into_values() {
+            let [Some(a), Some(b)] = &halves else {
+                let missing = if halves[0].is_none() { "lora_A" } else { "lora_B" };
+                bail!("`{module}` has half an adapter: {missing} is missing");
+            };
+            let (a_shape, b_shape, shape) = (a.size(), b.size(), weight.size());
+            let fit = a.dim() == 2 && b.dim() == 2 && a_shape[0] == b_shape[1] && shape == [b_shape[0], a_shape[1]];
+            ensure!(fit, "`{name}` is {shape:?}, its adapter is A {a_shape:?} and B {b_shape:?}");
+            sum = sum.g_add_(&delta_weight(a, b, scaling).to_device(weight.device()));
+        }
+        merged[place].1 = sum.to_kind(merged[place].1.kind());
+    }
+    Ok(merged)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fixtures::{Golden, assert_close_to};
+
+    fn named(golden: &Golden, pairs: &[(&str, &str)]) -> Vec<(String, Tensor)> {
+        pairs.iter().map(|(to, from)| ((*to).to_owned(), golden[from].shallow_clone())).collect()
+    }
+
+    #[test]
+    fn matches_the_reference_by_name() {
+        let golden = fixtures::open("lora");
+        let tensors = named(
+            &golden,
+            &[
+                ("layers.0.weight", "one.weights.weight"),
+                ("layers.0.bias", "one.weights.bias"),
+                ("layers.0.lora_A.weight", "one.only.lora_A.weight"),
+                ("layers.0.lora_B.weight", "one.only.lora_B.weight"),
+                ("norm.weight", "peft.weights.model.norm.weight"),
+            ],
+        );
+        let merged = merge_state_dict(tensors, 2.0).unwrap();
+        let names: Vec<&str> = merged.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["layers.0.weight", "layers.0.bias", "norm.weight"]);
+        assert_close_to(&merged[0].1, &golden["one.merged"], 1e-6);
+        assert!(merged[2].1.equal(&golden["peft.weights.model.norm.weight"]));
+    }
+
+    #[test]
+    fn several_adapters_of_one_weight_are_rounded_once() {
+        let golden = fixtures::open("lora");
+        let (left, right) = (&golden["two.left.delta"], &golden["two.right.delta"]);
+        let mut tensors = named(
+            &golden,
+            &[
+                ("q.base_layer.weight", "two.weights.weight"),
+                ("q.lora_A.left.weight", "two.left.lora_A.weight"),
+                ("q.lora_B.left.weight", "two.left.lora_B.weight"),
+                ("q.lora_A.right.weight", "two.right.lora_A.weight"),
+                ("q.lora_B.right.weight", "two.right.lora_B.weight"),
+            ],
+        );
+        tensors[0].1 = tensors[0].1.to_kind(Kind::BFloat16);
+        let expected = (tensors[0].1.to_kind(Kind::Float) + left + right / 2.5).to_kind(Kind::BFloat16);
+        let merged = merge_state_dict(tensors, 1.0).unwrap();
+        assert_eq!(
+            (merged.len(), merged[0].0.as_str(), merged[0].1.kind()),
+            (1, "q.base_layer.weight", Kind::BFloat16)
+        );
+        let unequal = merged[0].1.not_equal_tensor(&expected).sum(Kind::Int64).int64_value(&[]);
+        assert!(unequal <= 1, "{unequal} weights are rounded otherwise"); // the sum's order may decide a tie
+    }
+
+    #[test]
+    fn errors_name_the_module() {
+        let t = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, tch::Device::Cpu));
+        let (a, b) = (("q.lora_A.weight", t(&[2, 4])), ("q.lora_B.weight", t(&[6, 2])));
+        let pair = |x: &(&'static str, Tensor)| (x.0.to_owned(), x.1.shallow_clone());
+        let weight = |shape| ("q.weight".to_owned(), t(shape));
+        let cases = [
+            (vec![weight(&[6, 4]), pair(&a)], "`q` has half an adapter: lora_B is missing"),
+            (vec![weight(&[6, 4]), pair(&b)], "`q` has half an adapter: lora_A is missing"),
+            (vec![pair(&a), pair(&b)], "`q` has an adapter but no weight"),
+            (vec![weight(&[6, 5]), pair(&a), pair(&b)], "`q.weight` is [6, 5], its adapter is A [2, 4] and B [6, 2]"),
+            (vec![pair(&a), pair(&a)], "two tensors are named `q.lora_A.weight`"),
+        ];
+        for (tensors, expected) in cases {
+            assert_eq!(merge_state_dict(tensors, 1.0).unwrap_err().to_string(), expected);
+        }
+    }
+}
