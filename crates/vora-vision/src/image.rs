@@ -56,7 +56,8 @@ pub fn open_image(path: &Path) -> Result<RgbImage> {
 /// Decodes JPEG, PNG, GIF (its first frame), WebP or BMP to upright RGB.
 ///
 /// The EXIF orientation is applied. Everything becomes RGB as Pillow's `convert("RGB")` makes it: grey is repeated,
-/// palettes are looked up, alpha is dropped (not blended), of 16 bits the upper 8 are kept.
+/// palettes are looked up, alpha is dropped (not blended), of 16 bits the upper 8 are kept (also of grey ones, which
+/// Pillow would saturate).
 ///
 /// # Errors
 /// An [`ImageError`]. Width times height is checked before anything is decoded.

@@ -93,6 +93,19 @@ impl PatchEmbed {
         &self.config
     }
 
+    /// Its tensors by their names on disk.
+    pub fn tensors(&self) -> Vec<(String, Tensor)> {
+        [
+            ("patchifier.proj.weight", &self.weight),
+            ("patchifier.proj.bias", &self.bias),
+            ("patchifier.norm.weight", self.norm.weight()),
+            ("pos_embed", &self.pos_embed),
+            ("out_proj.weight", &self.out_proj),
+        ]
+        .map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone()))
+        .into()
+    }
+
     /// Rows and columns of patches in a picture.
     ///
     /// # Errors

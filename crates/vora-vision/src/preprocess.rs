@@ -327,12 +327,13 @@ fn resize(bytes: &[u8], from: (u32, u32), to: (u32, u32), resample: Resample) ->
     Ok(bytes)
 }
 
-/// Each new pixel is the old one at `floor(index * old / new)`, as torch has it (and Pillow has not).
+/// Each new pixel is the old one under its centre, as Pillow and torch's `nearest-exact` have it.
 fn nearest(bytes: &[u8], from: (u32, u32), to: (u32, u32)) -> Cow<'_, [u8]> {
     if from == to {
         return Cow::Borrowed(bytes);
     }
-    let source = |i: u32, from: u32, to: u32| ((i as f32 * (from as f32 / to as f32)) as u32).min(from - 1) as usize;
+    let source =
+        |i: u32, from: u32, to: u32| (((i as f32 + 0.5) * (from as f32 / to as f32)) as u32).min(from - 1) as usize;
     let mut resized = Vec::with_capacity(to.0 as usize * to.1 as usize * 3);
     for row in 0..to.0 {
         let line = source(row, from.0, to.0) * from.1 as usize;
