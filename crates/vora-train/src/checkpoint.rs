@@ -107,6 +107,14 @@ impl RunFolder {
         &self.path
     }
 
+    /// Removes all checkpoints: a new run takes the folder.
+    pub fn clear(&self) -> Result<()> {
+        for (_, folder) in list(&self.path)? {
+            fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+        }
+        Ok(())
+    }
+
     fn checkpoints(&self) -> PathBuf {
         self.path.join("checkpoints")
     }

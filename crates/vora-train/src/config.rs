@@ -22,6 +22,9 @@ use crate::schedule::{Curve, Schedule};
 pub struct TrainConfig {
     /// The run folder.
     pub output_dir: PathBuf,
+    /// Whether a new run may take a folder that holds another one's checkpoints.
+    #[serde(default)]
+    pub overwrite_output_dir: bool,
     /// What stands over the plot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub run_name: Option<String>,

@@ -111,7 +111,7 @@ impl TeacherMean {
             this.mean = sum_over(pictures, &features)?.into_iter().map(|sum| sum / n as f64).collect();
         }
         let unit = |batch: &Tensor| {
-            let features = this.center(features(batch)?);
+            let features = this.center(features(batch)?)?;
             Ok(features.into_iter().map(|f| &f / f.norm_scalaropt_dim(2, [-1i64], true).clamp_min(1e-8)).collect())
         };
         // The best constant answer is the direction of the mean unit vector, and its mean cosine that vector's length;
@@ -132,11 +132,19 @@ impl TeacherMean {
     }
 
     /// The features without their mean, where it was asked for; each `[pictures, patches, teacher_hidden]`.
-    pub fn center(&self, features: Vec<Tensor>) -> Vec<Tensor> {
+    ///
+    /// # Errors
+    /// Where they are of another grid than the mean was measured on.
+    pub fn center(&self, features: Vec<Tensor>) -> Result<Vec<Tensor>> {
         if self.mean.is_empty() {
-            return features;
+            return Ok(features);
         }
-        features.into_iter().zip(&self.mean).map(|(f, mean)| f - mean).collect()
+        let (found, measured) = (features[0].size()[1], self.mean[0].size()[0]);
+        ensure!(
+            found == measured,
+            "distill.center: a picture of {found} patches among pictures of {measured}; centring takes one size"
+        );
+        Ok(features.into_iter().zip(&self.mean).map(|(f, mean)| f - mean).collect())
     }
 
     /// What [`Self::load`] takes back.
@@ -229,7 +237,7 @@ mod tests {
         let pictures = noisy(256, 0.5);
         let mean = TeacherMean::measure(&pictures.split(100, 0), true, identity).unwrap();
         assert!(mean.baseline() > 0.9, "{}", mean.baseline());
-        let centred = mean.center(vec![pictures.shallow_clone(), &pictures * 2.0]);
+        let centred = mean.center(vec![pictures.shallow_clone(), &pictures * 2.0]).unwrap();
         assert!(centred[1].mean_dim([0i64].as_slice(), false, Kind::Float).abs().max().double_value(&[]) < 1e-5);
 
         let folder = tempfile::tempdir().unwrap();
@@ -237,7 +245,9 @@ mod tests {
         vora_torch::safetensors::save(&path, &mean.state(), &[]).unwrap();
         let again = TeacherMean::load(&Checkpoint::open(&path).unwrap(), Device::Cpu).unwrap();
         assert_eq!(again.baseline().to_bits(), mean.baseline().to_bits());
-        assert!(again.center(vec![pictures.shallow_clone()])[0].equal(&centred[0]));
+        assert!(again.center(vec![pictures.shallow_clone()]).unwrap()[0].equal(&centred[0]));
+        let error = again.center(vec![pictures.narrow(1, 0, 2)]).unwrap_err().to_string();
+        assert!(error.contains("a picture of 2 patches among pictures of 3"), "{error}");
     }
 
     #[test]

@@ -3,11 +3,18 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
+use vora_data::{Batch, Loader, LoaderConfig};
+use vora_vision::Pixels;
+
+use crate::data::HeldOut;
+use crate::metrics::Progress;
+use crate::student::{DeviceBatch, Student};
 
 /// How many questions of one kind were answered token for token.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -104,11 +111,86 @@ impl Tally {
     }
 }
 
-/// Whether the most likely token is the right one at each position: `[n, vocab]`, `[n]` -> n.
+/// Asks every question of every split, with its picture and with another one; none where `stop` was set meanwhile.
+pub fn evaluate(
+    student: &Student,
+    splits: &[HeldOut],
+    batch_size: usize,
+    num_workers: usize,
+    stop: &AtomicBool,
+    progress: &mut dyn Progress,
+) -> Result<Option<EvalReport>> {
+    let total = splits.iter().map(|split| (split.samples as usize).div_ceil(batch_size)).sum();
+    let mut done = 0;
+    let mut report = EvalReport::default();
+    for split in splits {
+        let config = LoaderConfig { batch_size, num_workers, end: Some(split.samples), ..LoaderConfig::default() };
+        let mut tally = Tally::default();
+        for batch in Loader::new(split.source.clone(), config)? {
+            if stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            let mut batch = batch?;
+            for (kind, right) in answers(student, &batch)? {
+                tally.add(&kind, right);
+            }
+            let is_blind = show_other_pictures(&mut batch);
+            for ((kind, right), _) in
+                answers(student, &batch)?.into_iter().zip(is_blind).filter(|(_, is_blind)| *is_blind)
+            {
+                tally.add_blind(&kind, right);
+            }
+            done += 1;
+            progress.evaluating(done, total);
+        }
+        report.0.insert(split.name.clone(), tally.scores());
+    }
+    Ok(Some(report))
+}
+
+/// Each question's kind and whether it is answered right: all tokens of its answer are the most likely ones.
 ///
-/// Under teacher forcing all of an answer's tokens are right exactly when greedy decoding gives the answer.
-pub fn right_tokens(logits: &Tensor, targets: &Tensor) -> Result<Vec<bool>> {
+/// Under teacher forcing that is so exactly when greedy decoding gives the answer.
+fn answers(student: &Student, batch: &Batch) -> Result<Vec<(String, bool)>> {
+    let uploaded = DeviceBatch::new(batch, student.device());
+    let right = tch::no_grad(|| right_tokens(&student.answer_logits(&uploaded)?, &uploaded.targets))?;
+    Ok(batch.questions().map(|(question, tokens)| (question.kind.clone(), right[tokens].iter().all(|&r| r))).collect())
+}
+
+/// Whether the most likely token is the right one at each position: `[n, vocab]`, `[n]` -> n.
+fn right_tokens(logits: &Tensor, targets: &Tensor) -> Result<Vec<bool>> {
     Vec::<bool>::try_from(logits.argmax(-1, false).eq_tensor(targets)).context("reading which tokens are right")
+}
+
+/// Gives every picture's place to a picture of the same size that is another sample's and shows something else. For
+/// each question, whether all its pictures were exchanged.
+fn show_other_pictures(batch: &mut Batch) -> Vec<bool> {
+    let owners: Vec<usize> = batch
+        .samples
+        .iter()
+        .enumerate()
+        .flat_map(|(row, sample)| std::iter::repeat_n(row, sample.num_images))
+        .collect();
+    let n = batch.images.len();
+    let other = |i: usize| {
+        let picture = &batch.images[i];
+        let fits = |j: &usize| {
+            let other = &batch.images[*j];
+            owners[*j] != owners[i]
+                && (other.height, other.width) == (picture.height, picture.width)
+                && other.data != picture.data
+        };
+        (i + 1..i + n).map(|j| j % n).find(fits)
+    };
+    let others: Vec<Option<usize>> = (0..n).map(other).collect();
+    let images: Vec<Pixels> = others.iter().enumerate().map(|(i, j)| batch.images[j.unwrap_or(i)].clone()).collect();
+    batch.images = images;
+    let is_blind = |row: usize| {
+        let mut own = others.iter().zip(&owners).filter(|(_, owner)| **owner == row).peekable();
+        own.peek().is_some() && own.all(|(other, _)| other.is_some())
+    };
+    let samples = batch.samples.iter().enumerate();
+    samples.flat_map(|(row, sample)| std::iter::repeat_n(is_blind(row), sample.questions.len())).collect()
 }
 
 #[cfg(test)]
@@ -144,6 +226,39 @@ mod tests {
         let table = report.to_string();
         let rows: Vec<&str> = table.lines().filter(|line| line.contains("test")).collect();
         assert!(rows.len() == 3 && rows[2].contains("all") && rows[2].contains("0.500"), "{table}");
+    }
+
+    fn sample(id: &str, pictures: &[f32], questions: usize) -> vora_data::Sample {
+        let question = vora_data::QuestionSpan {
+            kind: "turn".into(),
+            question: String::new(),
+            answer: String::new(),
+            tokens: 0..1,
+        };
+        vora_data::Sample {
+            id: id.into(),
+            input_ids: vec![1],
+            targets: vec![2],
+            spans: vec![vora_llm::Span::text(1)],
+            images: pictures.iter().map(|&p| Pixels { data: vec![p; 3], height: 1, width: 1 }).collect(),
+            questions: vec![question; questions],
+        }
+    }
+
+    #[test]
+    fn the_blind_control_sees_another_picture() {
+        let samples = vec![
+            sample("a", &[1.0], 2),
+            sample("b", &[1.0], 1), // looks like a
+            sample("c", &[2.0, 3.0], 1),
+            sample("d", &[], 1),
+        ];
+        let mut batch = vora_data::collate(samples, 0);
+        assert_eq!(show_other_pictures(&mut batch), [true, true, true, true, false]);
+        let shown: Vec<f32> = batch.images.iter().map(|p| p.data[0]).collect();
+        assert_eq!(shown, [2.0, 2.0, 1.0, 1.0]);
+        let mut alone = vora_data::collate(vec![sample("a", &[1.0], 1)], 0);
+        assert_eq!(show_other_pictures(&mut alone), [false]);
     }
 
     #[test]

@@ -58,10 +58,12 @@ pub enum Line {
 }
 
 impl Line {
-    fn step(&self) -> u64 {
+    /// Whether a run that goes on after `step` has this behind it. The evaluation that follows a checkpoint is made
+    /// again.
+    fn is_before(&self, step: u64) -> bool {
         match self {
-            Self::Eval(eval) => eval.step,
-            Self::Step(step) => step.step,
+            Self::Eval(eval) => eval.step < step,
+            Self::Step(metrics) => metrics.step <= step,
         }
     }
 }
@@ -110,11 +112,10 @@ impl MetricsLog {
         let keep: usize = text
             .split_inclusive('\n')
             .take_while(|line| {
-                line.ends_with('\n') && serde_json::from_str::<Line>(line).is_ok_and(|line| line.step() <= step)
+                line.ends_with('\n') && serde_json::from_str::<Line>(line).is_ok_and(|line| line.is_before(step))
             })
             .map(str::len)
             .sum();
-        let keep = if step == 0 { 0 } else { keep };
         file.set_len(keep as u64).with_context(what)?;
         file.seek(SeekFrom::End(0)).with_context(what)?;
         Ok(Self { path: path.to_owned(), file })

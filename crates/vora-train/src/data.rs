@@ -1,0 +1,75 @@
+//! From the run file's `data` to sources of samples.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use vora_data::scenes::{Scenes, Split};
+use vora_data::{Chain, ConversationSource, Conversations, RecordKeys, SampleMaker, SceneSource, Source};
+use vora_llm::{ChatTemplate, Tokenizer};
+use vora_vision::ImageProcessor;
+
+use crate::config::{DataFetch, DataPreprocess, TrainConfig};
+
+/// A held-out split.
+pub struct HeldOut {
+    /// Its name in reports.
+    pub name: String,
+    /// Its samples.
+    pub source: Arc<dyn Source>,
+    /// How many of them are asked about.
+    pub samples: u64,
+}
+
+/// What makes samples for the model in `llm`, of pictures that go through `processor`.
+pub fn sample_maker(config: &TrainConfig, llm: &Path, processor: ImageProcessor) -> Result<Arc<SampleMaker>> {
+    Ok(Arc::new(SampleMaker {
+        tokenizer: Arc::new(Tokenizer::open(llm)?),
+        chat: Arc::new(ChatTemplate::open(llm)?),
+        processor,
+        patch_size: usize::try_from(config.model.patch_size)?,
+        max_length: preprocess(config).max_seq_len,
+    }))
+}
+
+/// What is learned from.
+pub fn training(config: &TrainConfig, maker: &Arc<SampleMaker>) -> Result<Arc<dyn Source>> {
+    match &config.data.train.data_fetch {
+        Some(fetch) => annotated(fetch, &preprocess(config), maker).context("data.train"),
+        None => scenes(config, Split::Train, maker),
+    }
+}
+
+/// What is asked afterwards, in the order of the splits' names.
+pub fn held_out(config: &TrainConfig, maker: &Arc<SampleMaker>) -> Result<Vec<HeldOut>> {
+    let mut splits = Vec::new();
+    for (name, eval) in &config.data.eval {
+        let source = match (&eval.data_fetch, eval.split) {
+            (Some(fetch), _) => annotated(fetch, &preprocess(config), maker),
+            (None, split) => scenes(config, split.unwrap_or(Split::Test), maker),
+        };
+        let source = source.with_context(|| format!("data.eval.{name}"))?;
+        let samples = eval.samples as u64;
+        splits.push(HeldOut { name: name.clone(), samples: source.len().map_or(samples, |n| n.min(samples)), source });
+    }
+    Ok(splits)
+}
+
+fn preprocess(config: &TrainConfig) -> DataPreprocess {
+    config.data.train.data_preprocess.clone().unwrap_or_default()
+}
+
+fn scenes(config: &TrainConfig, split: Split, maker: &Arc<SampleMaker>) -> Result<Arc<dyn Source>> {
+    let scenes = config.data.train.scenes.clone().unwrap_or_default();
+    Ok(Arc::new(SceneSource::new(Scenes::new(scenes, split)?, maker.clone())))
+}
+
+fn annotated(fetch: &DataFetch, preprocess: &DataPreprocess, maker: &Arc<SampleMaker>) -> Result<Arc<dyn Source>> {
+    let mut sources: Vec<Box<dyn Source>> = Vec::new();
+    for path in &fetch.data_paths {
+        let keys = RecordKeys { frames: preprocess.frames_key.clone(), conversations: preprocess.label_key.clone() };
+        let conversations = Conversations::open(&path.anno_path, &path.image_folder)?.with_keys(keys);
+        sources.push(Box::new(ConversationSource::new(conversations, maker.clone())));
+    }
+    Ok(Arc::new(Chain::new(sources)))
+}
