@@ -23,6 +23,7 @@
 //! ```
 
 pub mod attention;
+pub mod chat;
 pub mod config;
 pub mod decoder;
 pub mod kv_cache;
@@ -30,10 +31,13 @@ pub mod mlp;
 pub mod rms_norm;
 pub mod rotary;
 pub mod spans;
+pub mod tokenizer;
 
 pub use attention::attend;
+pub use chat::{ChatTemplate, Message, Part, Piece};
 pub use config::LlmConfig;
 pub use decoder::{CausalLm, Output};
 pub use kv_cache::KvCache;
 pub use rms_norm::RmsNorm;
 pub use spans::{AttentionPlan, Modality, Span, Spans, VisionAttention};
+pub use tokenizer::{TokenStream, Tokenizer};
