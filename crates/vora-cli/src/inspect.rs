@@ -64,8 +64,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             .iter()
             .map(|(name, kind, shape, n)| serde_json::json!({"name": name, "kind": kind, "shape": shape, "parameters": n}))
             .collect();
-        let adapters: Vec<_> =
-            adapters.iter().map(|(r, n)| serde_json::json!({"r": r, "linear_layers": n})).collect();
+        let adapters: Vec<_> = adapters.iter().map(|(r, n)| serde_json::json!({"r": r, "linear_layers": n})).collect();
         let json = serde_json::json!({"path": path, "groups": groups, "adapters": adapters, "tensors": tensors});
         writeln!(out, "{}", serde_json::to_string_pretty(&json)?)?;
         return Ok(ExitCode::SUCCESS);

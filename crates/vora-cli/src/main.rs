@@ -14,12 +14,17 @@ use clap::{Parser, Subcommand};
 
 /// Vision as LoRA: train, merge, ask, inspect.
 #[derive(Debug, Parser)]
-#[command(version, about, max_term_width = 100, after_help = "\
+#[command(
+    version,
+    about,
+    max_term_width = 100,
+    after_help = "\
 Examples:
   vora train --config crates/vora-train/recipes/scenes.yaml
   vora merge runs/scenes/final --out runs/scenes/merged
   vora ask runs/scenes/merged picture.png \"What color is the circle?\"
-  vora inspect runs/scenes/merged")]
+  vora inspect runs/scenes/merged"
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -39,9 +44,7 @@ enum Command {
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("VORA_LOG").unwrap_or_else(|_| "warn".into()),
-        )
+        .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("VORA_LOG").unwrap_or_else(|_| "warn".into()))
         .with_writer(std::io::stderr)
         .without_time()
         .with_target(false)

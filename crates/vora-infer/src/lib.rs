@@ -1,1 +1,24 @@
-//! Generation: prefill, cached decoding, sampling, streaming.
+//! Generation: a prompt with pictures goes through the decoder once, then one token at a time comes out, from a KV
+//! cache, greedy or sampled, streamed as text. It cannot train, knows no HTTP, and loads nothing but the folder that
+//! `vora merge` wrote.
+//!
+//! ```
+//! use tch::Tensor;
+//! use vora_infer::{Sampler, SamplingParams};
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! let params = SamplingParams { temperature: 0.7, top_p: 0.9, seed: 1, ..SamplingParams::default() };
+//! let mut sampler = Sampler::new(params, &[])?;
+//! let token = sampler.next_token(&Tensor::from_slice(&[0.1f32, 9.0, 0.2]))?;
+//! assert_eq!(token, 1);
+//! # Ok(())
+//! # }
+//! ```
+
+mod assistant;
+mod generate;
+mod sampling;
+
+pub use assistant::{Answer, Assistant};
+pub use generate::{FinishReason, Generated, generate};
+pub use sampling::{Sampler, SamplingParams};

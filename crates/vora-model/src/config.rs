@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use vora_llm::{LlmConfig, VisionAttention};
@@ -60,17 +60,11 @@ pub struct VoraConfig {
     pub vision_attention: VisionAttention,
     /// The adapters that are attached; none once merged.
     pub lora: Option<LoraConfig>,
-    /// The LLM's own `config.json`, kept whole so that nothing of it is lost.
-    llm_json: Map<String, Value>,
 }
 
 impl VoraConfig {
     /// A VoRA over `llm` with bidirectional vision attention and no adapters.
     pub fn new(llm: LlmConfig, vision_embedding_intermediate_size: i64, patch_size: i64, image_size: i64) -> Self {
-        let llm_json = match serde_json::to_value(&llm) {
-            Ok(Value::Object(map)) => map,
-            _ => Map::new(),
-        };
         Self {
             llm,
             llm_name: String::new(),
@@ -80,15 +74,7 @@ impl VoraConfig {
             image_size,
             vision_attention: VisionAttention::Bidirectional,
             lora: None,
-            llm_json,
         }
-    }
-
-    /// As [`VoraConfig::new`], over the LLM in `folder`.
-    pub fn from_llm(folder: &Path, embed_dim: i64, patch_size: i64, image_size: i64) -> Result<Self> {
-        let llm = LlmConfig::open(folder)?;
-        let llm_json = read_object(&folder.join("config.json"))?;
-        Ok(Self { llm_json, ..Self::new(llm, embed_dim, patch_size, image_size) })
     }
 
     /// Reads `config.json` of a VoRA folder, ours or a published one.
@@ -105,11 +91,9 @@ impl VoraConfig {
         // The published config keeps the LLM's keys but not its type; only Qwen2 was published.
         let llm_type = json.remove("llm_model_type").unwrap_or_else(|| json!("qwen2"));
         json.insert("model_type".into(), llm_type);
-        if let Ok(Value::Object(vision)) = serde_json::to_value(&keys) {
-            json.retain(|key, _| !vision.contains_key(key) && key != "lora");
-        }
-        json.remove("architectures");
-        let llm: LlmConfig = serde_json::from_value(Value::Object(json.clone()))?;
+        let vision = to_object(&keys)?;
+        json.retain(|key, _| !vision.contains_key(key) && key != "lora" && key != "architectures");
+        let llm: LlmConfig = serde_json::from_value(Value::Object(json))?;
         llm.validate()?;
         Ok(Self {
             llm,
@@ -120,14 +104,13 @@ impl VoraConfig {
             image_size: keys.image_size,
             vision_attention: keys.vision_attention_mask,
             lora: keys.lora,
-            llm_json: json,
         })
     }
 
     /// The object that [`VoraConfig::open`] reads and HF's `LlamaConfig.from_pretrained` takes the LLM's keys from.
     pub fn to_json(&self) -> Result<Value> {
-        let mut json = self.llm_json.clone();
-        let llm_type = json.remove("model_type").unwrap_or_else(|| json!("llama"));
+        let mut json = to_object(&self.llm)?;
+        let llm_type = json.remove("model_type").unwrap_or_default();
         let keys = VisionKeys {
             llm: self.llm_name.clone(),
             vision_embedding: aimv2_embedding(),
@@ -138,18 +121,11 @@ impl VoraConfig {
             aux_vision: self.aux_vision.clone(),
             lora: self.lora.clone(),
         };
-        if let Value::Object(vision) = serde_json::to_value(keys)? {
-            json.extend(vision);
-        }
+        json.extend(to_object(&keys)?);
         json.insert("model_type".into(), json!("vora"));
         json.insert("llm_model_type".into(), llm_type);
         json.insert("architectures".into(), json!(["VoRAForCausalLM"]));
         Ok(Value::Object(json))
-    }
-
-    /// The LLM's own `config.json`.
-    pub fn llm_json(&self) -> Value {
-        Value::Object(self.llm_json.clone())
     }
 
     /// The patch embedding of these sizes.
@@ -160,6 +136,13 @@ impl VoraConfig {
             embed_dim: self.vision_embedding_intermediate_size,
             hidden_size: self.llm.hidden_size,
         }
+    }
+}
+
+fn to_object(value: &impl Serialize) -> Result<Map<String, Value>> {
+    match serde_json::to_value(value)? {
+        Value::Object(map) => Ok(map),
+        other => bail!("{other} is no JSON object"),
     }
 }
 

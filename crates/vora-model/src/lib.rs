@@ -6,20 +6,17 @@
 //!
 //! ```
 //! use tch::{Device, Kind, Tensor};
-//! use vora_llm::{LlmConfig, Modality, Span, Spans};
+//! use vora_llm::{LlmConfig, Span, Spans};
 //! use vora_model::{Input, Vora, VoraConfig};
 //! use vora_torch::Weights;
 //!
 //! # fn main() -> anyhow::Result<()> {
-//! let config = VoraConfig::new(LlmConfig::tiny(), 32, 14, 28); // 28 px: 2 x 2 patches of 14
+//! let config = VoraConfig::new(LlmConfig::tiny(64), 32, 14, 28); // 28 px: 2 x 2 patches of 14
 //! let model = Vora::load(config, &Weights::random(0, Device::Cpu, Kind::Float))?;
-//! let span = |modality, len| Span { modality, len, document: 0, branch: None };
 //! let input = Input {
 //!     input_ids: Tensor::from_slice(&[5i64, 0, 0, 0, 0, 6, 7]).view([1, 7]), // ids at image places are not read
 //!     pixel_values: vec![Tensor::zeros([3, 28, 28], (Kind::Float, Device::Cpu))],
-//!     spans: Spans {
-//!         rows: vec![vec![span(Modality::Text, 1), span(Modality::Image { rows: 2, cols: 2 }, 4), span(Modality::Text, 2)]],
-//!     },
+//!     spans: Spans { rows: vec![vec![Span::text(1), Span::image(2, 2), Span::text(2)]] },
 //! };
 //! let output = tch::no_grad(|| model.forward(&input, 0))?;
 //! assert_eq!(output.last_hidden_state.size()[..2], [1, 7]);

@@ -4,8 +4,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use tch::nn::Module;
 use tch::{Device, Kind, Tensor};
-use vora_llm::{AttentionPlan, CausalLm, Output, Spans};
+use vora_llm::chat::Piece;
+use vora_llm::{AttentionPlan, CausalLm, Output, Span, Spans};
 use vora_lora::LoraConfig;
 use vora_torch::safetensors::{save, write_atomically};
 use vora_torch::weights::Weights;
@@ -22,6 +24,37 @@ pub struct Input {
     pub pixel_values: Vec<Tensor>,
     /// Which tokens are text and which are pictures, row by row.
     pub spans: Spans,
+}
+
+impl Input {
+    /// One prompt: text and image places in order, with a picture `[3, height, width]` for each place.
+    ///
+    /// # Errors
+    /// Where pictures and places differ in number, or a picture is not a whole number of patches.
+    pub fn prompt(pieces: &[Piece], pixel_values: Vec<Tensor>, model: &Vora) -> Result<Self> {
+        let places = pieces.iter().filter(|piece| matches!(piece, Piece::Image)).count();
+        ensure!(places == pixel_values.len(), "{} pictures for {places} image places", pixel_values.len());
+        let mut pictures = pixel_values.iter();
+        let (mut ids, mut spans) = (Vec::new(), Vec::new());
+        for piece in pieces {
+            match piece {
+                Piece::Text { ids: text, .. } if text.is_empty() => {}
+                Piece::Text { ids: text, .. } => {
+                    ids.extend_from_slice(text);
+                    spans.push(Span::text(text.len() as i64));
+                }
+                Piece::Image => {
+                    let (_, height, width) = pictures.next().context("a place without a picture")?.size3()?;
+                    let (rows, cols) = model.vision_embedding.grid(height, width)?;
+                    ids.resize(ids.len() + (rows * cols) as usize, 0);
+                    spans.push(Span::image(rows, cols));
+                }
+            }
+        }
+        let input_ids = Tensor::from_slice(&ids).unsqueeze(0).to_device(model.llm.device());
+        let pixel_values = pixel_values.into_iter().map(|p| p.to_device(model.llm.device())).collect();
+        Ok(Self { input_ids, pixel_values, spans: Spans { rows: vec![spans] } })
+    }
 }
 
 /// An LLM with eyes: a decoder whose first blocks may carry adapters, and one patch embedding.
@@ -67,7 +100,7 @@ impl Vora {
     pub fn attach(&mut self, name: &str, lora: &LoraConfig, weights: &Weights) -> Result<()> {
         let (mut attached, mut seen) = (0, Vec::new());
         self.llm.linears_mut(&mut |layer_idx, module, linear| {
-            if lora.targets(layer_idx, module) {
+            if (layer_idx as i64) < lora.layers && lora.targets(module) {
                 let path = format!("model.layers.{layer_idx}.{module}");
                 linear.attach(name, lora, &weights.pp(path))?;
                 attached += 1;
@@ -148,8 +181,7 @@ impl Vora {
 
     /// How attention goes over these spans; made once a batch.
     pub fn plan(&self, spans: &Spans) -> Result<AttentionPlan> {
-        let embed = self.llm.embed_tokens();
-        AttentionPlan::new(spans, self.config.vision_attention, &self.config.llm, embed.device(), embed.kind())
+        AttentionPlan::new(spans, self.config.vision_attention, self.llm.device(), self.llm.kind())
     }
 
     /// Runs the decoder over a batch; keeps the hidden states of the first `hidden_layers` blocks.
@@ -161,7 +193,8 @@ impl Vora {
     /// Every tensor by its name in a VoRA folder, adapters included where they are attached.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
         let llm = self.llm.tensors().into_iter().map(|(name, t)| (format!("llm.{name}"), t));
-        let vision = self.vision_embedding.tensors().into_iter().map(|(name, t)| (format!("vision_embedding.{name}"), t));
+        let vision =
+            self.vision_embedding.tensors().into_iter().map(|(name, t)| (format!("vision_embedding.{name}"), t));
         llm.chain(vision).collect()
     }
 
@@ -177,7 +210,7 @@ impl Vora {
         ensure!(self.config.lora.is_none(), "the adapters are still apart from the weights: merge first");
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
         save(&folder.join("model.safetensors"), &self.llm.tensors(), &[])?;
-        write_json(&folder.join("config.json"), &self.config.llm_json())
+        write_json(&folder.join("config.json"), &serde_json::to_value(&self.config.llm)?)
     }
 }
 

@@ -1,0 +1,158 @@
+//! `vora train`: runs a run file, with a progress bar on a terminal and plain lines elsewhere.
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+
+use anyhow::Result;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use vora_torch::runtime;
+use vora_train::metrics::{EvalMetrics, Progress, StepMetrics};
+use vora_train::{Options, Outcome, TrainConfig, Trainer};
+
+/// Train adapters, patch embedding and distillation heads as a run file says.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  vora train --config crates/vora-train/recipes/scenes.yaml
+  vora train --config run.yaml --set model.lora.r=64 --set max_steps=2000 --set output_dir=runs/r64
+  vora train --config run.yaml --resume
+
+A run folder holds config.yaml, metrics.jsonl, loss.svg, eval.json, checkpoints/ and final/.
+SIGINT and SIGTERM save a checkpoint and stop; --resume goes on from it, bit for bit.")]
+pub(crate) struct Args {
+    /// The run file
+    #[arg(long)]
+    config: PathBuf,
+    /// Set one key of the run file, dotted: model.lora.r=64
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Go on from the run folder's last checkpoint
+    #[arg(long)]
+    resume: bool,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto", env = "VORA_DEVICE")]
+    device: String,
+}
+
+/// The signal that came, 0 for none.
+static SIGNAL: AtomicI32 = AtomicI32::new(0);
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        let flag = Arc::clone(&stop);
+        // SAFETY: the handler only stores to atomics.
+        unsafe {
+            signal_hook::low_level::register(signal, move || {
+                SIGNAL.store(signal, Ordering::Relaxed);
+                flag.store(true, Ordering::Relaxed);
+            })?;
+        }
+    }
+    let config = TrainConfig::open(&args.config, &args.set)?;
+    let device = runtime::device(&args.device)?;
+    let folder = config.output_dir.clone();
+    let options = Options { device, resume: args.resume, resolve: &crate::hub::resolve, stop };
+    let mut trainer = Trainer::new(config, options)?;
+    let mut terminal = Terminal::new();
+    let trained: usize = trainer.parameters().iter().map(|(_, tensor)| tensor.numel()).sum();
+    terminal.say(&format!(
+        "training {:.2}M parameters on {device:?}, run folder {}",
+        trained as f64 / 1e6,
+        folder.display()
+    ));
+    let outcome = trainer.train(&mut terminal)?;
+    terminal.bar.finish_and_clear();
+
+    let mut out = std::io::stdout().lock();
+    match outcome {
+        Outcome::Finished(report) => {
+            writeln!(out, "{report}")?;
+            writeln!(out, "done; everything lies in {}", folder.display())?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Outcome::Stopped { step } => {
+            terminal.say(&format!("stopped after step {step}; `--resume` goes on from there"));
+            let signal = SIGNAL.load(Ordering::Relaxed);
+            Ok(ExitCode::from(u8::try_from(128 + signal).unwrap_or(1)))
+        }
+    }
+}
+
+/// A bar where there is a terminal, a line now and then where there is none.
+struct Terminal {
+    bar: ProgressBar,
+    is_terminal: bool,
+    max_steps: u64,
+}
+
+/// Steps between two lines off a terminal.
+const STEPS_PER_LINE: u64 = 25;
+
+impl Terminal {
+    fn new() -> Self {
+        let is_terminal = std::io::stderr().is_terminal();
+        let bar = ProgressBar::with_draw_target(
+            None,
+            if is_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() },
+        );
+        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg} {eta} left") {
+            bar.set_style(style);
+        }
+        Self { bar, is_terminal, max_steps: 0 }
+    }
+
+    /// A line on stderr, above the bar.
+    fn say(&self, line: &str) {
+        self.bar.suspend(|| {
+            let _ = writeln!(std::io::stderr(), "{line}");
+        });
+    }
+}
+
+impl Progress for Terminal {
+    fn begin(&mut self, step: u64, max_steps: u64) {
+        self.max_steps = max_steps;
+        self.bar.set_length(max_steps);
+        self.bar.set_position(step);
+        self.bar.reset_eta();
+    }
+
+    fn step(&mut self, metrics: &StepMetrics) {
+        let distill = metrics.loss_distill.map_or(String::new(), |loss| {
+            let baseline = metrics.baseline_distill.map_or(String::new(), |baseline| format!(" of {baseline:.3}"));
+            format!(" + distill {loss:.3}{baseline}")
+        });
+        let line = format!(
+            "loss {:.3} = lm {:.3}{distill}, {:.1} samples/s",
+            metrics.loss, metrics.loss_lm, metrics.samples_per_second
+        );
+        self.bar.set_position(metrics.step);
+        self.bar.set_message(line.clone());
+        let due = metrics.step == 1 || metrics.step.is_multiple_of(STEPS_PER_LINE) || metrics.step == self.max_steps;
+        if !self.is_terminal && due {
+            self.say(&format!("step {}/{}  {line}, {:.0} s", metrics.step, self.max_steps, metrics.seconds));
+        }
+    }
+
+    fn evaluating(&mut self, done: usize, total: usize) {
+        self.bar.set_message(format!("evaluating {done}/{total}"));
+    }
+
+    fn evaluated(&mut self, metrics: &EvalMetrics) {
+        let scores: Vec<String> = metrics
+            .eval
+            .0
+            .keys()
+            .filter_map(|split| metrics.eval.all(split).map(|score| format!("{split} {:.3}", score.exact_match)))
+            .collect();
+        self.say(&format!("step {}  exact match: {}", metrics.step, scores.join(", ")));
+    }
+
+    fn saved(&mut self, folder: &Path) {
+        tracing::info!("saved {}", folder.display());
+    }
+}

@@ -1,0 +1,98 @@
+//! A merged folder made ready to answer: model, tokenizer, chat template, image processor.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use tch::{Device, Kind};
+use vora_llm::chat::{ChatTemplate, Message, Part};
+use vora_llm::tokenizer::Tokenizer;
+use vora_model::{Input, Vora};
+use vora_vision::{ImageProcessor, RgbImage};
+
+use crate::{Generated, SamplingParams, generate};
+
+/// A model with everything that stands between it and a person.
+#[derive(Debug)]
+pub struct Assistant {
+    model: Vora,
+    tokenizer: Tokenizer,
+    chat: ChatTemplate,
+    processor: ImageProcessor,
+}
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    /// The text, without special tokens.
+    pub text: String,
+    /// Its tokens, why it ended, and how long the prompt was.
+    pub generated: Generated,
+}
+
+impl Assistant {
+    /// Opens a folder that `vora merge` wrote: weights, `tokenizer.json`, chat template, `preprocessor_config.json`.
+    pub fn open(folder: &Path, device: Device, kind: Kind) -> Result<Self> {
+        Ok(Self {
+            model: Vora::open(folder, device, kind)?,
+            tokenizer: Tokenizer::open(folder)?,
+            chat: ChatTemplate::open(folder)?,
+            processor: ImageProcessor::open(folder)?,
+        })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Vora {
+        &self.model
+    }
+
+    /// Answers `question` about `images`, which stand before it; `on_text` gets the text as it comes and may answer
+    /// false to end it.
+    ///
+    /// # Errors
+    /// Where the prompt is longer than the model's context.
+    pub fn ask(
+        &self,
+        images: &[RgbImage],
+        question: &str,
+        params: &SamplingParams,
+        max_new_tokens: usize,
+        mut on_text: impl FnMut(&str) -> bool,
+    ) -> Result<Answer> {
+        let mut content = vec![Part::Image; images.len()];
+        content.push(Part::Text(if images.is_empty() { question.to_owned() } else { format!("\n{question}") }));
+        let message = Message { role: "user".into(), content };
+        let pieces = self.chat.encode_prompt(&self.tokenizer, &[message])?;
+        let pixel_values = images
+            .iter()
+            .enumerate()
+            .map(|(i, image)| Ok(self.processor.preprocess(image).with_context(|| format!("picture {i}"))?.to_tensor()))
+            .collect::<Result<Vec<_>>>()?;
+        let input = Input::prompt(&pieces, pixel_values, &self.model)?;
+
+        let mut stream = self.tokenizer.stream(true);
+        let mut failed = None;
+        let mut text = String::new();
+        let generated = generate(&self.model, &input, params, self.tokenizer.eos_ids(), max_new_tokens, |token| {
+            match stream.push(token) {
+                Ok(Some(new)) => {
+                    text.push_str(&new);
+                    on_text(&new)
+                }
+                Ok(None) => true,
+                Err(error) => {
+                    failed = Some(error);
+                    false
+                }
+            }
+        })?;
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        let rest = stream.finish()?;
+        if !rest.is_empty() {
+            on_text(&rest);
+            text.push_str(&rest);
+        }
+        Ok(Answer { text, generated })
+    }
+}
