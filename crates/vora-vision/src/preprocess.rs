@@ -4,8 +4,9 @@ use std::borrow::Cow;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::images::{TypedImage, TypedImageRef};
+use fast_image_resize::pixels::U8x3;
+use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use image::RgbImage;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -312,10 +313,12 @@ fn resize(bytes: &[u8], from: (u32, u32), to: (u32, u32), resample: Resample) ->
     let ((from_height, from_width), (height, width)) = (from, to);
     let mut resizer = Resizer::new();
     let mut pass = |bytes: &[u8], from: (u32, u32), to: (u32, u32)| -> Result<Vec<u8>> {
-        let from = ImageRef::new(from.1, from.0, bytes, PixelType::U8x3)?;
-        let mut resized = Image::new(to.1, to.0, PixelType::U8x3);
-        resizer.resize(&from, &mut resized, &options)?;
-        Ok(resized.into_vec())
+        // The typed call: the untyped one compiles every pixel type into this crate, for minutes.
+        let from = TypedImageRef::<U8x3>::from_buffer(from.1, from.0, bytes)?;
+        let mut pixels = vec![0; 3 * to.0 as usize * to.1 as usize];
+        let mut resized = TypedImage::<U8x3>::from_buffer(to.1, to.0, &mut pixels)?;
+        resizer.resize_typed(&from, &mut resized, &options)?;
+        Ok(pixels)
     };
     let mut bytes = Cow::Borrowed(bytes);
     if width != from_width {
