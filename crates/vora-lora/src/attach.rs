@@ -33,7 +33,7 @@ pub fn attach_all(
         if !modules.iter().any(|known| known == module) {
             modules.push(module.to_owned());
         }
-        if config.targets(layer_idx, module) {
+        if config.targets(module) {
             linear.attach(name, config, &layers.pp(layer_idx).pp(module))?;
             attached += 1;
         }

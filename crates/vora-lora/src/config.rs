@@ -50,10 +50,10 @@ impl LoraConfig {
         Ok(())
     }
 
-    /// Whether the module of that layer gets an adapter: the layer is one of the first [`LoraConfig::layers`], and the
-    /// module's path equals a target or ends with `.` and a target.
-    pub fn targets(&self, layer_idx: usize, module: &str) -> bool {
-        (layer_idx as i64) < self.layers && self.target_modules.iter().any(|target| names(target, module))
+    /// Whether the module at `path` is a target: the path equals one or ends with `.` and one. Which layer it lies in
+    /// is not asked.
+    pub fn targets(&self, path: &str) -> bool {
+        self.target_modules.iter().any(|target| names(target, path))
     }
 }
 
@@ -84,13 +84,11 @@ mod tests {
     fn targets_match_whole_parts_from_the_end() {
         let config =
             LoraConfig { target_modules: vec!["q_proj".into(), "mlp.up_proj".into()], ..LoraConfig::new(1, 2) };
-        for module in ["q_proj", "self_attn.q_proj", "model.layers.0.self_attn.q_proj", "mlp.up_proj", "x.mlp.up_proj"]
-        {
-            assert!(config.targets(1, module), "{module}");
-            assert!(!config.targets(2, module), "{module}");
+        for path in ["q_proj", "self_attn.q_proj", "model.layers.0.self_attn.q_proj", "mlp.up_proj", "x.mlp.up_proj"] {
+            assert!(config.targets(path), "{path}");
         }
-        for module in ["eq_proj", "self_attn.eq_proj", "q_proj.base", "up_proj", "xmlp.up_proj"] {
-            assert!(!config.targets(0, module), "{module}");
+        for path in ["eq_proj", "self_attn.eq_proj", "q_proj.base", "up_proj", "xmlp.up_proj"] {
+            assert!(!config.targets(path), "{path}");
         }
     }
 
