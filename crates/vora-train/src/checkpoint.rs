@@ -82,11 +82,7 @@ impl RunFolder {
             Err(TryLockError::WouldBlock) => {
                 let mut holder = String::new();
                 let _ = lock.read_to_string(&mut holder);
-                bail!(
-                    "the run folder {} is in use by another trainer (process {})",
-                    path.display(),
-                    holder.trim()
-                );
+                bail!("the run folder {} is in use by another trainer (process {})", path.display(), holder.trim());
             }
             Err(TryLockError::Error(error)) => return Err(error).with_context(what),
         }
@@ -341,7 +337,10 @@ mod tests {
             })
             .unwrap_err();
         let error = format!("{error:#}");
-        assert!(error.contains("cannot write") && error.contains("step-20") && error.contains("no storage space"), "{error}");
+        assert!(
+            error.contains("cannot write") && error.contains("step-20") && error.contains("no storage space"),
+            "{error}"
+        );
         assert!(!beside.exists());
         assert_eq!(latest(run.path()).unwrap().unwrap(), before);
     }

@@ -805,7 +805,10 @@ data:
             TrainConfig::parse(&SMALL.replace("    r: 4", "    rank: 4"), &[]),
             &["unknown field `rank`", "expected one of `layers`, `r`", "line 9", "column 5"],
         );
-        fails(TrainConfig::parse(&SMALL.replace("    r: 4", "    r: 4\n    r: 5"), &[]), &["duplicate", "r", "line 10"]);
+        fails(
+            TrainConfig::parse(&SMALL.replace("    r: 4", "    r: 4\n    r: 5"), &[]),
+            &["duplicate", "r", "line 10"],
+        );
         fails(TrainConfig::parse(&SMALL.replace("  llm: somewhere\n", ""), &[]), &["missing field `llm`"]);
         fails(TrainConfig::parse(&SMALL.replace("r: 4", "r: four"), &[]), &["line 9", "column 8"]);
         fails(TrainConfig::parse("output_dir: [", &[]), &["line 1"]);

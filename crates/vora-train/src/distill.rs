@@ -168,10 +168,8 @@ impl TeacherMean {
 fn sum_over(pictures: &[Tensor], features: impl Fn(&Tensor) -> Result<Vec<Tensor>>) -> Result<Vec<Tensor>> {
     let mut sums: Vec<Tensor> = Vec::new();
     for batch in pictures {
-        let batch: Vec<Tensor> = features(batch)?
-            .iter()
-            .map(|f| f.sum_dim_intlist([0i64].as_slice(), false, Kind::Float))
-            .collect();
+        let batch: Vec<Tensor> =
+            features(batch)?.iter().map(|f| f.sum_dim_intlist([0i64].as_slice(), false, Kind::Float)).collect();
         sums = if sums.is_empty() { batch } else { sums.iter().zip(&batch).map(|(sum, b)| sum + b).collect() };
     }
     Ok(sums)

@@ -1,4 +1,36 @@
-//! Combined loss, distillation heads, optimizer, schedule, trainer, checkpoints, evaluation.
+//! Training a VoRA: the language loss at supervised positions, block-wise distillation from a vision transformer,
+//! AdamW over f32 masters, and what makes steps a run: schedule, metrics, checkpoints that survive a crash, resuming
+//! bit for bit, evaluation beside a blind control. [`Trainer`] is the file to read first.
+//!
+//! It draws no progress bar and catches no signal (its caller does, through [`metrics::Progress`] and
+//! [`Options::stop`]), downloads nothing, generates no text, and merges nothing.
+//!
+//! ```
+//! use vora_train::TrainConfig;
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! let yaml = "
+//! output_dir: runs/example
+//! max_steps: 100
+//! warmup_steps: 10
+//! lr_scheduler_type: cosine
+//! model:
+//!   llm: HuggingFaceTB/SmolLM2-135M-Instruct
+//!   patch_size: 14
+//!   image_size: 56
+//!   lora: { layers: 12, r: 32 }
+//! data:
+//!   train: { scenes: {} }
+//! ";
+//! let config = TrainConfig::parse(yaml, &["model.lora.r=64".to_owned()])?;
+//! assert_eq!(config.model.lora.r, 64);
+//! assert_eq!(config.schedule(100).factor(5), 0.5); // halfway through the warm-up
+//!
+//! let error = TrainConfig::parse(&yaml.replace("r: 32", "rank: 32"), &[]).unwrap_err();
+//! assert!(error.to_string().contains("unknown field `rank`"));
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod checkpoint;
 pub mod config;

@@ -232,7 +232,8 @@ mod tests {
             .into_iter()
             .map(|(name, t)| (name, t.copy().set_requires_grad(true)))
             .collect();
-        Optimizer::new(parameters, OptimConfig { learning_rates: rates(&[("vision_embedding", 3e-3)]), ..config() }).unwrap()
+        Optimizer::new(parameters, OptimConfig { learning_rates: rates(&[("vision_embedding", 3e-3)]), ..config() })
+            .unwrap()
     }
 
     #[test]

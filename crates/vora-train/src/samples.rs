@@ -45,9 +45,7 @@ pub fn write(folder: &Path, splits: &[HeldOut], processor: &ImageProcessor, coun
             lines.push('\n');
         }
     }
-    write_atomically(&folder.join("questions.jsonl"), |file| {
-        Ok(std::io::Write::write_all(file, lines.as_bytes())?)
-    })
+    write_atomically(&folder.join("questions.jsonl"), |file| Ok(std::io::Write::write_all(file, lines.as_bytes())?))
 }
 
 /// The picture that a model is shown, normalisation undone.

@@ -106,7 +106,9 @@ impl Student {
         );
         let llm_folder = resolve(llm).context("model.llm")?;
         let teacher = match aux_vision {
-            Some(name) => Some(resolve(name).and_then(|folder| Teacher::open(&folder, device, kind)).context("model.aux_vision")?),
+            Some(name) => Some(
+                resolve(name).and_then(|folder| Teacher::open(&folder, device, kind)).context("model.aux_vision")?,
+            ),
             None => None,
         };
         if let Some(teacher) = &teacher {

@@ -26,7 +26,8 @@ use crate::{plot, samples, saved};
 const CONFIG: &str = "config.yaml";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const TEACHER_MEAN: &str = "teacher_mean.safetensors";
-const RANDOM: &str = "scenes: ChaCha8 of (seed, split, index); order: Feistel network of SplitMix64; new weights: by seed and name";
+const RANDOM: &str =
+    "scenes: ChaCha8 of (seed, split, index); order: Feistel network of SplitMix64; new weights: by seed and name";
 
 /// Held-out pictures of each split that are written for asking.
 const SAMPLES: u64 = 8;
@@ -230,7 +231,9 @@ impl Trainer {
         let loss = loss_lm + self.config.distill.weight * loss_distill;
         if let Some(sigmas) = self.spikes.observe(loss) {
             let ids = ids(&batches).join(", ");
-            tracing::warn!("step {step}: the loss, {loss:.4}, lies {sigmas:.1} standard deviations above the last ones, on {ids}");
+            tracing::warn!(
+                "step {step}: the loss, {loss:.4}, lies {sigmas:.1} standard deviations above the last ones, on {ids}"
+            );
         }
         let metrics = StepMetrics {
             step,
@@ -314,8 +317,12 @@ impl Trainer {
 
     /// An evaluation between steps, where the run file asks for one here; the last step's is left to the end.
     fn evaluate_if_due(&mut self, progress: &mut dyn Progress) -> Result<()> {
-        let due = self.config.evaluation_strategy == Strategy::Steps && self.step.is_multiple_of(self.config.eval_steps);
-        if due && self.step < self.schedule.max_steps && let Some(report) = self.evaluate(progress)? {
+        let due =
+            self.config.evaluation_strategy == Strategy::Steps && self.step.is_multiple_of(self.config.eval_steps);
+        if due
+            && self.step < self.schedule.max_steps
+            && let Some(report) = self.evaluate(progress)?
+        {
             self.log(&report, progress)?;
             self.plot()?;
         }
@@ -450,7 +457,272 @@ fn measure_teacher(student: &mut Student, config: &TrainConfig, training: &Arc<d
         ensure!(!config.distill.center, "distill.center needs pictures, the data has too few");
         return Ok(());
     }
-    let batches: Vec<Tensor> =
-        pictures.chunks(config.per_device_eval_batch_size).map(|chunk| Tensor::stack(chunk, 0).to_device(device)).collect();
+    let batches: Vec<Tensor> = pictures
+        .chunks(config.per_device_eval_batch_size)
+        .map(|chunk| Tensor::stack(chunk, 0).to_device(device))
+        .collect();
     distill.measure_mean(&batches, config.distill.center)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::Silent;
+
+    fn resolve(name: &str) -> Result<PathBuf> {
+        Ok(fixtures::root().parent().context("the workspace")?.join(name))
+    }
+
+    /// A recipe with the tiny models, in `folder`.
+    fn config(recipe: &str, folder: &Path, overrides: &[&str]) -> TrainConfig {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes").join(recipe);
+        let mut all = vec![format!("output_dir={}", folder.display())];
+        all.extend(overrides.iter().map(|&entry| entry.to_owned()));
+        TrainConfig::open(&path, &all).unwrap()
+    }
+
+    fn try_new(config: TrainConfig, resume: bool) -> Result<Trainer> {
+        let options = Options { device: Device::Cpu, resume, resolve: &resolve, stop: Arc::default() };
+        Trainer::new(config, options)
+    }
+
+    fn trainer(config: TrainConfig) -> Trainer {
+        try_new(config, false).unwrap()
+    }
+
+    /// Copies, as the parameters themselves are trained on.
+    fn weights(trainer: &Trainer) -> Vec<(String, Tensor)> {
+        let state = trainer.optimizer.state().into_iter().map(|(name, t)| (format!("optimizer {name}"), t));
+        trainer.parameters().into_iter().chain(state).map(|(name, t)| (name, t.detach().copy())).collect()
+    }
+
+    #[track_caller]
+    fn assert_same(a: &[(String, Tensor)], b: &[(String, Tensor)]) {
+        assert_eq!(a.len(), b.len());
+        for ((name, a), (other, b)) in a.iter().zip(b) {
+            assert_eq!(name, other);
+            assert!(a.equal(b), "{name} differs by {}", (a - b).abs().max().double_value(&[]));
+        }
+    }
+
+    fn losses(folder: &Path) -> Vec<(u64, f64, Option<f64>, f64)> {
+        let lines = MetricsLog::read(&folder.join("metrics.jsonl")).unwrap();
+        let step = |line| match line {
+            Line::Step(s) => Some((s.step, s.loss_lm, s.loss_distill, s.grad_norm)),
+            Line::Eval(_) => None,
+        };
+        lines.into_iter().filter_map(step).collect()
+    }
+
+    /// Sets a flag after some step, as a signal does.
+    struct StopAfter(u64, Arc<AtomicBool>);
+
+    impl Progress for StopAfter {
+        fn begin(&mut self, _: u64, _: u64) {}
+        fn step(&mut self, metrics: &StepMetrics) {
+            self.1.store(metrics.step == self.0, Ordering::Relaxed);
+        }
+        fn evaluating(&mut self, _: usize, _: usize) {}
+        fn evaluated(&mut self, _: &EvalMetrics) {}
+        fn saved(&mut self, _: &Path) {}
+    }
+
+    #[test]
+    fn a_run_leaves_everything() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = folder.path();
+        let mut trainer = trainer(config("smoke.yaml", run, &[]));
+        let Outcome::Finished(report) = trainer.train(&mut Silent).unwrap() else { panic!("nobody stopped it") };
+        assert_eq!(EvalReport::open(&run.join("eval.json")).unwrap(), report);
+        for split in ["test", "unseen"] {
+            let all = report.all(split).unwrap();
+            assert!(all.n >= 8 && all.blind_exact_match.is_some(), "{split}: {all:?}");
+        }
+        let lines = MetricsLog::read(&run.join("metrics.jsonl")).unwrap();
+        let evals = lines.iter().filter(|line| matches!(line, Line::Eval(_))).count();
+        assert_eq!((lines.len(), evals), (10, 2)); // at steps 4 and 8
+        let Line::Step(first) = &lines[0] else { panic!("the first line is a step") };
+        assert!(first.baseline_distill.is_some_and(|b| b > 0.5) && first.loss_distill.is_some());
+        assert!(std::fs::read_to_string(run.join("loss.svg")).unwrap().contains("without looking"));
+        let again = TrainConfig::open(&run.join("config.yaml"), &[]).unwrap();
+        assert_eq!(again, trainer.config);
+        let steps: Vec<u64> = checkpoint::list(run).unwrap().into_iter().map(|(step, _)| step).collect();
+        assert_eq!(steps, [4, 8]);
+
+        let questions = std::fs::read_to_string(run.join("samples/questions.jsonl")).unwrap();
+        let first: serde_json::Value = serde_json::from_str(questions.lines().next().unwrap()).unwrap();
+        let picture = vora_vision::open_image(&run.join("samples").join(first["image"].as_str().unwrap())).unwrap();
+        assert_eq!(picture.dimensions(), (56, 56));
+        assert_eq!(questions.lines().count(), 16);
+
+        // What lies in final/ is the model that was trained.
+        let model = saved::open(&run.join("final"), Device::Cpu, Kind::Float, &resolve).unwrap();
+        let batch = DeviceBatch::new(&trainer.next_batches().unwrap()[0], Device::Cpu);
+        let hidden =
+            |model: &vora_model::Vora| tch::no_grad(|| model.forward(&batch.input, 0)).unwrap().last_hidden_state;
+        fixtures::assert_close_to(&hidden(&model), &hidden(&trainer.student.model), 0.0);
+    }
+
+    #[test]
+    fn a_stopped_run_goes_on_bit_for_bit() {
+        let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let mut uninterrupted = trainer(config("debug.yaml", whole.path(), &[]));
+        uninterrupted.train(&mut Silent).unwrap();
+
+        let mut first = trainer(config("debug.yaml", parts.path(), &[]));
+        let stop = first.stop.clone();
+        assert_eq!(first.train(&mut StopAfter(7, stop)).unwrap(), Outcome::Stopped { step: 7 });
+        drop(first);
+        // Killed at step 12 without a word: what it did after the checkpoint is done again.
+        let mut second = try_new(config("debug.yaml", parts.path(), &[]), true).unwrap();
+        for _ in 7..12 {
+            second.train_step().unwrap();
+        }
+        drop(second);
+        let mut third = try_new(config("debug.yaml", parts.path(), &[]), true).unwrap();
+        assert_eq!(third.step(), 7);
+        assert!(matches!(third.train(&mut Silent).unwrap(), Outcome::Finished(_)));
+        assert_same(&weights(&uninterrupted), &weights(&third));
+        assert_eq!(losses(whole.path()), losses(parts.path()));
+
+        // And once more at its end: nothing is left to train.
+        drop(third);
+        let mut fourth = try_new(config("debug.yaml", parts.path(), &[]), true).unwrap();
+        assert!(matches!(fourth.train(&mut Silent).unwrap(), Outcome::Finished(_)));
+        assert_same(&weights(&uninterrupted), &weights(&fourth));
+    }
+
+    #[test]
+    fn the_first_losses_are_those_on_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut trainer = trainer(config("debug.yaml", folder.path(), &[]));
+        let path = fixtures::root().join("losses/debug_cpu.txt");
+        let text = std::fs::read_to_string(&path).unwrap();
+        let mut found = String::new();
+        let mut worst = 0f64;
+        for line in text.lines() {
+            let metrics = trainer.train_step().unwrap();
+            let losses = [metrics.loss_lm, metrics.loss_distill.unwrap()];
+            found += &format!("{} {}\n", losses[0], losses[1]);
+            for (found, expected) in losses.iter().zip(line.split(' ')) {
+                worst = worst.max((found - expected.parse::<f64>().unwrap()).abs());
+            }
+        }
+        // On one machine they are the same; another processor rounds otherwise.
+        assert!(trainer.step() == 20 && worst < 5e-3, "off by {worst}; now they are\n{found}");
+    }
+
+    #[test]
+    fn micro_batches_make_the_large_batch() {
+        let step = |batch: usize, accumulation: usize| {
+            let folder = tempfile::tempdir().unwrap();
+            let overrides =
+                [format!("per_device_train_batch_size={batch}"), format!("gradient_accumulation_steps={accumulation}")];
+            let mut trainer = trainer(config("debug.yaml", folder.path(), &overrides.each_ref().map(String::as_str)));
+            trainer.train_step().unwrap(); // at a rate of 0, in the warm-up
+            (trainer.train_step().unwrap(), weights(&trainer))
+        };
+        let ((one, a), (four, b)) = (step(4, 1), step(1, 4));
+        assert!((one.loss_lm - four.loss_lm).abs() < 1e-5, "{} {}", one.loss_lm, four.loss_lm);
+        assert!((one.loss_distill.unwrap() - four.loss_distill.unwrap()).abs() < 1e-5);
+        assert!((one.grad_norm / four.grad_norm - 1.0).abs() < 1e-3);
+        // The running means are the gradients themselves, before AdamW makes them all of one size.
+        for ((name, a), (_, b)) in a.iter().zip(&b).filter(|((name, _), _)| name.ends_with("exp_avg")) {
+            let largest = a.abs().max().double_value(&[]).max(1e-6);
+            let difference = (a - b).abs().max().double_value(&[]);
+            assert!(difference < 1e-3 * largest, "{name}: {difference} of {largest}");
+        }
+    }
+
+    #[test]
+    fn it_learns() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut trainer = trainer(config("debug.yaml", folder.path(), &["max_steps=40"]));
+        let metrics: Vec<StepMetrics> = (0..40).map(|_| trainer.train_step().unwrap()).collect();
+        let mean = |range: std::ops::Range<usize>, of: fn(&StepMetrics) -> f64| {
+            metrics[range.clone()].iter().map(of).sum::<f64>() / range.len() as f64
+        };
+        let (lm, distill): (fn(&StepMetrics) -> f64, fn(&StepMetrics) -> f64) =
+            (|m| m.loss_lm, |m| m.loss_distill.unwrap());
+        assert!(mean(35..40, lm) < 0.8 * mean(0..5, lm), "{} -> {}", mean(0..5, lm), mean(35..40, lm));
+        assert!(mean(35..40, distill) < mean(0..5, distill) - 0.02);
+    }
+
+    #[test]
+    fn a_loss_that_is_not_finite_touches_nothing_and_names_its_samples() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut trainer = trainer(config("debug.yaml", folder.path(), &[]));
+        trainer.train_step().unwrap();
+        let (_, b) = trainer.parameters().into_iter().find(|(name, _)| name.contains("lora_B")).unwrap();
+        tch::no_grad(|| b.shallow_clone().fill_(f64::NAN));
+        let before = weights(&trainer);
+        let error = trainer.train_step().unwrap_err();
+        let refused = error.downcast_ref::<NotFinite>().unwrap();
+        assert_eq!((refused.step, refused.samples.len()), (2, 4));
+        assert!(error.to_string().contains("step 2 is not finite") && error.to_string().contains("train-4"), "{error}");
+        for ((name, before), (_, after)) in before.iter().zip(&weights(&trainer)) {
+            assert!(before.allclose(after, 0.0, 0.0, true), "{name} was touched");
+        }
+        assert_eq!(trainer.step(), 1);
+    }
+
+    #[test]
+    fn another_rank_is_refused_with_both_values() {
+        let folder = tempfile::tempdir().unwrap();
+        trainer(config("smoke.yaml", folder.path(), &["max_steps=1"])).train(&mut Silent).unwrap();
+        let changed = config("smoke.yaml", folder.path(), &["model.lora.r=8", "model.lora.layers=3", "max_steps=2"]);
+        let error = format!("{:#}", try_new(changed, true).err().unwrap());
+        assert!(error.contains("cannot resume from") && error.contains("step-1"), "{error}");
+        assert!(error.contains("model.lora.layers was 2, is 3; model.lora.r was 4, is 8"), "{error}");
+        // Other settings may change.
+        let changed = config("smoke.yaml", folder.path(), &["max_steps=2", "learning_rate=1e-4"]);
+        assert_eq!(try_new(changed, true).unwrap().step(), 1);
+    }
+
+    #[test]
+    fn a_run_is_not_written_over_by_mistake() {
+        let folder = tempfile::tempdir().unwrap();
+        let overrides = ["max_steps=1", "overwrite_output_dir=false"];
+        let first = config("smoke.yaml", folder.path(), &overrides);
+        let mut first = trainer(first);
+        let error = try_new(config("smoke.yaml", folder.path(), &overrides), false).err().unwrap().to_string();
+        assert!(error.contains("in use by another trainer"), "{error}");
+        first.train(&mut Silent).unwrap();
+        drop(first);
+        let error = try_new(config("smoke.yaml", folder.path(), &overrides), false).err().unwrap().to_string();
+        assert!(error.contains("already holds a run of 1 steps; go on with --resume"), "{error}");
+        let over = config("smoke.yaml", folder.path(), &["max_steps=1"]);
+        assert_eq!(trainer(over).step(), 0);
+        assert!(checkpoint::list(folder.path()).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_damaged_checkpoint_is_passed_over() {
+        let folder = tempfile::tempdir().unwrap();
+        trainer(config("smoke.yaml", folder.path(), &[])).train(&mut Silent).unwrap();
+        let file = folder.path().join("checkpoints/step-8/optimizer.safetensors");
+        let mut bytes = std::fs::read(&file).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&file, bytes).unwrap();
+        assert_eq!(try_new(config("smoke.yaml", folder.path(), &[]), true).unwrap().step(), 4);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let fails = |overrides: &[&str], texts: &[&str]| {
+            let error = format!("{:#}", try_new(config("smoke.yaml", folder.path(), overrides), false).err().unwrap());
+            for text in texts {
+                assert!(error.contains(text), "`{error}` lacks `{text}`");
+            }
+        };
+        fails(&["model.llm=fixtures/nowhere"], &["fixtures/nowhere", "config.json"]);
+        fails(&["model.aux_vision=fixtures/tiny/llm"], &["model.aux_vision", "`llama` is not a teacher"]);
+        fails(&["model.lora.layers=5"], &["model.lora.layers is 5", "has 4 layers"]);
+        fails(&["model.patch_size=7"], &["model.patch_size is 7, the teacher's patches have 14"]);
+        fails(&["model.vision_embedding_intermediate_size=32"], &["32 channels", "teacher of 24"]);
+        fails(&["learning_rates={lora_C: 1}"], &["learning_rates.lora_C"]);
+        fails(&["model.pretrained=x"], &["model.pretrained"]);
+    }
 }
