@@ -6,8 +6,10 @@ use std::fmt;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use signal_hook::consts::SIGINT;
 
 /// The folder of this clone.
 pub fn root() -> PathBuf {
@@ -65,6 +67,8 @@ impl Vora {
         }
         let messages = String::from_utf8_lossy(&output.stdout);
         let program = messages.lines().find_map(executable).context("cargo built no program `vora`")?;
+        // From here on Ctrl-C is for vora alone, which saves a checkpoint first; we end when it does, with its code.
+        signal_hook::flag::register(SIGINT, Arc::default()).context("cannot handle SIGINT")?;
         Ok(Self { program })
     }
 
