@@ -40,7 +40,6 @@ pub fn cargo() -> Command {
     // Everything is built against `.libtorch`, which `.cargo/config.toml` names. The LIBTORCH of a user was linked there
     // by `setup`; left in the environment it would make cargo build torch-sys and tch a second time.
     cargo.current_dir(root()).env_remove("LIBTORCH");
-    openmp(&mut cargo);
     cargo
 }
 
@@ -77,11 +76,11 @@ impl Vora {
         let mut command = Command::new(&self.program);
         command.current_dir(root()).arg(subcommand);
         let rest = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-        let paths = std::iter::once(root().join(".libtorch/lib")).chain(env::split_paths(&rest));
+        let rest = env::split_paths(&rest).filter(|path| !path.as_os_str().is_empty()); // an empty one means `.`
+        let paths = std::iter::once(root().join(".libtorch/lib")).chain(rest);
         if let Ok(paths) = env::join_paths(paths) {
             command.env("LD_LIBRARY_PATH", paths);
         }
-        openmp(&mut command);
         command
     }
 }
@@ -90,17 +89,6 @@ impl Vora {
 fn executable(message: &str) -> Option<PathBuf> {
     let message: serde_json::Value = serde_json::from_str(message).ok()?;
     Some(message.get("executable")?.as_str()?.into())
-}
-
-/// How long an OpenMP thread spins for its next piece of work before it sleeps.
-///
-/// libgomp's own 300 000 rounds take milliseconds, which on a busy machine starve the very thread waited for: two
-/// threads running small bf16 products did 2 rounds a second by default, 4 to 9 with `OMP_WAIT_POLICY=PASSIVE`, and 9 to
-/// 13 with this bound, which is still longer than the gap between two operators. A user's own setting wins.
-fn openmp(command: &mut Command) {
-    if ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"].iter().all(|name| env::var_os(name).is_none()) {
-        command.env("GOMP_SPINCOUNT", "10000");
-    }
 }
 
 /// Shows a command, runs it, and waits until it ends.
