@@ -180,18 +180,23 @@ impl ChatTemplate {
                 self.origin
             );
             let upto = render(&turns[..=turn_idx], false)?;
-            let limit = if text.starts_with(&upto) { upto.len() } else { text.len() };
+            let special_after = |at: usize| {
+                let found = text[at..].char_indices().find(|&(_, c)| tokenizer.is_special(c));
+                found.map(|(offset, c)| at + offset + c.len_utf8())
+            };
+            // Where the turn is over: as it was when it was the last, else at the next special token.
+            let as_last = text.starts_with(&upto) && upto.len() >= prompt.len();
+            let limit = if as_last { Some(upto.len()) } else { special_after(prompt.len()) }.unwrap_or(text.len());
             let answer = turn.content.trim();
-            let said = text[prompt.len()..limit.max(prompt.len())].find(answer).with_context(|| {
+            let said = text[prompt.len()..limit].find(answer).with_context(|| {
                 format!("{}: the assistant's turn {turn_idx} is not rendered as it was given", self.origin)
             })?;
             let answer_end = prompt.len() + said + answer.len();
-            let mut after = text[answer_end..limit].char_indices();
-            let end = match after.find(|&(_, c)| tokenizer.is_special(c)) {
-                Some((at, c)) => answer_end + at + c.len_utf8(),
+            let end = match special_after(answer_end) {
+                Some(end) if end <= limit => end,
                 // No token ends a turn here: all that the template writes after the answer does.
-                None if text.starts_with(&upto) => limit,
-                None => answer_end,
+                _ if as_last => limit,
+                _ => answer_end,
             };
             answers.push(prompt.len()..end);
         }
@@ -201,12 +206,11 @@ impl ChatTemplate {
     fn render_turns(&self, turns: &[Turn], add_generation_prompt: bool) -> Result<String> {
         let special_tokens: Value = self.special_tokens.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
         let template = self.environment.get_template("chat_template").map_err(|e| self.error(&e))?;
+        let messages = Value::serialize(turns);
         let none = Value::from(());
-        template
-            .render(context! {
-                messages => Value::from_serialize(turns), add_generation_prompt, tools => none, documents => none, ..special_tokens
-            })
-            .map_err(|e| self.error(&e))
+        let variables =
+            context! { messages, add_generation_prompt, tools => none, documents => none, ..special_tokens };
+        template.render(variables).map_err(|e| self.error(&e))
     }
 
     fn error(&self, error: &Error) -> anyhow::Error {
@@ -586,8 +590,7 @@ mod tests {
                      {% if add_generation_prompt %}assistant:{% endif %}";
         let found = answers(&tiny(), &inline(plain).encode_chat(&tiny(), &chat).unwrap());
         assert_eq!(found, [" \ntwo \n", " At the top left.\n"]);
-        let last = plain.replace("{% endfor %}", "{{ '<|endoftext|>' if loop.last }}{% endfor %}");
-        let last = inline(&last.replace("{% if add", "{% if not messages %}{% elif add"));
+        let last = inline(&plain.replace("{% endfor %}", "{{ '<|endoftext|>' if loop.last }}{% endfor %}"));
         let error = last.encode_chat(&tiny(), &chat).unwrap_err().to_string();
         assert!(error.contains("rendered differently once it is answered"), "{error}");
     }
