@@ -17,7 +17,7 @@ const SMOKE: &str = "crates/vora-train/recipes/smoke.yaml";
 /// The models that recipes name and `download` knows how to get without the hub.
 const DEFAULT_MODELS: [&str; 2] = ["HuggingFaceTB/SmolLM2-135M-Instruct", "facebook/dinov2-small"];
 
-/// How many questions are asked after the training.
+/// How many questions at most are asked after the training.
 const QUESTIONS: usize = 6;
 
 const EXAMPLES: &str = "\
@@ -151,7 +151,9 @@ fn ask(vora: &Vora, run_dir: &Path, device: Option<&str>) -> Result<()> {
     let file = samples.join("questions.jsonl");
     let text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
     println!("\npictures that it never saw:");
-    for question in questions(&text).with_context(|| format!("reading {}", file.display()))?.iter().take(QUESTIONS) {
+    let questions = questions(&text).with_context(|| format!("reading {}", file.display()))?;
+    let every = questions.len().div_ceil(QUESTIONS).max(1); // some of each split: they stand one after another
+    for question in questions.iter().step_by(every) {
         let image = samples.join(&question.image);
         let mut ask = vora.command("ask");
         ask.arg(run_dir.join("merged")).arg(&image).arg(&question.question);
