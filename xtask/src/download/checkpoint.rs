@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     fs::{self, File},
+    io::Write,
     path::Path,
 };
 
@@ -35,9 +36,12 @@ impl Tensors {
             views.push((name.as_str(), view));
         }
         let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        safetensors::serialize_to_file(views, Some(metadata), path)
-            .with_context(|| format!("writing {}", path.display()))?;
-        File::open(path).and_then(|file| file.sync_all()).with_context(|| format!("writing {}", path.display()))
+        let bytes = safetensors::serialize(views, Some(metadata))?;
+        let written = File::create(path).and_then(|mut file| {
+            file.write_all(&bytes)?;
+            file.sync_all()
+        });
+        written.with_context(|| format!("writing {}", path.display()))
     }
 }
 
