@@ -71,7 +71,7 @@ pub enum Piece {
 }
 
 /// A message as a template sees it.
-#[derive(Debug, Serialize)]
+#[derive(Debug)]
 struct Turn {
     role: String,
     content: String,
@@ -204,12 +204,11 @@ impl ChatTemplate {
     }
 
     fn render_turns(&self, turns: &[Turn], add_generation_prompt: bool) -> Result<String> {
-        let special_tokens: Value = self.special_tokens.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+        let special_tokens = Value::from_pairs(self.special_tokens.iter().map(|(k, v)| (k.as_str(), v.as_str())));
         let template = self.environment.get_template("chat_template").map_err(|e| self.error(&e))?;
-        let messages = Value::serialize(turns);
-        let none = Value::from(());
-        let variables =
-            context! { messages, add_generation_prompt, tools => none, documents => none, ..special_tokens };
+        let message = |t: &Turn| Value::from_pairs([("role", t.role.as_str()), ("content", t.content.as_str())]);
+        let messages: Vec<Value> = turns.iter().map(message).collect();
+        let variables = context! { messages, add_generation_prompt, tools => (), documents => (), ..special_tokens };
         template.render(variables).map_err(|e| self.error(&e))
     }
 

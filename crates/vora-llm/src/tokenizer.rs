@@ -354,7 +354,7 @@ pub(crate) fn read_json(folder: &Path, file: &str) -> Result<Value> {
 }
 
 /// `bos_token`, `eos_token` and so on, from `tokenizer_config.json` and, for what it lacks, `special_tokens_map.json`.
-pub(crate) fn special_tokens(folder: &Path) -> Result<Vec<(String, String)>> {
+pub fn special_tokens(folder: &Path) -> Result<Vec<(String, String)>> {
     let mut found: Vec<(String, String)> = Vec::new();
     for file in ["tokenizer_config.json", "special_tokens_map.json"] {
         let Value::Object(map) = read_json(folder, file)? else { continue };
