@@ -15,7 +15,13 @@ fn main() {
         .flag_if_supported("-Wno-unused-parameter")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
-        .file("csrc/vora_torch.cpp")
+        // The loops in fused.cpp are worth nothing unless vectorised, whatever the profile; libgomp is the one that
+        // torch-sys links.
+        .opt_level(3)
+        .flag_if_supported("-fopenmp")
+        .flag_if_supported("-fno-math-errno")
+        .flag_if_supported("-fno-trapping-math")
+        .files(["csrc/vora_torch.cpp", "csrc/fused.cpp"])
         .compile("vora_torch");
     // Cargo puts a search path that lies in its target folder on LD_LIBRARY_PATH of what it runs, doctests included:
     // so libtorch is reached through a link there.

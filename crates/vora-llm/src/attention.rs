@@ -3,11 +3,11 @@
 use anyhow::Result;
 use tch::{Tensor, nn::Module};
 use vora_lora::Linear;
-use vora_torch::weights::Weights;
+use vora_torch::Weights;
+use vora_torch::rms_norm::RmsNorm;
 
 use crate::config::LlmConfig;
 use crate::kv_cache::{LayerCache, Step};
-use crate::rms_norm::RmsNorm;
 use crate::rotary::CosSin;
 use crate::spans::{AttentionPlan, Kernel};
 
@@ -117,7 +117,7 @@ impl Attention {
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
         }
-        [cos_sin.rotate(&q.transpose(1, 2)), cos_sin.rotate(&k.transpose(1, 2)), v.transpose(1, 2)]
+        [cos_sin.rotate(&q), cos_sin.rotate(&k), v].map(|t| t.transpose(1, 2))
     }
 
     /// `[batch, heads, seq, head_dim]` -> `[batch, seq, hidden]`
@@ -146,7 +146,7 @@ mod tests {
         weights.finish().unwrap();
         let plan =
             AttentionPlan::new(&Spans::text(&[11, 11]), VisionAttention::Causal, Device::Cpu, Kind::Float).unwrap();
-        let rotary = Rotary::new(&config, Kind::Float).unwrap();
+        let rotary = Rotary::new(&config).unwrap();
         let cos_sin = rotary.cos_sin(plan.position_ids(), plan.num_positions());
         fixtures::assert_close_to(&attention.forward(&golden["x"], &cos_sin, &plan), &golden["y"], 1e-5);
     }

@@ -3,13 +3,13 @@
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor, nn::Module};
 use vora_lora::Linear;
+use vora_torch::rms_norm::RmsNorm;
 use vora_torch::weights::{Init, Weights};
 
 use crate::attention::Attention;
 use crate::config::LlmConfig;
 use crate::kv_cache::KvCache;
 use crate::mlp::Mlp;
-use crate::rms_norm::RmsNorm;
 use crate::rotary::{CosSin, Rotary};
 use crate::spans::AttentionPlan;
 
@@ -117,7 +117,7 @@ impl Decoder {
             })
             .collect::<Result<_>>()?;
         let norm = RmsNorm::load(&weights.pp("norm"), config.hidden_size, config.rms_norm_eps)?;
-        Ok(Self { embed_tokens, layers, norm, rotary: Rotary::new(config, weights.kind())? })
+        Ok(Self { embed_tokens, layers, norm, rotary: Rotary::new(config)? })
     }
 
     /// `[batch, seq, hidden]` -> [`Output`] with `hidden_states[0..=hidden_layers]`

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use tch::{Tensor, nn::Module};
 use vora_lora::Linear;
-use vora_torch::weights::Weights;
+use vora_torch::{Weights, fused};
 
 use crate::config::LlmConfig;
 
@@ -30,8 +30,8 @@ impl Mlp {
 impl Module for Mlp {
     /// `[.., hidden]` -> `[.., hidden]`
     fn forward(&self, x: &Tensor) -> Tensor {
-        let gate = self.gate_proj.forward(x).silu(); // [.., intermediate]
-        self.down_proj.forward(&(gate * self.up_proj.forward(x)))
+        let gated = fused::swiglu(&self.gate_proj.forward(x), &self.up_proj.forward(x)); // [.., intermediate]
+        self.down_proj.forward(&gated)
     }
 }
 
@@ -47,6 +47,10 @@ mod tests {
         let config = LlmConfig { mlp_bias: true, ..LlmConfig::tiny(64) };
         let mlp = Mlp::load(&config, &weights).unwrap();
         weights.finish().unwrap();
-        fixtures::assert_close_to(&mlp.forward(&golden["x"]), &golden["y"], 1e-5);
+        let x = golden["x"].detach().copy().set_requires_grad(true);
+        let y = mlp.forward(&x);
+        fixtures::assert_close_to(&y, &golden["y"], 1e-5);
+        (y * &golden["grad_y"]).sum(Kind::Float).backward();
+        fixtures::assert_close_to(&x.grad(), &golden["grad_x"], 1e-5);
     }
 }

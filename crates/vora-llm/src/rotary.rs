@@ -4,6 +4,7 @@ use std::f64::consts::PI;
 
 use anyhow::{Context, Result, bail, ensure};
 use tch::{Kind, Tensor};
+use vora_torch::fused;
 
 use crate::config::{LlmConfig, RopeParameters};
 
@@ -201,17 +202,14 @@ impl RopeScaling {
 /// The rotation of one batch: made once, shared by its layers.
 #[derive(Debug)]
 pub struct CosSin {
-    cos: Tensor, // [batch, 1, seq, head_dim]
-    sin: Tensor, // [batch, 1, seq, head_dim], its first half negated
+    cos: Tensor, // [batch, seq, head_dim / 2], f32
+    sin: Tensor, // [batch, seq, head_dim / 2], f32
 }
 
 impl CosSin {
-    /// Rotates every head: `[batch, heads, seq, head_dim]` -> the same.
+    /// Rotates every head: `[batch, seq, heads, head_dim]` -> the same.
     pub fn rotate(&self, x: &Tensor) -> Tensor {
-        // x * cos + rotate_half(x) * sin, where rotate_half swaps the halves and negates the new first one; here the
-        // sine carries that sign, and swapping is rolling by half.
-        let half = x.size().last().expect("x is [batch, heads, seq, head_dim]") / 2;
-        (x * &self.cos).addcmul(&x.roll([half], [-1]), &self.sin)
+        fused::rotate(x, &self.cos, &self.sin)
     }
 }
 
@@ -221,26 +219,25 @@ pub struct Rotary {
     scaling: RopeScaling,
     theta: f64,
     head_dim: i64,
-    kind: Kind,
 }
 
 impl Rotary {
-    /// Takes base and scaling from the config; cos and sin will be of `kind`.
-    pub fn new(config: &LlmConfig, kind: Kind) -> Result<Self> {
-        Ok(Self { scaling: config.rope()?, theta: config.rope_base(), head_dim: config.head_width(), kind })
+    /// Takes base and scaling from the config.
+    ///
+    /// # Errors
+    /// See [`LlmConfig::rope`].
+    pub fn new(config: &LlmConfig) -> Result<Self> {
+        Ok(Self { scaling: config.rope()?, theta: config.rope_base(), head_dim: config.head_width() })
     }
 
     /// Cos and sin of `position_ids` `[batch, seq]`, all of which lie below `seq_len`.
     pub fn cos_sin(&self, position_ids: &Tensor, seq_len: i64) -> CosSin {
-        let device = position_ids.device();
         let inv_freq: Vec<f32> =
             self.scaling.inv_freq(self.head_dim, self.theta, seq_len).iter().map(|&f| f as f32).collect();
-        let inv_freq = Tensor::from_slice(&inv_freq).to_device(device); // [head_dim / 2]
+        let inv_freq = Tensor::from_slice(&inv_freq).to_device(position_ids.device()); // [head_dim / 2]
         let angles = position_ids.to_kind(Kind::Float).unsqueeze(-1) * inv_freq; // [batch, seq, head_dim / 2]
         let factor = self.scaling.attention_factor();
-        let cos = (angles.cos() * factor).to_kind(self.kind);
-        let sin = (angles.sin() * factor).to_kind(self.kind);
-        CosSin { cos: Tensor::cat(&[&cos, &cos], -1).unsqueeze(1), sin: Tensor::cat(&[-&sin, sin], -1).unsqueeze(1) }
+        CosSin { cos: angles.cos() * factor, sin: angles.sin() * factor }
     }
 }
 
@@ -297,11 +294,12 @@ mod tests {
     fn matches_reference() {
         let golden = fixtures::open("rotary");
         for (name, config) in cases() {
-            let rotary = Rotary::new(&config, Kind::Float).unwrap();
+            let rotary = Rotary::new(&config).unwrap();
             for seq_len in [12, 96] {
                 let position_ids = Tensor::arange(seq_len, (Kind::Int64, Device::Cpu)).unsqueeze(0);
                 let cos_sin = rotary.cos_sin(&position_ids, seq_len);
-                let found = cos_sin.rotate(&golden["x"].narrow(2, 0, seq_len));
+                let x = golden["x"].narrow(2, 0, seq_len).transpose(1, 2); // [batch, seq, heads, head_dim]
+                let found = cos_sin.rotate(&x).transpose(1, 2);
                 fixtures::assert_close_to(&found, &golden[&format!("{name}.{seq_len}")], 2e-5);
             }
         }

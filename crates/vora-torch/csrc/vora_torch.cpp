@@ -9,31 +9,11 @@
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/_fused_adamw.h>
 
-#include <string>
 #include <vector>
 
+#include "guard.h"
+
 namespace {
-
-thread_local std::string last_error;
-
-std::string first_line(const char* text) {
-  std::string line(text);
-  return line.substr(0, line.find('\n'));
-}
-
-template <typename R, typename F>
-R guard(R failed, F&& f) {
-  try {
-    return f();
-  } catch (const c10::Error& e) {
-    last_error = first_line(e.what_without_backtrace());
-  } catch (const std::exception& e) {
-    last_error = first_line(e.what());
-  } catch (...) {
-    last_error = "unknown C++ exception";
-  }
-  return failed;
-}
 
 std::vector<at::Tensor> list(at::Tensor* const* tensors, size_t n) {
   std::vector<at::Tensor> result;

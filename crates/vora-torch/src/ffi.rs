@@ -1,4 +1,4 @@
-//! Declarations of `csrc/vora_torch.cpp`, and its error text.
+//! Declarations of `csrc/`, and its error text.
 
 use std::ffi::{CStr, c_char, c_void};
 
@@ -33,6 +33,9 @@ unsafe extern "C" {
     ) -> i32;
     pub(crate) fn vora_grad_norm(grads: *const *const C_tensor, n: usize) -> *mut C_tensor;
     pub(crate) fn vora_cpu_has_bf16() -> i32;
+    pub(crate) fn vora_rms_norm(x: *const C_tensor, weight: *const C_tensor, eps: f64) -> *mut C_tensor;
+    pub(crate) fn vora_swiglu(gate: *const C_tensor, up: *const C_tensor) -> *mut C_tensor;
+    pub(crate) fn vora_rotate(x: *const C_tensor, cos: *const C_tensor, sin: *const C_tensor) -> *mut C_tensor;
 }
 
 /// What the last failed call of this thread said.

@@ -17,6 +17,7 @@
 
 pub mod error;
 mod ffi;
+pub mod fused;
 pub mod ops;
 pub mod rms_norm;
 pub mod runtime;
