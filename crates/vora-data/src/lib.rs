@@ -12,5 +12,16 @@
 //! # }
 //! ```
 
+pub mod batch;
+pub mod loader;
 pub mod record;
+pub mod sample;
 pub mod scenes;
+mod shuffle;
+pub mod source;
+
+pub use batch::{Batch, SampleInfo, Supervised, collate};
+pub use loader::{Loader, LoaderConfig};
+pub use record::{Conversations, Record, RecordKeys, question_about};
+pub use sample::{IGNORE_INDEX, QuestionSpan, Sample, SampleMaker};
+pub use source::{Chain, ConversationSource, SceneSource, Source};

@@ -9,8 +9,11 @@ use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Mutex;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use vora_llm::{Message, Part};
 
 /// What marks an image's place in a human turn.
 pub const IMAGE_PLACE: &str = "<image>";
@@ -21,46 +24,6 @@ const MAX_LINE: u64 = 16 << 20;
 /// No image file is larger: 256 MiB.
 const MAX_IMAGE_FILE: u64 = 256 << 20;
 
-/// Who says something.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// Sets the scene; first, if there at all.
-    System,
-    /// Asks.
-    User,
-    /// Answers; the only one a model learns to speak like.
-    Assistant,
-}
-
-impl Role {
-    /// Its name in chat templates.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::System => "system",
-            Self::User => "user",
-            Self::Assistant => "assistant",
-        }
-    }
-}
-
-/// A piece of what somebody says.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Part {
-    /// Words.
-    Text(String),
-    /// The image of this number, counted over the whole conversation.
-    Image(usize),
-}
-
-/// What one of the two says at once.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Turn {
-    /// Who.
-    pub role: Role,
-    /// What, in order.
-    pub parts: Vec<Part>,
-}
-
 /// One conversation about some images, or about none.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
@@ -68,17 +31,24 @@ pub struct Record {
     pub id: String,
     /// Image files, relative to the image folder.
     pub frames: Vec<String>,
-    /// User and assistant by turns, after at most one system turn; the assistant has the last word.
-    pub turns: Vec<Turn>,
+    /// `user` and `assistant` by turns, after at most one `system`; the assistant has the last word. There are as many
+    /// places for images as there are frames.
+    pub messages: Vec<Message>,
 }
 
-#[derive(Deserialize)]
-struct RawRecord {
-    id: Option<Id>,
-    #[serde(default)]
-    frames: Vec<String>,
-    image: Option<OneOrMore>,
-    conversations: Vec<RawTurn>,
+/// What a record's own keys are called.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecordKeys {
+    /// Its image files.
+    pub frames: String,
+    /// Its turns.
+    pub conversations: String,
+}
+
+impl Default for RecordKeys {
+    fn default() -> Self {
+        Self { frames: "frames".to_owned(), conversations: "conversations".to_owned() }
+    }
 }
 
 #[derive(Deserialize)]
@@ -106,71 +76,90 @@ impl Record {
     ///
     /// # Errors
     /// Says what is wrong, but not where: whoever has the line knows.
-    pub fn parse(line: &[u8]) -> Result<Self> {
-        let text =
-            std::str::from_utf8(line).map_err(|e| anyhow::anyhow!("not UTF-8 from byte {} on", e.valid_up_to()))?;
-        let raw: RawRecord = serde_json::from_str(text).map_err(|e| {
+    pub fn parse(line: &[u8], keys: &RecordKeys) -> Result<Self> {
+        let text = std::str::from_utf8(line).map_err(|e| anyhow!("not UTF-8 from byte {} on", e.valid_up_to()))?;
+        let mut object: Map<String, Value> = serde_json::from_str(text).map_err(|e| {
             let message = e.to_string();
             let what = message.rsplit_once(" at line").map_or(message.as_str(), |(what, _)| what);
-            anyhow::anyhow!("not a record: {what}, at column {}", e.column())
+            anyhow!("not a record: {what}, at column {}", e.column())
         })?;
-        let frames = match raw.image {
-            None => raw.frames,
-            Some(_) if !raw.frames.is_empty() => bail!("it has both `frames` and `image`"),
+        let frames: Option<OneOrMore> = take(&mut object, &keys.frames)?;
+        let image: Option<OneOrMore> = take(&mut object, "image")?;
+        ensure!(frames.is_none() || image.is_none(), "it has both `{}` and `image`", keys.frames);
+        let frames = match frames.or(image) {
+            None => Vec::new(),
             Some(OneOrMore::One(frame)) => vec![frame],
             Some(OneOrMore::More(frames)) => frames,
         };
-        let id = match raw.id {
+        let id = match take(&mut object, "id")? {
             Some(Id::Text(id)) => id,
             Some(Id::Number(id)) => id.to_string(),
             None => String::new(),
         };
-        Ok(Self { id, turns: turns(raw.conversations, frames.len())?, frames })
+        let raw = take(&mut object, &keys.conversations)?;
+        let raw = raw.with_context(|| format!("it lacks the key `{}`", keys.conversations))?;
+        Ok(Self { id, messages: messages(raw, frames.len())?, frames })
     }
+}
+
+/// The value of a key, if it is there and not null.
+fn take<T: DeserializeOwned>(object: &mut Map<String, Value>, key: &str) -> Result<Option<T>> {
+    let value = object.remove(key).unwrap_or_default();
+    serde_json::from_value(value).map_err(|e| anyhow!("its `{key}` is not as expected: {e}"))
+}
+
+/// A user's turn: images, and below them what is asked about them.
+///
+/// Whoever asks a model that was trained on `scenes`, or on records that do not say where their images go, asks it
+/// like this.
+pub fn question_about(num_images: usize, question: &str) -> Message {
+    let mut content = vec![Part::Image; num_images];
+    let line = if num_images > 0 { format!("\n{question}") } else { question.to_owned() };
+    content.push(Part::Text(line));
+    Message { role: "user".to_owned(), content }
 }
 
 /// Checks the order of turns and gives each image its place.
-fn turns(raw: Vec<RawTurn>, num_images: usize) -> Result<Vec<Turn>> {
-    let mut turns = Vec::with_capacity(raw.len());
-    let mut places = 0;
+fn messages(raw: Vec<RawTurn>, num_images: usize) -> Result<Vec<Message>> {
+    let mut messages: Vec<Message> = Vec::with_capacity(raw.len());
     for RawTurn { from, value } in raw {
         let role = match from.as_str() {
-            "system" => Role::System,
-            "human" | "user" => Role::User,
-            "gpt" | "assistant" => Role::Assistant,
+            "system" => "system",
+            "human" | "user" => "user",
+            "gpt" | "assistant" => "assistant",
             _ => bail!("a turn is from `{from}`, expected one of `human`, `gpt`, `system`"),
         };
-        let expected = match turns.last().map(|turn: &Turn| turn.role) {
-            None if role == Role::System => Role::System,
-            None | Some(Role::System | Role::Assistant) => Role::User,
-            Some(Role::User) => Role::Assistant,
+        let expected = match messages.last().map(|message| message.role.as_str()) {
+            None if role == "system" => "system",
+            Some("user") => "assistant",
+            _ => "user",
         };
-        ensure!(role == expected, "turn {} is from `{from}`, it is the {}'s", turns.len() + 1, expected.name());
+        ensure!(role == expected, "turn {} is from `{from}`, it is the {expected}'s", messages.len() + 1);
         // Only a question has places; elsewhere the mark is text like any other.
-        let parts = if role == Role::User { split_places(&value, &mut places) } else { vec![Part::Text(value)] };
-        turns.push(Turn { role, parts });
+        let content = if role == "user" { split_places(&value) } else { vec![Part::Text(value)] };
+        messages.push(Message { role: role.to_owned(), content });
     }
-    match turns.last() {
+    match messages.last() {
         None => bail!("it has no conversation"),
-        Some(turn) => ensure!(turn.role == Role::Assistant, "the last question has no answer"),
+        Some(message) => ensure!(message.role == "assistant", "the last question has no answer"),
     }
+    let places = messages.iter().flat_map(|message| &message.content).filter(|part| **part == Part::Image).count();
     if places == 0 {
         // No question says where: the images come before the first one.
-        let first = turns.iter_mut().find(|turn| turn.role == Role::User).expect("an answer follows a question");
-        first.parts.splice(0..0, (0..num_images).map(Part::Image));
+        let first = messages.iter_mut().find(|message| message.role == "user").context("nobody asks")?;
+        *first = question_about(num_images, &shown(first));
     } else {
         ensure!(places == num_images, "{places} places `{IMAGE_PLACE}` in the questions, {num_images} images");
     }
-    Ok(turns)
+    Ok(messages)
 }
 
-/// `"a<image>b"` -> text, image, text; `places` counts on.
-fn split_places(text: &str, places: &mut usize) -> Vec<Part> {
+/// `"a<image>b"` -> text, image, text
+fn split_places(text: &str) -> Vec<Part> {
     let mut parts = Vec::new();
     for (idx, text) in text.split(IMAGE_PLACE).enumerate() {
         if idx > 0 {
-            parts.push(Part::Image(*places));
-            *places += 1;
+            parts.push(Part::Image);
         }
         if !text.is_empty() {
             parts.push(Part::Text(text.to_owned()));
@@ -179,29 +168,42 @@ fn split_places(text: &str, places: &mut usize) -> Vec<Part> {
     parts
 }
 
+/// What a message says, with [`IMAGE_PLACE`] for its images.
+pub(crate) fn shown(message: &Message) -> String {
+    let part = |part: &Part| match part {
+        Part::Text(text) => text.clone(),
+        Part::Image => IMAGE_PLACE.to_owned(),
+    };
+    message.content.iter().map(part).collect()
+}
+
 /// An annotation file with its image folder: records by number, read when asked for.
 #[derive(Debug)]
 pub struct Conversations {
     path: PathBuf,
-    image_folder: PathBuf, // without links or dots
+    image_folder: Option<PathBuf>, // without links or dots
+    keys: RecordKeys,
     file: Mutex<File>,
     lines: Vec<(u64, u32)>, // start, length; a longer line than can be read has length u32::MAX
     blank: Vec<usize>,      // how many records were found before each blank line
 }
 
 impl Conversations {
-    /// Finds the lines of `annotation`; images lie under `image_folder`, where a file of text alone needs none.
+    /// Finds the lines of `annotation`; images lie under `image_folder`, which is empty for text alone.
     ///
     /// # Errors
     /// Where either cannot be read, or the file is one JSON array and not an object a line.
     pub fn open(annotation: &Path, image_folder: &Path) -> Result<Self> {
         let shown = annotation.display();
         let file = File::open(annotation).with_context(|| format!("cannot read {shown}"))?;
-        let image_folder = fs::canonicalize(image_folder)
-            .with_context(|| format!("cannot read the image folder {}", image_folder.display()))?;
+        let image_folder = (!image_folder.as_os_str().is_empty()).then(|| {
+            fs::canonicalize(image_folder)
+                .with_context(|| format!("cannot read the image folder {}", image_folder.display()))
+        });
         let mut found = Self {
             path: annotation.to_owned(),
-            image_folder,
+            image_folder: image_folder.transpose()?,
+            keys: RecordKeys::default(),
             file: Mutex::new(file.try_clone().with_context(|| format!("cannot read {shown}"))?),
             lines: Vec::new(),
             blank: Vec::new(),
@@ -209,6 +211,12 @@ impl Conversations {
         found.find_lines(&mut BufReader::with_capacity(1 << 20, file)).with_context(|| format!("reading {shown}"))?;
         ensure!(!found.lines.is_empty(), "{shown} has no records");
         Ok(found)
+    }
+
+    /// Reads records whose keys have other names.
+    #[must_use]
+    pub fn with_keys(self, keys: RecordKeys) -> Self {
+        Self { keys, ..self }
     }
 
     fn find_lines(&mut self, file: &mut impl BufRead) -> Result<()> {
@@ -273,7 +281,7 @@ impl Conversations {
     pub fn record(&self, index: u64) -> Result<Record> {
         let place = || self.place(index);
         let line = self.line(index).with_context(place)?;
-        let mut record = Record::parse(&line).with_context(place)?;
+        let mut record = Record::parse(&line, &self.keys).with_context(place)?;
         if record.id.is_empty() {
             record.id = place();
         }
@@ -308,10 +316,11 @@ impl Conversations {
     fn image_path(&self, frame: &str) -> Result<PathBuf> {
         let inside = Path::new(frame).components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
         ensure!(inside && !frame.is_empty(), "image `{frame}` does not lie in the image folder");
-        let path = self.image_folder.join(frame);
-        let path = fs::canonicalize(&path)
-            .with_context(|| format!("cannot read image `{frame}` in {}", self.image_folder.display()))?;
-        ensure!(path.starts_with(&self.image_folder), "image `{frame}` is a link out of the image folder");
+        let folder = self.image_folder.as_ref();
+        let folder = folder.with_context(|| format!("image `{frame}` of a source without an image folder"))?;
+        let path = fs::canonicalize(folder.join(frame))
+            .with_context(|| format!("cannot read image `{frame}` in {}", folder.display()))?;
+        ensure!(path.starts_with(folder), "image `{frame}` is a link out of the image folder");
         ensure!(path.is_file(), "image `{frame}` is not a file");
         Ok(path)
     }
@@ -333,7 +342,7 @@ mod tests {
     }
 
     fn parse(line: &str) -> Result<Record> {
-        Record::parse(line.as_bytes())
+        Record::parse(line.as_bytes(), &RecordKeys::default())
     }
 
     fn text(text: &str) -> Part {
@@ -343,10 +352,10 @@ mod tests {
     #[test]
     fn images_stand_where_the_text_says_else_first() {
         let record = parse(&conversation(r#""frames": ["a.png", "b.png"]"#, "x<image>y<image>")).unwrap();
-        assert_eq!(record.turns[0].parts, [text("x"), Part::Image(0), text("y"), Part::Image(1)]);
-        assert_eq!(record.turns[1].parts, [text("<image>")]); // an answer has no places
+        assert_eq!(record.messages[0].content, [text("x"), Part::Image, text("y"), Part::Image]);
+        assert_eq!(record.messages[1].content, [text("<image>")]); // an answer has no places
         let record = parse(&conversation(r#""id": 7, "image": "a.png", "width": 3"#, "What?")).unwrap();
-        assert_eq!(record.turns[0].parts, [Part::Image(0), text("What?")]);
+        assert_eq!(record.messages[0].content, [Part::Image, text("\nWhat?")]);
         assert_eq!((record.id.as_str(), record.frames), ("7", vec!["a.png".to_owned()]));
     }
 
@@ -363,9 +372,14 @@ mod tests {
         says(r#"{"conversations": [{"from": "human", "value": "x"}]}"#, "the last question has no answer");
         says(r#"{"conversations": [{"from": "gpt", "value": "x"}]}"#, "turn 1 is from `gpt`, it is the user's");
         says(r#"{"conversations": [{"from": "robot", "value": "x"}]}"#, "a turn is from `robot`");
-        says(r#"{"id": "a"}"#, "missing field `conversations`, at column 11");
+        says(r#"{"id": "a"}"#, "it lacks the key `conversations`");
+        says(
+            r#"{"conversations": [{"from": "human"}]}"#,
+            "its `conversations` is not as expected: missing field `value`",
+        );
         says(r#"{"id": "#, "at column 7");
-        assert!(Record::parse(b"{\"id\": \"\xff\"}").unwrap_err().to_string().contains("not UTF-8 from byte 8 on"));
+        let error = Record::parse(b"{\"id\": \"\xff\"}", &RecordKeys::default()).unwrap_err().to_string();
+        assert!(error.contains("not UTF-8 from byte 8 on"), "{error}");
     }
 
     fn file(lines: &[&[u8]]) -> (tempfile::TempDir, Result<Conversations>) {
@@ -390,6 +404,23 @@ mod tests {
         assert!(error(3).contains("data.jsonl:7: not UTF-8"), "{}", error(3));
         assert!(found.record(2).unwrap().id.ends_with("data.jsonl:6"));
         assert!(error(5).contains("no such record"));
+    }
+
+    #[test]
+    fn keys_may_have_other_names() {
+        let line = GOOD.replace("conversations", "turns").replace("{\"id\": \"a\"", "{\"pictures\": \"a.png\"");
+        let keys = RecordKeys { frames: "pictures".to_owned(), conversations: "turns".to_owned() };
+        assert_eq!(Record::parse(line.as_bytes(), &keys).unwrap().frames, ["a.png"]);
+        let (_folder, found) = file(&[line.as_bytes()]);
+        assert_eq!(found.unwrap().with_keys(keys).record(0).unwrap().messages.len(), 2);
+    }
+
+    #[test]
+    fn text_alone_needs_no_folder() {
+        let (folder, _) = file(&[GOOD.as_bytes()]);
+        let found = Conversations::open(&folder.path().join("data.jsonl"), Path::new("")).unwrap();
+        assert!(found.record(0).is_ok());
+        assert!(found.image("a.png").unwrap_err().to_string().contains("without an image folder"));
     }
 
     #[test]

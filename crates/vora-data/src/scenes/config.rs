@@ -34,6 +34,8 @@ pub struct ScenesConfig {
     pub questions_per_image: usize,
     /// How often each kind is asked, relative to the others; a kind that is missing is not asked.
     pub kinds: BTreeMap<QuestionKind, f64>,
+    /// The same for pictures of several objects; none where it is the same.
+    pub kinds_of_several: Option<BTreeMap<QuestionKind, f64>>,
     /// Share of questions about a lone object that name it all the same: "What color is the circle?".
     pub named_share: f64,
     /// The grounds, each as often as the others.
@@ -64,28 +66,23 @@ pub enum Ground {
 
 impl Default for ScenesConfig {
     fn default() -> Self {
+        use QuestionKind::{Colour as AskColour, HowMany, Shape as AskShape, Where, YesNo};
         Self {
             seed: 0,
             image_size: 56,
-            colours: Colour::ALL[..8].to_vec(),
-            shapes: Shape::ALL[..5].to_vec(),
-            objects: [0.6, 0.2, 0.2],
-            lone_first: 0,
-            held_out: 8,
-            unnamed_share: 0.3,
+            colours: vec![Colour::Red, Colour::Green, Colour::Blue, Colour::Yellow, Colour::White, Colour::Black],
+            shapes: vec![Shape::Square, Shape::Ring, Shape::Cross, Shape::Triangle],
+            objects: [0.7, 0.15, 0.15],
+            lone_first: 360,
+            held_out: 4,
+            unnamed_share: 0.2,
             questions_per_image: 4,
-            kinds: BTreeMap::from([
-                (QuestionKind::Colour, 1.0),
-                (QuestionKind::Shape, 2.0),
-                (QuestionKind::Where, 1.0),
-                (QuestionKind::HowMany, 1.0),
-                (QuestionKind::YesNo, 1.0),
-                (QuestionKind::Caption, 1.0),
-            ]),
+            kinds: BTreeMap::from([(AskColour, 1.0), (AskShape, 1.5), (Where, 1.0), (HowMany, 0.3), (YesNo, 2.5)]),
+            kinds_of_several: Some(BTreeMap::from([(HowMany, 4.0), (YesNo, 2.5)])),
             named_share: 0.0,
             grounds: vec![Ground::Grey],
-            radius: [0.36, 0.45],
-            position_jitter: 0.05,
+            radius: [0.378, 0.462],
+            position_jitter: 0.036,
             colour_jitter: 15,
             noise: 4.0,
         }
@@ -124,16 +121,10 @@ impl ScenesConfig {
             ensure!((0.0..=1.0).contains(&share), "scenes.{key} is {share}, it must be 0 to 1");
         }
         ensure!(self.questions_per_image > 0, "scenes.questions_per_image is 0, it must be at least 1");
-        for (kind, weight) in &self.kinds {
-            ensure!(*weight >= 0.0 && weight.is_finite(), "scenes.kinds.{kind} is {weight}, it must be 0 or more");
+        check_kinds("kinds", &self.kinds)?;
+        if let Some(kinds) = &self.kinds_of_several {
+            check_kinds("kinds_of_several", kinds)?;
         }
-        // An object of an unnamed colour is never asked its colour, so other kinds have to be there.
-        let always = [QuestionKind::Shape, QuestionKind::Where, QuestionKind::HowMany, QuestionKind::YesNo];
-        ensure!(
-            always.iter().chain(&[QuestionKind::Caption]).any(|kind| self.weight(*kind) > 0.0),
-            "scenes.kinds asks nothing that every picture can answer, it needs one of shape, where, how_many, \
-             yes_no, caption"
-        );
         ensure!(!self.grounds.is_empty(), "scenes.grounds is empty, it must name at least one ground");
         let [smallest, largest] = self.radius;
         ensure!(
@@ -162,8 +153,10 @@ impl ScenesConfig {
             .collect()
     }
 
-    pub(super) fn weight(&self, kind: QuestionKind) -> f64 {
-        self.kinds.get(&kind).copied().unwrap_or(0.0)
+    /// How often a kind is asked about a picture of this many objects.
+    pub(super) fn weight(&self, kind: QuestionKind, num_objects: usize) -> f64 {
+        let several = self.kinds_of_several.as_ref().filter(|_| num_objects > 1);
+        several.unwrap_or(&self.kinds).get(&kind).copied().unwrap_or(0.0)
     }
 
     fn most_held_out(&self) -> usize {
@@ -187,6 +180,19 @@ fn check_list<T: PartialEq + std::fmt::Debug>(key: &str, list: &[T]) -> Result<(
     for (idx, item) in list.iter().enumerate() {
         ensure!(!list[..idx].contains(item), "scenes.{key} has {item:?} twice");
     }
+    Ok(())
+}
+
+fn check_kinds(key: &str, kinds: &BTreeMap<QuestionKind, f64>) -> Result<()> {
+    for (kind, weight) in kinds {
+        ensure!(*weight >= 0.0 && weight.is_finite(), "scenes.{key}.{kind} is {weight}, it must be 0 or more");
+    }
+    // An object of an unnamed colour is not asked its colour, nor among several its shape: other kinds must be there.
+    use QuestionKind::{Caption, HowMany, Where, YesNo};
+    ensure!(
+        [Where, HowMany, YesNo, Caption].iter().any(|kind| kinds.get(kind).is_some_and(|weight| *weight > 0.0)),
+        "scenes.{key} asks nothing that every picture can answer, it needs one of where, how_many, yes_no, caption"
+    );
     Ok(())
 }
 

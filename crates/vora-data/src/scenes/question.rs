@@ -60,9 +60,10 @@ pub struct Question {
     pub answer: String,
 }
 
-/// Questions to choose from, with their weights.
+/// Questions about one scene to choose from, with their weights.
 struct Candidates<'a> {
     scenes: &'a Scenes,
+    scene: &'a Scene,
     found: Vec<(f64, Question)>,
 }
 
@@ -71,54 +72,60 @@ impl Scenes {
     /// each kind in proportion to its weight in the config, no question twice.
     pub fn questions(&self, index: u64) -> Vec<Question> {
         let draw = &mut Draw::new(self.config.seed, self.split as u64, index, Purpose::Questions);
-        let mut candidates = self.candidates(&self.scene(index), draw);
+        let scene = self.scene(index);
+        let mut candidates = Candidates { scenes: self, scene: &scene, found: Vec::new() };
+        candidates.all(draw);
+        let mut left = candidates.found;
         let mut chosen = Vec::with_capacity(self.config.questions_per_image);
-        while chosen.len() < self.config.questions_per_image && !candidates.is_empty() {
-            let idx = draw.weighted(candidates.iter().map(|candidate| candidate.0));
-            chosen.push(candidates.remove(idx).1);
+        while chosen.len() < self.config.questions_per_image && !left.is_empty() {
+            let idx = draw.weighted(left.iter().map(|candidate| candidate.0));
+            chosen.push(left.remove(idx).1);
         }
         chosen
-    }
-
-    /// Everything that can be asked. In the split `unseen` the object that training never showed is the only one
-    /// that questions are about.
-    fn candidates(&self, scene: &Scene, draw: &mut Draw) -> Vec<(f64, Question)> {
-        let mut candidates = Candidates { scenes: self, found: Vec::new() };
-        let asked = if self.split == Split::Unseen { &scene.objects[..1] } else { &scene.objects[..] };
-        for object in asked {
-            candidates.about(object, scene, 1.0 / asked.len() as f64, draw);
-        }
-        let num = ["one", "two", "three"][scene.objects.len() - 1];
-        candidates.push(1.0, QuestionKind::HowMany, "How many shapes?", num);
-        candidates.yes_no(asked, scene, draw);
-        candidates.push(1.0, QuestionKind::Caption, "Describe the picture.", &caption(scene));
-        candidates.found
     }
 }
 
 impl Candidates<'_> {
+    /// Everything that can be asked. In the split `unseen` the object that training never showed is the only one
+    /// that questions are about.
+    fn all(&mut self, draw: &mut Draw) {
+        let objects = &self.scene.objects;
+        let asked = if self.scenes.split == Split::Unseen { &objects[..1] } else { &objects[..] };
+        for object in asked {
+            self.about(object, 1.0 / asked.len() as f64, draw);
+        }
+        self.push(1.0, QuestionKind::HowMany, "How many?", ["one", "two", "three"][objects.len() - 1]);
+        self.is_colour(asked, draw);
+        self.is_shape(asked, draw);
+        self.push(1.0, QuestionKind::Caption, "Describe the picture.", &caption(self.scene));
+    }
+
     fn push(&mut self, share: f64, kind: QuestionKind, question: impl Into<String>, answer: &str) {
-        let weight = share * self.scenes.config.weight(kind);
+        let weight = share * self.scenes.config.weight(kind, self.scene.objects.len());
         if weight > 0.0 {
             self.found.push((weight, Question { kind, question: question.into(), answer: answer.to_owned() }));
         }
     }
 
+    fn lone(&self) -> bool {
+        self.scene.objects.len() == 1
+    }
+
     /// Colour, shape and place of one object. Among several it is referred to by what is not asked.
-    fn about(&mut self, object: &Object, scene: &Scene, share: f64, draw: &mut Draw) {
-        let named = scene.objects.len() > 1 || draw.chance(self.scenes.config.named_share);
+    fn about(&mut self, object: &Object, share: f64, draw: &mut Draw) {
+        let named = !self.lone() || draw.chance(self.scenes.config.named_share);
         let by_colour = draw.chance(0.5);
         let shape = object.shape.name();
         if let Some(colour) = object.colour {
-            let question = if named { format!("What color is the {shape}?") } else { "What color is it?".to_owned() };
+            let question = if named { format!("What color is the {shape}?") } else { "What color?".to_owned() };
             self.push(share, QuestionKind::Colour, question, colour.name());
         }
         match object.colour {
             Some(colour) if named => {
                 self.push(share, QuestionKind::Shape, format!("Which shape is {}?", colour.name()), shape);
             }
-            None if scene.objects.len() > 1 => {}
-            _ => self.push(share, QuestionKind::Shape, "What shape is it?", shape),
+            None if !self.lone() => {} // nothing to call it by
+            _ => self.push(share, QuestionKind::Shape, "What shape?", shape),
         }
         let question = match object.colour {
             _ if !named => "Where is it?".to_owned(),
@@ -128,32 +135,33 @@ impl Candidates<'_> {
         self.push(share, QuestionKind::Where, question, object.quarter.name());
     }
 
-    /// One question, yes as often as no, about a colour as often as about a shape. Where a colour has no name
-    /// nobody can deny that it is, say, red; then a shape is asked for.
-    fn yes_no(&mut self, asked: &[Object], scene: &Scene, draw: &mut Draw) {
-        let (yes, about_colour) = (draw.chance(0.5), draw.chance(0.5));
-        let colours: Vec<_> = asked.iter().filter_map(|object| object.colour).collect();
-        let all_named = scene.objects.iter().all(|object| object.colour.is_some());
-        let lone = scene.objects.len() == 1;
-        let question = if about_colour && (if yes { !colours.is_empty() } else { all_named }) {
-            let present = |colour| scene.objects.iter().any(|object| object.colour == Some(colour));
-            let colour = if yes { draw.pick(&colours) } else { self.absent(self.scenes.colours(), present, draw) };
-            format!("{} {}?", if lone { "Is it" } else { "Is any shape" }, colour.name())
-        } else {
-            let present = |shape| scene.objects.iter().any(|object| object.shape == shape);
-            let shape = if yes {
-                asked[draw.below(asked.len())].shape
-            } else {
-                self.absent(self.scenes.shapes(), present, draw)
-            };
-            format!("{} a {}?", if lone { "Is it" } else { "Is there" }, shape.name())
-        };
-        self.push(1.0, QuestionKind::YesNo, question, if yes { "yes" } else { "no" });
+    /// Whether something has a colour, yes as often as no. Where an object's colour has no name it is not asked, for
+    /// nobody can deny that such an object is, say, red.
+    fn is_colour(&mut self, asked: &[Object], draw: &mut Draw) {
+        let present: Vec<_> = self.scene.objects.iter().filter_map(|object| object.colour).collect();
+        if present.len() == self.scene.objects.len() {
+            let (colour, answer) = yes_or_no(&present[..asked.len()], &present, self.scenes.colours(), draw);
+            let subject = if self.lone() { "it" } else { "anything" };
+            self.push(0.5, QuestionKind::YesNo, format!("Is {subject} {}?", colour.name()), answer);
+        }
     }
 
-    fn absent<T: Copy>(&self, all: &[T], present: impl Fn(T) -> bool, draw: &mut Draw) -> T {
-        let absent: Vec<T> = all.iter().copied().filter(|item| !present(*item)).collect();
-        draw.pick(&absent)
+    /// Whether something has a shape, yes as often as no.
+    fn is_shape(&mut self, asked: &[Object], draw: &mut Draw) {
+        let present: Vec<_> = self.scene.objects.iter().map(|object| object.shape).collect();
+        let (shape, answer) = yes_or_no(&present[..asked.len()], &present, self.scenes.shapes(), draw);
+        let subject = if self.lone() { "it" } else { "there" };
+        self.push(0.5, QuestionKind::YesNo, format!("Is {subject} a {}?", shape.name()), answer);
+    }
+}
+
+/// One of `asked`, or one of `all` that is not `present`.
+fn yes_or_no<T: Copy + PartialEq>(asked: &[T], present: &[T], all: &[T], draw: &mut Draw) -> (T, &'static str) {
+    if draw.chance(0.5) {
+        (draw.pick(asked), "yes")
+    } else {
+        let absent: Vec<_> = all.iter().copied().filter(|item| !present.contains(item)).collect();
+        (draw.pick(&absent), "no")
     }
 }
 
@@ -176,7 +184,14 @@ mod tests {
     use super::*;
 
     fn scenes(split: Split) -> Scenes {
-        let config = ScenesConfig { questions_per_image: 20, named_share: 0.3, ..ScenesConfig::default() };
+        let config = ScenesConfig {
+            questions_per_image: 20,
+            named_share: 0.3,
+            lone_first: 0,
+            kinds: QuestionKind::ALL.map(|kind| (kind, 1.0)).into(),
+            kinds_of_several: None,
+            ..ScenesConfig::default()
+        };
         Scenes::new(config, split).unwrap()
     }
 
@@ -265,11 +280,22 @@ mod tests {
     #[test]
     fn kinds_come_in_proportion_to_their_weights() {
         let kinds = BTreeMap::from([(QuestionKind::Where, 1.0), (QuestionKind::HowMany, 3.0)]);
-        let config = ScenesConfig { questions_per_image: 1, kinds, ..ScenesConfig::default() };
+        let config = ScenesConfig { questions_per_image: 1, kinds, kinds_of_several: None, ..ScenesConfig::default() };
         let scenes = Scenes::new(config, Split::Train).unwrap();
         let asked: Vec<_> = (0..2000).flat_map(|index| scenes.questions(index)).map(|q| q.kind).collect();
         let how_many = asked.iter().filter(|kind| **kind == QuestionKind::HowMany).count();
         assert!(asked.len() == 2000 && (1430..1570).contains(&how_many), "{how_many}");
+    }
+
+    #[test]
+    fn several_objects_may_be_asked_other_kinds() {
+        let kinds_of_several = Some(BTreeMap::from([(QuestionKind::HowMany, 1.0)]));
+        let scenes = Scenes::new(ScenesConfig { kinds_of_several, ..ScenesConfig::default() }, Split::Test).unwrap();
+        for index in 0..200 {
+            let questions = scenes.questions(index);
+            let only_number = questions.iter().all(|question| question.kind == QuestionKind::HowMany);
+            assert_eq!(only_number, scenes.scene(index).objects.len() > 1);
+        }
     }
 
     #[test]

@@ -208,6 +208,8 @@ mod tests {
                 colours: Colour::ALL.to_vec(),
                 shapes: Shape::ALL.to_vec(),
                 held_out: 12,
+                objects: [0.6, 0.2, 0.2],
+                lone_first: 0,
                 ..ScenesConfig::default()
             },
             split,
@@ -277,7 +279,9 @@ mod tests {
         for index in 0..50 {
             let (scene, picture) = (scenes.scene(index), scenes.render(index));
             let object = &scene.objects[0];
-            // The first four shapes cover their centres.
+            if object.shape == Shape::Ring {
+                continue; // there is no ring at its centre
+            }
             let [x, y] = object.centre.map(|c| c as u32);
             assert_eq!(picture.get_pixel(x, y).0, object.rgb);
             assert_eq!(x < 28, matches!(object.quarter, Quarter::TopLeft | Quarter::BottomLeft));
@@ -297,6 +301,6 @@ mod tests {
                 }
             }
         }
-        assert_eq!(digest, 0x7acd_21f4_c4d6_4d21, "{digest:#x}");
+        assert_eq!(digest, 0x3f4e_4d41_86ae_f74d, "{digest:#x}");
     }
 }

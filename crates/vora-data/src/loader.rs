@@ -1,0 +1,305 @@
+//! Batches, made ahead of time by worker threads, in an order that does not depend on how many there are.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+
+use crate::batch::{Batch, collate};
+use crate::sample::Sample;
+use crate::shuffle::Shuffle;
+use crate::source::Source;
+
+/// As many bad samples in a row stop the run: then it is not the records that are wrong.
+const MOST_BAD_IN_A_ROW: u64 = 100;
+
+/// How a [`Loader`] walks its source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoaderConfig {
+    /// Samples in a batch.
+    pub batch_size: usize,
+    /// Worker threads, at least 1.
+    pub num_workers: usize,
+    /// Whether a source with an end is walked in random order, another one each time; an endless one never is.
+    pub shuffle: bool,
+    /// Fixes that order.
+    pub seed: u64,
+    /// What rows are padded with.
+    pub pad_id: i64,
+    /// Where to start: what [`Loader::position`] said, or 0.
+    pub start: u64,
+    /// Where to stop, the last batch being smaller where need be; none goes on for ever, from the start again after
+    /// the source's end.
+    pub end: Option<u64>,
+}
+
+impl Default for LoaderConfig {
+    fn default() -> Self {
+        Self { batch_size: 8, num_workers: 1, shuffle: false, seed: 0, pad_id: 0, start: 0, end: None }
+    }
+}
+
+/// An iterator of batches. Bad samples are told of by `tracing::warn`, counted and left out, and the next ones take
+/// their places; a hundred in a row are an error.
+pub struct Loader {
+    config: LoaderConfig,
+    workers: Vec<Worker>,
+    position: u64, // which sample of the walk comes next
+    num_skipped: u64,
+    num_bad_in_a_row: u64,
+    waited: Duration,
+}
+
+struct Worker {
+    samples: Option<Receiver<Result<Sample>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Loader {
+    /// Starts the workers.
+    ///
+    /// # Errors
+    /// Where the config asks for no workers or for batches of nothing, or where the source is empty.
+    pub fn new(source: Arc<dyn Source>, config: LoaderConfig) -> Result<Self> {
+        ensure!(config.batch_size > 0, "the batch size is 0, it must be at least 1");
+        ensure!(config.num_workers > 0, "the number of data workers is 0, it must be at least 1");
+        ensure!(!source.is_empty(), "the data has no records");
+        // Each worker is ahead by its share of two batches.
+        let ahead = (2 * config.batch_size).div_ceil(config.num_workers);
+        let workers = (0..config.num_workers)
+            .map(|number| Worker::start(number as u64, ahead, source.clone(), config.clone()))
+            .collect::<Result<_>>()?;
+        let position = config.start;
+        Ok(Self { config, workers, position, num_skipped: 0, num_bad_in_a_row: 0, waited: Duration::ZERO })
+    }
+
+    /// Where the next batch starts; a loader that starts there gives the same batches from there on.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// How many bad samples were left out so far.
+    pub fn num_skipped(&self) -> u64 {
+        self.num_skipped
+    }
+
+    /// How long the caller had to wait for samples so far.
+    pub fn waited(&self) -> Duration {
+        self.waited
+    }
+
+    fn next_batch(&mut self) -> Result<Option<Batch>> {
+        let mut samples = Vec::with_capacity(self.config.batch_size);
+        while samples.len() < self.config.batch_size && self.config.end.is_none_or(|end| self.position < end) {
+            let sample = self.next_sample()?;
+            self.position += 1;
+            match sample {
+                Ok(sample) => {
+                    samples.push(sample);
+                    self.num_bad_in_a_row = 0;
+                }
+                Err(error) => {
+                    tracing::warn!("skipped a bad record: {error:#}");
+                    self.num_skipped += 1;
+                    self.num_bad_in_a_row += 1;
+                    if self.num_bad_in_a_row >= MOST_BAD_IN_A_ROW {
+                        return Err(error.context(format!("{MOST_BAD_IN_A_ROW} bad records in a row, the last is")));
+                    }
+                }
+            }
+        }
+        Ok((!samples.is_empty()).then(|| collate(samples, self.config.pad_id)))
+    }
+
+    /// Samples are dealt to the workers in turn, so this knows who has the next.
+    fn next_sample(&mut self) -> Result<Result<Sample>> {
+        let turn = (self.position - self.config.start) % self.workers.len() as u64;
+        let samples = self.workers[turn as usize].samples.as_ref().context("the loader has stopped")?;
+        match samples.try_recv() {
+            Ok(sample) => Ok(sample),
+            Err(TryRecvError::Disconnected) => Err(anyhow!("a data worker has died")),
+            Err(TryRecvError::Empty) => {
+                let start = Instant::now();
+                let sample = samples.recv().context("a data worker has died");
+                self.waited += start.elapsed();
+                sample
+            }
+        }
+    }
+}
+
+impl Iterator for Loader {
+    type Item = Result<Batch>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.next_batch().transpose()
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        // A worker whose samples nobody takes stops at its next one.
+        for worker in &mut self.workers {
+            worker.samples = None;
+        }
+        for worker in &mut self.workers {
+            if let Some(thread) = worker.thread.take() {
+                // Its own panics were caught; one that died otherwise has nothing left to say.
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+impl Worker {
+    fn start(number: u64, ahead: usize, source: Arc<dyn Source>, config: LoaderConfig) -> Result<Self> {
+        let (sender, samples) = sync_channel(ahead);
+        let thread = thread::Builder::new().name(format!("data-{number}"));
+        let thread =
+            thread.spawn(move || work(number, &sender, &*source, &config)).context("starting a data worker")?;
+        Ok(Self { samples: Some(samples), thread: Some(thread) })
+    }
+}
+
+/// Makes this worker's samples until the walk ends or nobody wants them.
+fn work(number: u64, sender: &SyncSender<Result<Sample>>, source: &dyn Source, config: &LoaderConfig) {
+    let first = config.start + number;
+    for position in (first..config.end.unwrap_or(u64::MAX)).step_by(config.num_workers) {
+        let index = index_at(position, source.len(), config);
+        // A decoder that panics over a hostile file has only made a bad record.
+        let sample = catch_unwind(AssertUnwindSafe(|| source.sample(index)))
+            .unwrap_or_else(|_| Err(anyhow!("sample {index} made its decoder panic")));
+        if sender.send(sample).is_err() {
+            return;
+        }
+    }
+}
+
+/// Which of the source's samples is the walk's `position`-th.
+fn index_at(position: u64, len: Option<u64>, config: &LoaderConfig) -> u64 {
+    match len {
+        None => position,
+        Some(len) if config.shuffle => Shuffle::new(len, config.seed, position / len).get(position % len),
+        Some(len) => position % len,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::Numbers;
+
+    fn load(len: Option<u64>, bad: &[u64], config: LoaderConfig) -> Loader {
+        Loader::new(Arc::new(Numbers { len, bad: bad.to_vec() }), config).unwrap()
+    }
+
+    fn numbers(loader: &mut Loader, batches: usize) -> Vec<i64> {
+        loader.take(batches).flat_map(|batch| batch.unwrap().input_ids).collect()
+    }
+
+    #[test]
+    fn order_is_the_same_for_any_number_of_workers() {
+        let config = LoaderConfig { batch_size: 3, shuffle: true, seed: 5, ..LoaderConfig::default() };
+        let order =
+            |num_workers| numbers(&mut load(Some(10), &[4], LoaderConfig { num_workers, ..config.clone() }), 12);
+        let alone = order(1);
+        assert_eq!(alone.len(), 36);
+        for num_workers in [2, 3, 7] {
+            assert_eq!(order(num_workers), alone);
+        }
+        let mut epoch = alone[..9].to_vec();
+        epoch.sort_unstable();
+        assert_eq!(epoch, [0, 1, 2, 3, 5, 6, 7, 8, 9]); // each once before any twice, the bad one left out
+        assert_ne!(alone[..9], alone[9..18]);
+    }
+
+    #[test]
+    fn a_walk_resumes_where_it_stopped() {
+        let config = LoaderConfig { batch_size: 4, num_workers: 3, shuffle: true, ..LoaderConfig::default() };
+        for len in [Some(11), None] {
+            let mut whole = load(len, &[2, 3, 9], config.clone());
+            let mut first = load(len, &[2, 3, 9], config.clone());
+            assert_eq!(numbers(&mut first, 5), numbers(&mut whole, 5));
+            let mut second = load(len, &[2, 3, 9], LoaderConfig { start: first.position(), ..config.clone() });
+            assert_eq!(numbers(&mut second, 5), numbers(&mut whole, 5));
+            assert_eq!(second.position(), whole.position());
+            assert_eq!(first.num_skipped() + second.num_skipped(), whole.num_skipped());
+        }
+    }
+
+    #[test]
+    fn an_end_makes_the_last_batch_small() {
+        let config = LoaderConfig { batch_size: 4, num_workers: 2, end: Some(6), ..LoaderConfig::default() };
+        let batches: Vec<_> = load(None, &[1], config).map(|batch| batch.unwrap().input_ids).collect();
+        assert_eq!(batches, [vec![0, 2, 3, 4], vec![5]]);
+    }
+
+    #[test]
+    fn bad_samples_are_skipped_until_there_are_too_many() {
+        let bad: Vec<u64> = (3..102).collect();
+        let mut loader = load(None, &bad, LoaderConfig { batch_size: 2, ..LoaderConfig::default() });
+        assert_eq!(numbers(&mut loader, 2), [0, 1, 2, 102]);
+        assert_eq!(loader.num_skipped(), 99);
+
+        let bad: Vec<u64> = (3..103).collect();
+        let mut loader = load(None, &bad, LoaderConfig { batch_size: 2, ..LoaderConfig::default() });
+        assert_eq!(numbers(&mut loader, 1), [0, 1]);
+        let message = format!("{:#}", loader.next().unwrap().unwrap_err());
+        assert_eq!(message, "100 bad records in a row, the last is: number 102 is bad");
+    }
+
+    #[test]
+    fn a_source_of_nothing_but_bad_samples_stops() {
+        let mut loader = load(Some(3), &[0, 1, 2], LoaderConfig { num_workers: 2, ..LoaderConfig::default() });
+        assert!(loader.next().unwrap().is_err());
+    }
+
+    #[test]
+    fn a_panic_is_a_bad_sample() {
+        struct Panics;
+        impl Source for Panics {
+            fn len(&self) -> Option<u64> {
+                None
+            }
+            fn sample(&self, index: u64) -> Result<Sample> {
+                assert!(index != 1, "a broken decoder");
+                Numbers { len: None, bad: Vec::new() }.sample(index)
+            }
+        }
+        let mut loader = Loader::new(Arc::new(Panics), LoaderConfig { batch_size: 2, ..Default::default() }).unwrap();
+        assert_eq!(numbers(&mut loader, 1), [0, 2]);
+        assert_eq!(loader.num_skipped(), 1);
+    }
+
+    #[test]
+    fn waiting_is_counted() {
+        struct Slow;
+        impl Source for Slow {
+            fn len(&self) -> Option<u64> {
+                None
+            }
+            fn sample(&self, index: u64) -> Result<Sample> {
+                thread::sleep(Duration::from_millis(10));
+                Numbers { len: None, bad: Vec::new() }.sample(index)
+            }
+        }
+        let mut loader = Loader::new(Arc::new(Slow), LoaderConfig { batch_size: 2, ..Default::default() }).unwrap();
+        loader.next().unwrap().unwrap();
+        assert!(loader.waited() >= Duration::from_millis(9), "{:?}", loader.waited());
+    }
+
+    #[test]
+    fn a_config_of_nothing_is_refused() {
+        let error = |len, config| {
+            let source = Arc::new(Numbers { len, bad: Vec::new() });
+            Loader::new(source, config).err().unwrap().to_string()
+        };
+        let default = LoaderConfig::default;
+        assert!(error(None, LoaderConfig { num_workers: 0, ..default() }).contains("data workers is 0"));
+        assert!(error(None, LoaderConfig { batch_size: 0, ..default() }).contains("batch size is 0"));
+        assert!(error(Some(0), default()).contains("no records"));
+    }
+}

@@ -1,0 +1,460 @@
+//! Records and scenes as token ids with places for images, and what is learned from them.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use vora_llm::{ChatTemplate, Message, Modality, Part, Piece, Span, Tokenizer};
+use vora_vision::{ImageProcessor, Pixels, RgbImage};
+
+use crate::record::{Record, question_about, shown};
+use crate::scenes::Question;
+
+/// Stands where nothing is learned.
+pub const IGNORE_INDEX: i64 = -100;
+
+/// Stands in `input_ids` where an image's patches go; it is not read.
+const IMAGE_ID: i64 = 0;
+
+/// What a model learns from one record.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sample {
+    /// The record's id.
+    pub id: String,
+    /// `[seq]`; a token that nothing follows is left out, it is only a target.
+    pub input_ids: Vec<i64>,
+    /// `[seq]`: at each token the one that is to follow it, where the assistant says that, else [`IGNORE_INDEX`].
+    /// What follows in the text need not be the next in `input_ids`, as branches lie behind each other there.
+    pub targets: Vec<i64>,
+    /// Which tokens are text, which an image, and which branch they lie on.
+    pub spans: Vec<Span>,
+    /// The images, in the order of their places.
+    pub images: Vec<Pixels>,
+    /// What was asked, in the order of the answers' tokens.
+    pub questions: Vec<QuestionSpan>,
+}
+
+/// A question, and where its answer is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QuestionSpan {
+    /// What it is about: a [kind of scenes](crate::scenes::QuestionKind), or `turn` in a conversation.
+    pub kind: String,
+    /// The question.
+    pub question: String,
+    /// The answer.
+    pub answer: String,
+    /// The tokens that predict the answer, the one that ends the turn included: `targets` has it in this range.
+    pub tokens: Range<usize>,
+}
+
+/// Makes samples for one model.
+#[derive(Debug)]
+pub struct SampleMaker {
+    /// The model's tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// The model's chat template.
+    pub chat: Arc<ChatTemplate>,
+    /// What pictures go through.
+    pub processor: ImageProcessor,
+    /// Side of a patch, in pixels.
+    pub patch_size: usize,
+    /// A sample has no more tokens than this, patches included.
+    pub max_length: usize,
+}
+
+/// A conversation as tokens, patches at the places of images.
+#[derive(Debug)]
+struct Tokens {
+    ids: Vec<i64>,
+    supervised: Vec<bool>,
+    spans: Vec<Span>,
+}
+
+impl SampleMaker {
+    /// A conversation; the loss is on what the assistant says. Where it is too long, turns are left out at its end.
+    ///
+    /// # Errors
+    /// Where not even the first answer fits, or where images and patches do not go together.
+    pub fn conversation(&self, record: &Record, images: &[RgbImage]) -> Result<Sample> {
+        let sample = || {
+            let mut images = self.pixels(images)?;
+            let mut messages = record.messages.clone();
+            let mut tokens = self.tokens(&messages, &images)?;
+            let ends: Vec<_> = tokens.answers().map(|answer| answer.end).collect();
+            let fitting = ends.iter().take_while(|end| **end - 1 <= self.max_length).count();
+            ensure!(
+                fitting > 0,
+                "it has {} tokens up to its first answer, at most {} are allowed",
+                ends.first().copied().unwrap_or_default(),
+                self.max_length
+            );
+            if fitting < ends.len() {
+                let keep =
+                    messages.iter().enumerate().filter(|(_, message)| message.role == "assistant").nth(fitting - 1);
+                messages.truncate(1 + keep.context("the template makes answers of its own")?.0);
+                images.truncate(num_images(&messages));
+                tokens = self.tokens(&messages, &images)?;
+            }
+            tokens.into_sample(record, images)
+        };
+        sample().with_context(|| format!("sample {}", record.id))
+    }
+
+    /// Questions about one picture, packed: the picture and what all questions begin with is the trunk, the rest of
+    /// each, with its answer, a branch behind it. Trunk and branch together are the tokens of a chat with that one
+    /// question, so a model that is asked it alone sees the same.
+    ///
+    /// # Errors
+    /// Where it is too long, or where the picture does not come before what is different.
+    pub fn packed(&self, id: String, picture: &RgbImage, questions: Vec<Question>) -> Result<Sample> {
+        let sample = || {
+            ensure!(!questions.is_empty(), "it has no questions");
+            let images = self.pixels(std::slice::from_ref(picture))?;
+            let chats = questions
+                .iter()
+                .map(|question| {
+                    let answer = Message::new("assistant", &question.answer);
+                    self.tokens(&[question_about(1, &question.question), answer], &images)
+                })
+                .collect::<Result<Vec<_>>>()?;
+            self.pack(chats, images, &questions)
+        };
+        Ok(Sample { id: id.clone(), ..sample().with_context(|| format!("sample {id}"))? })
+    }
+
+    fn pack(&self, chats: Vec<Tokens>, images: Vec<Pixels>, questions: &[Question]) -> Result<Sample> {
+        let trunk_len = trunk_len(&chats)?;
+        let mut sample = Sample {
+            id: String::new(),
+            input_ids: chats[0].ids[..trunk_len].to_vec(),
+            targets: vec![IGNORE_INDEX; trunk_len],
+            spans: chats[0].trunk(trunk_len)?,
+            images,
+            questions: Vec::with_capacity(questions.len()),
+        };
+        for (branch, (chat, question)) in chats.iter().zip(questions).enumerate() {
+            let answer = chat.only_answer()?;
+            // From a token's place in the chat to its place in the row.
+            let shift = sample.input_ids.len() - trunk_len;
+            let range = trunk_len..answer.end - 1;
+            sample.targets.extend(range.clone().map(|place| chat.target(place)));
+            sample.spans.push(Span::text(range.len() as i64).on_branch(branch as i64));
+            sample.input_ids.extend(&chat.ids[range]);
+            sample.questions.push(QuestionSpan {
+                kind: question.kind.name().to_owned(),
+                question: question.question.clone(),
+                answer: question.answer.clone(),
+                tokens: answer.start - 1 + shift..answer.end - 1 + shift,
+            });
+        }
+        let len = sample.input_ids.len();
+        ensure!(len <= self.max_length, "it has {len} tokens, at most {} are allowed", self.max_length);
+        Ok(sample)
+    }
+
+    fn pixels(&self, images: &[RgbImage]) -> Result<Vec<Pixels>> {
+        let pixels = |(idx, image): (usize, &RgbImage)| {
+            let pixels = self.processor.preprocess(image).with_context(|| format!("image {idx}"))?;
+            ensure!(
+                pixels.height % self.patch_size == 0 && pixels.width % self.patch_size == 0,
+                "image {idx} has {} x {} pixels once processed, which is no whole number of patches of {}",
+                pixels.width,
+                pixels.height,
+                self.patch_size
+            );
+            Ok(pixels)
+        };
+        images.iter().enumerate().map(pixels).collect()
+    }
+
+    fn tokens(&self, messages: &[Message], images: &[Pixels]) -> Result<Tokens> {
+        let mut images = images.iter();
+        let mut tokens = Tokens { ids: Vec::new(), supervised: Vec::new(), spans: Vec::new() };
+        for piece in self.chat.encode_chat(&self.tokenizer, messages)? {
+            match piece {
+                Piece::Text { ids, supervised } => tokens.add_text(&ids, supervised),
+                Piece::Image => {
+                    let image = images.next().context("more places than images")?;
+                    let (rows, cols) = (image.height / self.patch_size, image.width / self.patch_size);
+                    tokens.add_image(rows, cols);
+                }
+            }
+        }
+        ensure!(images.next().is_none(), "the chat template leaves an image out");
+        Ok(tokens)
+    }
+}
+
+fn num_images(messages: &[Message]) -> usize {
+    messages.iter().flat_map(|message| &message.content).filter(|part| **part == Part::Image).count()
+}
+
+/// How many tokens all chats begin with. The token that predicts an answer's first one is not among them: it has
+/// another target on each branch.
+fn trunk_len(chats: &[Tokens]) -> Result<usize> {
+    let first = &chats[0].ids;
+    let mut len = first.len();
+    for chat in chats {
+        let common = first.iter().zip(&chat.ids).take_while(|(a, b)| a == b).count();
+        let answer = chat.only_answer()?;
+        len = len.min(common).min(answer.start - 1);
+    }
+    Ok(len)
+}
+
+impl Tokens {
+    fn add_text(&mut self, ids: &[i64], supervised: bool) {
+        self.ids.extend(ids);
+        self.supervised.resize(self.ids.len(), supervised);
+        match self.spans.last_mut() {
+            Some(span) if span.modality == Modality::Text => span.len += ids.len() as i64,
+            _ => self.spans.push(Span::text(ids.len() as i64)),
+        }
+    }
+
+    fn add_image(&mut self, rows: usize, cols: usize) {
+        self.ids.resize(self.ids.len() + rows * cols, IMAGE_ID);
+        self.supervised.resize(self.ids.len(), false);
+        self.spans.push(Span::image(rows as i64, cols as i64));
+    }
+
+    /// The places of each answer's tokens. A first token has none before it that could predict it.
+    fn answers(&self) -> impl Iterator<Item = Range<usize>> {
+        let mut start = 0;
+        self.supervised
+            .chunk_by(|a, b| a == b)
+            .map(move |run| {
+                let range = start..start + run.len();
+                start = range.end;
+                (run[0], range)
+            })
+            .filter_map(|(supervised, range)| supervised.then_some(range.start.max(1)..range.end))
+    }
+
+    fn only_answer(&self) -> Result<Range<usize>> {
+        let mut answers = self.answers();
+        answers.next().filter(|_| answers.next().is_none()).context("the chat template makes no answer, or several")
+    }
+
+    fn target(&self, place: usize) -> i64 {
+        if self.supervised[place + 1] { self.ids[place + 1] } else { IGNORE_INDEX }
+    }
+
+    /// The spans of the first `len` tokens.
+    fn trunk(&self, len: usize) -> Result<Vec<Span>> {
+        let mut left = len as i64;
+        let mut trunk = Vec::new();
+        for span in &self.spans {
+            if span.modality == Modality::Text {
+                trunk.push(Span { len: span.len.min(left), ..*span });
+            } else {
+                ensure!(span.len <= left, "the chat template puts what is different before the picture");
+                trunk.push(*span);
+            }
+            left -= span.len.min(left);
+        }
+        trunk.retain(|span| span.len > 0);
+        Ok(trunk)
+    }
+
+    fn into_sample(self, record: &Record, images: Vec<Pixels>) -> Result<Sample> {
+        let texts = |role| record.messages.iter().filter(move |message| message.role == role).map(shown);
+        let asked = texts("user").zip(texts("assistant"));
+        let questions: Vec<_> = asked
+            .zip(self.answers())
+            .map(|((question, answer), tokens)| QuestionSpan {
+                kind: "turn".to_owned(),
+                question,
+                answer,
+                tokens: tokens.start - 1..tokens.end - 1,
+            })
+            .collect();
+        let len = questions.last().context("the chat template shows no answer")?.tokens.end;
+        Ok(Sample {
+            id: record.id.clone(),
+            input_ids: self.ids[..len].to_vec(),
+            targets: (0..len).map(|place| self.target(place)).collect(),
+            spans: self.trunk(len)?,
+            images,
+            questions,
+        })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use image::Rgb;
+    use vora_vision::{IMAGENET_DEFAULT, Resample};
+
+    use super::*;
+    use crate::record::RecordKeys;
+    use crate::scenes::QuestionKind;
+
+    /// The tiny tokenizer with its template, pictures of 8 x 8 in patches of 4.
+    pub(crate) fn tiny() -> SampleMaker {
+        let folder = fixtures::root().join("tiny/tokenizer");
+        let (mean, std) = IMAGENET_DEFAULT;
+        SampleMaker {
+            tokenizer: Arc::new(Tokenizer::open(&folder).unwrap()),
+            chat: Arc::new(ChatTemplate::open(&folder).unwrap()),
+            processor: ImageProcessor::square(8, mean, std, Resample::Bicubic),
+            patch_size: 4,
+            max_length: 200,
+        }
+    }
+
+    fn picture() -> RgbImage {
+        RgbImage::from_pixel(20, 10, Rgb([200, 30, 30]))
+    }
+
+    fn record(turns: &[&str], frames: usize) -> Record {
+        let turn = |(idx, text): (usize, &&str)| serde_json::json!({"from": if idx % 2 == 0 { "human" } else { "gpt" }, "value": text});
+        let turns: Vec<_> = turns.iter().enumerate().map(turn).collect();
+        let line = serde_json::json!({"id": "r", "frames": vec!["a.png"; frames], "conversations": turns});
+        Record::parse(line.to_string().as_bytes(), &RecordKeys::default()).unwrap()
+    }
+
+    fn question(question: &str, answer: &str) -> Question {
+        Question { kind: QuestionKind::Colour, question: question.to_owned(), answer: answer.to_owned() }
+    }
+
+    /// What a row reads like, `#` for each patch.
+    fn read(maker: &SampleMaker, ids: &[i64], spans: &[Span]) -> String {
+        let mut ids = ids.iter();
+        let span = |span: &Span| {
+            let ids: Vec<_> = ids.by_ref().take(span.len as usize).copied().collect();
+            match span.modality {
+                Modality::Text => maker.tokenizer.decode(&ids, false).unwrap(),
+                Modality::Image { .. } => "#".repeat(ids.len()),
+            }
+        };
+        spans.iter().map(span).collect()
+    }
+
+    fn targets(maker: &SampleMaker, sample: &Sample, tokens: Range<usize>) -> String {
+        maker.tokenizer.decode(&sample.targets[tokens], false).unwrap()
+    }
+
+    #[test]
+    fn only_answers_are_learned() {
+        let maker = tiny();
+        let turns = ["What is it?\n<image>", "a <b>red</b> one", "And <image>?<|im_end|>", "two"];
+        let sample = maker.conversation(&record(&turns, 2), &[picture(), picture()]).unwrap();
+        let text = "<|im_start|>user\nWhat is it?\n####<|im_end|>\n<|im_start|>assistant\na <b>red</b> one<|im_end|>\n\
+                    <|im_start|>user\nAnd ####?<|im_end|><|im_end|>\n<|im_start|>assistant\ntwo";
+        assert_eq!(read(&maker, &sample.input_ids, &sample.spans), text);
+        let modalities: Vec<_> = sample.spans.iter().map(|span| span.modality).collect();
+        let image = Modality::Image { rows: 2, cols: 2 };
+        assert_eq!(modalities, [Modality::Text, image, Modality::Text, image, Modality::Text]);
+
+        assert_eq!(sample.questions.len(), 2);
+        let mut learned = 0;
+        for (question, answer) in sample.questions.iter().zip(["a <b>red</b> one", "two"]) {
+            assert_eq!(targets(&maker, &sample, question.tokens.clone()), format!("{answer}<|im_end|>"));
+            assert_eq!((question.answer.as_str(), question.kind.as_str()), (answer, "turn"));
+            learned += question.tokens.len();
+        }
+        assert_eq!(sample.targets.iter().filter(|target| **target != IGNORE_INDEX).count(), learned);
+        // What somebody types is no special token.
+        let end = maker.tokenizer.token_to_id("<|im_end|>").unwrap();
+        assert_eq!(sample.input_ids.iter().filter(|id| **id == end).count(), 3);
+    }
+
+    #[test]
+    fn a_packed_question_reads_as_if_it_were_alone() {
+        let maker = tiny();
+        let questions =
+            [question("What color?", "red"), question("What shape is it?", "a star"), question("Red?", "yes")];
+        let packed = maker.packed("p".to_owned(), &picture(), questions.to_vec()).unwrap();
+        let trunk: Vec<_> = packed.spans.iter().take_while(|span| span.branch.is_none()).copied().collect();
+        let trunk_len = trunk.iter().map(|span| span.len as usize).sum::<usize>();
+        assert_eq!(read(&maker, &packed.input_ids[..trunk_len], &trunk), "<|im_start|>user\n####\n");
+        assert_eq!(packed.images.len(), 1);
+
+        let mut start = trunk_len;
+        for (branch, (asked, question)) in packed.questions.iter().zip(&questions).enumerate() {
+            let span = packed.spans[trunk.len() + branch];
+            assert_eq!(span.branch, Some(branch as i64));
+            let end = start + span.len as usize;
+            let record = record(&[&question.question, &question.answer], 1);
+            let alone = maker.conversation(&record, &[picture()]).unwrap();
+            let row = [&packed.input_ids[..trunk_len], &packed.input_ids[start..end]].concat();
+            assert_eq!(row, alone.input_ids);
+            assert_eq!(packed.targets[start..end], alone.targets[trunk_len..]);
+            assert_eq!(asked.tokens.len(), alone.questions[0].tokens.len());
+            assert_eq!(targets(&maker, &packed, asked.tokens.clone()), format!("{}<|im_end|>", question.answer));
+            assert_eq!((asked.kind.as_str(), &asked.answer), ("colour", &question.answer));
+            start = end;
+        }
+        assert_eq!(start, packed.input_ids.len());
+        vora_llm::Spans { rows: vec![packed.spans] }.validate().unwrap();
+    }
+
+    #[test]
+    fn questions_that_begin_alike_share_it_but_not_the_token_before_the_answer() {
+        let maker = tiny();
+        let questions = vec![question("What color?", "red"), question("What color?", "blue")];
+        let packed = maker.packed("p".to_owned(), &picture(), questions).unwrap();
+        let branches: Vec<_> = packed.spans.iter().filter(|span| span.branch.is_some()).collect();
+        let row = read(&maker, &packed.input_ids, &packed.spans);
+        assert_eq!(
+            row, "<|im_start|>user\n####\nWhat color?<|im_end|>\n<|im_start|>assistant\nred\nblue",
+            "{branches:?}"
+        );
+        let alone = maker.packed("p".to_owned(), &picture(), vec![question("What color?", "red")]).unwrap();
+        assert_eq!(alone.spans.last().unwrap().branch, Some(0));
+    }
+
+    #[test]
+    fn text_alone_has_no_images() {
+        let sample = tiny().conversation(&record(&["one", "two"], 0), &[]).unwrap();
+        assert_eq!((sample.images.len(), sample.spans.len()), (0, 1));
+    }
+
+    #[test]
+    fn what_is_too_long_loses_whole_turns_from_its_end() {
+        let mut maker = tiny();
+        let record = record(&["What? <image>", "a star", "And <image>?", "a circle"], 2);
+        let images = [picture(), picture()];
+        let whole = maker.conversation(&record, &images).unwrap();
+        maker.max_length = whole.input_ids.len();
+        assert_eq!(maker.conversation(&record, &images).unwrap(), whole);
+        maker.max_length -= 1;
+        let cut = maker.conversation(&record, &images).unwrap();
+        assert_eq!((cut.images.len(), cut.questions.len()), (1, 1));
+        assert_eq!(cut.input_ids, whole.input_ids[..cut.input_ids.len()]);
+        assert_eq!(cut.targets, whole.targets[..cut.input_ids.len()]);
+        maker.max_length = cut.input_ids.len() - 1;
+        let message = format!("{:#}", maker.conversation(&record, &images).unwrap_err());
+        assert!(message.starts_with("sample r: it has ") && message.contains("up to its first answer"), "{message}");
+        let message = format!(
+            "{:#}",
+            maker
+                .packed(
+                    "p".to_owned(),
+                    &picture(),
+                    vec![question("What color is the very first star, and where is it?", "red")]
+                )
+                .unwrap_err()
+        );
+        assert!(message.starts_with("sample p: it has ") && message.contains("are allowed"), "{message}");
+    }
+
+    #[test]
+    fn pictures_are_cut_into_whole_patches() {
+        let maker = SampleMaker { patch_size: 3, ..tiny() };
+        let message = format!("{:#}", maker.conversation(&record(&["x", "y"], 1), &[picture()]).unwrap_err());
+        assert!(message.contains("image 0 has 8 x 8 pixels") && message.contains("patches of 3"), "{message}");
+    }
+
+    #[test]
+    fn a_picture_comes_before_its_question() {
+        let folder = fixtures::root().join("tiny/tokenizer");
+        let template = "{% for m in messages %}{% if m.role == 'user' %}{{ messages[-1].content[:1] }}{% endif %}\
+                        {{ m.content }}<|im_end|>{% endfor %}";
+        let chat = Arc::new(ChatTemplate::new(template, Vec::new(), folder.display()).unwrap());
+        let maker = SampleMaker { chat, ..tiny() };
+        let questions = vec![question("What?", "red"), question("What?", "blue")];
+        assert!(maker.packed("p".to_owned(), &picture(), questions).is_err());
+    }
+}

@@ -1,0 +1,156 @@
+//! Where samples come from.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+
+use crate::record::Conversations;
+use crate::sample::{Sample, SampleMaker};
+use crate::scenes::Scenes;
+
+/// Samples by number: the same number always gives the same sample.
+pub trait Source: Send + Sync {
+    /// How many there are; none where they never end.
+    fn len(&self) -> Option<u64>;
+
+    /// Whether there are none at all.
+    fn is_empty(&self) -> bool {
+        self.len() == Some(0)
+    }
+
+    /// Makes the sample of this number.
+    ///
+    /// # Errors
+    /// Where its record is bad: the error says which and why, and the next number may well be good.
+    fn sample(&self, index: u64) -> Result<Sample>;
+}
+
+/// Procedural scenes, several questions packed behind one picture.
+#[derive(Debug)]
+pub struct SceneSource {
+    scenes: Scenes,
+    maker: Arc<SampleMaker>,
+}
+
+impl SceneSource {
+    /// Scenes of one split.
+    pub fn new(scenes: Scenes, maker: Arc<SampleMaker>) -> Self {
+        Self { scenes, maker }
+    }
+}
+
+impl Source for SceneSource {
+    fn len(&self) -> Option<u64> {
+        None
+    }
+
+    fn sample(&self, index: u64) -> Result<Sample> {
+        let id = format!("{}-{index}", self.scenes.split());
+        self.maker.packed(id, &self.scenes.render(index), self.scenes.questions(index))
+    }
+}
+
+/// Conversations of one annotation file.
+#[derive(Debug)]
+pub struct ConversationSource {
+    conversations: Conversations,
+    maker: Arc<SampleMaker>,
+}
+
+impl ConversationSource {
+    /// All records of one file.
+    pub fn new(conversations: Conversations, maker: Arc<SampleMaker>) -> Self {
+        Self { conversations, maker }
+    }
+}
+
+impl Source for ConversationSource {
+    fn len(&self) -> Option<u64> {
+        Some(self.conversations.len())
+    }
+
+    fn sample(&self, index: u64) -> Result<Sample> {
+        let record = self.conversations.record(index)?;
+        let sample = || {
+            let decode = |frame: &String| {
+                let image = vora_vision::decode_image(&self.conversations.image(frame)?);
+                image.with_context(|| format!("image `{frame}`"))
+            };
+            let images = record.frames.iter().map(decode).collect::<Result<Vec<_>>>()?;
+            self.maker.conversation(&record, &images)
+        };
+        sample().with_context(|| self.conversations.place(index))
+    }
+}
+
+/// Several sources with an end, one after the other; shuffled, they mix.
+pub struct Chain {
+    sources: Vec<(u64, Box<dyn Source>)>, // with the number of samples up to its end
+}
+
+impl Chain {
+    /// # Panics
+    /// Where a source never ends: nothing after it would be reached.
+    pub fn new(sources: impl IntoIterator<Item = Box<dyn Source>>) -> Self {
+        let mut end = 0;
+        let with_end = |source: Box<dyn Source>| {
+            end += source.len().expect("a source with an end");
+            (end, source)
+        };
+        Self { sources: sources.into_iter().map(with_end).collect() }
+    }
+}
+
+impl Source for Chain {
+    fn len(&self) -> Option<u64> {
+        Some(self.sources.last().map_or(0, |(end, _)| *end))
+    }
+
+    fn sample(&self, index: u64) -> Result<Sample> {
+        let place = self.sources.partition_point(|(end, _)| *end <= index);
+        let (_, source) = self.sources.get(place).context("there is no such sample")?;
+        let start = if place == 0 { 0 } else { self.sources[place - 1].0 };
+        source.sample(index - start)
+    }
+}
+
+/// Samples of one token, for tests: its id and its number. The numbers in `bad` are bad.
+#[cfg(test)]
+#[derive(Debug)]
+pub(crate) struct Numbers {
+    pub(crate) len: Option<u64>,
+    pub(crate) bad: Vec<u64>,
+}
+
+#[cfg(test)]
+impl Source for Numbers {
+    fn len(&self) -> Option<u64> {
+        self.len
+    }
+
+    fn sample(&self, index: u64) -> Result<Sample> {
+        anyhow::ensure!(!self.bad.contains(&index), "number {index} is bad");
+        Ok(Sample {
+            id: index.to_string(),
+            input_ids: vec![index as i64],
+            targets: vec![0],
+            spans: vec![vora_llm::Span::text(1)],
+            images: Vec::new(),
+            questions: Vec::new(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chain_counts_through_its_sources() {
+        let numbers = |len| Box::new(Numbers { len: Some(len), bad: Vec::new() }) as Box<dyn Source>;
+        let chain = Chain::new([numbers(2), numbers(0), numbers(3)]);
+        let ids: Vec<_> = (0..5).map(|index| chain.sample(index).unwrap().id).collect();
+        assert_eq!((chain.len(), ids.join(" ").as_str()), (Some(5), "0 1 0 1 2"));
+        assert!(chain.sample(5).unwrap_err().to_string().contains("no such sample"));
+    }
+}
