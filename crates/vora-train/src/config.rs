@@ -2,7 +2,6 @@
 //! and of HF's `TrainingArguments`; what is ours beside them keeps the field's names.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -15,6 +14,7 @@ use vora_lora::LoraConfig;
 use crate::distill::Pairing;
 use crate::optim::{LearningRates, OptimConfig};
 use crate::schedule::{Curve, Schedule};
+use crate::tree::{Difference, compare, set};
 
 /// One run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -141,6 +141,9 @@ pub struct TrainConfig {
 pub struct ModelConfig {
     /// The language model: a folder, or a name on the hub.
     pub llm: String,
+    /// A chat template (Jinja) in place of the LLM's own; it goes with the trained model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<String>,
     /// A VoRA folder to start from, in place of new adapters.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pretrained: Option<String>,
@@ -589,36 +592,6 @@ impl DataFetch {
     }
 }
 
-/// A key that two runs do not agree on.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Difference {
-    /// The dotted key.
-    pub key: String,
-    /// Its value in the first.
-    pub first: String,
-    /// Its value in the second.
-    pub second: String,
-}
-
-impl fmt::Display for Difference {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} was {}, is {}", self.key, self.first, self.second)
-    }
-}
-
-fn compare(key: &str, first: &Value, second: &Value, found: &mut Vec<Difference>) {
-    if let (Value::Object(a), Value::Object(b)) = (first, second) {
-        let keys: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
-        for name in keys {
-            let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
-            compare(&key, a.get(name).unwrap_or(&Value::Null), b.get(name).unwrap_or(&Value::Null), found);
-        }
-    } else if first != second {
-        let text = |value: &Value| if value.is_null() { "absent".to_owned() } else { value.to_string() };
-        found.push(Difference { key: key.to_owned(), first: text(first), second: text(second) });
-    }
-}
-
 /// The run file's tree of values with the overrides set in it, typed after each so that a wrong one is named.
 fn overridden(
     text: &str,
@@ -637,32 +610,6 @@ fn overridden(
         };
     }
     typed
-}
-
-/// Sets `a.b=c` in a tree, where `c` is YAML; numbers step into lists.
-fn set(tree: &mut Value, entry: &str) -> Result<()> {
-    let (key, value) = entry.split_once('=').with_context(|| format!("--set {entry}: it must be key.key=value"))?;
-    let value: Value = serde_saphyr::from_str(value).map_err(|error| anyhow!("--set {entry}: {error}"))?;
-    let mut place = tree;
-    for part in key.split('.') {
-        ensure!(!part.is_empty(), "--set {entry}: the key has an empty part");
-        if place.is_null() {
-            *place = Value::Object(serde_json::Map::new());
-        }
-        place = match place {
-            Value::Object(map) => map.entry(part).or_insert(Value::Null),
-            Value::Array(list) => {
-                let len = list.len();
-                part.parse::<usize>()
-                    .ok()
-                    .and_then(|i| list.get_mut(i))
-                    .with_context(|| format!("--set {entry}: `{part}` is no place in a list of {len}"))?
-            }
-            _ => bail!("--set {entry}: `{part}` would go into a single value"),
-        };
-    }
-    *place = value;
-    Ok(())
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use vora_data::scenes::{Scenes, Split};
 use vora_data::{Chain, ConversationSource, Conversations, RecordKeys, SampleMaker, SceneSource, Source};
+use vora_llm::tokenizer::special_tokens;
 use vora_llm::{ChatTemplate, Tokenizer};
 use vora_vision::ImageProcessor;
 
@@ -23,9 +24,13 @@ pub struct HeldOut {
 
 /// What makes samples for the model in `llm`, of pictures that go through `processor`.
 pub fn sample_maker(config: &TrainConfig, llm: &Path, processor: ImageProcessor) -> Result<Arc<SampleMaker>> {
+    let chat = match &config.model.chat_template {
+        Some(source) => ChatTemplate::new(source, special_tokens(llm)?, "model.chat_template")?,
+        None => ChatTemplate::open(llm)?,
+    };
     Ok(Arc::new(SampleMaker {
         tokenizer: Arc::new(Tokenizer::open(llm)?),
-        chat: Arc::new(ChatTemplate::open(llm)?),
+        chat: Arc::new(chat),
         processor,
         patch_size: usize::try_from(config.model.patch_size)?,
         max_length: preprocess(config).max_seq_len,

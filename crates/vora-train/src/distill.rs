@@ -79,7 +79,7 @@ impl DistillHeads {
                 let rows = state.flatten(0, 1).index_select(0, places).to_kind(Kind::Float); // [tokens, hidden]
                 let student = head.norm.forward(&rows).linear::<&Tensor>(&head.proj, None);
                 let cosine = Tensor::cosine_similarity(&student, &target.to_kind(Kind::Float), -1, 1e-8);
-                (1.0 - cosine).mean(Kind::Float)
+                (1f64 - cosine).mean(Kind::Float)
             })
             .collect();
         Tensor::stack(&losses, 0)

@@ -46,6 +46,7 @@ pub mod saved;
 pub mod schedule;
 pub mod student;
 pub mod trainer;
+pub mod tree;
 
 pub use config::TrainConfig;
 pub use trainer::{NotFinite, Options, Outcome, Trainer};

@@ -20,12 +20,14 @@ const VISION: &str = "vision.safetensors";
 /// What the LLM's name comes before in a VoRA folder.
 const LLM: &str = "llm.";
 
+const CHAT_TEMPLATE: &str = "chat_template.jinja";
+
 /// The files that a tokenizer and its chat template consist of.
 const TOKENIZER: [&str; 6] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
     "generation_config.json",
 ];
@@ -42,7 +44,14 @@ pub fn write(student: &Student, folder: &Path) -> Result<()> {
     save(&folder.join(VISION), &vision, &[])?;
     write_json(&folder.join("config.json"), &config.to_json()?)?;
     write_json(&folder.join("preprocessor_config.json"), &student.processor().to_json())?;
+    if let Some(source) = student.chat_template() {
+        // Read before whatever else a folder says of templates.
+        write_atomically(&folder.join(CHAT_TEMPLATE), |file| Ok(std::io::Write::write_all(file, source.as_bytes())?))?;
+    }
     for name in TOKENIZER {
+        if name == CHAT_TEMPLATE && student.chat_template().is_some() {
+            continue;
+        }
         let from = student.llm_folder().join(name);
         if from.exists() {
             let bytes = fs::read(&from).with_context(|| format!("cannot read {}", from.display()))?;

@@ -86,6 +86,7 @@ pub struct Student {
     /// The teacher's side; none where the run has no teacher.
     pub distill: Option<Distill>,
     llm_folder: PathBuf,
+    chat_template: Option<String>,
     processor: ImageProcessor,
     trained: Weights,
 }
@@ -146,12 +147,18 @@ impl Student {
             model.vision_embedding().start_from_teacher(teacher, word_embedding_rms(&model))?;
         }
         let distill = teacher.map(|teacher| Distill::new(teacher, &model, &config.distill, &trained)).transpose()?;
-        Ok(Self { model, distill, llm_folder, processor, trained })
+        let chat_template = config.model.chat_template.clone();
+        Ok(Self { model, distill, llm_folder, chat_template, processor, trained })
     }
 
     /// Where the frozen LLM lies.
     pub fn llm_folder(&self) -> &Path {
         &self.llm_folder
+    }
+
+    /// What stands in place of the LLM's own chat template.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.chat_template.as_deref()
     }
 
     /// What pictures go through.
@@ -229,7 +236,7 @@ impl Distill {
     /// What the heads are to match, per block `[image tokens, teacher_hidden]`, in the order of the pictures.
     fn targets(&self, pixel_values: &[Tensor]) -> Result<Vec<Tensor>> {
         tch::no_grad(|| {
-            let mut blocks: Vec<Vec<Tensor>> = vec![Vec::new(); self.heads.hidden_layers()];
+            let mut blocks: Vec<Vec<Tensor>> = (0..self.heads.hidden_layers()).map(|_| Vec::new()).collect();
             for group in pixel_values.chunk_by(|a, b| a.size() == b.size()) {
                 let mut features = self.features(&Tensor::stack(group, 0));
                 if let Some(mean) = &self.mean {

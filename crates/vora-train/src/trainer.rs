@@ -21,6 +21,7 @@ use crate::metrics::{EvalMetrics, Line, MetricsLog, Progress, SpikeDetector, Ste
 use crate::optim::Optimizer;
 use crate::schedule::Schedule;
 use crate::student::{DeviceBatch, Student};
+use crate::tree::Difference;
 use crate::{plot, samples, saved};
 
 const CONFIG: &str = "config.yaml";
@@ -400,7 +401,7 @@ fn last_checkpoint(run: &RunFolder, config: &TrainConfig, resume: bool) -> Resul
     let saved = TrainConfig::parse(&text, &[]).with_context(|| format!("in {}", folder.join(CONFIG).display()))?;
     let (refused, changed): (Vec<_>, Vec<_>) =
         saved.differences(config)?.into_iter().partition(|difference| shapes_the_model(&difference.key));
-    let list = |differences: &[crate::config::Difference]| {
+    let list = |differences: &[Difference]| {
         differences.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
     };
     ensure!(refused.is_empty(), "cannot resume from {}: {}", folder.display(), list(&refused));

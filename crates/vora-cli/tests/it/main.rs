@@ -1,0 +1,116 @@
+//! The real program, on a tiny model: exit codes, messages, and the way from training to an answer.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn vora(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vora"))
+        .args(args)
+        .current_dir(workspace())
+        .env("HF_HUB_CACHE", "no-such-cache")
+        .output()
+        .expect("vora starts")
+}
+
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Fails with what the program said.
+#[track_caller]
+fn succeeded(output: &Output) -> String {
+    assert!(output.status.success(), "{:?}\n{}", output.status, text(&output.stderr));
+    text(&output.stdout)
+}
+
+/// The program fails with exit code `code` and says all of `parts`, in one line and without libtorch's frames.
+#[track_caller]
+fn fails(args: &[&str], code: i32, parts: &[&str]) {
+    let output = vora(args);
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{said}");
+    for part in parts {
+        assert!(said.contains(part), "`{part}` is missing in: {said}");
+    }
+    assert!(!said.contains("frame #") && !said.contains("panicked"), "{said}");
+}
+
+#[test]
+fn help_has_examples() {
+    for command in ["train", "merge", "ask", "inspect"] {
+        let help = succeeded(&vora(&[command, "--help"]));
+        assert!(help.contains("Examples:"), "{command}: {help}");
+    }
+}
+
+#[test]
+fn wrong_usage_exits_2() {
+    fails(&["train"], 2, &["--config"]);
+    fails(&["fly"], 2, &["unrecognized subcommand"]);
+}
+
+#[test]
+fn errors_name_what_is_wrong() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    fails(&["train", "--config", &path("nope.yaml")], 1, &["error: ", "nope.yaml"]);
+    let recipe = std::fs::read_to_string(workspace().join("crates/vora-train/recipes/smoke.yaml")).unwrap();
+    std::fs::write(path("typo.yaml"), recipe.replace("patch_size:", "patch_sise:")).unwrap();
+    fails(&["train", "--config", &path("typo.yaml")], 1, &["patch_sise"]);
+    let smoke = "crates/vora-train/recipes/smoke.yaml";
+    fails(&["train", "--config", smoke, "--set", "model.lora.r=0"], 1, &["lora.r is 0, it must be at least 1"]);
+    fails(&["train", "--config", smoke, "--device", "gpu"], 1, &["not one of auto, cpu, cuda"]);
+    fails(&["ask", "no/model", "question"], 1, &["not in the cache", "cargo xtask download no/model"]);
+    std::fs::write(path("picture.png"), b"not a picture").unwrap();
+    fails(&["ask", "no/model", &path("picture.png"), "question"], 1, &["picture.png", "not a picture"]);
+    fails(&["inspect", &path("picture.png")], 1, &["picture.png", "not a whole safetensors file"]);
+}
+
+#[test]
+fn from_training_to_an_answer() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let (run_dir, merged, llm) = (
+        run.to_string_lossy(),
+        run.join("merged").to_string_lossy().into_owned(),
+        run.join("llm").to_string_lossy().into_owned(),
+    );
+    let output_dir = format!("output_dir={run_dir}");
+    let report = succeeded(&vora(&["train", "--config", "crates/vora-train/recipes/smoke.yaml", "--set", &output_dir]));
+    assert!(report.contains("exact match") && report.contains("blind"), "{report}");
+    for file in ["config.yaml", "metrics.jsonl", "loss.svg", "eval.json", "final/adapter_config.json"] {
+        assert!(run.join(file).exists(), "{file}");
+    }
+    let last = run.join("final").to_string_lossy().into_owned();
+    let said = succeeded(&vora(&["merge", &last, "--out", &merged, "--llm", &llm, "--check"]));
+    let change: f64 =
+        said.split("largest change in logits ").nth(1).unwrap().split(',').next().unwrap().parse().unwrap();
+    assert!(change < 1e-3, "{said}");
+    fails(&["merge", &last, "--out", &merged], 1, &["already holds a model"]);
+
+    let picture = std::fs::read_dir(run.join("samples")).unwrap().flatten().map(|e| e.path());
+    let picture = picture.filter(|p| p.extension().is_some_and(|e| e == "png")).min().unwrap();
+    let picture = picture.to_string_lossy();
+    let ask = |extra: &[&str]| {
+        let question = ["ask", &merged, &picture, "What color?", "--max-new-tokens", "4", "--json"];
+        let output = succeeded(&vora(&[&question, extra].concat()));
+        serde_json::from_str::<serde_json::Value>(&output).unwrap()
+    };
+    let greedy = ask(&[]);
+    assert_eq!(greedy, ask(&[]));
+    assert!(greedy["prompt_tokens"].as_i64().unwrap() > 4, "{greedy}");
+    let sampled = ["--temperature", "1", "--top-p", "0.9", "--seed", "3"];
+    assert_eq!(ask(&sampled), ask(&sampled));
+
+    let parts = succeeded(&vora(&["inspect", &merged]));
+    assert!(
+        parts.contains("llm.model.layers") && parts.contains("vision_embedding") && !parts.contains("adapter"),
+        "{parts}"
+    );
+    let parts = succeeded(&vora(&["inspect", &last]));
+    assert!(parts.contains("adapter of rank"), "{parts}");
+}

@@ -1,0 +1,108 @@
+//! A run file as a tree of values: setting one by its dotted key, comparing two.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde_json::Value;
+
+/// Sets `a.b=c` in a tree, where `c` is YAML; numbers step into lists.
+pub(crate) fn set(tree: &mut Value, entry: &str) -> Result<()> {
+    let (key, value) = entry.split_once('=').with_context(|| format!("--set {entry}: it must be key.key=value"))?;
+    let value: Value = serde_saphyr::from_str(value).map_err(|error| anyhow!("--set {entry}: {error}"))?;
+    let mut place = tree;
+    for part in key.split('.') {
+        ensure!(!part.is_empty(), "--set {entry}: the key has an empty part");
+        if place.is_null() {
+            *place = Value::Object(serde_json::Map::new());
+        }
+        place = match place {
+            Value::Object(map) => map.entry(part).or_insert(Value::Null),
+            Value::Array(list) => {
+                let len = list.len();
+                part.parse::<usize>()
+                    .ok()
+                    .and_then(|i| list.get_mut(i))
+                    .with_context(|| format!("--set {entry}: `{part}` is no place in a list of {len}"))?
+            }
+            _ => bail!("--set {entry}: `{part}` would go into a single value"),
+        };
+    }
+    *place = value;
+    Ok(())
+}
+
+/// A key that two runs do not agree on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Difference {
+    /// The dotted key.
+    pub key: String,
+    /// Its value in the first.
+    pub first: String,
+    /// Its value in the second.
+    pub second: String,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} was {}, is {}", self.key, self.first, self.second)
+    }
+}
+
+/// Collects the keys, below `key`, whose values differ.
+pub(crate) fn compare(key: &str, first: &Value, second: &Value, found: &mut Vec<Difference>) {
+    if let (Value::Object(a), Value::Object(b)) = (first, second) {
+        let keys: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+        for name in keys {
+            let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+            compare(&key, a.get(name).unwrap_or(&Value::Null), b.get(name).unwrap_or(&Value::Null), found);
+        }
+    } else if first != second {
+        let text = |value: &Value| if value.is_null() { "absent".to_owned() } else { value.to_string() };
+        found.push(Difference { key: key.to_owned(), first: text(first), second: text(second) });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_value_is_set_where_its_key_says() {
+        let mut tree = json!({"a": {"b": 1}, "list": [{"x": 1}, {"x": 2}], "empty": null});
+        for entry in ["a.b=2e-3", "a.c=True", "list.1.x=[1, two]", "empty.new.deep=no", "text='3'"] {
+            set(&mut tree, entry).unwrap();
+        }
+        let expected = json!({
+            "a": {"b": 2e-3, "c": true},
+            "list": [{"x": 1}, {"x": [1, "two"]}],
+            "empty": {"new": {"deep": "no"}},
+            "text": "3",
+        });
+        assert_eq!(tree, expected);
+    }
+
+    #[test]
+    fn a_key_that_leads_nowhere_is_named() {
+        let mut tree = json!({"a": {"b": 1}, "list": [1]});
+        for (entry, expected) in [
+            ("a", "--set a: it must be key.key=value"),
+            ("a.b.c=1", "`c` would go into a single value"),
+            ("a..b=1", "the key has an empty part"),
+            ("list.1=1", "`1` is no place in a list of 1"),
+            ("a=[", "--set a=["),
+        ] {
+            let error = format!("{:#}", set(&mut tree, entry).unwrap_err());
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn differences_have_dotted_keys() {
+        let mut found = Vec::new();
+        compare("", &json!({"a": {"b": 1, "c": 2}, "l": [1]}), &json!({"a": {"b": 1, "d": 2}, "l": [2]}), &mut found);
+        let found: Vec<String> = found.iter().map(ToString::to_string).collect();
+        assert_eq!(found, ["a.c was 2, is absent", "a.d was absent, is 2", "l was [1], is [2]"]);
+    }
+}
