@@ -114,3 +114,43 @@ fn from_training_to_an_answer() {
     let parts = succeeded(&vora(&["inspect", &last]));
     assert!(parts.contains("adapter of rank"), "{parts}");
 }
+
+/// The weights that a run ended with.
+fn trained(run: &Path) -> Vec<Vec<u8>> {
+    let files = ["adapter_model.safetensors", "vision.safetensors"];
+    files.iter().map(|name| std::fs::read(run.join("final").join(name)).unwrap()).collect()
+}
+
+#[test]
+fn a_killed_run_resumes_to_the_same_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let smoke = "crates/vora-train/recipes/smoke.yaml";
+    let train = |run: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vora"));
+        command.args(["train", "--config", smoke, "--set", "max_steps=24", "--set", "save_steps=2"]);
+        command.args(["--set", &format!("output_dir={}", run.display())]).current_dir(workspace());
+        command
+    };
+    let whole = folder.path().join("whole");
+    succeeded(&train(&whole).output().unwrap());
+
+    let killed = folder.path().join("killed");
+    let log = killed.join("metrics.jsonl");
+    let steps = || std::fs::read_to_string(&log).map_or(0, |text| text.lines().count());
+    // SIGKILL at whatever it is doing once so many steps are written, twice, then to the end.
+    let mut interrupted = 0;
+    for at in [5, 13] {
+        let mut child = train(&killed).arg("--resume").stderr(std::process::Stdio::null()).spawn().unwrap();
+        while steps() < at && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+        if child.try_wait().unwrap().is_none() {
+            child.kill().unwrap();
+            interrupted += 1;
+        }
+        child.wait().unwrap();
+    }
+    assert!(interrupted > 0, "the run was over before it could be killed");
+    succeeded(&train(&killed).arg("--resume").output().unwrap());
+    assert!(trained(&whole) == trained(&killed), "the resumed run ended with other weights");
+}
