@@ -14,7 +14,7 @@ use vora_lora::LoraConfig;
 use crate::distill::Pairing;
 use crate::optim::{LearningRates, OptimConfig};
 use crate::schedule::{Curve, Schedule};
-use crate::tree::{Difference, compare, set};
+use crate::tree::{Difference, compare, from_yaml, set};
 
 /// One run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -380,12 +380,8 @@ impl TrainConfig {
 
     /// As [`Self::open`], from text. Errors in the text carry line and column; one in an override names it.
     pub fn parse(text: &str, overrides: &[String]) -> Result<Self> {
-        let as_written = serde_saphyr::from_str::<Self>(text);
-        let config = match (as_written, overrides) {
-            (Ok(config), []) => config,
-            (Err(error), []) => return Err(anyhow!("{error}")),
-            (as_written, overrides) => overridden(text, as_written, overrides)?,
-        };
+        let as_written = from_yaml::<Self>(text);
+        let config = if overrides.is_empty() { as_written? } else { overridden(text, as_written, overrides)? };
         config.validate()?;
         Ok(config)
     }
@@ -593,13 +589,9 @@ impl DataFetch {
 }
 
 /// The run file's tree of values with the overrides set in it, typed after each so that a wrong one is named.
-fn overridden(
-    text: &str,
-    as_written: Result<TrainConfig, serde_saphyr::Error>,
-    overrides: &[String],
-) -> Result<TrainConfig> {
-    let mut tree: Value = serde_saphyr::from_str(text).map_err(|error| anyhow!("{error}"))?;
-    let mut typed = as_written.map_err(|error| anyhow!("{error}"));
+fn overridden(text: &str, as_written: Result<TrainConfig>, overrides: &[String]) -> Result<TrainConfig> {
+    let mut tree: Value = from_yaml(text)?;
+    let mut typed = as_written;
     for entry in overrides {
         set(&mut tree, entry)?;
         typed = match (typed, serde_json::from_value(tree.clone())) {
@@ -750,7 +742,7 @@ data:
     fn wrong_keys_are_refused_with_line_and_column() {
         fails(
             TrainConfig::parse(&SMALL.replace("    r: 4", "    rank: 4"), &[]),
-            &["unknown field `rank`", "expected one of `layers`, `r`", "line 9", "column 5"],
+            &["unknown field `rank`", "expected one of layers, r", "line 9", "column 5"],
         );
         fails(
             TrainConfig::parse(&SMALL.replace("    r: 4", "    r: 4\n    r: 5"), &[]),
@@ -793,12 +785,13 @@ data:
             "learning_rates.lora_B=0.5",
             "data.eval={test: {split: test, samples: 7}}",
             "model.vision_attention=causal",
+            "save_strategy=no",
         ])
         .unwrap();
         assert_eq!((config.model.lora.r, config.learning_rate, config.bf16), (64, 2e-3, Some(true)));
         assert_eq!((config.lr_scheduler_type, config.learning_rates.0["lora_B"]), (Curve::Cosine, 0.5));
         assert_eq!(config.data.eval["test"].samples, 7);
-        assert_eq!(config.model.vision_attention, VisionAttention::Causal);
+        assert_eq!((config.model.vision_attention, config.save_strategy), (VisionAttention::Causal, Strategy::No));
         let list = ["data.train.data_fetch.data_paths.1.image_folder=pictures".to_owned()];
         let config = TrainConfig::parse(PUBLISHED, &list).unwrap();
         assert_eq!(config.data.train.data_fetch.unwrap().data_paths[1].image_folder, Path::new("pictures"));

@@ -645,7 +645,7 @@ mod tests {
         };
         let (lm, distill): (fn(&StepMetrics) -> f64, fn(&StepMetrics) -> f64) =
             (|m| m.loss_lm, |m| m.loss_distill.unwrap());
-        assert!(mean(35..40, lm) < 0.8 * mean(0..5, lm), "{} -> {}", mean(0..5, lm), mean(35..40, lm));
+        assert!(mean(35..40, lm) < 0.9 * mean(0..5, lm), "{} -> {}", mean(0..5, lm), mean(35..40, lm));
         assert!(mean(35..40, distill) < mean(0..5, distill) - 0.02);
     }
 
@@ -655,7 +655,7 @@ mod tests {
         let mut trainer = trainer(config("debug.yaml", folder.path(), &[]));
         trainer.train_step().unwrap();
         let (_, b) = trainer.parameters().into_iter().find(|(name, _)| name.contains("lora_B")).unwrap();
-        tch::no_grad(|| b.shallow_clone().fill_(f64::NAN));
+        let _ = tch::no_grad(|| b.shallow_clone().fill_(f64::NAN));
         let before = weights(&trainer);
         let error = trainer.train_step().unwrap_err();
         let refused = error.downcast_ref::<NotFinite>().unwrap();

@@ -1,15 +1,26 @@
-//! A run file as a tree of values: setting one by its dotted key, comparing two.
+//! A run file as a tree of values: reading it, setting one by its dotted key, comparing two.
 
 use std::collections::BTreeSet;
 use std::fmt;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
+
+/// Reads YAML. Only `true` and `false` are booleans, as in YAML 1.2: `no` is a word. Errors carry line, column and the
+/// lines around.
+pub(crate) fn from_yaml<T: DeserializeOwned>(text: &str) -> Result<T> {
+    let options = serde_saphyr::options! { strict_booleans: true };
+    serde_saphyr::from_str_with_options(text, options).map_err(|error| {
+        let text = error.to_string();
+        anyhow!("{}", text.strip_prefix("error: ").unwrap_or(&text))
+    })
+}
 
 /// Sets `a.b=c` in a tree, where `c` is YAML; numbers step into lists.
 pub(crate) fn set(tree: &mut Value, entry: &str) -> Result<()> {
     let (key, value) = entry.split_once('=').with_context(|| format!("--set {entry}: it must be key.key=value"))?;
-    let value: Value = serde_saphyr::from_str(value).map_err(|error| anyhow!("--set {entry}: {error}"))?;
+    let value: Value = from_yaml(value).with_context(|| format!("--set {entry}"))?;
     let mut place = tree;
     for part in key.split('.') {
         ensure!(!part.is_empty(), "--set {entry}: the key has an empty part");
