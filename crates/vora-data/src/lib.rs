@@ -1,4 +1,7 @@
-//! Records to samples to batches: conversations, procedural scenes, worker threads.
+//! From records to samples to batches: conversations in JSON lines with their images, `scenes`, a procedural dataset,
+//! and worker threads that make batches ahead of time, in an order that depends on neither their number nor on where
+//! a run was interrupted. All of it is plain memory: no tensors are made here, no model is run, nothing is downloaded,
+//! and what is learned from a batch is somebody else's business.
 //!
 //! ```
 //! use vora_data::scenes::{Scenes, ScenesConfig, Split};
