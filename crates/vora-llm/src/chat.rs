@@ -14,7 +14,7 @@ use minijinja::{Environment, Error, ErrorKind, Value, context};
 use serde::Serialize;
 
 use crate::Tokenizer;
-use crate::tokenizer::{self, IMAGE};
+use crate::tokenizer::{self, IMAGE, Token};
 
 /// What a template may do before it is stopped; one unit is an instruction or 64 bytes of text. The templates in use
 /// need some tens a turn.
@@ -246,7 +246,7 @@ fn pieces(tokenizer: &Tokenizer, activated: &str, answers: &[Range<usize>]) -> R
 
     let mut pieces: Vec<Piece> = Vec::new();
     let mut ranges = ranges.iter().peekable();
-    for (id, (start, end)) in tokenizer.encode_activated(&text)? {
+    for Token { id, start, end } in tokenizer.encode_activated(&text)? {
         let Some(id) = id else {
             pieces.push(Piece::Image);
             continue;

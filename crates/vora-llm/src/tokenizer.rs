@@ -157,12 +157,20 @@ impl Tokenizer {
         unmark(c, ACTIVE).is_some()
     }
 
-    /// The tokens of an activated and unprotected text: id and byte range, `None` for the place of an image.
-    pub(crate) fn encode_activated(&self, text: &str) -> Result<Vec<(Option<i64>, (usize, usize))>> {
+    /// The tokens of an activated and unprotected text.
+    pub(crate) fn encode_activated(&self, text: &str) -> Result<Vec<Token>> {
         let encoding = self.inner.encode(text, false).map_err(|e| anyhow!("encoding a conversation: {e}"))?;
-        let id = |&id: &u32| (id != self.image_id).then_some(i64::from(id));
-        Ok(encoding.get_ids().iter().map(id).zip(encoding.get_offsets().iter().copied()).collect())
+        let ids = encoding.get_ids().iter().map(|&id| (id != self.image_id).then_some(i64::from(id)));
+        Ok(ids.zip(encoding.get_offsets()).map(|(id, &(start, end))| Token { id, start, end }).collect())
     }
+}
+
+/// A token and the bytes of the text that it stands for.
+pub(crate) struct Token {
+    /// None for the place of an image.
+    pub(crate) id: Option<i64>,
+    pub(crate) start: usize,
+    pub(crate) end: usize,
 }
 
 /// Text that grows with every id, as it is generated: a piece comes out as soon as it is certain, so a character that
