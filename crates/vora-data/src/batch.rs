@@ -118,7 +118,7 @@ mod tests {
     fn rows_are_padded_at_their_end() {
         let none = IGNORE_INDEX;
         let long = sample("long", &[1, 2, 3, 4], &[none, 3, none, 5], &[1..2, 3..4]);
-        let short = sample("short", &[6, 7], &[7, 8], &[0..2]);
+        let short = sample("short", &[6, 7], &[7, 8], &[0..1, 1..2]);
         let batch = collate(vec![short, long], 9);
         assert_eq!((batch.batch, batch.seq, batch.images.len()), (2, 4, 2));
         assert_eq!(batch.input_ids, [6, 7, 9, 9, 1, 2, 3, 4]);
@@ -126,7 +126,7 @@ mod tests {
         assert_eq!(supervised.positions, [0, 1, 5, 7]);
         assert_eq!(supervised.targets, [7, 8, 3, 5]);
         let tokens: Vec<_> = batch.questions().map(|(_, tokens)| tokens).collect();
-        assert_eq!(tokens, [0..2, 2..3, 3..4]);
+        assert_eq!(tokens, [0..1, 1..2, 2..3, 3..4]);
         assert_eq!(batch.spans.rows, [[Span::text(2)], [Span::text(4)]]);
         assert_eq!((batch.samples[1].id.as_str(), batch.samples[1].num_images), ("long", 1));
     }
