@@ -682,14 +682,21 @@ mod tests {
             "{% set s = 'x' * 500000 %}{% for i in range(100000) %}{% if 'y' in s %}{% endif %}{% endfor %}",
             deep.as_str(),
         ];
+        // A tenth of a second is the promise; unoptimised it is slower, and this machine may be busy: the best of five.
+        let allowed = if cfg!(debug_assertions) { 500 } else { 100 };
         for source in sources {
-            let started = Instant::now();
-            let done = ChatTemplate::new(source, Vec::new(), "hostile")
-                .and_then(|template| template.render(&[Message::new("user", "x")], true));
-            let elapsed = started.elapsed();
-            let error = done.unwrap_err().to_string();
-            assert!(error.starts_with("hostile: "), "{error}");
-            assert!(elapsed.as_millis() < 400, "{elapsed:?} for {}", &source[..source.len().min(80)]);
+            let attempt = || {
+                let started = Instant::now();
+                let done = ChatTemplate::new(source, Vec::new(), "hostile")
+                    .and_then(|template| template.render(&[Message::new("user", "x")], true));
+                let elapsed = started.elapsed().as_millis();
+                let error = done.unwrap_err().to_string();
+                assert!(error.starts_with("hostile: "), "{error}");
+                elapsed
+            };
+            let mut attempts = (0..5).map(|_| attempt());
+            let start = &source[..source.len().min(80)];
+            assert!(attempts.any(|elapsed| elapsed < allowed), "longer than {allowed} ms: {start}");
         }
         let long = "x".repeat(MAX_TEMPLATE_LEN + 1);
         let error = ChatTemplate::new(&long, Vec::new(), "long").unwrap_err().to_string();
