@@ -37,5 +37,5 @@ pub use chat::{ChatTemplate, Message, Part, Piece};
 pub use config::LlmConfig;
 pub use decoder::{CausalLm, Output};
 pub use kv_cache::KvCache;
-pub use spans::{AttentionPlan, Modality, Span, Spans, VisionAttention};
+pub use spans::{AttentionPlan, KernelChoice, Modality, Span, Spans, VisionAttention};
 pub use tokenizer::{TokenStream, Tokenizer};

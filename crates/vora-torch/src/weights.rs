@@ -109,6 +109,7 @@ impl Weights {
         Self::new(Source::Tensors(tensors.into_iter().collect()), device, kind)
     }
 
+    #[allow(clippy::arc_with_non_send_sync, reason = "a Tensor is Send but not Sync, and so is what holds some")]
     fn new(source: Source, device: Device, kind: Kind) -> Self {
         Self { source: Arc::new(source), ledger: Arc::default(), path: String::new(), device, kind }
     }
