@@ -1,9 +1,10 @@
 //! A source of weights that walks a checkpoint's own names, or makes new ones from a seed.
 
+use std::cell::{RefCell, RefMut};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::{self, Display};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::rc::Rc;
 
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
@@ -86,8 +87,8 @@ struct Ledger {
 /// and stood in for, so that [`Weights::finish`] can tell everything that does not fit in one error.
 #[derive(Debug, Clone)]
 pub struct Weights {
-    source: Arc<Source>,
-    ledger: Arc<Mutex<Ledger>>,
+    source: Rc<Source>,
+    ledger: Rc<RefCell<Ledger>>,
     path: String,
     device: Device,
     kind: Kind,
@@ -109,9 +110,8 @@ impl Weights {
         Self::new(Source::Tensors(tensors.into_iter().collect()), device, kind)
     }
 
-    #[allow(clippy::arc_with_non_send_sync, reason = "a Tensor is Send but not Sync, and so is what holds some")]
     fn new(source: Source, device: Device, kind: Kind) -> Self {
-        Self { source: Arc::new(source), ledger: Arc::default(), path: String::new(), device, kind }
+        Self { source: Rc::new(source), ledger: Rc::default(), path: String::new(), device, kind }
     }
 
     /// The same source one step down: `weights.pp("layers").pp(0)`.
@@ -209,8 +209,8 @@ impl Weights {
         }
     }
 
-    fn ledger(&self) -> std::sync::MutexGuard<'_, Ledger> {
-        self.ledger.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn ledger(&self) -> RefMut<'_, Ledger> {
+        self.ledger.borrow_mut()
     }
 
     fn full_name(&self, name: &str) -> String {
