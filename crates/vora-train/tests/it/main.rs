@@ -49,6 +49,7 @@ fn teacher(golden: &fixtures::Golden) -> Vec<Tensor> {
     .unwrap();
     let weights = Weights::from_tensors(golden.under("teacher."), Device::Cpu, Kind::Float);
     let dinov2 = Dinov2::load(&config, &weights).unwrap();
+    weights.finish().unwrap();
     let states = tch::no_grad(|| dinov2.hidden_states(&golden["pixel_values"]));
     states[1..].iter().map(|state| dinov2.patch_tokens(state).flatten(0, 1)).collect()
 }
