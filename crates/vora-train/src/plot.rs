@@ -15,6 +15,9 @@ const SPLITS: [RGBColor; 4] =
 const GREY: RGBColor = RGBColor(0x55, 0x55, 0x55);
 const WIDTH: u32 = 860;
 const PANEL: u32 = 230;
+const LINE: i32 = 14;
+/// A curve of at most so many points shows each.
+const MARKED: usize = 24;
 
 /// One curve: points `(step, value)`.
 struct Curve {
@@ -138,6 +141,9 @@ fn paint(svg: &mut String, title: &str, panels: &[Panel]) -> Result<(), Box<dyn 
             .draw()?;
         for curve in curves {
             let style = curve.color.stroke_width(2);
+            if curve.points.len() <= MARKED {
+                chart.draw_series(curve.points.iter().map(|&at| Circle::new(at, 3, curve.color.filled())))?;
+            }
             if curve.dashed {
                 chart.draw_series(DashedLineSeries::new(curve.points.clone(), 6, 4, style))?;
             } else {
@@ -170,7 +176,12 @@ fn label(
         .collect();
     labels.sort_by_key(|l| l.0);
     for i in 1..labels.len() {
-        labels[i].0 = labels[i].0.max(labels[i - 1].0 + 14);
+        labels[i].0 = labels[i].0.max(labels[i - 1].0 + LINE);
+    }
+    let mut lowest = y.end - upper - LINE / 2;
+    for label in labels.iter_mut().rev() {
+        label.0 = label.0.min(lowest);
+        lowest = label.0 - LINE;
     }
     for (height, text, color) in labels {
         let style = ("sans-serif", 12).into_font().color(&color).pos(Pos::new(HPos::Left, VPos::Center));

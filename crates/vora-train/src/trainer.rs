@@ -401,9 +401,7 @@ fn last_checkpoint(run: &RunFolder, config: &TrainConfig, resume: bool) -> Resul
     let saved = TrainConfig::parse(&text, &[]).with_context(|| format!("in {}", folder.join(CONFIG).display()))?;
     let (refused, changed): (Vec<_>, Vec<_>) =
         saved.differences(config)?.into_iter().partition(|difference| shapes_the_model(&difference.key));
-    let list = |differences: &[Difference]| {
-        differences.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
-    };
+    let list = |differences: &[Difference]| differences.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
     ensure!(refused.is_empty(), "cannot resume from {}: {}", folder.display(), list(&refused));
     if !changed.is_empty() {
         tracing::warn!("resuming with other settings: {}", list(&changed));
