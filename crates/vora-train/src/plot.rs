@@ -33,6 +33,14 @@ impl Curve {
     }
 }
 
+/// The accuracies of a split, as points `(step, exact match)`.
+#[derive(Default)]
+struct Accuracy {
+    split: String,
+    seeing: Vec<(f64, f64)>,
+    blind: Vec<(f64, f64)>,
+}
+
 /// Draws a run into `path`: a panel for the language loss, one for the cosine loss, one for the accuracies, each only
 /// where the run has such numbers.
 pub fn draw(path: &Path, title: &str, lines: &[Line]) -> Result<()> {
@@ -50,7 +58,7 @@ type Panel = (&'static str, Option<f64>, Vec<Curve>);
 
 fn panels(lines: &[Line]) -> Vec<Panel> {
     let (mut language, mut distill, mut baseline) = (Vec::new(), Vec::new(), Vec::new());
-    let mut splits: Vec<(String, Vec<(f64, f64)>, Vec<(f64, f64)>)> = Vec::new();
+    let mut splits: Vec<Accuracy> = Vec::new();
     for line in lines {
         match line {
             Line::Step(step) => {
@@ -62,12 +70,13 @@ fn panels(lines: &[Line]) -> Vec<Panel> {
             Line::Eval(eval) => {
                 for (split, kinds) in &eval.eval.0 {
                     let Some(all) = kinds.get("all") else { continue };
-                    let place = splits.iter().position(|(name, ..)| name == split).unwrap_or_else(|| {
-                        splits.push((split.clone(), Vec::new(), Vec::new()));
+                    let place = splits.iter().position(|s| s.split == *split).unwrap_or_else(|| {
+                        splits.push(Accuracy { split: split.clone(), ..Accuracy::default() });
                         splits.len() - 1
                     });
-                    splits[place].1.push((eval.step as f64, all.exact_match));
-                    splits[place].2.extend(all.blind_exact_match.map(|y| (eval.step as f64, y)));
+                    let x = eval.step as f64;
+                    splits[place].seeing.push((x, all.exact_match));
+                    splits[place].blind.extend(all.blind_exact_match.map(|y| (x, y)));
                 }
             }
         }
@@ -85,11 +94,12 @@ fn panels(lines: &[Line]) -> Vec<Panel> {
     }
     if !splits.is_empty() {
         let mut curves = Vec::new();
-        for ((name, seen, blind), color) in splits.into_iter().zip(SPLITS.into_iter().cycle()) {
+        for (accuracy, color) in splits.into_iter().zip(SPLITS.into_iter().cycle()) {
+            let Accuracy { split, seeing, blind } = accuracy;
             if !blind.is_empty() {
-                curves.push(Curve { dashed: true, ..Curve::new(&format!("{name}, wrong picture"), color, blind) });
+                curves.push(Curve { dashed: true, ..Curve::new(&format!("{split}, wrong picture"), color, blind) });
             }
-            curves.push(Curve::new(&name, color, seen));
+            curves.push(Curve::new(&split, color, seeing));
         }
         panels.push(("exact match", Some(1.0), curves));
     }
