@@ -156,12 +156,12 @@ mod tests {
     fn draws_follow_the_softmax() {
         let logits = [0.0f32, 2f32.ln(), 5f32.ln()]; // probabilities 1/8, 2/8, 5/8
         let mut sampler = Sampler::new(params(1.0), &[]).unwrap();
-        let mut counts = [0; 3];
+        let mut counts = [0i32; 3];
         for _ in 0..8000 {
             counts[sampler.draw(&logits)] += 1;
         }
         for (count, expected) in counts.iter().zip([1000, 2000, 5000]) {
-            assert!((*count as i32 - expected).abs() < 200, "{counts:?}");
+            assert!((*count - expected).abs() < 200, "{counts:?}");
         }
     }
 
