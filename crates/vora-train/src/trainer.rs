@@ -307,6 +307,9 @@ impl Trainer {
     fn finish(&mut self, progress: &mut dyn Progress) -> Result<Outcome> {
         self.run.save_folder("final", |folder| saved::write(&self.student, folder))?;
         samples::write(&self.run.path().join("samples"), &self.held_out, self.student.processor(), SAMPLES)?;
+        if self.loader.num_skipped() > 0 {
+            tracing::warn!("{} bad records were left out", self.loader.num_skipped());
+        }
         let Some(report) = self.evaluate(progress)? else {
             return Ok(Outcome::Stopped { step: self.step });
         };
@@ -560,6 +563,53 @@ mod tests {
         let hidden =
             |model: &vora_model::Vora| tch::no_grad(|| model.forward(&batch.input, 0)).unwrap().last_hidden_state;
         fixtures::assert_close_to(&hidden(&model), &hidden(&trainer.student.model), 0.0);
+    }
+
+    /// Two pictures, two conversations about them, one of words alone and one about a picture that is not there.
+    fn annotations(folder: &Path) -> String {
+        for (name, side) in [("a.png", 40), ("b.png", 90)] {
+            let picture = vora_vision::RgbImage::from_fn(side, 50, |x, y| [(x * 2) as u8, (y * 5) as u8, 90].into());
+            picture.save(folder.join(name)).unwrap();
+        }
+        let record = |frames: &str, question: &str| {
+            format!(
+                r#"{{"frames": [{frames}], "conversations": [{{"from": "human", "value": "{question}"}}, {{"from": "gpt", "value": "a star"}}]}}"#
+            )
+        };
+        let with = [r#""a.png""#, r#""b.png""#, r#""gone.png""#].map(|frame| record(frame, "<image>\\nWhat is it?"));
+        std::fs::write(folder.join("pictures.jsonl"), with.join("\n")).unwrap();
+        std::fs::write(folder.join("words.jsonl"), record("", "What is it?")).unwrap();
+        let at = |name: &str| folder.join(name).display().to_string();
+        format!(
+            "data_paths: [{{anno_path: '{}', image_folder: '{}'}}, {{anno_path: '{}', image_folder: ''}}]",
+            at("pictures.jsonl"),
+            folder.display(),
+            at("words.jsonl")
+        )
+    }
+
+    #[test]
+    fn annotations_are_learned_from_and_bad_ones_left_out() {
+        let (data, folder) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let fetch = annotations(data.path());
+        let overrides = [
+            format!(
+                "data={{train: {{data_fetch: {{{fetch}}}}}, eval: {{same: {{data_fetch: {{{fetch}}}, samples: 9}}}}}}"
+            ),
+            "max_steps=-1".to_owned(),
+            "num_train_epochs=3".to_owned(),
+            "per_device_train_batch_size=1".to_owned(),
+            "gradient_accumulation_steps=1".to_owned(),
+            "distill.mean_over=2".to_owned(),
+        ];
+        let mut trainer = trainer(config("smoke.yaml", folder.path(), &overrides.each_ref().map(String::as_str)));
+        let Outcome::Finished(report) = trainer.train(&mut Silent).unwrap() else { panic!("nobody stopped it") };
+        // Three times four records are twelve steps; the bad one's places are taken by others.
+        let losses = losses(folder.path());
+        assert_eq!((losses.len(), trainer.loader.num_skipped()), (12, 4));
+        assert!(losses.iter().any(|l| l.2.is_none()) && losses.iter().any(|l| l.2.is_some()), "words have no teacher");
+        let turns = report.0["same"]["turn"];
+        assert_eq!((turns.n, turns.blind_exact_match.is_some()), (3, true));
     }
 
     #[test]
