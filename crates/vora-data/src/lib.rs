@@ -25,6 +25,6 @@ pub mod source;
 
 pub use batch::{Batch, SampleInfo, Supervised, collate};
 pub use loader::{Loader, LoaderConfig};
-pub use record::{Conversations, Record, RecordKeys, question_about};
+pub use record::{Conversations, Record, RecordKeys};
 pub use sample::{IGNORE_INDEX, QuestionSpan, Sample, SampleMaker};
 pub use source::{Chain, ConversationSource, SceneSource, Source};

@@ -108,17 +108,6 @@ fn take<T: DeserializeOwned>(object: &mut Map<String, Value>, key: &str) -> Resu
     serde_json::from_value(value).map_err(|e| anyhow!("its `{key}` is not as expected: {e}"))
 }
 
-/// A user's turn: images, and below them what is asked about them.
-///
-/// Whoever asks a model that was trained on `scenes`, or on records that do not say where their images go, asks it
-/// like this.
-pub fn question_about(num_images: usize, question: &str) -> Message {
-    let mut content = vec![Part::Image; num_images];
-    let line = if num_images > 0 { format!("\n{question}") } else { question.to_owned() };
-    content.push(Part::Text(line));
-    Message { role: "user".to_owned(), content }
-}
-
 /// Checks the order of turns and gives each image its place.
 fn messages(raw: Vec<RawTurn>, num_images: usize) -> Result<Vec<Message>> {
     let mut messages: Vec<Message> = Vec::with_capacity(raw.len());
@@ -147,7 +136,7 @@ fn messages(raw: Vec<RawTurn>, num_images: usize) -> Result<Vec<Message>> {
     if places == 0 {
         // No question says where: the images come before the first one.
         let first = messages.iter_mut().find(|message| message.role == "user").context("nobody asks")?;
-        *first = question_about(num_images, &shown(first));
+        *first = Message::question_about(num_images, &shown(first));
     } else {
         ensure!(places == num_images, "{places} places `{IMAGE_PLACE}` in the questions, {num_images} images");
     }

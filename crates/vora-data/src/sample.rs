@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use vora_llm::{ChatTemplate, Message, Modality, Part, Piece, Span, Tokenizer};
 use vora_vision::{ImageProcessor, Pixels, RgbImage};
 
-use crate::record::{Record, question_about, shown};
+use crate::record::{Record, shown};
 use crate::scenes::Question;
 
 /// Stands where nothing is learned.
@@ -114,7 +114,7 @@ impl SampleMaker {
                 .iter()
                 .map(|question| {
                     let answer = Message::new("assistant", &question.answer);
-                    self.tokens(&[question_about(1, &question.question), answer], &images)
+                    self.tokens(&[Message::question_about(1, &question.question), answer], &images)
                 })
                 .collect::<Result<Vec<_>>>()?;
             self.pack(chats, images, &questions)

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use tch::{Device, Kind};
-use vora_llm::chat::{ChatTemplate, Message, Part};
+use vora_llm::chat::{ChatTemplate, Message};
 use vora_llm::tokenizer::Tokenizer;
 use vora_model::{Input, Vora};
 use vora_vision::{ImageProcessor, RgbImage};
@@ -58,9 +58,7 @@ impl Assistant {
         max_new_tokens: usize,
         mut on_text: impl FnMut(&str) -> bool,
     ) -> Result<Answer> {
-        let mut content = vec![Part::Image; images.len()];
-        content.push(Part::Text(if images.is_empty() { question.to_owned() } else { format!("\n{question}") }));
-        let message = Message { role: "user".into(), content };
+        let message = Message::question_about(images.len(), question);
         let pieces = self.chat.encode_prompt(&self.tokenizer, &[message])?;
         let pixel_values = images
             .iter()

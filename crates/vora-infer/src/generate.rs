@@ -87,3 +87,75 @@ fn words(input: &Input) -> Result<Vec<i64>> {
     }
     Ok(ids)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::{Device, Kind};
+    use vora_llm::{LlmConfig, Span, Spans};
+    use vora_model::VoraConfig;
+    use vora_torch::Weights;
+
+    fn model() -> Vora {
+        let config = VoraConfig::new(LlmConfig { max_position_embeddings: 24, ..LlmConfig::tiny(64) }, 12, 4, 8);
+        Vora::load(config, &Weights::random(9, Device::Cpu, Kind::Float)).unwrap()
+    }
+
+    /// Words, a picture, words, and what was generated so far.
+    fn input(new: &[i64]) -> Input {
+        let ids = [&[5, 6, 0, 0, 0, 0, 7, 8, 9], new].concat();
+        tch::manual_seed(1);
+        Input {
+            input_ids: Tensor::from_slice(&ids).unsqueeze(0),
+            pixel_values: vec![Tensor::randn([3, 8, 8], (Kind::Float, Device::Cpu))],
+            spans: Spans { rows: vec![vec![Span::text(2), Span::image(2, 2), Span::text(3 + new.len() as i64)]] },
+        }
+    }
+
+    fn run(params: &SamplingParams, stop: &[i64], max: usize) -> Generated {
+        generate(&model(), &input(&[]), params, stop, max, |_| true).unwrap()
+    }
+
+    #[test]
+    fn the_cache_changes_no_token() {
+        for params in [
+            SamplingParams::default(),
+            SamplingParams { temperature: 1.0, top_k: 20, seed: 3, ..SamplingParams::default() },
+            SamplingParams { repetition_penalty: 1.5, ..SamplingParams::default() },
+        ] {
+            let model = model();
+            let mut sampler = Sampler::new(params.clone(), &[5, 6, 7, 8, 9]).unwrap();
+            let mut ids = Vec::new();
+            for _ in 0..10 {
+                let output = tch::no_grad(|| model.forward(&input(&ids), 0)).unwrap();
+                let last = output.last_hidden_state.select(1, -1); // [1, hidden]
+                ids.push(sampler.next_token(&model.llm().logits(&last).get(0)).unwrap());
+            }
+            assert_eq!(run(&params, &[], 10).ids, ids, "{params:?}");
+        }
+    }
+
+    #[test]
+    fn it_ends_where_it_is_told_to() {
+        let free = run(&SamplingParams::default(), &[], 6);
+        assert_eq!((free.ids.len(), free.finish_reason, free.prompt_tokens), (6, FinishReason::Length, 9));
+        let end = free.ids[3];
+        let first = free.ids.iter().position(|&id| id == end).unwrap();
+        let stopped = run(&SamplingParams::default(), &[end], 6);
+        assert_eq!((stopped.ids.as_slice(), stopped.finish_reason), (&free.ids[..first], FinishReason::Stop));
+        let mut seen = 0;
+        let cancelled = generate(&model(), &input(&[]), &SamplingParams::default(), &[], 6, |_| {
+            seen += 1;
+            seen < 2
+        });
+        assert_eq!(cancelled.unwrap().finish_reason, FinishReason::Cancelled);
+        assert_eq!(seen, 2);
+        assert_eq!(run(&SamplingParams::default(), &[], 100).ids.len(), 24 - 9, "up to the context's end");
+    }
+
+    #[test]
+    fn a_prompt_over_the_context_is_an_error() {
+        let long = generate(&model(), &input(&[1; 20]), &SamplingParams::default(), &[], 1, |_| true);
+        assert!(long.unwrap_err().to_string().contains("29 tokens, the model's context is 24"));
+    }
+}

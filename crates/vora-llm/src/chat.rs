@@ -46,6 +46,16 @@ impl Message {
         Self { role: role.into(), content: vec![Part::Text(text.into())] }
     }
 
+    /// A user's turn: images, and below them what is asked about them.
+    ///
+    /// Whoever asks a model that was trained on records that do not say where their images go asks it like this.
+    pub fn question_about(num_images: usize, question: &str) -> Self {
+        let mut content = vec![Part::Image; num_images];
+        let line = if num_images > 0 { format!("\n{question}") } else { question.to_owned() };
+        content.push(Part::Text(line));
+        Self { role: "user".to_owned(), content }
+    }
+
     /// The turn as one string, with `image` for images and texts as `text` changes them.
     fn joined(&self, image: &str, text: impl Fn(&str) -> String) -> String {
         let part = |part: &Part| match part {

@@ -151,3 +151,49 @@ fn read_object(path: &Path) -> Result<Map<String, Value>> {
         .with_context(|| format!("cannot read {}; a model is a folder with config.json in it", path.display()))?;
     serde_json::from_slice(&text).with_context(|| format!("{} is not a JSON object", path.display()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn object(value: Value) -> Map<String, Value> {
+        value.as_object().unwrap().clone()
+    }
+
+    #[test]
+    fn a_published_config_is_read() {
+        let published = json!({
+            "model_type": "vora", "llm": "Qwen/Qwen2.5-7B-Instruct", "vocab_size": 152064, "hidden_size": 3584,
+            "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+            "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu",
+            "tie_word_embeddings": false, "vision_embedding": "AIMv2Embedding", "patch_size": 14, "image_size": 448,
+            "vision_embedding_intermediate_size": 1536, "vision_attention_mask": "bidirectional", "lora": {},
+            "aux_vision": "", "skip_aux_cls": false,
+        });
+        let config = VoraConfig::from_json(object(published)).unwrap();
+        assert_eq!(config.llm.model_type, "qwen2");
+        assert_eq!((config.image_size, config.vision_embedding_intermediate_size, &config.lora), (448, 1536, &None));
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let mut config = VoraConfig::new(LlmConfig::tiny(64), 12, 4, 8);
+        config.lora = Some(LoraConfig::new(3, 1));
+        config.vision_attention = VisionAttention::Causal;
+        config.llm_name = "some/llm".into();
+        let json = object(config.to_json().unwrap());
+        assert_eq!(json["model_type"], "vora");
+        let read = VoraConfig::from_json(json).unwrap();
+        assert_eq!(serde_json::to_value(&read.llm).unwrap(), serde_json::to_value(&config.llm).unwrap());
+        assert_eq!(
+            (&read.lora, read.vision_attention, &read.llm_name),
+            (&config.lora, VisionAttention::Causal, &config.llm_name)
+        );
+    }
+
+    #[test]
+    fn another_model_is_refused_by_name() {
+        let error = VoraConfig::from_json(object(json!({"model_type": "llava"}))).unwrap_err().to_string();
+        assert_eq!(error, "model_type is `llava`, a VoRA folder says `vora`");
+    }
+}

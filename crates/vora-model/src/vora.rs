@@ -8,7 +8,7 @@ use tch::nn::Module;
 use tch::{Device, Kind, Tensor};
 use vora_llm::chat::Piece;
 use vora_llm::{AttentionPlan, CausalLm, Output, Span, Spans};
-use vora_lora::LoraConfig;
+use vora_lora::{LoraConfig, attach_all};
 use vora_torch::safetensors::{save, write_atomically};
 use vora_torch::weights::Weights;
 use vora_vision::PatchEmbed;
@@ -77,7 +77,8 @@ impl Vora {
     pub fn assemble(config: VoraConfig, llm: &Weights, trained: &Weights) -> Result<Self> {
         let mut model = Self {
             llm: CausalLm::load(&config.llm, llm)?,
-            vision_embedding: PatchEmbed::load(&config.patch_embed(), &trained.pp("vision_embedding"))?,
+            vision_embedding: PatchEmbed::load(&config.patch_embed(), &trained.pp("vision_embedding"))?
+                .with_rms_norm_eps(config.llm.rms_norm_eps),
             config,
         };
         if let Some(lora) = model.config.lora.clone() {
@@ -97,25 +98,12 @@ impl Vora {
     }
 
     /// Puts a named adapter on the linear layers that `lora` asks for; its tensors stand at their layers' names.
+    ///
+    /// # Errors
+    /// See [`attach_all`].
     pub fn attach(&mut self, name: &str, lora: &LoraConfig, weights: &Weights) -> Result<()> {
-        let (mut attached, mut seen) = (0, Vec::new());
-        self.llm.linears_mut(&mut |layer_idx, module, linear| {
-            if (layer_idx as i64) < lora.layers && lora.targets(module) {
-                let path = format!("model.layers.{layer_idx}.{module}");
-                linear.attach(name, lora, &weights.pp(path))?;
-                attached += 1;
-            } else if layer_idx == 0 {
-                seen.push(module.to_owned());
-            }
-            Ok(())
-        })?;
-        ensure!(
-            attached > 0,
-            "lora.target_modules {:?} in the first {} layers match no linear layer; this model has {}",
-            lora.target_modules,
-            lora.layers,
-            seen.join(", ")
-        );
+        let layers = weights.pp("model.layers");
+        attach_all(name, lora, &layers, |visit| self.llm.linears_mut(visit))?;
         self.config.lora = Some(lora.clone());
         Ok(())
     }
@@ -190,18 +178,27 @@ impl Vora {
         Ok(self.llm.forward(&self.embed(input)?, &plan, hidden_layers))
     }
 
-    /// Every tensor by its name in a VoRA folder, adapters included where they are attached.
-    pub fn tensors(&self) -> Vec<(String, Tensor)> {
+    /// Every tensor by its name in a VoRA folder; adapters, where they are attached, stand beside their weights.
+    pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
         let llm = self.llm.tensors().into_iter().map(|(name, t)| (format!("llm.{name}"), t));
         let vision =
             self.vision_embedding.tensors().into_iter().map(|(name, t)| (format!("vision_embedding.{name}"), t));
-        llm.chain(vision).collect()
+        let mut tensors: Vec<_> = llm.chain(vision).collect();
+        self.llm.linears(&mut |layer_idx, module, linear| {
+            for adapter in linear.adapters() {
+                let path = format!("llm.model.layers.{layer_idx}.{module}");
+                tensors.push((format!("{path}.lora_A.weight"), adapter.lora_a().shallow_clone()));
+                tensors.push((format!("{path}.lora_B.weight"), adapter.lora_b().shallow_clone()));
+            }
+            Ok(())
+        })?;
+        Ok(tensors)
     }
 
     /// Writes `config.json` and `model.safetensors` in the layout of the published VoRA models.
     pub fn save(&self, folder: &Path) -> Result<()> {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
-        save(&folder.join("model.safetensors"), &self.tensors(), &[])?;
+        save(&folder.join("model.safetensors"), &self.tensors()?, &[])?;
         write_json(&folder.join("config.json"), &self.config.to_json()?)
     }
 
@@ -217,4 +214,92 @@ impl Vora {
 fn write_json(path: &Path, json: &Value) -> Result<()> {
     let text = serde_json::to_string_pretty(json)?;
     write_atomically(path, |file| Ok(std::io::Write::write_all(file, text.as_bytes())?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vora_llm::LlmConfig;
+
+    const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    /// A tiny VoRA with adapters whose B is not zero.
+    fn adapted() -> Vora {
+        let mut config = VoraConfig::new(LlmConfig::tiny(64), 12, 4, 8);
+        config.lora = Some(LoraConfig::new(3, 1));
+        let weights = Weights::random(5, Device::Cpu, Kind::Float);
+        let model = Vora::load(config, &weights).unwrap();
+        for (name, tensor) in weights.parameters() {
+            if name.contains("lora_B") {
+                tch::no_grad(|| tensor.shallow_clone().copy_(&(Tensor::ones_like(&tensor) * 0.05)));
+            }
+        }
+        model
+    }
+
+    fn input() -> Input {
+        Input {
+            input_ids: Tensor::arange(9, (Kind::Int64, Device::Cpu)).unsqueeze(0),
+            pixel_values: vec![Tensor::linspace(-1, 1, 3 * 8 * 8, CPU).view([3, 8, 8])],
+            spans: Spans { rows: vec![vec![Span::text(2), Span::image(2, 2), Span::text(3)]] },
+        }
+    }
+
+    fn logits(model: &Vora) -> Tensor {
+        let output = tch::no_grad(|| model.forward(&input(), 0)).unwrap();
+        model.llm().logits(&output.last_hidden_state.flatten(0, 1)).detach()
+    }
+
+    #[test]
+    fn saved_models_open_again_merged_or_not() {
+        let mut model = adapted();
+        let expected = logits(&model);
+        let folder = tempfile::tempdir().unwrap();
+        let open = |name: &str| Vora::open(&folder.path().join(name), Device::Cpu, Kind::Float).unwrap();
+        model.save(&folder.path().join("adapted")).unwrap();
+        assert!(logits(&open("adapted")).equal(&expected));
+        assert_eq!(open("adapted").config().lora, Some(LoraConfig::new(3, 1)));
+        assert!(model.save_llm(&folder.path().join("llm")).unwrap_err().to_string().contains("merge first"));
+
+        model.merge().unwrap();
+        model.save(&folder.path().join("merged")).unwrap();
+        let merged = open("merged");
+        assert_eq!(merged.config().lora, None);
+        fixtures::assert_close_to(&logits(&merged), &expected, 1e-5);
+        model.save_llm(&folder.path().join("llm")).unwrap();
+        let weights = Weights::open(&folder.path().join("llm"), Device::Cpu, Kind::Float).unwrap();
+        CausalLm::load(&LlmConfig::open(&folder.path().join("llm")).unwrap(), &weights).unwrap();
+        weights.finish().unwrap();
+    }
+
+    #[test]
+    fn a_folder_that_does_not_fit_is_told_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut model = adapted();
+        model.merge().unwrap();
+        model.save(folder.path()).unwrap();
+        let mut tensors = model.tensors().unwrap();
+        tensors.retain(|(name, _)| name != "vision_embedding.pos_embed");
+        tensors.push(("llm.extra".into(), Tensor::zeros([1], CPU)));
+        save(&folder.path().join("model.safetensors"), &tensors, &[]).unwrap();
+        let error = Vora::open(folder.path(), Device::Cpu, Kind::Float).unwrap_err().to_string();
+        assert!(error.contains("missing    vision_embedding.pos_embed"), "{error}");
+        assert!(error.contains("unexpected llm.extra"), "{error}");
+    }
+
+    #[test]
+    fn pictures_and_places_must_agree() {
+        let model = adapted();
+        let error = |change: &dyn Fn(&mut Input)| {
+            let mut input = input();
+            change(&mut input);
+            model.embed(&input).unwrap_err().to_string()
+        };
+        assert!(error(&|i| i.pixel_values.clear()).contains("no picture"));
+        assert!(error(&|i| i.pixel_values.push(Tensor::zeros([3, 8, 8], CPU))).contains("make 8 patches"));
+        assert!(error(&|i| i.spans = Spans::text(&[9])).contains("no place"));
+        let text = Piece::Text { ids: vec![1], supervised: false };
+        let error = Input::prompt(&[text, Piece::Image], Vec::new(), &model).unwrap_err().to_string();
+        assert_eq!(error, "0 pictures for 1 image places");
+    }
 }
