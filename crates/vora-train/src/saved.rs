@@ -69,7 +69,7 @@ pub fn read(student: &Student, folder: &Path) -> Result<()> {
     fill(&student.parameters(), folder)
 }
 
-/// Opens a VoRA from a folder of [`write`], its adapters still apart from the weights. `resolve` finds the folder of
+/// Opens a VoRA from a folder of [`write()`], its adapters still apart from the weights. `resolve` finds the folder of
 /// the LLM by the name that the run knew it by.
 pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &dyn Fn(&str) -> Result<PathBuf>) -> Result<Vora> {
     let config = VoraConfig::open(folder)?;
