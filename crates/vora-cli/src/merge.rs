@@ -38,17 +38,6 @@ pub(crate) struct Args {
     dtype: String,
 }
 
-/// What a folder of a model needs beside its weights.
-const BESIDE: [&str; 7] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-];
-
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let kind = match args.dtype.as_str() {
         "auto" => stored_kind(&args.trained)?,
@@ -64,10 +53,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let before = input.as_ref().map(|input| logits(&model, input)).transpose()?;
     model.merge()?;
     model.save(&args.out)?;
-    copy_beside(&args.trained, &args.out)?;
+    saved::copy_beside(&args.trained, &args.out)?;
     if let Some(llm) = &args.llm {
         model.save_llm(llm)?;
-        copy_beside(&args.trained, llm)?;
+        saved::copy_beside(&args.trained, llm)?;
     }
     let mut out = std::io::stdout().lock();
     if let (Some(input), Some(before)) = (&input, before) {
@@ -87,16 +76,6 @@ fn stored_kind(trained: &Path) -> Result<Kind> {
     let checkpoint = vora_torch::safetensors::Checkpoint::open(&llm)?;
     let kind = checkpoint.info("model.norm.weight").map(|(kind, _)| kind);
     kind.with_context(|| format!("{} has no model.norm.weight", llm.display()))
-}
-
-fn copy_beside(from: &Path, to: &Path) -> Result<()> {
-    for name in BESIDE {
-        let source = from.join(name);
-        if source.exists() {
-            std::fs::copy(&source, to.join(name)).with_context(|| format!("cannot copy {}", source.display()))?;
-        }
-    }
-    Ok(())
 }
 
 /// A picture of noise between words: every path of the model runs.

@@ -20,6 +20,8 @@ const VISION: &str = "vision.safetensors";
 /// What the LLM's name comes before in a VoRA folder.
 const LLM: &str = "llm.";
 
+const PREPROCESSOR: &str = "preprocessor_config.json";
+
 const CHAT_TEMPLATE: &str = "chat_template.jinja";
 
 /// The files that a tokenizer and its chat template consist of.
@@ -43,19 +45,29 @@ pub fn write(student: &Student, folder: &Path) -> Result<()> {
     save_adapter(folder, lora, &config.llm_name, &adapter)?;
     save(&folder.join(VISION), &vision, &[])?;
     write_json(&folder.join("config.json"), &config.to_json()?)?;
-    write_json(&folder.join("preprocessor_config.json"), &student.processor().to_json())?;
+    write_json(&folder.join(PREPROCESSOR), &student.processor().to_json())?;
     if let Some(source) = student.chat_template() {
         // Read before whatever else a folder says of templates.
         write_atomically(&folder.join(CHAT_TEMPLATE), |file| Ok(std::io::Write::write_all(file, source.as_bytes())?))?;
     }
-    for name in TOKENIZER {
-        if name == CHAT_TEMPLATE && student.chat_template().is_some() {
-            continue;
-        }
-        let from = student.llm_folder().join(name);
-        if from.exists() {
-            let bytes = fs::read(&from).with_context(|| format!("cannot read {}", from.display()))?;
-            write_atomically(&folder.join(name), |file| Ok(std::io::Write::write_all(file, &bytes)?))?;
+    let own_template = student.chat_template().is_some();
+    let names = TOKENIZER.into_iter().filter(|name| !(own_template && *name == CHAT_TEMPLATE));
+    copy_files(names, student.llm_folder(), folder)?;
+    Ok(())
+}
+
+/// Copies what stands beside a model's weights, tokenizer and image processor, from one of these folders to another.
+pub fn copy_beside(from: &Path, to: &Path) -> Result<()> {
+    copy_files(TOKENIZER.into_iter().chain([PREPROCESSOR]), from, to)
+}
+
+/// Copies those of the named files that `from` has.
+fn copy_files(names: impl Iterator<Item = &'static str>, from: &Path, to: &Path) -> Result<()> {
+    for name in names {
+        let source = from.join(name);
+        if source.exists() {
+            let bytes = fs::read(&source).with_context(|| format!("cannot read {}", source.display()))?;
+            write_atomically(&to.join(name), |file| Ok(std::io::Write::write_all(file, &bytes)?))?;
         }
     }
     Ok(())
