@@ -20,6 +20,9 @@ const DEFAULT_MODELS: [&str; 2] = ["HuggingFaceTB/SmolLM2-135M-Instruct", "faceb
 /// How many questions at most are asked after the training.
 const QUESTIONS: usize = 6;
 
+/// Tokens at most of an answer: a model that has learned nothing would go on for long.
+const MAX_NEW_TOKENS: &str = "32";
+
 const EXAMPLES: &str = "\
 Examples:
   cargo xtask train                                        the default recipe, ten minutes on two cores
@@ -156,7 +159,7 @@ fn ask(vora: &Vora, run_dir: &Path, device: Option<&str>) -> Result<()> {
     for question in questions.iter().step_by(every) {
         let image = samples.join(&question.image);
         let mut ask = vora.command("ask");
-        ask.arg(run_dir.join("merged")).arg(&image).arg(&question.question);
+        ask.arg(run_dir.join("merged")).arg(&image).arg(&question.question).args(["--max-new-tokens", MAX_NEW_TOKENS]);
         if let Some(device) = device {
             ask.args(["--device", device]);
         }
@@ -263,7 +266,7 @@ mod tests {
         let expected = [
             "train --config /a.yaml --device cpu --resume",
             "merge /run/final --out /run/merged",
-            "ask /run/merged /run/samples/0.png What shape? --device cpu",
+            "ask /run/merged /run/samples/0.png What shape? --max-new-tokens 32 --device cpu",
         ];
         assert_eq!(log.lines().collect::<Vec<_>>(), expected);
         assert!(!at("run/merged").exists(), "the older one is removed");

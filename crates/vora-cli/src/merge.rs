@@ -6,10 +6,12 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
-use vora_llm::{Span, Spans};
-use vora_model::{Input, Vora};
+use vora_data::scenes::{Scenes, ScenesConfig, Split};
+use vora_llm::{ChatTemplate, Message, Tokenizer};
+use vora_model::{Input, VisionLanguageModel, Vora};
 use vora_torch::runtime;
 use vora_train::saved;
+use vora_vision::ImageProcessor;
 
 /// Fold trained adapters into the weights and write a checkpoint folder.
 #[derive(Debug, clap::Args)]
@@ -30,7 +32,7 @@ pub(crate) struct Args {
     /// Also write the LLM alone, without pictures, into this folder
     #[arg(long)]
     llm: Option<PathBuf>,
-    /// Compare the logits before and after on a picture and words, and print the largest change
+    /// Ask about pictures before and after, and print how far the logits moved
     #[arg(long)]
     check: bool,
     /// The kind of the merged weights: auto keeps what the LLM is stored in; bf16 or f32
@@ -49,8 +51,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         args.out.display()
     );
     let mut model = saved::open(&args.trained, Device::Cpu, kind, &crate::hub::resolve)?;
-    let input = args.check.then(|| example(&model));
-    let before = input.as_ref().map(|input| logits(&model, input)).transpose()?;
+    let prompts = if args.check { prompts(&args.trained, &model)? } else { Vec::new() };
+    let before = logits(&model, &prompts)?;
     model.merge()?;
     model.save(&args.out)?;
     saved::copy_beside(&args.trained, &args.out)?;
@@ -59,11 +61,16 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         saved::copy_beside(&args.trained, llm)?;
     }
     let mut out = std::io::stdout().lock();
-    if let (Some(input), Some(before)) = (&input, before) {
-        let after = logits(&model, input)?;
+    if let (Some(before), Some(after)) = (before, logits(&model, &prompts)?) {
         let largest = (&after - &before).abs().max().double_value(&[]);
         let scale = before.abs().max().double_value(&[]);
-        writeln!(out, "largest change in logits {largest:.2e}, of logits up to {scale:.1} ({kind:?} weights)")?;
+        let same = after.argmax(-1, false).eq_tensor(&before.argmax(-1, false)).sum(Kind::Int64).int64_value(&[]);
+        writeln!(
+            out,
+            "largest change in logits {largest:.2e}, of logits up to {scale:.1} ({kind:?} weights); the likeliest token \
+             is the same at {same} of {} places",
+            before.size()[0]
+        )?;
     }
     writeln!(out, "merged model: {}", args.out.display())?;
     Ok(ExitCode::SUCCESS)
@@ -78,24 +85,34 @@ fn stored_kind(trained: &Path) -> Result<Kind> {
     kind.with_context(|| format!("{} has no model.norm.weight", llm.display()))
 }
 
-/// A picture of noise between words: every path of the model runs.
-fn example(model: &Vora) -> Input {
-    let config = model.config();
-    let side = config.image_size / config.patch_size;
-    let words = (config.llm.vocab_size - 1).min(16);
-    let text = Tensor::arange(words, (Kind::Int64, Device::Cpu));
-    let places = Tensor::zeros([side * side], (Kind::Int64, Device::Cpu));
-    tch::manual_seed(0);
-    Input {
-        input_ids: Tensor::cat(&[&text, &places, &text], 0).unsqueeze(0),
-        pixel_values: vec![Tensor::randn([3, config.image_size, config.image_size], (Kind::Float, Device::Cpu))],
-        spans: Spans { rows: vec![vec![Span::text(words), Span::image(side, side), Span::text(words)]] },
-    }
+/// How many pictures `--check` asks about.
+const PICTURES: u64 = 8;
+
+/// Questions about pictures, just as `vora ask` would put them.
+fn prompts(trained: &Path, model: &Vora) -> Result<Vec<Input>> {
+    let image_size = u32::try_from(model.config().image_size)?;
+    let scenes = Scenes::new(ScenesConfig { image_size, ..ScenesConfig::default() }, Split::Test)?;
+    let (tokenizer, chat) = (Tokenizer::open(trained)?, ChatTemplate::open(trained)?);
+    let processor = ImageProcessor::open(trained)?;
+    let pieces = chat.encode_prompt(&tokenizer, &[Message::question_about(1, "What is in the picture?")])?;
+    (0..PICTURES)
+        .map(|index| {
+            let picture = processor.preprocess(&scenes.render(index))?.to_tensor();
+            Input::prompt(&pieces, vec![picture], model)
+        })
+        .collect()
 }
 
-fn logits(model: &Vora, input: &Input) -> Result<Tensor> {
-    tch::no_grad(|| {
-        let output = model.forward(input, 0)?;
-        Ok(model.llm().logits(&output.last_hidden_state.flatten(0, 1)).to_kind(Kind::Float))
-    })
+/// Logits at every word of every prompt, `[words, vocab]`; none where there is no prompt. What a picture's own places
+/// would say next means nothing: no one is ever asked there.
+fn logits(model: &dyn VisionLanguageModel, prompts: &[Input]) -> Result<Option<Tensor>> {
+    let mut rows = Vec::new();
+    for prompt in prompts {
+        let output = tch::no_grad(|| model.forward(prompt, 0))?;
+        let pictures = prompt.spans.image_positions();
+        let words: Vec<i64> = (0..prompt.spans.seq()).filter(|place| !pictures.contains(place)).collect();
+        let hidden = output.last_hidden_state.squeeze_dim(0).index_select(0, &Tensor::from_slice(&words)); // [words, hidden]
+        rows.push(tch::no_grad(|| model.llm().logits(&hidden).to_kind(Kind::Float)));
+    }
+    Ok((!rows.is_empty()).then(|| Tensor::cat(&rows, 0)))
 }

@@ -70,7 +70,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let mut out = std::io::stdout().lock();
     match outcome {
         Outcome::Finished(report) => {
-            writeln!(out, "{report}")?;
+            if !report.0.is_empty() {
+                writeln!(out, "{report}")?;
+            }
             writeln!(out, "done; everything lies in {}", folder.display())?;
             Ok(ExitCode::SUCCESS)
         }

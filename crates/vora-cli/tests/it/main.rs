@@ -90,6 +90,8 @@ fn from_training_to_an_answer() {
     let change: f64 =
         said.split("largest change in logits ").nth(1).unwrap().split(',').next().unwrap().parse().unwrap();
     assert!(change < 1e-3, "{said}");
+    let places = said.split("the same at ").nth(1).unwrap().split(' ').collect::<Vec<_>>();
+    assert!(places[0] == places[2] && places[0] != "0", "{said}");
     fails(&["merge", &last, "--out", &merged], 1, &["already holds a model"]);
 
     let picture = std::fs::read_dir(run.join("samples")).unwrap().flatten().map(|e| e.path());

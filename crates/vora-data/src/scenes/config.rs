@@ -30,6 +30,10 @@ pub struct ScenesConfig {
     pub held_out: usize,
     /// Share of objects with a colour that has no name; nobody asks for it.
     pub unnamed_share: f64,
+    /// Pictures of the split `train` before this number ask the shape of no object whose colour has a name: while shapes
+    /// are still guessed, a colour would otherwise come to stand for the shapes it is shown with, and against the one
+    /// that is held out from it.
+    pub shape_of_named_after: u64,
     /// Questions asked about one picture; fewer where it gives rise to fewer.
     pub questions_per_image: usize,
     /// How often each kind is asked, relative to the others; a kind that is missing is not asked.
@@ -76,6 +80,7 @@ impl Default for ScenesConfig {
             lone_first: 360,
             held_out: 4,
             unnamed_share: 0.2,
+            shape_of_named_after: 0,
             questions_per_image: 4,
             kinds: BTreeMap::from([(AskColour, 1.0), (AskShape, 1.5), (Where, 1.0), (HowMany, 0.3), (YesNo, 2.5)]),
             kinds_of_several: Some(BTreeMap::from([(HowMany, 4.0), (YesNo, 2.5)])),

@@ -64,6 +64,7 @@ pub struct Question {
 struct Candidates<'a> {
     scenes: &'a Scenes,
     scene: &'a Scene,
+    asks_shape_of_named: bool,
     found: Vec<(f64, Question)>,
 }
 
@@ -73,7 +74,8 @@ impl Scenes {
     pub fn questions(&self, index: u64) -> Vec<Question> {
         let draw = &mut Draw::new(self.config.seed, self.split as u64, index, Purpose::Questions);
         let scene = self.scene(index);
-        let mut candidates = Candidates { scenes: self, scene: &scene, found: Vec::new() };
+        let asks_shape_of_named = self.split != Split::Train || index >= self.config.shape_of_named_after;
+        let mut candidates = Candidates { scenes: self, scene: &scene, asks_shape_of_named, found: Vec::new() };
         candidates.all(draw);
         let mut left = candidates.found;
         let mut chosen = Vec::with_capacity(self.config.questions_per_image);
@@ -121,6 +123,7 @@ impl Candidates<'_> {
             self.push(share, QuestionKind::Colour, question, colour.name());
         }
         match object.colour {
+            Some(_) if !self.asks_shape_of_named => {}
             Some(colour) if named => {
                 self.push(share, QuestionKind::Shape, format!("Which shape is {}?", colour.name()), shape);
             }
@@ -148,6 +151,9 @@ impl Candidates<'_> {
 
     /// Whether something has a shape, yes as often as no.
     fn is_shape(&mut self, asked: &[Object], draw: &mut Draw) {
+        if !self.asks_shape_of_named && asked.iter().any(|object| object.colour.is_some()) {
+            return;
+        }
         let present: Vec<_> = self.scene.objects.iter().map(|object| object.shape).collect();
         let (shape, answer) = yes_or_no(&present[..asked.len()], &present, self.scenes.shapes(), draw);
         let subject = if self.lone() { "it" } else { "there" };
@@ -285,6 +291,28 @@ mod tests {
         let asked: Vec<_> = (0..2000).flat_map(|index| scenes.questions(index)).map(|q| q.kind).collect();
         let how_many = asked.iter().filter(|kind| **kind == QuestionKind::HowMany).count();
         assert!(asked.len() == 2000 && (1430..1570).contains(&how_many), "{how_many}");
+    }
+
+    #[test]
+    fn at_first_only_objects_without_a_named_colour_are_asked_their_shape() {
+        let config = ScenesConfig {
+            shape_of_named_after: 300,
+            kinds: QuestionKind::ALL[..5].iter().map(|kind| (*kind, 1.0)).collect(),
+            kinds_of_several: None,
+            ..ScenesConfig::default()
+        };
+        let asks_shape = |split, index| {
+            let scenes = Scenes::new(config.clone(), split).unwrap();
+            let named = scenes.scene(index).objects.iter().any(|object| object.colour.is_some());
+            let is_shape = |q: &Question| {
+                q.kind == QuestionKind::Shape
+                    || q.kind == QuestionKind::YesNo && scenes.shapes().iter().any(|s| q.question.contains(s.name()))
+            };
+            named && scenes.questions(index).iter().any(is_shape)
+        };
+        let count = |split, from: u64| (from..from + 300).filter(|index| asks_shape(split, *index)).count();
+        assert_eq!(count(Split::Train, 0), 0);
+        assert!(count(Split::Train, 300) > 100 && count(Split::Test, 0) > 100);
     }
 
     #[test]
