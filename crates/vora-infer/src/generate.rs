@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use tch::Tensor;
-use vora_model::{Input, Vora};
+use vora_model::{Input, VisionLanguageModel};
 
 use crate::{Sampler, SamplingParams};
 
@@ -34,7 +34,7 @@ pub struct Generated {
 /// # Errors
 /// Where the prompt does not fit the model's context, or pictures and places do not match.
 pub fn generate(
-    model: &Vora,
+    model: &dyn VisionLanguageModel,
     input: &Input,
     params: &SamplingParams,
     stop: &[i64],
@@ -43,7 +43,7 @@ pub fn generate(
 ) -> Result<Generated> {
     ensure!(input.spans.rows.len() == 1, "one prompt at a time, not {}", input.spans.rows.len());
     let prompt_tokens = input.spans.num_tokens();
-    let context = model.config().llm.max_position_embeddings;
+    let context = model.llm().config().max_position_embeddings;
     ensure!(
         prompt_tokens < context,
         "the prompt has {prompt_tokens} tokens, the model's context is {context}: shorten the text or use fewer pictures"
@@ -93,7 +93,7 @@ mod tests {
     use super::*;
     use tch::{Device, Kind};
     use vora_llm::{LlmConfig, Span, Spans};
-    use vora_model::VoraConfig;
+    use vora_model::{Vora, VoraConfig};
     use vora_torch::Weights;
 
     fn model() -> Vora {

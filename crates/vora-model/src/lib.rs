@@ -7,7 +7,7 @@
 //! ```
 //! use tch::{Device, Kind, Tensor};
 //! use vora_llm::{LlmConfig, Span, Spans};
-//! use vora_model::{Input, Vora, VoraConfig};
+//! use vora_model::{Input, VisionLanguageModel, Vora, VoraConfig};
 //! use vora_torch::Weights;
 //!
 //! # fn main() -> anyhow::Result<()> {
@@ -24,8 +24,12 @@
 //! # }
 //! ```
 
+mod chameleon_vocabulary;
 mod config;
+mod model;
 mod vora;
 
+pub use chameleon_vocabulary::{VocabularyMapping, image_token_name};
 pub use config::VoraConfig;
-pub use vora::{Input, Vora};
+pub use model::{Input, VisionLanguageModel};
+pub use vora::Vora;

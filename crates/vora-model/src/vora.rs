@@ -2,60 +2,16 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
-use serde_json::Value;
+use anyhow::Result;
 use tch::nn::Module;
 use tch::{Device, Kind, Tensor};
-use vora_llm::chat::Piece;
-use vora_llm::{AttentionPlan, CausalLm, Output, Span, Spans};
+use vora_llm::{CausalLm, VisionAttention};
 use vora_lora::{LoraConfig, attach_all};
-use vora_torch::safetensors::{save, write_atomically};
 use vora_torch::weights::Weights;
 use vora_vision::PatchEmbed;
 
+use crate::model::{VisionLanguageModel, merge_all, save_folder};
 use crate::VoraConfig;
-
-/// One batch, as the model takes it.
-#[derive(Debug)]
-pub struct Input {
-    /// `[batch, seq]`; what stands at image places is not read.
-    pub input_ids: Tensor,
-    /// The pictures in the order of their places in the batch, each `[3, height, width]`.
-    pub pixel_values: Vec<Tensor>,
-    /// Which tokens are text and which are pictures, row by row.
-    pub spans: Spans,
-}
-
-impl Input {
-    /// One prompt: text and image places in order, with a picture `[3, height, width]` for each place.
-    ///
-    /// # Errors
-    /// Where pictures and places differ in number, or a picture is not a whole number of patches.
-    pub fn prompt(pieces: &[Piece], pixel_values: Vec<Tensor>, model: &Vora) -> Result<Self> {
-        let places = pieces.iter().filter(|piece| matches!(piece, Piece::Image)).count();
-        ensure!(places == pixel_values.len(), "{} pictures for {places} image places", pixel_values.len());
-        let mut pictures = pixel_values.iter();
-        let (mut ids, mut spans) = (Vec::new(), Vec::new());
-        for piece in pieces {
-            match piece {
-                Piece::Text { ids: text, .. } if text.is_empty() => {}
-                Piece::Text { ids: text, .. } => {
-                    ids.extend_from_slice(text);
-                    spans.push(Span::text(text.len() as i64));
-                }
-                Piece::Image => {
-                    let (_, height, width) = pictures.next().context("a place without a picture")?.size3()?;
-                    let (rows, cols) = model.vision_embedding.grid(height, width)?;
-                    ids.resize(ids.len() + (rows * cols) as usize, 0);
-                    spans.push(Span::image(rows, cols));
-                }
-            }
-        }
-        let input_ids = Tensor::from_slice(&ids).unsqueeze(0).to_device(model.llm.device());
-        let pixel_values = pixel_values.into_iter().map(|p| p.to_device(model.llm.device())).collect();
-        Ok(Self { input_ids, pixel_values, spans: Spans { rows: vec![spans] } })
-    }
-}
 
 /// An LLM with eyes: a decoder whose first blocks may carry adapters, and one patch embedding.
 #[derive(Debug)]
@@ -108,74 +64,14 @@ impl Vora {
         Ok(())
     }
 
-    /// Folds every adapter into its layer's weight: in f32, rounded once. None is left.
-    pub fn merge(&mut self) -> Result<()> {
-        self.llm.linears_mut(&mut |_, _, linear| {
-            linear.merge();
-            Ok(())
-        })?;
-        self.config.lora = None;
-        Ok(())
-    }
-
     /// What it is made of.
     pub fn config(&self) -> &VoraConfig {
         &self.config
     }
 
-    /// The decoder.
-    pub fn llm(&self) -> &CausalLm {
-        &self.llm
-    }
-
     /// The patch embedding.
     pub fn vision_embedding(&self) -> &PatchEmbed {
         &self.vision_embedding
-    }
-
-    /// The word embeddings with the pictures' patches in their places, `[batch, seq, hidden]`.
-    pub fn embed(&self, input: &Input) -> Result<Tensor> {
-        let (batch, seq) = input.input_ids.size2()?;
-        let device = input.input_ids.device();
-        let places = input.spans.image_positions();
-        if places.is_empty() {
-            ensure!(input.pixel_values.is_empty(), "{} pictures and no place for one", input.pixel_values.len());
-            return Ok(self.llm.embed(&input.input_ids));
-        }
-        let patches = self.patches(&input.pixel_values)?; // [image tokens, hidden]
-        ensure!(
-            patches.size()[0] == places.len() as i64,
-            "the pictures make {} patches, the text has places for {}",
-            patches.size()[0],
-            places.len()
-        );
-        let places = Tensor::from_slice(&places).to_device(device);
-        let ids = input.input_ids.view([-1]).index_fill(0, &places, 0);
-        let words = self.llm.embed(&ids); // [batch * seq, hidden]
-        Ok(words.index_copy(0, &places, &patches).view([batch, seq, -1]))
-    }
-
-    /// All patches of all pictures, one after the other, `[image tokens, hidden]`; pictures of one size that follow
-    /// each other are embedded together.
-    fn patches(&self, pixel_values: &[Tensor]) -> Result<Tensor> {
-        let mut rows = Vec::new();
-        for group in pixel_values.chunk_by(|a, b| a.size() == b.size()) {
-            let patches = self.vision_embedding.forward(&Tensor::stack(group, 0)); // [pictures, patches, hidden]
-            rows.push(patches.flatten(0, 1));
-        }
-        ensure!(!rows.is_empty(), "a place for a picture, and no picture");
-        Ok(Tensor::cat(&rows, 0))
-    }
-
-    /// How attention goes over these spans; made once a batch.
-    pub fn plan(&self, spans: &Spans) -> Result<AttentionPlan> {
-        AttentionPlan::new(spans, self.config.vision_attention, self.llm.device(), self.llm.kind())
-    }
-
-    /// Runs the decoder over a batch; keeps the hidden states of the first `hidden_layers` blocks.
-    pub fn forward(&self, input: &Input, hidden_layers: usize) -> Result<Output> {
-        let plan = self.plan(&input.spans)?;
-        Ok(self.llm.forward(&self.embed(input)?, &plan, hidden_layers))
     }
 
     /// Every tensor by its name in a VoRA folder; adapters, where they are attached, stand beside their weights.
@@ -194,32 +90,51 @@ impl Vora {
         })?;
         Ok(tensors)
     }
-
-    /// Writes `config.json` and `model.safetensors` in the layout of the published VoRA models.
-    pub fn save(&self, folder: &Path) -> Result<()> {
-        std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
-        save(&folder.join("model.safetensors"), &self.tensors()?, &[])?;
-        write_json(&folder.join("config.json"), &self.config.to_json()?)
-    }
-
-    /// Writes the LLM alone as a plain checkpoint, without pictures, for any tool that reads one.
-    pub fn save_llm(&self, folder: &Path) -> Result<()> {
-        ensure!(self.config.lora.is_none(), "the adapters are still apart from the weights: merge first");
-        std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
-        save(&folder.join("model.safetensors"), &self.llm.tensors(), &[])?;
-        write_json(&folder.join("config.json"), &serde_json::to_value(&self.config.llm)?)
-    }
 }
 
-fn write_json(path: &Path, json: &Value) -> Result<()> {
-    let text = serde_json::to_string_pretty(json)?;
-    write_atomically(path, |file| Ok(std::io::Write::write_all(file, text.as_bytes())?))
+impl VisionLanguageModel for Vora {
+    fn llm(&self) -> &CausalLm {
+        &self.llm
+    }
+
+    fn llm_mut(&mut self) -> &mut CausalLm {
+        &mut self.llm
+    }
+
+    fn vision_attention(&self) -> VisionAttention {
+        self.config.vision_attention
+    }
+
+    /// # Errors
+    /// Where a side is not a positive multiple of `patch_size`.
+    fn image_grid(&self, height: i64, width: i64) -> Result<(i64, i64)> {
+        self.vision_embedding.grid(height, width)
+    }
+
+    fn image_features(&self, pixel_values: &Tensor) -> Tensor {
+        self.vision_embedding.forward(pixel_values)
+    }
+
+    fn merge(&mut self) -> Result<()> {
+        merge_all(&mut self.llm)?;
+        self.config.lora = None;
+        Ok(())
+    }
+
+    /// The layout of the published VoRA models.
+    fn save(&self, folder: &Path) -> Result<()> {
+        save_folder(folder, &self.config.to_json()?, &self.tensors()?)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vora_llm::LlmConfig;
+    use vora_llm::chat::Piece;
+    use vora_llm::{LlmConfig, Span, Spans};
+    use vora_torch::safetensors::save;
+
+    use crate::Input;
 
     const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 
@@ -296,7 +211,7 @@ mod tests {
             model.embed(&input).unwrap_err().to_string()
         };
         assert!(error(&|i| i.pixel_values.clear()).contains("no picture"));
-        assert!(error(&|i| i.pixel_values.push(Tensor::zeros([3, 8, 8], CPU))).contains("make 8 patches"));
+        assert!(error(&|i| i.pixel_values.push(Tensor::zeros([3, 8, 8], CPU))).contains("make 8 tokens"));
         assert!(error(&|i| i.spans = Spans::text(&[9])).contains("no place"));
         let text = Piece::Text { ids: vec![1], supervised: false };
         let error = Input::prompt(&[text, Piece::Image], Vec::new(), &model).unwrap_err().to_string();

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_data::Batch;
 use vora_llm::LlmConfig;
-use vora_model::{Input, Vora, VoraConfig};
+use vora_model::{Input, VisionLanguageModel, Vora, VoraConfig};
 use vora_torch::Weights;
 use vora_vision::{IMAGENET_DEFAULT, ImageProcessor, Resample, Teacher};
 

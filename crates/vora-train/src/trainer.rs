@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 use thiserror::Error;
 use vora_data::{Batch, Loader, LoaderConfig, Source};
+use vora_model::VisionLanguageModel;
 use vora_torch::runtime;
 use vora_torch::safetensors::{Checkpoint, save, write_atomically};
 
@@ -313,8 +314,10 @@ impl Trainer {
         let Some(report) = self.evaluate(progress)? else {
             return Ok(Outcome::Stopped { step: self.step });
         };
-        report.save(&self.run.path().join("eval.json"))?;
-        self.log(&report, progress)?;
+        if !report.0.is_empty() {
+            report.save(&self.run.path().join("eval.json"))?;
+            self.log(&report, progress)?;
+        }
         self.plot()?;
         Ok(Outcome::Finished(report))
     }
@@ -324,6 +327,7 @@ impl Trainer {
         let due =
             self.config.evaluation_strategy == Strategy::Steps && self.step.is_multiple_of(self.config.eval_steps);
         if due
+            && !self.held_out.is_empty()
             && self.step < self.schedule.max_steps
             && let Some(report) = self.evaluate(progress)?
         {

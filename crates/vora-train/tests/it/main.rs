@@ -4,7 +4,7 @@ use serde_json::json;
 use tch::{Device, Kind, Tensor};
 use vora_llm::{LlmConfig, Span, Spans};
 use vora_lora::LoraConfig;
-use vora_model::{Input, Vora, VoraConfig};
+use vora_model::{Input, VisionLanguageModel, Vora, VoraConfig};
 use vora_torch::Weights;
 use vora_train::distill::{DistillHeads, Pairing};
 use vora_train::loss::cross_entropy;

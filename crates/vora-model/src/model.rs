@@ -1,0 +1,146 @@
+//! What training, evaluation and generation ask of a model that sees, whichever way it does.
+
+use std::fmt::Debug;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use tch::Tensor;
+use vora_llm::chat::Piece;
+use vora_llm::{AttentionPlan, CausalLm, Output, Span, Spans, VisionAttention};
+use vora_torch::safetensors::{save, write_atomically};
+
+/// One batch, as the model takes it.
+#[derive(Debug)]
+pub struct Input {
+    /// `[batch, seq]`; what stands at image places is not read.
+    pub input_ids: Tensor,
+    /// The pictures in the order of their places in the batch, each `[3, height, width]`.
+    pub pixel_values: Vec<Tensor>,
+    /// Which tokens are text and which are pictures, row by row.
+    pub spans: Spans,
+}
+
+/// A decoder with a way to see: pictures become embeddings, which stand among those of words.
+pub trait VisionLanguageModel: Debug {
+    /// The decoder.
+    fn llm(&self) -> &CausalLm;
+
+    /// The decoder, to attach adapters to it or to merge them.
+    fn llm_mut(&mut self) -> &mut CausalLm;
+
+    /// Whether the tokens of a picture see each other in both directions.
+    fn vision_attention(&self) -> VisionAttention;
+
+    /// Rows and columns of tokens that a picture of this size becomes.
+    ///
+    /// # Errors
+    /// Where a picture of this size cannot be taken.
+    fn image_grid(&self, height: i64, width: i64) -> Result<(i64, i64)>;
+
+    /// Pictures of one size as the decoder takes them: `[n, 3, height, width]` -> `[n, tokens, hidden]`
+    fn image_features(&self, pixel_values: &Tensor) -> Tensor;
+
+    /// Folds every adapter into its layer's weight: in f32, rounded once. None is left.
+    fn merge(&mut self) -> Result<()>;
+
+    /// Writes a folder by which the model can be opened again: `config.json` and `model.safetensors`.
+    fn save(&self, folder: &Path) -> Result<()>;
+
+    /// Writes the LLM alone as a plain checkpoint, without pictures, for any tool that reads one.
+    ///
+    /// # Errors
+    /// Where adapters are still apart from the weights.
+    fn save_llm(&self, folder: &Path) -> Result<()> {
+        self.llm().linears(&mut |_, _, linear| {
+            ensure!(linear.adapters().next().is_none(), "the adapters are still apart from the weights: merge first");
+            Ok(())
+        })?;
+        save_folder(folder, &serde_json::to_value(self.llm().config())?, &self.llm().tensors())
+    }
+
+    /// The word embeddings with the pictures' tokens in their places, `[batch, seq, hidden]`.
+    fn embed(&self, input: &Input) -> Result<Tensor> {
+        let (batch, seq) = input.input_ids.size2()?;
+        let places = input.spans.image_positions();
+        if places.is_empty() {
+            ensure!(input.pixel_values.is_empty(), "{} pictures and no place for one", input.pixel_values.len());
+            return Ok(self.llm().embed(&input.input_ids));
+        }
+        ensure!(!input.pixel_values.is_empty(), "a place for a picture, and no picture");
+        // Pictures of one size that follow each other go through together.
+        let groups = input.pixel_values.chunk_by(|a, b| a.size() == b.size());
+        let features: Vec<Tensor> =
+            groups.map(|group| self.image_features(&Tensor::stack(group, 0)).flatten(0, 1)).collect();
+        let features = Tensor::cat(&features, 0); // [image tokens, hidden]
+        ensure!(
+            features.size()[0] == places.len() as i64,
+            "the pictures make {} tokens, the text has places for {}",
+            features.size()[0],
+            places.len()
+        );
+        let places = Tensor::from_slice(&places).to_device(input.input_ids.device());
+        let ids = input.input_ids.view([-1]).index_fill(0, &places, 0);
+        let words = self.llm().embed(&ids); // [batch * seq, hidden]
+        Ok(words.index_copy(0, &places, &features).view([batch, seq, -1]))
+    }
+
+    /// How attention goes over these spans; made once a batch.
+    fn plan(&self, spans: &Spans) -> Result<AttentionPlan> {
+        AttentionPlan::new(spans, self.vision_attention(), self.llm().device(), self.llm().kind())
+    }
+
+    /// Runs the decoder over a batch; keeps the hidden states of the first `hidden_layers` blocks.
+    fn forward(&self, input: &Input, hidden_layers: usize) -> Result<Output> {
+        let plan = self.plan(&input.spans)?;
+        Ok(self.llm().forward(&self.embed(input)?, &plan, hidden_layers))
+    }
+}
+
+impl Input {
+    /// One prompt: text and image places in order, with a picture `[3, height, width]` for each place.
+    ///
+    /// # Errors
+    /// Where pictures and places differ in number, or the model cannot take a picture's size.
+    pub fn prompt(pieces: &[Piece], pixel_values: Vec<Tensor>, model: &dyn VisionLanguageModel) -> Result<Self> {
+        let places = pieces.iter().filter(|piece| matches!(piece, Piece::Image)).count();
+        ensure!(places == pixel_values.len(), "{} pictures for {places} image places", pixel_values.len());
+        let mut pictures = pixel_values.iter();
+        let (mut ids, mut spans) = (Vec::new(), Vec::new());
+        for piece in pieces {
+            match piece {
+                Piece::Text { ids: text, .. } if text.is_empty() => {}
+                Piece::Text { ids: text, .. } => {
+                    ids.extend_from_slice(text);
+                    spans.push(Span::text(text.len() as i64));
+                }
+                Piece::Image => {
+                    let (_, height, width) = pictures.next().context("a place without a picture")?.size3()?;
+                    let (rows, cols) = model.image_grid(height, width)?;
+                    ids.resize(ids.len() + (rows * cols) as usize, 0);
+                    spans.push(Span::image(rows, cols));
+                }
+            }
+        }
+        let device = model.llm().device();
+        let input_ids = Tensor::from_slice(&ids).unsqueeze(0).to_device(device);
+        let pixel_values = pixel_values.into_iter().map(|p| p.to_device(device)).collect();
+        Ok(Self { input_ids, pixel_values, spans: Spans { rows: vec![spans] } })
+    }
+}
+
+/// Merges the adapters of every linear layer.
+pub(crate) fn merge_all(llm: &mut CausalLm) -> Result<()> {
+    llm.linears_mut(&mut |_, _, linear| {
+        linear.merge();
+        Ok(())
+    })
+}
+
+/// `config.json` and `model.safetensors`, each written beside its place and renamed.
+pub(crate) fn save_folder(folder: &Path, config: &Value, tensors: &[(String, Tensor)]) -> Result<()> {
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    save(&folder.join("model.safetensors"), tensors, &[])?;
+    let text = serde_json::to_string_pretty(config)?;
+    write_atomically(&folder.join("config.json"), |file| Ok(std::io::Write::write_all(file, text.as_bytes())?))
+}
