@@ -11,7 +11,9 @@ use vora_model::{Input, VisionLanguageModel, Vora};
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [folder, out, ids @ ..] = arguments.as_slice() else { anyhow::bail!("usage: logits FOLDER OUT.safetensors ID…") };
+    let [folder, out, ids @ ..] = arguments.as_slice() else {
+        anyhow::bail!("usage: logits FOLDER OUT.safetensors ID…")
+    };
     let ids = ids.iter().map(|id| id.parse().with_context(|| format!("`{id}` is no token id")));
     let ids = ids.collect::<Result<Vec<i64>>>()?;
 

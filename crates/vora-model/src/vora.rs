@@ -10,8 +10,8 @@ use vora_lora::{LoraConfig, attach_all};
 use vora_torch::weights::Weights;
 use vora_vision::PatchEmbed;
 
-use crate::model::{VisionLanguageModel, merge_all, save_folder};
 use crate::VoraConfig;
+use crate::model::{VisionLanguageModel, merge_all, save_folder};
 
 /// An LLM with eyes: a decoder whose first blocks may carry adapters, and one patch embedding.
 #[derive(Debug)]

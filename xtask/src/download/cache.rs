@@ -4,6 +4,7 @@ use std::{
     env,
     ffi::OsString,
     fs::{self, File},
+    io::Write as _,
     path::{Path, PathBuf},
 };
 
@@ -80,9 +81,13 @@ impl Repo {
     pub(crate) fn set_main(&self, revision: &str) -> Result<()> {
         let refs = self.folder.join("refs");
         fs::create_dir_all(&refs).with_context(|| format!("cannot create {}", refs.display()))?;
-        let new = refs.join(format!(".main-{}", std::process::id()));
-        fs::write(&new, revision).with_context(|| format!("writing {}", new.display()))?;
-        fs::rename(&new, refs.join("main")).with_context(|| format!("cannot write refs/main in {}", refs.display()))
+        let write = || {
+            let mut new = tempfile::NamedTempFile::new_in(&refs)?;
+            new.write_all(revision.as_bytes())?;
+            new.persist(refs.join("main"))?;
+            Ok::<_, std::io::Error>(())
+        };
+        write().with_context(|| format!("cannot write refs/main in {}", refs.display()))
     }
 
     /// Where the bytes of a file with this `etag` lie.
@@ -94,13 +99,16 @@ impl Repo {
     pub(crate) fn link(&self, revision: &str, file: &str, etag: &str) -> Result<()> {
         let snapshot = self.snapshot(revision);
         fs::create_dir_all(&snapshot).with_context(|| format!("cannot create {}", snapshot.display()))?;
-        let new = snapshot.join(format!(".{etag}-{}", std::process::id()));
-        #[cfg(unix)]
-        let made = std::os::unix::fs::symlink(Path::new("../../blobs").join(etag), &new);
-        #[cfg(not(unix))]
-        let made = fs::copy(self.blob(etag), &new);
-        made.and_then(|_| fs::rename(&new, snapshot.join(file)))
-            .with_context(|| format!("cannot put {file} into {}", snapshot.display()))
+        let make = |new: &Path| {
+            #[cfg(unix)]
+            return std::os::unix::fs::symlink(Path::new("../../blobs").join(etag), new);
+            #[cfg(not(unix))]
+            return fs::copy(self.blob(etag), new).map(|_| ());
+        };
+        // Beside its place under a name of its own, then renamed: two may put the same file here at once.
+        let put =
+            || tempfile::Builder::new().make_in(&snapshot, make)?.persist(snapshot.join(file)).map_err(|e| e.error);
+        put().map(|_| ()).with_context(|| format!("cannot put {file} into {}", snapshot.display()))
     }
 
     /// Waits for the lock named `name`, which Python's client takes as well, and holds it until the file is dropped.
