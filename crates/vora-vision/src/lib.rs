@@ -1,6 +1,7 @@
 //! From the bytes of a picture to vectors of a language model's width: decoding, preprocessing as Hugging Face's
-//! processors do it, the trained [`PatchEmbed`], and frozen vision transformers as [`Teacher`]s. It knows no language
-//! model, no tokens and no dataset, draws nothing, and trains nothing by itself.
+//! processors do it, the trained [`PatchEmbed`], frozen vision transformers as [`Teacher`]s, and [`VqModel`], which turns
+//! pictures into the codes of a codebook and back. It knows no language model, no text and no dataset, and trains nothing
+//! by itself.
 //!
 //! ```
 //! use tch::{Device, Kind, nn::Module};
@@ -27,10 +28,12 @@ mod patchify;
 mod positions;
 mod preprocess;
 mod teacher;
+mod vq;
 
 pub use self::dinov2::{Dinov2, Dinov2Config};
 pub use self::image::{ImageError, MAX_PIXELS, decode_image, open_image};
 pub use self::patch_embed::{PatchEmbed, PatchEmbedConfig, PositionTable};
 pub use self::preprocess::{IMAGENET_DEFAULT, ImageProcessor, Pixels, Resample, Size, stack};
 pub use self::teacher::{Patchifier, Teacher};
+pub use self::vq::{VqConfig, VqLosses, VqModel, chameleon_processor, to_images};
 pub use ::image::RgbImage;
