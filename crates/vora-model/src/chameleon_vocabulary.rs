@@ -36,10 +36,13 @@ impl VocabularyMapping {
         }
         ensure!(!tokens.is_empty(), "vocabulary_map has no image tokens, whose names start with `IMGIMG`");
         tokens.sort_unstable();
-        for (expected, (code, _, name)) in (0..).zip(&tokens) {
-            ensure!(*code >= expected, "image token `{name}` of vocabulary_map has the code of another, {code}");
+        for (expected, (code, _, name)) in (0u32..).zip(&tokens) {
             ensure!(
-                *code == expected,
+                *code >= i64::from(expected),
+                "image token `{name}` of vocabulary_map has the code of another, {code}"
+            );
+            ensure!(
+                *code == i64::from(expected),
                 "vocabulary_map has {} image tokens, but none for code {expected}, which would be `{}`",
                 tokens.len(),
                 image_token_name(expected)
@@ -99,7 +102,7 @@ impl VocabularyMapping {
 }
 
 /// The name of an image code's token: 305 -> `IMGIMGDAFZ`.
-pub fn image_token_name(code: i64) -> String {
+pub fn image_token_name(code: u32) -> String {
     let letters: String = code.to_string().bytes().map(|digit| char::from(digit - b'0' + b'A')).collect();
     format!("IMGIMG{letters}Z")
 }
