@@ -229,6 +229,9 @@ pub struct EvalData {
     /// How many samples are asked about.
     #[serde(default = "two_hundred")]
     pub samples: usize,
+    /// Questions about a picture of the split; absent: as many as in training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub questions_per_image: Option<usize>,
 }
 
 /// Where annotations lie.
@@ -566,6 +569,10 @@ impl DataConfig {
         }
         for (name, eval) in &self.eval {
             ensure!(eval.samples >= 1, "data.eval.{name}.samples is 0, it must be at least 1");
+            ensure!(
+                eval.questions_per_image != Some(0),
+                "data.eval.{name}.questions_per_image is 0, it must be at least 1"
+            );
             match (&eval.split, &eval.data_fetch) {
                 (Some(_), Some(_)) | (None, None) => {
                     bail!("data.eval.{name} must have one of `split` (of the scenes) and `data_fetch`")
@@ -574,7 +581,13 @@ impl DataConfig {
                     self.train.scenes.is_some(),
                     "data.eval.{name}.split names a split of the scenes, but data.train has no `scenes`"
                 ),
-                (None, Some(fetch)) => fetch.validate(&format!("data.eval.{name}"))?,
+                (None, Some(fetch)) => {
+                    fetch.validate(&format!("data.eval.{name}"))?;
+                    ensure!(
+                        eval.questions_per_image.is_none(),
+                        "data.eval.{name}.questions_per_image is for a split of the scenes, annotations hold their own"
+                    );
+                }
             }
         }
         Ok(())
@@ -756,7 +769,7 @@ data:
 
     #[test]
     fn values_out_of_range_name_their_key() {
-        let cases: [(&str, &str); 12] = [
+        let cases: [(&str, &str); 13] = [
             ("model.lora.r=0", "model.lora.r is 0, it must be at least 1"),
             ("model.image_size=50", "model.image_size is 50, it must be a multiple of model.patch_size, 14"),
             ("model.vision_embedding=CLIP", "model.vision_embedding is `CLIP`"),
@@ -769,6 +782,7 @@ data:
             ("adam_beta2=1", "adam_beta2 is 1, it must be at least 0 and below 1"),
             ("save_steps=0", "save_steps is 0, it must be at least 1"),
             ("data.eval.test.samples=3", "data.eval.test must have one of `split`"),
+            ("data.eval={test: {split: test, questions_per_image: 0}}", "data.eval.test.questions_per_image is 0"),
         ];
         for (entry, expected) in cases {
             fails(set(&[entry]), &[expected]);

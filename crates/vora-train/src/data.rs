@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use vora_data::scenes::{Scenes, Split};
+use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_data::{Chain, ConversationSource, Conversations, RecordKeys, SampleMaker, SceneSource, Source};
 use vora_llm::tokenizer::special_tokens;
 use vora_llm::{ChatTemplate, Tokenizer};
@@ -41,7 +41,7 @@ pub fn sample_maker(config: &TrainConfig, llm: &Path, processor: ImageProcessor)
 pub fn training(config: &TrainConfig, maker: &Arc<SampleMaker>) -> Result<Arc<dyn Source>> {
     match &config.data.train.data_fetch {
         Some(fetch) => annotated(fetch, &preprocess(config), maker).context("data.train"),
-        None => scenes(config, Split::Train, maker),
+        None => scenes(config.data.train.scenes.clone().unwrap_or_default(), Split::Train, maker),
     }
 }
 
@@ -51,7 +51,11 @@ pub fn held_out(config: &TrainConfig, maker: &Arc<SampleMaker>) -> Result<Vec<He
     for (name, eval) in &config.data.eval {
         let source = match (&eval.data_fetch, eval.split) {
             (Some(fetch), _) => annotated(fetch, &preprocess(config), maker),
-            (None, split) => scenes(config, split.unwrap_or(Split::Test), maker),
+            (None, split) => {
+                let mut asked = config.data.train.scenes.clone().unwrap_or_default();
+                asked.questions_per_image = eval.questions_per_image.unwrap_or(asked.questions_per_image);
+                scenes(asked, split.unwrap_or(Split::Test), maker)
+            }
         };
         let source = source.with_context(|| format!("data.eval.{name}"))?;
         let samples = eval.samples as u64;
@@ -64,9 +68,8 @@ fn preprocess(config: &TrainConfig) -> DataPreprocess {
     config.data.train.data_preprocess.clone().unwrap_or_default()
 }
 
-fn scenes(config: &TrainConfig, split: Split, maker: &Arc<SampleMaker>) -> Result<Arc<dyn Source>> {
-    let scenes = config.data.train.scenes.clone().unwrap_or_default();
-    Ok(Arc::new(SceneSource::new(Scenes::new(scenes, split)?, maker.clone())))
+fn scenes(config: ScenesConfig, split: Split, maker: &Arc<SampleMaker>) -> Result<Arc<dyn Source>> {
+    Ok(Arc::new(SceneSource::new(Scenes::new(config, split)?, maker.clone())))
 }
 
 fn annotated(fetch: &DataFetch, preprocess: &DataPreprocess, maker: &Arc<SampleMaker>) -> Result<Arc<dyn Source>> {

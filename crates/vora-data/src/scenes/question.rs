@@ -138,37 +138,35 @@ impl Candidates<'_> {
         self.push(share, QuestionKind::Where, question, object.quarter.name());
     }
 
-    /// Whether something has a colour, yes as often as no. Where an object's colour has no name it is not asked, for
-    /// nobody can deny that such an object is, say, red.
+    /// Whether something has a colour, once with yes and once with no. Where an object's colour has no name it is not
+    /// asked, for nobody can deny that such an object is, say, red.
     fn is_colour(&mut self, asked: &[Object], draw: &mut Draw) {
         let present: Vec<_> = self.scene.objects.iter().filter_map(|object| object.colour).collect();
         if present.len() == self.scene.objects.len() {
-            let (colour, answer) = yes_or_no(&present[..asked.len()], &present, self.scenes.colours(), draw);
             let subject = if self.lone() { "it" } else { "anything" };
-            self.push(0.5, QuestionKind::YesNo, format!("Is {subject} {}?", colour.name()), answer);
+            for (colour, answer) in yes_and_no(&present[..asked.len()], &present, self.scenes.colours(), draw) {
+                self.push(0.25, QuestionKind::YesNo, format!("Is {subject} {}?", colour.name()), answer);
+            }
         }
     }
 
-    /// Whether something has a shape, yes as often as no.
+    /// Whether something has a shape, once with yes and once with no.
     fn is_shape(&mut self, asked: &[Object], draw: &mut Draw) {
         if !self.asks_shape_of_named && asked.iter().any(|object| object.colour.is_some()) {
             return;
         }
         let present: Vec<_> = self.scene.objects.iter().map(|object| object.shape).collect();
-        let (shape, answer) = yes_or_no(&present[..asked.len()], &present, self.scenes.shapes(), draw);
         let subject = if self.lone() { "it" } else { "there" };
-        self.push(0.5, QuestionKind::YesNo, format!("Is {subject} a {}?", shape.name()), answer);
+        for (shape, answer) in yes_and_no(&present[..asked.len()], &present, self.scenes.shapes(), draw) {
+            self.push(0.25, QuestionKind::YesNo, format!("Is {subject} a {}?", shape.name()), answer);
+        }
     }
 }
 
-/// One of `asked`, or one of `all` that is not `present`.
-fn yes_or_no<T: Copy + PartialEq>(asked: &[T], present: &[T], all: &[T], draw: &mut Draw) -> (T, &'static str) {
-    if draw.chance(0.5) {
-        (draw.pick(asked), "yes")
-    } else {
-        let absent: Vec<_> = all.iter().copied().filter(|item| !present.contains(item)).collect();
-        (draw.pick(&absent), "no")
-    }
+/// One of `asked`, and one of `all` that is not `present`: only the picture tells the two questions apart.
+fn yes_and_no<T: Copy + PartialEq>(asked: &[T], present: &[T], all: &[T], draw: &mut Draw) -> [(T, &'static str); 2] {
+    let absent: Vec<_> = all.iter().copied().filter(|item| !present.contains(item)).collect();
+    [(draw.pick(asked), "yes"), (draw.pick(&absent), "no")]
 }
 
 /// Objects from top left to bottom right: "red circle top left, ring bottom right".
