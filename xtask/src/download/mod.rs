@@ -9,7 +9,6 @@
 mod cache;
 mod checkpoint;
 mod dinov2;
-mod gguf;
 mod hub;
 mod onnx;
 mod partial;

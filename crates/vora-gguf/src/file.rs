@@ -1,233 +1,230 @@
-//! Reader of GGUF files, llama.cpp's one-file format: metadata, tensor list, and tensors dequantised to f32.
+//! The file itself: metadata, tensor list, and the tensors' values.
 //!
-//! Values follow the Python `gguf` package bit for bit. The header is not trusted: nothing is allocated by a count or a
-//! length it states, every range is checked against the file, and tensors may not overlap.
+//! The header is not trusted: nothing is allocated by a count or a length that it states, every range is checked
+//! against the file, and tensors may not overlap.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use anyhow::{Context, Result, bail, ensure};
-use half::{bf16, f16};
 
-/// A parsed file that borrows the bytes it was read from.
+use crate::TensorKind;
+
+/// A parsed file over the bytes `B` that it was read from: a `Vec<u8>`, a borrowed slice, a memory map.
 #[derive(Debug)]
-pub(crate) struct Gguf<'a> {
-    metadata: BTreeMap<&'a str, Value<'a>>,
-    tensors: BTreeMap<&'a str, TensorInfo>,
-    data: &'a [u8],
+pub struct Gguf<B> {
+    bytes: B,
+    metadata: BTreeMap<String, Value>,
+    tensors: BTreeMap<String, TensorInfo>,
 }
 
 /// One metadata value; an array stays undecoded until it is asked for.
-#[derive(Debug, Clone, Copy)]
-enum Value<'a> {
+#[derive(Debug, Clone)]
+enum Value {
     Unsigned(u64),
     Signed(i64),
     Float(f32),
     Double(f64),
     Bool(bool),
-    Text(&'a str),
-    Array { kind: u32, len: u64, bytes: &'a [u8] },
+    Text(String),
+    Array { kind: u32, len: u64, range: Range<usize> },
 }
 
-#[derive(Debug)]
-struct TensorInfo {
-    shape: Vec<usize>, // slowest dimension first, as in PyTorch; the file has it the other way round
+/// Shape, kind and place of a tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    shape: Vec<usize>, // the file has it the other way round
     kind: TensorKind,
-    start: usize, // in `data`
-    end: usize,
+    range: Range<usize>, // in the file
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum TensorKind {
-    F32,
-    F16,
-    Bf16,
-    Q4_0,
-    Q4_1,
-    Q8_0,
-}
-
-impl TensorKind {
-    fn from_id(id: u32) -> Result<Self> {
-        Ok(match id {
-            0 => Self::F32,
-            1 => Self::F16,
-            2 => Self::Q4_0,
-            3 => Self::Q4_1,
-            8 => Self::Q8_0,
-            30 => Self::Bf16,
-            _ => bail!("kind {id} is not read here, only F32, F16, BF16, Q4_0, Q4_1 and Q8_0"),
-        })
+impl TensorInfo {
+    /// Slowest dimension first, as in PyTorch; no dimension is 0.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
     }
 
-    /// Values in a block, and bytes that a block takes.
-    fn block(self) -> (usize, usize) {
-        match self {
-            Self::F32 => (1, 4),
-            Self::F16 | Self::Bf16 => (1, 2),
-            Self::Q4_0 => (32, 18),
-            Self::Q4_1 => (32, 20),
-            Self::Q8_0 => (32, 34),
-        }
+    /// How the values are stored.
+    pub fn kind(&self) -> TensorKind {
+        self.kind
     }
 
-    fn dequantise(self, bytes: &[u8]) -> Vec<f32> {
-        let half_at = |block: &[u8], at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
-        // A block of 4-bit values has the first 16 in the low halves of its bytes, the last 16 in the high ones.
-        let nibbles = |packed: &[u8], f: &dyn Fn(u8) -> f32, out: &mut Vec<f32>| {
-            out.extend(packed.iter().map(|q| f(q & 15)));
-            out.extend(packed.iter().map(|q| f(q >> 4)));
-        };
-        let (block_len, block_bytes) = self.block();
-        let mut out = Vec::with_capacity(bytes.len() / block_bytes * block_len);
-        for block in bytes.chunks_exact(block_bytes) {
-            match self {
-                Self::F32 => out.push(f32::from_le_bytes([block[0], block[1], block[2], block[3]])),
-                Self::F16 => out.push(half_at(block, 0)),
-                Self::Bf16 => out.push(bf16::from_le_bytes([block[0], block[1]]).to_f32()),
-                Self::Q4_0 => {
-                    let d = half_at(block, 0);
-                    nibbles(&block[2..], &|q| d * f32::from(i16::from(q) - 8), &mut out);
-                }
-                Self::Q4_1 => {
-                    let (d, m) = (half_at(block, 0), half_at(block, 2));
-                    nibbles(&block[4..], &|q| d * f32::from(q) + m, &mut out);
-                }
-                Self::Q8_0 => {
-                    let d = half_at(block, 0);
-                    out.extend(block[2..].iter().map(|&q| d * f32::from(q.cast_signed())));
-                }
-            }
-        }
-        out
+    /// The bytes of the file that hold it.
+    pub fn range(&self) -> Range<usize> {
+        self.range.clone()
     }
 }
 
-impl<'a> Gguf<'a> {
+impl<B: AsRef<[u8]>> Gguf<B> {
     /// Reads and checks everything but the tensors' values.
-    pub(crate) fn parse(bytes: &'a [u8]) -> Result<Self> {
-        let mut reader = Reader { bytes, at: 0 };
-        ensure!(bytes.starts_with(b"GGUF"), "this is not a GGUF file: its first four bytes are not `GGUF`");
-        reader.take(4)?;
+    ///
+    /// # Errors
+    /// Names the key or tensor, and what is wrong with it: an unknown kind, a range outside the file, an overlap, a
+    /// name that stands there twice, a shape whose size overflows.
+    pub fn parse(bytes: B) -> Result<Self> {
+        let all = bytes.as_ref();
+        ensure!(all.starts_with(b"GGUF"), "this is not a GGUF file: its first four bytes are not `GGUF`");
+        let mut reader = Reader { bytes: all, at: 4 };
         let version = reader.u32()?;
         ensure!(version == 2 || version == 3, "GGUF version {version} is not read here, only 2 and 3");
         let (num_tensors, num_values) = (reader.u64()?, reader.u64()?);
 
         let mut metadata = BTreeMap::new();
         for idx in 0..num_values {
-            let read = |reader: &mut Reader<'a>| -> Result<_> {
-                let (key, kind) = (reader.text()?, reader.u32()?);
-                Ok((key, reader.value(kind).with_context(|| format!("key `{key}`"))?))
+            let read = |reader: &mut Reader<'_>| -> Result<_> {
+                let (key, kind) = (reader.text()?.to_owned(), reader.u32()?);
+                let value = reader.value(kind).with_context(|| format!("key `{key}`"))?;
+                Ok((key, value))
             };
             let (key, value) = read(&mut reader).with_context(|| format!("metadata {idx} of {num_values}"))?;
-            ensure!(metadata.insert(key, value).is_none(), "metadata key `{key}` stands there twice");
+            ensure!(!metadata.contains_key(&key), "metadata key `{key}` stands there twice");
+            metadata.insert(key, value);
         }
 
         let mut tensors = BTreeMap::new();
         for idx in 0..num_tensors {
-            let read = |reader: &mut Reader<'a>| -> Result<_> {
-                let name = reader.text()?;
-                Ok((name, reader.tensor_info().with_context(|| format!("tensor `{name}`"))?))
+            let read = |reader: &mut Reader<'_>| -> Result<_> {
+                let name = reader.text()?.to_owned();
+                let info = reader.tensor_info().with_context(|| format!("tensor `{name}`"))?;
+                Ok((name, info))
             };
             let (name, info) = read(&mut reader).with_context(|| format!("tensor {idx} of {num_tensors}"))?;
-            ensure!(tensors.insert(name, info).is_none(), "tensor `{name}` stands there twice");
+            ensure!(!tensors.contains_key(&name), "tensor `{name}` stands there twice");
+            tensors.insert(name, info);
         }
 
-        let mut file = Self { metadata, tensors, data: &[] };
-        let alignment = match file.metadata.get("general.alignment") {
-            Some(_) => usize::try_from(file.unsigned("general.alignment")?)?,
-            None => 32,
+        let (header, len) = (reader.at, all.len());
+        let mut file = Self { bytes, metadata, tensors };
+        let alignment = match file.has("general.alignment") {
+            true => usize::try_from(file.unsigned("general.alignment")?)?,
+            false => 32,
         };
         ensure!(alignment.is_power_of_two(), "general.alignment is {alignment}, it must be a power of two");
-        let data_at = reader.at.checked_next_multiple_of(alignment).filter(|&at| at <= bytes.len());
+        let data_at = header.checked_next_multiple_of(alignment).filter(|&at| at <= len);
         match data_at {
-            Some(at) => file.data = &bytes[at..],
+            Some(at) => file.place_tensors(at, len, alignment)?,
             None => ensure!(file.tensors.is_empty(), "the file ends before its tensors begin"),
         }
-        file.check_ranges(alignment)?;
         Ok(file)
     }
 
-    fn check_ranges(&self, alignment: usize) -> Result<()> {
-        let mut by_place: Vec<_> = self.tensors.iter().collect();
-        by_place.sort_by_key(|(_, info)| (info.start, info.end));
-        let mut free = 0;
-        for (name, info) in by_place {
-            ensure!(info.start % alignment == 0, "tensor `{name}` begins off the alignment of {alignment}");
-            ensure!(info.start >= free, "tensor `{name}` overlaps another");
+    /// Checks the tensors' ranges, which the header counts from `data_at` on, and counts them from the file's start.
+    fn place_tensors(&mut self, data_at: usize, len: usize, alignment: usize) -> Result<()> {
+        let mut by_place: Vec<_> = self.tensors.iter_mut().collect();
+        by_place.sort_by_key(|(_, info)| (info.range.start, info.range.end));
+        let (mut free, data_len) = (0, len - data_at);
+        for (name, TensorInfo { range, .. }) in by_place {
+            ensure!(range.start % alignment == 0, "tensor `{name}` begins off the alignment of {alignment}");
+            ensure!(range.start >= free, "tensor `{name}` overlaps another");
+            let end = range.end;
             ensure!(
-                info.end <= self.data.len(),
-                "tensor `{name}` ends at byte {} of the data, the file has {}: is it cut off?",
-                info.end,
-                self.data.len()
+                end <= data_len,
+                "tensor `{name}` ends at byte {end} of the data, the file has {data_len}: is it cut off?"
             );
-            free = info.end;
+            free = end;
+            *range = data_at + range.start..data_at + end;
         }
         Ok(())
     }
 
     /// Names of all tensors, sorted.
-    pub(crate) fn names(&self) -> impl Iterator<Item = &'a str> {
-        self.tensors.keys().copied()
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
     }
 
-    /// Shape (slowest dimension first) and values of a tensor.
-    pub(crate) fn tensor(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>)> {
+    /// What the header says of a tensor.
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name)
+    }
+
+    /// All values of a tensor, dequantised.
+    ///
+    /// # Errors
+    /// Where there is no such tensor.
+    pub fn tensor(&self, name: &str) -> Result<Vec<f32>> {
         let info = self.tensors.get(name).with_context(|| format!("there is no tensor `{name}`"))?;
-        Ok((info.shape.clone(), info.kind.dequantise(&self.data[info.start..info.end])))
+        let mut out = Vec::new();
+        info.kind.dequantise(self.raw(info), &mut out);
+        Ok(out)
     }
 
-    pub(crate) fn text(&self, key: &str) -> Result<&'a str> {
+    /// The stored bytes of a tensor.
+    pub(crate) fn raw(&self, info: &TensorInfo) -> &[u8] {
+        &self.bytes.as_ref()[info.range()]
+    }
+
+    /// Whether the metadata has this key.
+    pub fn has(&self, key: &str) -> bool {
+        self.metadata.contains_key(key)
+    }
+
+    /// A string.
+    ///
+    /// # Errors
+    /// This and the other readers of metadata name a key that is missing or of another type.
+    pub fn text(&self, key: &str) -> Result<&str> {
         match self.value(key)? {
             Value::Text(text) => Ok(text),
             other => bail!("metadata `{key}` is {other:?}, it must be a string"),
         }
     }
 
-    pub(crate) fn unsigned(&self, key: &str) -> Result<u64> {
+    /// An integer that is not negative.
+    pub fn unsigned(&self, key: &str) -> Result<u64> {
         match self.value(key)? {
-            Value::Unsigned(value) => Ok(value),
-            Value::Signed(value) if value >= 0 => Ok(value.unsigned_abs()),
+            Value::Unsigned(value) => Ok(*value),
+            Value::Signed(value) if *value >= 0 => Ok(value.unsigned_abs()),
             other => bail!("metadata `{key}` is {other:?}, it must be a number from 0"),
         }
     }
 
     /// A float as the shortest decimal that names it: 1e-5 stored in f32 is 1e-5, and not 9.999999747e-6.
-    pub(crate) fn float(&self, key: &str) -> Result<f64> {
+    pub fn float(&self, key: &str) -> Result<f64> {
         match self.value(key)? {
-            Value::Float(value) => Ok(value.to_string().parse()?),
-            Value::Double(value) => Ok(value),
+            Value::Float(value) => shortest(*value),
+            Value::Double(value) => Ok(*value),
             other => bail!("metadata `{key}` is {other:?}, it must be a float"),
         }
     }
 
-    pub(crate) fn bool(&self, key: &str) -> Result<bool> {
+    /// True or false.
+    pub fn bool(&self, key: &str) -> Result<bool> {
         match self.value(key)? {
-            Value::Bool(value) => Ok(value),
+            Value::Bool(value) => Ok(*value),
             other => bail!("metadata `{key}` is {other:?}, it must be true or false"),
         }
     }
 
-    pub(crate) fn texts(&self, key: &str) -> Result<Vec<&'a str>> {
+    /// An array of strings.
+    pub fn texts(&self, key: &str) -> Result<Vec<&str>> {
         let (len, mut reader) = self.array(key, 8)?;
         (0..len).map(|_| reader.text()).collect()
     }
 
-    pub(crate) fn integers(&self, key: &str) -> Result<Vec<i32>> {
+    /// An array of 32-bit signed integers.
+    pub fn integers(&self, key: &str) -> Result<Vec<i32>> {
         let (len, mut reader) = self.array(key, 5)?;
         (0..len).map(|_| Ok(reader.u32()?.cast_signed())).collect()
     }
 
-    fn value(&self, key: &str) -> Result<Value<'a>> {
-        self.metadata.get(key).copied().with_context(|| format!("there is no metadata `{key}`"))
+    fn value(&self, key: &str) -> Result<&Value> {
+        self.metadata.get(key).with_context(|| format!("there is no metadata `{key}`"))
     }
 
-    fn array(&self, key: &str, expected: u32) -> Result<(u64, Reader<'a>)> {
+    fn array(&self, key: &str, expected: u32) -> Result<(u64, Reader<'_>)> {
         match self.value(key)? {
-            Value::Array { kind, len, bytes } if kind == expected => Ok((len, Reader { bytes, at: 0 })),
+            Value::Array { kind, len, range } if *kind == expected => {
+                Ok((*len, Reader { bytes: &self.bytes.as_ref()[range.clone()], at: 0 }))
+            }
             Value::Array { kind, .. } => bail!("metadata `{key}` is an array of kind {kind}, it must be {expected}"),
             _ => bail!("metadata `{key}` must be an array"),
         }
     }
+}
+
+/// The shortest decimal that reads back as `value`, which is what a person wrote.
+pub(crate) fn shortest(value: f32) -> Result<f64> {
+    Ok(value.to_string().parse()?)
 }
 
 #[derive(Debug)]
@@ -262,7 +259,7 @@ impl<'a> Reader<'a> {
         std::str::from_utf8(self.take(len)?).context("a string is not UTF-8")
     }
 
-    fn value(&mut self, kind: u32) -> Result<Value<'a>> {
+    fn value(&mut self, kind: u32) -> Result<Value> {
         Ok(match kind {
             0 => Value::Unsigned(u8::from_le_bytes(self.array()?).into()),
             1 => Value::Signed(i8::from_le_bytes(self.array()?).into()),
@@ -272,7 +269,7 @@ impl<'a> Reader<'a> {
             5 => Value::Signed(self.u32()?.cast_signed().into()),
             6 => Value::Float(f32::from_le_bytes(self.array()?)),
             7 => Value::Bool(self.array::<1>()? != [0]),
-            8 => Value::Text(self.text()?),
+            8 => Value::Text(self.text()?.to_owned()),
             9 => {
                 let (kind, len) = (self.u32()?, self.u64()?);
                 let start = self.at;
@@ -288,7 +285,7 @@ impl<'a> Reader<'a> {
                     }
                     None => bail!("an array of kind {kind} is not read here"),
                 }
-                Value::Array { kind, len, bytes: &self.bytes[start..self.at] }
+                Value::Array { kind, len, range: start..self.at }
             }
             10 => Value::Unsigned(self.u64()?),
             11 => Value::Signed(self.u64()?.cast_signed()),
@@ -297,6 +294,7 @@ impl<'a> Reader<'a> {
         })
     }
 
+    /// Its range counts from the beginning of the data.
     fn tensor_info(&mut self) -> Result<TensorInfo> {
         let num_dims = self.u32()?;
         ensure!(num_dims <= 4, "it has {num_dims} dimensions, at most 4 are allowed");
@@ -315,8 +313,9 @@ impl<'a> Reader<'a> {
             .and_then(|count| (count / block_len).checked_mul(block_bytes))
             .and_then(|bytes| start.checked_add(bytes))
             .with_context(|| format!("its shape {shape:?} overflows"))?;
+        ensure!(!shape.contains(&0), "its shape {shape:?} has a 0");
         shape.reverse();
-        Ok(TensorInfo { shape, kind, start, end })
+        Ok(TensorInfo { shape, kind, range: start..end })
     }
 }
 
@@ -338,19 +337,27 @@ mod tests {
 
     const FILE: &[u8] = include_bytes!("../../../fixtures/golden/gguf_file.gguf");
     const GOLDEN: &[u8] = include_bytes!("../../../fixtures/golden/gguf_file.safetensors");
+    const KINDS: &[u8] = include_bytes!("../../../fixtures/golden/gguf_kinds.gguf");
+    const KINDS_GOLDEN: &[u8] = include_bytes!("../../../fixtures/golden/gguf_kinds.safetensors");
 
     #[test]
     fn every_kind_matches_the_python_package_bit_for_bit() {
-        let file = Gguf::parse(FILE).unwrap();
-        let golden = SafeTensors::deserialize(GOLDEN).unwrap();
-        for name in file.names() {
-            let (shape, values) = file.tensor(name).unwrap();
-            let expected = golden.tensor(&format!("raw.{name}")).unwrap();
-            assert_eq!(shape, expected.shape(), "{name}");
-            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-            assert_eq!(bytes, expected.data(), "{name}");
+        let mut kinds = Vec::new();
+        for (file, golden) in [(FILE, GOLDEN), (KINDS, KINDS_GOLDEN)] {
+            let (file, golden) = (Gguf::parse(file).unwrap(), SafeTensors::deserialize(golden).unwrap());
+            for name in file.names() {
+                let (info, values) = (file.info(name).unwrap(), file.tensor(name).unwrap());
+                let expected = golden.tensor(&format!("raw.{name}")).unwrap();
+                assert_eq!(info.shape(), expected.shape(), "{name}");
+                let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+                assert!(bytes == expected.data(), "{name} of kind {}", info.kind());
+                kinds.push(info.kind().to_string());
+            }
         }
-        assert_eq!(file.names().count(), 11);
+        kinds.sort();
+        kinds.dedup();
+        let all = ["BF16", "F16", "F32", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0"];
+        assert_eq!(kinds, all);
     }
 
     #[test]
@@ -378,7 +385,7 @@ mod tests {
     #[test]
     fn a_cut_file_is_an_error_wherever_it_is_cut() {
         let file = Gguf::parse(FILE).unwrap();
-        let end = FILE.len() - file.data.len() + file.tensors.values().map(|info| info.end).max().unwrap();
+        let end = file.tensors.values().map(|info| info.range.end).max().unwrap();
         for len in 0..end {
             assert!(Gguf::parse(&FILE[..len]).is_err(), "cut at {len}");
         }
@@ -386,16 +393,18 @@ mod tests {
 
     #[test]
     fn no_altered_byte_makes_it_panic() {
-        let header = FILE.len() - Gguf::parse(FILE).unwrap().data.len();
-        let mut bytes = FILE.to_vec();
-        for at in 0..header {
-            for value in [0, 1, 9, 0x7f, 0xff] {
-                bytes[at] = value;
-                if let Ok(file) = Gguf::parse(&bytes) {
-                    file.names().for_each(|name| drop(file.tensor(name)));
+        for original in [FILE, KINDS] {
+            let header = Gguf::parse(original).unwrap().tensors.values().map(|info| info.range.start).min().unwrap();
+            let mut bytes = original.to_vec();
+            for at in 0..header {
+                for value in [0, 1, 9, 0x7f, 0xff, original[at] ^ 1] {
+                    bytes[at] = value;
+                    if let Ok(file) = Gguf::parse(&bytes) {
+                        file.names().for_each(|name| drop(file.tensor(name)));
+                    }
                 }
+                bytes[at] = original[at];
             }
-            bytes[at] = FILE[at];
         }
     }
 
@@ -431,6 +440,7 @@ mod tests {
             (build(0, u64::MAX, &[]), "metadata key `` stands there twice"),
             (build(u64::MAX, 0, &[&t("a", &[1], 0, 0)]), "tensor `` stands there twice"),
             (build(0, 1, &[&huge]), "bytes are needed at byte"),
+            (build(0, 1, &[&text("k"), &string, &(1u64 << 30).to_le_bytes()]), "1073741824 bytes are needed"),
             (build(0, 1, &[&text("k"), &string, &huge]), "key `k`"),
             (build(0, 1, &[&text("k"), &array(8), &huge]), "key `k`"),
             (build(0, 1, &[&text("k"), &array(12), &huge]), "overflows"),
@@ -439,10 +449,12 @@ mod tests {
             (build(0, 2, &[&text("k"), &array(0), &[0; 8], &text("k"), &array(0), &[0; 8]]), "`k` stands there twice"),
             (build(1, 0, &[&t("a", &[1 << 33, 1 << 33], 0, 0)]), "overflows"),
             (build(1, 0, &[&t("a", &[1 << 62], 0, 0)]), "overflows"),
+            (build(1, 0, &[&t("a", &[0, 1 << 62, 1 << 62], 0, 0)]), "has a 0"),
             (build(1, 0, &[&t("a", &[8], 0, u64::MAX - 31)]), "overflows"),
             (build(1, 0, &[&t("a", &[1; 5], 0, 0)]), "5 dimensions"),
-            (build(1, 0, &[&t("a", &[4], 14, 0)]), "tensor `a`: kind 14 is not read here"),
+            (build(1, 0, &[&t("a", &[4], 10, 0)]), "tensor `a`: kind 10 is not read here, only F32, F16, Q4_0"),
             (build(1, 0, &[&t("a", &[33], 3, 0)]), "rows of 33 do not divide into blocks of 32"),
+            (build(1, 0, &[&t("a", &[128], 14, 0)]), "rows of 128 do not divide into blocks of 256"),
             (build(1, 0, &[&t("a", &[17], 0, 0)]), "`a` ends at byte 68 of the data, the file has 64"),
             (build(1, 0, &[&t("a", &[4], 0, 4)]), "off the alignment of 32"),
             (build(2, 0, &[&t("a", &[9], 0, 0), &t("b", &[8], 0, 32)]), "`b` overlaps another"),

@@ -1,0 +1,205 @@
+//! `tokenizer.json`, special tokens and chat template out of a GGUF file's metadata.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Map, Value, json};
+
+use crate::Llm;
+
+/// `tokenizer.ggml.token_type`: a token that text never becomes, and one that is matched before anything else.
+const CONTROL: i32 = 3;
+const USER_DEFINED: i32 = 4;
+
+impl<B: AsRef<[u8]>> Llm<B> {
+    /// HF's `tokenizer.json` of a byte-level BPE. GGUF keeps no pattern that splits the text first, only its name:
+    /// known are `smollm`, `gpt-2`, `llama-bpe` (Llama 3) and `qwen2`.
+    ///
+    /// # Errors
+    /// Names the metadata that is missing, or a tokenizer of another kind.
+    pub fn tokenizer(&self) -> Result<Value> {
+        let file = self.file();
+        let (model, pre) = (file.text("tokenizer.ggml.model")?, file.text("tokenizer.ggml.pre")?);
+        ensure!(model == "gpt2", "tokenizer.ggml.model is `{model}`, known is `gpt2`, the byte-level BPE");
+        if file.has("tokenizer.ggml.add_space_prefix") {
+            let prefix = file.bool("tokenizer.ggml.add_space_prefix")?;
+            ensure!(!prefix, "tokenizer.ggml.add_space_prefix is true, which no byte-level BPE here has");
+        }
+        let (normalizer, pre_tokenizer) = splitting(pre)?;
+        let tokens = self.tokens()?;
+        let vocab: Map<String, Value> =
+            tokens.iter().zip(0..).map(|(token, id)| ((*token).into(), id.into())).collect();
+        ensure!(vocab.len() == tokens.len(), "tokenizer.ggml.tokens has a token twice");
+        let added: Vec<Value> = self
+            .added_tokens()?
+            .into_iter()
+            .map(|(id, special)| {
+                let mut token = added_token(tokens[id], special);
+                token["id"] = id.into();
+                token
+            })
+            .collect();
+        Ok(json!({
+            "version": "1.0",
+            "truncation": null,
+            "padding": null,
+            "added_tokens": added,
+            "normalizer": normalizer,
+            "pre_tokenizer": pre_tokenizer,
+            "post_processor": self.first_token()?,
+            "decoder": byte_level(true, true),
+            "model": {
+                "type": "BPE",
+                "dropout": null,
+                "unk_token": null,
+                "continuing_subword_prefix": null,
+                "end_of_word_suffix": null,
+                "fuse_unk": false,
+                "byte_fallback": false,
+                "ignore_merges": pre == "llama-bpe",
+                "vocab": vocab,
+                "merges": file.texts("tokenizer.ggml.merges")?,
+            },
+        }))
+    }
+
+    /// The keys of HF's `tokenizer_config.json` that name special tokens; `chat_template` where the file has one.
+    ///
+    /// # Errors
+    /// Names metadata of another type, or an id outside the vocabulary.
+    pub fn tokenizer_config(&self) -> Result<Map<String, Value>> {
+        let tokens = self.tokens()?;
+        let mut config = Map::new();
+        for (key, name) in
+            [("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")]
+        {
+            if let Some(id) = self.token_id(name)? {
+                config.insert(key.into(), tokens[id].into());
+            }
+        }
+        let decoder =
+            self.added_tokens()?.into_iter().map(|(id, special)| (id.to_string(), added_token(tokens[id], special)));
+        config.insert("added_tokens_decoder".into(), Value::Object(decoder.collect()));
+        if self.file().has("tokenizer.chat_template") {
+            config.insert("chat_template".into(), self.file().text("tokenizer.chat_template")?.into());
+        }
+        config.insert("clean_up_tokenization_spaces".into(), false.into());
+        // A class of its own would build its own splitting and drop that of `tokenizer.json`.
+        config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
+        Ok(config)
+    }
+
+    fn tokens(&self) -> Result<Vec<&str>> {
+        self.file().texts("tokenizer.ggml.tokens")
+    }
+
+    /// Ids of the tokens that are matched before the text is split, and whether they are special.
+    fn added_tokens(&self) -> Result<Vec<(usize, bool)>> {
+        let types = self.file().integers("tokenizer.ggml.token_type")?;
+        let tokens = self.tokens()?.len();
+        ensure!(types.len() == tokens, "tokenizer.ggml.token_type has {} entries for {tokens} tokens", types.len());
+        let added = types.into_iter().enumerate().filter(|(_, kind)| [CONTROL, USER_DEFINED].contains(kind));
+        Ok(added.map(|(id, kind)| (id, kind == CONTROL)).collect())
+    }
+
+    /// The id of `bos`, `eos`, `padding` or `unknown`, where the file names one.
+    fn token_id(&self, name: &str) -> Result<Option<usize>> {
+        let key = format!("tokenizer.ggml.{name}_token_id");
+        if !self.file().has(&key) {
+            return Ok(None);
+        }
+        let (id, len) = (usize::try_from(self.file().unsigned(&key)?)?, self.tokens()?.len());
+        ensure!(id < len, "{key} is {id}, the vocabulary has {len} tokens");
+        Ok(Some(id))
+    }
+
+    /// The post-processor that begins every text with the first token, where the file asks for it.
+    fn first_token(&self) -> Result<Value> {
+        let (file, key) = (self.file(), "tokenizer.ggml.add_bos_token");
+        if !file.has(key) || !file.bool(key)? {
+            return Ok(Value::Null);
+        }
+        let id = self.token_id("bos")?.with_context(|| format!("{key} is true, but there is no bos_token_id"))?;
+        let bos = self.tokens()?[id];
+        let special = |type_id: i64| json!({ "SpecialToken": { "id": bos, "type_id": type_id } });
+        let sequence = |id: &str, type_id: i64| json!({ "Sequence": { "id": id, "type_id": type_id } });
+        Ok(json!({
+            "type": "TemplateProcessing",
+            "single": [special(0), sequence("A", 0)],
+            "pair": [special(0), sequence("A", 0), special(1), sequence("B", 1)],
+            "special_tokens": { bos: { "id": bos, "ids": [id], "tokens": [bos] } },
+        }))
+    }
+}
+
+fn added_token(content: &str, special: bool) -> Value {
+    json!({ "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": special })
+}
+
+fn byte_level(add_prefix_space: bool, use_regex: bool) -> Value {
+    json!({ "type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": true, "use_regex": use_regex })
+}
+
+/// Normalizer and pre-tokenizer of a splitting that llama.cpp knows by this name.
+fn splitting(pre: &str) -> Result<(Value, Value)> {
+    // Llama 3 keeps up to three digits together, Qwen none.
+    let words = |digits: &str| {
+        format!(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+    };
+    let sequence = |first: Value, second: Value| json!({ "type": "Sequence", "pretokenizers": [first, second] });
+    let split = |pattern: String| json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false });
+    Ok(match pre {
+        "gpt-2" => (Value::Null, byte_level(false, true)),
+        "smollm" => {
+            (Value::Null, sequence(json!({ "type": "Digits", "individual_digits": true }), byte_level(false, true)))
+        }
+        "llama-bpe" => (Value::Null, sequence(split(words(r"\p{N}{1,3}")), byte_level(false, false))),
+        "qwen2" => (json!({ "type": "NFC" }), sequence(split(words(r"\p{N}")), byte_level(false, false))),
+        _ => anyhow::bail!("tokenizer.ggml.pre is `{pre}`, known are gpt-2, smollm, llama-bpe, qwen2"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Gguf;
+
+    const FILE: &[u8] = include_bytes!("../../../fixtures/golden/gguf_file.gguf");
+    const GOLDEN: &str = include_str!("../../../fixtures/golden/gguf_tokenizers.json");
+
+    #[test]
+    fn texts_are_split_as_hf_splits_them() {
+        let golden: Map<String, Value> = serde_json::from_str(GOLDEN).unwrap();
+        assert_eq!(golden.len(), 3);
+        for (pre, expected) in golden {
+            let (normalizer, pre_tokenizer) = splitting(&pre).unwrap();
+            assert_eq!((&normalizer, &pre_tokenizer), (&expected["normalizer"], &expected["pre_tokenizer"]), "{pre}");
+            assert_eq!(byte_level(true, true), expected["decoder"]);
+        }
+        let error = splitting("tekken").unwrap_err().to_string();
+        assert!(error.contains("`tekken`, known are gpt-2"), "{error}");
+    }
+
+    #[test]
+    fn special_tokens_and_the_first_one() {
+        let model = Llm::new(Gguf::parse(FILE).unwrap()).unwrap();
+        let tokenizer = model.tokenizer().unwrap();
+        assert_eq!(tokenizer["model"]["vocab"]["<|im_end|>"], 2);
+        assert_eq!(tokenizer["model"]["merges"][3], "hell o");
+        let added = tokenizer["added_tokens"].as_array().unwrap();
+        assert_eq!((added.len(), &added[1]["content"], &added[1]["id"]), (3, &json!("<|im_start|>"), &json!(1)));
+        assert_eq!(tokenizer["post_processor"], Value::Null);
+        let config = model.tokenizer_config().unwrap();
+        assert_eq!((&config["bos_token"], &config["eos_token"]), (&json!("<|im_start|>"), &json!("<|im_end|>")));
+        assert!(config["chat_template"].as_str().unwrap().starts_with("{% for m"), "{config:?}");
+
+        // The same file asking for a first token: the one byte after the key and its kind.
+        let key = b"tokenizer.ggml.add_bos_token";
+        let at = FILE.windows(key.len()).position(|window| window == key).unwrap() + key.len() + 4;
+        let mut bytes = FILE.to_vec();
+        bytes[at] = 1;
+        let processor = &Llm::new(Gguf::parse(bytes).unwrap()).unwrap().tokenizer().unwrap()["post_processor"];
+        assert_eq!(processor["single"][0]["SpecialToken"]["id"], "<|im_start|>");
+        assert_eq!(processor["special_tokens"]["<|im_start|>"]["ids"], json!([1]));
+    }
+}
