@@ -1,6 +1,6 @@
 //! What libtorch has and `tch` lacks, for every crate of this workspace: choosing device and dtype at run time with
-//! one program for CPU and CUDA machines, strict reading and atomic writing of safetensors, a fused AdamW, and error
-//! text without C++ frames. It knows no model, no adapter and no image, and trains nothing by itself.
+//! one program for CPU and CUDA machines, strict reading and atomic writing of safetensors, reading of GGUF, a fused
+//! AdamW, and error text without C++ frames. It knows no model, no adapter and no image, and trains nothing by itself.
 //!
 //! ```
 //! use tch::{Device, Kind};
@@ -18,6 +18,7 @@
 pub mod error;
 mod ffi;
 pub mod fused;
+pub mod gguf;
 pub mod ops;
 pub mod rms_norm;
 pub mod runtime;

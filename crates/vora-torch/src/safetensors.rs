@@ -1,35 +1,41 @@
 //! Reading checkpoint files as views of mapped memory, and writing them so that a crash leaves no half file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ffi::c_void;
 use std::fs::File;
 use std::io::Write;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use memmap2::{MmapMut, MmapOptions};
+use memmap2::MmapMut;
 use safetensors::{Dtype, SafeTensors};
+use serde::Deserializer;
+use serde::de::{Error, IgnoredAny, MapAccess, Visitor};
 use tch::{Device, Kind, Tensor};
+use vora_gguf::Llm;
 
-use crate::{error, ffi};
+use crate::{error, ffi, gguf};
 
-/// Where a tensor lies: a file of the checkpoint, a byte range of it, its kind and shape.
+/// The largest JSON that says where tensors lie: no honest one comes near it.
+const MAX_HEADER: usize = 100_000_000;
+
+/// Where a tensor lies: a file of the checkpoint, and there its bytes, or none where it has to be dequantised.
 #[derive(Debug, Clone)]
 struct Entry {
     file_idx: usize,
-    offset: usize,
-    len: usize,
+    range: Option<Range<usize>>,
     kind: Kind,
     shape: Vec<i64>,
 }
 
-/// One mapped file.
+/// One mapped file, and what a GGUF file has in it.
 #[derive(Debug)]
 struct Mapped {
     path: PathBuf,
-    // Private and writable: a view handed to libtorch can be written to by mistake without touching the file.
     map: Arc<MmapMut>,
+    gguf: Option<Llm<gguf::Mapped>>,
 }
 
 /// The tensors of one checkpoint, by name; nothing is read until a tensor is asked for.
@@ -41,7 +47,8 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a `.safetensors` file, or a folder with `model.safetensors` or `model.safetensors.index.json`.
+    /// Opens a `.safetensors` file, a folder with `model.safetensors` or `model.safetensors.index.json`, or the GGUF
+    /// file of a language model ([`gguf::find`]) under HF's names.
     ///
     /// Errors name the file and what is wrong with it; pickle files are refused by name.
     pub fn open(path: &Path) -> Result<Self> {
@@ -53,26 +60,22 @@ impl Checkpoint {
     }
 
     fn add(&mut self, path: &Path) -> Result<()> {
-        let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-        // SAFETY: a private mapping; another process that truncates the file while we read it would end this one
-        // with SIGBUS, as it would any program that maps its weights.
-        let map = unsafe { MmapOptions::new().map_copy(&file) }
-            .with_context(|| format!("cannot map {} into memory", path.display()))?;
-        let (header_len, metadata) = SafeTensors::read_metadata(&map)
-            .map_err(|e| anyhow!("{} is not a whole safetensors file: {e}", path.display()))?;
-        let data_start = header_len + size_of::<u64>();
+        let map = gguf::map(path)?;
+        let in_file = || format!("reading {}", path.display());
+        let is_gguf = map.starts_with(b"GGUF") || path.extension().is_some_and(|extension| extension == "gguf");
+        let gguf = is_gguf.then(|| gguf::open(&map)).transpose().with_context(in_file)?;
+        let entries = match &gguf {
+            Some(model) => gguf_entries(model).with_context(in_file)?,
+            None => entries(&map).with_context(|| format!("{} is not a whole safetensors file", path.display()))?,
+        };
         let file_idx = self.files.len();
-        for (name, info) in metadata.tensors() {
-            let kind = kind_of(info.dtype).with_context(|| format!("tensor `{name}` of {}", path.display()))?;
-            let shape = info.shape.iter().map(|&d| i64::try_from(d)).collect::<Result<Vec<_>, _>>()?;
-            let (start, end) = info.data_offsets;
-            let entry = Entry { file_idx, offset: data_start + start, len: end - start, kind, shape };
-            if let Some(other) = self.entries.insert(name.clone(), entry) {
+        for (name, entry) in entries {
+            if let Some(other) = self.entries.insert(name.clone(), Entry { file_idx, ..entry }) {
                 let other = self.files[other.file_idx].path.display();
                 bail!("tensor `{name}` is in {other} and again in {}", path.display());
             }
         }
-        self.files.push(Mapped { path: path.to_owned(), map: Arc::new(map) });
+        self.files.push(Mapped { path: path.to_owned(), map, gguf });
         Ok(())
     }
 
@@ -92,32 +95,58 @@ impl Checkpoint {
     }
 
     /// The tensor as it lies in the file: on the CPU, a view of the mapped memory.
+    ///
+    /// What a GGUF file has in blocks of few bits, or its rows in another order, is a new tensor.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
-        let entry =
-            self.entries.get(name).with_context(|| format!("{} has no tensor `{name}`", self.path.display()))?;
-        let map = &self.files[entry.file_idx].map;
-        let bytes = &map[entry.offset..entry.offset + entry.len];
-        if bytes.is_empty() || !(bytes.as_ptr() as usize).is_multiple_of(entry.kind.elt_size_in_bytes()) {
-            // Nothing to view, or a file whose header is not padded: copied.
-            return Tensor::f_from_data_size(bytes, &entry.shape, entry.kind).map_err(error::clean);
+        let entry = self.entry(name)?;
+        match &entry.range {
+            Some(range) => view(&self.files[entry.file_idx].map, range.clone(), entry),
+            None => self.dequantise(name, entry, entry.kind),
         }
-        let owner = Arc::into_raw(Arc::clone(map)).cast_mut().cast::<c_void>();
-        // SAFETY: the range lies inside the map, is aligned for its kind, and the map lives until `release`.
-        let tensor = ffi::tensor(unsafe {
-            ffi::vora_from_blob(
-                bytes.as_ptr().cast_mut().cast(),
-                entry.shape.as_ptr(),
-                entry.shape.len(),
-                scalar_type(entry.kind),
-                owner,
-                release,
-            )
-        });
-        if tensor.is_err() {
-            release(owner);
-        }
-        tensor
     }
+
+    /// As [`Checkpoint::tensor`], in `kind`; what has to be dequantised takes no way round by f32.
+    pub(crate) fn tensor_as(&self, name: &str, kind: Kind) -> Result<Tensor> {
+        let entry = self.entry(name)?;
+        match entry.range {
+            Some(_) => Ok(self.tensor(name)?.to_kind(kind)),
+            None => self.dequantise(name, entry, kind),
+        }
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        self.entries.get(name).with_context(|| format!("{} has no tensor `{name}`", self.path.display()))
+    }
+
+    fn dequantise(&self, name: &str, entry: &Entry, kind: Kind) -> Result<Tensor> {
+        let model = self.files[entry.file_idx].gguf.as_ref().expect("only a GGUF file has tensors without a range");
+        gguf::dequantise(model, name, &entry.shape, kind)
+    }
+}
+
+/// A tensor over the bytes of a map, which lives as long as it does.
+fn view(map: &Arc<MmapMut>, range: Range<usize>, entry: &Entry) -> Result<Tensor> {
+    let bytes = &map[range];
+    if bytes.is_empty() || !(bytes.as_ptr() as usize).is_multiple_of(entry.kind.elt_size_in_bytes()) {
+        // Nothing to view, or a file whose header is not padded: copied.
+        return Tensor::f_from_data_size(bytes, &entry.shape, entry.kind).map_err(error::clean);
+    }
+    let owner = Arc::into_raw(Arc::clone(map)).cast_mut().cast::<c_void>();
+    // SAFETY: the range lies inside the map, is aligned for its kind, and the map lives until `release`.
+    let tensor = ffi::tensor(unsafe {
+        ffi::vora_from_blob(
+            bytes.as_ptr().cast_mut().cast(),
+            entry.shape.as_ptr(),
+            entry.shape.len(),
+            scalar_type(entry.kind),
+            owner,
+            release,
+        )
+    });
+    if tensor.is_err() {
+        release(owner);
+    }
+    tensor
 }
 
 /// Drops the reference that a view held on its map.
@@ -126,45 +155,129 @@ extern "C" fn release(owner: *mut c_void) {
     drop(unsafe { Arc::from_raw(owner.cast_const().cast::<MmapMut>()) });
 }
 
+/// What a safetensors file says of its tensors, each range checked against the file.
+fn entries(map: &[u8]) -> Result<Vec<(String, Entry)>> {
+    let (header_len, metadata) = SafeTensors::read_metadata(map).map_err(|e| anyhow!("{e}"))?;
+    let data_start = header_len + size_of::<u64>();
+    // The reader lets the later one of two equal names win; who wrote them meant one of them to be overlooked.
+    let unique = serde_json::Deserializer::from_slice(&map[size_of::<u64>()..data_start]).deserialize_map(UniqueNames);
+    unique.map_err(|e| anyhow!("{e}"))?;
+    metadata
+        .tensors()
+        .into_iter()
+        .map(|(name, info)| {
+            let in_tensor = || format!("tensor `{name}`");
+            let kind = kind_of(info.dtype).with_context(in_tensor)?;
+            let shape = dims(&info.shape).with_context(in_tensor)?;
+            let (start, end) = info.data_offsets;
+            Ok((name, Entry { file_idx: 0, range: Some(data_start + start..data_start + end), kind, shape }))
+        })
+        .collect()
+}
+
+/// The tensors of a GGUF file under HF's names.
+fn gguf_entries(model: &Llm<gguf::Mapped>) -> Result<Vec<(String, Entry)>> {
+    let entry = |name: &str| {
+        let info = model.info(name).expect("a name of this file");
+        let shape = dims(info.shape()).with_context(|| format!("tensor `{name}`"))?;
+        Ok((name.to_owned(), Entry { file_idx: 0, range: model.plain(name), kind: gguf::kind_of(info.kind()), shape }))
+    };
+    model.names().map(entry).collect()
+}
+
+/// A shape as libtorch has it: it computes strides even where a dimension is 0.
+fn dims(shape: &[usize]) -> Result<Vec<i64>> {
+    let dims: Option<Vec<i64>> = shape.iter().map(|&dim| i64::try_from(dim).ok()).collect();
+    let dims = dims.filter(|dims| dims.iter().try_fold(1i64, |size, &dim| size.checked_mul(dim.max(1))).is_some());
+    dims.with_context(|| format!("its shape {shape:?} overflows"))
+}
+
+/// Reads a JSON object for its keys alone: two equal ones are an error.
+struct UniqueNames;
+
+impl<'de> Visitor<'de> for UniqueNames {
+    type Value = ();
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("an object of tensors")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let mut seen = HashSet::new();
+        while let Some((name, IgnoredAny)) = map.next_entry::<String, IgnoredAny>()? {
+            if seen.contains(&name) {
+                return Err(A::Error::custom(format_args!("two tensors are named `{name}`")));
+            }
+            seen.insert(name);
+        }
+        Ok(())
+    }
+}
+
+/// Refuses a file that only Python's unpickler reads.
+fn refuse_pickle(path: &Path) -> Result<()> {
+    ensure!(
+        !is_pickle(path),
+        "{} is a pickle file, which can run code when it is read: convert it to safetensors first",
+        path.display()
+    );
+    Ok(())
+}
+
+fn is_pickle(path: &Path) -> bool {
+    path.extension()
+        .is_some_and(|extension| ["bin", "pt", "pth", "ckpt", "pkl"].iter().any(|known| extension == *known))
+}
+
 /// The files that make up the checkpoint at `path`.
 fn checkpoint_files(path: &Path) -> Result<Vec<PathBuf>> {
     if !path.is_dir() {
-        let pickled = path.extension().is_some_and(|e| ["bin", "pt", "pth", "ckpt"].iter().any(|p| e == *p));
-        ensure!(
-            !pickled,
-            "{} is a pickle file, which can run code when it is read: convert it to safetensors first",
-            path.display()
-        );
+        refuse_pickle(path)?;
         return Ok(vec![path.to_owned()]);
     }
     let index = path.join("model.safetensors.index.json");
     if index.exists() {
-        let text = std::fs::read(&index).with_context(|| format!("cannot read {}", index.display()))?;
-        let json: serde_json::Value =
-            serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", index.display()))?;
-        let map = json["weight_map"]
-            .as_object()
-            .with_context(|| format!("{} has no object `weight_map`", index.display()))?;
-        let mut names = Vec::new();
-        for (tensor, file) in map {
-            let file = file.as_str().filter(|f| !f.contains(['/', '\\'])).with_context(|| {
-                format!("{}: tensor `{tensor}` names no file of this folder: {file}", index.display())
-            })?;
-            names.push(path.join(file));
-        }
-        names.sort();
-        names.dedup();
-        return Ok(names);
+        return shards(path, &index);
     }
     for name in ["model.safetensors", "adapter_model.safetensors"] {
         if path.join(name).exists() {
             return Ok(vec![path.join(name)]);
         }
     }
-    if path.join("pytorch_model.bin").exists() {
-        bail!("{} holds only pickled weights (pytorch_model.bin): convert them to safetensors first", path.display());
+    if let Some(file) = gguf::find(path)? {
+        return Ok(vec![file]);
     }
-    bail!("{} has neither model.safetensors nor model.safetensors.index.json", path.display())
+    let files = std::fs::read_dir(path).with_context(|| format!("cannot list {}", path.display()))?;
+    let mut pickles: Vec<_> = files.flatten().filter(|file| is_pickle(&file.path())).map(|f| f.file_name()).collect();
+    pickles.sort();
+    if let Some(name) = pickles.first() {
+        bail!("{} holds only pickled weights ({}): convert them to safetensors first", path.display(), name.display());
+    }
+    bail!("{} has neither model.safetensors nor model.safetensors.index.json nor a .gguf file", path.display())
+}
+
+/// The files of `folder` that an index names.
+fn shards(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
+    let cannot = || format!("cannot read {}", index.display());
+    let len = std::fs::metadata(index).with_context(cannot)?.len();
+    ensure!(len <= MAX_HEADER as u64, "{} has {len} bytes, at most {MAX_HEADER} are read", index.display());
+    let text = std::fs::read(index).with_context(cannot)?;
+    let json: serde_json::Value =
+        serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", index.display()))?;
+    let map =
+        json["weight_map"].as_object().with_context(|| format!("{} has no object `weight_map`", index.display()))?;
+    let mut names = Vec::new();
+    for (tensor, file) in map {
+        let file = file
+            .as_str()
+            .filter(|f| !f.contains(['/', '\\']))
+            .with_context(|| format!("{}: tensor `{tensor}` names no file of this folder: {file}", index.display()))?;
+        names.push(folder.join(file));
+    }
+    names.sort();
+    names.dedup();
+    names.iter().try_for_each(|file| refuse_pickle(file))?;
+    Ok(names)
 }
 
 /// libtorch's kind for a safetensors dtype.
@@ -386,42 +499,99 @@ mod tests {
     fn truncated_anywhere_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.safetensors");
-        save(&path, &example(), &[]).unwrap();
-        let whole = std::fs::read(&path).unwrap();
-        for len in (0..whole.len()).step_by(7) {
-            std::fs::write(&path, &whole[..len]).unwrap();
-            let error = Checkpoint::open(&path).unwrap_err().to_string();
-            assert!(error.contains("x.safetensors"), "{len}: {error}");
+        let large = ("large".to_owned(), Tensor::randn([64, 64], (Kind::Float, Device::Cpu)));
+        for (tensors, step) in [(example(), 7), (vec![large], 1024)] {
+            save(&path, &tensors, &[]).unwrap();
+            let whole = std::fs::read(&path).unwrap();
+            for len in (0..whole.len()).step_by(step) {
+                std::fs::write(&path, &whole[..len]).unwrap();
+                let error = Checkpoint::open(&path).unwrap_err().to_string();
+                assert!(error.contains("x.safetensors"), "{len}: {error}");
+            }
         }
+    }
+
+    /// A file with this header before `data` zeros.
+    fn file(header: &str, data: usize) -> Vec<u8> {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(header.as_bytes());
+        bytes.resize(bytes.len() + data, 0);
+        bytes
     }
 
     #[test]
     fn hostile_headers_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.safetensors");
-        let file = |header: &str, data: usize| {
-            let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-            bytes.extend_from_slice(header.as_bytes());
-            bytes.resize(bytes.len() + data, 0);
-            bytes
+        let claims = |len: u64| [&len.to_le_bytes()[..], b"{}      "].concat();
+        let one =
+            |shape: &str, end: &str| format!(r#"{{"a":{{"dtype":"F32","shape":{shape},"data_offsets":[0,{end}]}}}}"#);
+        let two = |b: &str, start: usize, end: usize| {
+            format!(
+                r#"{{"a":{{"dtype":"F32","shape":[2],"data_offsets":[0,8]}},"{b}":{{"dtype":"F32","shape":[2],"data_offsets":[{start},{end}]}}}}"#
+            )
         };
-        let bomb = u64::MAX.to_le_bytes().to_vec();
         let cases = [
-            bomb,
-            file(r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,8]}}"#, 8),
-            file(
-                r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#,
-                12,
+            (claims(u64::MAX), "header"),
+            (claims(1 << 30), "header too large"),
+            (claims(99_000_000), "header"),
+            (file(&one("[4]", "8"), 8), "invalid shape, data type, or offset"),
+            (file(&one("[2]", "8"), 4), "not fully covered"),
+            (file(&one("[2]", "8"), 16), "not fully covered"),
+            (file(&one("[2]", "18446744073709551616"), 8), "JSON"),
+            (file(&one("[9223372036854775807,9223372036854775807]", "8"), 8), "overflow"),
+            (
+                file(&one("[0,4611686018427387904,4]", "0"), 0),
+                "tensor `a`: its shape [0, 4611686018427387904, 4] overflows",
             ),
-            file(r#"{"a":{"dtype":"F32","shape":[9223372036854775807,9223372036854775807],"data_offsets":[0,8]}}"#, 8),
-            file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#, 4),
-            file("not json", 0),
+            (
+                file(&one("[0,18446744073709551615]", "0"), 0),
+                "tensor `a`: its shape [0, 18446744073709551615] overflows",
+            ),
+            (file(&two("b", 4, 12), 12), "`b`"),
+            (file(&two("b", 12, 20), 20), "`b`"),
+            (file(&two("a", 0, 8), 8), "two tensors are named `a`"),
+            (
+                file(&one("[2]", "8").replace("F32", "F8_E4M3").replace("[2]", "[8]"), 8),
+                "dtype F8_E4M3 is not supported",
+            ),
+            (file("not json", 0), "JSON"),
+            (b"PK\x03\x04 a zip of pickles".to_vec(), "header too large"),
         ];
-        for (i, bytes) in cases.iter().enumerate() {
+        for (i, (bytes, says)) in cases.iter().enumerate() {
             std::fs::write(&path, bytes).unwrap();
-            let error = Checkpoint::open(&path).unwrap_err().to_string();
-            assert!(error.contains("not a whole safetensors file"), "case {i}: {error}");
+            let error = format!("{:#}", Checkpoint::open(&path).unwrap_err());
+            let named = error.contains("x.safetensors is not a whole safetensors file: ");
+            assert!(named && error.to_lowercase().contains(&says.to_lowercase()), "case {i}: {error}");
         }
+    }
+
+    /// What a fuzzer would do first, on every byte of the header.
+    #[test]
+    fn no_altered_byte_makes_it_panic() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        save(&path, &example(), &[]).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        let header = 8 + usize::from_le_bytes(whole[..8].try_into().unwrap());
+        let mut bytes = whole.clone();
+        let mut read = 0;
+        for at in 0..header {
+            for value in [0, b'0', b'9', b'"', b',', 0xff] {
+                bytes[at] = value;
+                // A new file each time: truncating one that is still mapped would be our own fault.
+                std::fs::remove_file(&path).unwrap();
+                std::fs::write(&path, &bytes).unwrap();
+                if let Ok(checkpoint) = Checkpoint::open(&path) {
+                    for name in checkpoint.names() {
+                        let _ = checkpoint.tensor(name).unwrap().to_kind(Kind::Float).sum(Kind::Float);
+                        read += 1;
+                    }
+                }
+            }
+            bytes[at] = whole[at];
+        }
+        assert!(read > 0, "some alterations, as those of a name, leave a good file");
     }
 
     #[test]
@@ -453,8 +623,14 @@ mod tests {
         std::fs::write(folder.path().join("pytorch_model.bin"), b"x").unwrap();
         let error = Checkpoint::open(folder.path()).unwrap_err().to_string();
         assert!(error.contains("pytorch_model.bin") && error.contains("convert"), "{error}");
-        let error = Checkpoint::open(&folder.path().join("pytorch_model.bin")).unwrap_err().to_string();
-        assert!(error.contains("pickle"), "{error}");
+        for name in ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt", "weights.pkl"] {
+            let error = Checkpoint::open(&folder.path().join(name)).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("pickle"), "{error}");
+        }
+        let index = serde_json::json!({"weight_map": {"a": "pytorch_model.bin"}});
+        std::fs::write(folder.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
+        let error = Checkpoint::open(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("pytorch_model.bin is a pickle file"), "{error}");
     }
 
     /// Shallow copies of a list of named tensors.

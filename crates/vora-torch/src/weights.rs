@@ -95,7 +95,7 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Opens a folder or file of safetensors; see [`Checkpoint::open`].
+    /// Opens a folder or file of safetensors, or the GGUF file of a language model; see [`Checkpoint::open`].
     pub fn open(path: &Path, device: Device, kind: Kind) -> Result<Self> {
         Ok(Self::new(Source::File(Checkpoint::open(path)?), device, kind))
     }
@@ -156,12 +156,12 @@ impl Weights {
 
     /// A frozen tensor, in the kind of this source.
     pub fn get(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
-        Ok(self.find(name, shape, init)?.to_kind(self.kind).to_device(self.device))
+        Ok(self.find(name, shape, init, self.kind)?.to_kind(self.kind).to_device(self.device))
     }
 
     /// A trained tensor: an f32 leaf that requires gradients, registered under its full name.
     pub fn parameter(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
-        let found = self.find(name, shape, init)?.detach();
+        let found = self.find(name, shape, init, Kind::Float)?.detach();
         let tensor = Tensor::empty(shape, (Kind::Float, self.device));
         tch::no_grad(|| tensor.shallow_clone().copy_(&found));
         let tensor = tensor.set_requires_grad(true);
@@ -217,8 +217,9 @@ impl Weights {
         if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
     }
 
-    /// The tensor of that name on the CPU (or where it already is), or a stand-in when it is missing or misshapen.
-    fn find(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
+    /// The tensor of that name on the CPU (or where it already is), or a stand-in when it is missing or misshapen. Only
+    /// a file's is in `kind`.
+    fn find(&self, name: &str, shape: &[i64], init: Init, kind: Kind) -> Result<Tensor> {
         let name = self.full_name(name);
         self.ledger().asked.insert(name.clone(), ());
         let found = match &*self.source {
@@ -230,7 +231,7 @@ impl Weights {
         };
         match found {
             Some(found) if found == shape => match &*self.source {
-                Source::File(checkpoint) => checkpoint.tensor(&name),
+                Source::File(checkpoint) => checkpoint.tensor_as(&name, kind),
                 Source::Tensors(tensors) => Ok(tensors[&name].shallow_clone()),
                 Source::New { .. } => unreachable!("returned above"),
             },
