@@ -1,4 +1,4 @@
-//! The language loss: cross-entropy in f32, over supervised positions only.
+//! The language loss: cross-entropy in f32, over supervised positions only; and what keeps its logits from drifting.
 
 use tch::{Kind, Reduction, Tensor};
 
@@ -9,12 +9,39 @@ use tch::{Kind, Reduction, Tensor};
 /// time; with more rows than that each chunk's gradient is taken at once, and the loss returned carries the sum of
 /// them, so `logits` must have no trained weights of its own there.
 pub fn cross_entropy(hidden: &Tensor, targets: &Tensor, chunk: i64, logits: impl Fn(&Tensor) -> Tensor) -> Tensor {
+    in_chunks(hidden, targets, chunk, |hidden, targets| summed_cross_entropy(&to_f32(&logits(hidden)), targets))
+}
+
+/// [`cross_entropy`] + `z_coefficient` times the sum of what [`z_loss`] is the mean of, from the same logits. Chameleon
+/// has a coefficient of 1e-5.
+pub fn cross_entropy_and_z_loss(
+    hidden: &Tensor,
+    targets: &Tensor,
+    chunk: i64,
+    z_coefficient: f64,
+    logits: impl Fn(&Tensor) -> Tensor,
+) -> Tensor {
+    in_chunks(hidden, targets, chunk, |hidden, targets| {
+        let logits = to_f32(&logits(hidden)); // [rows, vocab]
+        summed_cross_entropy(&logits, targets) + squared_log_z(&logits).sum(Kind::Float) * z_coefficient
+    })
+}
+
+/// `mean(log^2 Z)` with `Z = sum(exp(logits))` of each row: `[n, vocab]` -> f32 scalar (arXiv 2405.09818, section 2.3).
+///
+/// Softmax does not see what is added to all logits of a row; this does, and draws `log Z` to 0.
+pub fn z_loss(logits: &Tensor) -> Tensor {
+    squared_log_z(&to_f32(logits)).mean(Kind::Float)
+}
+
+/// A loss that is a sum over rows, `chunk` rows at a time; see [`cross_entropy`].
+fn in_chunks(hidden: &Tensor, targets: &Tensor, chunk: i64, loss: impl Fn(&Tensor, &Tensor) -> Tensor) -> Tensor {
     let n = targets.size()[0];
     if n <= chunk || !hidden.requires_grad() {
         let starts = (0..n.max(1)).step_by(chunk.max(1) as usize);
         let parts = starts.map(|start| {
             let rows = chunk.min(n - start);
-            chunk_loss(&hidden.narrow(0, start, rows), &targets.narrow(0, start, rows), &logits)
+            loss(&hidden.narrow(0, start, rows), &targets.narrow(0, start, rows))
         });
         return parts.reduce(|a, b| a + b).expect("at least one chunk");
     }
@@ -23,7 +50,7 @@ pub fn cross_entropy(hidden: &Tensor, targets: &Tensor, chunk: i64, logits: impl
     for start in (0..n).step_by(chunk.max(1) as usize) {
         let rows = chunk.min(n - start);
         let leaf = hidden.narrow(0, start, rows).detach().set_requires_grad(true);
-        let loss = chunk_loss(&leaf, &targets.narrow(0, start, rows), &logits);
+        let loss = loss(&leaf, &targets.narrow(0, start, rows));
         gradients.extend(Tensor::run_backward(&[&loss], &[&leaf], false, false));
         value += loss.detach();
     }
@@ -33,9 +60,17 @@ pub fn cross_entropy(hidden: &Tensor, targets: &Tensor, chunk: i64, logits: impl
     value + (&carrier - carrier.detach())
 }
 
-fn chunk_loss(hidden: &Tensor, targets: &Tensor, logits: impl Fn(&Tensor) -> Tensor) -> Tensor {
-    let logits = logits(hidden).to_kind(Kind::Float); // [rows, vocab]
+fn to_f32(logits: &Tensor) -> Tensor {
+    logits.to_kind(Kind::Float)
+}
+
+fn summed_cross_entropy(logits: &Tensor, targets: &Tensor) -> Tensor {
     logits.cross_entropy_loss::<Tensor>(targets, None, Reduction::Sum, -100, 0.0)
+}
+
+/// `[rows, vocab]` -> `[rows]`
+fn squared_log_z(logits: &Tensor) -> Tensor {
+    logits.logsumexp([-1i64].as_slice(), false).square()
 }
 
 #[cfg(test)]
@@ -73,6 +108,42 @@ mod tests {
                 cross_entropy(&(&golden["ce.hidden"] * 1.5), targets, chunk, |h| h.linear::<&Tensor>(head, None))
             });
             fixtures::assert_close_to(&(frozen * 0.25), &whole, 1e-5);
+        }
+    }
+
+    #[test]
+    fn z_loss_is_the_square_of_log_z() {
+        // Z is 1 + 2 + 5 = 8 and 3 e^2.
+        let (ln2, ln5) = (2f32.ln(), 5f32.ln());
+        let logits = Tensor::from_slice(&[0f32, ln2, ln5, 2.0, 2.0, 2.0]).view([2, 3]).set_requires_grad(true);
+        let (first, second) = (8f64.ln(), 3f64.ln() + 2.0);
+        let loss = z_loss(&logits);
+        fixtures::assert_close_to(&loss, &Tensor::from((first * first + second * second) / 2.0), 1e-6);
+        // d/dx mean(log^2 Z) = 2 log Z softmax(x) / n
+        loss.backward();
+        let expected = [1.0, 2.0, 5.0].map(|e| first * e / 8.0).into_iter().chain([second / 3.0; 3]);
+        let expected = Tensor::from_slice(&expected.collect::<Vec<f64>>()).view([2, 3]);
+        fixtures::assert_close_to(&logits.grad(), &expected, 1e-6);
+        assert_eq!(z_loss(&logits.detach().to_kind(Kind::BFloat16)).kind(), Kind::Float);
+    }
+
+    #[test]
+    fn both_losses_in_chunks_are_both_losses() {
+        let golden = fixtures::open("losses");
+        let (targets, head) = (&golden["ce.targets"], &golden["ce.lm_head"]);
+        let logits = |hidden: &Tensor| hidden.linear::<&Tensor>(head, None);
+        let of = |loss: &dyn Fn(&Tensor) -> Tensor| {
+            let hidden = golden["ce.hidden"].copy().set_requires_grad(true);
+            let loss = loss(&hidden);
+            loss.backward();
+            (loss.detach(), hidden.grad())
+        };
+        let n = targets.size()[0] as f64;
+        let apart = of(&|hidden| cross_entropy(hidden, targets, 1 << 10, logits) + z_loss(&logits(hidden)) * 0.3 * n);
+        for chunk in [1, 3, 1 << 10] {
+            let both = of(&|hidden| cross_entropy_and_z_loss(hidden, targets, chunk, 0.3, logits));
+            fixtures::assert_close_to(&both.0, &apart.0, 1e-4);
+            fixtures::assert_close_to(&both.1, &apart.1, 1e-5);
         }
     }
 }
