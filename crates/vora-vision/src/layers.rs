@@ -4,6 +4,9 @@ use anyhow::Result;
 use tch::{Tensor, nn::Module};
 use vora_torch::weights::{Init, Weights};
 
+/// A [`LayerNorm`], or an RMS norm.
+pub(crate) type Norm = Box<dyn Module>;
+
 /// `y = x W^T + b`
 #[derive(Debug)]
 pub(crate) struct Linear {
@@ -17,6 +20,15 @@ impl Linear {
             weight: weights.get("weight", &[outputs, inputs], Init::Required)?,
             bias: bias.then(|| weights.get("bias", &[outputs], Init::Zeros)).transpose()?,
         })
+    }
+
+    /// The first and the second half of its outputs as two layers over the same memory.
+    pub(crate) fn halves(&self) -> (Self, Self) {
+        let half = |i: i64| {
+            let part = |tensor: &Tensor| tensor.narrow(0, i * tensor.size()[0] / 2, tensor.size()[0] / 2);
+            Self { weight: part(&self.weight), bias: self.bias.as_ref().map(part) }
+        };
+        (half(0), half(1))
     }
 }
 

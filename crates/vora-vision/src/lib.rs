@@ -1,5 +1,5 @@
 //! From the bytes of a picture to vectors of a language model's width: decoding, preprocessing as Hugging Face's
-//! processors do it, the trained [`PatchEmbed`], frozen vision transformers as [`Teacher`]s, and [`VqModel`], which turns
+//! processors do it, the trained [`PatchEmbed`], frozen vision transformers ([`Encoder`], as a [`Teacher`] too), and [`VqModel`], which turns
 //! pictures into the codes of a codebook and back. It knows no language model, no text and no dataset, and trains nothing
 //! by itself.
 //!
@@ -20,20 +20,50 @@
 //! # }
 //! ```
 
-mod dinov2;
 mod image;
-mod layers;
+mod preprocess;
+mod processor_config;
+mod resample;
+
 mod patch_embed;
 mod patchify;
 mod positions;
-mod preprocess;
-mod teacher;
+
+mod encoder;
+mod encoder_config;
+mod features;
+#[cfg(test)]
+mod golden;
+mod vision_transformer;
+
+mod aimv2;
+mod clip;
+mod dinov2;
+mod siglip;
+mod vit;
+
+mod activation;
+mod attention;
+mod block;
+mod embeddings;
+mod layers;
+mod mlp;
+mod sizes;
+
 mod vq;
 
-pub use self::dinov2::{Dinov2, Dinov2Config};
+pub use self::aimv2::Aimv2VisionConfig;
+pub use self::clip::ClipVisionConfig;
+pub use self::dinov2::Dinov2Config;
+pub use self::encoder::{Encoder, Teacher};
+pub use self::encoder_config::EncoderConfig;
+pub use self::features::{FeatureSelection, VisionFeatureLayer, VisionFeatureSelectStrategy};
 pub use self::image::{ImageError, MAX_PIXELS, decode_image, open_image};
 pub use self::patch_embed::{PatchEmbed, PatchEmbedConfig, PositionTable};
-pub use self::preprocess::{IMAGENET_DEFAULT, ImageProcessor, Pixels, Resample, Size, stack};
-pub use self::teacher::{Patchifier, Teacher};
+pub use self::preprocess::{IMAGENET_DEFAULT, IMAGENET_STANDARD, ImageProcessor, OPENAI_CLIP, Pixels, Size, stack};
+pub use self::resample::{Backend, Resample};
+pub use self::siglip::SiglipVisionConfig;
+pub use self::vision_transformer::{Patchifier, VisionTransformer};
+pub use self::vit::VitConfig;
 pub use self::vq::{VqConfig, VqLosses, VqModel, chameleon_processor, to_images};
 pub use ::image::RgbImage;

@@ -5,9 +5,9 @@ use tch::{Kind, Tensor, nn::Module};
 use vora_torch::rms_norm::RmsNorm;
 use vora_torch::weights::{Init, Weights};
 
+use crate::encoder::Teacher;
 use crate::patchify::{grid, patchify};
 use crate::positions::{Interpolation, interpolate};
-use crate::teacher::Teacher;
 
 /// The sizes of a [`PatchEmbed`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,7 +140,10 @@ impl PatchEmbed {
             let positions =
                 interpolate(&start.positions.to_kind(Kind::Float), side, side, Interpolation::Bicubic).unsqueeze(0);
             let positions = &positions / rms(&positions);
-            let bias = start.bias.to_kind(Kind::Float) * BIAS_SHARE;
+            let bias = match start.bias {
+                Some(bias) => bias.to_kind(Kind::Float) * BIAS_SHARE,
+                None => self.bias.zeros_like(),
+            };
             let out_rms = word_embedding_rms / (embed_dim as f64).sqrt();
             let out_proj = &self.out_proj * (out_rms / rms(&self.out_proj));
             for (mine, new) in [
@@ -174,7 +177,7 @@ impl Module for PatchEmbed {
     fn forward(&self, pixel_values: &Tensor) -> Tensor {
         let (_, _, height, width) = pixel_values.size4().expect("pixel_values is [batch, 3, height, width]");
         let (rows, columns) = self.grid(height, width).expect("callers check the grid");
-        let patches = patchify(&pixel_values.to_kind(Kind::Float), &self.weight, &self.bias); // [batch, patches, embed_dim]
+        let patches = patchify(&pixel_values.to_kind(Kind::Float), &self.weight, Some(&self.bias)); // [batch, patches, embed_dim]
         let patches = self.norm.forward(&patches) + self.positions(rows, columns);
         patches.linear(&self.out_proj, None::<&Tensor>).to_kind(self.kind)
     }
@@ -192,7 +195,9 @@ fn rms(x: &Tensor) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dinov2::{Dinov2, Dinov2Config};
+    use crate::dinov2::Dinov2Config;
+    use crate::preprocess::{IMAGENET_DEFAULT, ImageProcessor};
+    use crate::resample::Resample;
     use tch::Device;
 
     const CONFIG: PatchEmbedConfig = PatchEmbedConfig { patch_size: 4, image_size: 16, embed_dim: 12, hidden_size: 10 };
@@ -235,9 +240,9 @@ mod tests {
     fn starts_from_a_teacher_with_other_patches() {
         let golden = fixtures::open("patch_embed");
         let tensors = fixtures::open("dinov2").under("weights.");
-        let teacher =
-            Dinov2::load(&Dinov2Config::tiny(), &Weights::from_tensors(tensors, Device::Cpu, Kind::Float)).unwrap();
-        let teacher = Teacher::from(teacher);
+        let teacher = Dinov2Config::tiny().load(&Weights::from_tensors(tensors, Device::Cpu, Kind::Float)).unwrap();
+        let (mean, std) = IMAGENET_DEFAULT;
+        let teacher = Teacher::new(teacher, ImageProcessor::square(16, mean, std, Resample::Bicubic));
         let weights = Weights::random(3, Device::Cpu, Kind::Float);
         let config = PatchEmbedConfig { patch_size: 6, image_size: 18, embed_dim: 16, hidden_size: 10 };
         let embed = PatchEmbed::load(&config, &weights).unwrap();

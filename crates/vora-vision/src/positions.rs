@@ -1,11 +1,30 @@
-//! A table of learned 2-D positions, at another grid than the one it was learned for.
+//! The positions of patches: a learned table, resampled for other grids than its own, or sines and cosines.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
+
+/// Where the positions of a grid come from.
+#[derive(Debug)]
+pub(crate) enum Positions {
+    /// `[side * side, dim]`, and how positions between the learned ones are found.
+    Learned { table: Tensor, interpolation: Interpolation },
+    /// Computed for any grid; see [`sin_cos`].
+    SinCos { dim: i64, kind: Kind, device: Device },
+}
+
+impl Positions {
+    /// `[rows * columns, dim]`, row by row
+    pub(crate) fn at(&self, rows: i64, columns: i64) -> Tensor {
+        match self {
+            Self::Learned { table, interpolation } => interpolate(table, rows, columns, *interpolation),
+            Self::SinCos { dim, kind, device } => sin_cos(rows, columns, *dim).to_kind(*kind).to_device(*device),
+        }
+    }
+}
 
 /// How positions between the learned ones are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Interpolation {
-    /// As DINOv2 does.
+    /// As DINOv2 does, and with it most.
     Bicubic,
     /// Widened where the new grid is coarser, as DINOv2 with registers does.
     BicubicAntialias,
@@ -28,4 +47,16 @@ pub(crate) fn interpolate(table: &Tensor, rows: i64, columns: i64, how: Interpol
         Interpolation::Bilinear => grid.upsample_bilinear2d(size, false, None, None),
     }; // [1, dim, rows, columns]
     grid.permute([0, 2, 3, 1]).reshape([rows * columns, dim]).to_kind(table.kind())
+}
+
+/// `[rows * columns, dim]` in f64: for column x and row y, `[sin xw | cos xw | sin yw | cos yw]` over the frequencies
+/// `w = 10000^(-4 i / dim)`, as AIMv2 has them (`build_2d_sinusoidal_position_embedding`, its halves exchanged).
+fn sin_cos(rows: i64, columns: i64, dim: i64) -> Tensor {
+    let options = (Kind::Double, Device::Cpu);
+    let quarter = dim / 4;
+    let frequencies = (Tensor::arange(quarter, options) * (-(10_000f64.ln()) / quarter as f64)).exp(); // [quarter]
+    let angles = |places: Tensor| places.flatten(0, -1).outer(&frequencies); // [rows * columns, quarter]
+    let x = angles(Tensor::arange(columns, options).view([1, -1]).repeat([rows, 1]));
+    let y = angles(Tensor::arange(rows, options).view([-1, 1]).repeat([1, columns]));
+    Tensor::cat(&[x.sin(), x.cos(), y.sin(), y.cos()], 1)
 }

@@ -8,7 +8,7 @@ use vora_model::{Input, VisionLanguageModel, Vora, VoraConfig};
 use vora_torch::Weights;
 use vora_train::distill::{DistillHeads, Pairing};
 use vora_train::loss::cross_entropy;
-use vora_vision::{Dinov2, Dinov2Config};
+use vora_vision::Dinov2Config;
 
 const ADAPTED: i64 = 2;
 
@@ -48,7 +48,7 @@ fn teacher(golden: &fixtures::Golden) -> Vec<Tensor> {
     }))
     .unwrap();
     let weights = Weights::from_tensors(golden.under("teacher."), Device::Cpu, Kind::Float);
-    let dinov2 = Dinov2::load(&config, &weights).unwrap();
+    let dinov2 = config.load(&weights).unwrap();
     weights.finish().unwrap();
     let states = tch::no_grad(|| dinov2.hidden_states(&golden["pixel_values"]));
     states[1..].iter().map(|state| dinov2.patch_tokens(state).flatten(0, 1)).collect()

@@ -1,0 +1,263 @@
+//! The config of a vision transformer of any family known here, told apart by its `model_type`.
+
+use anyhow::{Context, Result, bail};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use std::path::Path;
+use vora_torch::weights::Weights;
+
+use crate::aimv2::Aimv2VisionConfig;
+use crate::clip::ClipVisionConfig;
+use crate::dinov2::Dinov2Config;
+use crate::preprocess::{IMAGENET_DEFAULT, IMAGENET_STANDARD, ImageProcessor, OPENAI_CLIP};
+use crate::resample::Resample;
+use crate::siglip::SiglipVisionConfig;
+use crate::vision_transformer::VisionTransformer;
+use crate::vit::VitConfig;
+
+/// One of the families known here.
+#[derive(Debug, Clone, PartialEq)]
+pub enum EncoderConfig {
+    /// `clip_vision_model`, or the vision half of `clip`.
+    Clip(ClipVisionConfig),
+    /// `siglip_vision_model`, or the vision half of `siglip`; SigLIP 2 at a fixed resolution too.
+    Siglip(SiglipVisionConfig),
+    /// `aimv2_vision_model`, or the vision half of `aimv2`.
+    Aimv2(Aimv2VisionConfig),
+    /// `vit`
+    Vit(VitConfig),
+    /// `dinov2` or `dinov2_with_registers`.
+    Dinov2(Dinov2Config),
+}
+
+impl EncoderConfig {
+    /// Reads `config.json` of a model folder.
+    ///
+    /// # Errors
+    /// Names the file and the key.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join("config.json");
+        let bytes = std::fs::read(&path).with_context(|| {
+            format!("cannot read {}; a vision encoder is a folder with config.json in it", path.display())
+        })?;
+        let json = serde_json::from_slice(&bytes).with_context(|| format!("{} is not JSON", path.display()))?;
+        Self::from_json(&json).with_context(|| format!("in {}", path.display()))
+    }
+
+    /// From the object that a `config.json` holds, or the `vision_config` in that of a larger model.
+    ///
+    /// # Errors
+    /// Where the `model_type` is none of those known here, or a key has a value that no such model can have.
+    pub fn from_json(json: &Value) -> Result<Self> {
+        let model_type = json["model_type"].as_str().context("`model_type` is missing")?;
+        Ok(match model_type {
+            "clip_vision_model" => Self::Clip(object(json)?),
+            "clip" => Self::Clip(vision_half(json)?),
+            "siglip_vision_model" => Self::Siglip(object(json)?),
+            "siglip" => Self::Siglip(vision_half(json)?),
+            "aimv2_vision_model" => Self::Aimv2(object(json)?),
+            "aimv2" => Self::Aimv2(vision_half(json)?),
+            "vit" => Self::Vit(object(json)?),
+            "dinov2" | "dinov2_with_registers" => Self::Dinov2(object::<Dinov2Config>(json)?.with_defaults_of(json)),
+            "siglip2" | "siglip2_vision_model" => bail!(
+                "model_type `{model_type}` takes pictures of any aspect as padded patches (NaFlex), which is not done \
+                 here; SigLIP 2 at a fixed resolution says `siglip`"
+            ),
+            other => bail!(
+                "model_type `{other}` is not a vision encoder known here; clip, siglip, aimv2 (and each with \
+                 `_vision_model`), vit, dinov2 and dinov2_with_registers are"
+            ),
+        })
+    }
+
+    /// Builds the transformer from its own names, wherever they stand: at the root of `weights`, or under the name that
+    /// models with more in them have for it (`vision_model`, `vit`, `dinov2`).
+    ///
+    /// # Errors
+    /// Where the config contradicts itself; tensors that do not fit are told by `weights.finish_allowing()`, for which
+    /// [`EncoderConfig::leaves_out`] says what no encoder reads.
+    pub fn load(&self, weights: &Weights) -> Result<VisionTransformer> {
+        let below = weights.pp(self.names().prefix);
+        let weights = if below.contains(self.names().convolution) && !weights.contains(self.names().convolution) {
+            &below
+        } else {
+            weights
+        };
+        match self {
+            Self::Clip(config) => config.load(weights),
+            Self::Siglip(config) => config.load(weights),
+            Self::Aimv2(config) => config.load(weights),
+            Self::Vit(config) => config.load(weights),
+            Self::Dinov2(config) => config.load(weights),
+        }
+    }
+
+    /// Whether a tensor of such a folder is of no use for hidden states: the words' half of the model, pooling and
+    /// classification heads.
+    pub fn leaves_out(&self, name: &str) -> bool {
+        let names = self.names();
+        let own = name.strip_prefix(names.prefix).and_then(|name| name.strip_prefix('.')).unwrap_or(name);
+        names.left_out.iter().any(|start| own.starts_with(start))
+    }
+
+    /// What its pictures go through where no file says so: mean, std and sampling of the family's own processor, and
+    /// the whole picture made a square of the size that it was trained for.
+    pub fn default_processor(&self) -> ImageProcessor {
+        let ((mean, std), resample, image_size) = match self {
+            Self::Clip(config) => (OPENAI_CLIP, Resample::Bicubic, config.image_size),
+            Self::Siglip(config) => (IMAGENET_STANDARD, Resample::Bicubic, config.image_size),
+            Self::Aimv2(config) => (OPENAI_CLIP, Resample::Bicubic, config.image_size),
+            Self::Vit(config) => (IMAGENET_STANDARD, Resample::Bilinear, config.image_size),
+            Self::Dinov2(config) => (IMAGENET_DEFAULT, Resample::Bicubic, config.image_size),
+        };
+        ImageProcessor::square(u32::try_from(image_size).unwrap_or(224), mean, std, resample)
+    }
+
+    fn names(&self) -> Names {
+        match self {
+            Self::Clip(_) => Names {
+                prefix: "vision_model",
+                convolution: "embeddings.patch_embedding.weight",
+                left_out: &[
+                    "post_layernorm.",
+                    "embeddings.position_ids",
+                    "text_model.",
+                    "visual_projection.",
+                    "text_projection.",
+                    "logit_scale",
+                ],
+            },
+            Self::Siglip(_) => Names {
+                prefix: "vision_model",
+                convolution: "embeddings.patch_embedding.weight",
+                left_out: &["head.", "embeddings.position_ids", "text_model.", "logit_scale", "logit_bias"],
+            },
+            Self::Aimv2(_) => Names {
+                prefix: "vision_model",
+                convolution: "embeddings.patch_embed.weight",
+                left_out: &[
+                    "head.",
+                    "embeddings.position_ids",
+                    "text_model.",
+                    "visual_projection.",
+                    "text_projection.",
+                    "logit_scale",
+                ],
+            },
+            Self::Vit(_) => Names {
+                prefix: "vit",
+                convolution: "embeddings.patch_embeddings.projection.weight",
+                left_out: &["pooler.", "embeddings.mask_token", "classifier.", "decoder."],
+            },
+            Self::Dinov2(_) => Names {
+                prefix: "dinov2",
+                convolution: "embeddings.patch_embeddings.projection.weight",
+                left_out: &["classifier."],
+            },
+        }
+    }
+}
+
+/// Where a family's tensors stand.
+struct Names {
+    prefix: &'static str,      // in models with more in them
+    convolution: &'static str, // by which the place is known
+    left_out: &'static [&'static str],
+}
+
+/// The `vision_config` of a model with two halves, or the `vision_config_dict` that old CLIP files have beside it.
+fn vision_half<T: DeserializeOwned>(json: &Value) -> Result<T> {
+    let half = ["vision_config_dict", "vision_config"].into_iter().find(|key| json[key].is_object());
+    match half {
+        Some(key) => object(&json[key]).context(key),
+        None => object(&Value::Object(Map::new())),
+    }
+}
+
+/// A config all of whose keys may be missing. serde tells what is wrong with a value, but not whose it is.
+fn object<T: DeserializeOwned>(json: &Value) -> Result<T> {
+    let whole = T::deserialize(json);
+    if whole.is_err() {
+        for (key, value) in json.as_object().into_iter().flatten() {
+            T::deserialize(Value::Object([(key.clone(), value.clone())].into_iter().collect()))
+                .with_context(|| format!("`{key}`"))?;
+        }
+    }
+    Ok(whole?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden;
+    use serde_json::json;
+    use tch::Kind;
+
+    #[test]
+    fn tensors_are_found_with_and_without_the_prefix() {
+        for name in ["clip", "siglip", "aimv2", "vit", "dinov2"] {
+            let tensors = fixtures::open(name);
+            let prefix = EncoderConfig::from_json(&golden::json(name)).unwrap().names().prefix;
+            let strip = |name: &str| name.strip_prefix(&format!("{prefix}.")).unwrap_or(name).to_owned();
+            let below = |name: &str| format!("{prefix}.{}", strip(name));
+            let is_text = |name: &str| name.starts_with("text") || name.starts_with("logit");
+            for rename in [&strip as &dyn Fn(&str) -> String, &below] {
+                let own = tensors.under("weights.").into_iter().filter(|(name, _)| !is_text(name));
+                let renamed = own.map(|(name, tensor)| (rename(&name), tensor)).collect();
+                let model = golden::load(name, renamed, Kind::Float);
+                let states = model.hidden_states(&tensors["native.pixel_values"]);
+                fixtures::assert_close_to(&states[3], &tensors["native.hidden_states.3"], 2e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn a_vision_half_stands_alone_too() {
+        for name in ["clip", "siglip", "aimv2"] {
+            let whole = golden::json(name);
+            let half = &whole["vision_config"];
+            assert_eq!(half["model_type"], format!("{name}_vision_model"));
+            assert_eq!(EncoderConfig::from_json(&whole).unwrap(), EncoderConfig::from_json(half).unwrap());
+        }
+        let old = json!({"model_type": "clip", "vision_config": {"patch_size": 14}, "vision_config_dict": {"patch_size": 16}});
+        let expected = EncoderConfig::Clip(ClipVisionConfig { patch_size: 16, ..ClipVisionConfig::default() });
+        assert_eq!(EncoderConfig::from_json(&old).unwrap(), expected);
+        let registers = EncoderConfig::from_json(&json!({"model_type": "dinov2_with_registers"})).unwrap();
+        assert!(matches!(registers, EncoderConfig::Dinov2(config) if config.num_register_tokens == 4));
+    }
+
+    #[test]
+    fn tensors_that_no_encoder_has_are_told() {
+        let config = EncoderConfig::from_json(&json!({"model_type": "clip"})).unwrap();
+        assert!(config.leaves_out("text_model.encoder.layers.0.mlp.fc1.weight"));
+        assert!(config.leaves_out("vision_model.post_layernorm.bias"));
+        assert!(!config.leaves_out("vision_model.encoder.layers.12.mlp.fc1.weight"));
+        assert!(!config.leaves_out("vision_model.head.probe"));
+    }
+
+    #[test]
+    fn configs_that_cannot_be_followed_are_refused() {
+        let refuse = |json: Value| {
+            let weights = Weights::random(0, tch::Device::Cpu, Kind::Float);
+            let loaded = EncoderConfig::from_json(&json).and_then(|config| config.load(&weights).map(drop));
+            format!("{:#}", loaded.unwrap_err())
+        };
+        let error = refuse(json!({"model_type": "resnet"}));
+        assert!(error.contains("model_type `resnet` is not a vision encoder known here; clip, siglip"), "{error}");
+        assert!(refuse(json!({"model_type": "siglip2_vision_model"})).contains("(NaFlex), which is not done here"));
+        assert!(refuse(json!({"hidden_size": 8})).contains("`model_type` is missing"));
+        let error = refuse(json!({"model_type": "dinov2", "hidden_size": 10, "num_attention_heads": 3}));
+        assert!(error.contains("hidden_size 10 does not divide among num_attention_heads 3"), "{error}");
+        let error = refuse(json!({"model_type": "vit", "image_size": [14, 28]}));
+        assert!(error.contains("`image_size`: [14, 28] is not a square"), "{error}");
+        let error = refuse(json!({"model_type": "siglip", "vision_config": {"patch_size": "x"}}));
+        assert!(error.contains("vision_config: `patch_size`: "), "{error}");
+        assert!(
+            refuse(json!({"model_type": "clip_vision_model", "hidden_act": "relu"})).contains("hidden_act is `relu`")
+        );
+        assert!(refuse(json!({"model_type": "vit", "num_channels": 1})).contains("num_channels is 1"));
+        let native =
+            json!({"model_type": "aimv2_vision_model", "is_native": true, "hidden_size": 6, "num_attention_heads": 2});
+        assert!(refuse(native).contains("hidden_size 6 is not a multiple of 4"));
+    }
+}

@@ -1,0 +1,63 @@
+//! How the tests of every family compare an encoder with Hugging Face's.
+
+use tch::{Device, Kind, Tensor};
+use vora_torch::Weights;
+
+use crate::encoder_config::EncoderConfig;
+use crate::vision_transformer::VisionTransformer;
+
+/// The `config.json` that lies beside a golden file.
+pub(crate) fn json(name: &str) -> serde_json::Value {
+    let path = fixtures::root().join(format!("golden/{name}.json"));
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+/// The encoder of a golden file, from tensors that must all be known.
+pub(crate) fn load(name: &str, tensors: Vec<(String, Tensor)>, kind: Kind) -> VisionTransformer {
+    let config = EncoderConfig::from_json(&json(name)).unwrap();
+    let weights = Weights::from_tensors(tensors, Device::Cpu, kind);
+    let model = config.load(&weights).unwrap();
+    weights.finish_allowing(|name| config.leaves_out(name)).unwrap();
+    model
+}
+
+/// Every hidden state and the last norm, at each size; the first size comes again at the end.
+pub(crate) fn matches_reference(name: &str, sizes: &[&str]) {
+    let golden = fixtures::open(name);
+    let model = load(name, golden.under("weights."), Kind::Float);
+    for size in sizes.iter().chain(&sizes[..1]) {
+        for (state, expected) in states(&model, &golden, size).iter().zip(expected(&model, &golden, size)) {
+            fixtures::assert_close_to(state, &expected, 2e-5);
+        }
+    }
+}
+
+/// In bf16 no state is further from f32 than one and a half times what Hugging Face's own bf16 is.
+pub(crate) fn rounds_as_the_reference(name: &str, sizes: &[&str]) {
+    let golden = fixtures::open(name);
+    let model = load(name, golden.under("weights."), Kind::BFloat16);
+    for size in sizes {
+        let theirs = Vec::<f64>::try_from(&golden[&format!("{size}.bf16_difference")].to_kind(Kind::Double)).unwrap();
+        let states = states(&model, &golden, size);
+        assert_eq!(states.len(), theirs.len());
+        for ((state, expected), theirs) in states.iter().zip(expected(&model, &golden, size)).zip(theirs) {
+            assert_eq!(state.kind(), Kind::BFloat16);
+            fixtures::assert_close_to(state, &expected, 1.5 * theirs);
+        }
+    }
+}
+
+/// What the encoder makes of the pictures of one size: all hidden states, then the last one normed.
+fn states(model: &VisionTransformer, golden: &fixtures::Golden, size: &str) -> Vec<Tensor> {
+    let mut states = model.hidden_states(&golden[&format!("{size}.pixel_values")]);
+    states.push(model.last_hidden_state(&states[states.len() - 1]));
+    states
+}
+
+fn expected(model: &VisionTransformer, golden: &fixtures::Golden, size: &str) -> Vec<Tensor> {
+    (0..=model.num_hidden_layers())
+        .map(|i| format!("{size}.hidden_states.{i}"))
+        .chain([format!("{size}.last_hidden_state")])
+        .map(|name| golden[&name].shallow_clone())
+        .collect()
+}

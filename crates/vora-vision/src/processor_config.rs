@@ -1,0 +1,301 @@
+//! `preprocessor_config.json`: what it asks for, read and written.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::preprocess::{IMAGENET_STANDARD, ImageProcessor, OPENAI_CLIP, Size};
+use crate::resample::{Backend, Resample};
+
+impl ImageProcessor {
+    /// Reads `preprocessor_config.json` of a model folder, or the `image_processor` inside `processor_config.json`.
+    /// Where it does not name its class, that of the `model_type` in `config.json` is taken.
+    ///
+    /// # Errors
+    /// Names the file, and the key that this crate cannot follow.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let alone = folder.join("preprocessor_config.json");
+        let path = if alone.exists() { alone } else { folder.join("processor_config.json") };
+        let bytes = std::fs::read(&path)
+            .with_context(|| format!("no preprocessor_config.json or processor_config.json in {}", folder.display()))?;
+        let json = serde_json::from_slice(&bytes).with_context(|| format!("{} is not JSON", path.display()))?;
+        Self::read(json, class_of_model(folder)).with_context(|| format!("in {}", path.display()))
+    }
+
+    /// From the object that such a file holds. Keys that it lacks are as its `image_processor_type` has them;
+    /// `BitImageProcessor` where it lacks that too.
+    ///
+    /// # Errors
+    /// Where the type is not known here, or a key asks for what this crate does not do.
+    pub fn from_json(json: Value) -> Result<Self> {
+        Self::read(json, "Bit")
+    }
+
+    fn read(mut json: Value, class: &str) -> Result<Self> {
+        if let Some(nested) = json.get_mut("image_processor") {
+            json = nested.take();
+        }
+        let keys: Keys = serde_json::from_value(json)?;
+        let name = keys.image_processor_type.or(keys.feature_extractor_type);
+        let (class, named_backend) = name.as_deref().map_or((class, None), class_and_backend);
+        let class = Class::named(class)?;
+        ensure!(!keys.do_pad.unwrap_or(false), "do_pad is true, padding is not supported");
+        ensure!(!keys.use_square_size.unwrap_or(false), "use_square_size is true, give size a height and a width");
+        let data_format = keys.data_format.as_deref().unwrap_or("channels_first");
+        ensure!(data_format == "channels_first", "data_format is `{data_format}`, only `channels_first` is supported");
+        let backend = match (keys.backend.as_deref(), keys.use_fast) {
+            (Some("pil"), _) | (None, Some(false)) => Backend::Pillow,
+            (Some("torchvision"), _) | (None, Some(true)) => Backend::Torchvision,
+            (Some(other), _) => bail!("backend is `{other}`, known are `torchvision` and `pil`"),
+            (None, None) => named_backend.unwrap_or_default(),
+        };
+
+        let to_square = keys.default_to_square.unwrap_or(class.default_to_square);
+        let size = keys.size.map_or(Ok(class.size), |size| size.target("size", to_square))?;
+        let crop = keys
+            .crop_size
+            .map_or(Ok(Size::Exact { height: 224, width: 224 }), |size| size.target("crop_size", true))?;
+        let Size::Exact { height, width } = crop else { bail!("crop_size needs a height and a width") };
+        let resample = keys.resample.map_or(Ok(class.resample), Resample::from_pillow)?;
+        let rescale_factor = keys.rescale_factor.unwrap_or(1.0 / 255.0);
+        let image_mean = keys.image_mean.map_or(class.mean_std.0, Channels::values);
+        let image_std = keys.image_std.map_or(class.mean_std.1, Channels::values);
+        ensure!(rescale_factor > 0.0, "rescale_factor is {rescale_factor}, it must be above 0");
+        ensure!(image_std.iter().all(|&std| std > 0.0), "image_std is {image_std:?}, each must be above 0");
+        Ok(Self::new(
+            backend,
+            keys.do_resize.unwrap_or(true).then_some(size),
+            resample,
+            keys.do_center_crop.unwrap_or(class.do_center_crop).then_some((height, width)),
+            keys.do_rescale.unwrap_or(true).then_some(rescale_factor),
+            keys.do_normalize.unwrap_or(true).then_some((image_mean, image_std)),
+        ))
+    }
+
+    /// The object that [`ImageProcessor::from_json`] and Hugging Face's `AutoImageProcessor` read. The latter takes the
+    /// backend from its caller, not from the file.
+    pub fn to_json(&self) -> Value {
+        let (image_mean, image_std) = self.mean_std();
+        let mut json = json!({
+            "image_processor_type": "BitImageProcessor",
+            "do_convert_rgb": true,
+            "do_resize": self.size.is_some(),
+            "resample": self.resample as u8,
+            "do_center_crop": self.crop_size.is_some(),
+            "do_rescale": self.rescale_factor.is_some(),
+            "do_normalize": self.mean_std.is_some(),
+            "image_mean": image_mean,
+            "image_std": image_std,
+        });
+        match self.size {
+            Some(Size::ShortestEdge(edge)) => json["size"] = json!({"shortest_edge": edge}),
+            Some(Size::Exact { height, width }) => json["size"] = json!({"height": height, "width": width}),
+            None => {}
+        }
+        if let Some((height, width)) = self.crop_size {
+            json["crop_size"] = json!({"height": height, "width": width});
+        }
+        if let Some(factor) = self.rescale_factor {
+            json["rescale_factor"] = json!(factor);
+        }
+        if self.backend == Backend::Pillow {
+            json["backend"] = json!("pil");
+        }
+        json
+    }
+}
+
+/// The class of processors that Hugging Face takes for the model in a folder; `Bit` where it says nothing known.
+fn class_of_model(folder: &Path) -> &'static str {
+    let config: Option<Value> =
+        std::fs::read(folder.join("config.json")).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    match config.as_ref().and_then(|config| config["model_type"].as_str()) {
+        Some("clip" | "clip_vision_model" | "aimv2" | "aimv2_vision_model") => "CLIP",
+        Some("siglip" | "siglip_vision_model") => "Siglip",
+        Some("vit") => "ViT",
+        _ => "Bit",
+    }
+}
+
+/// `CLIPImageProcessorFast` -> `CLIP`, torchvision. A name without an ending says nothing about the backend.
+fn class_and_backend(name: &str) -> (&str, Option<Backend>) {
+    let (name, backend) = match (name.strip_suffix("Fast"), name.strip_suffix("Pil")) {
+        (Some(name), _) => (name, Some(Backend::Torchvision)),
+        (_, Some(name)) => (name, Some(Backend::Pillow)),
+        (None, None) => (name, None),
+    };
+    (name.trim_end_matches("ImageProcessor").trim_end_matches("FeatureExtractor"), backend)
+}
+
+/// The keys that are followed. Hugging Face's processors of these classes pass over all others.
+#[derive(Deserialize)]
+struct Keys {
+    image_processor_type: Option<String>,
+    feature_extractor_type: Option<String>,
+    backend: Option<String>,
+    use_fast: Option<bool>,
+    do_resize: Option<bool>,
+    size: Option<SizeKeys>,
+    default_to_square: Option<bool>,
+    use_square_size: Option<bool>,
+    resample: Option<u8>,
+    do_center_crop: Option<bool>,
+    crop_size: Option<SizeKeys>,
+    do_rescale: Option<bool>,
+    rescale_factor: Option<f64>,
+    do_normalize: Option<bool>,
+    image_mean: Option<Channels>,
+    image_std: Option<Channels>,
+    do_pad: Option<bool>,
+    data_format: Option<String>,
+}
+
+/// A number a channel, or one for all.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Channels {
+    Same(f64),
+    Each([f64; 3]),
+}
+
+impl Channels {
+    fn values(self) -> [f64; 3] {
+        match self {
+            Self::Same(value) => [value; 3],
+            Self::Each(values) => values,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum SizeKeys {
+    Number(u32),
+    Pair([u32; 2]),
+    Map(BTreeMap<String, Option<u32>>),
+}
+
+impl SizeKeys {
+    /// A bare number is a square's side, or the shorter one; two are height and width.
+    fn target(&self, key: &str, to_square: bool) -> Result<Size> {
+        let size = match self {
+            &Self::Number(edge) if to_square => Size::Exact { height: edge, width: edge },
+            &Self::Number(edge) => Size::ShortestEdge(edge),
+            &Self::Pair([height, width]) => Size::Exact { height, width },
+            Self::Map(map) => {
+                let given: Vec<_> = map.iter().filter_map(|(k, v)| v.map(|v| (k.as_str(), v))).collect();
+                match given[..] {
+                    [("height", height), ("width", width)] => Size::Exact { height, width },
+                    [("shortest_edge", edge)] => Size::ShortestEdge(edge),
+                    _ => bail!(
+                        "{key} has [{}], supported are `shortest_edge` alone, or `height` and `width`",
+                        given.iter().map(|(k, _)| format!("`{k}`")).collect::<Vec<_>>().join(", ")
+                    ),
+                }
+            }
+        };
+        ensure!(
+            !matches!(size, Size::ShortestEdge(0) | Size::Exact { height: 0, .. } | Size::Exact { width: 0, .. }),
+            "{key} is 0, it must be at least 1"
+        );
+        Ok(size)
+    }
+}
+
+/// What a class of processors does where its file says nothing.
+struct Class {
+    size: Size,
+    default_to_square: bool, // a bare number as size is a square's side
+    resample: Resample,
+    do_center_crop: bool,
+    mean_std: ([f64; 3], [f64; 3]),
+}
+
+impl Class {
+    fn named(name: &str) -> Result<Self> {
+        let bit = Self {
+            size: Size::ShortestEdge(224),
+            default_to_square: false,
+            resample: Resample::Bicubic,
+            do_center_crop: true,
+            mean_std: OPENAI_CLIP,
+        };
+        let vit = Self {
+            size: Size::Exact { height: 224, width: 224 },
+            default_to_square: true,
+            resample: Resample::Bilinear,
+            do_center_crop: false,
+            mean_std: IMAGENET_STANDARD,
+        };
+        Ok(match name {
+            "Bit" | "CLIP" => bit,
+            "ViT" => vit,
+            "Siglip" => Self { resample: Resample::Bicubic, default_to_square: false, ..vit },
+            _ => bail!("image_processor_type `{name}ImageProcessor` is not one of Bit, CLIP, ViT, Siglip"),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_file_leaves_out_is_as_its_class_has_it() {
+        let read = |json: Value| ImageProcessor::from_json(json).unwrap().to_json();
+        let clip = read(json!({"feature_extractor_type": "CLIPFeatureExtractor", "size": 30, "crop_size": 28}));
+        assert_eq!(clip["size"], json!({"shortest_edge": 30}));
+        assert_eq!((&clip["crop_size"], &clip["resample"]), (&json!({"height": 28, "width": 28}), &json!(3)));
+        let vit = read(json!({"image_processor_type": "ViTImageProcessorFast", "size": 30, "image_mean": 0.25}));
+        assert_eq!((&vit["size"], &vit["do_center_crop"]), (&json!({"height": 30, "width": 30}), &json!(false)));
+        assert_eq!((&vit["image_mean"], &vit["backend"]), (&json!([0.25, 0.25, 0.25]), &Value::Null));
+        let siglip = json!({"image_processor_type": "SiglipImageProcessor"});
+        assert_eq!(read(siglip.clone())["size"], json!({"height": 224, "width": 224}));
+        let with = |key: &str, value: Value| {
+            let mut json = siglip.clone();
+            json[key] = value;
+            read(json)
+        };
+        assert_eq!(with("size", json!(30))["size"], json!({"shortest_edge": 30}));
+        assert_eq!(with("size", json!([20, 30]))["size"], json!({"height": 20, "width": 30}));
+        assert_eq!(with("use_fast", json!(false))["backend"], "pil");
+        assert_eq!(read(json!({"image_processor_type": "CLIPImageProcessorPil"}))["backend"], "pil");
+    }
+
+    #[test]
+    fn a_file_without_a_class_gets_its_models() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, json: Value| std::fs::write(folder.path().join(name), json.to_string()).unwrap();
+        write("preprocessor_config.json", json!({"size": 28}));
+        write("config.json", json!({"model_type": "vit"}));
+        let vit = ImageProcessor::open(folder.path()).unwrap().to_json();
+        assert_eq!((&vit["resample"], &vit["size"]), (&json!(2), &json!({"height": 28, "width": 28})));
+        write("config.json", json!({"model_type": "aimv2_vision_model"}));
+        let aimv2 = ImageProcessor::open(folder.path()).unwrap().to_json();
+        assert_eq!((&aimv2["resample"], &aimv2["size"]), (&json!(3), &json!({"shortest_edge": 28})));
+    }
+
+    #[test]
+    fn configs_that_cannot_be_followed_are_refused() {
+        let refuse = |json: Value| format!("{:#}", ImageProcessor::from_json(json).unwrap_err());
+        let error = refuse(json!({"image_processor_type": "Qwen2VLImageProcessorFast"}));
+        assert!(error.contains("`Qwen2VLImageProcessor` is not one of Bit, CLIP, ViT, Siglip"), "{error}");
+        assert!(refuse(json!({"resample": 5})).contains("resample is 5"));
+        assert!(refuse(json!({"do_pad": true})).contains("do_pad"));
+        assert!(refuse(json!({"use_square_size": true})).contains("use_square_size"));
+        assert!(refuse(json!({"data_format": "channels_last"})).contains("data_format is `channels_last`"));
+        assert!(refuse(json!({"backend": "jax"})).contains("backend is `jax`"));
+        let error = refuse(json!({"size": {"shortest_edge": 3, "longest_edge": 5}}));
+        assert!(error.contains("size has [`longest_edge`, `shortest_edge`], supported are"), "{error}");
+        let error = refuse(json!({"size": {"height": 3, "width": 3, "max_pixels": 9}}));
+        assert!(error.contains("size has [`height`, `max_pixels`, `width`]"), "{error}");
+        assert!(refuse(json!({"crop_size": {"shortest_edge": 3}})).contains("crop_size needs a height and a width"));
+        assert!(refuse(json!({"crop_size": 0})).contains("crop_size is 0"));
+        assert!(refuse(json!({"image_std": [0.0, 1.0, 1.0]})).contains("image_std"));
+        let error = format!("{:#}", ImageProcessor::open(Path::new("nowhere")).unwrap_err());
+        assert!(error.contains("no preprocessor_config.json or processor_config.json in nowhere"), "{error}");
+    }
+}
