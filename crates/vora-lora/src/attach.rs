@@ -4,6 +4,7 @@ use anyhow::{Result, ensure};
 use vora_torch::weights::Weights;
 
 use crate::config::names;
+use crate::pattern::matches_end;
 use crate::{Linear, LoraConfig};
 
 /// What a model calls once for every linear it has: layer, path within the layer (`self_attn.q_proj`), linear.
@@ -14,8 +15,9 @@ pub type Visit<'a> = dyn FnMut(usize, &str, &mut Linear) -> Result<()> + 'a;
 /// `linears` is the model's walk over its linears. `layers` is where in the source of the adapters' weights the
 /// layers lie: `A` of layer 0's `self_attn.q_proj` is `0.self_attn.q_proj.lora_A.weight` there.
 ///
-/// Errors where a target names no linear of the first layers, or where the model has fewer layers than asked for;
-/// they tell what there is.
+/// Targets and patterns are matched with the whole path, the place of `layers` included, so that a target may also name
+/// one linear of one layer. Errors where a target names no linear of the first layers, a pattern none that gets an
+/// adapter, or where the model has fewer layers than asked for; they tell what there is.
 pub fn attach_all(
     name: &str,
     config: &LoraConfig,
@@ -23,8 +25,9 @@ pub fn attach_all(
     linears: impl FnOnce(&mut Visit<'_>) -> Result<()>,
 ) -> Result<usize> {
     config.validate()?;
-    let (mut attached, mut num_layers) = (0, 0);
+    let mut num_layers = 0;
     let mut modules: Vec<String> = Vec::new(); // of the layers that may carry adapters
+    let (mut paths, mut adapted): (Vec<String>, Vec<String>) = (Vec::new(), Vec::new()); // of their linears
     linears(&mut |layer_idx, module, linear| {
         num_layers = num_layers.max(layer_idx as i64 + 1);
         if layer_idx as i64 >= config.layers {
@@ -33,21 +36,43 @@ pub fn attach_all(
         if !modules.iter().any(|known| known == module) {
             modules.push(module.to_owned());
         }
-        if config.targets(module) {
-            linear.attach(name, config, &layers.pp(layer_idx).pp(module))?;
-            attached += 1;
+        let weights = layers.pp(layer_idx).pp(module);
+        if config.targets(weights.path()) {
+            linear.attach(name, config, &weights)?;
+            adapted.push(weights.path().to_owned());
         }
+        paths.push(weights.path().to_owned());
         Ok(())
     })?;
     ensure!(config.layers <= num_layers, "lora.layers is {}, the model has {num_layers} layers", config.layers);
-    let unmatched: Vec<&String> =
-        config.target_modules.iter().filter(|target| !modules.iter().any(|module| names(target, module))).collect();
+    let unmatched: Vec<&str> = config
+        .target_modules
+        .iter()
+        .filter(|target| !paths.iter().any(|path| names(target, path)))
+        .map(String::as_str)
+        .collect();
     ensure!(
         unmatched.is_empty(),
-        "lora.target_modules: {unmatched:?} match no linear layer of the model, which has {}",
+        "lora.target_modules: {} match no linear layer of the model, which has {}",
+        some_of(&unmatched),
         modules.join(", ")
     );
-    Ok(attached)
+    for (key, pattern) in config.patterns() {
+        let mut used = false;
+        for path in &adapted {
+            used = used || matches_end(pattern, path)?;
+        }
+        ensure!(used, "{key}: `{pattern}` matches no linear layer that gets an adapter, as {}", adapted[0]);
+    }
+    Ok(adapted.len())
+}
+
+/// A few names of what may be hundreds.
+fn some_of(names: &[&str]) -> String {
+    match names {
+        [a, b, c, _, rest @ ..] => format!("{:?} and {} more", [a, b, c], rest.len() + 1),
+        _ => format!("{names:?}"),
+    }
 }
 
 #[cfg(test)]
@@ -92,12 +117,30 @@ mod tests {
     }
 
     #[test]
+    fn one_linear_of_one_layer_may_be_named() {
+        let mut model = model();
+        let config = LoraConfig {
+            rank_pattern: [("1.mlp.up_proj".into(), 3)].into(),
+            ..config(2, &["model.layers.0.self_attn.q_proj", "1.mlp.up_proj"])
+        };
+        assert_eq!(attach(&mut model, &config).unwrap().0, 2);
+        let r = |layer: usize, linear: usize| model[layer][linear].1.adapters().map(|a| a.r()).next();
+        assert_eq!([r(0, 0), r(0, 1), r(1, 0), r(1, 1)], [Some(2), None, None, Some(3)]);
+    }
+
+    #[test]
     fn errors_tell_what_there_is() {
         let cases = [
             (config(2, &["q_proj", "qv_proj"]), r#"["qv_proj"] match no linear layer of the model"#),
             (config(2, &["v"]), "which has self_attn.q_proj, mlp.up_proj"),
             (config(3, &["q_proj"]), "lora.layers is 3, the model has 2 layers"),
             (config(0, &["q_proj"]), "lora.layers is 0"),
+            (config(2, &["a", "b", "c", "d", "e"]), r#"["a", "b", "c"] and 2 more match no linear"#),
+            (config(1, &["1.mlp.up_proj"]), r#"["1.mlp.up_proj"] match no linear layer"#),
+            (
+                LoraConfig { rank_pattern: [("v_proj".into(), 3)].into(), ..config(2, &["q_proj"]) },
+                "lora.rank_pattern: `v_proj` matches no linear layer that gets an adapter, as model.layers.0.self_attn.q_proj",
+            ),
         ];
         for (config, expected) in cases {
             let error = attach(&mut model(), &config).unwrap_err().to_string();

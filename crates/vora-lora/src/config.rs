@@ -1,9 +1,13 @@
 //! Which linears get an adapter, and of what rank.
 
-use anyhow::{Result, ensure};
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-/// The keys under `lora:` of a run file, spelled as the published VoRA recipes spell them.
+use crate::pattern::matches_end;
+
+/// The keys under `lora:` of a run file, spelled as the published VoRA recipes spell them; the last three as PEFT does.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoraConfig {
@@ -17,6 +21,35 @@ pub struct LoraConfig {
     /// Modules that get an adapter: a whole path or its last parts, `q_proj` or `self_attn.q_proj`, as in PEFT.
     #[serde(default = "every_linear")]
     pub target_modules: Vec<String>,
+    /// Other ranks than `r`: by a path's last parts, or a regular expression for them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub rank_pattern: BTreeMap<String, i64>,
+    /// Other values than `lora_alpha`, by the same.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub alpha_pattern: BTreeMap<String, f64>,
+    /// Whether the scaling is alpha over the root of the rank (rank-stabilised LoRA, arXiv 2312.03732).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub use_rslora: bool,
+}
+
+/// Rank and scaling of one linear's adapter.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rank {
+    /// Rows of `A`, columns of `B`.
+    pub r: i64,
+    /// What PEFT's file says of it.
+    pub lora_alpha: f64,
+    /// What `B A` is multiplied with.
+    pub scaling: f64,
+}
+
+impl Rank {
+    /// Alpha over the rank, or over its root; an absent alpha is one that makes the scaling 1.
+    pub(crate) fn new(r: i64, lora_alpha: Option<f64>, use_rslora: bool) -> Self {
+        let over = if use_rslora { (r as f64).sqrt() } else { r as f64 };
+        let lora_alpha = lora_alpha.unwrap_or(over);
+        Self { r, lora_alpha, scaling: lora_alpha / over }
+    }
 }
 
 /// The seven linears of a Llama block, as VoRA adapts them.
@@ -29,12 +62,29 @@ fn every_linear() -> Vec<String> {
 impl LoraConfig {
     /// Rank `r` on the seven linears of the first `layers` blocks, scaling 1.
     pub fn new(r: i64, layers: i64) -> Self {
-        Self { layers, r, lora_alpha: None, target_modules: every_linear() }
+        Self {
+            layers,
+            r,
+            lora_alpha: None,
+            target_modules: every_linear(),
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
+            use_rslora: false,
+        }
     }
 
-    /// What `B A` is multiplied with: `lora_alpha / r`, or 1.
+    /// What `B A` is multiplied with where no pattern says otherwise: `lora_alpha / r`, or 1.
     pub fn scaling(&self) -> f64 {
-        self.lora_alpha.map_or(1.0, |alpha| alpha / self.r as f64)
+        Rank::new(self.r, self.lora_alpha, self.use_rslora).scaling
+    }
+
+    /// Rank and scaling of the module at `path`.
+    ///
+    /// An error where two patterns match it and disagree: a map has no order that could decide.
+    pub fn rank(&self, path: &str) -> Result<Rank> {
+        let r = agreed("lora.rank_pattern", &self.rank_pattern, path)?.unwrap_or(self.r);
+        let lora_alpha = agreed("lora.alpha_pattern", &self.alpha_pattern, path)?.or(self.lora_alpha);
+        Ok(Rank::new(r, lora_alpha, self.use_rslora))
     }
 
     /// An error that names the first key out of its range.
@@ -47,7 +97,34 @@ impl LoraConfig {
         ensure!(!self.target_modules.is_empty(), "lora.target_modules is empty, it must name at least one module");
         let empty = self.target_modules.iter().any(|target| target.trim().is_empty());
         ensure!(!empty, "lora.target_modules has an empty name");
+        for (pattern, r) in &self.rank_pattern {
+            ensure!(*r >= 1, "lora.rank_pattern: `{pattern}` is {r}, it must be at least 1");
+        }
+        for (pattern, alpha) in &self.alpha_pattern {
+            ensure!(
+                alpha.is_finite() && *alpha > 0.0,
+                "lora.alpha_pattern: `{pattern}` is {alpha}, it must be above 0"
+            );
+        }
+        for (key, pattern) in self.patterns() {
+            // A path has more before it in one file than in another.
+            ensure!(
+                !pattern.is_empty() && !pattern.contains('^'),
+                "{key}: `{pattern}` is matched with the end of a path, it cannot ask for its beginning"
+            );
+            matches_end(pattern, "").context(key)?;
+        }
+        ensure!(
+            !self.use_rslora || self.lora_alpha.is_some(),
+            "lora.use_rslora is true, which scales lora.lora_alpha, but that is absent"
+        );
         Ok(())
+    }
+
+    /// Every pattern, with the key that it stands under.
+    pub(crate) fn patterns(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        let ranks = self.rank_pattern.keys().map(|pattern| ("lora.rank_pattern", pattern.as_str()));
+        ranks.chain(self.alpha_pattern.keys().map(|pattern| ("lora.alpha_pattern", pattern.as_str())))
     }
 
     /// Whether the module at `path` is a target: the path equals one or ends with `.` and one. Which layer it lies in
@@ -55,6 +132,22 @@ impl LoraConfig {
     pub fn targets(&self, path: &str) -> bool {
         self.target_modules.iter().any(|target| names(target, path))
     }
+}
+
+/// The value that every pattern which matches `path` has, if there is one.
+fn agreed<T: Copy + PartialEq>(key: &'static str, patterns: &BTreeMap<String, T>, path: &str) -> Result<Option<T>> {
+    let mut found: Option<(&str, T)> = None;
+    for (pattern, &value) in patterns {
+        if matches_end(pattern, path).context(key)? {
+            match found {
+                Some((other, agreed)) if agreed != value => {
+                    bail!("{key}: `{other}` and `{pattern}` both match {path} and have different values")
+                }
+                _ => found = Some((pattern, value)),
+            }
+        }
+    }
+    Ok(found.map(|(_, value)| value))
 }
 
 /// Whether `target` is the whole `path` or its last parts.
@@ -78,6 +171,37 @@ mod tests {
         assert_eq!((config.layers, config.r, config.scaling()), (24, 1024, 1.0));
         assert_eq!(parse(r#"{"layers": 2, "r": 4}"#).unwrap(), LoraConfig::new(4, 2));
         assert_eq!(parse(r#"{"layers": 2, "r": 4, "lora_alpha": 8}"#).unwrap().scaling(), 2.0);
+        // What says nothing new is not written.
+        let written = serde_json::to_value(LoraConfig::new(4, 2)).unwrap();
+        assert_eq!(written.as_object().unwrap().len(), 3, "{written}");
+    }
+
+    #[test]
+    fn modules_have_ranks_of_their_own() {
+        let config = parse(
+            r#"{"layers": 2, "r": 4, "lora_alpha": 8, "rank_pattern": {"mlp.up_proj": 16, "0.self_attn.[qk]_proj": 1},
+                "alpha_pattern": {"up_proj": 4}}"#,
+        )
+        .unwrap();
+        config.validate().unwrap();
+        let rank = |path: &str| config.rank(path).map(|rank| (rank.r, rank.lora_alpha, rank.scaling)).unwrap();
+        assert_eq!(rank("llm.model.layers.1.mlp.up_proj"), (16, 4.0, 0.25));
+        assert_eq!(rank("llm.model.layers.0.self_attn.k_proj"), (1, 8.0, 8.0));
+        assert_eq!(rank("llm.model.layers.1.self_attn.k_proj"), (4, 8.0, 2.0));
+        let stable = LoraConfig { use_rslora: true, ..config.clone() };
+        assert_eq!(stable.rank("mlp.up_proj").unwrap(), Rank { r: 16, lora_alpha: 4.0, scaling: 1.0 });
+        assert_eq!(stable.scaling(), 4.0);
+        // Without an alpha every scaling is 1, whatever the rank.
+        assert_eq!(LoraConfig { lora_alpha: None, ..config.clone() }.rank("0.self_attn.q_proj").unwrap().scaling, 1.0);
+
+        let mut both = config;
+        both.rank_pattern.insert("up_proj".into(), 16);
+        assert_eq!(both.rank("x.mlp.up_proj").unwrap().r, 16);
+        both.rank_pattern.insert("up_proj".into(), 2);
+        let error = both.rank("x.mlp.up_proj").unwrap_err().to_string();
+        let expected =
+            "lora.rank_pattern: `mlp.up_proj` and `up_proj` both match x.mlp.up_proj and have different values";
+        assert_eq!(error, expected);
     }
 
     #[test]
@@ -95,14 +219,23 @@ mod tests {
     #[test]
     fn errors_name_the_key() {
         let good = LoraConfig::new(4, 2);
+        let ranks = |pattern: &str, r| BTreeMap::from([(pattern.to_owned(), r)]);
         let cases = [
             (LoraConfig { r: 0, ..good.clone() }, "lora.r is 0, it must be at least 1"),
             (LoraConfig { layers: -1, ..good.clone() }, "lora.layers is -1, it must be at least 1"),
             (LoraConfig { lora_alpha: Some(0.0), ..good.clone() }, "lora.lora_alpha is 0"),
-            (LoraConfig { target_modules: vec![], ..good }, "lora.target_modules is empty"),
+            (LoraConfig { target_modules: vec![], ..good.clone() }, "lora.target_modules is empty"),
+            (LoraConfig { rank_pattern: ranks("q", 0), ..good.clone() }, "lora.rank_pattern: `q` is 0"),
+            (LoraConfig { rank_pattern: ranks("^q", 1), ..good.clone() }, "`^q` is matched with the end of a path"),
+            (LoraConfig { rank_pattern: ranks("(q", 1), ..good.clone() }, "lora.rank_pattern: `(q` is no regular"),
+            (
+                LoraConfig { alpha_pattern: [("q".into(), -1.0)].into(), ..good.clone() },
+                "`q` is -1, it must be above 0",
+            ),
+            (LoraConfig { use_rslora: true, ..good }, "lora.lora_alpha, but that is absent"),
         ];
         for (config, expected) in cases {
-            let error = config.validate().unwrap_err().to_string();
+            let error = format!("{:#}", config.validate().unwrap_err());
             assert!(error.contains(expected), "{error}");
         }
         let error = parse(r#"{"layers": 2, "rank": 4}"#).unwrap_err().to_string();

@@ -1,7 +1,7 @@
 //! Low-rank adapters (LoRA, Hu et al. 2021): a frozen linear layer that can carry named ones, attaching them over a
 //! model, merging them into the weights, and PEFT's files. It knows no model, which hands it its linears, no
 //! optimizer, which finds the trained tensors in the source of weights, and no variant that is more than
-//! `W + scaling * B A`.
+//! `W + scaling * B A` but DoRA, whose adapters it reads and merges.
 //!
 //! ```
 //! use tch::{Device, Kind, Tensor, nn::Module};
@@ -31,11 +31,12 @@
 mod attach;
 mod config;
 mod linear;
+mod pattern;
 mod peft;
 mod state_dict;
 
 pub use attach::{Visit, attach_all};
-pub use config::LoraConfig;
+pub use config::{LoraConfig, Rank};
 pub use linear::{Adapter, Linear};
 pub use peft::{AdapterFolder, save_adapter};
 pub use state_dict::merge_state_dict;

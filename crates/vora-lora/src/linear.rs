@@ -6,6 +6,9 @@ use vora_torch::weights::{Init, Weights};
 
 use crate::LoraConfig;
 
+/// DoRA's tensor beside `lora_A.weight` and `lora_B.weight`.
+pub(crate) const MAGNITUDE: &str = "lora_magnitude_vector";
+
 /// `y = x W^T + b + sum over adapters of scaling * (x A^T) B^T`; only the `A`s and `B`s are trained.
 #[derive(Debug)]
 pub struct Linear {
@@ -14,13 +17,15 @@ pub struct Linear {
     adapters: Vec<Adapter>,
 }
 
-/// A low-rank addition to a linear: `W + scaling * B A`.
+/// A low-rank addition to a linear: `W + scaling * B A`; where it has a magnitude (DoRA, arXiv 2402.09353), each row
+/// of that sum is brought to the length `m`.
 #[derive(Debug)]
 pub struct Adapter {
     name: String,
-    lora_a: Tensor, // A [r, in], f32
-    lora_b: Tensor, // B [out, r], f32, zero at the start
-    scaling: f64,   // lora_alpha / r
+    lora_a: Tensor,            // A [r, in], f32
+    lora_b: Tensor,            // B [out, r], f32, zero at the start
+    scaling: f64,              // lora_alpha / r
+    magnitude: Option<Tensor>, // m [out], f32
 }
 
 impl Adapter {
@@ -49,14 +54,30 @@ impl Adapter {
         self.lora_a.size()[0]
     }
 
-    /// Number of elements of `A` and `B`.
-    pub fn num_parameters(&self) -> usize {
-        self.lora_a.numel() + self.lora_b.numel()
+    /// DoRA's length of each row, `[out]`, f32.
+    pub fn magnitude(&self) -> Option<&Tensor> {
+        self.magnitude.as_ref()
     }
 
-    /// `scaling * B A`, `[out, in]`, f32, without a graph.
-    pub fn delta_weight(&self) -> Tensor {
-        delta_weight(&self.lora_a, &self.lora_b, self.scaling)
+    /// Number of elements of `A`, `B` and the magnitude.
+    pub fn num_parameters(&self) -> usize {
+        self.lora_a.numel() + self.lora_b.numel() + self.magnitude.as_ref().map_or(0, Tensor::numel)
+    }
+
+    /// What it adds to `weight` `[out, in]`, f32, without a graph.
+    fn delta_weight(&self, weight: &Tensor) -> Tensor {
+        let magnitude = self.magnitude.as_ref().map(Tensor::detach);
+        delta_weight(weight, &self.lora_a, &self.lora_b, self.scaling, magnitude.as_ref())
+    }
+
+    /// What DoRA multiplies each row of `W + scaling * B A` with, `[out]`: `m` over the row's length, which counts as a
+    /// constant in the gradient (section 4.3 of the paper).
+    fn row_scale(&self, weight: &Tensor) -> Option<Tensor> {
+        let magnitude = self.magnitude.as_ref()?;
+        Some(
+            magnitude
+                / row_lengths(&(low_rank(&self.lora_a, &self.lora_b, self.scaling) + weight.to_kind(Kind::Float))),
+        )
     }
 
     /// `(scaling * B)^T`, `[r, out]`, in `kind`: scaled in f32, where it costs least, then rounded.
@@ -67,9 +88,31 @@ impl Adapter {
 }
 
 /// `scaling * B A` in f32, without a graph: `[r, in]`, `[out, r]` -> `[out, in]`.
-pub(crate) fn delta_weight(lora_a: &Tensor, lora_b: &Tensor, scaling: f64) -> Tensor {
-    let delta = lora_b.detach().to_kind(Kind::Float).mm(&lora_a.detach().to_kind(Kind::Float));
-    if scaling == 1.0 { delta } else { delta * scaling }
+fn low_rank(lora_a: &Tensor, lora_b: &Tensor, scaling: f64) -> Tensor {
+    let product = lora_b.detach().to_kind(Kind::Float).mm(&lora_a.detach().to_kind(Kind::Float));
+    if scaling == 1.0 { product } else { product * scaling }
+}
+
+/// `[out, in]` -> `[out]`
+fn row_lengths(weight: &Tensor) -> Tensor {
+    weight.square().sum_dim_intlist(1, false, Kind::Float).sqrt()
+}
+
+/// What an adapter adds to `weight` `[out, in]`, in f32 and without a graph: `scaling * B A`, or with a magnitude `m`
+/// `[out]` the difference that bringing every row of `W + scaling * B A` to the length `m` makes as well.
+pub(crate) fn delta_weight(
+    weight: &Tensor,
+    lora_a: &Tensor,
+    lora_b: &Tensor,
+    scaling: f64,
+    magnitude: Option<&Tensor>,
+) -> Tensor {
+    let low_rank = low_rank(lora_a, lora_b, scaling);
+    let Some(magnitude) = magnitude else { return low_rank };
+    let weight = weight.to_kind(Kind::Float);
+    let sum = low_rank + &weight;
+    let scale = magnitude.to_kind(Kind::Float) / row_lengths(&sum); // [out]
+    sum * scale.unsqueeze(1) - weight
 }
 
 impl Linear {
@@ -80,7 +123,8 @@ impl Linear {
         Ok(Self { weight, bias, adapters: Vec::new() })
     }
 
-    /// Adds the adapter `name`: `lora_A.weight` and `lora_B.weight` of `weights`, as trained f32 parameters.
+    /// Adds the adapter `name`: `lora_A.weight` and `lora_B.weight` of `weights`, as trained f32 parameters, and DoRA's
+    /// `lora_magnitude_vector` where a checkpoint has one. The path of `weights` decides about the patterns of `config`.
     ///
     /// A source of new weights starts `A` Kaiming-uniform (a = sqrt 5) and `B` at zero, so that nothing changes yet.
     /// Errors where the name is taken or the configuration is out of range.
@@ -88,12 +132,16 @@ impl Linear {
         config.validate()?;
         let taken = self.adapters.iter().any(|adapter| adapter.name == name);
         ensure!(!taken, "{} already carries an adapter `{name}`", weights.path());
+        let rank = config.rank(weights.path())?;
         let (lora_a, lora_b) = (weights.pp("lora_A"), weights.pp("lora_B"));
+        let is_dora = weights.shape(MAGNITUDE).is_some(); // new weights have no shapes yet
+        let magnitude = is_dora.then(|| weights.parameter(MAGNITUDE, &[self.out_features()], Init::Required));
         self.adapters.push(Adapter {
             name: name.to_owned(),
-            lora_a: lora_a.parameter("weight", &[config.r, self.in_features()], Init::KaimingUniform)?,
-            lora_b: lora_b.parameter("weight", &[self.out_features(), config.r], Init::Zeros)?,
-            scaling: config.scaling(),
+            lora_a: lora_a.parameter("weight", &[rank.r, self.in_features()], Init::KaimingUniform)?,
+            lora_b: lora_b.parameter("weight", &[self.out_features(), rank.r], Init::Zeros)?,
+            scaling: rank.scaling,
+            magnitude: magnitude.transpose()?,
         });
         Ok(())
     }
@@ -133,28 +181,34 @@ impl Linear {
         self.adapters.iter().map(Adapter::num_parameters).sum()
     }
 
-    /// What the adapter `name` adds to the weight: `scaling * B A`, `[out, in]`, f32.
+    /// What the adapter `name` adds to the weight, `[out, in]`, f32: `scaling * B A` where it has no magnitude.
     pub fn delta_weight(&self, name: &str) -> Result<Tensor> {
-        Ok(self.adapters[self.position(name)?].delta_weight())
+        Ok(self.adapters[self.position(name)?].delta_weight(&self.weight))
     }
 
     /// Folds every adapter into the weight: summed in f32, rounded once to the weight's kind. None is left.
     pub fn merge(&mut self) {
         let adapters = std::mem::take(&mut self.adapters);
-        self.add(adapters.iter().map(Adapter::delta_weight));
+        let deltas: Vec<Tensor> = adapters.iter().map(|adapter| adapter.delta_weight(&self.weight)).collect();
+        self.add(deltas);
     }
 
     /// Folds the adapter `name` into the weight and hands it back for [`Linear::unmerge`].
+    ///
+    /// Errors where it has a magnitude: the weight that is left no longer tells the lengths that its rows had.
     pub fn merge_adapter(&mut self, name: &str) -> Result<Adapter> {
-        let adapter = self.detach(name)?;
-        self.add([adapter.delta_weight()]);
+        let position = self.position(name)?;
+        let is_dora = self.adapters[position].magnitude.is_some();
+        ensure!(!is_dora, "adapter `{name}` is a DoRA, which merges for good only, together with all others");
+        let adapter = self.adapters.remove(position);
+        self.add([adapter.delta_weight(&self.weight)]);
         Ok(adapter)
     }
 
     /// Takes a merged adapter out of the weight and attaches it again. The weight is what it was before the merge
     /// up to the rounding of its kind: in bf16 a merge followed by this is not exact.
     pub fn unmerge(&mut self, adapter: Adapter) {
-        self.add([-adapter.delta_weight()]);
+        self.add([-adapter.delta_weight(&self.weight)]);
         self.adapters.push(adapter);
     }
 
@@ -187,7 +241,14 @@ impl Module for Linear {
         let mut y = x.linear(&self.weight, self.bias.as_ref()); // [tokens, out]
         for adapter in &self.adapters {
             let xa = x.mm(&adapter.lora_a.to_kind(x.kind()).tr()); // [tokens, r]
-            y = y.addmm_(&xa, &adapter.scaled_b_t(x.kind()));
+            let b_t = adapter.scaled_b_t(x.kind()); // [r, out]
+            y = match adapter.row_scale(&self.weight) {
+                None => y.addmm_(&xa, &b_t),
+                Some(scale) => {
+                    let base = x.linear(&self.weight, None::<&Tensor>); // the bias is not scaled
+                    y + base * (&scale - 1.0).to_kind(x.kind()) + xa.mm(&b_t) * scale.to_kind(x.kind())
+                }
+            };
         }
         *shape.last_mut().expect("x is [.., in_features]") = self.out_features();
         y.reshape(shape)

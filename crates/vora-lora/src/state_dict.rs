@@ -5,45 +5,48 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, bail, ensure};
 use tch::{Kind, Tensor};
 
-use crate::linear::delta_weight;
+use crate::LoraConfig;
+use crate::linear::{MAGNITUDE, delta_weight};
 
 /// A tensor that belongs to an adapter.
-struct Half {
+struct Part {
     module: String,
     adapter: String, // "" where names carry none
-    is_a: bool,
+    kind: usize,     // of `KINDS`
 }
 
-impl Half {
-    /// Reads `<module>.lora_A.weight`, or `<module>.lora_A.<adapter>.weight` as PEFT names them in memory.
+const KINDS: [&str; 3] = ["lora_A", "lora_B", MAGNITUDE];
+
+impl Part {
+    /// Reads `<module>.lora_A.weight`, or `<module>.lora_A.<adapter>.weight` as PEFT names them in memory; DoRA's
+    /// magnitude is on disk without a `weight`.
     fn parse(name: &str) -> Option<Self> {
-        let rest = name.strip_suffix(".weight")?;
-        let (at, is_a) = [(".lora_A", true), (".lora_B", false)]
-            .into_iter()
-            .find_map(|(key, is_a)| rest.rfind(key).map(|at| (at, is_a)))?;
-        let (module, adapter) = (&rest[..at], &rest[at + ".lora_A".len()..]);
+        let rest = name.strip_suffix(".weight").or_else(|| name.ends_with(MAGNITUDE).then_some(name))?;
+        let (kind, at) = KINDS.iter().enumerate().find_map(|(i, kind)| Some((i, rest.rfind(&format!(".{kind}"))?)))?;
+        let (module, adapter) = (&rest[..at], &rest[at + 1 + KINDS[kind].len()..]);
         let adapter = if adapter.is_empty() { "" } else { adapter.strip_prefix('.')? };
-        Some(Self { module: module.to_owned(), adapter: adapter.to_owned(), is_a })
+        Some(Self { module: module.to_owned(), adapter: adapter.to_owned(), kind })
     }
 }
 
 /// Folds every adapter of a checkpoint into the weight it belongs to: `W + scaling * B A` for each `W` that has
-/// `lora_A.weight` and `lora_B.weight` beside it, in f32, rounded once to the kind of `W`. The other tensors pass
-/// as they are; names and order stay, without the adapters'.
+/// `lora_A.weight` and `lora_B.weight` beside it (and DoRA's magnitude, where there is one), in f32, rounded once to the
+/// kind of `W`. `config` says the scaling of each module. The other tensors pass as they are; names and order stay,
+/// without the adapters'.
 ///
 /// For the adapter folder of another program, chain its tensors, without their `base_model.model.`, behind those of
 /// the base. Errors name a half without its other half, and an adapter whose weight is missing or of another shape.
 pub fn merge_state_dict(
     tensors: impl IntoIterator<Item = (String, Tensor)>,
-    scaling: f64,
+    config: &LoraConfig,
 ) -> Result<Vec<(String, Tensor)>> {
     let mut merged = Vec::new();
-    let mut adapters: BTreeMap<String, BTreeMap<String, [Option<Tensor>; 2]>> = BTreeMap::new(); // by module, by name
+    let mut adapters: BTreeMap<String, BTreeMap<String, [Option<Tensor>; 3]>> = BTreeMap::new(); // by module, by name
     for (name, tensor) in tensors {
-        match Half::parse(&name) {
-            Some(Half { module, adapter, is_a }) => {
-                let halves = adapters.entry(module).or_default().entry(adapter).or_default();
-                if halves[usize::from(!is_a)].replace(tensor).is_some() {
+        match Part::parse(&name) {
+            Some(Part { module, adapter, kind }) => {
+                let parts = adapters.entry(module).or_default().entry(adapter).or_default();
+                if parts[kind].replace(tensor).is_some() {
                     bail!("two tensors are named `{name}`");
                 }
             }
@@ -58,15 +61,22 @@ pub fn merge_state_dict(
             .with_context(|| format!("`{module}` has an adapter but no weight"))?;
         let (name, weight) = &merged[place];
         let mut sum = weight.to_kind(Kind::Float).copy();
-        for halves in adapters.into_values() {
-            let [Some(a), Some(b)] = &halves else {
-                let missing = if halves[0].is_none() { "lora_A" } else { "lora_B" };
+        let scaling = config.rank(&module)?.scaling;
+        for parts in adapters.into_values() {
+            let [Some(a), Some(b), magnitude] = &parts else {
+                let missing = KINDS[usize::from(parts[0].is_some())];
                 bail!("`{module}` has half an adapter: {missing} is missing");
             };
             let (a_shape, b_shape, shape) = (a.size(), b.size(), weight.size());
             let fit = a.dim() == 2 && b.dim() == 2 && a_shape[0] == b_shape[1] && shape == [b_shape[0], a_shape[1]];
             ensure!(fit, "`{name}` is {shape:?}, its adapter is A {a_shape:?} and B {b_shape:?}");
-            sum = sum.g_add_(&delta_weight(a, b, scaling).to_device(weight.device()));
+            if let Some(magnitude) = magnitude {
+                let (found, out) = (magnitude.size(), shape[0]);
+                ensure!(found == [out], "`{module}.{MAGNITUDE}` is {found:?}, its weight has {out} rows");
+            }
+            let on_device = |tensor: &Tensor| tensor.detach().to_device(weight.device());
+            let magnitude = magnitude.as_ref().map(on_device);
+            sum = sum.g_add_(&delta_weight(weight, &on_device(a), &on_device(b), scaling, magnitude.as_ref()));
         }
         merged[place].1 = sum.to_kind(merged[place].1.kind());
     }
@@ -95,7 +105,7 @@ mod tests {
                 ("norm.weight", "peft.weights.model.norm.weight"),
             ],
         );
-        let merged = merge_state_dict(tensors, 2.0).unwrap();
+        let merged = merge_state_dict(tensors, &LoraConfig { lora_alpha: Some(8.0), ..LoraConfig::new(4, 1) }).unwrap();
         let names: Vec<&str> = merged.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["layers.0.weight", "layers.0.bias", "norm.weight"]);
         assert_close_to(&merged[0].1, &golden["one.merged"], 1e-6);
@@ -118,7 +128,7 @@ mod tests {
         );
         tensors[0].1 = tensors[0].1.to_kind(Kind::BFloat16);
         let expected = (tensors[0].1.to_kind(Kind::Float) + left + right / 2.5).to_kind(Kind::BFloat16);
-        let merged = merge_state_dict(tensors, 1.0).unwrap();
+        let merged = merge_state_dict(tensors, &LoraConfig::new(2, 1)).unwrap();
         assert_eq!(
             (merged.len(), merged[0].0.as_str(), merged[0].1.kind()),
             (1, "q.base_layer.weight", Kind::BFloat16)
@@ -139,9 +149,13 @@ mod tests {
             (vec![pair(&a), pair(&b)], "`q` has an adapter but no weight"),
             (vec![weight(&[6, 5]), pair(&a), pair(&b)], "`q.weight` is [6, 5], its adapter is A [2, 4] and B [6, 2]"),
             (vec![pair(&a), pair(&a)], "two tensors are named `q.lora_A.weight`"),
+            (
+                vec![weight(&[6, 4]), pair(&a), pair(&b), ("q.lora_magnitude_vector".to_owned(), t(&[4]))],
+                "`q.lora_magnitude_vector` is [4], its weight has 6 rows",
+            ),
         ];
         for (tensors, expected) in cases {
-            assert_eq!(merge_state_dict(tensors, 1.0).unwrap_err().to_string(), expected);
+            assert_eq!(merge_state_dict(tensors, &LoraConfig::new(2, 1)).unwrap_err().to_string(), expected);
         }
     }
 }
