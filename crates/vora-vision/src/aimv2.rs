@@ -1,4 +1,5 @@
-//! The vision tower of AIMv2 (arXiv 2411.14402), at a fixed and at native resolution, under Hugging Face's names.
+//! The vision tower of AIMv2 (arXiv 2411.14402), at a fixed and at native resolution, under Hugging Face's names and
+//! under Apple's own.
 
 use anyhow::{Result, ensure};
 use serde::Deserialize;
@@ -41,7 +42,8 @@ pub struct Aimv2VisionConfig {
     pub rms_norm_eps: f64,
     /// Whether the linear layers of attention have a bias.
     pub qkv_bias: bool,
-    /// Whether those of the feed-forward layer have one.
+    /// Whether those of the feed-forward layer have one; in Apple's files `use_bias`, of attention's output too.
+    #[serde(alias = "use_bias")]
     pub mlp_bias: bool,
     /// Whether positions are computed for any size; else they are a learned table.
     pub is_native: bool,
@@ -67,10 +69,63 @@ impl Default for Aimv2VisionConfig {
     }
 }
 
+/// Where the layers stand.
+struct Names {
+    convolution: &'static str,
+    patch_norm: &'static str,
+    positions: &'static str,
+    blocks: &'static str,
+    norm1: &'static str,
+    query_key_value: Projections,
+    output: &'static str,
+    norm2: &'static str,
+    gate: &'static str,
+    up: &'static str,
+    down: &'static str,
+    norm: &'static str,
+}
+
+/// Query, key and value in three layers or in one.
+enum Projections {
+    Apart([&'static str; 3]),
+    Together(&'static str),
+}
+
+const HUGGING_FACE: Names = Names {
+    convolution: "embeddings.patch_embed",
+    patch_norm: "embeddings.rms_norm",
+    positions: "embeddings.position_embedding.weight",
+    blocks: "encoder.layers",
+    norm1: "rms_norm1",
+    query_key_value: Projections::Apart(["attention.q_proj", "attention.k_proj", "attention.v_proj"]),
+    output: "attention.out_proj",
+    norm2: "rms_norm2",
+    gate: "ffn.gate_proj",
+    up: "ffn.up_proj",
+    down: "ffn.down_proj",
+    norm: "rms_norm",
+};
+
+/// As Apple published the models, before transformers had them; VoRA's teacher is one of these.
+const APPLE: Names = Names {
+    convolution: "preprocessor.patchifier.proj",
+    patch_norm: "preprocessor.patchifier.norm",
+    positions: "preprocessor.pos_embed",
+    blocks: "trunk.blocks",
+    norm1: "norm_1",
+    query_key_value: Projections::Together("attn.qkv"),
+    output: "attn.proj",
+    norm2: "norm_2",
+    gate: "mlp.fc1",
+    up: "mlp.fc3",
+    down: "mlp.fc2",
+    norm: "trunk.post_trunk_norm",
+};
+
 impl Aimv2VisionConfig {
-    /// Takes `embeddings.*`, `encoder.layers.*` and `rms_norm`. The pooling `head` is left where it is. Hugging Face
-    /// refuses pictures of other sizes than `image_size` for a learned table of positions; here it is resampled as
-    /// those of other encoders are.
+    /// Takes `embeddings.*`, `encoder.layers.*` and `rms_norm`, or Apple's `preprocessor.*` and `trunk.*`. The pooling
+    /// `head` is left where it is. Hugging Face refuses pictures of other sizes than `image_size` for a learned table of
+    /// positions; here it is resampled as those of other encoders are.
     ///
     /// # Errors
     /// Where the config contradicts itself; tensors that do not fit are told by `weights.finish()`.
@@ -78,29 +133,35 @@ impl Aimv2VisionConfig {
         let sizes = self.sizes();
         sizes.validate()?;
         let (hidden, patch, side) = (self.hidden_size, self.patch_size, sizes.side());
+        let has = |names: &Names| weights.pp(names.convolution).contains("weight");
+        let apples = !has(&HUGGING_FACE) && has(&APPLE);
+        let names = if apples { APPLE } else { HUGGING_FACE };
+        // Apple's configs do not tell, their files do.
+        let is_native = self.is_native || apples && !weights.contains(names.positions);
         ensure!(
-            !self.is_native || hidden % 4 == 0,
-            "hidden_size {hidden} is not a multiple of 4, which is_native takes for its sines and cosines"
+            !is_native || hidden % 4 == 0,
+            "hidden_size {hidden} is not a multiple of 4, which positions of sines and cosines take (is_native)"
         );
-        let embeddings = weights.pp("embeddings");
-        let convolution = embeddings.pp("patch_embed");
-        let positions = if self.is_native {
+        let positions = if is_native {
             Positions::SinCos { dim: hidden, kind: weights.kind(), device: weights.device() }
         } else {
-            let table = embeddings.pp("position_embedding").get("weight", &[side * side, hidden], Init::Required)?;
+            let shape = [1, side * side, hidden];
+            let table = weights.get(names.positions, &shape[usize::from(!apples)..], Init::Required)?;
+            let table = table.view([side * side, hidden]);
             Positions::Learned { table, interpolation: Interpolation::Bicubic }
         };
-        let block = |i| self.block(&weights.pp("encoder.layers").pp(i));
+        let convolution = weights.pp(names.convolution);
+        let block = |i| self.block(&names, &weights.pp(names.blocks).pp(i));
         Ok(VisionTransformer {
             embeddings: Embeddings::new(
                 convolution.get("weight", &[hidden, 3, patch, patch], Init::Required)?,
                 Some(convolution.get("bias", &[hidden], Init::Zeros)?),
                 positions,
             )
-            .with_norm(self.norm(&embeddings.pp("rms_norm"))?),
+            .with_norm(self.norm(&weights.pp(names.patch_norm))?),
             pre_norm: None,
             blocks: (0..self.num_hidden_layers).map(block).collect::<Result<_>>()?,
-            norm: Some(self.norm(&weights.pp("rms_norm"))?),
+            norm: Some(self.norm(&weights.pp(names.norm))?),
             side,
         })
     }
@@ -109,26 +170,32 @@ impl Aimv2VisionConfig {
         Ok(Box::new(RmsNorm::load(weights, self.hidden_size, self.rms_norm_eps)?))
     }
 
-    fn block(&self, weights: &Weights) -> Result<Block> {
+    fn block(&self, names: &Names, weights: &Weights) -> Result<Block> {
         let (hidden, intermediate) = (self.hidden_size, self.intermediate_size);
-        let proj = |name| Linear::load(&weights.pp("attention").pp(name), hidden, hidden, self.qkv_bias);
-        let ffn = weights.pp("ffn");
+        let linear = |name, inputs, outputs, bias| Linear::load(&weights.pp(name), inputs, outputs, bias);
+        let ([query, key, value], output_bias) = match names.query_key_value {
+            Projections::Apart([query, key, value]) => {
+                let proj = |name| linear(name, hidden, hidden, self.qkv_bias);
+                ([proj(query)?, proj(key)?, proj(value)?], self.qkv_bias)
+            }
+            Projections::Together(name) => (linear(name, hidden, 3 * hidden, self.qkv_bias)?.split(), self.mlp_bias),
+        };
         Ok(Block {
-            norm1: self.norm(&weights.pp("rms_norm1"))?,
+            norm1: self.norm(&weights.pp(names.norm1))?,
             attention: Attention {
-                query: proj("q_proj")?,
-                key: proj("k_proj")?,
-                value: proj("v_proj")?,
-                output: proj("out_proj")?,
+                query,
+                key,
+                value,
+                output: linear(names.output, hidden, hidden, output_bias)?,
                 num_heads: self.num_attention_heads,
             },
             scale1: None,
-            norm2: self.norm(&weights.pp("rms_norm2"))?,
+            norm2: self.norm(&weights.pp(names.norm2))?,
             mlp: Mlp::Gated {
-                gate: Linear::load(&ffn.pp("gate_proj"), hidden, intermediate, self.mlp_bias)?,
-                up: Linear::load(&ffn.pp("up_proj"), hidden, intermediate, self.mlp_bias)?,
+                gate: linear(names.gate, hidden, intermediate, self.mlp_bias)?,
+                up: linear(names.up, hidden, intermediate, self.mlp_bias)?,
                 activation: Activation::named(&self.hidden_act)?,
-                down: Linear::load(&ffn.pp("down_proj"), intermediate, hidden, self.mlp_bias)?,
+                down: linear(names.down, intermediate, hidden, self.mlp_bias)?,
             },
             scale2: None,
         })
@@ -147,7 +214,11 @@ impl Aimv2VisionConfig {
 
 #[cfg(test)]
 mod tests {
-    use crate::golden::{load, matches_reference, rounds_as_the_reference};
+    use super::*;
+    use crate::encoder_config::EncoderConfig;
+    use crate::golden::{json, load, matches_reference, rounds_as_the_reference};
+    use serde_json::Value;
+    use std::collections::BTreeMap;
     use tch::{Device, Kind, Tensor};
 
     #[test]
@@ -174,5 +245,58 @@ mod tests {
         let other = load("aimv2", fixtures::open("aimv2").under("weights."), Kind::Float);
         let wide = other.hidden_states(&Tensor::zeros([1, 3, 12, 28], (Kind::Float, Device::Cpu)));
         assert_eq!(wide[0].size(), [1, 21, 16]); // a learned table is resampled
+    }
+    /// The vision half of a golden file as Apple would have written it: the names of Hugging Face's conversion, undone.
+    fn as_apple_has_it(golden: &fixtures::Golden, prefix: &str) -> Vec<(String, Tensor)> {
+        let renames = [
+            ("embeddings.patch_embed", "preprocessor.patchifier.proj"),
+            ("embeddings.rms_norm", "preprocessor.patchifier.norm"),
+            ("embeddings.position_embedding.weight", "preprocessor.pos_embed"),
+            ("encoder.layers", "trunk.blocks"),
+            ("rms_norm1", "norm_1"),
+            ("rms_norm2", "norm_2"),
+            ("attention.out_proj", "attn.proj"),
+            ("ffn.gate_proj", "mlp.fc1"),
+            ("ffn.down_proj", "mlp.fc2"),
+            ("ffn.up_proj", "mlp.fc3"),
+        ];
+        let mut tensors = BTreeMap::new();
+        for (name, tensor) in golden.under(prefix).into_iter().filter(|(name, _)| !name.starts_with("head.")) {
+            let name = if name == "rms_norm.weight" { "trunk.post_trunk_norm.weight".to_owned() } else { name };
+            let name = renames.iter().fold(name, |name, (theirs, apples)| name.replace(theirs, apples));
+            let tensor = if name.ends_with("pos_embed") { tensor.unsqueeze(0) } else { tensor };
+            tensors.insert(name, tensor);
+        }
+        for name in tensors.keys().filter(|name| name.contains("q_proj")).cloned().collect::<Vec<_>>() {
+            let parts =
+                ["q_proj", "k_proj", "v_proj"].map(|part| tensors.remove(&name.replace("q_proj", part)).unwrap());
+            tensors.insert(name.replace("attention.q_proj", "attn.qkv"), Tensor::cat(&parts, 0));
+        }
+        tensors.into_iter().collect()
+    }
+
+    #[test]
+    fn apples_own_files_are_read_as_well() {
+        for (name, prefix, biased) in [("aimv2", "weights.vision_model.", true), ("aimv2_native", "weights.", false)] {
+            let whole = json(name);
+            let mut config = if biased { whole["vision_config"].clone() } else { whole };
+            let keys = config.as_object_mut().unwrap();
+            for key in ["mlp_bias", "is_native", "hidden_act"] {
+                keys.remove(key);
+            }
+            keys.insert("model_type".to_owned(), Value::from("aimv2"));
+            keys.insert("use_bias".to_owned(), Value::from(biased));
+
+            let golden = fixtures::open(name);
+            let config = EncoderConfig::from_json(&config).unwrap();
+            let weights = Weights::from_tensors(as_apple_has_it(&golden, prefix), Device::Cpu, Kind::Float);
+            let model = config.load(&weights).unwrap();
+            weights.finish().unwrap();
+            let states = model.hidden_states(&golden["native.pixel_values"]);
+            for (i, state) in states.iter().enumerate() {
+                fixtures::assert_close_to(state, &golden[&format!("native.hidden_states.{i}")], 2e-5);
+            }
+            fixtures::assert_close_to(&model.last_hidden_state(&states[3]), &golden["native.last_hidden_state"], 2e-5);
+        }
     }
 }

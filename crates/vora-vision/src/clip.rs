@@ -59,7 +59,7 @@ impl Default for ClipVisionConfig {
 }
 
 impl ClipVisionConfig {
-    /// Takes `embeddings.*`, `pre_layrnorm` [sic] and `encoder.layers.*`. `post_layernorm` is left where it is: only
+    /// Takes `embeddings.*`, `pre_layrnorm` (sic) and `encoder.layers.*`. `post_layernorm` is left where it is: only
     /// CLIP's comparison with words reads it.
     ///
     /// # Errors

@@ -161,7 +161,7 @@ impl Dinov2Config {
         let inner = (hidden as f64 * self.mlp_ratio) as i64;
         if self.use_swiglu_ffn {
             let inner = (inner * 2 / 3 + 7) / 8 * 8;
-            let (gate, up) = Linear::load(&weights.pp("weights_in"), hidden, 2 * inner, true)?.halves();
+            let [gate, up] = Linear::load(&weights.pp("weights_in"), hidden, 2 * inner, true)?.split();
             let down = Linear::load(&weights.pp("weights_out"), inner, hidden, true)?;
             return Ok(Mlp::Gated { gate, up, activation: Activation::Silu, down });
         }
@@ -197,7 +197,7 @@ impl Dinov2Config {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::golden::matches_reference;
+    use crate::golden::{matches_reference, rounds_as_the_reference};
     use tch::{Device, Kind};
 
     #[test]
@@ -208,6 +208,12 @@ mod tests {
     #[test]
     fn dinov2_with_registers_and_gated_layers_matches_reference() {
         matches_reference("dinov2_registers", &["native", "wide", "small"]);
+    }
+
+    #[test]
+    fn bf16_is_as_the_reference_has_it() {
+        rounds_as_the_reference("dinov2", &["native", "wide", "small"]);
+        rounds_as_the_reference("dinov2_registers", &["native", "wide", "small"]);
     }
 
     #[test]

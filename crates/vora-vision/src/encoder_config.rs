@@ -22,7 +22,7 @@ pub enum EncoderConfig {
     Clip(ClipVisionConfig),
     /// `siglip_vision_model`, or the vision half of `siglip`; SigLIP 2 at a fixed resolution too.
     Siglip(SiglipVisionConfig),
-    /// `aimv2_vision_model`, or the vision half of `aimv2`.
+    /// `aimv2_vision_model`, or the vision half of `aimv2`, or Apple's own `aimv2`, which has no halves.
     Aimv2(Aimv2VisionConfig),
     /// `vit`
     Vit(VitConfig),
@@ -55,8 +55,8 @@ impl EncoderConfig {
             "clip" => Self::Clip(vision_half(json)?),
             "siglip_vision_model" => Self::Siglip(object(json)?),
             "siglip" => Self::Siglip(vision_half(json)?),
-            "aimv2_vision_model" => Self::Aimv2(object(json)?),
-            "aimv2" => Self::Aimv2(vision_half(json)?),
+            "aimv2" if json["vision_config"].is_object() => Self::Aimv2(vision_half(json)?),
+            "aimv2" | "aimv2_vision_model" => Self::Aimv2(object(json)?),
             "vit" => Self::Vit(object(json)?),
             "dinov2" | "dinov2_with_registers" => Self::Dinov2(object::<Dinov2Config>(json)?.with_defaults_of(json)),
             "siglip2" | "siglip2_vision_model" => bail!(

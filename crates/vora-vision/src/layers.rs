@@ -22,13 +22,15 @@ impl Linear {
         })
     }
 
-    /// The first and the second half of its outputs as two layers over the same memory.
-    pub(crate) fn halves(&self) -> (Self, Self) {
-        let half = |i: i64| {
-            let part = |tensor: &Tensor| tensor.narrow(0, i * tensor.size()[0] / 2, tensor.size()[0] / 2);
+    /// Its outputs in `N` equal parts, as layers over the same memory.
+    pub(crate) fn split<const N: usize>(&self) -> [Self; N] {
+        std::array::from_fn(|i| {
+            let part = |tensor: &Tensor| {
+                let len = tensor.size()[0] / N as i64;
+                tensor.narrow(0, i as i64 * len, len)
+            };
             Self { weight: part(&self.weight), bias: self.bias.as_ref().map(part) }
-        };
-        (half(0), half(1))
+        })
     }
 }
 

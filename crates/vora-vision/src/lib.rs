@@ -1,7 +1,7 @@
 //! From the bytes of a picture to vectors of a language model's width: decoding, preprocessing as Hugging Face's
-//! processors do it, the trained [`PatchEmbed`], frozen vision transformers ([`Encoder`], as a [`Teacher`] too), and [`VqModel`], which turns
-//! pictures into the codes of a codebook and back. It knows no language model, no text and no dataset, and trains nothing
-//! by itself.
+//! processors do it, the trained [`PatchEmbed`], frozen vision transformers as [`Encoder`]s and [`Teacher`]s, and
+//! [`VqModel`], which turns pictures into the codes of a codebook and back. It knows no language model, no text and no
+//! dataset, and trains nothing by itself.
 //!
 //! ```
 //! use tch::{Device, Kind, nn::Module};

@@ -253,6 +253,14 @@ mod tests {
         assert!((rms(&embed.out_proj) - 0.1 / 4.0).abs() < 1e-6);
         assert!(embed.weight.requires_grad() && embed.weight.is_leaf());
 
+        // CLIP's convolution has no bias to start with.
+        let tensors = fixtures::open("clip").under("weights.");
+        let clip = crate::golden::load("clip", tensors, Kind::Float);
+        let clip = Teacher::new(clip, ImageProcessor::square(16, mean, std, Resample::Bicubic));
+        embed.start_from_teacher(&clip, 0.1).unwrap();
+        assert_eq!(embed.bias.abs().max().double_value(&[]), 0.0);
+        assert!((rms(&embed.pos_embed) - 1.0).abs() < 1e-6);
+
         let config = PatchEmbedConfig { embed_dim: 12, ..config };
         let embed = PatchEmbed::load(&config, &weights.pp("other")).unwrap();
         let error = embed.start_from_teacher(&teacher, 0.1).unwrap_err().to_string();
