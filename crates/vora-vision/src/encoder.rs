@@ -88,7 +88,7 @@ impl Encoder {
     /// `[batch, 3, height, width]` -> `[batch, tokens, layers * hidden]`; see [`VisionTransformer::features`].
     ///
     /// # Errors
-    /// Where a chosen layer is none of this model's.
+    /// Where a chosen layer is none of this model's, or the pictures are smaller than a patch.
     pub fn features(&self, pixel_values: &Tensor, selection: &FeatureSelection) -> Result<Tensor> {
         self.model.features(pixel_values, selection)
     }

@@ -1,17 +1,20 @@
 //! The config of a vision transformer of any family known here, told apart by its `model_type`.
 
+use std::path::Path;
+
 use anyhow::{Context, Result, bail};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use std::path::Path;
 use vora_torch::weights::Weights;
 
 use crate::aimv2::Aimv2VisionConfig;
 use crate::clip::ClipVisionConfig;
 use crate::dinov2::Dinov2Config;
+use crate::object::object;
 use crate::preprocess::{IMAGENET_DEFAULT, IMAGENET_STANDARD, ImageProcessor, OPENAI_CLIP};
 use crate::resample::Resample;
 use crate::siglip::SiglipVisionConfig;
+use crate::siglip2::Siglip2VisionConfig;
 use crate::vision_transformer::VisionTransformer;
 use crate::vit::VitConfig;
 
@@ -22,6 +25,8 @@ pub enum EncoderConfig {
     Clip(ClipVisionConfig),
     /// `siglip_vision_model`, or the vision half of `siglip`; SigLIP 2 at a fixed resolution too.
     Siglip(SiglipVisionConfig),
+    /// `siglip2_vision_model`, or the vision half of `siglip2`: SigLIP 2 for pictures of any aspect (NaFlex).
+    Siglip2(Siglip2VisionConfig),
     /// `aimv2_vision_model`, or the vision half of `aimv2`, or Apple's own `aimv2`, which has no halves.
     Aimv2(Aimv2VisionConfig),
     /// `vit`
@@ -55,16 +60,14 @@ impl EncoderConfig {
             "clip" => Self::Clip(vision_half(json)?),
             "siglip_vision_model" => Self::Siglip(object(json)?),
             "siglip" => Self::Siglip(vision_half(json)?),
+            "siglip2_vision_model" => Self::Siglip2(object(json)?),
+            "siglip2" => Self::Siglip2(vision_half(json)?),
             "aimv2" if json["vision_config"].is_object() => Self::Aimv2(vision_half(json)?),
             "aimv2" | "aimv2_vision_model" => Self::Aimv2(object(json)?),
             "vit" => Self::Vit(object(json)?),
             "dinov2" | "dinov2_with_registers" => Self::Dinov2(object::<Dinov2Config>(json)?.with_defaults_of(json)),
-            "siglip2" | "siglip2_vision_model" => bail!(
-                "model_type `{model_type}` takes pictures of any aspect as padded patches (NaFlex), which is not done \
-                 here; SigLIP 2 at a fixed resolution says `siglip`"
-            ),
             other => bail!(
-                "model_type `{other}` is not a vision encoder known here; clip, siglip, aimv2 (and each with \
+                "model_type `{other}` is not a vision encoder known here; clip, siglip, siglip2, aimv2 (and each with \
                  `_vision_model`), vit, dinov2 and dinov2_with_registers are"
             ),
         })
@@ -86,6 +89,7 @@ impl EncoderConfig {
         match self {
             Self::Clip(config) => config.load(weights),
             Self::Siglip(config) => config.load(weights),
+            Self::Siglip2(config) => config.load(weights),
             Self::Aimv2(config) => config.load(weights),
             Self::Vit(config) => config.load(weights),
             Self::Dinov2(config) => config.load(weights),
@@ -101,11 +105,12 @@ impl EncoderConfig {
     }
 
     /// What its pictures go through where no file says so: mean, std and sampling of the family's own processor, and
-    /// the whole picture made a square of the size that it was trained for.
+    /// the whole picture made a square of the size that it was trained for; for SigLIP 2 one of about its own aspect.
     pub fn default_processor(&self) -> ImageProcessor {
         let ((mean, std), resample, image_size) = match self {
             Self::Clip(config) => (OPENAI_CLIP, Resample::Bicubic, config.image_size),
             Self::Siglip(config) => (IMAGENET_STANDARD, Resample::Bicubic, config.image_size),
+            Self::Siglip2(config) => return ImageProcessor::patches(config.patch_size, config.num_patches),
             Self::Aimv2(config) => (OPENAI_CLIP, Resample::Bicubic, config.image_size),
             Self::Vit(config) => (IMAGENET_STANDARD, Resample::Bilinear, config.image_size),
             Self::Dinov2(config) => (IMAGENET_DEFAULT, Resample::Bicubic, config.image_size),
@@ -127,7 +132,7 @@ impl EncoderConfig {
                     "logit_scale",
                 ],
             },
-            Self::Siglip(_) => Names {
+            Self::Siglip(_) | Self::Siglip2(_) => Names {
                 prefix: "vision_model",
                 convolution: "embeddings.patch_embedding.weight",
                 left_out: &["head.", "embeddings.position_ids", "text_model.", "logit_scale", "logit_bias"],
@@ -174,18 +179,6 @@ fn vision_half<T: DeserializeOwned>(json: &Value) -> Result<T> {
     }
 }
 
-/// A config all of whose keys may be missing. serde tells what is wrong with a value, but not whose it is.
-fn object<T: DeserializeOwned>(json: &Value) -> Result<T> {
-    let whole = T::deserialize(json);
-    if whole.is_err() {
-        for (key, value) in json.as_object().into_iter().flatten() {
-            T::deserialize(Value::Object([(key.clone(), value.clone())].into_iter().collect()))
-                .with_context(|| format!("`{key}`"))?;
-        }
-    }
-    Ok(whole?)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -195,7 +188,7 @@ mod tests {
 
     #[test]
     fn tensors_are_found_with_and_without_the_prefix() {
-        for name in ["clip", "siglip", "aimv2", "vit", "dinov2"] {
+        for name in ["clip", "siglip", "siglip2", "aimv2", "vit", "dinov2"] {
             let tensors = fixtures::open(name);
             let prefix = EncoderConfig::from_json(&golden::json(name)).unwrap().names().prefix;
             let strip = |name: &str| name.strip_prefix(&format!("{prefix}.")).unwrap_or(name).to_owned();
@@ -213,7 +206,7 @@ mod tests {
 
     #[test]
     fn a_vision_half_stands_alone_too() {
-        for name in ["clip", "siglip", "aimv2"] {
+        for name in ["clip", "siglip", "siglip2", "aimv2"] {
             let whole = golden::json(name);
             let half = &whole["vision_config"];
             assert_eq!(half["model_type"], format!("{name}_vision_model"));
@@ -244,7 +237,8 @@ mod tests {
         };
         let error = refuse(json!({"model_type": "resnet"}));
         assert!(error.contains("model_type `resnet` is not a vision encoder known here; clip, siglip"), "{error}");
-        assert!(refuse(json!({"model_type": "siglip2_vision_model"})).contains("(NaFlex), which is not done here"));
+        let error = refuse(json!({"model_type": "siglip2_vision_model", "num_patches": 200}));
+        assert!(error.contains("num_patches is 200, which is not a square number"), "{error}");
         assert!(refuse(json!({"hidden_size": 8})).contains("`model_type` is missing"));
         let error = refuse(json!({"model_type": "dinov2", "hidden_size": 10, "num_attention_heads": 3}));
         assert!(error.contains("hidden_size 10 does not divide among num_attention_heads 3"), "{error}");

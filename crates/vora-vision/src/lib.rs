@@ -40,6 +40,7 @@ mod aimv2;
 mod clip;
 mod dinov2;
 mod siglip;
+mod siglip2;
 mod vit;
 
 mod activation;
@@ -48,6 +49,7 @@ mod block;
 mod embeddings;
 mod layers;
 mod mlp;
+mod object;
 mod sizes;
 
 mod vq;
@@ -63,6 +65,7 @@ pub use self::patch_embed::{PatchEmbed, PatchEmbedConfig, PositionTable};
 pub use self::preprocess::{IMAGENET_DEFAULT, IMAGENET_STANDARD, ImageProcessor, OPENAI_CLIP, Pixels, Size, stack};
 pub use self::resample::{Backend, Resample};
 pub use self::siglip::SiglipVisionConfig;
+pub use self::siglip2::Siglip2VisionConfig;
 pub use self::vision_transformer::{Patchifier, VisionTransformer};
 pub use self::vit::VitConfig;
 pub use self::vq::{VqConfig, VqLosses, VqModel, chameleon_processor, to_images};

@@ -30,6 +30,8 @@ pub(crate) enum Interpolation {
     BicubicAntialias,
     /// As the published VoRA code does for grids larger than its own.
     Bilinear,
+    /// Widened where the new grid is coarser, as SigLIP 2 does.
+    BilinearAntialias,
 }
 
 /// `[side * side, dim]` -> `[rows * columns, dim]`; computed in f32, corners not aligned
@@ -45,6 +47,7 @@ pub(crate) fn interpolate(table: &Tensor, rows: i64, columns: i64, how: Interpol
         Interpolation::Bicubic => grid.upsample_bicubic2d(size, false, None, None),
         Interpolation::BicubicAntialias => grid.internal_upsample_bicubic2d_aa(size, false, None, None),
         Interpolation::Bilinear => grid.upsample_bilinear2d(size, false, None, None),
+        Interpolation::BilinearAntialias => grid.internal_upsample_bilinear2d_aa(size, false, None, None),
     }; // [1, dim, rows, columns]
     grid.permute([0, 2, 3, 1]).reshape([rows * columns, dim]).to_kind(table.kind())
 }

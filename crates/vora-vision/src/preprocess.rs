@@ -64,6 +64,13 @@ pub enum Size {
         /// Columns.
         width: u32,
     },
+    /// Whole patches, as many as may be, at about the picture's own aspect (SigLIP 2's NaFlex).
+    Patches {
+        /// Side of a patch, in pixels.
+        patch_size: u32,
+        /// The most there may be.
+        max_num_patches: u32,
+    },
 }
 
 /// Resize, crop, rescale and normalise: what a `preprocessor_config.json` describes.
@@ -83,6 +90,13 @@ impl ImageProcessor {
     pub fn square(image_size: u32, image_mean: [f64; 3], image_std: [f64; 3], resample: Resample) -> Self {
         let size = Some(Size::Exact { height: image_size, width: image_size });
         Self::new(Backend::default(), size, resample, None, Some(1.0 / 255.0), Some((image_mean, image_std)))
+    }
+
+    /// SigLIP 2's own for pictures of any aspect.
+    pub(crate) fn patches(patch_size: i64, max_num_patches: i64) -> Self {
+        let [patch_size, max_num_patches] = [patch_size, max_num_patches].map(|n| u32::try_from(n).unwrap_or(1));
+        let size = Some(Size::Patches { patch_size, max_num_patches });
+        Self::new(Backend::default(), size, Resample::Bilinear, None, Some(1.0 / 255.0), Some(IMAGENET_STANDARD))
     }
 
     pub(crate) fn new(
@@ -146,6 +160,9 @@ impl ImageProcessor {
                 let long = u32::try_from(long).unwrap_or(u32::MAX);
                 if width <= height { (long, edge) } else { (edge, long) }
             }
+            Some(Size::Patches { patch_size, max_num_patches }) => {
+                whole_patches(height, width, patch_size, max_num_patches)
+            }
         }
     }
 
@@ -172,6 +189,24 @@ impl ImageProcessor {
         }
         Pixels { data, height: to_height, width: to_width }
     }
+}
+
+/// The height and width in whole patches at the largest scale, found by halving, that makes no more of them than
+/// `most`: `get_image_size_for_max_num_patches`.
+fn whole_patches(height: u32, width: u32, patch_size: u32, most: u32) -> (u32, u32) {
+    const EPS: f64 = 1e-5;
+    let patches = |side: u32, scale: f64| (f64::from(side) * scale / f64::from(patch_size)).ceil().max(1.0);
+    let (mut least, mut largest) = (EPS / 10.0, 100.0);
+    while largest - least >= EPS {
+        let scale = (least + largest) / 2.0;
+        if patches(height, scale) * patches(width, scale) <= f64::from(most) {
+            least = scale;
+        } else {
+            largest = scale;
+        }
+    }
+    let side = |side| (patches(side, least) as u32).saturating_mul(patch_size);
+    (side(height), side(width))
 }
 
 /// What lies in the middle of both an old and a new side: where it starts in each, and how long it is.

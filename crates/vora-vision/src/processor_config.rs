@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::object::object;
 use crate::preprocess::{IMAGENET_STANDARD, ImageProcessor, OPENAI_CLIP, Size};
 use crate::resample::{Backend, Resample};
 
@@ -38,7 +39,7 @@ impl ImageProcessor {
         if let Some(nested) = json.get_mut("image_processor") {
             json = nested.take();
         }
-        let keys: Keys = serde_json::from_value(json)?;
+        let keys: Keys = object(&json)?;
         let name = keys.image_processor_type.or(keys.feature_extractor_type);
         let (class, named_backend) = name.as_deref().map_or((class, None), class_and_backend);
         let class = Class::named(class)?;
@@ -54,7 +55,18 @@ impl ImageProcessor {
         };
 
         let to_square = keys.default_to_square.unwrap_or(class.default_to_square);
-        let size = keys.size.map_or(Ok(class.size), |size| size.target("size", to_square))?;
+        let size = match (class.size, keys.size) {
+            (Size::Patches { patch_size, max_num_patches }, _) => Size::Patches {
+                patch_size: keys.patch_size.unwrap_or(patch_size),
+                max_num_patches: keys.max_num_patches.unwrap_or(max_num_patches),
+            },
+            (_, Some(size)) => size.target("size", to_square)?,
+            (size, None) => size,
+        };
+        ensure!(
+            !matches!(size, Size::Patches { patch_size: 0, .. } | Size::Patches { max_num_patches: 0, .. }),
+            "patch_size and max_num_patches must be at least 1"
+        );
         let crop = keys
             .crop_size
             .map_or(Ok(Size::Exact { height: 224, width: 224 }), |size| size.target("crop_size", true))?;
@@ -93,6 +105,11 @@ impl ImageProcessor {
         match self.size {
             Some(Size::ShortestEdge(edge)) => json["size"] = json!({"shortest_edge": edge}),
             Some(Size::Exact { height, width }) => json["size"] = json!({"height": height, "width": width}),
+            Some(Size::Patches { patch_size, max_num_patches }) => {
+                json["image_processor_type"] = json!("Siglip2ImageProcessor");
+                json["patch_size"] = json!(patch_size);
+                json["max_num_patches"] = json!(max_num_patches);
+            }
             None => {}
         }
         if let Some((height, width)) = self.crop_size {
@@ -115,6 +132,7 @@ fn class_of_model(folder: &Path) -> &'static str {
     match config.as_ref().and_then(|config| config["model_type"].as_str()) {
         Some("clip" | "clip_vision_model" | "aimv2" | "aimv2_vision_model") => "CLIP",
         Some("siglip" | "siglip_vision_model") => "Siglip",
+        Some("siglip2" | "siglip2_vision_model") => "Siglip2",
         Some("vit") => "ViT",
         _ => "Bit",
     }
@@ -149,6 +167,8 @@ struct Keys {
     do_normalize: Option<bool>,
     image_mean: Option<Channels>,
     image_std: Option<Channels>,
+    patch_size: Option<u32>,
+    max_num_patches: Option<u32>,
     do_pad: Option<bool>,
     data_format: Option<String>,
 }
@@ -234,7 +254,8 @@ impl Class {
             "Bit" | "CLIP" => bit,
             "ViT" => vit,
             "Siglip" => Self { resample: Resample::Bicubic, default_to_square: false, ..vit },
-            _ => bail!("image_processor_type `{name}ImageProcessor` is not one of Bit, CLIP, ViT, Siglip"),
+            "Siglip2" => Self { size: Size::Patches { patch_size: 16, max_num_patches: 256 }, ..vit },
+            _ => bail!("image_processor_type `{name}ImageProcessor` is not one of Bit, CLIP, ViT, Siglip, Siglip2"),
         })
     }
 }
@@ -283,7 +304,10 @@ mod tests {
         let refuse = |json: Value| format!("{:#}", ImageProcessor::from_json(json).unwrap_err());
         let error = refuse(json!({"image_processor_type": "Qwen2VLImageProcessorFast"}));
         assert!(error.contains("`Qwen2VLImageProcessor` is not one of Bit, CLIP, ViT, Siglip"), "{error}");
+        let error = refuse(json!({"image_processor_type": "Siglip2ImageProcessor", "max_num_patches": 0}));
+        assert!(error.contains("max_num_patches must be at least 1"), "{error}");
         assert!(refuse(json!({"resample": 5})).contains("resample is 5"));
+        assert!(refuse(json!({"do_resize": "yes"})).contains("`do_resize`: invalid type: string"));
         assert!(refuse(json!({"do_pad": true})).contains("do_pad"));
         assert!(refuse(json!({"use_square_size": true})).contains("use_square_size"));
         assert!(refuse(json!({"data_format": "channels_last"})).contains("data_format is `channels_last`"));

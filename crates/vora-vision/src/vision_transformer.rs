@@ -1,6 +1,6 @@
 //! A frozen vision transformer, whichever checkpoint it came from: embeddings, blocks, a norm behind the last.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use tch::{Tensor, nn::Module};
 
 use crate::block::Block;
@@ -76,6 +76,9 @@ impl VisionTransformer {
     /// `[batch, 3, height, width]` -> what goes into the first block (index 0), then the output of every block, each
     /// `[batch, prefix + patches, hidden]`, before the last norm: Hugging Face's `hidden_states`. Positions are
     /// resampled for pictures of other sizes than it was trained for, as with `interpolate_pos_encoding`.
+    ///
+    /// # Panics
+    /// Where the pictures are smaller than a patch, which [`VisionTransformer::grid`] tells.
     pub fn hidden_states(&self, pixel_values: &Tensor) -> Vec<Tensor> {
         self.first_hidden_states(pixel_values, self.blocks.len())
     }
@@ -108,8 +111,10 @@ impl VisionTransformer {
     /// to see, side by side where several are chosen. Blocks behind the last one chosen do not run.
     ///
     /// # Errors
-    /// Where a chosen layer is none of this model's.
+    /// Where a chosen layer is none of this model's, or the pictures are smaller than a patch.
     pub fn features(&self, pixel_values: &Tensor, selection: &FeatureSelection) -> Result<Tensor> {
+        let (_, _, height, width) = pixel_values.size4().context("pixel_values is [batch, 3, height, width]")?;
+        self.grid(height, width)?;
         let layers = selection.hidden_state_indices(self.blocks.len())?;
         let last = layers.iter().copied().max().unwrap_or(0);
         let mut chosen: Vec<Option<Tensor>> = layers.iter().map(|_| None).collect();
