@@ -137,9 +137,11 @@ impl ImageProcessor {
     /// Resizes, crops (filling up with black where the picture is smaller), rescales and normalises.
     ///
     /// # Errors
-    /// Where resizing would make more than [`MAX_PIXELS`] pixels, as for a picture one pixel wide and very long.
+    /// Where the picture has no pixels, or resizing would make more than [`MAX_PIXELS`] of them, as for a picture one
+    /// pixel wide and very long.
     pub fn preprocess(&self, image: &RgbImage) -> Result<Pixels> {
         let (from_height, from_width) = (image.height(), image.width());
+        ensure!(from_height > 0 && from_width > 0, "a picture of {from_width} x {from_height} pixels shows nothing");
         let (height, width) = self.resized(from_height, from_width);
         let most = u64::from(width) * u64::from(height.max(from_height));
         ensure!(
@@ -328,5 +330,9 @@ mod tests {
         let processor = ImageProcessor::from_json(json!({"size": {"shortest_edge": 224}})).unwrap();
         let error = processor.preprocess(&RgbImage::new(1, 65_000)).unwrap_err().to_string();
         assert!(error.contains("1 x 65000 pixels would be resized to 224 x 14560000"), "{error}");
+        for processor in [processor.with_backend(Backend::Pillow), processor] {
+            let error = processor.preprocess(&RgbImage::new(0, 3)).unwrap_err().to_string();
+            assert_eq!(error, "a picture of 0 x 3 pixels shows nothing");
+        }
     }
 }

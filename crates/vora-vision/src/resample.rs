@@ -51,20 +51,56 @@ pub(crate) fn resize(
     resample: Resample,
     backend: Backend,
 ) -> Result<Cow<'_, [u8]>> {
-    match (backend, resample) {
-        (_, Resample::Nearest) => Ok(nearest(bytes, from, to)),
-        (Backend::Torchvision, _) => torchvision(bytes, from, to, resample),
-        (Backend::Pillow, _) => Ok(pillow(bytes, from, to, resample)),
+    let filter = match resample {
+        Resample::Nearest => return Ok(nearest(bytes, from, to)),
+        Resample::Lanczos => Filter::Lanczos,
+        Resample::Bilinear => Filter::Triangle,
+        Resample::Bicubic => Filter::CatmullRom,
+    };
+    match backend {
+        Backend::Torchvision => torchvision(bytes, from, to, filter),
+        Backend::Pillow => Ok(pillow(bytes, from, to, filter)),
+    }
+}
+
+/// What weighs the old pixels around the centre of a new one.
+#[derive(Debug, Clone, Copy)]
+enum Filter {
+    Lanczos,
+    Triangle,
+    CatmullRom,
+}
+
+impl Filter {
+    /// The distance from which on it is zero.
+    fn support(self) -> f64 {
+        match self {
+            Self::Lanczos => 3.0,
+            Self::Triangle => 1.0,
+            Self::CatmullRom => 2.0,
+        }
+    }
+
+    /// Its height at a distance from its centre.
+    fn at(self, x: f64) -> f64 {
+        let x = x.abs();
+        let sinc = |x: f64| if x == 0.0 { 1.0 } else { (PI * x).sin() / (PI * x) };
+        match self {
+            _ if x >= self.support() => 0.0,
+            Self::Lanczos => sinc(x) * sinc(x / 3.0),
+            Self::Triangle => 1.0 - x,
+            Self::CatmullRom if x < 1.0 => (1.5 * x - 2.5) * x * x + 1.0,
+            Self::CatmullRom => -0.5 * (((x - 5.0) * x + 8.0) * x - 4.0),
+        }
     }
 }
 
 /// Weights of 16 bits, as torchvision's kernels have them.
-fn torchvision(bytes: &[u8], from: (u32, u32), to: (u32, u32), resample: Resample) -> Result<Cow<'_, [u8]>> {
-    let filter = match resample {
-        Resample::Nearest => FilterType::Box,
-        Resample::Lanczos => FilterType::Lanczos3,
-        Resample::Bilinear => FilterType::Bilinear,
-        Resample::Bicubic => FilterType::CatmullRom,
+fn torchvision(bytes: &[u8], from: (u32, u32), to: (u32, u32), filter: Filter) -> Result<Cow<'_, [u8]>> {
+    let filter = match filter {
+        Filter::Lanczos => FilterType::Lanczos3,
+        Filter::Triangle => FilterType::Bilinear,
+        Filter::CatmullRom => FilterType::CatmullRom,
     };
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter)).use_alpha(false);
     let ((from_height, from_width), (height, width)) = (from, to);
@@ -88,11 +124,11 @@ fn torchvision(bytes: &[u8], from: (u32, u32), to: (u32, u32), resample: Resampl
 }
 
 /// Weights of 22 bits, as Pillow's `ImagingResample` has them for bytes.
-fn pillow(bytes: &[u8], from: (u32, u32), to: (u32, u32), resample: Resample) -> Cow<'_, [u8]> {
+fn pillow(bytes: &[u8], from: (u32, u32), to: (u32, u32), filter: Filter) -> Cow<'_, [u8]> {
     let [from_height, from_width, height, width] = [from.0, from.1, to.0, to.1].map(|side| side as usize);
     let mut bytes = Cow::Borrowed(bytes);
     if width != from_width {
-        let taps = taps(from_width, width, resample);
+        let taps = taps(from_width, width, filter);
         let mut resized = Vec::with_capacity(3 * from_height * width);
         for line in bytes.chunks_exact(3 * from_width) {
             for tap in &taps {
@@ -106,7 +142,7 @@ fn pillow(bytes: &[u8], from: (u32, u32), to: (u32, u32), resample: Resample) ->
     if height != from_height {
         let stride = 3 * width;
         let mut resized = Vec::with_capacity(stride * height);
-        for tap in taps(from_height, height, resample) {
+        for tap in taps(from_height, height, filter) {
             let lines = &bytes[stride * tap.start..];
             for column in 0..width {
                 let pixels = lines.chunks_exact(stride).map(|line| [0, 1, 2].map(|c| line[3 * column + c]));
@@ -127,40 +163,20 @@ struct Tap {
 const PRECISION: u32 = 22;
 
 /// For each of `new` pixels, the `old` ones under the filter around its centre, widened when shrinking.
-fn taps(old: usize, new: usize, resample: Resample) -> Vec<Tap> {
+fn taps(old: usize, new: usize, filter: Filter) -> Vec<Tap> {
     let scale = old as f64 / new as f64;
     let stretch = scale.max(1.0);
-    let support = stretch
-        * match resample {
-            Resample::Nearest => 0.5,
-            Resample::Bilinear => 1.0,
-            Resample::Bicubic => 2.0,
-            Resample::Lanczos => 3.0,
-        };
+    let support = filter.support() * stretch;
     let tap = |i: usize| {
         let centre = (i as f64 + 0.5) * scale;
         let start = (centre - support + 0.5).max(0.0) as usize;
         let end = ((centre + support + 0.5) as usize).min(old);
-        let weights: Vec<f64> = (start..end).map(|at| filter((at as f64 - centre + 0.5) / stretch, resample)).collect();
+        let weights: Vec<f64> = (start..end).map(|at| filter.at((at as f64 - centre + 0.5) / stretch)).collect();
         let sum: f64 = weights.iter().sum();
         let fixed = |weight: &f64| (weight / sum * f64::from(1 << PRECISION)).round() as i32;
         Tap { start, weights: weights.iter().map(fixed).collect() }
     };
     (0..new).map(tap).collect()
-}
-
-/// The filter's height at a distance from its centre.
-fn filter(x: f64, resample: Resample) -> f64 {
-    let x = x.abs();
-    let sinc = |x: f64| if x == 0.0 { 1.0 } else { (PI * x).sin() / (PI * x) };
-    match resample {
-        Resample::Nearest => f64::from(x <= 0.5),
-        Resample::Bilinear => (1.0 - x).max(0.0),
-        Resample::Bicubic if x < 1.0 => (1.5 * x - 2.5) * x * x + 1.0,
-        Resample::Bicubic if x < 2.0 => -0.5 * (((x - 5.0) * x + 8.0) * x - 4.0),
-        Resample::Lanczos if x < 3.0 => sinc(x) * sinc(x / 3.0),
-        Resample::Bicubic | Resample::Lanczos => 0.0,
-    }
 }
 
 /// The weighted sum of pixels, rounded to bytes.
