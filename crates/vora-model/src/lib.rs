@@ -1,5 +1,6 @@
-//! The ways a language model gets to see, on one interface: today [`Vora`], which splices the patches of a picture
-//! among the word embeddings of a decoder that carries adapters, and reads and writes its checkpoint folders.
+//! The ways a language model gets to see, on one interface: [`Vora`], which splices the patches of a picture among the
+//! word embeddings of a decoder that carries adapters, and [`Chameleon`], to which pictures are tokens as words are. It
+//! reads and writes their checkpoint folders.
 //!
 //! It trains nothing and generates nothing: losses live in `vora-train`, decoding loops in `vora-infer`. It reads no
 //! image file either; pixels come in as tensors.
@@ -24,11 +25,13 @@
 //! # }
 //! ```
 
+mod chameleon;
 mod chameleon_vocabulary;
 mod config;
 mod model;
 mod vora;
 
+pub use chameleon::Chameleon;
 pub use chameleon_vocabulary::{VocabularyMapping, image_token_name};
 pub use config::VoraConfig;
 pub use model::{Input, VisionLanguageModel};
