@@ -4,12 +4,13 @@ use anyhow::{Result, ensure};
 use tch::Tensor;
 use vora_model::{Input, VisionLanguageModel};
 
-use crate::{Sampler, SamplingParams};
+use crate::constraint::Progress;
+use crate::{Constraint, Sampler, SamplingParams};
 
 /// Why a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
-    /// A stop token came.
+    /// A stop token came, or the picture that was asked for is complete.
     Stop,
     /// `max_new_tokens` were made.
     Length,
@@ -39,6 +40,33 @@ pub fn generate(
     params: &SamplingParams,
     stop: &[i64],
     max_new_tokens: usize,
+    on_token: impl FnMut(i64) -> bool,
+) -> Result<Generated> {
+    run(model, input, None, params, stop, max_new_tokens, on_token)
+}
+
+/// As [`generate`] with the constraint's model, of nothing but what the constraint allows.
+///
+/// # Errors
+/// As [`generate`], and where a picture that has to be made has no room.
+pub fn generate_within(
+    constraint: &Constraint<'_>,
+    input: &Input,
+    params: &SamplingParams,
+    stop: &[i64],
+    max_new_tokens: usize,
+    on_token: impl FnMut(i64) -> bool,
+) -> Result<Generated> {
+    run(constraint.model(), input, Some(constraint), params, stop, max_new_tokens, on_token)
+}
+
+fn run(
+    model: &dyn VisionLanguageModel,
+    input: &Input,
+    constraint: Option<&Constraint<'_>>,
+    params: &SamplingParams,
+    stop: &[i64],
+    max_new_tokens: usize,
     mut on_token: impl FnMut(i64) -> bool,
 ) -> Result<Generated> {
     ensure!(input.spans.rows.len() == 1, "one prompt at a time, not {}", input.spans.rows.len());
@@ -54,6 +82,7 @@ pub fn generate(
 
     tch::no_grad(|| {
         let mut sampler = Sampler::new(params.clone(), &words(input)?)?;
+        let mut progress = constraint.map(|constraint| constraint.start(input, max_new_tokens)).transpose()?;
         let mut cache = model.llm().new_cache(1, prompt_tokens + max_new_tokens as i64)?;
         let plan = model.plan(&input.spans)?;
         let mut logits = model.llm().prefill(&model.embed(input)?, &plan, &mut cache)?; // [1, vocab]
@@ -62,13 +91,19 @@ pub fn generate(
             if ids.len() == max_new_tokens {
                 break FinishReason::Length;
             }
-            let token = sampler.next_token(&logits.get(0))?;
+            let token = match &mut progress {
+                None => sampler.next_token(&logits.get(0))?,
+                Some(progress) => progress.next_token(&logits.get(0), max_new_tokens - ids.len(), &mut sampler)?,
+            };
             if stop.contains(&token) {
                 break FinishReason::Stop;
             }
             ids.push(token);
             if !on_token(token) {
                 break FinishReason::Cancelled;
+            }
+            if progress.as_ref().is_some_and(Progress::is_finished) {
+                break FinishReason::Stop;
             }
             if ids.len() < max_new_tokens {
                 let token = Tensor::from_slice(&[token]).view([1, 1]).to_device(device);

@@ -1,5 +1,6 @@
 //! Generation: a prompt with pictures goes through the decoder once, then one token at a time comes out, from a KV
-//! cache, greedy or sampled, streamed as text. It cannot train, knows no HTTP, and loads nothing but the folder that
+//! cache, greedy or sampled, streamed as text; what a Chameleon writes can be kept to words, to a picture, or to whole
+//! pictures among words. It cannot train, knows no HTTP, and loads nothing but the folder that
 //! `vora merge` wrote.
 //!
 //! ```
@@ -16,9 +17,13 @@
 //! ```
 
 mod assistant;
+mod constraint;
 mod generate;
+mod passages;
 mod sampling;
 
 pub use assistant::{Answer, Assistant};
-pub use generate::{FinishReason, Generated, generate};
+pub use constraint::{Constraint, OutputModality};
+pub use generate::{FinishReason, Generated, generate, generate_within};
+pub use passages::{Passage, passages};
 pub use sampling::{Sampler, SamplingParams};

@@ -69,8 +69,13 @@ impl Sampler {
             penalize(&mut logits, &self.seen, self.params.repetition_penalty);
             if greedy { most_likely(&logits) } else { self.draw(&logits) as i64 }
         };
-        self.seen.push(token);
+        self.saw(token);
         Ok(token)
+    }
+
+    /// Counts a token as seen that was not chosen here.
+    pub(crate) fn saw(&mut self, token: i64) {
+        self.seen.push(token);
     }
 
     /// One draw from what temperature, top-k and top-p leave.
@@ -107,9 +112,10 @@ fn most_likely(logits: &[f32]) -> i64 {
     best as i64
 }
 
-/// The tokens that temperature, top-k and top-p leave with their probabilities, the most likely first.
+/// The tokens that temperature, top-k and top-p leave with their probabilities, the most likely first; none with a logit
+/// of minus infinity.
 fn keep(logits: &[f32], params: &SamplingParams) -> Vec<(usize, f64)> {
-    let mut order: Vec<usize> = (0..logits.len()).collect();
+    let mut order: Vec<usize> = (0..logits.len()).filter(|&token| logits[token] != f32::NEG_INFINITY).collect();
     let by_logit = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
     let k = if params.top_k == 0 { order.len() } else { params.top_k.min(order.len()) };
     if k < order.len() {
@@ -188,6 +194,12 @@ mod tests {
         assert_eq!(tokens(0, 0.6), [1]);
         assert_eq!(tokens(0, 0.7), [1, 2]);
         assert_eq!(tokens(0, 0.9), [1, 2, 3]);
+    }
+
+    #[test]
+    fn what_is_left_out_is_never_kept() {
+        let kept = keep(&[f32::NEG_INFINITY, 1.0, f32::NEG_INFINITY], &SamplingParams { top_k: 2, ..params(1.0) });
+        assert_eq!(kept, [(1, 1.0)]);
     }
 
     #[test]

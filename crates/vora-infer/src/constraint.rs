@@ -1,0 +1,359 @@
+//! What a Chameleon may write: words, a picture, or both, by leaving out the logits of what may not come next.
+
+use std::collections::HashSet;
+
+use anyhow::{Result, ensure};
+use tch::{Kind, Tensor};
+use vora_model::{Chameleon, Input, VisionLanguageModel};
+
+use crate::Sampler;
+
+/// What a generation is to be made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OutputModality {
+    /// Words: every token but those of images, as in Hugging Face's forward.
+    Text,
+    /// One picture: the token that begins it, its tokens, the token that ends it. Nothing comes after.
+    Image,
+    /// Words and pictures as the model likes. A picture that was begun gets all its tokens and its end; one that would
+    /// not have room for them is not begun.
+    Interleaved,
+}
+
+/// An [`OutputModality`] over the tokens of one model. Every picture fills the model's
+/// [`drawn_grid`](Chameleon::drawn_grid).
+#[derive(Debug)]
+pub struct Constraint<'a> {
+    model: &'a Chameleon,
+    modality: OutputModality,
+    image_tokens: usize,      // of a picture
+    images: Tensor,           // [vocab], true for what is left out: image tokens,
+    images_and_begin: Tensor, // these and the token that begins a picture,
+    all_but_images: Tensor,   // all others
+}
+
+/// What may come next.
+enum Allowed<'a> {
+    /// Every token where this is false.
+    Without(&'a Tensor),
+    /// This alone.
+    Only(i64),
+}
+
+impl<'a> Constraint<'a> {
+    /// For the tokens of `model`.
+    pub fn new(modality: OutputModality, model: &'a Chameleon) -> Self {
+        let (vocab, device) = (model.llm().config().vocab_size, model.llm().device());
+        let mark = |ids: &[i64]| {
+            let mask = Tensor::zeros([vocab], (Kind::Bool, device));
+            mask.index_fill(0, &Tensor::from_slice(ids).to_device(device), 1)
+        };
+        let images = mark(model.vocabulary().image_token_ids());
+        let (rows, cols) = model.drawn_grid();
+        Self {
+            model,
+            modality,
+            image_tokens: (rows * cols) as usize,
+            images_and_begin: images.logical_or(&mark(&[model.begin_image_id()])),
+            all_but_images: images.logical_not(),
+            images,
+        }
+    }
+
+    /// The model whose tokens they are.
+    pub fn model(&self) -> &'a Chameleon {
+        self.model
+    }
+
+    /// Where a generation of at most `max_new_tokens` after `prompt` (one row) starts: within a picture if the prompt
+    /// has begun one.
+    ///
+    /// # Errors
+    /// Where the picture to be made has no room.
+    pub(crate) fn start(&self, prompt: &Input, max_new_tokens: usize) -> Result<Progress<'_>> {
+        let left = if self.modality == OutputModality::Text { None } else { self.begun(prompt)? };
+        let needed = match (left, self.modality) {
+            (Some(left), _) => left + 1,
+            (None, OutputModality::Image) => self.image_tokens + 2,
+            (None, _) => 0,
+        };
+        ensure!(
+            needed <= max_new_tokens,
+            "the picture takes {needed} tokens, max_new_tokens and the model's context leave {max_new_tokens}"
+        );
+        Ok(Progress { constraint: self, left, finished: false })
+    }
+
+    /// How many image tokens are left of a picture that the prompt begins and does not end.
+    fn begun(&self, prompt: &Input) -> Result<Option<usize>> {
+        let ids = Vec::<i64>::try_from(prompt.input_ids.view([-1]))?;
+        let places: HashSet<i64> = prompt.spans.image_positions().into_iter().collect();
+        let is_place = |i: usize| places.contains(&(i as i64));
+        let image_token_ids = self.model.vocabulary().image_token_ids();
+        let is_image = |i: usize| is_place(i) || image_token_ids.binary_search(&ids[i]).is_ok();
+        let there = (0..ids.len()).rev().take_while(|&i| is_image(i)).count();
+        let before = (ids.len() - there).checked_sub(1);
+        let begun = before.is_some_and(|i| ids[i] == self.model.begin_image_id());
+        Ok(begun.then(|| self.image_tokens.saturating_sub(there)))
+    }
+}
+
+/// How far a generation under a [`Constraint`] has come.
+#[derive(Debug)]
+pub(crate) struct Progress<'a> {
+    constraint: &'a Constraint<'a>,
+    left: Option<usize>, // image tokens left of the picture it is in
+    finished: bool,
+}
+
+impl Progress<'_> {
+    /// The next token for `logits` `[vocab]`, where `room` tokens fit, this one among them.
+    pub(crate) fn next_token(&mut self, logits: &Tensor, room: usize, sampler: &mut Sampler) -> Result<i64> {
+        let token = match self.allowed(room) {
+            Allowed::Without(mask) => sampler.next_token(&logits.masked_fill(mask, f64::NEG_INFINITY))?,
+            Allowed::Only(token) => {
+                sampler.saw(token);
+                token
+            }
+        };
+        self.advance(token);
+        Ok(token)
+    }
+
+    /// Whether the picture that was asked for is complete.
+    pub(crate) fn is_finished(&self) -> bool {
+        self.finished
+    }
+
+    fn allowed(&self, room: usize) -> Allowed<'_> {
+        let constraint = self.constraint;
+        match (self.left, constraint.modality) {
+            (Some(0), _) => Allowed::Only(constraint.model.end_image_id()),
+            (Some(_), _) => Allowed::Without(&constraint.all_but_images),
+            (None, OutputModality::Image) => Allowed::Only(constraint.model.begin_image_id()),
+            (None, OutputModality::Interleaved) if room < constraint.image_tokens + 2 => {
+                Allowed::Without(&constraint.images_and_begin)
+            }
+            (None, _) => Allowed::Without(&constraint.images),
+        }
+    }
+
+    fn advance(&mut self, token: i64) {
+        let constraint = self.constraint;
+        self.left = match self.left {
+            Some(0) => {
+                self.finished = constraint.modality == OutputModality::Image;
+                None
+            }
+            Some(left) => Some(left - 1),
+            None => (token == constraint.model.begin_image_id() && constraint.modality != OutputModality::Text)
+                .then_some(constraint.image_tokens),
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    use fixtures::Golden;
+    use tch::Device;
+    use vora_llm::{LlmConfig, Span, Spans};
+    use vora_torch::Weights;
+    use vora_vision::VqModel;
+
+    use crate::{FinishReason, Generated, Passage, SamplingParams, generate, generate_within, passages};
+
+    const IMAGE_TOKENS: usize = 16;
+
+    /// The golden Chameleon, and a decoder of random weights that Hugging Face's lacks.
+    fn model(golden: &Golden, name: &str) -> Chameleon {
+        let text = std::fs::read(fixtures::root().join("golden/chameleon.json")).unwrap();
+        let config = serde_json::from_slice::<BTreeMap<String, LlmConfig>>(&text).unwrap().remove(name).unwrap();
+        let vq_config = serde_json::from_value(config.extra["vq_config"].clone()).unwrap();
+        let random = Weights::random(2, Device::Cpu, Kind::Float);
+        let decoder = VqModel::load(&vq_config, &random).unwrap().tensors().into_iter();
+        let decoder = decoder.filter(|(name, _)| name.starts_with("decoder."));
+        let tensors = decoder.map(|(name, t)| (format!("model.vqmodel.{name}"), t)).chain(golden.under("weights."));
+        Chameleon::load(&config, &Weights::from_tensors(tensors, Device::Cpu, Kind::Float)).unwrap()
+    }
+
+    fn input(ids: &[i64]) -> Input {
+        let spans = Spans::text(&[ids.len() as i64]);
+        Input { input_ids: Tensor::from_slice(ids).unsqueeze(0), pixel_values: Vec::new(), spans }
+    }
+
+    /// So hot that image tokens, half of the vocabulary, would come everywhere.
+    fn sampled(seed: u64) -> SamplingParams {
+        SamplingParams { temperature: 3.0, seed, ..SamplingParams::default() }
+    }
+
+    fn run(constraint: &Constraint<'_>, prompt: &[i64], params: &SamplingParams, max: usize) -> Generated {
+        generate_within(constraint, &input(prompt), params, &[2], max, |_| true).unwrap()
+    }
+
+    fn count(model: &Chameleon, ids: &[i64]) -> usize {
+        ids.iter().filter(|id| model.vocabulary().image_token_ids().contains(id)).count()
+    }
+
+    #[test]
+    fn text_is_what_the_reference_writes() {
+        let golden = fixtures::open("chameleon");
+        for name in ["pre", "swin"] {
+            let model = model(&golden, name);
+            let constraint = Constraint::new(OutputModality::Text, &model);
+            for (row, before) in [(0, 4), (1, 2)] {
+                let prompt = Input {
+                    input_ids: golden["input_ids"].narrow(0, row, 1),
+                    pixel_values: vec![golden["pixel_values"].get(row)],
+                    spans: Spans { rows: vec![vec![Span::text(before), Span::image(4, 4), Span::text(10 - before)]] },
+                };
+                let expected = Vec::<i64>::try_from(golden[&format!("{name}.generated")].get(row)).unwrap();
+                let found = generate_within(&constraint, &prompt, &SamplingParams::default(), &[], 8, |_| true);
+                assert_eq!(found.unwrap().ids, expected, "{name}, row {row}");
+            }
+            // What the mask leaves out is what the reference puts to the lowest number.
+            let forbidden = golden[&format!("{name}.text_logits")].get(0).get(0).eq(f64::from(f32::MIN));
+            assert!(forbidden.equal(&constraint.images));
+        }
+    }
+
+    #[test]
+    fn text_has_no_image_token_where_free_logits_would_give_them() {
+        let model = model(&fixtures::open("chameleon"), "pre");
+        let constraint = Constraint::new(OutputModality::Text, &model);
+        let begins = [14, model.begin_image_id()]; // a begin changes nothing for words
+        let mut free = 0;
+        for seed in 0..6 {
+            for prompt in [&[14, 46][..], &begins] {
+                let generated = run(&constraint, prompt, &sampled(seed), 40);
+                assert_eq!(count(&model, &generated.ids), 0, "{:?}", generated.ids);
+                let plain = generate(&model, &input(prompt), &sampled(seed), &[], 40, |_| true).unwrap();
+                free += count(&model, &plain.ids);
+            }
+        }
+        assert!(free > 100, "{free}");
+    }
+
+    #[test]
+    fn an_image_is_its_tokens_between_begin_and_end() {
+        let model = model(&fixtures::open("chameleon"), "pre");
+        let constraint = Constraint::new(OutputModality::Image, &model);
+        for params in [SamplingParams::default(), sampled(1), sampled(2)] {
+            let generated = run(&constraint, &[14, 46], &params, 40);
+            assert_eq!(generated.finish_reason, FinishReason::Stop);
+            let [begin, tokens @ .., end] = generated.ids.as_slice() else { panic!("{generated:?}") };
+            assert_eq!((*begin, *end), (model.begin_image_id(), model.end_image_id()));
+            assert_eq!((tokens.len(), count(&model, tokens)), (IMAGE_TOKENS, IMAGE_TOKENS));
+            let found = passages(&model, &generated.ids).unwrap();
+            let [Passage::Image(picture)] = found.as_slice() else { panic!("{found:?}") };
+            assert_eq!(picture.dimensions(), (8, 8));
+            assert_eq!(*picture, model.draw(&Tensor::from_slice(tokens).view([1, -1])).unwrap()[0]);
+        }
+        // Where the prompt has begun it, the rest.
+        let image_token = model.vocabulary().image_token_ids()[3];
+        for (prompt, there) in [(vec![14, model.begin_image_id()], 0), (vec![model.begin_image_id(), image_token], 1)] {
+            let generated = run(&constraint, &prompt, &sampled(3), 40);
+            assert_eq!(count(&model, &generated.ids), IMAGE_TOKENS - there);
+            assert_eq!(generated.ids.len(), IMAGE_TOKENS - there + 1);
+        }
+        let little = |max| generate_within(&constraint, &input(&[14]), &sampled(0), &[], max, |_| true);
+        assert_eq!(little(18).unwrap().ids.len(), 18);
+        let error = little(17).unwrap_err().to_string();
+        assert_eq!(error, "the picture takes 18 tokens, max_new_tokens and the model's context leave 17");
+    }
+
+    #[test]
+    fn interleaved_pictures_are_whole_and_stand_alone() {
+        let model = model(&fixtures::open("chameleon"), "pre");
+        let constraint = Constraint::new(OutputModality::Interleaved, &model);
+        let (mut pictures, mut words) = (0, 0);
+        for seed in 0..12 {
+            let ids = generate_within(&constraint, &input(&[14]), &sampled(seed), &[], 60, |_| true).unwrap().ids;
+            for (i, run) in ids.split(|&id| id == model.begin_image_id()).enumerate() {
+                let within = if i == 0 { 0 } else { IMAGE_TOKENS };
+                assert!(run.len() >= within && count(&model, &run[..within]) == within, "{ids:?}");
+                assert!(within == 0 || run[within] == model.end_image_id(), "{ids:?}");
+                assert_eq!(count(&model, &run[within..]), 0, "{ids:?}");
+            }
+            for passage in passages(&model, &ids).unwrap() {
+                match passage {
+                    Passage::Image(_) => pictures += 1,
+                    Passage::Text(ids) => words += ids.len(),
+                }
+            }
+        }
+        assert!(pictures >= 4 && words >= 100, "{pictures} pictures, {words} words");
+        // A picture of the prompt that lacks its end gets that first.
+        let places = Spans { rows: vec![vec![Span::text(2), Span::image(4, 4)]] };
+        let prompt = [[14, model.begin_image_id()].as_slice(), &[0; IMAGE_TOKENS]].concat();
+        let pixel_values = vec![Tensor::zeros([3, 8, 8], (Kind::Float, Device::Cpu))];
+        let prompt = Input { pixel_values, spans: places, ..input(&prompt) };
+        let generated = generate_within(&constraint, &prompt, &sampled(0), &[], 3, |_| true).unwrap();
+        assert_eq!(generated.ids[0], model.end_image_id());
+    }
+
+    #[test]
+    fn a_picture_is_begun_where_it_just_fits() {
+        let model = model(&fixtures::open("chameleon"), "pre");
+        let constraint = Constraint::new(OutputModality::Interleaved, &model);
+        let logits = Tensor::zeros([48], (Kind::Float, Device::Cpu));
+        let begin = Tensor::from_slice(&[model.begin_image_id()]);
+        let logits = logits.index_fill(0, &begin, 9.0);
+        for (room, begins) in [(IMAGE_TOKENS + 1, false), (IMAGE_TOKENS + 2, true)] {
+            let mut progress = constraint.start(&input(&[14]), room).unwrap();
+            let mut sampler = Sampler::new(SamplingParams::default(), &[]).unwrap();
+            let token = progress.next_token(&logits, room, &mut sampler).unwrap();
+            assert_eq!(token == model.begin_image_id(), begins, "room for {room}");
+        }
+    }
+
+    #[test]
+    fn tokens_that_nobody_chose_count_as_seen() {
+        let model = model(&fixtures::open("chameleon"), "pre");
+        let constraint = Constraint::new(OutputModality::Image, &model);
+        let mut progress = constraint.start(&input(&[14]), 40).unwrap();
+        let params = SamplingParams { repetition_penalty: 2.0, ..SamplingParams::default() };
+        let mut sampler = Sampler::new(params, &[]).unwrap();
+        let logits = Tensor::ones([48], (Kind::Float, Device::Cpu));
+        let begin = progress.next_token(&logits, 40, &mut sampler).unwrap();
+        assert_eq!(begin, model.begin_image_id());
+        let more = Tensor::from_slice(&[begin]);
+        assert_ne!(sampler.next_token(&logits.index_fill(0, &more, 1.5)).unwrap(), begin);
+    }
+
+    #[test]
+    fn the_cache_changes_no_token() {
+        let golden = fixtures::open("chameleon");
+        for name in ["pre", "swin"] {
+            let model = model(&golden, name);
+            for modality in [OutputModality::Text, OutputModality::Image, OutputModality::Interleaved] {
+                let constraint = Constraint::new(modality, &model);
+                for params in [SamplingParams::default(), sampled(5)] {
+                    let prompt = vec![14, 46, 42];
+                    let cached = generate_within(&constraint, &input(&prompt), &params, &[], 30, |_| true).unwrap();
+                    let mut sampler = Sampler::new(params.clone(), &prompt).unwrap();
+                    let mut progress = constraint.start(&input(&prompt), 30).unwrap();
+                    let mut ids = prompt.clone();
+                    while ids.len() < 33 && !progress.is_finished() {
+                        let output = tch::no_grad(|| model.forward(&input(&ids), 0)).unwrap();
+                        let logits = model.llm().logits(&output.last_hidden_state.select(1, -1)).get(0);
+                        ids.push(progress.next_token(&logits, 33 - ids.len(), &mut sampler).unwrap());
+                    }
+                    assert_eq!(cached.ids, ids[3..], "{name} {modality:?} {params:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn half_a_picture_is_told() {
+        let model = model(&fixtures::open("chameleon"), "pre");
+        let token = model.vocabulary().image_token_ids()[0];
+        let error = passages(&model, &[14, model.begin_image_id(), token, token]).unwrap_err().to_string();
+        assert_eq!(error, "a picture has 2 image tokens, it takes 16");
+        assert_eq!(passages(&model, &[14, model.end_image_id(), 9]).unwrap(), [Passage::Text(vec![14, 9])]);
+        assert!(passages(&model, &[]).unwrap().is_empty());
+    }
+}
