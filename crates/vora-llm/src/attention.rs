@@ -4,9 +4,9 @@ use anyhow::Result;
 use tch::{Tensor, nn::Module};
 use vora_lora::Linear;
 use vora_torch::Weights;
-use vora_torch::rms_norm::RmsNorm;
 
 use crate::config::LlmConfig;
+use crate::head_norm::HeadNorm;
 use crate::kv_cache::{LayerCache, Step};
 use crate::rotary::CosSin;
 use crate::spans::{AttentionPlan, Kernel};
@@ -16,15 +16,21 @@ use crate::spans::{AttentionPlan, Kernel};
 /// `q` is `[batch, heads, seq, head_dim]`, `k` and `v` are `[batch, kv_heads, seq, head_dim]`, and so is the result as
 /// `q`. Each key-value head serves `heads / kv_heads` neighbouring query heads.
 pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &AttentionPlan) -> Tensor {
+    attend_dropping(q, k, v, plan, 0.0)
+}
+
+/// As [`attend`], without a random `dropout` of the softmax's weights.
+fn attend_dropping(q: &Tensor, k: &Tensor, v: &Tensor, plan: &AttentionPlan, dropout: f64) -> Tensor {
     match &plan.kernel {
-        Kernel::Causal => scaled_dot_product(q, k, v, None, true),
-        Kernel::Mask(mask) => scaled_dot_product(q, k, v, Some(mask), false),
+        Kernel::Causal => scaled_dot_product(q, k, v, None, true, dropout),
+        Kernel::Mask(mask) => scaled_dot_product(q, k, v, Some(mask), false, dropout),
         Kernel::Segments(segments) => {
             let outputs: Vec<Tensor> = segments
                 .iter()
                 .map(|s| {
-                    let (k, v) = (k.narrow(2, 0, s.end), v.narrow(2, 0, s.end));
-                    scaled_dot_product(&q.narrow(2, s.start, s.end - s.start), &k, &v, s.mask.as_ref(), s.causal)
+                    let seen = |t: &Tensor| t.narrow(2, s.first_key, s.end - s.first_key);
+                    let q = q.narrow(2, s.start, s.end - s.start);
+                    scaled_dot_product(&q, &seen(k), &seen(v), s.mask.as_ref(), s.causal, dropout)
                 })
                 .collect();
             Tensor::cat(&outputs, 2)
@@ -32,15 +38,15 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &AttentionPlan) -> Tenso
     }
 }
 
-fn scaled_dot_product(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal: bool) -> Tensor {
+fn scaled_dot_product(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal: bool, dropout: f64) -> Tensor {
     let (heads, kv_heads) = (q.size()[1], k.size()[1]);
     let grouped = heads != kv_heads;
     if grouped && mask.is_some() && q.device().is_cuda() {
         // CUDA's kernel that takes a mask has no groups; without them libtorch would fall back to plain matrices.
         let (k, v) = (repeat_heads(k, heads / kv_heads), repeat_heads(v, heads / kv_heads));
-        return Tensor::scaled_dot_product_attention(q, &k, &v, mask, 0.0, causal, None, false);
+        return Tensor::scaled_dot_product_attention(q, &k, &v, mask, dropout, causal, None, false);
     }
-    Tensor::scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None, grouped)
+    Tensor::scaled_dot_product_attention(q, k, v, mask, dropout, causal, None, grouped)
 }
 
 /// `[batch, kv_heads, seq, head_dim]` -> `[batch, kv_heads * times, seq, head_dim]`
@@ -61,28 +67,33 @@ pub struct Attention {
     pub(crate) k_proj: Linear,
     pub(crate) v_proj: Linear,
     pub(crate) o_proj: Linear,
-    pub(crate) qk_norm: Option<(RmsNorm, RmsNorm)>, // over head_dim, before the rotation
+    pub(crate) q_norm: Option<HeadNorm>,
+    pub(crate) k_norm: Option<HeadNorm>,
     num_heads: i64,
     num_kv_heads: i64,
     head_dim: i64,
+    rotates: bool,
+    dropout: f64, // of the softmax's weights, in training
 }
 
 impl Attention {
     /// Takes `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `q_norm`, `k_norm` where the model has them.
-    pub fn load(config: &LlmConfig, weights: &Weights) -> Result<Self> {
+    pub fn load(config: &LlmConfig, layer_idx: usize, weights: &Weights) -> Result<Self> {
         let (hidden, head_dim) = (config.hidden_size, config.head_width());
         let (num_heads, num_kv_heads) = (config.num_attention_heads, config.kv_heads());
         let (qkv_bias, o_bias) = config.attention_biases();
-        let norm = |name: &str| RmsNorm::load(&weights.pp(name), head_dim, config.rms_norm_eps);
         Ok(Self {
             q_proj: Linear::load(&weights.pp("q_proj"), hidden, num_heads * head_dim, qkv_bias)?,
             k_proj: Linear::load(&weights.pp("k_proj"), hidden, num_kv_heads * head_dim, qkv_bias)?,
             v_proj: Linear::load(&weights.pp("v_proj"), hidden, num_kv_heads * head_dim, qkv_bias)?,
             o_proj: Linear::load(&weights.pp("o_proj"), num_heads * head_dim, hidden, o_bias)?,
-            qk_norm: if config.has_qk_norm() { Some((norm("q_norm")?, norm("k_norm")?)) } else { None },
+            q_norm: HeadNorm::load(config, &weights.pp("q_norm"), num_heads)?,
+            k_norm: HeadNorm::load(config, &weights.pp("k_norm"), num_kv_heads)?,
             num_heads,
             num_kv_heads,
             head_dim,
+            rotates: config.has_rope(layer_idx),
+            dropout: config.attention_dropout.unwrap_or(0.0),
         })
     }
 
@@ -90,6 +101,12 @@ impl Attention {
     pub fn forward(&self, x: &Tensor, cos_sin: &CosSin, plan: &AttentionPlan) -> Tensor {
         let [q, k, v] = self.project(x, cos_sin);
         self.output(&attend(&q, &k, &v, plan))
+    }
+
+    /// As [`Attention::forward`], without the attention weights that dropout takes.
+    pub fn forward_train(&self, x: &Tensor, cos_sin: &CosSin, plan: &AttentionPlan) -> Tensor {
+        let [q, k, v] = self.project(x, cos_sin);
+        self.output(&attend_dropping(&q, &k, &v, plan, self.dropout))
     }
 
     /// As [`Attention::forward`], and keeps keys and values.
@@ -103,21 +120,27 @@ impl Attention {
     pub(crate) fn decode_step(&self, x: &Tensor, cos_sin: &CosSin, step: &Step, cache: &mut LayerCache) -> Tensor {
         let [q, k, v] = self.project(x, cos_sin);
         let (k, v) = cache.append(&k, &v, step);
-        self.output(&scaled_dot_product(&q, &k, &v, step.mask.as_ref(), false))
+        self.output(&scaled_dot_product(&q, &k, &v, step.mask.as_ref(), false, 0.0))
     }
 
-    /// `[batch, seq, hidden]` -> rotated q `[batch, heads, seq, head_dim]`, rotated k and plain v
-    /// `[batch, kv_heads, seq, head_dim]`
+    /// `[batch, seq, hidden]` -> q as `[batch, heads, seq, head_dim]`, k and v as `[batch, kv_heads, seq, head_dim]`; q
+    /// and k normed and rotated where the model does so
     fn project(&self, x: &Tensor, cos_sin: &CosSin) -> [Tensor; 3] {
         let (batch, seq, _) = x.size3().expect("x is [batch, seq, hidden]");
         let split = |x: Tensor, heads| x.view([batch, seq, heads, self.head_dim]);
         let mut q = split(self.q_proj.forward(x), self.num_heads); // [batch, seq, heads, head_dim]
         let mut k = split(self.k_proj.forward(x), self.num_kv_heads);
         let v = split(self.v_proj.forward(x), self.num_kv_heads);
-        if let Some((q_norm, k_norm)) = &self.qk_norm {
-            (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
+        if let Some(norm) = &self.q_norm {
+            q = norm.forward(&q);
         }
-        [cos_sin.rotate(&q), cos_sin.rotate(&k), v].map(|t| t.transpose(1, 2))
+        if let Some(norm) = &self.k_norm {
+            k = norm.forward(&k);
+        }
+        if self.rotates {
+            (q, k) = (cos_sin.rotate(&q), cos_sin.rotate(&k));
+        }
+        [q, k, v].map(|t| t.transpose(1, 2))
     }
 
     /// `[batch, heads, seq, head_dim]` -> `[batch, seq, hidden]`
@@ -142,7 +165,7 @@ mod tests {
         let golden = fixtures::open("attention");
         let weights = Weights::from_tensors(golden.under("weights."), Device::Cpu, Kind::Float);
         let config = LlmConfig { attention_bias: true, ..LlmConfig::tiny(64) };
-        let attention = Attention::load(&config, &weights).unwrap();
+        let attention = Attention::load(&config, 0, &weights).unwrap();
         weights.finish().unwrap();
         let plan =
             AttentionPlan::new(&Spans::text(&[11, 11]), VisionAttention::Causal, Device::Cpu, Kind::Float).unwrap();
@@ -158,11 +181,9 @@ mod tests {
     }
 
     /// Output and gradients of one kernel; a plan whose rows are padded is compared up to `seq`.
-    fn run(rows: &[Vec<Span>], mode: VisionAttention, choice: KernelChoice, upto: &[i64]) -> Vec<Tensor> {
-        let spans = Spans { rows: rows.to_vec() };
-        let plan = AttentionPlan::with_kernel(&spans, mode, Device::Cpu, Kind::Float, choice).unwrap();
-        let [q, k, v] = random_qkv(spans.seq());
-        let y = attend(&q, &k, &v, &plan);
+    fn run(plan: &AttentionPlan, upto: &[i64]) -> Vec<Tensor> {
+        let [q, k, v] = random_qkv(plan.position_ids().size()[1]);
+        let y = attend(&q, &k, &v, plan);
         assert!(bool::try_from(y.isfinite().all()).unwrap());
         let real: Vec<Tensor> =
             upto.iter().enumerate().map(|(row, &len)| y.get(row as i64).narrow(1, 0, len)).collect();
@@ -195,10 +216,21 @@ mod tests {
             (vec![vec![image, text(7)], vec![image]], VisionAttention::Bidirectional, vec![KernelChoice::Segments]),
         ] {
             let lens: Vec<i64> = Spans { rows: rows.clone() }.row_lens().collect();
-            let expected = run(&rows, mode, KernelChoice::Mask, &lens);
-            for choice in choices {
-                for (found, expected) in run(&rows, mode, choice, &lens).iter().zip(&expected) {
-                    fixtures::assert_close_to(found, expected, 1e-5);
+            let spans = Spans { rows: rows.clone() };
+            let plan = |choice, window: Option<i64>| {
+                let plan = AttentionPlan::with_kernel(&spans, mode, Device::Cpu, Kind::Float, choice).unwrap();
+                match window {
+                    None => Some(plan),
+                    Some(window) => plan.within(window),
+                }
+            };
+            for window in [None, Some(1), Some(2), Some(3), Some(5), Some(8), Some(14)] {
+                let Some(mask) = plan(KernelChoice::Mask, window) else { continue };
+                let expected = run(&mask, &lens);
+                for &choice in &choices {
+                    for (found, expected) in run(&plan(choice, window).unwrap(), &lens).iter().zip(&expected) {
+                        fixtures::assert_close_to(found, expected, 1e-5);
+                    }
                 }
             }
         }
@@ -207,8 +239,8 @@ mod tests {
     #[test]
     fn repeated_heads_are_grouped_heads() {
         let [q, k, v] = random_qkv(6);
-        let grouped = scaled_dot_product(&q, &k, &v, None, true);
-        let repeated = scaled_dot_product(&q, &repeat_heads(&k, 2), &repeat_heads(&v, 2), None, true);
+        let grouped = scaled_dot_product(&q, &k, &v, None, true, 0.0);
+        let repeated = scaled_dot_product(&q, &repeat_heads(&k, 2), &repeat_heads(&v, 2), None, true, 0.0);
         fixtures::assert_close_to(&grouped, &repeated, 1e-6);
     }
 }

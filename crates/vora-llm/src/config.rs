@@ -3,16 +3,28 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Map, Value, json};
 
+use crate::head_norm::QkNorm;
 use crate::rotary::RopeScaling;
 
-/// The `model_type`s whose blocks are these: RMS norm, rotary positions, grouped-query attention, SwiGLU.
-pub const MODEL_TYPES: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
+/// The `model_type`s whose blocks are these: RMS norm, rotary positions, grouped-query attention, SwiGLU. SmolLM and
+/// SmolLM2 are `llama`, Qwen2.5 is `qwen2`.
+pub const MODEL_TYPES: [&str; 6] = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "chameleon"];
+
+/// The layer types that a config may name.
+const LAYER_TYPES: [&str; 2] = ["full_attention", SLIDING];
+const SLIDING: &str = "sliding_attention";
 
 /// One decoder's sizes and constants. Keys that are not listed here pass into [`extra`](Self::extra) and are written
-/// back with the rest.
+/// back with the rest, as Chameleon's `vq_config` and `vocabulary_map`. A key that a file leaves out has the value that
+/// HF's config class of that `model_type` gives it.
+///
+/// Chameleon's `model_parallel_size` is such an extra key: the shards that it was trained in had norms of their own,
+/// and published files have these repeated for every head already, so nothing is left to do with it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(remote = "Self")] // the traits themselves are below: they add the defaults of a model type
 pub struct LlmConfig {
     /// One of [`MODEL_TYPES`].
     pub model_type: String,
@@ -59,12 +71,35 @@ pub struct LlmConfig {
     /// Whether the head is the embedding.
     #[serde(default)]
     pub tie_word_embeddings: bool,
-    /// Width of sliding-window attention, where the model has it; see [`LlmConfig::validate`].
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// Width of sliding-window attention; [`LlmConfig::window`] says which layers have it. Written even where it is
+    /// null, since HF takes a Mistral that lacks the key for one with a window of 4096.
+    #[serde(default)]
     pub sliding_window: Option<i64>,
-    /// Qwen's switch for `sliding_window`.
+    /// Qwen's and SmolLM3's switch for `sliding_window`; off where the key is absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub use_sliding_window: Option<bool>,
+    /// The first layer that has Qwen's window, where no `layer_types` say it; 28 where the key is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_window_layers: Option<usize>,
+    /// `full_attention` or `sliding_attention` for every layer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layer_types: Option<Vec<String>>,
+    /// SmolLM3: 1 for each layer that rotates q and k, 0 for each that knows no positions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_rope_layers: Option<Vec<i64>>,
+    /// SmolLM3 without the list above: every so-manieth layer knows no positions; 4 where the key is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_rope_layer_interval: Option<usize>,
+    /// Chameleon 34B: attention and MLP are normed behind them, not before (Swin Transformer V2's order).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub swin_norm: Option<bool>,
+    /// Share of attention weights that a training forward drops.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention_dropout: Option<f64>,
+    /// Share of what attention and MLP add to the residual stream that a training forward drops: 0.1 for Chameleon 7B
+    /// (arXiv 2405.09818, section 2.3). HF's configs have no such key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dropout: Option<f64>,
     /// The dtype that the weights were saved in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dtype: Option<String>,
@@ -82,7 +117,42 @@ pub struct LlmConfig {
     pub pad_token_id: Option<i64>,
     /// Every other key, as it was.
     #[serde(flatten)]
-    pub extra: serde_json::Map<String, serde_json::Value>,
+    pub extra: Map<String, Value>,
+}
+
+impl<'de> Deserialize<'de> for LlmConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut keys = Map::deserialize(deserializer)?;
+        let model_type = keys.get("model_type").and_then(Value::as_str).unwrap_or_default();
+        if let Value::Object(defaults) = defaults(model_type) {
+            for (key, value) in defaults {
+                keys.entry(key).or_insert(value);
+            }
+        }
+        Self::deserialize(Value::Object(keys)).map_err(serde::de::Error::custom)
+    }
+}
+
+impl Serialize for LlmConfig {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Self::serialize(self, serializer)
+    }
+}
+
+/// What HF's config class of this `model_type` says of absent keys, where it is not what Llama's says.
+fn defaults(model_type: &str) -> Value {
+    match model_type {
+        "mistral" => json!({"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096}),
+        "qwen2" => json!({"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096}),
+        "qwen3" => json!({
+            "max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128,
+        }),
+        "smollm3" => json!({
+            "max_position_embeddings": 32_768, "num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": true,
+        }),
+        "chameleon" => json!({"max_position_embeddings": 4096, "num_key_value_heads": 32, "rms_norm_eps": 1e-5}),
+        _ => json!({}),
+    }
 }
 
 /// One token id or several: configs have both.
@@ -133,6 +203,9 @@ pub struct RopeParameters {
     pub long_factor: Option<Vec<f64>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub partial_rotary_factor: Option<f64>,
+    /// Every other key, as it was.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
 }
 
 fn default_max_position_embeddings() -> i64 {
@@ -183,16 +256,27 @@ impl LlmConfig {
             tie_word_embeddings: true,
             sliding_window: None,
             use_sliding_window: None,
+            max_window_layers: None,
+            layer_types: None,
+            no_rope_layers: None,
+            no_rope_layer_interval: None,
+            swin_norm: None,
+            attention_dropout: None,
+            dropout: None,
             dtype: None,
             torch_dtype: None,
             bos_token_id: None,
             eos_token_id: None,
             pad_token_id: None,
-            extra: serde_json::Map::new(),
+            extra: Map::new(),
         }
     }
 
-    /// Checks what the types cannot: known architecture, activation and rope type, sizes that fit each other.
+    /// Checks what the types cannot: known architecture, activation and rope type, sizes that fit each other, options
+    /// that this architecture has.
+    ///
+    /// # Errors
+    /// Names the key, what it says, and what it may say.
     pub fn validate(&self) -> Result<()> {
         if !MODEL_TYPES.contains(&self.model_type.as_str()) {
             bail!("model_type is `{}`, known are {}", self.model_type, MODEL_TYPES.join(", "));
@@ -228,15 +312,96 @@ impl LlmConfig {
             "rms_norm_eps is {}, it must be positive",
             self.rms_norm_eps
         );
-        if let Some(window) = self.sliding_window {
-            let unused = self.model_type != "mistral" && !self.use_sliding_window.unwrap_or(false);
-            ensure!(
-                unused || window >= self.max_position_embeddings,
-                "sliding_window is {window}, below max_position_embeddings {}: sliding-window attention is not supported",
-                self.max_position_embeddings
-            );
+        self.validate_attention()?;
+        self.validate_layers()?;
+        for (key, dropped) in [("attention_dropout", self.attention_dropout), ("dropout", self.dropout)] {
+            let dropped = dropped.unwrap_or(0.0);
+            ensure!((0.0..1.0).contains(&dropped), "{key} is {dropped}, it must be at least 0 and below 1");
+        }
+        if let Some(part) = self.extra.get("partial_rotary_factor").filter(|part| !part.is_null()) {
+            ensure!(part.as_f64() == Some(1.0), "partial_rotary_factor is {part}, known is 1");
         }
         self.rope().map(drop)
+    }
+
+    /// Biases and norms that the architecture does not have.
+    fn validate_attention(&self) -> Result<()> {
+        let model_type = self.model_type.as_str();
+        let (has_o_bias, has_mlp_bias) = match model_type {
+            "mistral" | "qwen2" => (false, false),
+            "qwen3" => (true, false),
+            _ => (true, true),
+        };
+        ensure!(
+            has_o_bias || !self.attention_bias,
+            "attention_bias is true, but {model_type} has {}",
+            if model_type == "qwen2" {
+                "biases on q, k and v whatever it says, and none on o"
+            } else {
+                "no such biases"
+            }
+        );
+        ensure!(has_mlp_bias || !self.mlp_bias, "mlp_bias is true, but {model_type} has no such biases");
+        let is_chameleon = model_type == "chameleon";
+        ensure!(is_chameleon || !self.has_swin_norm(), "swin_norm is true, but {model_type} norms before its blocks");
+        let own_head_dim = self.hidden_size / self.num_attention_heads;
+        ensure!(
+            !is_chameleon || self.head_width() == own_head_dim,
+            "head_dim is {}, but chameleon's is hidden_size / num_attention_heads, {own_head_dim}",
+            self.head_width()
+        );
+        Ok(())
+    }
+
+    /// What differs between layers: windows and rotations.
+    fn validate_layers(&self) -> Result<()> {
+        let (model_type, layers) = (self.model_type.as_str(), self.num_hidden_layers);
+        if let Some(window) = self.sliding_window {
+            ensure!(window > 0, "sliding_window is {window}, it must be at least 1");
+            let (used, hides) = (self.use_sliding_window, window < self.max_position_embeddings);
+            match model_type {
+                "mistral" => ensure!(
+                    used != Some(false),
+                    "use_sliding_window is false, but mistral knows no such switch: a sliding_window of null turns it off"
+                ),
+                "llama" | "chameleon" => ensure!(
+                    used == Some(false) || !hides,
+                    "sliding_window is {window}, below max_position_embeddings {}, but {model_type} has no window",
+                    self.max_position_embeddings
+                ),
+                _ => {}
+            }
+        }
+        if let Some(types) = &self.layer_types {
+            ensure!(types.len() == layers, "layer_types has {} entries, num_hidden_layers is {layers}", types.len());
+            for (layer_idx, layer_type) in types.iter().enumerate() {
+                ensure!(
+                    LAYER_TYPES.contains(&layer_type.as_str()),
+                    "layer_types[{layer_idx}] is `{layer_type}`, known are {}",
+                    LAYER_TYPES.join(", ")
+                );
+                let window = self.window(layer_idx);
+                ensure!(
+                    (layer_type == SLIDING) == window.is_some(),
+                    "layer_types[{layer_idx}] is `{layer_type}`, but this layer of {model_type} has {}",
+                    window.map_or("no window".to_owned(), |window| format!("a window of {window}"))
+                );
+            }
+        }
+        if let Some(list) = &self.no_rope_layers {
+            let any = list.iter().take(layers).any(|&rotates| rotates == 0);
+            if model_type == "smollm3" {
+                ensure!(
+                    list.len() >= layers,
+                    "no_rope_layers has {} entries, num_hidden_layers is {layers}",
+                    list.len()
+                );
+            } else {
+                ensure!(!any, "no_rope_layers has a 0, but {model_type} rotates in every layer");
+            }
+        }
+        ensure!(self.no_rope_layer_interval != Some(0), "no_rope_layer_interval is 0, it must be at least 1");
+        Ok(())
     }
 
     /// Key and value heads.
@@ -253,14 +418,46 @@ impl LlmConfig {
     pub fn attention_biases(&self) -> (bool, bool) {
         match self.model_type.as_str() {
             "qwen2" => (true, false),
-            "mistral" => (false, false),
             _ => (self.attention_bias, self.attention_bias),
         }
     }
 
-    /// Whether each head of q and k is normed before its rotation (Qwen3).
-    pub fn has_qk_norm(&self) -> bool {
-        self.model_type == "qwen3"
+    /// What each head of q and k is normed with before its rotation.
+    pub fn qk_norm(&self) -> Option<QkNorm> {
+        match self.model_type.as_str() {
+            "qwen3" => Some(QkNorm::Rms),
+            "chameleon" => Some(QkNorm::Layer),
+            _ => None,
+        }
+    }
+
+    /// Whether attention and MLP are normed behind them, not before.
+    pub fn has_swin_norm(&self) -> bool {
+        self.swin_norm.unwrap_or(false)
+    }
+
+    /// Whether a layer rotates q and k.
+    pub fn has_rope(&self, layer_idx: usize) -> bool {
+        if self.model_type != "smollm3" {
+            return true;
+        }
+        match &self.no_rope_layers {
+            Some(list) => list.get(layer_idx) != Some(&0),
+            None => !(layer_idx + 1).is_multiple_of(self.no_rope_layer_interval.unwrap_or(4)),
+        }
+    }
+
+    /// The window of a layer's attention, where it has one: a token sees itself and the `window - 1` before it.
+    pub fn window(&self, layer_idx: usize) -> Option<i64> {
+        let used = self.use_sliding_window.unwrap_or(false);
+        let listed = || self.layer_types.as_ref().map(|types| types.get(layer_idx).is_some_and(|t| t == SLIDING));
+        let slides = match self.model_type.as_str() {
+            "mistral" => true,
+            "qwen2" | "qwen3" => used && listed().unwrap_or_else(|| layer_idx >= self.max_window_layers.unwrap_or(28)),
+            "smollm3" => used && listed().unwrap_or_else(|| !self.has_rope(layer_idx)),
+            _ => false,
+        };
+        self.sliding_window.filter(|_| slides)
     }
 
     /// Ids that end an answer; none where the config names none.
@@ -293,6 +490,9 @@ impl LlmConfig {
             (None, Some(parameters)) => ("rope_scaling", parameters),
             (None, None) => return Ok(RopeScaling::Default),
         };
+        if let Some((key, _)) = parameters.extra.iter().find(|(_, value)| value.is_object()) {
+            bail!("{section} has rotations of its own for `{key}`: one for all layers is known");
+        }
         RopeScaling::from_parameters(parameters, self).with_context(|| format!("in {section}"))
     }
 }
@@ -326,6 +526,63 @@ mod tests {
     }
 
     #[test]
+    fn absent_keys_are_those_of_hfs_config_class() {
+        let of = |model_type: &str| parse(&SMOLLM2.replace("\"llama\"", &format!("\"{model_type}\"")));
+        assert_eq!(of("mistral").sliding_window, Some(4096));
+        assert_eq!((of("qwen3").head_width(), of("llama").head_width()), (128, 64));
+        let sparse = r#"{"model_type": "MODEL", "vocab_size": 8, "hidden_size": 64, "intermediate_size": 8,
+            "num_hidden_layers": 4, "num_attention_heads": 32}"#;
+        let sparse = |model_type: &str| parse(&sparse.replace("MODEL", model_type));
+        assert_eq!((sparse("chameleon").rms_norm_eps, sparse("llama").rms_norm_eps), (1e-5, 1e-6));
+        let smollm3 = sparse("smollm3");
+        assert!(smollm3.tie_word_embeddings && !sparse("qwen2").tie_word_embeddings);
+        assert_eq!((smollm3.rope_base(), smollm3.max_position_embeddings, smollm3.kv_heads()), (2e6, 32_768, 4));
+        assert_eq!([0, 1, 2, 3].map(|layer_idx| smollm3.has_rope(layer_idx)), [true, true, true, false]);
+        // A null is no absent key, and stays one in what is written.
+        let written = serde_json::to_string(&LlmConfig { sliding_window: None, ..sparse("mistral") }).unwrap();
+        assert_eq!(parse(&written).sliding_window, None);
+    }
+
+    #[test]
+    fn layers_have_the_windows_that_hf_gives_them() {
+        let base = LlmConfig { num_hidden_layers: 3, sliding_window: Some(8), ..LlmConfig::tiny(64) };
+        let types = |types: [&str; 3]| Some(types.map(str::to_owned).to_vec());
+        let of = |model_type: &str| LlmConfig { model_type: model_type.into(), ..base.clone() };
+        let on = |model_type: &str| LlmConfig { use_sliding_window: Some(true), ..of(model_type) };
+        let (some, none) = (Some(8), None);
+        for (config, windows) in [
+            (of("mistral"), [some; 3]),
+            (LlmConfig { sliding_window: None, ..of("mistral") }, [none; 3]),
+            (of("qwen2"), [none; 3]),
+            (on("qwen2"), [none; 3]), // max_window_layers is 28
+            (LlmConfig { max_window_layers: Some(1), ..on("qwen2") }, [none, some, some]),
+            (LlmConfig { layer_types: types([SLIDING, "full_attention", SLIDING]), ..on("qwen3") }, [some, none, some]),
+            (LlmConfig { no_rope_layers: Some(vec![1, 0, 1]), ..on("smollm3") }, [none, some, none]),
+            (LlmConfig { use_sliding_window: Some(false), ..of("llama") }, [none; 3]),
+        ] {
+            config.validate().unwrap();
+            assert_eq!([0, 1, 2].map(|layer_idx| config.window(layer_idx)), windows, "{config:?}");
+        }
+        for (config, says) in [
+            (LlmConfig { layer_types: types([SLIDING, "full_attention", SLIDING]), ..of("mistral") }, {
+                "layer_types[1] is `full_attention`, but this layer of mistral has a window of 8"
+            }),
+            (LlmConfig { layer_types: types([SLIDING; 3]), ..of("qwen2") }, "layer_types[0] is `sliding_attention`"),
+            (LlmConfig { layer_types: types(["chunked_attention"; 3]), ..on("qwen3") }, "known are full_attention"),
+            (LlmConfig { layer_types: Some(vec![]), ..on("qwen3") }, "layer_types has 0 entries"),
+            (LlmConfig { use_sliding_window: Some(false), ..of("mistral") }, "use_sliding_window is false"),
+            (LlmConfig { sliding_window: Some(0), ..of("mistral") }, "sliding_window is 0"),
+            (LlmConfig { model_type: "chameleon".into(), ..base.clone() }, "chameleon has no window"),
+            (LlmConfig { no_rope_layers: Some(vec![1, 0, 1]), ..on("qwen3") }, "no_rope_layers has a 0, but qwen3"),
+            (LlmConfig { no_rope_layers: Some(vec![1]), ..on("smollm3") }, "no_rope_layers has 1 entries"),
+            (LlmConfig { no_rope_layer_interval: Some(0), ..on("smollm3") }, "no_rope_layer_interval is 0"),
+        ] {
+            let error = format!("{:#}", config.validate().unwrap_err());
+            assert!(error.contains(says), "{error}");
+        }
+    }
+
+    #[test]
     fn both_spellings_of_rope_load() {
         let old = SMOLLM2.replace("null", r#"{"type": "linear", "rope_type": "linear", "factor": 4.0}"#);
         assert_eq!(parse(&old).rope().unwrap(), RopeScaling::Linear { factor: 4.0 });
@@ -347,7 +604,9 @@ mod tests {
     #[test]
     fn what_is_not_supported_is_named() {
         for (from, to, says) in [
-            ("\"model_type\": \"llama\"", "\"model_type\": \"gpt2\"", "`gpt2`, known are llama, mistral, qwen2, qwen3"),
+            ("\"model_type\": \"llama\"", "\"model_type\": \"gpt2\"", {
+                "`gpt2`, known are llama, mistral, qwen2, qwen3, smollm3, chameleon"
+            }),
             ("\"silu\"", "\"gelu\"", "hidden_act is `gelu`, known is silu"),
             ("null", "{\"rope_type\": \"warp\"}", "`warp`, known are default, linear, dynamic, llama3, yarn, longrope"),
             ("null", "{\"rope_type\": \"linear\"}", "`factor` is missing"),
@@ -357,7 +616,20 @@ mod tests {
             (
                 "\"hidden_size\"",
                 "\"sliding_window\": 64, \"use_sliding_window\": true, \"hidden_size\"",
-                "sliding_window is 64",
+                "sliding_window is 64, below max_position_embeddings 8192, but llama has no window",
+            ),
+            ("\"llama\"", "\"mistral\", \"attention_bias\": true", "attention_bias is true, but mistral has no such"),
+            ("\"llama\"", "\"qwen2\", \"attention_bias\": true", "qwen2 has biases on q, k and v whatever it says"),
+            ("\"llama\"", "\"qwen3\", \"mlp_bias\": true", "mlp_bias is true, but qwen3"),
+            ("\"llama\"", "\"llama\", \"swin_norm\": true", "swin_norm is true, but llama"),
+            ("\"llama\"", "\"chameleon\", \"head_dim\": 32", "head_dim is 32, but chameleon's is"),
+            ("\"llama\"", "\"llama\", \"dropout\": 1.0", "dropout is 1, it must be"),
+            ("\"llama\"", "\"llama\", \"attention_dropout\": -0.1", "attention_dropout is -0.1, it must be"),
+            ("\"llama\"", "\"llama\", \"partial_rotary_factor\": 0.5", "partial_rotary_factor is 0.5, known is 1"),
+            (
+                "null",
+                "{\"full_attention\": {\"rope_type\": \"default\"}}",
+                "rope_scaling has rotations of its own for `full_attention`",
             ),
         ] {
             let error = format!("{:#}", parse(&SMOLLM2.replace(from, to)).validate().unwrap_err());

@@ -8,41 +8,60 @@ use vora_torch::weights::{Init, Weights};
 
 use crate::attention::Attention;
 use crate::config::LlmConfig;
+use crate::head_norm::HeadNorm;
 use crate::kv_cache::KvCache;
 use crate::mlp::Mlp;
 use crate::rotary::{CosSin, Rotary};
 use crate::spans::AttentionPlan;
 
-/// `h = x + self_attn(input_layernorm(x))`, then `h + mlp(post_attention_layernorm(h))`.
+/// `h = x + self_attn(input_layernorm(x))`, then `h + mlp(post_attention_layernorm(h))`; with `swin_norm`, each norm
+/// behind its block: `h = x + input_layernorm(self_attn(x))`, then `h + post_attention_layernorm(mlp(h))`.
 #[derive(Debug)]
 pub struct DecoderLayer {
     input_layernorm: RmsNorm,
     self_attn: Attention,
     post_attention_layernorm: RmsNorm,
     mlp: Mlp,
+    swin_norm: bool,
+    slides: bool, // whether it has the decoder's window
+    dropout: f64, // of what attention and MLP add, in training
 }
 
 impl DecoderLayer {
     /// Takes one `model.layers.N`.
-    pub fn load(config: &LlmConfig, weights: &Weights) -> Result<Self> {
+    pub fn load(config: &LlmConfig, layer_idx: usize, weights: &Weights) -> Result<Self> {
         let norm = |name: &str| RmsNorm::load(&weights.pp(name), config.hidden_size, config.rms_norm_eps);
         Ok(Self {
             input_layernorm: norm("input_layernorm")?,
-            self_attn: Attention::load(config, &weights.pp("self_attn"))?,
+            self_attn: Attention::load(config, layer_idx, &weights.pp("self_attn"))?,
             post_attention_layernorm: norm("post_attention_layernorm")?,
             mlp: Mlp::load(config, &weights.pp("mlp"))?,
+            swin_norm: config.has_swin_norm(),
+            slides: config.window(layer_idx).is_some(),
+            dropout: config.dropout.unwrap_or(0.0),
         })
     }
 
-    /// `[batch, seq, hidden]` -> `[batch, seq, hidden]`
+    /// `[batch, seq, hidden]` -> `[batch, seq, hidden]`; a layer with a sliding window takes a plan within it.
     pub fn forward(&self, x: &Tensor, cos_sin: &CosSin, plan: &AttentionPlan) -> Tensor {
-        self.around(x, |normed| self.self_attn.forward(normed, cos_sin, plan))
+        self.around(x, 0.0, |x| self.self_attn.forward(x, cos_sin, plan))
+    }
+
+    /// As [`DecoderLayer::forward`], without what dropout takes.
+    pub fn forward_train(&self, x: &Tensor, cos_sin: &CosSin, plan: &AttentionPlan) -> Tensor {
+        self.around(x, self.dropout, |x| self.self_attn.forward_train(x, cos_sin, plan))
     }
 
     /// The residual stream around whichever form of attention.
-    fn around(&self, x: &Tensor, attention: impl FnOnce(&Tensor) -> Tensor) -> Tensor {
-        let h = x + attention(&self.input_layernorm.forward(x)); // [batch, seq, hidden]
-        let mlp = self.mlp.forward(&self.post_attention_layernorm.forward(&h));
+    fn around(&self, x: &Tensor, dropout: f64, attention: impl FnOnce(&Tensor) -> Tensor) -> Tensor {
+        let drop = |x: Tensor| if dropout > 0.0 { x.dropout(dropout, true) } else { x };
+        if self.swin_norm {
+            let h = x + self.input_layernorm.forward(&drop(attention(x))); // [batch, seq, hidden]
+            let mlp = self.post_attention_layernorm.forward(&drop(self.mlp.forward(&h)));
+            return h + mlp;
+        }
+        let h = x + drop(attention(&self.input_layernorm.forward(x))); // [batch, seq, hidden]
+        let mlp = drop(self.mlp.forward(&self.post_attention_layernorm.forward(&h)));
         h + mlp
     }
 
@@ -73,15 +92,30 @@ impl DecoderLayer {
         ]
     }
 
-    fn norms(&self) -> Vec<(&'static str, &RmsNorm)> {
-        let mut norms = vec![
-            ("input_layernorm", &self.input_layernorm),
-            ("post_attention_layernorm", &self.post_attention_layernorm),
+    /// The tensors of all norms by their names on disk.
+    fn norm_tensors(&self) -> Vec<(String, &Tensor)> {
+        let mut tensors = vec![
+            ("input_layernorm.weight".to_owned(), self.input_layernorm.weight()),
+            ("post_attention_layernorm.weight".to_owned(), self.post_attention_layernorm.weight()),
         ];
-        if let Some((q_norm, k_norm)) = &self.self_attn.qk_norm {
-            norms.extend([("self_attn.q_norm", q_norm), ("self_attn.k_norm", k_norm)]);
+        for (name, norm) in [("q_norm", &self.self_attn.q_norm), ("k_norm", &self.self_attn.k_norm)] {
+            for (tensor_name, tensor) in norm.iter().flat_map(HeadNorm::tensors) {
+                tensors.push((format!("self_attn.{name}.{tensor_name}"), tensor));
+            }
         }
-        norms
+        tensors
+    }
+}
+
+/// What layers share, and what those with a sliding window share instead where the window hides something.
+struct Shared<'a, T> {
+    full: &'a T,
+    windowed: Option<T>,
+}
+
+impl<T> Shared<'_, T> {
+    fn by(&self, layer: &DecoderLayer) -> &T {
+        self.windowed.as_ref().filter(|_| layer.slides).unwrap_or(self.full)
     }
 }
 
@@ -102,6 +136,7 @@ pub struct Decoder {
     layers: Vec<DecoderLayer>,
     norm: RmsNorm,
     rotary: Rotary,
+    window: Option<i64>, // of the layers that have one
 }
 
 impl Decoder {
@@ -113,20 +148,38 @@ impl Decoder {
             .map(|layer_idx| {
                 let weights = weights.pp("layers").pp(layer_idx);
                 skip_frequencies(config, &weights)?;
-                DecoderLayer::load(config, &weights)
+                DecoderLayer::load(config, layer_idx, &weights)
             })
             .collect::<Result<_>>()?;
         let norm = RmsNorm::load(&weights.pp("norm"), config.hidden_size, config.rms_norm_eps)?;
-        Ok(Self { embed_tokens, layers, norm, rotary: Rotary::new(config)? })
+        let window = (0..config.num_hidden_layers).find_map(|layer_idx| config.window(layer_idx));
+        Ok(Self { embed_tokens, layers, norm, rotary: Rotary::new(config)?, window })
     }
 
     /// `[batch, seq, hidden]` -> [`Output`] with `hidden_states[0..=hidden_layers]`
     pub fn forward(&self, inputs_embeds: &Tensor, plan: &AttentionPlan, hidden_layers: usize) -> Output {
+        self.through(inputs_embeds, plan, hidden_layers, DecoderLayer::forward)
+    }
+
+    /// As [`Decoder::forward`], with dropout.
+    pub fn forward_train(&self, inputs_embeds: &Tensor, plan: &AttentionPlan, hidden_layers: usize) -> Output {
+        self.through(inputs_embeds, plan, hidden_layers, DecoderLayer::forward_train)
+    }
+
+    /// Through all layers, by either of their forwards.
+    fn through(
+        &self,
+        inputs_embeds: &Tensor,
+        plan: &AttentionPlan,
+        hidden_layers: usize,
+        forward: impl Fn(&DecoderLayer, &Tensor, &CosSin, &AttentionPlan) -> Tensor,
+    ) -> Output {
         let cos_sin = self.rotary.cos_sin(plan.position_ids(), plan.num_positions());
+        let plans = self.plans(plan);
         let mut hidden_states = vec![inputs_embeds.shallow_clone()];
         let mut x = inputs_embeds.shallow_clone(); // [batch, seq, hidden]
         for (layer_idx, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(&x, &cos_sin, plan);
+            x = forward(layer, &x, &cos_sin, plans.by(layer));
             if layer_idx < hidden_layers.min(self.layers.len() - 1) {
                 hidden_states.push(x.shallow_clone());
             }
@@ -136,6 +189,11 @@ impl Decoder {
             hidden_states.push(last_hidden_state.shallow_clone());
         }
         Output { last_hidden_state, hidden_states }
+    }
+
+    /// The plan of a batch, for all layers at once.
+    fn plans<'a>(&self, plan: &'a AttentionPlan) -> Shared<'a, AttentionPlan> {
+        Shared { full: plan, windowed: self.window.and_then(|window| plan.within(window)) }
     }
 }
 
@@ -159,7 +217,9 @@ pub struct CausalLm {
 }
 
 impl CausalLm {
-    /// Takes `model` and, where it is not tied to the embedding, `lm_head`.
+    /// Takes `model` and, where it is not tied to the embedding, `lm_head`. Chameleon's image tokenizer lies under
+    /// `model.vqmodel` in the same files and is left to others: pass a clone of the source to them, or allow those
+    /// names when it finishes.
     ///
     /// # Errors
     /// What [`LlmConfig::validate`] refuses; tensors that do not fit are told by [`Weights::finish`].
@@ -209,7 +269,16 @@ impl CausalLm {
         self.model.forward(inputs_embeds, plan, hidden_layers)
     }
 
+    /// As [`CausalLm::forward`], with the config's `attention_dropout` and `dropout`; libtorch's generator decides what
+    /// is dropped. Everything else that this type computes drops nothing.
+    pub fn forward_train(&self, inputs_embeds: &Tensor, plan: &AttentionPlan, hidden_layers: usize) -> Output {
+        self.model.forward_train(inputs_embeds, plan, hidden_layers)
+    }
+
     /// Logits where they are asked for: `[n, hidden]` -> `[n, vocab]`
+    ///
+    /// For a Chameleon they are as the head gives them: HF's forward puts those of image codes to the lowest number,
+    /// which is the business of whoever samples text.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
         hidden.linear::<&Tensor>(self.lm_head.as_ref().unwrap_or(&self.model.embed_tokens), None)
     }
@@ -230,9 +299,10 @@ impl CausalLm {
         cache.check_prefill(plan)?;
         Ok(tch::no_grad(|| {
             let cos_sin = self.model.rotary.cos_sin(plan.position_ids(), plan.num_positions());
+            let plans = self.model.plans(plan);
             let mut x = inputs_embeds.shallow_clone(); // [batch, seq, hidden]
             for (layer, kept) in self.model.layers.iter().zip(&mut cache.layers) {
-                x = layer.around(&x, |normed| layer.self_attn.prefill(normed, &cos_sin, plan, kept));
+                x = layer.around(&x, 0.0, |x| layer.self_attn.prefill(x, &cos_sin, plans.by(layer), kept));
             }
             cache.filled(plan);
             let rows: Vec<Tensor> = (0..).zip(plan.row_lens()).map(|(row, len)| x.get(row).get(len - 1)).collect();
@@ -250,9 +320,11 @@ impl CausalLm {
         let step = cache.next_step(batch)?;
         Ok(tch::no_grad(|| {
             let cos_sin = self.model.rotary.cos_sin(&step.position_ids, step.seen);
+            let windowed = self.model.window.and_then(|window| step.within(window));
+            let steps = Shared { full: &step, windowed };
             let mut x = self.embed(input_ids); // [batch, 1, hidden]
             for (layer, kept) in self.model.layers.iter().zip(&mut cache.layers) {
-                x = layer.around(&x, |normed| layer.self_attn.decode_step(normed, &cos_sin, &step, kept));
+                x = layer.around(&x, 0.0, |x| layer.self_attn.decode_step(x, &cos_sin, steps.by(layer), kept));
             }
             cache.stepped();
             self.logits(&self.model.norm.forward(&x.squeeze_dim(1)))
@@ -298,8 +370,8 @@ impl CausalLm {
                     push(&format!("{name}.bias"), bias);
                 }
             }
-            for (name, norm) in layer.norms() {
-                push(&format!("{name}.weight"), norm.weight());
+            for (name, tensor) in layer.norm_tensors() {
+                push(&name, tensor);
             }
         }
         tensors.push(("model.norm.weight".to_owned(), self.model.norm.weight().shallow_clone()));
@@ -309,6 +381,9 @@ impl CausalLm {
         tensors
     }
 }
+
+#[cfg(test)]
+mod architectures;
 
 #[cfg(test)]
 mod tests {
@@ -474,7 +549,7 @@ mod tests {
     fn only_adapters_get_gradients() {
         let weights = Weights::random(5, Device::Cpu, Kind::Float);
         let mut llm = CausalLm::load(&LlmConfig::tiny(64), &weights).unwrap();
-        let lora = LoraConfig { r: 2, lora_alpha: None, target_modules: vec!["self_attn.v_proj".into()], layers: 1 };
+        let lora = LoraConfig { target_modules: vec!["self_attn.v_proj".into()], ..LoraConfig::new(2, 1) };
         llm.linears_mut(&mut |layer_idx, name, linear| {
             if layer_idx == 0 && lora.target_modules.iter().any(|target| target == name) {
                 linear.attach("vision", &lora, &weights.pp(format!("layers.{layer_idx}.{name}")))?;

@@ -30,10 +30,14 @@ pub(crate) struct LayerCache {
 pub(crate) struct Step {
     /// `[batch, 1]`
     pub(crate) position_ids: Tensor,
-    /// Keys that any row sees, the new one included.
+    /// The first key that any row sees: 0, or where the shortest row's window begins.
+    first: i64,
+    /// One more than the last key that any row sees, which is the new one of the longest.
     pub(crate) seen: i64,
-    /// Additive `[batch, 1, 1, seen]`, where rows differ in length.
+    /// Additive `[batch, 1, 1, seen - first]`, where rows differ in length.
     pub(crate) mask: Option<Tensor>,
+    shortest: i64, // tokens of the shortest row, the new one not counted
+    kind: Kind,
     /// Row and slot of each new key, where rows differ in length.
     places: Option<[Tensor; 2]>,
 }
@@ -111,18 +115,45 @@ impl KvCache {
         let lens = Tensor::from_slice(&self.lens).to_device(self.device); // [batch]
         let seen = longest + 1;
         let ragged = longest != shortest;
-        let mask = ragged.then(|| {
-            let unseen = Tensor::arange(seen, (Kind::Int64, self.device)).unsqueeze(0).gt_tensor(&lens.unsqueeze(1));
-            Tensor::zeros([batch, seen], (self.kind, self.device))
-                .masked_fill(&unseen, f64::NEG_INFINITY)
-                .view([batch, 1, 1, seen])
-        });
         let places = ragged.then(|| [Tensor::arange(batch, (Kind::Int64, self.device)), lens.shallow_clone()]);
-        Ok(Step { position_ids: lens.unsqueeze(1), seen, mask, places })
+        let step =
+            Step { position_ids: lens.unsqueeze(1), first: 0, seen, mask: None, shortest, kind: self.kind, places };
+        Ok(Step { mask: ragged.then(|| step.mask(None)), ..step })
     }
 
     pub(crate) fn stepped(&mut self) {
         self.lens.iter_mut().for_each(|len| *len += 1);
+    }
+}
+
+impl Step {
+    /// The same step for layers with a sliding window; none where that hides no key.
+    pub(crate) fn within(&self, window: i64) -> Option<Self> {
+        if self.seen <= window {
+            return None;
+        }
+        let step = Self {
+            position_ids: self.position_ids.shallow_clone(),
+            first: (self.shortest + 1 - window).max(0),
+            mask: None,
+            places: self.places.as_ref().map(|places| places.each_ref().map(Tensor::shallow_clone)),
+            ..*self
+        };
+        Some(Self { mask: step.places.is_some().then(|| step.mask(Some(window))), ..step })
+    }
+
+    /// `[batch, 1, 1, seen - first]`, additive
+    fn mask(&self, window: Option<i64>) -> Tensor {
+        let (batch, device) = (self.position_ids.size()[0], self.position_ids.device());
+        let keys = Tensor::arange_start(self.first, self.seen, (Kind::Int64, device)).unsqueeze(0);
+        let mut unseen = keys.gt_tensor(&self.position_ids); // [batch, seen - first]
+        if let Some(window) = window {
+            unseen = unseen.logical_or(&keys.le_tensor(&(&self.position_ids - window)));
+        }
+        let keys = self.seen - self.first;
+        Tensor::zeros([batch, keys], (self.kind, device))
+            .masked_fill(&unseen, f64::NEG_INFINITY)
+            .view([batch, 1, 1, keys])
     }
 }
 
@@ -134,10 +165,10 @@ impl LayerCache {
         self.values.narrow(2, 0, seq).copy_(v);
     }
 
-    /// Adds `[batch, kv_heads, 1, head_dim]` behind each row; all that is seen: `[batch, kv_heads, seen, head_dim]`.
+    /// Adds `[batch, kv_heads, 1, head_dim]` behind each row; all that is seen:
+    /// `[batch, kv_heads, seen - first, head_dim]`.
     pub(crate) fn append(&mut self, k: &Tensor, v: &Tensor, step: &Step) -> (Tensor, Tensor) {
-        let (keys, values) = (self.keys.narrow(2, 0, step.seen), self.values.narrow(2, 0, step.seen));
-        for (kept, new) in [(&keys, k), (&values, v)] {
+        for (kept, new) in [(&self.keys, k), (&self.values, v)] {
             match &step.places {
                 None => kept.narrow(2, step.seen - 1, 1).copy_(new),
                 Some([rows, slots]) => {
@@ -146,7 +177,8 @@ impl LayerCache {
                 }
             }
         }
-        (keys, values)
+        let seen = |kept: &Tensor| kept.narrow(2, step.first, step.seen - step.first);
+        (seen(&self.keys), seen(&self.values))
     }
 }
 
@@ -184,6 +216,27 @@ mod tests {
         assert_eq!(mask, [0.0, 0.0, unseen, unseen, 0.0, 0.0, 0.0, 0.0]);
         cache.truncate(3);
         assert_eq!(cache.lens(), [2, 3]);
+    }
+
+    #[test]
+    fn a_window_narrows_what_a_step_sees() {
+        let mut cache = KvCache::new(&LlmConfig::tiny(8), 2, 9, F32.0, F32.1).unwrap();
+        cache.filled(&plan(vec![vec![Span::text(3)], vec![Span::text(5)]]));
+        let step = cache.next_step(2).unwrap();
+        assert!(step.within(6).is_none());
+        let windowed = step.within(2).unwrap();
+        assert_eq!((windowed.first, windowed.seen), (2, 6));
+        let mask: Vec<f32> = windowed.mask.as_ref().unwrap().flatten(0, -1).try_into().unwrap();
+        let unseen = f32::NEG_INFINITY;
+        assert_eq!(mask, [0.0, 0.0, unseen, unseen, unseen, unseen, 0.0, 0.0]);
+        let new = Tensor::full([2, 2, 1, 8], 7.0, (F32.1, F32.0));
+        let (keys, _) = cache.layers[0].append(&new, &new, &windowed);
+        let kept: Vec<f32> = keys.select(3, 0).select(1, 1).flatten(0, -1).try_into().unwrap();
+        assert_eq!(kept, [0.0, 7.0, 0.0, 0.0, 0.0, 0.0, 0.0, 7.0]);
+        // Rows of one length need no mask.
+        cache.filled(&plan(vec![vec![Span::text(4)]; 2]));
+        let windowed = cache.next_step(2).unwrap().within(2).unwrap();
+        assert!((windowed.first, windowed.seen) == (3, 5) && windowed.mask.is_none());
     }
 
     #[test]

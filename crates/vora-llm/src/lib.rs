@@ -1,6 +1,6 @@
-//! Llama-family decoders over libtorch: attention over spans of text and images, a KV cache, hidden states of chosen
-//! layers, logits where they are asked for. It knows no pixels: an image is a span of embeddings that somebody else
-//! made. It trains nothing and samples nothing.
+//! Llama-family and Chameleon decoders over libtorch: attention over spans of text and images, sliding windows, a KV
+//! cache, hidden states of chosen layers, logits where they are asked for. It knows no pixels: an image is a span of
+//! embeddings that somebody else made. It trains nothing and samples nothing.
 //!
 //! ```
 //! use tch::{Device, Kind, Tensor};
@@ -26,6 +26,7 @@ pub mod attention;
 pub mod chat;
 pub mod config;
 pub mod decoder;
+pub mod head_norm;
 pub mod kv_cache;
 pub mod mlp;
 pub mod rotary;

@@ -165,13 +165,15 @@ impl Spans {
 /// -7% / -10%, 256 tokens -24% / -5%, 1024 tokens -24% / -11%.
 const MIN_IMAGE_FOR_SEGMENTS: i64 = 64;
 
-/// Part of every row that one attention call serves: queries `start..end` over keys `0..end`.
+/// Part of every row that one attention call serves: queries `start..end` over keys `first_key..end`.
 #[derive(Debug)]
 pub(crate) struct Segment {
     pub(crate) start: i64,
     pub(crate) end: i64,
-    /// Which of the keys each query sees, `[end - start, end]` additive; none where it sees all of them, or where the
-    /// segment is the first and causal.
+    /// 0, or where the window of the first query begins.
+    pub(crate) first_key: i64,
+    /// Which of the keys each query sees, `[end - start, end - first_key]` additive; none where it sees all of them, or
+    /// where the segment is the first and causal.
     pub(crate) mask: Option<Tensor>,
     pub(crate) causal: bool,
 }
@@ -194,6 +196,9 @@ pub struct AttentionPlan {
     num_positions: i64,
     row_lens: Vec<i64>,
     cacheable: bool,
+    spans: Spans,
+    mode: VisionAttention,
+    kind: Kind,
     pub(crate) kernel: Kernel,
 }
 
@@ -220,7 +225,7 @@ impl AttentionPlan {
     pub fn new(spans: &Spans, mode: VisionAttention, device: Device, kind: Kind) -> Result<Self> {
         spans.validate()?;
         let layout = Layout::of(spans, mode);
-        Ok(Self::build(spans, mode, device, kind, choose(layout.as_ref()), layout))
+        Ok(Self::build(spans, mode, device, kind, choose(layout.as_ref())))
     }
 
     /// As [`AttentionPlan::new`] with the kernel given, to compare kernels.
@@ -241,22 +246,47 @@ impl AttentionPlan {
             (KernelChoice::Causal, Some(layout)) if layout.is_causal() => {}
             _ => bail!("kernel {choice:?} does not serve these spans"),
         }
-        Ok(Self::build(spans, mode, device, kind, choice, layout))
+        Ok(Self::build(spans, mode, device, kind, choice))
     }
 
-    fn build(
-        spans: &Spans,
-        mode: VisionAttention,
-        device: Device,
-        kind: Kind,
-        choice: KernelChoice,
-        layout: Option<Layout>,
-    ) -> Self {
+    /// The same batch for layers with a sliding window: a token sees itself and the `window - 1` positions before it,
+    /// nothing earlier. None where no row is long enough for that to hide anything.
+    ///
+    /// Positions are those of [`Span`], so a branch looks back along its own way. The tokens of an image that sees all
+    /// of itself go on seeing all of each other, however large it is; text behind the image sees the part that its
+    /// window reaches. HF combines Gemma 3's windows and images in the same way.
+    ///
+    /// Rows that a causal call or calls by segment serve are cut into segments no longer than the window, so time and
+    /// memory grow with `seq * window`; the others take one mask.
+    #[must_use]
+    pub fn within(&self, window: i64) -> Option<Self> {
+        if self.num_positions <= window {
+            return None;
+        }
+        let device = self.position_ids.device();
+        let layout = match self.kernel {
+            Kernel::Mask(_) => None,
+            Kernel::Causal | Kernel::Segments(_) => Layout::of(&self.spans, self.mode),
+        };
+        let kernel = match layout {
+            Some(layout) => Kernel::Segments(layout.segments(Some(window), device, self.kind)),
+            None => Kernel::Mask(Tokens::of(&self.spans, self.mode).mask(Some(window), device, self.kind)),
+        };
+        Some(Self {
+            position_ids: self.position_ids.shallow_clone(),
+            row_lens: self.row_lens.clone(),
+            spans: self.spans.clone(),
+            kernel,
+            ..*self
+        })
+    }
+
+    fn build(spans: &Spans, mode: VisionAttention, device: Device, kind: Kind, choice: KernelChoice) -> Self {
         let tokens = Tokens::of(spans, mode);
-        let kernel = match (choice, layout) {
+        let kernel = match (choice, Layout::of(spans, mode)) {
             (KernelChoice::Causal, _) => Kernel::Causal,
-            (KernelChoice::Segments, Some(layout)) => Kernel::Segments(layout.segments(device, kind)),
-            _ => Kernel::Mask(tokens.mask(device, kind)),
+            (KernelChoice::Segments, Some(layout)) => Kernel::Segments(layout.segments(None, device, kind)),
+            _ => Kernel::Mask(tokens.mask(None, device, kind)),
         };
         let single = |row: &Vec<Span>| {
             !row.is_empty() && row.iter().all(|span| span.branch.is_none() && span.document == row[0].document)
@@ -266,6 +296,9 @@ impl AttentionPlan {
             position_ids: tokens.tensor(&tokens.positions, device),
             row_lens: spans.row_lens().collect(),
             cacheable: spans.rows.iter().all(single),
+            spans: spans.clone(),
+            mode,
+            kind,
             kernel,
         }
     }
@@ -366,20 +399,46 @@ impl Layout {
         self.parts.iter().filter(|(_, whole)| *whole).map(|(len, _)| *len).min().unwrap_or(0)
     }
 
-    fn segments(&self, device: Device, kind: Kind) -> Vec<Segment> {
+    fn segments(&self, window: Option<i64>, device: Device, kind: Kind) -> Vec<Segment> {
         let mut segments = Vec::new();
         let mut start = 0;
         for &(len, whole) in self.parts.iter().filter(|(len, _)| *len > 0) {
-            let end = start + len;
-            // A causal call aligns queries with the first keys; text after an image needs them at the last.
-            let mask = (!whole && start > 0).then(|| {
-                let unseen = Tensor::ones([len, end], (Kind::Bool, device)).triu(start + 1);
-                Tensor::zeros([len, end], (kind, device)).masked_fill(&unseen, f64::NEG_INFINITY)
-            });
-            segments.push(Segment { start, end, mask, causal: !whole && start == 0 });
-            start = end;
+            let part_end = start + len;
+            let longest = window.filter(|_| !whole).unwrap_or(len);
+            while start < part_end {
+                let end = part_end.min(start + longest);
+                segments.push(Segment::new(start, end, whole, window, device, kind));
+                start = end;
+            }
         }
         segments
+    }
+}
+
+impl Segment {
+    /// Queries `start..end`: text, no longer than the window, or a `whole` image.
+    fn new(start: i64, end: i64, whole: bool, window: Option<i64>, device: Device, kind: Kind) -> Self {
+        let first_key = window.map_or(0, |window| (start + 1 - window).max(0));
+        let (len, before) = (end - start, start - first_key);
+        let shape = [len, len + before];
+        let ones = || Tensor::ones(shape, (Kind::Bool, device));
+        // The first query sees all keys before the segment, the last may not.
+        let passed = window.filter(|&window| before > 0 && end - first_key > window);
+        let passed = passed.map(|window| {
+            let passed = ones().tril(before - window);
+            if whole {
+                let _ = passed.narrow(1, before, len).fill_(0);
+            }
+            passed
+        });
+        // A causal call aligns queries with the first keys; text after other tokens needs them at the last.
+        let later = (!whole && start > 0).then(|| ones().triu(before + 1));
+        let unseen = match (later, passed) {
+            (Some(later), Some(passed)) => Some(later.logical_or(&passed)),
+            (later, passed) => later.or(passed),
+        };
+        let mask = unseen.map(|unseen| Tensor::zeros(shape, (kind, device)).masked_fill(&unseen, f64::NEG_INFINITY));
+        Self { start, end, first_key, mask, causal: !whole && start == 0 }
     }
 }
 
@@ -436,7 +495,7 @@ impl Tokens {
     }
 
     /// `[batch, 1, seq, seq]`, additive
-    fn mask(&self, device: Device, kind: Kind) -> Tensor {
+    fn mask(&self, window: Option<i64>, device: Device, kind: Kind) -> Tensor {
         let [batch, seq] = self.shape;
         let of_query = |values: &[i64]| self.tensor(values, device).view([batch, seq, 1]);
         let of_key = |values: &[i64]| self.tensor(values, device).view([batch, 1, seq]);
@@ -444,7 +503,11 @@ impl Tokens {
         let earlier = Tensor::ones([seq, seq], (Kind::Bool, device)).tril(0);
         let on_my_way = of_key(&self.branches).eq(-1).logical_or(&same(&self.branches));
         let same_image = same(&self.images).logical_and(&of_query(&self.images).ge(0));
-        let seen = on_my_way.logical_and(&earlier).logical_or(&same_image).logical_and(&same(&self.documents));
+        let mut behind = on_my_way.logical_and(&earlier); // [batch, seq, seq]
+        if let Some(window) = window {
+            behind = behind.logical_and(&(of_query(&self.positions) - of_key(&self.positions)).lt(window));
+        }
+        let seen = behind.logical_or(&same_image).logical_and(&same(&self.documents));
         Tensor::zeros([batch, seq, seq], (kind, device))
             .masked_fill(&seen.logical_not(), f64::NEG_INFINITY)
             .unsqueeze(1)
@@ -461,15 +524,17 @@ mod tests {
         AttentionPlan::new(&Spans { rows }, mode, F32.0, F32.1).unwrap()
     }
 
-    /// The rule of [`Span`], token by token.
-    fn reference(row: &[Span], mode: VisionAttention, seq: usize) -> Vec<Vec<bool>> {
+    /// The rule of [`Span`], token by token; how far back a token looks is counted over the tokens on its way.
+    fn reference(row: &[Span], mode: VisionAttention, window: usize, seq: usize) -> Vec<Vec<bool>> {
         let owner: Vec<usize> = row.iter().enumerate().flat_map(|(i, s)| vec![i; s.len as usize]).collect();
+        let reaches = |q: usize, k: usize| {
+            let (from, to) = (&row[owner[q]], &row[owner[k]]);
+            from.document == to.document && k <= q && (to.branch.is_none() || to.branch == from.branch)
+        };
         let sees = |q: usize, k: usize| match (owner.get(q), owner.get(k)) {
             (Some(&a), Some(&b)) => {
-                let (spans, same_span) = ((&row[a], &row[b]), a == b);
-                let whole = same_span && spans.0.is_image() && mode == VisionAttention::Bidirectional;
-                let reachable = spans.1.branch.is_none() || spans.1.branch == spans.0.branch;
-                spans.0.document == spans.1.document && (whole || (k <= q && reachable))
+                let whole = a == b && row[a].is_image() && mode == VisionAttention::Bidirectional;
+                whole || (reaches(q, k) && (k..q).filter(|&between| reaches(q, between)).count() < window)
             }
             (None, None) => k <= q,
             _ => false,
@@ -492,18 +557,22 @@ mod tests {
             vec![Span::image(2, 1), Span::text(2), Span::text(3).in_document(1), Span::image(1, 2).in_document(1)],
             vec![Span::text(4)],
         ];
-        for mode in [VisionAttention::Bidirectional, VisionAttention::Causal] {
+        let windows = [17, 12, 5, 3, 1];
+        for (mode, window) in
+            [VisionAttention::Bidirectional, VisionAttention::Causal].into_iter().flat_map(|m| windows.map(|w| (m, w)))
+        {
             let plan = plan(rows.clone(), mode);
+            let plan = if window == 17 { plan } else { plan.within(window).unwrap() };
             let Kernel::Mask(mask) = &plan.kernel else { panic!("{:?}", plan.kernel) };
             assert_eq!(mask.size(), [3, 1, 17, 17]);
             for (row_idx, row) in rows.iter().enumerate() {
                 let found: Vec<f32> = mask.get(row_idx as i64).flatten(0, -1).try_into().unwrap();
-                let expected: Vec<f32> = reference(row, mode, 17)
+                let expected: Vec<f32> = reference(row, mode, window as usize, 17)
                     .concat()
                     .iter()
                     .map(|&seen| if seen { 0.0 } else { f32::NEG_INFINITY })
                     .collect();
-                assert_eq!(found, expected, "row {row_idx}, {mode:?}");
+                assert_eq!(found, expected, "row {row_idx}, {mode:?}, {window}");
             }
         }
         let plan = plan(rows, VisionAttention::Bidirectional);
@@ -535,6 +604,19 @@ mod tests {
         let spans = Spans { rows: vec![vec![Span::image(1, 2)]] };
         let error = AttentionPlan::with_kernel(&spans, Bidirectional, F32.0, F32.1, KernelChoice::Causal).unwrap_err();
         assert!(error.to_string().contains("kernel Causal does not serve these spans"), "{error}");
+    }
+
+    #[test]
+    fn a_window_that_hides_nothing_needs_no_plan_of_its_own() {
+        let text = plan(vec![vec![Span::text(5)], vec![Span::text(3)]], VisionAttention::Bidirectional);
+        assert!(text.within(5).is_none());
+        let windowed = text.within(4).unwrap();
+        assert_eq!((windowed.num_positions(), windowed.row_lens()), (5, &[5, 3][..]));
+        // Two calls: the first four tokens, causal, and the fifth with the four that it sees.
+        let Kernel::Segments(segments) = &windowed.kernel else { panic!("{:?}", windowed.kernel) };
+        let parts: Vec<_> = segments.iter().map(|s| (s.start, s.end, s.first_key, s.causal)).collect();
+        assert_eq!(parts, [(0, 4, 0, true), (4, 5, 1, false)]);
+        assert!(segments[0].mask.is_none());
     }
 
     #[test]

@@ -1,0 +1,253 @@
+//! Every architecture against HF's, from the `config.json` that HF writes.
+
+use std::collections::BTreeMap;
+
+use fixtures::{Golden, assert_close_to};
+use vora_lora::LoraConfig;
+use vora_torch::safetensors::save;
+
+use super::*;
+use crate::spans::{Span, Spans, VisionAttention};
+
+/// One case of a golden file.
+struct Case {
+    name: String,
+    config: LlmConfig,
+    golden: Golden,
+    weights: Vec<String>, // prefixes of its weights in the golden file, a later one's instead of an earlier one's
+}
+
+/// The cases of `golden/<file>.json`, and whether each has weights of its own.
+fn cases_of(file: &str, own_weights: bool) -> Vec<Case> {
+    let path = fixtures::root().join("golden").join(format!("{file}.json"));
+    let configs: BTreeMap<String, LlmConfig> = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let case = |(name, config)| {
+        let own = own_weights.then(|| format!("{name}.weights."));
+        let weights = ["weights.".to_owned()].into_iter().chain(own).collect();
+        Case { name, config, golden: fixtures::open(file), weights }
+    };
+    configs.into_iter().map(case).collect()
+}
+
+fn chameleons() -> Vec<Case> {
+    cases_of("chameleon_llm", false)
+}
+
+fn cases() -> Vec<Case> {
+    let cases: Vec<Case> = cases_of("decoders", true).into_iter().chain(chameleons()).collect();
+    assert_eq!(cases.len(), 10);
+    cases
+}
+
+impl Case {
+    fn get(&self, name: &str) -> &Tensor {
+        &self.golden[&format!("{}.{name}", self.name)]
+    }
+
+    /// The tensors of its checkpoint.
+    fn checkpoint(&self) -> BTreeMap<String, Tensor> {
+        let mut tensors: BTreeMap<String, Tensor> =
+            self.weights.iter().flat_map(|prefix| self.golden.under(prefix)).collect();
+        if self.config.tie_word_embeddings {
+            tensors.remove("lm_head.weight");
+        }
+        tensors.retain(|name, _| !name.starts_with("model.vqmodel."));
+        tensors
+    }
+
+    fn load(&self, kind: Kind) -> CausalLm {
+        let weights = Weights::from_tensors(self.checkpoint(), Device::Cpu, kind);
+        let llm = CausalLm::load(&self.config, &weights).unwrap();
+        weights.finish().unwrap();
+        llm
+    }
+
+    /// Logits of the golden tokens, `[batch, seq, vocab]`
+    fn logits(&self, llm: &CausalLm) -> Tensor {
+        let plan = text(&[10, 10], llm.kind());
+        llm.logits(&llm.forward(&llm.embed(&self.golden["input_ids"]), &plan, 0).last_hidden_state)
+    }
+}
+
+fn text(lens: &[i64], kind: Kind) -> AttentionPlan {
+    AttentionPlan::new(&Spans::text(lens), VisionAttention::Bidirectional, Device::Cpu, kind).unwrap()
+}
+
+fn difference(found: &Tensor, expected: &Tensor) -> f64 {
+    (found.to_kind(Kind::Float) - expected.to_kind(Kind::Float)).abs().max().double_value(&[])
+}
+
+#[test]
+fn hidden_states_logits_and_gradients_match_reference() {
+    for case in cases() {
+        let llm = case.load(Kind::Float);
+        let inputs_embeds = llm.embed(&case.golden["input_ids"]).set_requires_grad(true);
+        let layers = case.config.num_hidden_layers;
+        let output = llm.forward(&inputs_embeds, &text(&[10, 10], Kind::Float), layers);
+        assert_eq!(output.hidden_states.len(), layers + 1);
+        for (i, hidden) in output.hidden_states.iter().enumerate() {
+            assert_close_to(hidden, case.get(&format!("hidden_states.{i}")), 2e-5);
+        }
+        let logits = llm.logits(&output.last_hidden_state);
+        assert_close_to(&logits, case.get("logits"), 2e-5);
+        logits.square().mean(Kind::Float).backward();
+        assert_close_to(&inputs_embeds.grad(), case.get("grad_inputs_embeds"), 2e-5);
+    }
+}
+
+/// Rows of different length in one batch, and each by itself.
+#[test]
+fn decoding_step_by_step_matches_reference() {
+    for case in cases() {
+        let llm = case.load(Kind::Float);
+        let (prompts, continuation) = (&case.golden["prompts"], &case.golden["continuation"]);
+        for rows in [0..2, 0..1, 1..2] {
+            let lens = &[5, 8][rows.clone()];
+            let batch = lens.len() as i64;
+            let of_rows = |t: &Tensor| t.narrow(0, rows.start as i64, batch);
+            let mut cache = llm.new_cache(batch, 12).unwrap();
+            let prompts = of_rows(prompts).narrow(1, 0, *lens.iter().max().unwrap());
+            let mut logits = vec![llm.prefill(&llm.embed(&prompts), &text(lens, Kind::Float), &mut cache).unwrap()];
+            for step in 0..4 {
+                let input_ids = of_rows(continuation).narrow(1, step, 1);
+                logits.push(llm.decode_step(&input_ids, &mut cache).unwrap());
+            }
+            assert_close_to(&Tensor::stack(&logits, 1), &of_rows(case.get("steps")), 2e-5);
+        }
+    }
+}
+
+/// HF's logits in bf16 are so far from its logits in f32: ours must not be much further.
+#[test]
+fn bf16_is_as_close_as_the_references() {
+    for case in cases() {
+        let found = difference(&case.logits(&case.load(Kind::BFloat16)), case.get("logits"));
+        let allowed = 1.5 * case.get("bf16_difference").double_value(&[]);
+        assert!(found <= allowed, "{}: bf16 differs by {found}, allowed {allowed}", case.name);
+    }
+}
+
+#[test]
+fn saving_and_loading_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    for case in cases() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let llm = case.load(kind);
+            let tensors = llm.tensors();
+            let names: Vec<&String> = tensors.iter().map(|(name, _)| name).collect();
+            let mut sorted = names.clone();
+            sorted.sort();
+            assert_eq!(sorted, case.checkpoint().keys().collect::<Vec<_>>(), "{}", case.name);
+            let path = folder.path().join("model.safetensors");
+            save(&path, &tensors, &[]).unwrap();
+            let json = serde_json::to_string(&case.config).unwrap();
+            let config: LlmConfig = serde_json::from_str(&json).unwrap();
+            assert_eq!(config, case.config);
+            let weights = Weights::open(&path, Device::Cpu, kind).unwrap();
+            let again = CausalLm::load(&config, &weights).unwrap();
+            weights.finish().unwrap();
+            for ((name, found), (_, expected)) in again.tensors().iter().zip(&tensors) {
+                assert!(found.kind() == kind && found.equal(expected), "{}: {name}", case.name);
+            }
+            assert!(case.logits(&again).equal(&case.logits(&llm)), "{}", case.name);
+        }
+    }
+}
+
+/// Adapters on every linear layer change the logits, and merged ones do the same.
+#[test]
+fn adapters_attach_and_merge() {
+    for case in cases() {
+        let mut llm = case.load(Kind::Float);
+        let before = case.logits(&llm);
+        let new = Weights::random(9, Device::Cpu, Kind::Float);
+        let lora = LoraConfig::new(2, case.config.num_hidden_layers as i64);
+        let mut count = 0;
+        tch::manual_seed(9);
+        llm.linears_mut(&mut |layer_idx, name, linear| {
+            count += 1;
+            linear.attach("sight", &lora, &new.pp("layers").pp(layer_idx).pp(name))?;
+            for adapter in linear.adapters() {
+                let _ = tch::no_grad(|| adapter.lora_b().shallow_clone().normal_(0.0, 0.1));
+            }
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(count, 7 * case.config.num_hidden_layers);
+        let attached = case.logits(&llm);
+        assert!(difference(&attached, &before) > 0.1, "{}", case.name);
+        llm.linears_mut(&mut |_, _, linear| {
+            linear.merge();
+            Ok(())
+        })
+        .unwrap();
+        assert_close_to(&case.logits(&llm), &attached, 2e-5);
+    }
+}
+
+/// The window of each row's tokens, an image among them: what the whole sequence gives, the cache gives.
+#[test]
+fn windows_and_images_with_and_without_cache() {
+    tch::manual_seed(4);
+    for case in cases().iter().filter(|case| case.config.sliding_window.is_some()) {
+        let llm = case.load(Kind::Float);
+        for mode in [VisionAttention::Bidirectional, VisionAttention::Causal] {
+            let plan = |rows| AttentionPlan::new(&Spans { rows }, mode, Device::Cpu, Kind::Float).unwrap();
+            let row = |new: i64| vec![Span::text(1), Span::image(2, 3), Span::text(2 + new)];
+            let embeds = Tensor::randn([1, 9, 32], (Kind::Float, Device::Cpu));
+            let mut cache = llm.new_cache(1, 20).unwrap();
+            let mut logits = llm.prefill(&embeds, &plan(vec![row(0)]), &mut cache).unwrap();
+            let mut whole = embeds;
+            for new in 0..6 {
+                let output = llm.forward(&whole, &plan(vec![row(new)]), 0);
+                let without = llm.logits(&output.last_hidden_state.select(1, -1));
+                assert_close_to(&logits, &without, 2e-5);
+                let token = without.argmax(-1, true); // [1, 1]
+                whole = Tensor::cat(&[&whole, &llm.embed(&token)], 1);
+                logits = llm.decode_step(&token, &mut cache).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn a_published_chameleon_has_its_image_tokenizer_beside() {
+    for case in chameleons() {
+        let weights = Weights::from_tensors(case.golden.under("weights."), Device::Cpu, Kind::Float);
+        CausalLm::load(&case.config, &weights).unwrap();
+        let error = weights.finish().unwrap_err().to_string();
+        assert!(error.ends_with("\n  unexpected model.vqmodel.quantize.embedding.weight"), "{error}");
+        weights.finish_allowing(|name| name.starts_with("model.vqmodel.")).unwrap();
+        assert_eq!(case.config.extra["vocabulary_map"]["<image>"], 8);
+        assert_eq!(case.config.extra["vq_config"]["num_embeddings"], 6);
+    }
+}
+
+#[test]
+fn dropout_acts_in_training_alone() {
+    for case in chameleons() {
+        for (attention_dropout, dropout) in [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5)] {
+            let config =
+                LlmConfig { attention_dropout: Some(attention_dropout), dropout: Some(dropout), ..case.config.clone() };
+            let weights = Weights::from_tensors(case.checkpoint(), Device::Cpu, Kind::Float);
+            let llm = CausalLm::load(&config, &weights).unwrap();
+            assert_close_to(&case.logits(&llm), case.get("logits"), 2e-5);
+            let (embeds, plan) = (llm.embed(&case.golden["input_ids"]), text(&[10, 10], Kind::Float));
+            let train = |seed| {
+                tch::manual_seed(seed);
+                llm.forward_train(&embeds, &plan, 1)
+            };
+            let (first, again, other) = (train(1), train(1), train(2));
+            assert!(first.last_hidden_state.equal(&again.last_hidden_state));
+            let drops = attention_dropout + dropout > 0.0;
+            for unlike in [&other, &llm.forward(&embeds, &plan, 1)] {
+                assert_eq!(first.last_hidden_state.equal(&unlike.last_hidden_state), !drops, "{}", case.name);
+            }
+            if dropout > 0.0 && !config.has_swin_norm() {
+                // What attention and MLP added was dropped or doubled, at one in four places both: nothing was added.
+                let kept = first.hidden_states[1].eq_tensor(&embeds).to_kind(Kind::Float).mean(Kind::Float);
+                assert!((kept.double_value(&[]) - 0.25).abs() < 0.06, "{kept:?}");
+            }
+        }
+    }
+}
