@@ -770,7 +770,10 @@ mod tests {
             }
         };
         fails(&["model.llm=fixtures/nowhere"], &["fixtures/nowhere", "config.json"]);
-        fails(&["model.aux_vision=fixtures/tiny/llm"], &["model.aux_vision", "`llama` is not a vision encoder known here"]);
+        fails(
+            &["model.aux_vision=fixtures/tiny/llm"],
+            &["model.aux_vision", "`llama` is not a vision encoder known here"],
+        );
         fails(&["model.lora.layers=5"], &["model.lora.layers is 5", "has 4 layers"]);
         fails(&["model.patch_size=7"], &["model.patch_size is 7, the teacher's patches have 14"]);
         fails(&["model.vision_embedding_intermediate_size=32"], &["32 channels", "teacher of 24"]);
