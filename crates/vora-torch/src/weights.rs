@@ -30,7 +30,8 @@ pub enum Init {
     /// Uniform in ±1/sqrt(fan_in), fan_in over all but the first dimension: `kaiming_uniform_(a=sqrt(5))`,
     /// PyTorch's default for linear layers and LoRA's for `A`.
     KaimingUniform,
-    /// A weight that only a checkpoint can give; normal with std 0.02 in a source of new weights, for tests.
+    /// A weight that a checkpoint gives; normal with mean 0 in a source of new weights, with the standard deviation of
+    /// [`Weights::with_initializer_range`].
     Required,
 }
 
@@ -84,7 +85,8 @@ struct Ledger {
 ///
 /// Frozen tensors come from [`Weights::get`] in the kind asked for (on the CPU a view of the mapped file where the
 /// kinds agree); trained ones from [`Weights::parameter`] as f32 masters. A name that the checkpoint lacks is noted
-/// and stood in for, so that [`Weights::finish`] can tell everything that does not fit in one error.
+/// and stood in for, so that [`Weights::finish`] can tell everything that does not fit in one error. What is frozen and
+/// what is trained is the module's choice; [`Weights::trained`] makes all of it trained.
 #[derive(Debug, Clone)]
 pub struct Weights {
     source: Rc<Source>,
@@ -92,6 +94,8 @@ pub struct Weights {
     path: String,
     device: Device,
     kind: Kind,
+    trained: bool,
+    initializer_range: f64,
 }
 
 impl Weights {
@@ -111,12 +115,29 @@ impl Weights {
     }
 
     fn new(source: Source, device: Device, kind: Kind) -> Self {
-        Self { source: Rc::new(source), ledger: Rc::default(), path: String::new(), device, kind }
+        let (source, ledger) = (Rc::new(source), Rc::default());
+        Self { source, ledger, path: String::new(), device, kind, trained: false, initializer_range: 0.02 }
     }
 
     /// The same source one step down: `weights.pp("layers").pp(0)`.
     pub fn pp(&self, name: impl Display) -> Self {
         Self { path: self.full_name(&name.to_string()), ..self.clone() }
+    }
+
+    /// The same source for a model all of whose weights are trained: [`Weights::get`] gives what [`Weights::parameter`]
+    /// gives. [`Weights::kind`] stays the kind that such a model computes in, as mixed precision has it: its masters are
+    /// f32, cast where they meet activations of another kind.
+    ///
+    /// For a language model that learns with what is put before it (LLaVA's second stage), or from nothing (Chameleon).
+    #[must_use]
+    pub fn trained(&self) -> Self {
+        Self { trained: true, ..self.clone() }
+    }
+
+    /// The same source with another standard deviation of [`Init::Required`], HF's `initializer_range`; 0.02 at first.
+    #[must_use]
+    pub fn with_initializer_range(&self, std: f64) -> Self {
+        Self { initializer_range: std, ..self.clone() }
     }
 
     /// Where in the tree this is, `""` at the root.
@@ -129,7 +150,7 @@ impl Weights {
         self.device
     }
 
-    /// The kind of frozen tensors.
+    /// The kind of frozen tensors, and of activations.
     pub fn kind(&self) -> Kind {
         self.kind
     }
@@ -154,8 +175,11 @@ impl Weights {
         }
     }
 
-    /// A frozen tensor, in the kind of this source.
+    /// A frozen tensor, in the kind of this source; a trained one where the source is [`Weights::trained`].
     pub fn get(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
+        if self.trained {
+            return self.parameter(name, shape, init);
+        }
         Ok(self.find(name, shape, init, self.kind)?.to_kind(self.kind).to_device(self.device))
     }
 
@@ -167,6 +191,11 @@ impl Weights {
         let tensor = tensor.set_requires_grad(true);
         self.ledger().parameters.push((self.full_name(name), tensor.shallow_clone()));
         Ok(tensor)
+    }
+
+    /// Takes a name for known that the model has no use for, so that [`Weights::finish`] lets it pass.
+    pub fn ignore(&self, name: &str) {
+        self.ledger().asked.insert(self.full_name(name), ());
     }
 
     /// All trained tensors handed out so far, by full name, in the order of their making.
@@ -224,7 +253,8 @@ impl Weights {
         self.ledger().asked.insert(name.clone(), ());
         let found = match &*self.source {
             Source::New { seed } => {
-                return new_tensor(*seed, &name, shape, init).with_context(|| format!("making tensor `{name}`"));
+                return new_tensor(*seed, &name, shape, init, self.initializer_range)
+                    .with_context(|| format!("making tensor `{name}`"));
             }
             Source::File(checkpoint) => checkpoint.info(&name).map(|(_, shape)| shape.to_vec()),
             Source::Tensors(tensors) => tensors.get(&name).map(Tensor::size),
@@ -253,7 +283,7 @@ fn stand_in(shape: &[i64]) -> Result<Tensor> {
 }
 
 /// A new f32 tensor on the CPU.
-fn new_tensor(seed: u64, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
+fn new_tensor(seed: u64, name: &str, shape: &[i64], init: Init, initializer_range: f64) -> Result<Tensor> {
     let mut tensor = Tensor::empty(shape, (Kind::Float, Device::Cpu));
     // FNV-1a over the name, so that adding a layer changes no other layer's start.
     let seed =
@@ -267,7 +297,7 @@ fn new_tensor(seed: u64, name: &str, shape: &[i64], init: Init) -> Result<Tensor
         Init::Ones => drop(tensor.fill_(1.0)),
         Init::Const(value) => drop(tensor.fill_(value)),
         Init::Normal { std } => normal(&mut tensor, std)?,
-        Init::Required => normal(&mut tensor, 0.02)?,
+        Init::Required => normal(&mut tensor, initializer_range)?,
         Init::KaimingUniform => {
             let fan_in: i64 = shape[1.min(shape.len())..].iter().product();
             let bound = 1.0 / (fan_in as f64).sqrt();
@@ -343,6 +373,31 @@ mod tests {
         assert_eq!(parameters[0].0, "layer.3.lora_A.weight");
         a.sum(Kind::Float).backward();
         assert_eq!(parameters[0].1.grad().sum(Kind::Float).double_value(&[]), 8.0);
+    }
+
+    #[test]
+    fn a_trained_view_makes_parameters_of_the_same_source() {
+        let weights = Weights::random(4, Device::Cpu, Kind::BFloat16);
+        let frozen = weights.pp("a").get("weight", &[64, 64], Init::Required).unwrap();
+        let trained = weights.trained().pp("a").get("weight", &[64, 64], Init::Required).unwrap();
+        assert_eq!((trained.kind(), trained.requires_grad()), (Kind::Float, true));
+        assert!(trained.to_kind(Kind::BFloat16).equal(&frozen) && !frozen.requires_grad());
+        assert_eq!(weights.trained().kind(), Kind::BFloat16);
+        let parameters = weights.parameters(); // the ledger is one for both
+        assert!(parameters.len() == 1 && parameters[0].0 == "a.weight");
+        let std = |t: &Tensor| t.to_kind(Kind::Float).std(true).double_value(&[]);
+        let wide = weights.with_initializer_range(0.5).pp("a").get("weight", &[64, 64], Init::Required).unwrap();
+        assert!((std(&frozen) - 0.02).abs() < 2e-3 && (std(&wide) - 0.5).abs() < 0.05);
+    }
+
+    #[test]
+    fn an_ignored_name_is_no_surprise() {
+        let one = ("a.unused".to_owned(), Tensor::zeros([1], (Kind::Float, Device::Cpu)));
+        let weights = Weights::from_tensors([one], Device::Cpu, Kind::Float);
+        assert!(weights.finish().is_err());
+        weights.trained().pp("a").ignore("unused");
+        weights.finish().unwrap();
+        assert!(weights.parameters().is_empty());
     }
 
     #[test]
