@@ -14,6 +14,7 @@ use minijinja::{Environment, Error, ErrorKind, Value, context};
 use serde::Serialize;
 
 use crate::Tokenizer;
+use crate::json_files::{origin, read_json};
 use crate::tokenizer::{self, IMAGE, Token};
 
 /// What a template may do before it is stopped; one unit is an instruction or 64 bytes of text. The templates in use
@@ -98,18 +99,18 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// Reads `chat_template.jinja`, else `chat_template.json`, else `chat_template` of `tokenizer_config.json`; in a
-    /// list of named templates the one called `default` is meant.
-    pub fn open(folder: &Path) -> Result<Self> {
-        let special_tokens = tokenizer::special_tokens(folder)?;
-        let jinja = folder.join("chat_template.jinja");
+    /// Reads `chat_template.jinja`, else `chat_template.json`, else `chat_template` of `tokenizer_config.json`, else
+    /// `tokenizer.chat_template` of the GGUF file that `path` is or holds; in a list of named templates the one called
+    /// `default` is meant.
+    pub fn open(path: &Path) -> Result<Self> {
+        let special_tokens = tokenizer::special_tokens(path)?;
+        let jinja = path.join("chat_template.jinja");
         if jinja.exists() {
             let source = std::fs::read_to_string(&jinja).with_context(|| format!("cannot read {}", jinja.display()))?;
             return Self::new(&source, special_tokens, jinja.display());
         }
         for file in ["chat_template.json", "tokenizer_config.json"] {
-            let path = folder.join(file);
-            let json = tokenizer::read_json(folder, file)?;
+            let (json, origin) = (read_json(path, file)?, origin(path, file));
             let source = match &json["chat_template"] {
                 serde_json::Value::Null => continue,
                 serde_json::Value::String(source) => Some(source.as_str()),
@@ -119,14 +120,14 @@ impl ChatTemplate {
                 _ => None,
             };
             let source = source.with_context(|| {
-                format!("{}: `chat_template` is neither a string nor a list with a `default`", path.display())
+                format!("{}: `chat_template` is neither a string nor a list with a `default`", origin.display())
             })?;
-            return Self::new(source, special_tokens, path.display());
+            return Self::new(source, special_tokens, origin.display());
         }
         bail!(
             "{} has no chat template: neither chat_template.jinja nor chat_template.json, nor `chat_template` in \
-             tokenizer_config.json",
-            folder.display()
+             tokenizer_config.json, nor `tokenizer.chat_template` in a GGUF file",
+            path.display()
         )
     }
 

@@ -7,6 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use crate::head_norm::QkNorm;
+use crate::json_files::open_json;
 use crate::rotary::RopeScaling;
 
 /// The `model_type`s whose blocks are these: RMS norm, rotary positions, grouped-query attention, SwiGLU. SmolLM and
@@ -221,15 +222,15 @@ fn default_hidden_act() -> String {
 }
 
 impl LlmConfig {
-    /// Reads and validates `config.json` in `folder`.
+    /// Reads and validates `config.json` of a checkpoint folder, or the metadata of a GGUF file: `path` is one, or a
+    /// folder with one and no `config.json`.
     ///
     /// # Errors
     /// Names the file and the key that is missing, of another type, or not supported.
-    pub fn open(folder: &Path) -> Result<Self> {
-        let path = folder.join("config.json");
-        let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let config: Self = serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?;
-        config.validate().with_context(|| format!("in {}", path.display()))?;
+    pub fn open(path: &Path) -> Result<Self> {
+        let (json, origin) = open_json(path, "config.json")?;
+        let config: Self = serde_json::from_value(json).with_context(|| format!("in {}", origin.display()))?;
+        config.validate().with_context(|| format!("in {}", origin.display()))?;
         Ok(config)
     }
 

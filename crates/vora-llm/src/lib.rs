@@ -27,6 +27,7 @@ pub mod chat;
 pub mod config;
 pub mod decoder;
 pub mod head_norm;
+mod json_files;
 pub mod kv_cache;
 pub mod mlp;
 pub mod rotary;

@@ -6,11 +6,12 @@
 
 use std::borrow::Cow;
 use std::collections::HashSet;
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
+
+use crate::json_files::{open_json, read_json};
 
 /// Characters from here on are this module's own; in text that comes from outside they become U+FFFD.
 const RESERVED: char = '\u{100000}';
@@ -34,19 +35,18 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` of a checkpoint folder, and who ends a sequence from the files beside it.
+    /// Reads `tokenizer.json` of a checkpoint folder, and who ends a sequence from the files beside it; or both from
+    /// the metadata of a GGUF file: `path` is one, or a folder with one and no such files.
     ///
     /// Errors name the file.
-    pub fn open(folder: &Path) -> Result<Self> {
-        let path = folder.join("tokenizer.json");
-        let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let mut tokenizer = Self::parse(&text).with_context(|| format!("reading {}", path.display()))?;
-        tokenizer.eos_ids = eos_ids(folder, &tokenizer)?;
+    pub fn open(path: &Path) -> Result<Self> {
+        let (json, origin) = open_json(path, "tokenizer.json")?;
+        let mut tokenizer = Self::parse(json).with_context(|| format!("reading {}", origin.display()))?;
+        tokenizer.eos_ids = eos_ids(path, &tokenizer)?;
         Ok(tokenizer)
     }
 
-    fn parse(text: &[u8]) -> Result<Self> {
-        let mut json: Value = serde_json::from_slice(text).context("not JSON")?;
+    fn parse(mut json: Value) -> Result<Self> {
         ensure!(json["model"].is_object(), "no object `model`: not the file of a tokenizer");
         let mut ids = Vec::new(); // of every added token, under the name it will have
         let mut literals = Vec::new();
@@ -351,21 +351,12 @@ fn rename(json: &mut Value, specials: &Specials) {
     json["added_tokens"] = added.into();
 }
 
-/// A JSON file of the folder, `Null` where there is none.
-pub(crate) fn read_json(folder: &Path, file: &str) -> Result<Value> {
-    let path = folder.join(file);
-    if !path.exists() {
-        return Ok(Value::Null);
-    }
-    let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))
-}
-
-/// `bos_token`, `eos_token` and so on, from `tokenizer_config.json` and, for what it lacks, `special_tokens_map.json`.
-pub fn special_tokens(folder: &Path) -> Result<Vec<(String, String)>> {
+/// `bos_token`, `eos_token` and so on, from `tokenizer_config.json` and, for what it lacks, `special_tokens_map.json`;
+/// or from the metadata of a GGUF file.
+pub fn special_tokens(path: &Path) -> Result<Vec<(String, String)>> {
     let mut found: Vec<(String, String)> = Vec::new();
     for file in ["tokenizer_config.json", "special_tokens_map.json"] {
-        let Value::Object(map) = read_json(folder, file)? else { continue };
+        let Value::Object(map) = read_json(path, file)? else { continue };
         for (key, value) in map {
             let token = value.as_str().or_else(|| value["content"].as_str());
             if let Some(token) = token.filter(|_| key.ends_with("_token") && found.iter().all(|(k, _)| *k != key)) {
@@ -376,9 +367,9 @@ pub fn special_tokens(folder: &Path) -> Result<Vec<(String, String)>> {
     Ok(found)
 }
 
-fn eos_ids(folder: &Path, tokenizer: &Tokenizer) -> Result<Vec<i64>> {
+fn eos_ids(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<i64>> {
     let ids = |file| -> Result<Vec<i64>> {
-        let value = read_json(folder, file)?["eos_token_id"].take();
+        let value = read_json(path, file)?["eos_token_id"].take();
         Ok(match value {
             Value::Array(ids) => ids.iter().filter_map(Value::as_i64).collect(),
             id => id.as_i64().into_iter().collect(),
@@ -388,7 +379,7 @@ fn eos_ids(folder: &Path, tokenizer: &Tokenizer) -> Result<Vec<i64>> {
     if found.is_empty() {
         found = ids("config.json")?;
     }
-    let named = special_tokens(folder)?.into_iter().find(|(key, _)| key == "eos_token");
+    let named = special_tokens(path)?.into_iter().find(|(key, _)| key == "eos_token");
     found.extend(named.and_then(|(_, token)| tokenizer.token_to_id(&token)));
     found.sort_unstable();
     found.dedup();
@@ -397,6 +388,8 @@ fn eos_ids(folder: &Path, tokenizer: &Tokenizer) -> Result<Vec<i64>> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn golden() -> Value {
@@ -409,7 +402,7 @@ mod tests {
     }
 
     fn llama2() -> Tokenizer {
-        Tokenizer::parse(golden()["llama2_tokenizer"].to_string().as_bytes()).unwrap()
+        Tokenizer::parse(golden()["llama2_tokenizer"].take()).unwrap()
     }
 
     fn ids(value: &Value) -> Vec<i64> {
@@ -457,7 +450,7 @@ mod tests {
         let mut token = json["added_tokens"][0].clone();
         (token["content"], token["id"]) = ("re".into(), re.clone());
         json["added_tokens"].as_array_mut().unwrap().push(token);
-        let tokenizer = Tokenizer::parse(json.to_string().as_bytes()).unwrap();
+        let tokenizer = Tokenizer::parse(json).unwrap();
         assert!(!tokenizer.encode("a red one").unwrap().contains(&re.as_i64().unwrap()));
         assert_eq!(tokenizer.encode_template("re").unwrap(), ids(&json!([re])));
     }
