@@ -1,4 +1,4 @@
-//! A frozen linear layer that can carry named low-rank adapters.
+//! A linear layer that can carry named low-rank adapters.
 
 use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor, nn::Module};
@@ -9,11 +9,12 @@ use crate::LoraConfig;
 /// DoRA's tensor beside `lora_A.weight` and `lora_B.weight`.
 pub(crate) const MAGNITUDE: &str = "lora_magnitude_vector";
 
-/// `y = x W^T + b + sum over adapters of scaling * (x A^T) B^T`; only the `A`s and `B`s are trained.
+/// `y = x W^T + b + sum over adapters of scaling * (x A^T) B^T`; only the `A`s and `B`s are trained, unless the source of
+/// the weights is [`Weights::trained`].
 #[derive(Debug)]
 pub struct Linear {
-    weight: Tensor,       // W [out, in], frozen
-    bias: Option<Tensor>, // b [out], frozen
+    weight: Tensor,       // W [out, in], frozen, or a trained f32 master
+    bias: Option<Tensor>, // b [out], likewise
     adapters: Vec<Adapter>,
 }
 
@@ -76,7 +77,9 @@ impl Adapter {
         let magnitude = self.magnitude.as_ref()?;
         Some(
             magnitude
-                / row_lengths(&(low_rank(&self.lora_a, &self.lora_b, self.scaling) + weight.to_kind(Kind::Float))),
+                / row_lengths(
+                    &(low_rank(&self.lora_a, &self.lora_b, self.scaling) + weight.detach().to_kind(Kind::Float)),
+                ),
         )
     }
 
@@ -109,16 +112,17 @@ pub(crate) fn delta_weight(
 ) -> Tensor {
     let low_rank = low_rank(lora_a, lora_b, scaling);
     let Some(magnitude) = magnitude else { return low_rank };
-    let weight = weight.to_kind(Kind::Float);
+    let weight = weight.detach().to_kind(Kind::Float);
     let sum = low_rank + &weight;
     let scale = magnitude.to_kind(Kind::Float) / row_lengths(&sum); // [out]
     sum * scale.unsqueeze(1) - weight
 }
 
 impl Linear {
-    /// Takes `weight` `[out_features, in_features]` and, where `bias`, `bias` `[out_features]`; both stay frozen.
+    /// Takes `weight` `[out_features, in_features]` and, where `bias`, `bias` `[out_features]`; both stay frozen, unless
+    /// the source is [`Weights::trained`].
     pub fn load(weights: &Weights, in_features: i64, out_features: i64, bias: bool) -> Result<Self> {
-        let weight = weights.get("weight", &[out_features, in_features], Init::Normal { std: 0.02 })?;
+        let weight = weights.get("weight", &[out_features, in_features], Init::Required)?;
         let bias = bias.then(|| weights.get("bias", &[out_features], Init::Zeros)).transpose()?;
         Ok(Self { weight, bias, adapters: Vec::new() })
     }
@@ -151,12 +155,12 @@ impl Linear {
         Ok(self.adapters.remove(self.position(name)?))
     }
 
-    /// The frozen weight, `[out_features, in_features]`.
+    /// The weight without adapters, `[out_features, in_features]`.
     pub fn weight(&self) -> &Tensor {
         &self.weight
     }
 
-    /// The frozen bias, `[out_features]`.
+    /// The bias, `[out_features]`.
     pub fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
     }
@@ -214,11 +218,20 @@ impl Linear {
 
     /// Adds f32 matrices `[out, in]` to the weight, rounding once.
     fn add(&mut self, deltas: impl IntoIterator<Item = Tensor>) {
-        let sum = deltas.into_iter().reduce(|mut sum, delta| sum.g_add_(&delta));
-        if let Some(mut sum) = sum {
+        let deltas = deltas.into_iter().reduce(|mut sum, delta| sum.g_add_(&delta));
+        let Some(mut sum) = deltas else { return };
+        sum = sum.g_add_(&self.weight.detach().to_kind(Kind::Float));
+        if self.weight.requires_grad() {
+            tch::no_grad(|| self.weight.copy_(&sum)); // the leaf that an optimizer holds stays that leaf
+        } else {
             // Into a new tensor: the weight may be a view of a checkpoint that others read too.
-            self.weight = sum.g_add_(&self.weight.to_kind(Kind::Float)).to_kind(self.weight.kind());
+            self.weight = sum.to_kind(self.weight.kind());
         }
+    }
+
+    /// Weight and bias in the kind of activations; frozen ones are in it already.
+    fn base(&self, kind: Kind) -> (Tensor, Option<Tensor>) {
+        (self.weight.to_kind(kind), self.bias.as_ref().map(|bias| bias.to_kind(kind)))
     }
 
     fn position(&self, name: &str) -> Result<usize> {
@@ -232,20 +245,21 @@ impl Linear {
 impl Module for Linear {
     /// `[.., in_features]` -> `[.., out_features]`, in the kind of `x`
     fn forward(&self, x: &Tensor) -> Tensor {
+        let (weight, bias) = self.base(x.kind());
         if self.adapters.is_empty() {
-            return x.linear(&self.weight, self.bias.as_ref());
+            return x.linear(&weight, bias.as_ref());
         }
         let mut shape = x.size();
         // In two dimensions the adapter's product adds onto the base's output, with no second [tokens, out].
         let x = x.reshape([-1, self.in_features()]); // [tokens, in]
-        let mut y = x.linear(&self.weight, self.bias.as_ref()); // [tokens, out]
+        let mut y = x.linear(&weight, bias.as_ref()); // [tokens, out]
         for adapter in &self.adapters {
             let xa = x.mm(&adapter.lora_a.to_kind(x.kind()).tr()); // [tokens, r]
             let b_t = adapter.scaled_b_t(x.kind()); // [r, out]
             y = match adapter.row_scale(&self.weight) {
                 None => y.addmm_(&xa, &b_t),
                 Some(scale) => {
-                    let base = x.linear(&self.weight, None::<&Tensor>); // the bias is not scaled
+                    let base = x.linear(&weight, None::<&Tensor>); // the bias is not scaled
                     y + base * (&scale - 1.0).to_kind(x.kind()) + xa.mm(&b_t) * scale.to_kind(x.kind())
                 }
             };
@@ -405,6 +419,37 @@ mod tests {
         let _ = tch::no_grad(|| linear.adapters().next().unwrap().lora_b().shallow_clone().fill_(1.0));
         linear.merge();
         assert!(base.equal(&kept) && !linear.weight().equal(&kept));
+    }
+
+    /// Of a linear whose own weight is trained, in f32 and under bf16 activations.
+    #[test]
+    fn a_trained_weight_stays_the_leaf_that_it_was() {
+        for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 3e-2)] {
+            let weights = Weights::random(2, Device::Cpu, kind).with_initializer_range(0.3);
+            let mut linear = Linear::load(&weights.trained(), 16, 8, true).unwrap();
+            linear.attach("a", &config(2, Some(3.0)), &weights.pp("a")).unwrap();
+            let b = linear.adapters().next().unwrap().lora_b().shallow_clone();
+            tch::no_grad(|| b.shallow_clone().copy_(&(Tensor::randn(b.size(), F32) * 0.3)));
+            let names: Vec<String> = weights.parameters().into_iter().map(|(name, _)| name).collect();
+            assert_eq!(names, ["weight", "bias", "a.lora_A.weight", "a.lora_B.weight"]);
+            let x = Tensor::randn([5, 16], F32).to_kind(kind);
+            let y = linear.forward(&x);
+            assert_eq!(y.kind(), kind);
+            y.sum(Kind::Float).backward();
+            let of_weight = x.to_kind(Kind::Float).sum_dim_intlist(0, false, Kind::Float).expand([8, 16], false);
+            let parameters = weights.parameters();
+            assert_close_to(&parameters[0].1.grad(), &of_weight, tolerance);
+            assert_close_to(&parameters[1].1.grad(), &Tensor::full([8], 5.0, F32), 1e-6);
+
+            let delta = linear.delta_weight("a").unwrap();
+            assert!(!delta.requires_grad());
+            let before = linear.weight().detach().copy();
+            linear.merge();
+            assert_close_to(linear.weight(), &(&before + delta), 1e-6);
+            assert_eq!(linear.weight().data_ptr(), parameters[0].1.data_ptr());
+            assert!(linear.weight().is_leaf() && linear.weight().requires_grad());
+            assert_close_to(&linear.forward(&x), &y, tolerance);
+        }
     }
 
     #[test]
