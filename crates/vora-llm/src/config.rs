@@ -94,6 +94,13 @@ pub struct LlmConfig {
     /// Chameleon 34B: attention and MLP are normed behind them, not before (Swin Transformer V2's order).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub swin_norm: Option<bool>,
+    /// Chameleon: whether q and k are normed before attention, which they are where the key is absent. HF's configs have
+    /// no such key, since published models all do; `false` is for the study of what the norm is good for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qk_norm: Option<bool>,
+    /// Standard deviation of a new model's matrices; 0.02 where the key is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initializer_range: Option<f64>,
     /// Share of attention weights that a training forward drops.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub attention_dropout: Option<f64>,
@@ -262,6 +269,8 @@ impl LlmConfig {
             no_rope_layers: None,
             no_rope_layer_interval: None,
             swin_norm: None,
+            qk_norm: None,
+            initializer_range: None,
             attention_dropout: None,
             dropout: None,
             dtype: None,
@@ -313,6 +322,8 @@ impl LlmConfig {
             "rms_norm_eps is {}, it must be positive",
             self.rms_norm_eps
         );
+        let std = self.init_std();
+        ensure!(std > 0.0 && std.is_finite(), "initializer_range is {std}, it must be positive");
         self.validate_attention()?;
         self.validate_layers()?;
         for (key, dropped) in [("attention_dropout", self.attention_dropout), ("dropout", self.dropout)] {
@@ -345,6 +356,14 @@ impl LlmConfig {
         ensure!(has_mlp_bias || !self.mlp_bias, "mlp_bias is true, but {model_type} has no such biases");
         let is_chameleon = model_type == "chameleon";
         ensure!(is_chameleon || !self.has_swin_norm(), "swin_norm is true, but {model_type} norms before its blocks");
+        if let Some(qk_norm) = self.qk_norm {
+            let has = self.head_norm().is_some();
+            ensure!(
+                qk_norm == has,
+                "qk_norm is {qk_norm}, but {model_type} {}",
+                if has { "always has that norm" } else { "has no such norm" }
+            );
+        }
         let own_head_dim = self.hidden_size / self.num_attention_heads;
         ensure!(
             !is_chameleon || self.head_width() == own_head_dim,
@@ -424,12 +443,17 @@ impl LlmConfig {
     }
 
     /// What each head of q and k is normed with before its rotation.
-    pub fn qk_norm(&self) -> Option<QkNorm> {
+    pub fn head_norm(&self) -> Option<QkNorm> {
         match self.model_type.as_str() {
             "qwen3" => Some(QkNorm::Rms),
-            "chameleon" => Some(QkNorm::Layer),
+            "chameleon" if self.qk_norm.unwrap_or(true) => Some(QkNorm::Layer),
             _ => None,
         }
+    }
+
+    /// Standard deviation of a new model's matrices: as in HF, 0.02 where the key is absent or zero.
+    pub fn init_std(&self) -> f64 {
+        self.initializer_range.filter(|&std| std != 0.0).unwrap_or(0.02)
     }
 
     /// Whether attention and MLP are normed behind them, not before.
@@ -603,6 +627,16 @@ mod tests {
     }
 
     #[test]
+    fn chameleons_norm_of_q_and_k_may_be_left_out() {
+        let chameleon = SMOLLM2.replace("\"llama\"", "\"chameleon\"");
+        let without = parse(&chameleon.replace("\"chameleon\"", "\"chameleon\", \"qk_norm\": false"));
+        without.validate().unwrap();
+        assert_eq!((parse(&chameleon).head_norm(), without.head_norm()), (Some(QkNorm::Layer), None));
+        let written = |config: &LlmConfig| serde_json::to_value(config).unwrap().get("qk_norm").cloned();
+        assert_eq!((written(&parse(&chameleon)), written(&without)), (None, Some(json!(false))));
+    }
+
+    #[test]
     fn what_is_not_supported_is_named() {
         for (from, to, says) in [
             ("\"model_type\": \"llama\"", "\"model_type\": \"gpt2\"", {
@@ -623,6 +657,9 @@ mod tests {
             ("\"llama\"", "\"qwen2\", \"attention_bias\": true", "qwen2 has biases on q, k and v whatever it says"),
             ("\"llama\"", "\"qwen3\", \"mlp_bias\": true", "mlp_bias is true, but qwen3"),
             ("\"llama\"", "\"llama\", \"swin_norm\": true", "swin_norm is true, but llama"),
+            ("\"llama\"", "\"llama\", \"qk_norm\": true", "qk_norm is true, but llama has no such norm"),
+            ("\"llama\"", "\"qwen3\", \"qk_norm\": false", "qk_norm is false, but qwen3 always has that norm"),
+            ("\"llama\"", "\"llama\", \"initializer_range\": -0.02", "initializer_range is -0.02, it must be"),
             ("\"llama\"", "\"chameleon\", \"head_dim\": 32", "head_dim is 32, but chameleon's is"),
             ("\"llama\"", "\"llama\", \"dropout\": 1.0", "dropout is 1, it must be"),
             ("\"llama\"", "\"llama\", \"attention_dropout\": -0.1", "attention_dropout is -0.1, it must be"),

@@ -147,7 +147,8 @@ impl Decoder {
         let layers = (0..config.num_hidden_layers)
             .map(|layer_idx| {
                 let weights = weights.pp("layers").pp(layer_idx);
-                skip_frequencies(config, &weights)?;
+                // Old Llama checkpoints hold the rotary frequencies of every layer; they follow from the config.
+                weights.ignore("self_attn.rotary_emb.inv_freq");
                 DecoderLayer::load(config, layer_idx, &weights)
             })
             .collect::<Result<_>>()?;
@@ -197,15 +198,6 @@ impl Decoder {
     }
 }
 
-/// Old Llama checkpoints hold the rotary frequencies of every layer; they follow from the config.
-fn skip_frequencies(config: &LlmConfig, weights: &Weights) -> Result<()> {
-    let rotary = weights.pp("self_attn.rotary_emb");
-    if rotary.shape("inv_freq").is_some() {
-        let _ = rotary.get("inv_freq", &[config.head_width() / 2], Init::Required)?;
-    }
-    Ok(())
-}
-
 /// A decoder with its head.
 #[derive(Debug)]
 pub struct CausalLm {
@@ -221,19 +213,21 @@ impl CausalLm {
     /// `model.vqmodel` in the same files and is left to others: pass a clone of the source to them, or allow those
     /// names when it finishes.
     ///
+    /// With [`Weights::trained`] every weight is trained. A source of new weights starts them as HF's `_init_weights`
+    /// does: matrices normal with the config's `initializer_range`, norms one, biases zero. HF differs at the padding
+    /// token, whose embedding it starts at zero and does not train: a row like any other here.
+    ///
     /// # Errors
     /// What [`LlmConfig::validate`] refuses; tensors that do not fit are told by [`Weights::finish`].
     pub fn load(config: &LlmConfig, weights: &Weights) -> Result<Self> {
         config.validate()?;
+        let weights = weights.with_initializer_range(config.init_std());
         let head = weights.pp("lm_head");
-        let vocab = [config.vocab_size, config.hidden_size];
         let lm_head = if config.tie_word_embeddings {
-            if head.shape("weight").is_some() {
-                let _ = head.get("weight", &vocab, Init::Required)?; // a second copy of the embedding, in some files
-            }
+            head.ignore("weight"); // a second copy of the embedding, in some files
             None
         } else {
-            Some(head.get("weight", &vocab, Init::Required)?)
+            Some(head.get("weight", &[config.vocab_size, config.hidden_size], Init::Required)?)
         };
         Ok(Self {
             model: Decoder::load(config, &weights.pp("model"))?,
@@ -254,14 +248,14 @@ impl CausalLm {
         self.device
     }
 
-    /// The kind of weights and hidden states.
+    /// The kind of hidden states, and of weights that are not trained.
     pub fn kind(&self) -> Kind {
         self.kind
     }
 
     /// `[..]` -> `[.., hidden]`
     pub fn embed(&self, input_ids: &Tensor) -> Tensor {
-        Tensor::embedding(&self.model.embed_tokens, input_ids, -1, false, false)
+        Tensor::embedding(&self.model.embed_tokens, input_ids, -1, false, false).to_kind(self.kind)
     }
 
     /// `[batch, seq, hidden]` -> [`Output`] with `hidden_states[0..=hidden_layers]`; no logits.
@@ -280,7 +274,8 @@ impl CausalLm {
     /// For a Chameleon they are as the head gives them: HF's forward puts those of image codes to the lowest number,
     /// which is the business of whoever samples text.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        hidden.linear::<&Tensor>(self.lm_head.as_ref().unwrap_or(&self.model.embed_tokens), None)
+        let head = self.lm_head.as_ref().unwrap_or(&self.model.embed_tokens);
+        hidden.linear::<&Tensor>(&head.to_kind(hidden.kind()), None)
     }
 
     /// A cache for this model.
@@ -357,7 +352,8 @@ impl CausalLm {
         Ok(())
     }
 
-    /// Every tensor of a plain checkpoint, by HF's name, adapters left out: merge them first.
+    /// Every tensor of a plain checkpoint, by HF's name, adapters left out: merge them first. Trained ones are the f32
+    /// masters themselves.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
         let mut tensors = vec![("model.embed_tokens.weight".to_owned(), self.model.embed_tokens.shallow_clone())];
         for (layer_idx, layer) in self.model.layers.iter().enumerate() {
@@ -384,6 +380,9 @@ impl CausalLm {
 
 #[cfg(test)]
 mod architectures;
+
+#[cfg(test)]
+mod training;
 
 #[cfg(test)]
 mod tests {

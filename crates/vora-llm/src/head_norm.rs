@@ -37,7 +37,7 @@ impl HeadNorm {
     /// Takes `weight` and, for a layer norm, `bias`, of `q_norm` or `k_norm`; none where the model has no such norm.
     pub fn load(config: &LlmConfig, weights: &Weights, heads: i64) -> Result<Option<Self>> {
         let head_dim = config.head_width();
-        Ok(match config.qk_norm() {
+        Ok(match config.head_norm() {
             None => None,
             Some(QkNorm::Rms) => Some(Self::Rms(RmsNorm::load(weights, head_dim, config.rms_norm_eps)?)),
             Some(QkNorm::Layer) => Some(Self::Layer {
@@ -64,7 +64,7 @@ impl Module for HeadNorm {
             Self::Layer { weight, bias } => {
                 let head_dim = weight.size()[1];
                 let normed = x.layer_norm([head_dim], None::<&Tensor>, None, LAYER_NORM_EPS, false);
-                bias.addcmul(&normed, weight)
+                bias.to_kind(x.kind()).addcmul(&normed, &weight.to_kind(x.kind()))
             }
         }
     }
