@@ -40,10 +40,9 @@ impl ImageProcessor {
             json = nested.take();
         }
         let keys: Keys = object(&json)?;
-        let name = keys.image_processor_type.or(keys.feature_extractor_type);
-        let (class, named_backend) = name.as_deref().map_or((class, None), class_and_backend);
+        let name = keys.image_processor_type.as_deref().or(keys.feature_extractor_type.as_deref());
+        let (class, named_backend) = name.map_or((class, None), class_and_backend);
         let class = Class::named(class)?;
-        ensure!(!keys.do_pad.unwrap_or(false), "do_pad is true, padding is not supported");
         ensure!(!keys.use_square_size.unwrap_or(false), "use_square_size is true, give size a height and a width");
         let data_format = keys.data_format.as_deref().unwrap_or("channels_first");
         ensure!(data_format == "channels_first", "data_format is `{data_format}`, only `channels_first` is supported");
@@ -54,37 +53,33 @@ impl ImageProcessor {
             (None, None) => named_backend.unwrap_or_default(),
         };
 
-        let to_square = keys.default_to_square.unwrap_or(class.default_to_square);
-        let size = match (class.size, keys.size) {
-            (Size::Patches { patch_size, max_num_patches }, _) => Size::Patches {
-                patch_size: keys.patch_size.unwrap_or(patch_size),
-                max_num_patches: keys.max_num_patches.unwrap_or(max_num_patches),
-            },
-            (_, Some(size)) => size.target("size", to_square)?,
-            (size, None) => size,
-        };
+        // Of a step that is left out, no key is asked.
+        let (mut size, mut resample) = (None, class.resample);
+        if keys.do_resize.unwrap_or(true) {
+            size = Some(keys.size(&class)?);
+            resample = keys.resample.map_or(Ok(resample), Resample::from_pillow)?;
+        }
+        let do_center_crop = keys.do_center_crop.unwrap_or(class.do_center_crop);
+        let crop_size = do_center_crop.then(|| keys.crop_size(&class)).transpose()?;
+        let rescale_factor =
+            keys.do_rescale.unwrap_or(true).then(|| keys.rescale_factor.unwrap_or(class.rescale_factor));
+        let mean_std = keys.do_normalize.unwrap_or(true).then(|| {
+            let (mean, std) = class.mean_std;
+            (keys.image_mean.map_or(mean, Channels::values), keys.image_std.map_or(std, Channels::values))
+        });
+        if let Some(factor) = rescale_factor {
+            ensure!(factor > 0.0, "rescale_factor is {factor}, it must be above 0");
+        }
+        if let Some((_, std)) = mean_std {
+            ensure!(std.iter().all(|&std| std > 0.0), "image_std is {std:?}, each must be above 0");
+        }
+        // Pictures of a batch are padded to one size behind all else; these have one.
+        let alike = crop_size.is_some() || matches!(size, Some(Size::Exact { .. }));
         ensure!(
-            !matches!(size, Size::Patches { patch_size: 0, .. } | Size::Patches { max_num_patches: 0, .. }),
-            "patch_size and max_num_patches must be at least 1"
+            !keys.do_pad.unwrap_or(false) || (alike && keys.pad_size.is_none() && !class.pads_to_square),
+            "do_pad is true, padding is not supported"
         );
-        let crop = keys
-            .crop_size
-            .map_or(Ok(Size::Exact { height: 224, width: 224 }), |size| size.target("crop_size", true))?;
-        let Size::Exact { height, width } = crop else { bail!("crop_size needs a height and a width") };
-        let resample = keys.resample.map_or(Ok(class.resample), Resample::from_pillow)?;
-        let rescale_factor = keys.rescale_factor.unwrap_or(1.0 / 255.0);
-        let image_mean = keys.image_mean.map_or(class.mean_std.0, Channels::values);
-        let image_std = keys.image_std.map_or(class.mean_std.1, Channels::values);
-        ensure!(rescale_factor > 0.0, "rescale_factor is {rescale_factor}, it must be above 0");
-        ensure!(image_std.iter().all(|&std| std > 0.0), "image_std is {image_std:?}, each must be above 0");
-        Ok(Self::new(
-            backend,
-            keys.do_resize.unwrap_or(true).then_some(size),
-            resample,
-            keys.do_center_crop.unwrap_or(class.do_center_crop).then_some((height, width)),
-            keys.do_rescale.unwrap_or(true).then_some(rescale_factor),
-            keys.do_normalize.unwrap_or(true).then_some((image_mean, image_std)),
-        ))
+        Ok(Self::new(backend, size, resample, crop_size, rescale_factor, mean_std))
     }
 
     /// The object that [`ImageProcessor::from_json`] and Hugging Face's `AutoImageProcessor` read. The latter takes the
@@ -134,6 +129,8 @@ fn class_of_model(folder: &Path) -> &'static str {
         Some("siglip" | "siglip_vision_model") => "Siglip",
         Some("siglip2" | "siglip2_vision_model") => "Siglip2",
         Some("vit") => "ViT",
+        Some("llava") => "Llava",
+        Some("chameleon") => "Chameleon",
         _ => "Bit",
     }
 }
@@ -170,7 +167,36 @@ struct Keys {
     patch_size: Option<u32>,
     max_num_patches: Option<u32>,
     do_pad: Option<bool>,
+    pad_size: Option<Value>,
     data_format: Option<String>,
+}
+
+impl Keys {
+    fn size(&self, class: &Class) -> Result<Size> {
+        let to_square = self.default_to_square.unwrap_or(class.default_to_square);
+        let size = match (class.size, &self.size) {
+            (Size::Patches { patch_size, max_num_patches }, _) => Size::Patches {
+                patch_size: self.patch_size.unwrap_or(patch_size),
+                max_num_patches: self.max_num_patches.unwrap_or(max_num_patches),
+            },
+            (_, Some(size)) => size.target("size", to_square)?,
+            (size, None) => size,
+        };
+        ensure!(
+            !matches!(size, Size::Patches { patch_size: 0, .. } | Size::Patches { max_num_patches: 0, .. }),
+            "patch_size and max_num_patches must be at least 1"
+        );
+        Ok(size)
+    }
+
+    /// Height and width.
+    fn crop_size(&self, class: &Class) -> Result<(u32, u32)> {
+        let Some(size) = &self.crop_size else { return Ok((class.crop_size, class.crop_size)) };
+        match size.target("crop_size", true)? {
+            Size::Exact { height, width } => Ok((height, width)),
+            _ => bail!("crop_size needs a height and a width"),
+        }
+    }
 }
 
 /// A number a channel, or one for all.
@@ -231,7 +257,10 @@ struct Class {
     default_to_square: bool, // a bare number as size is a square's side
     resample: Resample,
     do_center_crop: bool,
+    crop_size: u32, // a square's side
+    rescale_factor: f64,
     mean_std: ([f64; 3], [f64; 3]),
+    pads_to_square: bool, // what `do_pad` means, before all else
 }
 
 impl Class {
@@ -241,7 +270,10 @@ impl Class {
             default_to_square: false,
             resample: Resample::Bicubic,
             do_center_crop: true,
+            crop_size: 224,
+            rescale_factor: 1.0 / 255.0,
             mean_std: OPENAI_CLIP,
+            pads_to_square: false,
         };
         let vit = Self {
             size: Size::Exact { height: 224, width: 224 },
@@ -249,13 +281,26 @@ impl Class {
             resample: Resample::Bilinear,
             do_center_crop: false,
             mean_std: IMAGENET_STANDARD,
+            ..bit
         };
         Ok(match name {
             "Bit" | "CLIP" => bit,
             "ViT" => vit,
             "Siglip" => Self { resample: Resample::Bicubic, default_to_square: false, ..vit },
             "Siglip2" => Self { size: Size::Patches { patch_size: 16, max_num_patches: 256 }, ..vit },
-            _ => bail!("image_processor_type `{name}ImageProcessor` is not one of Bit, CLIP, ViT, Siglip, Siglip2"),
+            "Llava" => Self { pads_to_square: true, ..bit },
+            "Chameleon" => Self {
+                size: Size::ShortestEdge(512),
+                resample: Resample::Lanczos,
+                crop_size: 512,
+                rescale_factor: 0.0078,
+                mean_std: ([1.0; 3], [1.0; 3]),
+                ..bit
+            },
+            _ => bail!(
+                "image_processor_type `{name}ImageProcessor` is not one of Bit, CLIP, ViT, Siglip, Siglip2, Llava, \
+                 Chameleon"
+            ),
         })
     }
 }
@@ -280,6 +325,13 @@ mod tests {
             json[key] = value;
             read(json)
         };
+        let chameleon = read(json!({"image_processor_type": "ChameleonImageProcessor"}));
+        assert_eq!((&chameleon["size"], &chameleon["resample"]), (&json!({"shortest_edge": 512}), &json!(1)));
+        assert_eq!((&chameleon["crop_size"]["width"], &chameleon["rescale_factor"]), (&json!(512), &json!(0.0078)));
+        assert_eq!(
+            (&chameleon["image_mean"], &chameleon["image_std"]),
+            (&json!([1.0, 1.0, 1.0]), &json!([1.0, 1.0, 1.0]))
+        );
         assert_eq!(with("size", json!(30))["size"], json!({"shortest_edge": 30}));
         assert_eq!(with("size", json!([20, 30]))["size"], json!({"height": 20, "width": 30}));
         assert_eq!(with("use_fast", json!(false))["backend"], "pil");
@@ -297,6 +349,21 @@ mod tests {
         write("config.json", json!({"model_type": "aimv2_vision_model"}));
         let aimv2 = ImageProcessor::open(folder.path()).unwrap().to_json();
         assert_eq!((&aimv2["resample"], &aimv2["size"]), (&json!(3), &json!({"shortest_edge": 28})));
+        write("config.json", json!({"model_type": "chameleon"}));
+        let chameleon = ImageProcessor::open(folder.path()).unwrap().to_json();
+        assert_eq!((&chameleon["resample"], &chameleon["rescale_factor"]), (&json!(1), &json!(0.0078)));
+    }
+
+    #[test]
+    fn keys_that_change_nothing_are_passed_over() {
+        let read = |json: Value| ImageProcessor::from_json(json).unwrap().to_json();
+        let uncropped = read(json!({"do_center_crop": false, "crop_size": {"shortest_edge": 3}}));
+        assert_eq!((&uncropped["do_center_crop"], &uncropped["crop_size"]), (&json!(false), &Value::Null));
+        let unresized = read(json!({"do_resize": false, "size": {"longest_edge": 3}, "resample": 5}));
+        assert_eq!((&unresized["do_resize"], &unresized["size"]), (&json!(false), &Value::Null));
+        let raw = read(json!({"do_normalize": false, "image_std": 0, "do_rescale": false, "rescale_factor": 0}));
+        assert_eq!((&raw["do_normalize"], &raw["rescale_factor"]), (&json!(false), &Value::Null));
+        assert_eq!(read(json!({"do_pad": true})), read(json!({}))); // all are cropped to one size
     }
 
     #[test]
@@ -308,7 +375,10 @@ mod tests {
         assert!(error.contains("max_num_patches must be at least 1"), "{error}");
         assert!(refuse(json!({"resample": 5})).contains("resample is 5"));
         assert!(refuse(json!({"do_resize": "yes"})).contains("`do_resize`: invalid type: string"));
-        assert!(refuse(json!({"do_pad": true})).contains("do_pad"));
+        assert!(refuse(json!({"do_pad": true, "do_center_crop": false})).contains("do_pad is true"));
+        assert!(refuse(json!({"do_pad": true, "pad_size": {"height": 9, "width": 9}})).contains("do_pad is true"));
+        let squared = json!({"image_processor_type": "LlavaImageProcessor", "do_pad": true});
+        assert!(refuse(squared).contains("do_pad is true"));
         assert!(refuse(json!({"use_square_size": true})).contains("use_square_size"));
         assert!(refuse(json!({"data_format": "channels_last"})).contains("data_format is `channels_last`"));
         assert!(refuse(json!({"backend": "jax"})).contains("backend is `jax`"));

@@ -17,13 +17,9 @@ use crate::preprocess::ImageProcessor;
 /// Where `image_size` is 0.
 pub fn chameleon_processor(image_size: u32) -> Result<ImageProcessor> {
     ImageProcessor::from_json(json!({
-        "image_processor_type": "BitImageProcessor",
+        "image_processor_type": "ChameleonImageProcessor",
         "size": {"shortest_edge": image_size},
-        "resample": 1,
         "crop_size": {"height": image_size, "width": image_size},
-        "rescale_factor": 0.0078,
-        "image_mean": [1.0, 1.0, 1.0],
-        "image_std": [1.0, 1.0, 1.0],
     }))
 }
 
