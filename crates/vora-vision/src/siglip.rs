@@ -3,6 +3,7 @@
 
 use anyhow::Result;
 use serde::Deserialize;
+use tch::Tensor;
 use vora_torch::weights::{Init, Weights};
 
 use crate::clip::ClipLayer;
@@ -61,22 +62,29 @@ impl SiglipVisionConfig {
     /// # Errors
     /// Where the config contradicts itself; tensors that do not fit are told by `weights.finish()`.
     pub fn load(&self, weights: &Weights) -> Result<VisionTransformer> {
-        let sizes = self.sizes();
-        sizes.validate()?;
-        let (hidden, patch, side) = (self.hidden_size, self.patch_size, sizes.side());
+        self.sizes().validate()?;
+        let shape = [self.hidden_size, 3, self.patch_size, self.patch_size];
+        let convolution = weights.pp("embeddings.patch_embedding").get("weight", &shape, Init::Required)?;
+        self.load_around(convolution, Interpolation::Bicubic, weights)
+    }
+
+    /// All but the weight of the convolution `[hidden, 3, patch, patch]`, for a config whose sizes were checked.
+    pub(crate) fn load_around(
+        &self,
+        convolution: Tensor,
+        interpolation: Interpolation,
+        weights: &Weights,
+    ) -> Result<VisionTransformer> {
+        let (hidden, side) = (self.hidden_size, self.sizes().side());
         let embeddings = weights.pp("embeddings");
-        let convolution = embeddings.pp("patch_embedding");
+        let bias = embeddings.pp("patch_embedding").get("bias", &[hidden], Init::Zeros)?;
         let table = embeddings.pp("position_embedding").get("weight", &[side * side, hidden], Init::Required)?;
         let block = |i| {
             let layer = ClipLayer { hidden, intermediate: self.intermediate_size, heads: self.num_attention_heads };
             layer.load(&self.hidden_act, self.layer_norm_eps, &weights.pp("encoder.layers").pp(i))
         };
         Ok(VisionTransformer {
-            embeddings: Embeddings::new(
-                convolution.get("weight", &[hidden, 3, patch, patch], Init::Required)?,
-                Some(convolution.get("bias", &[hidden], Init::Zeros)?),
-                Positions::Learned { table, interpolation: Interpolation::Bicubic },
-            ),
+            embeddings: Embeddings::new(convolution, Some(bias), Positions::Learned { table, interpolation }),
             pre_norm: None,
             blocks: (0..self.num_hidden_layers).map(block).collect::<Result<_>>()?,
             norm: Some(Box::new(LayerNorm::load(&weights.pp("post_layernorm"), hidden, self.layer_norm_eps)?)),
@@ -84,7 +92,7 @@ impl SiglipVisionConfig {
         })
     }
 
-    fn sizes(&self) -> Sizes {
+    pub(crate) fn sizes(&self) -> Sizes {
         Sizes {
             hidden_size: self.hidden_size,
             num_attention_heads: self.num_attention_heads,

@@ -4,11 +4,9 @@ use anyhow::{Result, ensure};
 use serde::Deserialize;
 use vora_torch::weights::{Init, Weights};
 
-use crate::clip::ClipLayer;
-use crate::embeddings::Embeddings;
-use crate::layers::LayerNorm;
-use crate::positions::{Interpolation, Positions};
-use crate::sizes::{Sizes, square};
+use crate::positions::Interpolation;
+use crate::siglip::SiglipVisionConfig;
+use crate::sizes::square;
 use crate::vision_transformer::VisionTransformer;
 
 /// The keys of a `Siglip2VisionConfig`; others pass.
@@ -61,40 +59,33 @@ impl Siglip2VisionConfig {
     /// # Errors
     /// Where the config contradicts itself; tensors that do not fit are told by `weights.finish()`.
     pub fn load(&self, weights: &Weights) -> Result<VisionTransformer> {
-        let sizes = self.sizes();
-        sizes.validate()?;
-        let (hidden, patch, side) = (self.hidden_size, self.patch_size, sizes.side());
-        ensure!(side * side == self.num_patches, "num_patches is {}, which is not a square number", self.num_patches);
-        let embeddings = weights.pp("embeddings");
-        let linear = embeddings.pp("patch_embedding");
+        let siglip = self.siglip();
+        siglip.sizes().validate()?;
+        ensure!(
+            siglip.sizes().side().pow(2) == self.num_patches,
+            "num_patches is {}, which is not a square number",
+            self.num_patches
+        );
         // A layer over a patch's pixels, channel after channel, is a convolution whose channels come last.
-        let convolution = linear.get("weight", &[hidden, patch * patch * 3], Init::Required)?;
-        let convolution = convolution.view([hidden, patch, patch, 3]).permute([0, 3, 1, 2]).contiguous();
-        let table = embeddings.pp("position_embedding").get("weight", &[side * side, hidden], Init::Required)?;
-        let block = |i| {
-            let layer = ClipLayer { hidden, intermediate: self.intermediate_size, heads: self.num_attention_heads };
-            layer.load(&self.hidden_act, self.layer_norm_eps, &weights.pp("encoder.layers").pp(i))
-        };
-        Ok(VisionTransformer {
-            embeddings: Embeddings::new(
-                convolution,
-                Some(linear.get("bias", &[hidden], Init::Zeros)?),
-                Positions::Learned { table, interpolation: Interpolation::BilinearAntialias },
-            ),
-            pre_norm: None,
-            blocks: (0..self.num_hidden_layers).map(block).collect::<Result<_>>()?,
-            norm: Some(Box::new(LayerNorm::load(&weights.pp("post_layernorm"), hidden, self.layer_norm_eps)?)),
-            side,
-        })
+        let (hidden, patch) = (self.hidden_size, self.patch_size);
+        let linear = weights.pp("embeddings.patch_embedding");
+        let linear = linear.get("weight", &[hidden, patch * patch * 3], Init::Required)?;
+        let convolution = linear.view([hidden, patch, patch, 3]).permute([0, 3, 1, 2]).contiguous();
+        siglip.load_around(convolution, Interpolation::BilinearAntialias, weights)
     }
 
-    fn sizes(&self) -> Sizes {
-        Sizes {
+    /// The SigLIP that has these layers, for pictures of as many patches as there are positions.
+    fn siglip(&self) -> SiglipVisionConfig {
+        SiglipVisionConfig {
             hidden_size: self.hidden_size,
+            intermediate_size: self.intermediate_size,
+            num_hidden_layers: self.num_hidden_layers,
             num_attention_heads: self.num_attention_heads,
             num_channels: self.num_channels,
             image_size: self.num_patches.max(0).isqrt() * self.patch_size,
             patch_size: self.patch_size,
+            hidden_act: self.hidden_act.clone(),
+            layer_norm_eps: self.layer_norm_eps,
         }
     }
 }
