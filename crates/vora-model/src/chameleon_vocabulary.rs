@@ -90,7 +90,7 @@ impl VocabularyMapping {
     /// # Errors
     /// Where an id is no image token's.
     pub fn bpe2img(&self, ids: &Tensor) -> Result<Tensor> {
-        let on_cpu = ids.to_device(Device::Cpu).to_kind(Kind::Int64);
+        let on_cpu = ids.to_device(Device::Cpu).to_kind(Kind::Int64).contiguous();
         let image_token_ids = Tensor::from_slice(&self.image_token_ids);
         let places = on_cpu.searchsorted(&image_token_ids, false, false, "left", None::<&Tensor>);
         let places = places.clamp_max(image_token_ids.size()[0] - 1);
