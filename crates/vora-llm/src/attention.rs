@@ -109,6 +109,13 @@ impl Attention {
         self.output(&attend_dropping(&q, &k, &v, plan, self.dropout))
     }
 
+    /// `q k^T / sqrt(head_dim)`, before mask and softmax: `[batch, seq, hidden]` -> `[batch, heads, seq, seq]`
+    pub fn logits(&self, x: &Tensor, cos_sin: &CosSin) -> Tensor {
+        let [q, k, _] = self.project(x, cos_sin);
+        let k = repeat_heads(&k, self.num_heads / self.num_kv_heads);
+        q.matmul(&k.transpose(2, 3)) / (self.head_dim as f64).sqrt()
+    }
+
     /// As [`Attention::forward`], and keeps keys and values.
     pub(crate) fn prefill(&self, x: &Tensor, cos_sin: &CosSin, plan: &AttentionPlan, cache: &mut LayerCache) -> Tensor {
         let [q, k, v] = self.project(x, cos_sin);
@@ -172,6 +179,12 @@ mod tests {
         let rotary = Rotary::new(&config).unwrap();
         let cos_sin = rotary.cos_sin(plan.position_ids(), plan.num_positions());
         fixtures::assert_close_to(&attention.forward(&golden["x"], &cos_sin, &plan), &golden["y"], 1e-5);
+        // The same by its definition.
+        let logits = attention.logits(&golden["x"], &cos_sin); // [batch, heads, seq, seq]
+        let future = Tensor::ones([11, 11], F32).triu(1).to_kind(Kind::Bool);
+        let seen = logits.masked_fill(&future, f64::NEG_INFINITY).softmax(-1, Kind::Float);
+        let [_, _, v] = attention.project(&golden["x"], &cos_sin);
+        fixtures::assert_close_to(&attention.output(&seen.matmul(&repeat_heads(&v, 2))), &golden["y"], 1e-5);
     }
 
     /// `q` [2, 4, seq, 8], `k` and `v` [2, 2, seq, 8]
@@ -211,6 +224,11 @@ mod tests {
             (
                 vec![vec![text(2), image, text(4), image, image, text(1)]; 2],
                 VisionAttention::Bidirectional,
+                vec![KernelChoice::Segments],
+            ),
+            (
+                vec![vec![text(2), image, text(4), image, image, text(1)]; 2],
+                VisionAttention::BidirectionalFused,
                 vec![KernelChoice::Segments],
             ),
             (vec![vec![image, text(7)], vec![image]], VisionAttention::Bidirectional, vec![KernelChoice::Segments]),

@@ -13,8 +13,19 @@ pub enum VisionAttention {
     /// All of each other, within one image; two adjacent images stay apart.
     #[default]
     Bidirectional,
+    /// All of each other, within one image and the images right before and behind it: without text between them,
+    /// several are one block, as in the published VoRA code. A folder's config says it by a key of its own.
+    #[serde(skip)]
+    BidirectionalFused,
     /// Only the earlier ones, like text.
     Causal,
+}
+
+impl VisionAttention {
+    /// Whether an image sees all of itself.
+    fn is_bidirectional(self) -> bool {
+        self != Self::Causal
+    }
 }
 
 /// What the tokens of a span are.
@@ -368,9 +379,10 @@ impl Layout {
             if span.branch.is_some() || span.document != row[0].document {
                 return None;
             }
-            let whole = span.is_image() && mode == VisionAttention::Bidirectional;
+            let whole = span.is_image() && mode.is_bidirectional();
             match parts.last_mut() {
                 Some((len, false)) if !whole => *len += span.len,
+                Some((len, true)) if whole && mode == VisionAttention::BidirectionalFused => *len += span.len,
                 _ => parts.push((span.len, whole)),
             }
         }
@@ -449,7 +461,7 @@ struct Tokens {
     positions: Vec<i64>,
     documents: Vec<i64>, // -1: padding
     branches: Vec<i64>,  // -1: the trunk
-    images: Vec<i64>,    // -1: not within an image that sees all of itself
+    images: Vec<i64>,    // the span that the block of a bidirectional image begins with; -1: not within one
 }
 
 impl Tokens {
@@ -465,13 +477,18 @@ impl Tokens {
         };
         for (row_idx, row) in spans.rows.iter().enumerate() {
             let mut ends: HashMap<(i64, Option<i64>), i64> = HashMap::new();
+            let mut last_images: HashMap<(i64, Option<i64>), i64> = HashMap::new(); // by the way they lie on
             for (span_idx, span) in row.iter().enumerate() {
                 let trunk_end = ends.get(&(span.document, None)).copied().unwrap_or(0);
                 let end = ends.entry((span.document, span.branch)).or_insert(trunk_end);
                 tokens.positions.extend(*end..*end + span.len);
                 *end += span.len;
-                let whole = span.is_image() && mode == VisionAttention::Bidirectional;
-                let image = if whole { span_idx as i64 } else { -1 };
+                let image = if span.is_image() && mode.is_bidirectional() { span_idx as i64 } else { -1 };
+                // An image on a branch stays apart from the trunk's, which sees no branch.
+                let before = last_images.insert((span.document, span.branch), image).unwrap_or(-1);
+                let fuses = mode == VisionAttention::BidirectionalFused && image >= 0 && before >= 0;
+                let image = if fuses { before } else { image };
+                last_images.insert((span.document, span.branch), image);
                 tokens.fill(span, image);
             }
             let row_end = (row_idx + 1) * seq as usize;
@@ -531,9 +548,18 @@ mod tests {
             let (from, to) = (&row[owner[q]], &row[owner[k]]);
             from.document == to.document && k <= q && (to.branch.is_none() || to.branch == from.branch)
         };
+        let fused = |a: usize, b: usize| {
+            let way = |span: &Span| (span.document, span.branch);
+            let between = row[a.min(b)..=a.max(b)].iter().filter(|span| way(span) == way(&row[a]));
+            way(&row[a]) == way(&row[b]) && between.clone().all(Span::is_image)
+        };
         let sees = |q: usize, k: usize| match (owner.get(q), owner.get(k)) {
             (Some(&a), Some(&b)) => {
-                let whole = a == b && row[a].is_image() && mode == VisionAttention::Bidirectional;
+                let whole = match mode {
+                    VisionAttention::Bidirectional => a == b && row[a].is_image(),
+                    VisionAttention::BidirectionalFused => fused(a, b),
+                    VisionAttention::Causal => false,
+                };
                 whole || (reaches(q, k) && (k..q).filter(|&between| reaches(q, between)).count() < window)
             }
             (None, None) => k <= q,
@@ -558,9 +584,8 @@ mod tests {
             vec![Span::text(4)],
         ];
         let windows = [17, 12, 5, 3, 1];
-        for (mode, window) in
-            [VisionAttention::Bidirectional, VisionAttention::Causal].into_iter().flat_map(|m| windows.map(|w| (m, w)))
-        {
+        let modes = [VisionAttention::Bidirectional, VisionAttention::BidirectionalFused, VisionAttention::Causal];
+        for (mode, window) in modes.into_iter().flat_map(|m| windows.map(|w| (m, w))) {
             let plan = plan(rows.clone(), mode);
             let plan = if window == 17 { plan } else { plan.within(window).unwrap() };
             let Kernel::Mask(mask) = &plan.kernel else { panic!("{:?}", plan.kernel) };
@@ -584,8 +609,26 @@ mod tests {
     }
 
     #[test]
+    fn adjacent_images_fuse_where_it_is_asked_for() {
+        let row = vec![Span::text(1), Span::image(1, 2), Span::image(1, 1), Span::text(1), Span::image(1, 1)];
+        let seen = |mode| {
+            let spans = Spans { rows: vec![row.clone()] };
+            let plan = AttentionPlan::with_kernel(&spans, mode, F32.0, F32.1, KernelChoice::Mask).unwrap();
+            let Kernel::Mask(mask) = &plan.kernel else { panic!("{:?}", plan.kernel) };
+            let rows = Vec::<Vec<f32>>::try_from(mask.view([6, 6])).unwrap();
+            rows.iter()
+                .map(|row| row.iter().map(|&m| if m == 0.0 { 'x' } else { '.' }).collect())
+                .collect::<Vec<String>>()
+        };
+        let apart = ["x.....", "xxx...", "xxx...", "xxxx..", "xxxxx.", "xxxxxx"];
+        let fused = ["x.....", "xxxx..", "xxxx..", "xxxx..", "xxxxx.", "xxxxxx"];
+        assert_eq!(seen(VisionAttention::Bidirectional), apart);
+        assert_eq!(seen(VisionAttention::BidirectionalFused), fused);
+    }
+
+    #[test]
     fn the_cheapest_kernel_that_serves() {
-        use VisionAttention::{Bidirectional, Causal};
+        use VisionAttention::{Bidirectional, BidirectionalFused, Causal};
         let long = Span::image(8, 8);
         for (rows, mode, expected) in [
             (vec![vec![Span::text(5)]; 2], Bidirectional, KernelChoice::Causal),
@@ -596,6 +639,8 @@ mod tests {
                 KernelChoice::Segments
             }),
             (vec![vec![Span::text(2), long], vec![Span::text(3), long]], Bidirectional, KernelChoice::Mask),
+            (vec![vec![Span::image(4, 8); 2]], Bidirectional, KernelChoice::Mask),
+            (vec![vec![Span::image(4, 8); 2]], BidirectionalFused, KernelChoice::Segments),
             (vec![vec![Span::text(2), Span::text(2).in_document(1)]], Causal, KernelChoice::Mask),
             (vec![vec![Span::text(2), Span::text(2).on_branch(0)]], Causal, KernelChoice::Mask),
         ] {

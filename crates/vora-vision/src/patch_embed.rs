@@ -1,6 +1,7 @@
 //! The one trained piece between pixels and the language model: patches -> norm -> positions -> the LLM's width.
 
 use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor, nn::Module};
 use vora_torch::rms_norm::RmsNorm;
 use vora_torch::weights::{Init, Weights};
@@ -23,10 +24,12 @@ pub struct PatchEmbedConfig {
 }
 
 /// Which rows of the position table a picture of another size than `image_size` gets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum PositionTable {
     /// The table, resampled in two dimensions to the picture's grid.
     #[default]
+    #[serde(rename = "interpolate")]
     Interpolated,
     /// The published VoRA code: its first rows where the picture has fewer patches (wrong in 2-D, but what the
     /// published checkpoints were trained with), bilinear resampling where it has more.
