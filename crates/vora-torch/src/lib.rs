@@ -23,6 +23,7 @@ pub mod ops;
 pub mod rms_norm;
 pub mod runtime;
 pub mod safetensors;
+pub mod shards;
 pub mod weights;
 
 pub use weights::{Init, Weights};

@@ -1,6 +1,6 @@
 //! Reading checkpoint files as views of mapped memory, and writing them so that a crash leaves no half file.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::c_void;
 use std::fs::File;
 use std::io::Write;
@@ -106,7 +106,7 @@ impl Checkpoint {
     }
 
     /// As [`Checkpoint::tensor`], in `kind`; what has to be dequantised takes no way round by f32.
-    pub(crate) fn tensor_as(&self, name: &str, kind: Kind) -> Result<Tensor> {
+    pub fn tensor_as(&self, name: &str, kind: Kind) -> Result<Tensor> {
         let entry = self.entry(name)?;
         match entry.range {
             Some(_) => Ok(self.tensor(name)?.to_kind(kind)),
@@ -331,95 +331,121 @@ fn dtype_of(kind: Kind) -> Result<Dtype> {
     })
 }
 
-/// A tensor on its way into a file: contiguous and on the CPU, its bytes borrowed.
-struct Bytes {
-    tensor: Tensor,
-    dtype: Dtype,
-    shape: Vec<usize>,
+/// What the header of a file says of one tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Info {
+    /// Its name.
+    pub name: String,
+    /// The kind of its elements.
+    pub kind: Kind,
+    /// Its dimensions.
+    pub shape: Vec<i64>,
 }
 
-impl Bytes {
-    fn new(tensor: &Tensor) -> Result<Self> {
-        let dtype = dtype_of(tensor.f_kind().map_err(error::clean)?)?;
-        let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
-        let shape = tensor.size().iter().map(|&d| d as usize).collect();
-        Ok(Self { tensor, dtype, shape })
+impl Info {
+    /// What is to be said of this tensor.
+    pub fn of(name: &str, tensor: &Tensor) -> Result<Self> {
+        let kind = tensor.f_kind().map_err(error::clean).with_context(|| format!("tensor `{name}`"))?;
+        Ok(Self { name: name.to_owned(), kind, shape: tensor.size() })
     }
 
-    fn as_slice(&self) -> &[u8] {
-        let len = self.tensor.numel() * self.tensor.kind().elt_size_in_bytes();
-        if len == 0 {
-            return &[];
-        }
-        // SAFETY: a contiguous CPU tensor of `len` bytes, owned by self.
-        unsafe { std::slice::from_raw_parts(self.tensor.data_ptr().cast::<u8>().cast_const(), len) }
+    /// Bytes of the tensor.
+    pub fn num_bytes(&self) -> u64 {
+        self.shape.iter().product::<i64>() as u64 * self.kind.elt_size_in_bytes() as u64
     }
 }
 
-impl safetensors::View for &Bytes {
-    fn dtype(&self) -> Dtype {
-        self.dtype
+/// The bytes of a contiguous tensor on the CPU.
+fn bytes_of(tensor: &Tensor) -> &[u8] {
+    let len = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    if len == 0 {
+        return &[];
     }
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
-        self.as_slice().into()
-    }
-    fn data_len(&self) -> usize {
-        self.as_slice().len()
-    }
+    // SAFETY: a contiguous CPU tensor of `len` bytes, borrowed as long as they are.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<u8>().cast_const(), len) }
 }
 
 /// Writes `tensors` to `path` atomically: beside its place, synced, renamed. `{"format": "pt"}` is added to the
 /// metadata, as HF transformers asks for.
 pub fn save(path: &Path, tensors: &[(String, Tensor)], metadata: &[(&str, &str)]) -> Result<()> {
-    let what = || format!("cannot write {}", path.display());
-    let mut header = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    header.extend(metadata.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())));
-    let bytes = tensors
+    let infos: Vec<Info> = tensors
         .iter()
-        .map(|(name, t)| Ok((name.as_str(), Bytes::new(t).with_context(|| format!("tensor `{name}`"))?)))
-        .collect::<Result<Vec<_>>>()
-        .with_context(what)?;
-    let views = bytes.iter().map(|(name, b)| (*name, b));
+        .map(|(name, tensor)| Info::of(name, tensor))
+        .collect::<Result<_>>()
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    let tensors: HashMap<&str, &Tensor> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    save_each(path, &infos, metadata, |name| Ok(tensors[name].shallow_clone()))
+}
+
+/// As [`save`], of tensors that are made one by one: each is asked for by its name when its turn comes, written, and
+/// dropped.
+///
+/// # Errors
+/// Also where two have one name, or a tensor is not of the kind and shape that was said of it.
+pub fn save_each(
+    path: &Path,
+    infos: &[Info],
+    metadata: &[(&str, &str)],
+    tensor: impl FnMut(&str) -> Result<Tensor>,
+) -> Result<()> {
+    let mut header = HashMap::from([("format", "pt")]);
+    header.extend(metadata.iter().copied());
     write_atomically(path, |file| {
         let mut file = std::io::BufWriter::with_capacity(1 << 20, file);
-        serialize_into(&mut file, views, header)?;
+        serialize_into(&mut file, infos, &header, tensor)?;
         file.flush()?;
         Ok(())
     })
 }
 
 /// The safetensors format by hand: length of the header, header, data; streamed, so that nothing is held twice.
-fn serialize_into<'a>(
+fn serialize_into(
     out: &mut impl Write,
-    views: impl Iterator<Item = (&'a str, &'a Bytes)>,
-    metadata: std::collections::HashMap<String, String>,
+    infos: &[Info],
+    metadata: &HashMap<&str, &str>,
+    mut tensor: impl FnMut(&str) -> Result<Tensor>,
 ) -> Result<()> {
-    let mut views: Vec<_> = views.collect();
+    let mut infos: Vec<&Info> = infos.iter().collect();
     // As the reference writer sorts them: by alignment, the widest first, then by name.
-    views.sort_by(|(a_name, a), (b_name, b)| {
-        let width = |x: &Bytes| x.tensor.kind().elt_size_in_bytes();
-        width(b).cmp(&width(a)).then(a_name.cmp(b_name))
+    infos.sort_by(|a, b| {
+        let width = |info: &Info| info.kind.elt_size_in_bytes();
+        width(b).cmp(&width(a)).then(a.name.cmp(&b.name))
     });
     let mut header = serde_json::Map::new();
     header.insert("__metadata__".into(), serde_json::to_value(metadata)?);
     let mut offset = 0;
-    for (name, b) in &views {
-        let end = offset + b.as_slice().len();
-        let info = serde_json::json!({"dtype": b.dtype, "shape": b.shape, "data_offsets": [offset, end]});
-        ensure!(header.insert((*name).to_owned(), info).is_none(), "two tensors are named `{name}`");
+    for info in &infos {
+        let Info { name, kind, shape } = info;
+        let dtype = dtype_of(*kind).with_context(|| format!("tensor `{name}`"))?;
+        let end = offset + info.num_bytes();
+        let value = serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": [offset, end]});
+        ensure!(header.insert(name.clone(), value).is_none(), "two tensors are named `{name}`");
         offset = end;
     }
     let mut header = serde_json::to_vec(&header)?;
     header.resize(header.len().next_multiple_of(8), b' ');
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(&header)?;
-    for (_, b) in &views {
-        out.write_all(b.as_slice())?;
+    for info in infos {
+        let tensor = tensor(&info.name)?;
+        let found = Info::of(&info.name, &tensor)?;
+        ensure!(
+            found == *info,
+            "tensor `{}` was to be {:?} {:?}, it is {:?} {:?}",
+            info.name,
+            info.kind,
+            info.shape,
+            found.kind,
+            found.shape
+        );
+        out.write_all(bytes_of(&tensor.detach().to_device(Device::Cpu).contiguous()))?;
     }
     Ok(())
+}
+
+/// [`write_atomically`] of bytes that are at hand.
+pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_atomically(path, |file| Ok(file.write_all(bytes)?))
 }
 
 /// Writes a file so that a crash at any moment leaves either the old one or the new one: written beside its place,
@@ -439,6 +465,43 @@ pub fn write_atomically(path: &Path, write: impl FnOnce(&mut File) -> Result<()>
     file.as_file().sync_all().with_context(what)?;
     file.persist(path).map_err(|e| e.error).with_context(what)?;
     File::open(folder).and_then(|f| f.sync_all()).with_context(what)
+}
+
+/// Writes a folder that is there whole or not at all: `write` fills another one beside its place, which is then renamed.
+///
+/// # Errors
+/// Where there is something at `path` already, other than an empty folder.
+pub fn write_folder_atomically<T>(path: &Path, write: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    ensure_vacant(path)?;
+    let what = || format!("cannot write {}", path.display());
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    std::fs::create_dir_all(parent).with_context(what)?;
+    let folder = tempfile::Builder::new()
+        .prefix(".tmp-")
+        .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .tempdir_in(parent)
+        .with_context(what)?;
+    let written = write(folder.path()).with_context(what)?;
+    // An empty folder in its place gives way.
+    std::fs::rename(folder.path(), path).with_context(what)?;
+    let _ = folder.keep(); // there is nothing left to remove
+    File::open(parent).and_then(|f| f.sync_all()).with_context(what)?;
+    Ok(written)
+}
+
+/// An error where a new folder cannot take the place `path`.
+pub fn ensure_vacant(path: &Path) -> Result<()> {
+    match std::fs::read_dir(path) {
+        Ok(mut entries) => {
+            ensure!(entries.next().is_none(), "{} is not empty: choose another folder", path.display());
+            Ok(())
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error).with_context(|| format!("{} cannot be a new folder", path.display())),
+    }
 }
 
 #[cfg(test)]
@@ -469,6 +532,55 @@ mod tests {
         }
         // Only the file is left: the temporary one was renamed.
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn tensors_are_asked_for_one_by_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let tensors: HashMap<String, Tensor> = example().into_iter().collect();
+        let infos: Vec<Info> = example().iter().map(|(name, t)| Info::of(name, t).unwrap()).collect();
+        let mut asked = Vec::new();
+        save_each(&path, &infos, &[], |name| {
+            asked.push(name.to_owned());
+            Ok(tensors[name].shallow_clone())
+        })
+        .unwrap();
+        assert_eq!(asked, ["a.ids", "b.weight", "d.scalar", "e.empty", "c.half"]); // the widest first
+        let streamed = std::fs::read(&path).unwrap();
+        save(&path, &example(), &[]).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), streamed);
+
+        let other = |name: &str| save_each(&path, &infos, &[], |_| Ok(tensors[name].shallow_clone())).unwrap_err();
+        let error = format!("{:#}", other("d.scalar"));
+        assert!(error.contains("tensor `a.ids` was to be Int64 [2], it is Float []"), "{error}");
+        let twice = [infos[0].clone(), infos[0].clone()];
+        let error =
+            format!("{:#}", save_each(&path, &twice, &[], |_| unreachable!("the header comes first")).unwrap_err());
+        assert!(error.contains("two tensors are named `b.weight`"), "{error}");
+        // Whatever failed left the file as it was, and nothing beside it.
+        assert_eq!(std::fs::read(&path).unwrap(), streamed);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_folder_is_written_whole_or_not_at_all() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("deep/new");
+        let write = |folder: &Path| write_bytes(&folder.join("a"), b"1");
+        let failing = |folder: &Path| -> Result<()> { write(folder).and_then(|()| bail!("no more")) };
+        let error = write_folder_atomically(&path, failing).unwrap_err();
+        let error = format!("{error:#}: {}", write_folder_atomically::<()>(&path, |_| bail!("again")).unwrap_err());
+        assert!(error.contains("new: no more"), "{error}");
+        assert_eq!(std::fs::read_dir(root.path().join("deep")).unwrap().count(), 0);
+        std::fs::create_dir(&path).unwrap();
+        write_folder_atomically(&path, write).unwrap();
+        assert_eq!(std::fs::read(path.join("a")).unwrap(), b"1");
+        let error = write_folder_atomically(&path, write).unwrap_err().to_string();
+        assert!(error.contains("deep/new is not empty: choose another folder"), "{error}");
+        let error = format!("{:#}", write_folder_atomically(&path.join("a"), write).unwrap_err());
+        assert!(error.contains("a cannot be a new folder"), "{error}");
+        assert_eq!(std::fs::read_dir(root.path().join("deep")).unwrap().count(), 1);
     }
 
     #[test]
