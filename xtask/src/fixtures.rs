@@ -1,4 +1,7 @@
-//! `cargo xtask fixtures`: rebuilds the golden tensors in a Python environment of their own.
+//! `cargo xtask fixtures`: rebuilds the golden tensors in a Python environment of their own, or writes the table of how
+//! close to them everything is.
+
+mod table;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +14,8 @@ use crate::cmd;
 const EXAMPLES: &str = "\
 Examples:
   cargo xtask fixtures                 run every script of fixtures/generate
-  cargo xtask fixtures attention       fixtures/generate/attention.py -> fixtures/golden/attention.safetensors";
+  cargo xtask fixtures attention       fixtures/generate/attention.py -> fixtures/golden/attention.safetensors
+  cargo xtask fixtures --table         run every test; the table in fixtures/README.md says what was compared";
 
 /// Arguments of `fixtures`.
 #[derive(Debug, clap::Args)]
@@ -20,10 +24,16 @@ pub struct Args {
     /// Scripts to run, without `.py`; all of them by default
     #[arg(value_name = "NAME")]
     names: Vec<String>,
+    /// Run every test instead, and write the largest differences into fixtures/README.md
+    #[arg(long, conflicts_with = "names")]
+    table: bool,
 }
 
 /// Runs the scripts, one after another, in the clone.
 pub fn run(args: &Args) -> Result<()> {
+    if args.table {
+        return table::write();
+    }
     let generate = cmd::root().join("fixtures/generate");
     let scripts = scripts(&generate, &args.names)?;
     let python = environment(&generate.join("requirements.txt"))?;

@@ -47,7 +47,7 @@ enum Task {
     Check(check::Args),
     /// Run benches; `bench attention --train` compares training with bidirectional and causal vision attention
     Bench(bench::Args),
-    /// Rebuild the golden tensors in a Python environment of their own
+    /// Rebuild the golden tensors in a Python environment of their own; `--table` says how close to them everything is
     Fixtures(fixtures::Args),
 }
 

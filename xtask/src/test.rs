@@ -1,6 +1,7 @@
 //! `cargo xtask test`: sets up, then runs every test of the workspace, doctests included.
 
 use std::env;
+use std::process::Command;
 
 use anyhow::Result;
 
@@ -18,11 +19,16 @@ Examples:
 pub struct Args {
     /// Handed to `cargo test`
     #[arg(last = true, value_name = "ARGS")]
-    args: Vec<String>,
+    pub args: Vec<String>,
 }
 
 /// Runs the tests.
 pub fn run(args: &Args) -> Result<()> {
+    cmd::run(&mut command(args)?)
+}
+
+/// What runs the tests, with all that it needs set up.
+pub fn command(args: &Args) -> Result<Command> {
     setup::ensure()?;
     let mut test = cmd::cargo();
     test.args(["test", "--locked"]);
@@ -33,5 +39,6 @@ pub fn run(args: &Args) -> Result<()> {
     if env::var_os("OMP_NUM_THREADS").is_none() {
         test.env("OMP_NUM_THREADS", "1");
     }
-    cmd::run(test.args(&args.args))
+    test.args(&args.args);
+    Ok(test)
 }

@@ -121,9 +121,8 @@ fn decoding_step_by_step_matches_reference() {
 #[test]
 fn bf16_is_as_close_as_the_references() {
     for case in cases() {
-        let found = difference(&case.logits(&case.load(Kind::BFloat16)), case.get("logits"));
-        let allowed = 1.5 * case.get("bf16_difference").double_value(&[]);
-        assert!(found <= allowed, "{}: bf16 differs by {found}, allowed {allowed}", case.name);
+        let theirs = case.get("bf16_difference").double_value(&[]);
+        assert_close_to(&case.logits(&case.load(Kind::BFloat16)), case.get("logits"), 1.5 * theirs);
     }
 }
 
