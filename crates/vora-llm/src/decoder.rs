@@ -52,6 +52,14 @@ impl DecoderLayer {
         self.around(x, self.dropout, |x| self.self_attn.forward_train(x, cos_sin, plan))
     }
 
+    /// What attention puts into its softmax, from what goes into the layer.
+    fn attention_logits(&self, x: &Tensor, cos_sin: &CosSin) -> Tensor {
+        if self.swin_norm {
+            return self.self_attn.logits(x, cos_sin);
+        }
+        self.self_attn.logits(&self.input_layernorm.forward(x), cos_sin)
+    }
+
     /// The residual stream around whichever form of attention.
     fn around(&self, x: &Tensor, dropout: f64, attention: impl FnOnce(&Tensor) -> Tensor) -> Tensor {
         let drop = |x: Tensor| if dropout > 0.0 { x.dropout(dropout, true) } else { x };
@@ -124,6 +132,8 @@ impl<T> Shared<'_, T> {
 pub struct Output {
     /// After the final norm, `[batch, seq, hidden]`.
     pub last_hidden_state: Tensor,
+    /// What goes into that norm, `[batch, seq, hidden]`.
+    pub before_norm: Tensor,
     /// The embeddings, then the output of each layer asked for, `[batch, seq, hidden]` each; as in HF, the one after
     /// the last layer of all is the normed one.
     pub hidden_states: Vec<Tensor>,
@@ -189,7 +199,7 @@ impl Decoder {
         if hidden_layers >= self.layers.len() {
             hidden_states.push(last_hidden_state.shallow_clone());
         }
-        Output { last_hidden_state, hidden_states }
+        Output { last_hidden_state, before_norm: x, hidden_states }
     }
 
     /// The plan of a batch, for all layers at once.
@@ -269,6 +279,14 @@ impl CausalLm {
         self.model.forward_train(inputs_embeds, plan, hidden_layers)
     }
 
+    /// What every layer's attention puts into its softmax, without the mask: from the `hidden_states` of a forward with
+    /// that plan, `[batch, heads, seq, seq]` for each layer that they reach. Logits that grow without bound foretell a
+    /// training that diverges (arXiv 2309.14322).
+    pub fn attention_logits(&self, hidden_states: &[Tensor], plan: &AttentionPlan) -> Vec<Tensor> {
+        let cos_sin = self.model.rotary.cos_sin(plan.position_ids(), plan.num_positions());
+        self.model.layers.iter().zip(hidden_states).map(|(layer, x)| layer.attention_logits(x, &cos_sin)).collect()
+    }
+
     /// Logits where they are asked for: `[n, hidden]` -> `[n, vocab]`
     ///
     /// For a Chameleon they are as the head gives them: HF's forward puts those of image codes to the lowest number,
@@ -276,6 +294,11 @@ impl CausalLm {
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
         let head = self.lm_head.as_ref().unwrap_or(&self.model.embed_tokens);
         hidden.linear::<&Tensor>(&head.to_kind(hidden.kind()), None)
+    }
+
+    /// Whether the head's own weight is trained, tied to the embedding or not.
+    pub fn trains_head(&self) -> bool {
+        self.lm_head.as_ref().unwrap_or(&self.model.embed_tokens).requires_grad()
     }
 
     /// A cache for this model.

@@ -88,6 +88,7 @@ fn hidden_states_logits_and_gradients_match_reference() {
         for (i, hidden) in output.hidden_states.iter().enumerate() {
             assert_close_to(hidden, case.get(&format!("hidden_states.{i}")), 2e-5);
         }
+        assert!(llm.model.norm.forward(&output.before_norm).equal(&output.last_hidden_state));
         let logits = llm.logits(&output.last_hidden_state);
         assert_close_to(&logits, case.get("logits"), 2e-5);
         logits.square().mean(Kind::Float).backward();
