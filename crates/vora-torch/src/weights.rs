@@ -175,6 +175,28 @@ impl Weights {
         }
     }
 
+    /// Every tensor that the checkpoint has below this place, by its name from here on, as it lies there: in its own
+    /// kind, from a file as a view of the mapped memory. None of them counts as asked for. A source of new weights has
+    /// none.
+    pub fn stored(&self) -> Result<Vec<(String, Tensor)>> {
+        let below = if self.path.is_empty() { String::new() } else { format!("{}.", self.path) };
+        let mut stored: Vec<(String, Tensor)> = match &*self.source {
+            Source::File(checkpoint) => {
+                let names = checkpoint.names().filter_map(|name| Some((name, name.strip_prefix(&below)?)));
+                names.map(|(name, own)| Ok((own.to_owned(), checkpoint.tensor(name)?))).collect::<Result<_>>()?
+            }
+            Source::Tensors(tensors) => {
+                let own = |(name, tensor): (&String, &Tensor)| {
+                    Some((name.strip_prefix(&below)?.to_owned(), tensor.shallow_clone()))
+                };
+                tensors.iter().filter_map(own).collect()
+            }
+            Source::New { .. } => Vec::new(),
+        };
+        stored.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(stored)
+    }
+
     /// A frozen tensor, in the kind of this source; a trained one where the source is [`Weights::trained`].
     pub fn get(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
         if self.trained {
@@ -398,6 +420,25 @@ mod tests {
         weights.trained().pp("a").ignore("unused");
         weights.finish().unwrap();
         assert!(weights.parameters().is_empty());
+    }
+
+    #[test]
+    fn what_is_stored_is_handed_out_as_it_lies_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let half = Tensor::randn([4], (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
+        let tensors = ["a.x", "a.b.y", "ab.z"].map(|name| (name.to_owned(), half.shallow_clone()));
+        save(&path, &tensors, &[]).unwrap();
+        let in_file = Weights::open(&path, Device::Cpu, Kind::Float).unwrap();
+        let in_memory = Weights::from_tensors(tensors, Device::Cpu, Kind::Float);
+        for weights in [in_file, in_memory] {
+            let stored = weights.pp("a").stored().unwrap();
+            assert_eq!(stored.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["b.y", "x"]);
+            assert!(stored.iter().all(|(_, tensor)| tensor.kind() == Kind::BFloat16 && tensor.equal(&half)));
+            assert_eq!(weights.stored().unwrap().len(), 3);
+            assert!(weights.finish().unwrap_err().to_string().contains("unexpected a.x"));
+        }
+        assert!(Weights::random(0, Device::Cpu, Kind::Float).stored().unwrap().is_empty());
     }
 
     #[test]
