@@ -16,6 +16,7 @@ use crate::vision_transformer::{Patchifier, VisionTransformer};
 pub struct Encoder {
     model: VisionTransformer,
     processor: ImageProcessor,
+    tensors: Vec<(String, Tensor)>,
 }
 
 /// An encoder whose hidden states a student learns to predict, block by block.
@@ -31,18 +32,28 @@ impl Encoder {
     pub fn open(folder: &Path, device: Device, kind: Kind) -> Result<Self> {
         let config = EncoderConfig::open(folder)?;
         let weights = Weights::open(folder, device, kind)?;
-        let model = config.load(&weights).with_context(|| format!("in {}", folder.join("config.json").display()))?;
+        let encoder =
+            Self::load(&config, &weights).with_context(|| format!("in {}", folder.join("config.json").display()))?;
         weights
             .finish_allowing(|name| config.leaves_out(name))
             .with_context(|| format!("loading the vision encoder in {}", folder.display()))?;
         let prepared = ["preprocessor_config.json", "processor_config.json"].iter().any(|f| folder.join(f).exists());
-        let processor = if prepared { ImageProcessor::open(folder)? } else { config.default_processor() };
-        Ok(Self { model, processor })
+        Ok(if prepared { Self { processor: ImageProcessor::open(folder)?, ..encoder } } else { encoder })
     }
 
-    /// One that is in no folder of its own.
+    /// One inside a larger model, from its own names; see [`EncoderConfig::load`]. Its pictures are prepared as
+    /// [`EncoderConfig::default_processor`] says.
+    ///
+    /// # Errors
+    /// Where the config contradicts itself; tensors that do not fit are told by `weights.finish_allowing()`.
+    pub fn load(config: &EncoderConfig, weights: &Weights) -> Result<Self> {
+        let model = config.load(weights)?;
+        Ok(Self { model, processor: config.default_processor(), tensors: config.own_tensors(weights.stored()?) })
+    }
+
+    /// One that is in no folder, with no tensors to write into one.
     pub fn new(model: VisionTransformer, processor: ImageProcessor) -> Self {
-        Self { model, processor }
+        Self { model, processor, tensors: Vec::new() }
     }
 
     /// The transformer.
@@ -53,6 +64,12 @@ impl Encoder {
     /// How its pictures are prepared; [`ImageProcessor::at`] gives the same for another size.
     pub fn processor(&self) -> &ImageProcessor {
         &self.processor
+    }
+
+    /// Its tensors as they lie in their file, with heads that no hidden state needs, by the names that Hugging Face's
+    /// vision model alone has for them; on the CPU, in the kind they are stored in. None of a model that is in no file.
+    pub fn tensors(&self) -> &[(String, Tensor)] {
+        &self.tensors
     }
 
     /// Channels of its hidden states.
@@ -115,6 +132,9 @@ mod tests {
 
         let encoder = open().unwrap();
         assert_eq!((encoder.hidden_size(), encoder.num_hidden_layers(), encoder.patch_size()), (16, 3, 4));
+        let stored: Vec<&str> = encoder.tensors().iter().map(|(name, _)| name.as_str()).collect();
+        assert!(stored.contains(&"vision_model.post_layernorm.bias"), "{stored:?}");
+        assert!(stored.iter().all(|name| name.starts_with("vision_model.")), "{stored:?}");
         assert_eq!(encoder.processor().mean_std().0, [0.1, 0.2, 0.3]);
         assert_eq!(encoder.processor().output_size(90, 60), (32, 32));
         assert!(encoder.patchifier().bias.is_none());

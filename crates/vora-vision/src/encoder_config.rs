@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
+use tch::Tensor;
 use vora_torch::weights::Weights;
 
 use crate::aimv2::Aimv2VisionConfig;
@@ -104,6 +105,42 @@ impl EncoderConfig {
         names.left_out.iter().any(|start| own.starts_with(start))
     }
 
+    /// The tensors of the encoder alone among those of such a folder, by the names that Hugging Face's vision model alone
+    /// has for them. Heads of its own stay with it; the words' half goes, and the counters of positions that old files
+    /// have.
+    pub(crate) fn own_tensors(&self, tensors: Vec<(String, Tensor)>) -> Vec<(String, Tensor)> {
+        let Names { prefix, alone, .. } = self.names();
+        let own = |name: &str| name.strip_prefix(prefix)?.strip_prefix('.').map(str::to_owned);
+        let has_more = tensors.iter().any(|(name, _)| own(name).is_some());
+        let tensors = tensors.into_iter().filter_map(|(name, tensor)| {
+            let name = if has_more { own(&name)? } else { name };
+            (name != "embeddings.position_ids").then(|| (format!("{alone}{name}"), tensor))
+        });
+        tensors.collect()
+    }
+
+    /// Tokens before the patches: the class token and registers.
+    pub fn num_prefix_tokens(&self) -> i64 {
+        match self {
+            Self::Clip(_) | Self::Vit(_) => 1,
+            Self::Siglip(_) | Self::Siglip2(_) | Self::Aimv2(_) => 0,
+            Self::Dinov2(config) => 1 + config.num_register_tokens,
+        }
+    }
+
+    /// Patches of a picture of the size that it was trained for.
+    pub fn num_patches(&self) -> i64 {
+        let (image_size, patch_size) = match self {
+            Self::Clip(config) => (config.image_size, config.patch_size),
+            Self::Siglip(config) => (config.image_size, config.patch_size),
+            Self::Siglip2(config) => return config.num_patches,
+            Self::Aimv2(config) => (config.image_size, config.patch_size),
+            Self::Vit(config) => (config.image_size, config.patch_size),
+            Self::Dinov2(config) => (config.image_size, config.patch_size),
+        };
+        (image_size / patch_size.max(1)).pow(2)
+    }
+
     /// What its pictures go through where no file says so: mean, std and sampling of the family's own processor, and
     /// the whole picture made a square of the size that it was trained for; for SigLIP 2 one of about its own aspect.
     pub fn default_processor(&self) -> ImageProcessor {
@@ -122,6 +159,7 @@ impl EncoderConfig {
         match self {
             Self::Clip(_) => Names {
                 prefix: "vision_model",
+                alone: "vision_model.",
                 convolution: "embeddings.patch_embedding.weight",
                 left_out: &[
                     "post_layernorm.",
@@ -134,11 +172,13 @@ impl EncoderConfig {
             },
             Self::Siglip(_) | Self::Siglip2(_) => Names {
                 prefix: "vision_model",
+                alone: "vision_model.",
                 convolution: "embeddings.patch_embedding.weight",
                 left_out: &["head.", "embeddings.position_ids", "text_model.", "logit_scale", "logit_bias"],
             },
             Self::Aimv2(_) => Names {
                 prefix: "vision_model",
+                alone: "",
                 convolution: "embeddings.patch_embed.weight",
                 left_out: &[
                     "head.",
@@ -151,11 +191,13 @@ impl EncoderConfig {
             },
             Self::Vit(_) => Names {
                 prefix: "vit",
+                alone: "",
                 convolution: "embeddings.patch_embeddings.projection.weight",
                 left_out: &["pooler.", "embeddings.mask_token", "classifier.", "decoder."],
             },
             Self::Dinov2(_) => Names {
                 prefix: "dinov2",
+                alone: "",
                 convolution: "embeddings.patch_embeddings.projection.weight",
                 left_out: &["classifier."],
             },
@@ -166,6 +208,7 @@ impl EncoderConfig {
 /// Where a family's tensors stand.
 struct Names {
     prefix: &'static str,      // in models with more in them
+    alone: &'static str,       // what the model alone writes before its own names
     convolution: &'static str, // by which the place is known
     left_out: &'static [&'static str],
 }
@@ -217,6 +260,29 @@ mod tests {
         assert_eq!(EncoderConfig::from_json(&old).unwrap(), expected);
         let registers = EncoderConfig::from_json(&json!({"model_type": "dinov2_with_registers"})).unwrap();
         assert!(matches!(registers, EncoderConfig::Dinov2(config) if config.num_register_tokens == 4));
+    }
+
+    #[test]
+    fn tensors_of_the_encoder_alone_have_its_own_names() {
+        for (name, alone) in [("clip", "vision_model."), ("siglip2", "vision_model."), ("aimv2", ""), ("dinov2", "")] {
+            let config = EncoderConfig::from_json(&golden::json(name)).unwrap();
+            let own = config.own_tensors(fixtures::open(name).under("weights."));
+            assert!(!own.is_empty());
+            for (name, _) in &own {
+                let name = name.strip_prefix(alone).unwrap();
+                assert!(!name.starts_with("text_model") && !name.starts_with("vision_model"), "{name}");
+            }
+            let again = Weights::from_tensors(own, tch::Device::Cpu, Kind::Float);
+            let model = config.load(&again).unwrap();
+            again.finish_allowing(|name| config.leaves_out(name)).unwrap();
+            assert_eq!(model.num_prefix_tokens(), config.num_prefix_tokens());
+        }
+        let config = EncoderConfig::from_json(&json!({"model_type": "clip", "vision_config": {}})).unwrap();
+        let ids = ("vision_model.embeddings.position_ids".to_owned(), Tensor::from(0i64));
+        assert!(config.own_tensors(vec![ids]).is_empty());
+        assert_eq!(config.num_patches(), 49);
+        let registers = EncoderConfig::from_json(&json!({"model_type": "dinov2_with_registers"})).unwrap();
+        assert_eq!(registers.num_prefix_tokens(), 5);
     }
 
     #[test]
