@@ -7,9 +7,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use vora_llm::{LlmConfig, VisionAttention};
 use vora_lora::LoraConfig;
-use vora_vision::PatchEmbedConfig;
+use vora_vision::{PatchEmbedConfig, PositionTable};
 
-/// The keys that the published VoRA code adds to the LLM's own (its `VoRAConfig`).
+/// The keys that the published VoRA code adds to the LLM's own (its `VoRAConfig`), and `fuse_adjacent_images` and
+/// `pos_embed`, which say what that code does without asking.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct VisionKeys {
     #[serde(default)]
@@ -24,6 +25,10 @@ struct VisionKeys {
     #[serde(default)]
     aux_vision: String,
     #[serde(default, deserialize_with = "lora_or_empty", skip_serializing_if = "Option::is_none")]
+    fuse_adjacent_images: Option<bool>,
+    #[serde(default)]
+    pos_embed: Option<PositionTable>,
+    #[serde(default)]
     lora: Option<LoraConfig>,
 }
 
@@ -33,7 +38,7 @@ fn aimv2_embedding() -> String {
 }
 
 /// Merged folders of the published code say `"lora": {}`.
-fn lora_or_empty<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<LoraConfig>, D::Error> {
+pub(crate) fn lora_or_empty<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<LoraConfig>, D::Error> {
     match Value::deserialize(deserializer)? {
         Value::Null => Ok(None),
         Value::Object(map) if map.is_empty() => Ok(None),
@@ -56,10 +61,13 @@ pub struct VoraConfig {
     pub patch_size: i64,
     /// Side of the pictures that the position table was made for, in pixels.
     pub image_size: i64,
-    /// Whether the tokens of a picture see each other in both directions.
+    /// Whether the tokens of a picture see each other in both directions; with `"fuse_adjacent_images": true`, those of
+    /// the pictures right beside it too.
     pub vision_attention: VisionAttention,
     /// The adapters that are attached; none once merged.
     pub lora: Option<LoraConfig>,
+    /// Which rows of the position table a picture of another size gets: `"pos_embed": "interpolate"` or `"first_rows"`.
+    pub pos_embed: PositionTable,
 }
 
 impl VoraConfig {
@@ -75,9 +83,12 @@ impl VoraConfig {
             vision_attention: VisionAttention::Bidirectional,
             lora: None,
         }
+            pos_embed: PositionTable::Interpolated,
     }
 
-    /// Reads `config.json` of a VoRA folder, ours or a published one.
+    /// Reads `config.json` of a VoRA folder, ours or a published one. A published one, known by having no key
+    /// `llm_model_type`, was trained with adjacent pictures fused and position rows taken flat, and has both unless its
+    /// keys say otherwise.
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
         let json = read_object(&path)?;
@@ -89,7 +100,16 @@ impl VoraConfig {
         ensure!(model_type == "vora", "model_type is `{model_type}`, a VoRA folder says `vora`");
         let keys: VisionKeys = serde_json::from_value(Value::Object(json.clone()))?;
         // The published config keeps the LLM's keys but not its type; only Qwen2 was published.
-        let llm_type = json.remove("llm_model_type").unwrap_or_else(|| json!("qwen2"));
+        let llm_type = json.remove("llm_model_type");
+        let published = llm_type.is_none();
+        let llm_type = llm_type.unwrap_or_else(|| json!("qwen2"));
+        let vision_attention = match keys.vision_attention_mask {
+            VisionAttention::Bidirectional if keys.fuse_adjacent_images.unwrap_or(published) => {
+                VisionAttention::BidirectionalFused
+            }
+            mask => mask,
+        };
+        let trained_with = if published { PositionTable::FirstRows } else { PositionTable::Interpolated };
         json.insert("model_type".into(), llm_type);
         let vision = to_object(&keys)?;
         json.retain(|key, _| !vision.contains_key(key) && key != "lora" && key != "architectures");
@@ -102,7 +122,8 @@ impl VoraConfig {
             vision_embedding_intermediate_size: keys.vision_embedding_intermediate_size,
             patch_size: keys.patch_size,
             image_size: keys.image_size,
-            vision_attention: keys.vision_attention_mask,
+            vision_attention,
+            pos_embed: keys.pos_embed.unwrap_or(trained_with),
             lora: keys.lora,
         })
     }
@@ -112,12 +133,15 @@ impl VoraConfig {
         let mut json = to_object(&self.llm)?;
         let llm_type = json.remove("model_type").unwrap_or_default();
         let keys = VisionKeys {
+        let fused = self.vision_attention == VisionAttention::BidirectionalFused;
             llm: self.llm_name.clone(),
             vision_embedding: aimv2_embedding(),
             vision_embedding_intermediate_size: self.vision_embedding_intermediate_size,
             patch_size: self.patch_size,
             image_size: self.image_size,
-            vision_attention_mask: self.vision_attention,
+            vision_attention_mask: if fused { VisionAttention::Bidirectional } else { self.vision_attention },
+            fuse_adjacent_images: Some(fused),
+            pos_embed: Some(self.pos_embed),
             aux_vision: self.aux_vision.clone(),
             lora: self.lora.clone(),
         };
@@ -163,6 +187,46 @@ mod tests {
     #[test]
     fn a_published_config_is_read() {
         let published = json!({
+    #[test]
+    fn what_the_published_code_does_unasked_is_told_by_keys() {
+        let ours = object(VoraConfig::new(LlmConfig::tiny(64), 12, 4, 8).to_json().unwrap());
+        assert_eq!((&ours["fuse_adjacent_images"], &ours["pos_embed"]), (&json!(false), &json!("interpolate")));
+        let read = |change: &dyn Fn(&mut Map<String, Value>)| {
+            let mut json = ours.clone();
+            change(&mut json);
+            let config = VoraConfig::from_json(json).unwrap();
+            // Once read, it is written so that it is read as the same.
+            let again = VoraConfig::from_json(object(config.to_json().unwrap())).unwrap();
+            assert_eq!((again.vision_attention, again.pos_embed), (config.vision_attention, config.pos_embed));
+            (config.vision_attention, config.pos_embed)
+        };
+        let published = |json: &mut Map<String, Value>| {
+            json.retain(|key, _| !["llm_model_type", "fuse_adjacent_images", "pos_embed"].contains(&key.as_str()));
+        };
+        let (apart, fused) = (VisionAttention::Bidirectional, VisionAttention::BidirectionalFused);
+        let (interpolated, first_rows) = (PositionTable::Interpolated, PositionTable::FirstRows);
+        assert_eq!(read(&|_| {}), (apart, interpolated));
+        assert_eq!(read(&published), (fused, first_rows));
+        let without = |key: &'static str| move |json: &mut Map<String, Value>| drop(json.remove(key));
+        assert_eq!(read(&without("fuse_adjacent_images")), (apart, interpolated));
+        let with = |key: &'static str, value: Value| {
+            move |json: &mut Map<String, Value>| {
+                published(json);
+                json.insert(key.into(), value.clone());
+            }
+        };
+        assert_eq!(read(&with("fuse_adjacent_images", json!(false))), (apart, first_rows));
+        assert_eq!(read(&with("pos_embed", json!("interpolate"))), (fused, interpolated));
+        assert_eq!(read(&with("vision_attention_mask", json!("causal"))), (VisionAttention::Causal, first_rows));
+        let error = VoraConfig::from_json(object(json!({
+            "model_type": "vora", "vision_embedding_intermediate_size": 12, "patch_size": 4, "image_size": 8,
+            "pos_embed": "flat",
+        })));
+        assert!(
+            error.unwrap_err().to_string().contains("unknown variant `flat`, expected `interpolate` or `first_rows`")
+        );
+    }
+
             "model_type": "vora", "llm": "Qwen/Qwen2.5-7B-Instruct", "vocab_size": 152064, "hidden_size": 3584,
             "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
             "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu",

@@ -34,7 +34,8 @@ impl Vora {
         let mut model = Self {
             llm: CausalLm::load(&config.llm, llm)?,
             vision_embedding: PatchEmbed::load(&config.patch_embed(), &trained.pp("vision_embedding"))?
-                .with_rms_norm_eps(config.llm.rms_norm_eps),
+                .with_rms_norm_eps(config.llm.rms_norm_eps)
+                .with_position_table(config.pos_embed),
             config,
         };
         if let Some(lora) = model.config.lora.clone() {
@@ -140,6 +141,7 @@ mod tests {
 
     /// A tiny VoRA with adapters whose B is not zero.
     fn adapted() -> Vora {
+    use vora_vision::PositionTable;
         let mut config = VoraConfig::new(LlmConfig::tiny(64), 12, 4, 8);
         config.lora = Some(LoraConfig::new(3, 1));
         let weights = Weights::random(5, Device::Cpu, Kind::Float);
@@ -194,6 +196,34 @@ mod tests {
         model.merge().unwrap();
         model.save(folder.path()).unwrap();
         let mut tensors = model.tensors().unwrap();
+    #[test]
+    fn a_folder_says_whether_it_sees_as_the_published_code_does() {
+        let mut config = VoraConfig::new(LlmConfig::tiny(64), 12, 4, 8);
+        let folder = tempfile::tempdir().unwrap();
+        let mut open = |mask, pos_embed| {
+            (config.vision_attention, config.pos_embed) = (mask, pos_embed);
+            let weights = Weights::random(5, Device::Cpu, Kind::Float);
+            Vora::load(config.clone(), &weights).unwrap().save(folder.path()).unwrap();
+            Vora::open(folder.path(), Device::Cpu, Kind::Float).unwrap()
+        };
+        let ours = open(VisionAttention::Bidirectional, PositionTable::Interpolated);
+        let fused = open(VisionAttention::BidirectionalFused, PositionTable::Interpolated);
+        let flat = open(VisionAttention::Bidirectional, PositionTable::FirstRows);
+        // Two pictures side by side, each with its own size of grid.
+        let picture = |width: i64| Tensor::linspace(-1, 1, 3 * 4 * width, CPU).view([3, 4, width]);
+        let input = Input {
+            input_ids: Tensor::arange(5, (Kind::Int64, Device::Cpu)).unsqueeze(0),
+            pixel_values: vec![picture(8), picture(4)],
+            spans: Spans { rows: vec![vec![Span::text(1), Span::image(1, 2), Span::image(1, 1), Span::text(1)]] },
+        };
+        let hidden = |model: &Vora| tch::no_grad(|| model.forward(&input, 0)).unwrap().last_hidden_state;
+        let differs = |a: &Tensor, b: &Tensor, place| (a - b).select(1, place).abs().max().double_value(&[]) > 1e-4;
+        // The word before sees neither; the first picture sees the second only where they are one block.
+        let [ours, fused, flat] = [&ours, &fused, &flat].map(hidden);
+        assert_eq!([0, 1, 2].map(|place| differs(&ours, &fused, place)), [false, true, true]);
+        assert_eq!([0, 1, 2].map(|place| differs(&ours, &flat, place)), [false, true, true]);
+    }
+
         tensors.retain(|(name, _)| name != "vision_embedding.pos_embed");
         tensors.push(("llm.extra".into(), Tensor::zeros([1], CPU)));
         save(&folder.path().join("model.safetensors"), &tensors, &[]).unwrap();
