@@ -28,6 +28,7 @@
 mod chameleon;
 mod chameleon_vocabulary;
 mod config;
+pub mod convert;
 mod model;
 mod vora;
 

@@ -1,0 +1,470 @@
+//! One checkpoint layout into another, by names alone: no model is built, and no more than one tensor is in memory.
+//!
+//! A [`Conversion`] is planned from the headers of the files; its [`Report`] says what becomes of every tensor before
+//! anything is written. What is kept or renamed keeps its bytes unless another kind is asked for.
+
+mod layout;
+mod plan;
+mod report;
+mod side_files;
+mod source;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use tch::{Kind, Tensor};
+use vora_lora::{LoraConfig, merge_state_dict, save_adapter};
+use vora_torch::safetensors::{Info, save_each, write_folder_atomically};
+use vora_torch::shards::Shards;
+
+pub use layout::Layout;
+pub use report::{Change, FileReport, Report, ShardReport, TensorReport};
+
+use plan::Step;
+use side_files::SideFile;
+use source::{ADAPTER, PEFT_PREFIX, Source, VISION};
+
+/// What is asked of a conversion beside its two ends.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// The layout to write; none: that of the source, or the only one that it can become.
+    pub to: Option<Layout>,
+    /// The kind of every tensor of real numbers; none: as it is.
+    pub kind: Option<Kind>,
+    /// The most bytes of tensors in one file.
+    pub max_shard_size: u64,
+}
+
+/// A conversion that is planned, and not yet written.
+#[derive(Debug)]
+pub struct Conversion {
+    source: Source,
+    steps: Vec<Step>,
+    side_files: Vec<SideFile>,
+    to: Layout,
+    kind: Option<Kind>,
+    output: Output,
+}
+
+/// The files of tensors to write.
+#[derive(Debug)]
+enum Output {
+    Shards(Shards),
+    /// An adapter in PEFT's layout, and what sees in a file beside it.
+    Adapter {
+        lora: LoraConfig,
+        base: String,
+    },
+}
+
+impl Conversion {
+    /// Plans to make something else of `source`: a folder, a `.safetensors` file, or a GGUF file. `resolve` finds the
+    /// folder of an adapter's base model by the name that the adapter knows it by.
+    ///
+    /// # Errors
+    /// Where the source is none, cannot become what is asked for, or has tensors that its layout does not know: all of
+    /// them are named.
+    pub fn plan(source: &Path, options: &Options, resolve: &dyn Fn(&str) -> Result<PathBuf>) -> Result<Self> {
+        let mut source = Source::open(source)?;
+        let to = source.layout.target(options.to).with_context(|| source.path.display().to_string())?;
+        source.add_base(resolve)?;
+        let in_source = || format!("converting {} from {} to {to}", source.path.display(), source.layout);
+        let steps = plan::steps(&source, to, options.kind).with_context(in_source)?;
+        let side_files = side_files::plan(&source, to, &steps, options.kind).with_context(in_source)?;
+        let output = if to == Layout::Peft {
+            let vora = source.vora.as_ref().context("an adapter comes out of a VoRA")?;
+            let lora = vora.lora.clone().context("config.json has no `lora`, which says what the adapters are")?;
+            Output::Adapter { lora, base: vora.llm_name.clone() }
+        } else {
+            Output::Shards(Shards::new(steps.iter().filter_map(Step::info).collect(), options.max_shard_size))
+        };
+        Ok(Self { source, steps, side_files, to, kind: options.kind, output })
+    }
+
+    /// What becomes of every tensor and file.
+    pub fn report(&self) -> Report {
+        let files = match &self.output {
+            Output::Shards(shards) => shards.files().iter().map(ShardReport::of).collect(),
+            Output::Adapter { .. } => [ADAPTER, VISION].map(|file| ShardReport::new(file, &self.infos_in(file))).into(),
+        };
+        Report {
+            source: self.source.path.clone(),
+            from: self.source.layout,
+            to: self.to,
+            tensors: self.steps.iter().map(Step::report).collect(),
+            files,
+            side_files: self.side_files.iter().map(SideFile::report).collect(),
+        }
+    }
+
+    /// Writes the folder `destination`, which appears whole or not at all.
+    ///
+    /// # Errors
+    /// Where it is there already and not empty, a file cannot be written, or a number is beyond the largest of the kind
+    /// asked for.
+    pub fn write(&self, destination: &Path) -> Result<()> {
+        write_folder_atomically(destination, |folder| {
+            match &self.output {
+                Output::Shards(shards) => shards.write(folder, |name| self.tensor(name))?,
+                Output::Adapter { lora, base } => {
+                    let adapter = self.infos_in(ADAPTER).into_iter().map(|info| {
+                        let in_base = info.name.strip_prefix(PEFT_PREFIX).unwrap_or(&info.name).to_owned();
+                        Ok((in_base, self.tensor(&info.name)?))
+                    });
+                    save_adapter(folder, lora, base, &adapter.collect::<Result<Vec<_>>>()?)?;
+                    save_each(&folder.join(VISION), &self.infos_in(VISION), &[], |name| self.tensor(name))?;
+                }
+            }
+            self.side_files.iter().try_for_each(|file| file.write(folder))
+        })
+    }
+
+    /// The tensors of one of the two files of an adapter.
+    fn infos_in(&self, file: &str) -> Vec<Info> {
+        let infos = self.steps.iter().filter_map(Step::info);
+        infos.filter(|info| info.name.starts_with(PEFT_PREFIX) == (file == ADAPTER)).collect()
+    }
+
+    /// The tensor that is to be written as `name`.
+    fn tensor(&self, name: &str) -> Result<Tensor> {
+        let step = self.steps.iter().find(|step| step.to.as_deref() == Some(name)).context("a planned tensor")?;
+        let read = |idx: usize, kind: Option<Kind>| {
+            let part = &step.from[idx];
+            let checkpoint = &self.source.checkpoints[part.checkpoint];
+            match kind {
+                Some(kind) => checkpoint.tensor_as(&part.stored, kind),
+                None => checkpoint.tensor(&part.stored),
+            }
+        };
+        if step.from.len() == 1 {
+            let tensor = read(0, Some(step.kind))?;
+            return self.checked(name, tensor, || read(0, None));
+        }
+        // Rounded once: where another kind is asked for, the sum stays in f32 until then.
+        let weight = read(0, self.kind.map(|_| Kind::Float))?;
+        let mut parts = vec![(step.from[0].name.clone(), weight)];
+        for (idx, part) in step.from.iter().enumerate().skip(1) {
+            parts.push((part.name.clone(), read(idx, None)?));
+        }
+        let lora = self.source.lora.as_ref().context("adapters have a configuration")?;
+        let merged = merge_state_dict(parts, lora)?.pop().context("a weight")?.1;
+        self.checked(name, merged.to_kind(step.kind), || Ok(merged))
+    }
+
+    /// The tensor in its new kind, if every number in it still is one.
+    fn checked(&self, name: &str, tensor: Tensor, before: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+        if self.kind == Some(Kind::Half) && tensor.kind() == Kind::Half {
+            let infinite = |tensor: &Tensor| tensor.isinf().sum(Kind::Int64).int64_value(&[]);
+            let now = infinite(&tensor);
+            let new = if now == 0 { 0 } else { now - infinite(&before()?) };
+            ensure!(
+                new == 0,
+                "tensor `{name}`: {new} numbers are beyond the largest of f16, 65504; bf16 has room for them"
+            );
+        }
+        Ok(tensor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+    use std::fs;
+
+    use serde_json::{Value, json};
+    use tch::Device;
+    use vora_llm::{CausalLm, LlmConfig};
+    use vora_lora::AdapterFolder;
+    use vora_torch::Weights;
+    use vora_torch::safetensors::{Checkpoint, save};
+
+    use crate::{VisionLanguageModel, Vora, VoraConfig};
+
+    const ASIS: Options = Options { to: None, kind: None, max_shard_size: 5_000_000_000 };
+
+    fn to(to: Layout) -> Options {
+        Options { to: Some(to), ..ASIS }
+    }
+
+    fn convert(from: &Path, destination: &Path, options: &Options, base: &Path) -> Result<Report> {
+        let conversion = Conversion::plan(from, options, &|_| Ok(base.to_owned()))?;
+        conversion.write(destination)?;
+        Ok(conversion.report())
+    }
+
+    /// Kind, shape and bytes of every tensor.
+    fn read(path: &Path) -> BTreeMap<String, (Kind, Vec<i64>, Vec<u8>)> {
+        let checkpoint = Checkpoint::open(path).unwrap();
+        let bytes = |name: &str| {
+            let tensor = checkpoint.tensor(name).unwrap();
+            let bytes = Vec::<u8>::try_from(tensor.contiguous().view(-1i64).view_dtype(Kind::Uint8)).unwrap();
+            (tensor.kind(), tensor.size(), bytes)
+        };
+        checkpoint.names().map(|name| (name.to_owned(), bytes(name))).collect()
+    }
+
+    fn write_json(path: &Path, json: &Value) {
+        fs::write(path, json.to_string()).unwrap();
+    }
+
+    /// Tensors of several kinds; some of their bits are no numbers.
+    fn folder(path: &Path, config: &Value, names: &[&str]) {
+        fs::create_dir(path).unwrap();
+        let tensor = |idx: usize| {
+            let bits = Tensor::arange(6 + idx as i64, (Kind::Int, Device::Cpu)) * 0x1234_5671 + 0x7fc0_0001;
+            bits.view_dtype([Kind::BFloat16, Kind::Float, Kind::Half][idx % 3])
+        };
+        let tensors: Vec<_> = names.iter().enumerate().map(|(idx, name)| ((*name).to_owned(), tensor(idx))).collect();
+        save(&path.join("model.safetensors"), &tensors, &[]).unwrap();
+        write_json(&path.join("config.json"), config);
+        fs::write(path.join("README.md"), "as it was").unwrap();
+    }
+
+    /// A VoRA's folder with adapters whose B is not zero.
+    fn unmerged(path: &Path) -> Vora {
+        let mut config = VoraConfig::new(LlmConfig::tiny(64), 12, 4, 8);
+        config.lora = Some(LoraConfig { lora_alpha: Some(5.0), ..LoraConfig::new(3, 1) });
+        config.llm_name = "some/llm".into();
+        let weights = Weights::random(5, Device::Cpu, Kind::BFloat16);
+        let model = Vora::load(config, &weights).unwrap();
+        for (name, tensor) in weights.parameters() {
+            if name.contains("lora_B") {
+                tch::no_grad(|| tensor.shallow_clone().copy_(&tensor.randn_like()));
+            }
+        }
+        model.save(path).unwrap();
+        let mut tensors: Vec<_> = model.tensors().unwrap();
+        tensors.push(("aux_vision.aux_layer_0.0.weight".into(), Tensor::ones([12], (Kind::Float, Device::Cpu))));
+        save(&path.join("model.safetensors"), &tensors, &[]).unwrap();
+        fs::write(path.join("tokenizer.json"), "{}").unwrap();
+        fs::write(path.join("preprocessor_config.json"), "{}").unwrap();
+        model
+    }
+
+    #[test]
+    fn llavas_names_go_there_and_back() {
+        let root = tempfile::tempdir().unwrap();
+        let [published, modules, back] = ["published", "modules", "back"].map(|name| root.path().join(name));
+        let names = [
+            "language_model.model.embed_tokens.weight",
+            "language_model.model.layers.10.mlp.up_proj.weight",
+            "language_model.model.layers.2.mlp.up_proj.weight",
+            "language_model.lm_head.weight",
+            "vision_tower.vision_model.embeddings.class_embedding",
+            "multi_modal_projector.linear_1.bias",
+        ];
+        folder(&published, &json!({"model_type": "llava", "text_config": {"dtype": "float32"}}), &names);
+        let report = convert(&published, &modules, &to(Layout::LlavaTransformers5), root.path()).unwrap();
+        assert_eq!((report.from, report.to), (Layout::Llava, Layout::LlavaTransformers5));
+        assert!(report.tensors.iter().all(|tensor| tensor.change == Change::Renamed));
+        let written: Vec<&str> = report.tensors.iter().filter_map(|tensor| tensor.to.as_deref()).collect();
+        let expected = [
+            "lm_head.weight",
+            "model.language_model.embed_tokens.weight",
+            "model.language_model.layers.2.mlp.up_proj.weight",
+            "model.language_model.layers.10.mlp.up_proj.weight",
+            "model.multi_modal_projector.linear_1.bias",
+            "model.vision_tower.vision_model.embeddings.class_embedding",
+        ];
+        assert_eq!(written, expected);
+        assert_eq!(read(&modules)["lm_head.weight"], read(&published)["language_model.lm_head.weight"]);
+        let report = convert(&modules, &back, &to(Layout::Llava), root.path()).unwrap();
+        assert_eq!(report.from, Layout::LlavaTransformers5);
+        assert_eq!(read(&back), read(&published));
+        for name in ["config.json", "README.md"] {
+            assert_eq!(fs::read(back.join(name)).unwrap(), fs::read(published.join(name)).unwrap());
+        }
+
+        let stranger = root.path().join("stranger");
+        folder(&stranger, &json!({"model_type": "llava"}), &["language_model.model.a", "image_newline", "other"]);
+        let error = convert(&stranger, &root.path().join("x"), &to(Layout::LlavaTransformers5), root.path());
+        let error = format!("{:#}", error.unwrap_err());
+        assert!(error.ends_with("no part of llava is named\n  image_newline\n  other"), "{error}");
+    }
+
+    #[test]
+    fn shards_go_there_and_back() {
+        let root = tempfile::tempdir().unwrap();
+        let [one, many, back] = ["one", "many", "back"].map(|name| root.path().join(name));
+        folder(&one, &json!({"model_type": "new", "torch_dtype": "float32"}), &["a.0", "a.1", "a.10", "a.2", "b"]);
+        let report = convert(&one, &many, &Options { max_shard_size: 70, ..ASIS }, root.path()).unwrap();
+        let files: Vec<_> = report.files.iter().map(|shard| (shard.file.as_str(), shard.tensors)).collect();
+        assert_eq!(
+            files,
+            [
+                ("model-00001-of-00003.safetensors", 2),
+                ("model-00002-of-00003.safetensors", 2),
+                ("model-00003-of-00003.safetensors", 1)
+            ]
+        );
+        assert_eq!(read(&many), read(&one));
+        convert(&many, &back, &ASIS, root.path()).unwrap();
+        let names = |path: &Path| -> Vec<_> {
+            let mut names: Vec<_> = fs::read_dir(path).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names(&back), names(&one));
+        for name in names(&one) {
+            assert_eq!(fs::read(back.join(&name)).unwrap(), fs::read(one.join(&name)).unwrap(), "{name:?}");
+        }
+        // A single file has no config, and is one all the same.
+        convert(&one.join("model.safetensors"), &root.path().join("file"), &ASIS, root.path()).unwrap();
+        assert_eq!(names(&root.path().join("file")), ["model.safetensors"]);
+    }
+
+    #[test]
+    fn an_unmerged_vora_is_an_adapter_and_its_llm() {
+        let root = tempfile::tempdir().unwrap();
+        let [whole, adapter, llm, back] = ["whole", "adapter", "llm", "back"].map(|name| root.path().join(name));
+        unmerged(&whole);
+        let report = convert(&whole, &adapter, &to(Layout::Peft), root.path()).unwrap();
+        assert_eq!(report.from, Layout::VoraUnmerged);
+        assert!(report.tensors.iter().any(|tensor| tensor.change == Change::Dropped));
+        let folder = AdapterFolder::open(&adapter).unwrap();
+        assert_eq!((folder.base_model(), folder.config().scaling()), (Some("some/llm"), 5.0 / 3.0));
+        assert!(adapter.join("tokenizer.json").exists() && adapter.join("vision.safetensors").exists());
+
+        convert(&whole, &llm, &to(Layout::FrozenLlm), root.path()).unwrap();
+        assert!(!llm.join("preprocessor_config.json").exists());
+        let config = LlmConfig::open(&llm).unwrap();
+        assert_eq!((config.model_type.as_str(), config.dtype.as_deref()), ("llama", Some("bfloat16")));
+        assert_eq!(config.extra["architectures"], json!(["LlamaForCausalLM"]));
+        let weights = Weights::open(&llm, Device::Cpu, Kind::BFloat16).unwrap();
+        CausalLm::load(&config, &weights).unwrap();
+        weights.finish().unwrap();
+
+        let report = convert(&adapter, &back, &to(Layout::VoraUnmerged), &llm).unwrap();
+        assert_eq!(report.from, Layout::Peft);
+        assert_eq!(read(&back), read(&whole));
+        assert_eq!(fs::read(back.join("config.json")).unwrap(), fs::read(whole.join("config.json")).unwrap());
+        Vora::open(&back, Device::Cpu, Kind::BFloat16).unwrap();
+    }
+
+    #[test]
+    fn adapters_are_merged_as_the_model_merges_them() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        let mut model = unmerged(&at("whole"));
+        let report = convert(&at("whole"), &at("merged"), &to(Layout::Vora), root.path()).unwrap();
+        let made = report.tensors.iter().filter(|tensor| tensor.change == Change::Made);
+        assert!(made.clone().all(|tensor| tensor.from.len() == 3));
+        assert_eq!(made.count(), 7);
+        model.merge().unwrap();
+        model.save(&at("expected")).unwrap();
+        let (mut merged, expected) = (read(&at("merged")), read(&at("expected")));
+        assert!(merged.remove("aux_vision.aux_layer_0.0.weight").is_some());
+        assert_eq!(merged, expected);
+        assert_eq!(Vora::open(&at("merged"), Device::Cpu, Kind::BFloat16).unwrap().config().lora, None);
+
+        // By way of the adapter it is the same model.
+        convert(&at("whole"), &at("adapter"), &to(Layout::Peft), root.path()).unwrap();
+        convert(&at("whole"), &at("frozen"), &to(Layout::FrozenLlm), root.path()).unwrap();
+        convert(&at("adapter"), &at("again"), &to(Layout::Vora), &at("frozen")).unwrap();
+        assert_eq!(read(&at("again")), read(&at("merged")));
+        let only_adapter = at("adapter-alone");
+        fs::create_dir(&only_adapter).unwrap();
+        for name in ["adapter_config.json", "adapter_model.safetensors"] {
+            fs::copy(at("adapter").join(name), only_adapter.join(name)).unwrap();
+        }
+        let report = convert(&only_adapter, &at("plain"), &ASIS, &at("frozen")).unwrap();
+        assert_eq!((report.from, report.to), (Layout::PeftLlm, Layout::Llm));
+        convert(&at("merged"), &at("llm"), &to(Layout::Llm), root.path()).unwrap();
+        assert_eq!(read(&at("plain")), read(&at("llm")));
+        assert_eq!(LlmConfig::open(&at("plain")).unwrap(), LlmConfig::open(&at("frozen")).unwrap());
+
+        // In another kind, the sum is rounded once.
+        let f32s = Options { kind: Some(Kind::Float), ..to(Layout::Vora) };
+        convert(&at("whole"), &at("f32"), &f32s, root.path()).unwrap();
+        let (whole, f32s) = (Checkpoint::open(&at("whole")).unwrap(), Checkpoint::open(&at("f32")).unwrap());
+        let module = "llm.model.layers.0.mlp.up_proj";
+        let part = |name: &str| whole.tensor(&format!("{module}.{name}.weight")).unwrap();
+        let weight = whole.tensor(&format!("{module}.weight")).unwrap().to_kind(Kind::Float);
+        let expected = weight + part("lora_B").matmul(&part("lora_A")) * (5.0 / 3.0);
+        fixtures::assert_close_to(&f32s.tensor(&format!("{module}.weight")).unwrap(), &expected, 1e-6);
+    }
+
+    #[test]
+    fn a_gguf_file_becomes_a_folder() {
+        let root = tempfile::tempdir().unwrap();
+        let file = fixtures::root().join("golden/gguf_file.gguf");
+        let out = root.path().join("llm");
+        let report = convert(&file, &out, &Options { kind: Some(Kind::BFloat16), ..ASIS }, root.path()).unwrap();
+        assert_eq!((report.from, report.to), (Layout::Gguf, Layout::Llm));
+        let written = Checkpoint::open(&out).unwrap();
+        let expected = fixtures::open("gguf_file").under("hf.");
+        assert_eq!(written.names().count(), expected.len());
+        for (name, expected) in expected {
+            assert!(written.tensor(&name).unwrap().equal(&expected), "{name}");
+        }
+        let config = LlmConfig::open(&out).unwrap();
+        assert_eq!(config.dtype.as_deref(), Some("bfloat16"));
+        assert!(out.join("tokenizer.json").exists() && out.join("tokenizer_config.json").exists());
+    }
+
+    #[test]
+    fn kinds_change_where_numbers_fit() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        folder(&at("a"), &json!({"torch_dtype": "float32", "vision_config": {"dtype": "bfloat16"}}), &[]);
+        let write = |large: f32| {
+            let tensors = [
+                ("w".to_owned(), Tensor::from_slice(&[1.5f32, large])),
+                ("ids".to_owned(), Tensor::from_slice(&[3i64])),
+            ];
+            save(&at("a").join("model.safetensors"), &tensors, &[]).unwrap();
+        };
+        let half = Options { kind: Some(Kind::Half), ..ASIS };
+        write(70_000.0);
+        let error = format!("{:#}", convert(&at("a"), &at("b"), &half, root.path()).unwrap_err());
+        assert!(error.contains("tensor `w`: 1 numbers are beyond the largest of f16"), "{error}");
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1, "nothing is left");
+        for fits in [-60_000.0, f32::INFINITY] {
+            write(fits);
+            let _ = fs::remove_dir_all(at("b"));
+            convert(&at("a"), &at("b"), &half, root.path()).unwrap();
+            let kinds: Vec<_> = read(&at("b")).into_values().map(|(kind, _, _)| kind).collect();
+            assert_eq!(kinds, [Kind::Int64, Kind::Half]);
+        }
+        let config: Value = serde_json::from_slice(&fs::read(at("b").join("config.json")).unwrap()).unwrap();
+        assert_eq!(config, json!({"torch_dtype": "float16", "vision_config": {"dtype": "float16"}}));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        unmerged(&at("whole"));
+        let error = |from: &str, to: &str, options: &Options| {
+            format!("{:#}", convert(&at(from), &at(to), options, &at("nowhere")).unwrap_err())
+        };
+        let said = error("whole", "x", &to(Layout::Llm));
+        assert!(
+            said.ends_with("vora-unmerged cannot become llm, only vora-unmerged or vora or peft or frozen-llm"),
+            "{said}"
+        );
+        convert(&at("whole"), &at("adapter"), &to(Layout::Peft), root.path()).unwrap();
+        let said = error("adapter", "x", &ASIS);
+        assert!(said.ends_with("peft can become vora-unmerged or vora: say which"), "{said}");
+        let said = error("adapter", "x", &to(Layout::Vora));
+        assert!(said.contains("the model below the adapter") && said.contains("nowhere"), "{said}");
+        assert!(error("whole", "adapter", &ASIS).contains("adapter is not empty: choose another folder"));
+        assert!("ggml".parse::<Layout>().unwrap_err().to_string().contains("known are gguf, llm, frozen-llm, vora"));
+
+        let mut tensors: Vec<_> = Checkpoint::open(&at("whole"))
+            .map(|c| c.names().map(|name| (name.to_owned(), c.tensor(name).unwrap().copy())).collect())
+            .unwrap();
+        tensors.retain(|(name, _)| !name.ends_with("layers.0.mlp.up_proj.lora_B.weight"));
+        let path = "llm.model.layers.0.mlp.gate_proj.lora_A.weight";
+        let place = tensors.iter().position(|(name, _)| name == path).unwrap();
+        tensors[place].1 = tensors[place].1.narrow(0, 0, 2).copy();
+        tensors.push(("stray.weight".into(), Tensor::from(1f32)));
+        save(&at("whole").join("model.safetensors"), &tensors, &[]).unwrap();
+        let said = error("whole", "x", &to(Layout::Vora));
+        assert!(said.contains("adapters that fit no weight:\n  llm.model.layers.0.mlp.gate_proj: weight [64, 32], A [2, 32] and B [64, 3] of rank 3 do not fit\n  llm.model.layers.0.mlp.up_proj lacks lora_B.weight"), "{said}");
+        let said = error("whole", "x", &to(Layout::FrozenLlm));
+        assert!(said.ends_with("no part of vora-unmerged is named\n  stray.weight"), "{said}");
+        assert!(!at("x").exists());
+    }
+}

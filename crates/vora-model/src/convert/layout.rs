@@ -1,0 +1,111 @@
+//! The layouts that checkpoints have, and which becomes which.
+
+use std::fmt;
+use std::str::FromStr;
+
+use anyhow::{Result, bail, ensure};
+use serde::{Serialize, Serializer};
+
+/// How a checkpoint lies on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// A language model in one GGUF file.
+    Gguf,
+    /// A language model's folder, as HF transformers reads it.
+    Llm,
+    /// The language model below a VoRA's adapters, as it was before training.
+    FrozenLlm,
+    /// A VoRA with its adapters merged: `llm.model…`, `vision_embedding…`.
+    Vora,
+    /// A VoRA with its adapters beside their weights.
+    VoraUnmerged,
+    /// A VoRA's adapter in PEFT's layout, with what sees in `vision.safetensors`: a run's `final/`.
+    Peft,
+    /// The adapter of a plain language model, in PEFT's layout.
+    PeftLlm,
+    /// LLaVA under the names of the published checkpoints: `language_model.model…`, `vision_tower…`.
+    Llava,
+    /// LLaVA under the names that its modules have in transformers 5: `model.language_model…`, `lm_head`.
+    LlavaTransformers5,
+    /// Any other safetensors.
+    Safetensors,
+}
+
+use Layout::{FrozenLlm, Gguf, Llava, LlavaTransformers5, Llm, Peft, PeftLlm, Safetensors, Vora, VoraUnmerged};
+
+impl Layout {
+    /// All of them.
+    pub const ALL: [Self; 10] =
+        [Gguf, Llm, FrozenLlm, Vora, VoraUnmerged, Peft, PeftLlm, Llava, LlavaTransformers5, Safetensors];
+
+    /// The name that it is asked for by.
+    pub fn name(self) -> &'static str {
+        match self {
+            Gguf => "gguf",
+            Llm => "llm",
+            FrozenLlm => "frozen-llm",
+            Vora => "vora",
+            VoraUnmerged => "vora-unmerged",
+            Peft => "peft",
+            PeftLlm => "peft-llm",
+            Llava => "llava",
+            LlavaTransformers5 => "llava-transformers5",
+            Safetensors => "safetensors",
+        }
+    }
+
+    /// What a checkpoint of this layout can become.
+    pub fn targets(self) -> &'static [Self] {
+        match self {
+            Gguf | PeftLlm | Llm | FrozenLlm => &[Llm],
+            Vora => &[Vora, Llm],
+            VoraUnmerged => &[VoraUnmerged, Vora, Peft, FrozenLlm],
+            Peft => &[VoraUnmerged, Vora],
+            Llava | LlavaTransformers5 => &[Llava, LlavaTransformers5],
+            Safetensors => &[Safetensors],
+        }
+    }
+
+    /// The layout to write: the one asked for, else the same, else the only one.
+    pub(super) fn target(self, asked: Option<Self>) -> Result<Self> {
+        let targets = self.targets();
+        let listed = || targets.iter().map(|to| to.name()).collect::<Vec<_>>().join(" or ");
+        if let Some(to) = asked {
+            ensure!(targets.contains(&to), "{self} cannot become {to}, only {}", listed());
+            return Ok(to);
+        }
+        match targets {
+            _ if targets.contains(&self) => Ok(self),
+            [only] => Ok(*only),
+            _ => bail!("{self} can become {}: say which", listed()),
+        }
+    }
+
+    /// Whether adapters are folded into their weights on the way.
+    pub(super) fn merges_into(self, to: Self) -> bool {
+        matches!((self, to), (VoraUnmerged | Peft, Vora) | (PeftLlm, Llm))
+    }
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Layout {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match Self::ALL.into_iter().find(|layout| layout.name() == name) {
+            Some(layout) => Ok(layout),
+            None => bail!("`{name}` is no layout, known are {}", Self::ALL.map(Self::name).join(", ")),
+        }
+    }
+}
+
+impl Serialize for Layout {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}

@@ -1,0 +1,197 @@
+//! What becomes of each tensor, by its name.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+
+use anyhow::{Context, Result, bail, ensure};
+use tch::Kind;
+use vora_torch::safetensors::Info;
+
+use super::Layout;
+use super::report::{Change, TensorReport, dtype};
+use super::source::{LLM_PREFIX, PEFT_PREFIX, Part, Source};
+
+/// One tensor to write, or to drop.
+#[derive(Debug)]
+pub(super) struct Step {
+    /// What it comes from: one tensor, or a weight and the parts of its adapter.
+    pub(super) from: Vec<Part>,
+    pub(super) to: Option<String>,
+    change: Change,
+    why: Option<&'static str>,
+    stored_kind: Kind,
+    pub(super) kind: Kind,
+    shape: Vec<i64>,
+}
+
+impl Step {
+    /// What its file says of it; none where it is dropped.
+    pub(super) fn info(&self) -> Option<Info> {
+        self.to.as_ref().map(|name| Info { name: name.clone(), kind: self.kind, shape: self.shape.clone() })
+    }
+
+    pub(super) fn report(&self) -> TensorReport {
+        TensorReport {
+            from: self.from.iter().map(|part| part.stored.clone()).collect(),
+            to: self.to.clone(),
+            change: self.change,
+            why: self.why,
+            stored_dtype: dtype(self.stored_kind),
+            dtype: dtype(self.kind),
+            shape: self.shape.clone(),
+        }
+    }
+}
+
+/// What a rule says of a name.
+enum Fate {
+    To(String),
+    Dropped(&'static str),
+    Unknown,
+}
+
+/// LLaVA's names: those of the published checkpoints, and those of its modules in transformers 5.
+const LLAVA: [(&str, &str); 4] = [
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model.language_model."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+];
+
+/// What stands before the names of a VoRA that are not its LLM's.
+const SIGHT: [&str; 2] = ["vision_embedding.", "aux_vision."];
+
+fn fate(from: Layout, to: Layout, name: &str) -> Fate {
+    let sees = SIGHT.iter().any(|prefix| name.starts_with(prefix));
+    let in_llm = name.strip_prefix(LLM_PREFIX);
+    let prefixed = |pairs: [(&str, &str); 4]| {
+        let renamed = pairs.iter().find_map(|(old, new)| Some(format!("{new}{}", name.strip_prefix(old)?)));
+        renamed.map_or(Fate::Unknown, Fate::To)
+    };
+    match (from, to) {
+        (Layout::Llava, Layout::LlavaTransformers5) => prefixed(LLAVA),
+        (Layout::LlavaTransformers5, Layout::Llava) => prefixed(LLAVA.map(|(published, module)| (module, published))),
+        (Layout::Vora, Layout::Llm) | (Layout::VoraUnmerged, Layout::FrozenLlm) => match in_llm {
+            Some(name) if adapted(name).is_some() => Fate::Dropped("an adapter"),
+            Some(name) => Fate::To(name.to_owned()),
+            None if sees => Fate::Dropped("it sees"),
+            None => Fate::Unknown,
+        },
+        (Layout::VoraUnmerged, Layout::Peft) => match in_llm {
+            Some(in_base) if adapted(in_base).is_some() => Fate::To(format!("{PEFT_PREFIX}{in_base}")),
+            Some(_) => Fate::Dropped("frozen: it stays with the LLM"),
+            None if sees => Fate::To(name.to_owned()),
+            None => Fate::Unknown,
+        },
+        (Layout::VoraUnmerged | Layout::Peft, _) if in_llm.is_none() && !sees => Fate::Unknown,
+        _ => Fate::To(name.to_owned()),
+    }
+}
+
+/// The module whose adapter the tensor is a part of.
+fn adapted(name: &str) -> Option<&str> {
+    [".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"].iter().find_map(|end| name.strip_suffix(end))
+}
+
+/// What becomes of every tensor of the source.
+pub(super) fn steps(source: &Source, to: Layout, kind: Option<Kind>) -> Result<Vec<Step>> {
+    let mut parts = source.parts();
+    let mut steps = Vec::new();
+    let info = |part: &Part| {
+        let found = source.checkpoints[part.checkpoint].info(&part.stored).context("a tensor of this checkpoint")?;
+        anyhow::Ok((found.0, found.1.to_vec()))
+    };
+    // What an adapter's folder has whole stands for what the base has.
+    let mut seen = HashSet::new();
+    let replaced = parts.extract_if(.., |part| !seen.insert(part.name.clone())).collect::<Vec<_>>();
+    for part in replaced {
+        let (stored, shape) = info(&part)?;
+        steps.push(Step::dropped(part, "the adapter's folder has its own", stored, shape));
+    }
+    check_adapters(source, &parts, to)?;
+
+    let mut folded: BTreeMap<String, Vec<Part>> = BTreeMap::new(); // parts of adapters, by the name of their weight
+    if source.layout.merges_into(to) {
+        for part in parts.extract_if(.., |part| adapted(&part.name).is_some()) {
+            let module = adapted(&part.name).context("a part of an adapter")?;
+            folded.entry(format!("{module}.weight")).or_default().push(part);
+        }
+    }
+    let mut unknown = Vec::new();
+    for part in parts {
+        let (stored, shape) = info(&part)?;
+        let is_real = matches!(stored, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16);
+        let name = match fate(source.layout, to, &part.name) {
+            Fate::To(name) => name,
+            Fate::Dropped(why) => {
+                steps.push(Step::dropped(part, why, stored, shape));
+                continue;
+            }
+            Fate::Unknown => {
+                unknown.push(part.stored);
+                continue;
+            }
+        };
+        let adapter = folded.remove(&part.name).unwrap_or_default();
+        let change = match () {
+            () if !adapter.is_empty() => Change::Made,
+            () if part.stored == name => Change::Kept,
+            () => Change::Renamed,
+        };
+        let kind = kind.filter(|_| is_real).unwrap_or(stored);
+        let from = std::iter::once(part).chain(adapter).collect();
+        steps.push(Step { from, to: Some(name), change, why: None, stored_kind: stored, kind, shape });
+    }
+    ensure!(unknown.is_empty(), "no part of {} is named\n  {}", source.layout, unknown.join("\n  "));
+    steps.sort_by(|a, b| order(a).cmp(&order(b)));
+    let mut names = HashSet::new();
+    if let Some(twice) = steps.iter().filter_map(|step| step.to.as_ref()).find(|name| !names.insert(name.as_str())) {
+        bail!("two tensors would be named `{twice}`");
+    }
+    Ok(steps)
+}
+
+impl Step {
+    fn dropped(part: Part, why: &'static str, kind: Kind, shape: Vec<i64>) -> Self {
+        Self { from: vec![part], to: None, change: Change::Dropped, why: Some(why), stored_kind: kind, kind, shape }
+    }
+}
+
+/// What is written before what is dropped, and layer 2 before layer 10.
+fn order(step: &Step) -> (bool, Vec<(Option<u64>, &str)>) {
+    let name = step.to.as_ref().unwrap_or(&step.from[0].stored);
+    (step.to.is_none(), name.split('.').map(|part| (part.parse().ok(), part)).collect())
+}
+
+/// An error where an adapter is half, of another shape than its weight, of another rank than it should be, or where
+/// its weight is missing; all of them are told.
+fn check_adapters(source: &Source, parts: &[Part], to: Layout) -> Result<()> {
+    let Some(lora) = &source.lora else { return Ok(()) };
+    if to == Layout::FrozenLlm {
+        return Ok(());
+    }
+    let shapes: BTreeMap<&str, &[i64]> = parts
+        .iter()
+        .filter_map(|part| Some((part.name.as_str(), source.checkpoints[part.checkpoint].info(&part.stored)?.1)))
+        .collect();
+    let modules: BTreeSet<&str> = parts.iter().filter_map(|part| adapted(&part.name)).collect();
+    let mut wrong = Vec::new();
+    for module in modules {
+        let shape = |name: &str| shapes.get(format!("{module}.{name}").as_str()).copied();
+        match (shape("weight"), shape("lora_A.weight"), shape("lora_B.weight")) {
+            (Some(weight), Some(a), Some(b)) => {
+                let r = lora.rank(module)?.r;
+                if !matches!((weight, a, b), ([out, width], [ar, aw], [bo, br]) if [ar, br] == [&r; 2] && aw == width && bo == out)
+                {
+                    wrong.push(format!("{module}: weight {weight:?}, A {a:?} and B {b:?} of rank {r} do not fit"));
+                }
+            }
+            (weight, a, b) => {
+                let names = [(weight, "weight"), (a, "lora_A.weight"), (b, "lora_B.weight")];
+                let missing: Vec<&str> = names.iter().filter(|(found, _)| found.is_none()).map(|(_, n)| *n).collect();
+                wrong.push(format!("{module} lacks {}", missing.join(", ")));
+            }
+        }
+    }
+    ensure!(wrong.is_empty(), "adapters that fit no weight:\n  {}", wrong.join("\n  "));
+    Ok(())
+}

@@ -1,0 +1,191 @@
+//! What lies beside the tensors: `config.json`, tokenizer, image processor.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde_json::{Map, Value, json};
+use tch::Kind;
+use vora_torch::gguf;
+use vora_torch::safetensors::write_bytes;
+
+use super::Layout;
+use super::plan::Step;
+use super::report::{Change, FileReport, dtype};
+use super::source::Source;
+
+const CONFIG: &str = "config.json";
+
+/// What tells how pictures become pixels.
+const PROCESSOR: [&str; 3] = ["preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"];
+
+/// The files that a tokenizer, its chat template and its defaults consist of.
+const TOKENIZER: [&str; 10] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+];
+
+/// A file beside the tensors.
+#[derive(Debug)]
+pub(super) struct SideFile {
+    name: String,
+    /// Its bytes, or the file to copy; none where it is dropped.
+    content: Option<Content>,
+}
+
+#[derive(Debug)]
+enum Content {
+    Copy(PathBuf),
+    New(Vec<u8>),
+}
+
+impl SideFile {
+    fn new(name: &str, json: &Map<String, Value>) -> Result<Self> {
+        Ok(Self { name: name.to_owned(), content: Some(Content::New(serde_json::to_vec_pretty(json)?)) })
+    }
+
+    pub(super) fn report(&self) -> FileReport {
+        let change = match &self.content {
+            Some(Content::Copy(_)) => Change::Kept,
+            Some(Content::New(_)) => Change::Made,
+            None => Change::Dropped,
+        };
+        FileReport { name: self.name.clone(), change }
+    }
+
+    pub(super) fn write(&self, folder: &Path) -> Result<()> {
+        let path = folder.join(&self.name);
+        match &self.content {
+            Some(Content::Copy(from)) => {
+                let bytes = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+                write_bytes(&path, &bytes)
+            }
+            Some(Content::New(bytes)) => write_bytes(&path, bytes),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What becomes of the files in the source's folder, and which are new.
+pub(super) fn plan(source: &Source, to: Layout, steps: &[Step], kind: Option<Kind>) -> Result<Vec<SideFile>> {
+    let mut files = Vec::new();
+    let folder = source.side_folder().filter(|folder| folder.is_dir());
+    if let Some(config) = config(source, to, steps, kind)? {
+        let is_there = folder.is_some_and(|folder| folder.join(CONFIG).exists());
+        if !is_there || source.config.as_ref() != Some(&config) {
+            files.push(SideFile::new(CONFIG, &config)?);
+        }
+    }
+    if let Some((tokenizer, tokenizer_config)) = source.gguf().map_or(Ok(None), gguf::tokenizer)? {
+        let content = Some(Content::New(serde_json::to_vec(&tokenizer)?));
+        files.push(SideFile { name: "tokenizer.json".to_owned(), content });
+        files.push(SideFile::new("tokenizer_config.json", &tokenizer_config)?);
+    }
+    let Some(folder) = folder else { return Ok(files) };
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))? {
+        let path = entry.with_context(|| format!("cannot list {}", folder.display()))?.path();
+        // A folder from the hub's cache has links to its files.
+        if let Some(name) = path.file_name().and_then(|name| name.to_str()).filter(|_| path.is_file()) {
+            names.push(name.to_owned());
+        }
+    }
+    names.sort();
+    names.retain(|name| !is_weights(name) && files.iter().all(|file| file.name != *name));
+    for name in names {
+        let content = carried(source.layout, to, &name).then(|| Content::Copy(folder.join(&name)));
+        files.push(SideFile { name, content });
+    }
+    Ok(files)
+}
+
+/// Whether a file holds tensors, or says where they lie.
+fn is_weights(name: &str) -> bool {
+    name.ends_with(".index.json")
+        || [".safetensors", ".gguf", ".bin", ".pt", ".pth", ".h5", ".msgpack"].iter().any(|end| name.ends_with(end))
+}
+
+/// Whether a file of the source says anything about the new checkpoint.
+fn carried(from: Layout, to: Layout, name: &str) -> bool {
+    let (tokenizer, processor) = (TOKENIZER.contains(&name), PROCESSOR.contains(&name));
+    match (from, to) {
+        (Layout::Peft, _) => tokenizer || processor || name == CONFIG,
+        (Layout::PeftLlm, _) => tokenizer || name == CONFIG,
+        // The published folders bring the code of their model with them.
+        (Layout::Vora | Layout::VoraUnmerged, Layout::Llm | Layout::FrozenLlm) => !processor && !name.ends_with(".py"),
+        _ => true,
+    }
+}
+
+/// `config.json` of the new checkpoint, where the source has one or something to make it of.
+fn config(source: &Source, to: Layout, steps: &[Step], kind: Option<Kind>) -> Result<Option<Map<String, Value>>> {
+    let made = match (source.layout, to) {
+        (Layout::Gguf, _) => source.gguf().map_or(Ok(None), gguf::config)?,
+        (Layout::Vora | Layout::VoraUnmerged, Layout::Llm | Layout::FrozenLlm) => {
+            let vora = source.vora.as_ref().context("a VoRA has a config.json")?;
+            serde_json::to_value(&vora.llm)?.as_object().cloned()
+        }
+        _ => None,
+    };
+    if let Some(mut config) = made {
+        config.remove("auto_map");
+        if let Some(class) = config.get("model_type").and_then(Value::as_str).and_then(architecture) {
+            config.insert("architectures".into(), json!([class]));
+        }
+        config.remove("torch_dtype");
+        if let Some(kind) = kind.or_else(|| most_bytes(steps)) {
+            config.insert("dtype".into(), dtype(kind).into());
+        }
+        return Ok(Some(config));
+    }
+    let Some(mut config) = source.config.clone() else { return Ok(None) };
+    if source.layout.merges_into(to) {
+        config.remove("lora");
+    }
+    if let Some(kind) = kind {
+        set_dtype(&mut config, kind);
+        for part in ["text_config", "vision_config"] {
+            if let Some(Value::Object(config)) = config.get_mut(part) {
+                set_dtype(config, kind);
+            }
+        }
+    }
+    Ok(Some(config))
+}
+
+/// Says the new kind where a config says one.
+fn set_dtype(config: &mut Map<String, Value>, kind: Kind) {
+    for key in ["dtype", "torch_dtype"] {
+        if let Some(value) = config.get_mut(key) {
+            *value = dtype(kind).into();
+        }
+    }
+}
+
+/// The kind that most of what is written has.
+fn most_bytes(steps: &[Step]) -> Option<Kind> {
+    let bytes = |kind: Kind| -> u64 {
+        steps.iter().filter_map(Step::info).filter(|info| info.kind == kind).map(|info| info.num_bytes()).sum()
+    };
+    [Kind::Float, Kind::BFloat16, Kind::Half].into_iter().max_by_key(|kind| bytes(*kind))
+}
+
+/// HF's class for a decoder of this `model_type`.
+fn architecture(model_type: &str) -> Option<&'static str> {
+    Some(match model_type {
+        "llama" => "LlamaForCausalLM",
+        "mistral" => "MistralForCausalLM",
+        "qwen2" => "Qwen2ForCausalLM",
+        "qwen3" => "Qwen3ForCausalLM",
+        "smollm3" => "SmolLM3ForCausalLM",
+        _ => return None,
+    })
+}

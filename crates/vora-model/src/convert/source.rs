@@ -1,0 +1,156 @@
+//! The checkpoint to convert: its layout, its tensors under common names, and what its config says.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Map, Value};
+use vora_llm::config::MODEL_TYPES;
+use vora_lora::{AdapterFolder, LoraConfig};
+use vora_torch::gguf;
+use vora_torch::safetensors::Checkpoint;
+
+use super::Layout;
+use crate::VoraConfig;
+
+/// PEFT's file of an adapter's tensors.
+pub(super) const ADAPTER: &str = "adapter_model.safetensors";
+/// What PEFT puts before every tensor's name in the base model.
+pub(super) const PEFT_PREFIX: &str = "base_model.model.";
+/// What sees, in the folder of a VoRA's adapter.
+pub(super) const VISION: &str = "vision.safetensors";
+/// What stands before the decoder's names in a VoRA's folder.
+pub(super) const LLM_PREFIX: &str = "llm.";
+
+/// A tensor of one of the source's checkpoints.
+#[derive(Debug, Clone)]
+pub(super) struct Part {
+    pub(super) checkpoint: usize,
+    /// Its name in the file.
+    pub(super) stored: String,
+    /// Its name in the whole model: that of a VoRA's folder where the source is the adapter of one.
+    pub(super) name: String,
+}
+
+/// What is read.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub(super) path: PathBuf,
+    pub(super) layout: Layout,
+    /// An adapter has three: itself, what sees, and its base.
+    pub(super) checkpoints: Vec<Checkpoint>,
+    pub(super) config: Option<Map<String, Value>>,
+    pub(super) vora: Option<VoraConfig>,
+    pub(super) lora: Option<LoraConfig>,
+}
+
+impl Source {
+    /// Opens what lies at `path` and says what it is.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let config = read_object(&path.join("config.json"))?;
+        let model_type = config.as_ref().and_then(|config| config.get("model_type")).and_then(Value::as_str);
+        let is_vora = model_type == Some("vora");
+        let vora = if is_vora { Some(VoraConfig::open(path)?) } else { None };
+        if path.join("adapter_config.json").exists() {
+            return Self::open_adapter(path, config, vora);
+        }
+        let checkpoint = Checkpoint::open(path)?;
+        let has = |part: &str| checkpoint.names().any(|name| name.starts_with(part));
+        let layout = match model_type {
+            _ if gguf::find(path)?.is_some() => Layout::Gguf,
+            Some("vora") if checkpoint.names().any(|name| name.contains(".lora_")) => Layout::VoraUnmerged,
+            Some("vora") => Layout::Vora,
+            Some("llava") => match (has("language_model."), has("model.language_model.")) {
+                (true, false) => Layout::Llava,
+                (false, true) => Layout::LlavaTransformers5,
+                _ => bail!(
+                    "{} is a LLaVA, but its tensors begin neither all with `language_model.` nor all with \
+                     `model.language_model.`",
+                    path.display()
+                ),
+            },
+            Some(known) if known != "chameleon" && MODEL_TYPES.contains(&known) => Layout::Llm,
+            _ => Layout::Safetensors,
+        };
+        let lora = vora.as_ref().and_then(|vora| vora.lora.clone());
+        ensure!(
+            lora.is_some() || layout != Layout::VoraUnmerged,
+            "{} has adapters beside its weights, but no `lora` in config.json, which says their scaling",
+            path.display()
+        );
+        Ok(Self { path: path.to_owned(), layout, checkpoints: vec![checkpoint], config, vora, lora })
+    }
+
+    fn open_adapter(path: &Path, config: Option<Map<String, Value>>, vora: Option<VoraConfig>) -> Result<Self> {
+        let adapter = AdapterFolder::open(path)?;
+        let mut checkpoints = vec![Checkpoint::open(&path.join(ADAPTER))?];
+        let layout = if let Some(vora) = &vora {
+            checkpoints.push(Checkpoint::open(&path.join(VISION))?);
+            let lora = vora.lora.as_ref();
+            adapter.expect(lora.with_context(|| format!("config.json of {} has no `lora`", path.display()))?)?;
+            Layout::Peft
+        } else {
+            Layout::PeftLlm
+        };
+        let lora = Some(adapter.config().clone());
+        Ok(Self { path: path.to_owned(), layout, checkpoints, config, vora, lora })
+    }
+
+    /// Opens the model below an adapter as the last checkpoint.
+    pub(super) fn add_base(&mut self, resolve: &dyn Fn(&str) -> Result<PathBuf>) -> Result<()> {
+        if !matches!(self.layout, Layout::Peft | Layout::PeftLlm) {
+            return Ok(());
+        }
+        let name = match &self.vora {
+            Some(vora) => vora.llm_name.clone(),
+            None => AdapterFolder::open(&self.path)?.base_model().unwrap_or_default().to_owned(),
+        };
+        let doing = || format!("the model below the adapter {}", self.path.display());
+        let base = resolve(&name).with_context(doing)?;
+        if self.layout == Layout::PeftLlm {
+            self.config =
+                gguf::config(&base)?.map_or_else(|| read_object(&base.join("config.json")), |c| Ok(Some(c)))?;
+        }
+        self.checkpoints.push(Checkpoint::open(&base).with_context(doing)?);
+        Ok(())
+    }
+
+    /// The folder that config and tokenizer lie in: the base's, where the adapter of a plain LLM comes without.
+    pub(super) fn side_folder(&self) -> Option<&Path> {
+        match self.layout {
+            Layout::PeftLlm => self.checkpoints.last().map(Checkpoint::path),
+            _ => Some(&self.path),
+        }
+    }
+
+    /// The GGUF file or its folder, where config and tokenizer come out of one.
+    pub(super) fn gguf(&self) -> Option<&Path> {
+        let from_weights = matches!(self.layout, Layout::Gguf | Layout::PeftLlm);
+        self.side_folder().filter(|path| from_weights && gguf::find(path).is_ok_and(|found| found.is_some()))
+    }
+
+    /// All tensors, those of an adapter before those of its base.
+    pub(super) fn parts(&self) -> Vec<Part> {
+        let mut parts = Vec::new();
+        for (checkpoint, tensors) in self.checkpoints.iter().enumerate() {
+            for stored in tensors.names() {
+                let in_base = stored.strip_prefix(PEFT_PREFIX).unwrap_or(stored);
+                let name = match self.layout {
+                    Layout::Peft if checkpoint != 1 => format!("{LLM_PREFIX}{in_base}"),
+                    Layout::PeftLlm => in_base.to_owned(),
+                    _ => stored.to_owned(),
+                };
+                parts.push(Part { checkpoint, stored: stored.to_owned(), name });
+            }
+        }
+        parts
+    }
+}
+
+/// The JSON object in a file; none where there is no such file.
+pub(super) fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_slice(&text).map(Some).with_context(|| format!("{} is not a JSON object", path.display()))
+}
