@@ -12,11 +12,12 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 use vora_llm::chat::Piece;
 use vora_llm::{CausalLm, LlmConfig, VisionAttention};
+use vora_lora::LoraConfig;
 use vora_torch::weights::Weights;
 use vora_vision::{RgbImage, VqConfig, VqModel, to_images};
 
 use crate::VocabularyMapping;
-use crate::model::{VisionLanguageModel, merge_all, save_folder};
+use crate::model::{VisionLanguageModel, attach, ensure_merged, merge_all};
 
 /// The name of the token before a picture (Hugging Face's `image_start_token`).
 const BEGIN_IMAGE: &str = "<racm3:break>";
@@ -31,6 +32,7 @@ pub struct Chameleon {
     vocabulary: VocabularyMapping,
     begin_image_id: i64,
     end_image_id: i64,
+    lora: Option<LoraConfig>,
 }
 
 impl Chameleon {
@@ -69,6 +71,7 @@ impl Chameleon {
             vocabulary,
             begin_image_id,
             end_image_id,
+            lora: None,
         })
     }
 
@@ -83,6 +86,16 @@ impl Chameleon {
         let model = Self::load(&config, &weights).with_context(|| format!("in {}", folder.display()))?;
         weights.finish()?;
         Ok(model)
+    }
+
+    /// Puts a named adapter on the linear layers that `lora` asks for; its tensors stand at their layers' names.
+    ///
+    /// # Errors
+    /// See [`attach_all`](vora_lora::attach_all).
+    pub fn attach(&mut self, name: &str, lora: &LoraConfig, weights: &Weights) -> Result<()> {
+        attach(&mut self.llm, name, lora, weights)?;
+        self.lora = Some(lora.clone());
+        Ok(())
     }
 
     /// The image tokenizer.
@@ -140,12 +153,6 @@ impl Chameleon {
         let codes = self.vocabulary.bpe2img(&image_token_ids.contiguous())?;
         to_images(&self.vqmodel.decode(&codes, self.drawn_grid())?)
     }
-
-    /// Every tensor by its name in a folder, adapters left out.
-    pub fn tensors(&self) -> Vec<(String, Tensor)> {
-        let vqmodel = self.vqmodel.tensors().into_iter().map(|(name, t)| (format!("model.vqmodel.{name}"), t));
-        self.llm.tensors().into_iter().chain(vqmodel).collect()
-    }
 }
 
 impl VisionLanguageModel for Chameleon {
@@ -177,20 +184,32 @@ impl VisionLanguageModel for Chameleon {
         self.llm.embed(&ids)
     }
 
-    fn merge(&mut self) -> Result<()> {
-        merge_all(&mut self.llm)
+    fn lora(&self) -> Option<&LoraConfig> {
+        self.lora.as_ref()
     }
 
-    /// Hugging Face's layout, in one file of tensors.
+    fn merge(&mut self) -> Result<()> {
+        merge_all(&mut self.llm)?;
+        self.lora = None;
+        Ok(())
+    }
+
+    fn llm_prefix(&self) -> &'static str {
+        ""
+    }
+
+    fn config_json(&self) -> Result<Value> {
+        Ok(serde_json::to_value(self.llm.config())?)
+    }
+
+    /// Hugging Face's layout.
     ///
     /// # Errors
-    /// Where adapters are still apart from the weights, or the folder cannot be written.
-    fn save(&self, folder: &Path) -> Result<()> {
-        self.llm.linears(&mut |_, _, linear| {
-            ensure!(linear.adapters().next().is_none(), "the adapters are still apart from the weights: merge first");
-            Ok(())
-        })?;
-        save_folder(folder, &serde_json::to_value(self.llm.config())?, &self.tensors())
+    /// Where adapters are still apart from the weights.
+    fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        ensure_merged(&self.llm)?;
+        let vqmodel = self.vqmodel.tensors().into_iter().map(|(name, t)| (format!("model.vqmodel.{name}"), t));
+        Ok(self.llm.tensors().into_iter().chain(vqmodel).collect())
     }
 }
 
@@ -211,10 +230,10 @@ mod tests {
     use fixtures::Golden;
     use serde_json::json;
     use vora_llm::{Span, Spans};
-    use vora_lora::{LoraConfig, attach_all};
     use vora_torch::safetensors::save;
 
     use crate::Input;
+    use crate::folder::save_folder;
 
     fn config(name: &str) -> LlmConfig {
         let text = std::fs::read(fixtures::root().join("golden/chameleon.json")).unwrap();
@@ -312,10 +331,12 @@ mod tests {
         let golden = fixtures::open("chameleon");
         let mut model = model(&golden, "pre");
         let weights = Weights::random(1, Device::Cpu, Kind::Float);
-        attach_all("default", &LoraConfig::new(2, 1), &weights, |visit| model.llm_mut().linears_mut(visit)).unwrap();
+        model.attach("default", &LoraConfig::new(2, 1), &weights).unwrap();
+        assert_eq!(model.lora(), Some(&LoraConfig::new(2, 1)));
         let folder = tempfile::tempdir().unwrap();
         assert!(model.save(folder.path()).unwrap_err().to_string().contains("merge first"));
         model.merge().unwrap();
+        assert_eq!(model.lora(), None);
         model.save(folder.path()).unwrap();
         Chameleon::open(folder.path(), Device::Cpu, Kind::Float).unwrap();
     }

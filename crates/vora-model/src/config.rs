@@ -2,12 +2,14 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use vora_llm::{LlmConfig, VisionAttention};
 use vora_lora::LoraConfig;
 use vora_vision::{PatchEmbedConfig, PositionTable};
+
+use crate::folder::{read_config, to_object};
 
 /// The keys that the published VoRA code adds to the LLM's own (its `VoRAConfig`), and `fuse_adjacent_images` and
 /// `pos_embed`, which say what that code does without asking.
@@ -23,12 +25,12 @@ struct VisionKeys {
     #[serde(default)]
     vision_attention_mask: VisionAttention,
     #[serde(default)]
-    aux_vision: String,
-    #[serde(default, deserialize_with = "lora_or_empty", skip_serializing_if = "Option::is_none")]
     fuse_adjacent_images: Option<bool>,
     #[serde(default)]
     pos_embed: Option<PositionTable>,
     #[serde(default)]
+    aux_vision: String,
+    #[serde(default, deserialize_with = "lora_or_empty", skip_serializing_if = "Option::is_none")]
     lora: Option<LoraConfig>,
 }
 
@@ -64,10 +66,10 @@ pub struct VoraConfig {
     /// Whether the tokens of a picture see each other in both directions; with `"fuse_adjacent_images": true`, those of
     /// the pictures right beside it too.
     pub vision_attention: VisionAttention,
-    /// The adapters that are attached; none once merged.
-    pub lora: Option<LoraConfig>,
     /// Which rows of the position table a picture of another size gets: `"pos_embed": "interpolate"` or `"first_rows"`.
     pub pos_embed: PositionTable,
+    /// The adapters that are attached; none once merged.
+    pub lora: Option<LoraConfig>,
 }
 
 impl VoraConfig {
@@ -81,18 +83,17 @@ impl VoraConfig {
             patch_size,
             image_size,
             vision_attention: VisionAttention::Bidirectional,
+            pos_embed: PositionTable::Interpolated,
             lora: None,
         }
-            pos_embed: PositionTable::Interpolated,
     }
 
     /// Reads `config.json` of a VoRA folder, ours or a published one. A published one, known by having no key
     /// `llm_model_type`, was trained with adjacent pictures fused and position rows taken flat, and has both unless its
     /// keys say otherwise.
     pub fn open(folder: &Path) -> Result<Self> {
-        let path = folder.join("config.json");
-        let json = read_object(&path)?;
-        Self::from_json(json).with_context(|| format!("in {}", path.display()))
+        let json = read_config(folder)?;
+        Self::from_json(json).with_context(|| format!("in {}", folder.join("config.json").display()))
     }
 
     fn from_json(mut json: Map<String, Value>) -> Result<Self> {
@@ -132,8 +133,8 @@ impl VoraConfig {
     pub fn to_json(&self) -> Result<Value> {
         let mut json = to_object(&self.llm)?;
         let llm_type = json.remove("model_type").unwrap_or_default();
-        let keys = VisionKeys {
         let fused = self.vision_attention == VisionAttention::BidirectionalFused;
+        let keys = VisionKeys {
             llm: self.llm_name.clone(),
             vision_embedding: aimv2_embedding(),
             vision_embedding_intermediate_size: self.vision_embedding_intermediate_size,
@@ -163,19 +164,6 @@ impl VoraConfig {
     }
 }
 
-fn to_object(value: &impl Serialize) -> Result<Map<String, Value>> {
-    match serde_json::to_value(value)? {
-        Value::Object(map) => Ok(map),
-        other => bail!("{other} is no JSON object"),
-    }
-}
-
-fn read_object(path: &Path) -> Result<Map<String, Value>> {
-    let text = std::fs::read(path)
-        .with_context(|| format!("cannot read {}; a model is a folder with config.json in it", path.display()))?;
-    serde_json::from_slice(&text).with_context(|| format!("{} is not a JSON object", path.display()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -187,6 +175,18 @@ mod tests {
     #[test]
     fn a_published_config_is_read() {
         let published = json!({
+            "model_type": "vora", "llm": "Qwen/Qwen2.5-7B-Instruct", "vocab_size": 152064, "hidden_size": 3584,
+            "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+            "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu",
+            "tie_word_embeddings": false, "vision_embedding": "AIMv2Embedding", "patch_size": 14, "image_size": 448,
+            "vision_embedding_intermediate_size": 1536, "vision_attention_mask": "bidirectional", "lora": {},
+            "aux_vision": "", "skip_aux_cls": false,
+        });
+        let config = VoraConfig::from_json(object(published)).unwrap();
+        assert_eq!(config.llm.model_type, "qwen2");
+        assert_eq!((config.image_size, config.vision_embedding_intermediate_size, &config.lora), (448, 1536, &None));
+    }
+
     #[test]
     fn what_the_published_code_does_unasked_is_told_by_keys() {
         let ours = object(VoraConfig::new(LlmConfig::tiny(64), 12, 4, 8).to_json().unwrap());
@@ -225,18 +225,6 @@ mod tests {
         assert!(
             error.unwrap_err().to_string().contains("unknown variant `flat`, expected `interpolate` or `first_rows`")
         );
-    }
-
-            "model_type": "vora", "llm": "Qwen/Qwen2.5-7B-Instruct", "vocab_size": 152064, "hidden_size": 3584,
-            "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-            "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu",
-            "tie_word_embeddings": false, "vision_embedding": "AIMv2Embedding", "patch_size": 14, "image_size": 448,
-            "vision_embedding_intermediate_size": 1536, "vision_attention_mask": "bidirectional", "lora": {},
-            "aux_vision": "", "skip_aux_cls": false,
-        });
-        let config = VoraConfig::from_json(object(published)).unwrap();
-        assert_eq!(config.llm.model_type, "qwen2");
-        assert_eq!((config.image_size, config.vision_embedding_intermediate_size, &config.lora), (448, 1536, &None));
     }
 
     #[test]

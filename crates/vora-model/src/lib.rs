@@ -1,6 +1,7 @@
 //! The ways a language model gets to see, on one interface: [`Vora`], which splices the patches of a picture among the
-//! word embeddings of a decoder that carries adapters, and [`Chameleon`], to which pictures are tokens as words are. It
-//! reads and writes their checkpoint folders.
+//! word embeddings of a decoder that carries adapters, [`Llava`], which sees through a frozen encoder and a projection,
+//! and [`Chameleon`], to which pictures are tokens as words are. It reads and writes their checkpoint folders; [`open`]
+//! takes any of them.
 //!
 //! It trains nothing and generates nothing: losses live in `vora-train`, decoding loops in `vora-infer`. It reads no
 //! image file either; pixels come in as tensors.
@@ -29,11 +30,17 @@ mod chameleon;
 mod chameleon_vocabulary;
 mod config;
 pub mod convert;
+mod folder;
+mod llava;
+mod llava_config;
 mod model;
 mod vora;
 
 pub use chameleon::Chameleon;
 pub use chameleon_vocabulary::{VocabularyMapping, image_token_name};
 pub use config::VoraConfig;
+pub use folder::open;
+pub use llava::Llava;
+pub use llava_config::{LlavaConfig, MmProjectorType};
 pub use model::{Input, VisionLanguageModel};
 pub use vora::Vora;

@@ -3,12 +3,15 @@
 use std::fmt::Debug;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use tch::Tensor;
 use vora_llm::chat::Piece;
 use vora_llm::{AttentionPlan, CausalLm, Output, Span, Spans, VisionAttention};
-use vora_torch::safetensors::{save, write_atomically};
+use vora_lora::{LoraConfig, attach_all};
+use vora_torch::weights::Weights;
+
+use crate::folder::save_folder;
 
 /// One batch, as the model takes it.
 #[derive(Debug)]
@@ -39,27 +42,51 @@ pub trait VisionLanguageModel: Debug {
     fn image_grid(&self, height: i64, width: i64) -> Result<(i64, i64)>;
 
     /// Pictures of one size as the decoder takes them: `[n, 3, height, width]` -> `[n, tokens, hidden]`
+    ///
+    /// # Panics
+    /// Where [`image_grid`](Self::image_grid) refuses the size; [`embed`](Self::embed) asks it first.
     fn image_features(&self, pixel_values: &Tensor) -> Tensor;
+
+    /// The adapters that are attached; none once they are merged.
+    fn lora(&self) -> Option<&LoraConfig>;
 
     /// Folds every adapter into its layer's weight: in f32, rounded once. None is left.
     fn merge(&mut self) -> Result<()>;
 
+    /// What stands before the decoder's own names in the model's folder: `llm.` in `llm.model.layers.0…`.
+    fn llm_prefix(&self) -> &'static str;
+
+    /// What `config.json` of the model's folder says.
+    fn config_json(&self) -> Result<Value>;
+
+    /// Every tensor by its name in the model's folder. Adapters stand beside their weights, as far as the layout has a
+    /// place for them.
+    ///
+    /// # Errors
+    /// Where it has none, and adapters are still apart from the weights.
+    fn tensors(&self) -> Result<Vec<(String, Tensor)>>;
+
     /// Writes a folder by which the model can be opened again: `config.json` and `model.safetensors`.
-    fn save(&self, folder: &Path) -> Result<()>;
+    ///
+    /// # Errors
+    /// As [`tensors`](Self::tensors), and where the folder cannot be written.
+    fn save(&self, folder: &Path) -> Result<()> {
+        save_folder(folder, &self.config_json()?, &self.tensors()?)
+    }
 
     /// Writes the LLM alone as a plain checkpoint, without pictures, for any tool that reads one.
     ///
     /// # Errors
     /// Where adapters are still apart from the weights.
     fn save_llm(&self, folder: &Path) -> Result<()> {
-        self.llm().linears(&mut |_, _, linear| {
-            ensure!(linear.adapters().next().is_none(), "the adapters are still apart from the weights: merge first");
-            Ok(())
-        })?;
+        ensure_merged(self.llm())?;
         save_folder(folder, &serde_json::to_value(self.llm().config())?, &self.llm().tensors())
     }
 
     /// The word embeddings with the pictures' tokens in their places, `[batch, seq, hidden]`.
+    ///
+    /// # Errors
+    /// Where pictures and places differ in number, or a picture is none that the model can take.
     fn embed(&self, input: &Input) -> Result<Tensor> {
         let (batch, seq) = input.input_ids.size2()?;
         let places = input.spans.image_positions();
@@ -69,9 +96,14 @@ pub trait VisionLanguageModel: Debug {
         }
         ensure!(!input.pixel_values.is_empty(), "a place for a picture, and no picture");
         // Pictures of one size that follow each other go through together.
-        let groups = input.pixel_values.chunk_by(|a, b| a.size() == b.size());
-        let features: Vec<Tensor> =
-            groups.map(|group| self.image_features(&Tensor::stack(group, 0)).flatten(0, 1)).collect();
+        let mut features = Vec::new();
+        for group in input.pixel_values.chunk_by(|a, b| a.size() == b.size()) {
+            let [3, height, width] = group[0].size()[..] else {
+                bail!("a picture is {:?}, it must be [3, height, width]", group[0].size());
+            };
+            self.image_grid(height, width)?;
+            features.push(self.image_features(&Tensor::stack(group, 0)).flatten(0, 1));
+        }
         let features = Tensor::cat(&features, 0); // [image tokens, hidden]
         ensure!(
             features.size()[0] == places.len() as i64,
@@ -129,6 +161,12 @@ impl Input {
     }
 }
 
+/// Puts a named adapter on the linear layers that `lora` asks for; its tensors stand at their layers' names below
+/// `weights`, the decoder's place in their source.
+pub(crate) fn attach(llm: &mut CausalLm, name: &str, lora: &LoraConfig, weights: &Weights) -> Result<()> {
+    attach_all(name, lora, &weights.pp("model.layers"), |visit| llm.linears_mut(visit)).map(drop)
+}
+
 /// Merges the adapters of every linear layer.
 pub(crate) fn merge_all(llm: &mut CausalLm) -> Result<()> {
     llm.linears_mut(&mut |_, _, linear| {
@@ -137,10 +175,10 @@ pub(crate) fn merge_all(llm: &mut CausalLm) -> Result<()> {
     })
 }
 
-/// `config.json` and `model.safetensors`, each written beside its place and renamed.
-pub(crate) fn save_folder(folder: &Path, config: &Value, tensors: &[(String, Tensor)]) -> Result<()> {
-    std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
-    save(&folder.join("model.safetensors"), tensors, &[])?;
-    let text = serde_json::to_string_pretty(config)?;
-    write_atomically(&folder.join("config.json"), |file| Ok(std::io::Write::write_all(file, text.as_bytes())?))
+/// Refuses a decoder that carries adapters.
+pub(crate) fn ensure_merged(llm: &CausalLm) -> Result<()> {
+    llm.linears(&mut |_, _, linear| {
+        ensure!(linear.adapters().next().is_none(), "the adapters are still apart from the weights: merge first");
+        Ok(())
+    })
 }

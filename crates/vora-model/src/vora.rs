@@ -3,15 +3,16 @@
 use std::path::Path;
 
 use anyhow::Result;
+use serde_json::Value;
 use tch::nn::Module;
 use tch::{Device, Kind, Tensor};
 use vora_llm::{CausalLm, VisionAttention};
-use vora_lora::{LoraConfig, attach_all};
+use vora_lora::LoraConfig;
 use vora_torch::weights::Weights;
 use vora_vision::PatchEmbed;
 
 use crate::VoraConfig;
-use crate::model::{VisionLanguageModel, merge_all, save_folder};
+use crate::model::{VisionLanguageModel, attach, merge_all};
 
 /// An LLM with eyes: a decoder whose first blocks may carry adapters, and one patch embedding.
 #[derive(Debug)]
@@ -44,7 +45,7 @@ impl Vora {
         Ok(model)
     }
 
-    /// Opens a folder that [`Vora::save`] wrote, merged or not.
+    /// Opens a folder that [`Vora::save`](VisionLanguageModel::save) wrote, merged or not.
     pub fn open(folder: &Path, device: Device, kind: Kind) -> Result<Self> {
         let config = VoraConfig::open(folder)?;
         let weights = Weights::open(folder, device, kind)?;
@@ -57,10 +58,9 @@ impl Vora {
     /// Puts a named adapter on the linear layers that `lora` asks for; its tensors stand at their layers' names.
     ///
     /// # Errors
-    /// See [`attach_all`].
+    /// See [`attach_all`](vora_lora::attach_all).
     pub fn attach(&mut self, name: &str, lora: &LoraConfig, weights: &Weights) -> Result<()> {
-        let layers = weights.pp("model.layers");
-        attach_all(name, lora, &layers, |visit| self.llm.linears_mut(visit))?;
+        attach(&mut self.llm, name, lora, weights)?;
         self.config.lora = Some(lora.clone());
         Ok(())
     }
@@ -73,23 +73,6 @@ impl Vora {
     /// The patch embedding.
     pub fn vision_embedding(&self) -> &PatchEmbed {
         &self.vision_embedding
-    }
-
-    /// Every tensor by its name in a VoRA folder; adapters, where they are attached, stand beside their weights.
-    pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        let llm = self.llm.tensors().into_iter().map(|(name, t)| (format!("llm.{name}"), t));
-        let vision =
-            self.vision_embedding.tensors().into_iter().map(|(name, t)| (format!("vision_embedding.{name}"), t));
-        let mut tensors: Vec<_> = llm.chain(vision).collect();
-        self.llm.linears(&mut |layer_idx, module, linear| {
-            for adapter in linear.adapters() {
-                let path = format!("llm.model.layers.{layer_idx}.{module}");
-                tensors.push((format!("{path}.lora_A.weight"), adapter.lora_a().shallow_clone()));
-                tensors.push((format!("{path}.lora_B.weight"), adapter.lora_b().shallow_clone()));
-            }
-            Ok(())
-        })?;
-        Ok(tensors)
     }
 }
 
@@ -116,15 +99,39 @@ impl VisionLanguageModel for Vora {
         self.vision_embedding.forward(pixel_values)
     }
 
+    fn lora(&self) -> Option<&LoraConfig> {
+        self.config.lora.as_ref()
+    }
+
     fn merge(&mut self) -> Result<()> {
         merge_all(&mut self.llm)?;
         self.config.lora = None;
         Ok(())
     }
 
-    /// The layout of the published VoRA models.
-    fn save(&self, folder: &Path) -> Result<()> {
-        save_folder(folder, &self.config.to_json()?, &self.tensors()?)
+    fn llm_prefix(&self) -> &'static str {
+        "llm."
+    }
+
+    fn config_json(&self) -> Result<Value> {
+        self.config.to_json()
+    }
+
+    /// The layout of the published VoRA models, with adapters beside their weights.
+    fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        let llm = self.llm.tensors().into_iter().map(|(name, t)| (format!("llm.{name}"), t));
+        let vision =
+            self.vision_embedding.tensors().into_iter().map(|(name, t)| (format!("vision_embedding.{name}"), t));
+        let mut tensors: Vec<_> = llm.chain(vision).collect();
+        self.llm.linears(&mut |layer_idx, module, linear| {
+            for adapter in linear.adapters() {
+                let path = format!("llm.model.layers.{layer_idx}.{module}");
+                tensors.push((format!("{path}.lora_A.weight"), adapter.lora_a().shallow_clone()));
+                tensors.push((format!("{path}.lora_B.weight"), adapter.lora_b().shallow_clone()));
+            }
+            Ok(())
+        })?;
+        Ok(tensors)
     }
 }
 
@@ -134,6 +141,7 @@ mod tests {
     use vora_llm::chat::Piece;
     use vora_llm::{LlmConfig, Span, Spans};
     use vora_torch::safetensors::save;
+    use vora_vision::PositionTable;
 
     use crate::Input;
 
@@ -141,7 +149,6 @@ mod tests {
 
     /// A tiny VoRA with adapters whose B is not zero.
     fn adapted() -> Vora {
-    use vora_vision::PositionTable;
         let mut config = VoraConfig::new(LlmConfig::tiny(64), 12, 4, 8);
         config.lora = Some(LoraConfig::new(3, 1));
         let weights = Weights::random(5, Device::Cpu, Kind::Float);
@@ -190,13 +197,6 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_does_not_fit_is_told_whole() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut model = adapted();
-        model.merge().unwrap();
-        model.save(folder.path()).unwrap();
-        let mut tensors = model.tensors().unwrap();
-    #[test]
     fn a_folder_says_whether_it_sees_as_the_published_code_does() {
         let mut config = VoraConfig::new(LlmConfig::tiny(64), 12, 4, 8);
         let folder = tempfile::tempdir().unwrap();
@@ -224,6 +224,13 @@ mod tests {
         assert_eq!([0, 1, 2].map(|place| differs(&ours, &flat, place)), [false, true, true]);
     }
 
+    #[test]
+    fn a_folder_that_does_not_fit_is_told_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut model = adapted();
+        model.merge().unwrap();
+        model.save(folder.path()).unwrap();
+        let mut tensors = model.tensors().unwrap();
         tensors.retain(|(name, _)| name != "vision_embedding.pos_embed");
         tensors.push(("llm.extra".into(), Tensor::zeros([1], CPU)));
         save(&folder.path().join("model.safetensors"), &tensors, &[]).unwrap();
@@ -243,6 +250,9 @@ mod tests {
         assert!(error(&|i| i.pixel_values.clear()).contains("no picture"));
         assert!(error(&|i| i.pixel_values.push(Tensor::zeros([3, 8, 8], CPU))).contains("make 8 tokens"));
         assert!(error(&|i| i.spans = Spans::text(&[9])).contains("no place"));
+        assert!(error(&|i| i.pixel_values = vec![Tensor::zeros([3, 8, 7], CPU)]).contains("does not divide"));
+        let error_of_one = error(&|i| i.pixel_values = vec![Tensor::zeros([1, 8, 8], CPU)]);
+        assert_eq!(error_of_one, "a picture is [1, 8, 8], it must be [3, height, width]");
         let text = Piece::Text { ids: vec![1], supervised: false };
         let error = Input::prompt(&[text, Piece::Image], Vec::new(), &model).unwrap_err().to_string();
         assert_eq!(error, "0 pictures for 1 image places");

@@ -1,0 +1,467 @@
+//! LLaVA (arXiv 2304.08485, 2310.03744): a frozen vision encoder, whose hidden states a small projection takes into the
+//! space of word embeddings.
+//!
+//! A folder is that of Hugging Face's `LlavaForConditionalGeneration` under its published names: `language_model.model`,
+//! `language_model.lm_head`, `vision_tower`, `multi_modal_projector`. The names of its classes since 2025
+//! (`model.language_model`, `lm_head`, `model.vision_tower`, …) are read too.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use tch::nn::Module;
+use tch::{Device, Kind, Tensor};
+use vora_llm::{CausalLm, VisionAttention};
+use vora_lora::LoraConfig;
+use vora_torch::weights::{Init, Weights};
+use vora_vision::{Encoder, VisionFeatureSelectStrategy};
+
+use crate::model::{VisionLanguageModel, attach, ensure_merged, merge_all};
+use crate::{LlavaConfig, MmProjectorType};
+
+/// A decoder that sees through a frozen encoder.
+#[derive(Debug)]
+pub struct Llava {
+    config: LlavaConfig,
+    llm: CausalLm,
+    vision_tower: Encoder,
+    multi_modal_projector: MultiModalProjector,
+}
+
+impl Llava {
+    /// Takes `language_model`, `vision_tower` and `multi_modal_projector` from one source. Adapters that the config
+    /// names are attached and taken from the same source.
+    ///
+    /// # Errors
+    /// Where the config contradicts itself; tensors that do not fit are told by [`Weights::finish_allowing`], for which
+    /// [`EncoderConfig::leaves_out`](vora_vision::EncoderConfig::leaves_out) says what the encoder does not read.
+    pub fn load(config: LlavaConfig, weights: &Weights) -> Result<Self> {
+        let vision_tower = Encoder::load(&config.encoder()?, &weights.pp("vision_tower")).context("vision_config")?;
+        Self::assemble(config, &weights.pp("language_model"), vision_tower, weights)
+    }
+
+    /// Builds a LLaVA from an LLM's own folder and an encoder: projection and adapters come from `trained`.
+    ///
+    /// # Errors
+    /// As [`Llava::load`].
+    pub fn assemble(config: LlavaConfig, llm: &Weights, vision_tower: Encoder, trained: &Weights) -> Result<Self> {
+        config.features.hidden_state_indices(vision_tower.num_hidden_layers())?;
+        let mut model = Self {
+            llm: CausalLm::load(&config.llm, llm)?,
+            multi_modal_projector: MultiModalProjector::load(
+                &config,
+                vision_tower.hidden_size(),
+                &trained.pp("multi_modal_projector"),
+            )?,
+            vision_tower,
+            config,
+        };
+        if let Some(lora) = model.config.lora.clone() {
+            model.attach("default", &lora, &trained.pp("language_model"))?;
+        }
+        Ok(model)
+    }
+
+    /// Opens a folder, a published one or one that [`Llava::save`](VisionLanguageModel::save) wrote.
+    ///
+    /// # Errors
+    /// Names the file, and what in it does not fit.
+    pub fn open(folder: &Path, device: Device, kind: Kind) -> Result<Self> {
+        let config = LlavaConfig::open(folder)?;
+        let weights = published_names(Weights::open(folder, device, kind)?)?;
+        let encoder = config.encoder()?;
+        let model = Self::load(config, &weights).with_context(|| format!("in {}", folder.display()))?;
+        weights
+            .finish_allowing(|name| name.strip_prefix("vision_tower.").is_some_and(|name| encoder.leaves_out(name)))
+            .with_context(|| format!("loading {}", folder.display()))?;
+        Ok(model)
+    }
+
+    /// Puts a named adapter on the linear layers that `lora` asks for; its tensors stand at their layers' names.
+    ///
+    /// # Errors
+    /// See [`attach_all`](vora_lora::attach_all).
+    pub fn attach(&mut self, name: &str, lora: &LoraConfig, weights: &Weights) -> Result<()> {
+        attach(&mut self.llm, name, lora, weights)?;
+        self.config.lora = Some(lora.clone());
+        Ok(())
+    }
+
+    /// What it is made of.
+    pub fn config(&self) -> &LlavaConfig {
+        &self.config
+    }
+
+    /// The encoder.
+    pub fn vision_tower(&self) -> &Encoder {
+        &self.vision_tower
+    }
+}
+
+impl VisionLanguageModel for Llava {
+    fn llm(&self) -> &CausalLm {
+        &self.llm
+    }
+
+    fn llm_mut(&mut self) -> &mut CausalLm {
+        &mut self.llm
+    }
+
+    /// The encoder has let the tokens of a picture see each other already.
+    fn vision_attention(&self) -> VisionAttention {
+        VisionAttention::Causal
+    }
+
+    /// The encoder's grid of patches, or one row of all tokens where others stand before the patches.
+    ///
+    /// # Errors
+    /// Where the picture is smaller than a patch.
+    fn image_grid(&self, height: i64, width: i64) -> Result<(i64, i64)> {
+        let encoder = self.vision_tower.model();
+        let (rows, cols) = encoder.grid(height, width)?;
+        Ok(match (self.config.features.vision_feature_select_strategy, encoder.num_prefix_tokens()) {
+            (VisionFeatureSelectStrategy::Full, prefix) if prefix > 0 => (1, prefix + rows * cols),
+            _ => (rows, cols),
+        })
+    }
+
+    fn image_features(&self, pixel_values: &Tensor) -> Tensor {
+        let features = tch::no_grad(|| self.vision_tower.features(pixel_values, &self.config.features))
+            .expect("callers check the grid, and loading the layers");
+        self.multi_modal_projector.forward(&features)
+    }
+
+    fn lora(&self) -> Option<&LoraConfig> {
+        self.config.lora.as_ref()
+    }
+
+    fn merge(&mut self) -> Result<()> {
+        merge_all(&mut self.llm)?;
+        self.config.lora = None;
+        Ok(())
+    }
+
+    fn llm_prefix(&self) -> &'static str {
+        "language_model."
+    }
+
+    /// With the kind of the LLM as `dtype`, whatever kind it was once stored in.
+    fn config_json(&self) -> Result<Value> {
+        let mut json = self.config.to_json()?;
+        let dtype = match self.llm.kind() {
+            Kind::BFloat16 => "bfloat16",
+            Kind::Half => "float16",
+            _ => "float32",
+        };
+        json["dtype"] = json!(dtype);
+        Ok(json)
+    }
+
+    /// The published layout, with the encoder as it was read.
+    ///
+    /// # Errors
+    /// Where adapters are still apart from the weights, or the encoder is in no file.
+    fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        ensure_merged(&self.llm)?;
+        let tower = self.vision_tower.tensors();
+        ensure!(!tower.is_empty(), "the vision encoder was made in memory: there are no tensors to write");
+        let llm = self.llm.tensors().into_iter().map(|(name, t)| (format!("language_model.{name}"), t));
+        let tower = tower.iter().map(|(name, t)| (format!("vision_tower.{name}"), t.shallow_clone()));
+        let projector = self.multi_modal_projector.tensors();
+        let projector = projector.into_iter().map(|(name, t)| (format!("multi_modal_projector.{name}"), t));
+        Ok(llm.chain(tower).chain(projector).collect())
+    }
+}
+
+/// `y = W x + b`, or `y = W_2 gelu(W_1 x + b_1) + b_2`: Hugging Face's `LlavaMultiModalProjector`.
+///
+/// All of it is trained, in f32; what comes out has the kind of the weights' source.
+#[derive(Debug)]
+struct MultiModalProjector {
+    linear_1: Linear,         // [hidden, layers * encoder_hidden]
+    linear_2: Option<Linear>, // [hidden, hidden]
+    kind: Kind,
+}
+
+/// A weight `[out, in]` and a bias `[out]`.
+#[derive(Debug)]
+struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl MultiModalProjector {
+    /// Takes `linear_1.{weight,bias}` and, where there are two layers, `linear_2.{weight,bias}`.
+    fn load(config: &LlavaConfig, encoder_hidden_size: i64, weights: &Weights) -> Result<Self> {
+        let (inputs, hidden) = (encoder_hidden_size * config.features.num_layers(), config.llm.hidden_size);
+        let linear = |name, inputs| Linear::load(&weights.pp(name), inputs, hidden, config.multimodal_projector_bias);
+        Ok(Self {
+            linear_1: linear("linear_1", inputs)?,
+            linear_2: match config.mm_projector_type {
+                MmProjectorType::Linear => None,
+                MmProjectorType::Mlp2xGelu => Some(linear("linear_2", hidden)?),
+            },
+            kind: weights.kind(),
+        })
+    }
+
+    /// Its tensors by their names on disk, in the model's kind where that loses nothing, else in f32.
+    fn tensors(&self) -> Vec<(String, Tensor)> {
+        let linears = [("linear_1", Some(&self.linear_1)), ("linear_2", self.linear_2.as_ref())];
+        let named: Vec<(String, &Tensor)> = linears
+            .into_iter()
+            .filter_map(|(name, linear)| Some((name, linear?)))
+            .flat_map(|(name, linear)| {
+                let bias = linear.bias.as_ref().map(|bias| (format!("{name}.bias"), bias));
+                [(format!("{name}.weight"), &linear.weight)].into_iter().chain(bias)
+            })
+            .collect();
+        let exact = |tensor: &Tensor| tensor.to_kind(self.kind).to_kind(Kind::Float).equal(tensor);
+        let kind = if named.iter().all(|(_, tensor)| exact(tensor)) { self.kind } else { Kind::Float };
+        named.into_iter().map(|(name, tensor)| (name, tensor.detach().to_kind(kind))).collect()
+    }
+}
+
+impl Module for MultiModalProjector {
+    /// `[batch, tokens, layers * encoder_hidden]` -> `[batch, tokens, hidden]`
+    fn forward(&self, features: &Tensor) -> Tensor {
+        let mut x = self.linear_1.forward(&features.to_kind(Kind::Float));
+        if let Some(linear_2) = &self.linear_2 {
+            x = linear_2.forward(&x.gelu("none"));
+        }
+        x.to_kind(self.kind)
+    }
+}
+
+impl Linear {
+    fn load(weights: &Weights, inputs: i64, outputs: i64, bias: bool) -> Result<Self> {
+        Ok(Self {
+            weight: weights.parameter("weight", &[outputs, inputs], Init::KaimingUniform)?,
+            bias: bias.then(|| weights.parameter("bias", &[outputs], Init::Zeros)).transpose()?,
+        })
+    }
+}
+
+impl Module for Linear {
+    /// `[.., in]` -> `[.., out]`
+    fn forward(&self, x: &Tensor) -> Tensor {
+        x.linear(&self.weight, self.bias.as_ref())
+    }
+}
+
+/// The same source under the published names, where it has the newer ones.
+fn published_names(weights: Weights) -> Result<Weights> {
+    if !weights.contains("model.language_model.embed_tokens.weight") {
+        return Ok(weights);
+    }
+    let renamed = |name: String| {
+        let own = name.strip_prefix("model.").unwrap_or(&name);
+        match own.strip_prefix("language_model.") {
+            Some(decoder) => format!("language_model.model.{decoder}"),
+            None if own == "lm_head.weight" => "language_model.lm_head.weight".to_owned(),
+            None if own.starts_with("vision_tower.") || own.starts_with("multi_modal_projector.") => own.to_owned(),
+            None => name,
+        }
+    };
+    let tensors = weights.stored()?.into_iter().map(|(name, tensor)| (renamed(name), tensor));
+    Ok(Weights::from_tensors(tensors, weights.device(), weights.kind()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    use fixtures::Golden;
+    use vora_llm::{LlmConfig, Span, Spans};
+    use vora_torch::safetensors::save;
+    use vora_vision::EncoderConfig;
+
+    use crate::Input;
+    use crate::folder::save_folder;
+
+    /// What the golden file has: CLIP as in LLaVA-1.5, two layers of all its tokens, SigLIP, DINOv2.
+    const CASES: [&str; 4] = ["clip", "layers", "siglip", "dinov2"];
+
+    fn json(name: &str) -> Value {
+        let text = std::fs::read(fixtures::root().join("golden/llava.json")).unwrap();
+        serde_json::from_slice::<Value>(&text).unwrap()[name].take()
+    }
+
+    fn config(name: &str) -> LlavaConfig {
+        LlavaConfig::from_json(json(name).as_object().unwrap().clone()).unwrap()
+    }
+
+    fn weights(golden: &Golden, name: &str, kind: Kind) -> Weights {
+        Weights::from_tensors(golden.under(&format!("{name}.weights.")), Device::Cpu, kind)
+    }
+
+    fn model(golden: &Golden, name: &str) -> Llava {
+        Llava::load(config(name), &weights(golden, name, Kind::Float)).unwrap()
+    }
+
+    /// The rows that the golden file was made from: a picture among words, and a shorter row with another elsewhere.
+    fn input(golden: &Golden, name: &str, model: &Llava) -> Input {
+        let input_ids = golden[&format!("{name}.input_ids")].shallow_clone();
+        let pixel_values = golden["pixel_values"].unbind(0);
+        let (rows, cols) = model.image_grid(8, 8).unwrap();
+        let row = |before, after| vec![Span::text(before), Span::image(rows, cols), Span::text(after)];
+        Input { input_ids, pixel_values, spans: Spans { rows: vec![row(3, 4), row(1, 3)] } }
+    }
+
+    /// Logits of the rows, padding left out: `[tokens, vocab]`
+    fn logits(model: &Llava, input: &Input) -> Tensor {
+        let output = tch::no_grad(|| model.forward(input, 0)).unwrap();
+        told(&tch::no_grad(|| model.llm().logits(&output.last_hidden_state)), input)
+    }
+
+    fn told(rows: &Tensor, input: &Input) -> Tensor {
+        let lens = input.spans.row_lens();
+        Tensor::cat(&(0..).zip(lens).map(|(row, len)| rows.get(row).narrow(0, 0, len)).collect::<Vec<_>>(), 0)
+    }
+
+    fn bytes(folder: &Path) -> BTreeMap<String, (Kind, Vec<i64>, Vec<u8>)> {
+        let tensors = Tensor::read_safetensors(folder.join("model.safetensors")).unwrap();
+        let of = |t: &Tensor| Vec::<u8>::try_from(t.contiguous().view([-1]).view_dtype(Kind::Uint8)).unwrap();
+        tensors.into_iter().map(|(name, t)| (name, (t.kind(), t.size(), of(&t)))).collect()
+    }
+
+    #[test]
+    fn matches_reference() {
+        let golden = fixtures::open("llava");
+        for name in CASES {
+            let model = model(&golden, name);
+            let input = input(&golden, name, &model);
+            let features = model.image_features(&golden["pixel_values"]);
+            fixtures::assert_close_to(&features, &golden[&format!("{name}.image_features")], 1e-5);
+            let expected = told(&golden[&format!("{name}.logits")], &input);
+            fixtures::assert_close_to(&logits(&model, &input), &expected, 1e-5);
+        }
+    }
+
+    #[test]
+    fn a_class_token_makes_no_grid() {
+        let golden = fixtures::open("llava");
+        let grids = CASES.map(|name| model(&golden, name).image_grid(8, 12).unwrap());
+        assert_eq!(grids, [(2, 3), (1, 7), (2, 3), (2, 3)]);
+    }
+
+    #[test]
+    fn a_folder_there_and_back_changes_no_byte_of_a_tensor() {
+        let golden = fixtures::open("llava");
+        let root = tempfile::tempdir().unwrap();
+        for name in CASES {
+            for kind in [Kind::Float, Kind::BFloat16] {
+                let (there, back) = (root.path().join("there"), root.path().join("back"));
+                let tensors = golden.under(&format!("{name}.weights.")).into_iter();
+                let tensors: Vec<_> = tensors.map(|(name, tensor)| (name, tensor.to_kind(kind))).collect();
+                save_folder(&there, &json(name), &tensors).unwrap();
+                Llava::open(&there, Device::Cpu, kind).unwrap().save(&back).unwrap();
+                assert!(bytes(&there) == bytes(&back), "{name}, {kind:?}");
+                let again = LlavaConfig::open(&back).unwrap();
+                assert_eq!(again.to_json().unwrap(), config(name).to_json().unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn the_newer_names_are_read_and_the_published_ones_written() {
+        let golden = fixtures::open("llava");
+        let root = tempfile::tempdir().unwrap();
+        let newer: BTreeMap<String, String> = serde_json::from_value(json("newer_names")).unwrap();
+        let published = golden.under("layers.weights.");
+        let tensors: Vec<_> = published.into_iter().map(|(name, tensor)| (newer[&name].clone(), tensor)).collect();
+        assert!(tensors.iter().any(|(name, _)| name == "lm_head.weight"));
+        save_folder(root.path(), &json("layers"), &tensors).unwrap();
+        let model = Llava::open(root.path(), Device::Cpu, Kind::Float).unwrap();
+        assert!(logits(&model, &input(&golden, "layers", &model)).equal(&{
+            let model = self::model(&golden, "layers");
+            logits(&model, &input(&golden, "layers", &model))
+        }));
+        model.save(&root.path().join("back")).unwrap();
+        assert!(newer.keys().eq(bytes(&root.path().join("back")).keys()));
+    }
+
+    #[test]
+    fn assembled_of_two_folders_it_trains_projection_and_adapters() {
+        let golden = fixtures::open("llava");
+        let root = tempfile::tempdir().unwrap();
+        let (tower, llm) = (root.path().join("tower"), root.path().join("llm"));
+        let whole = model(&golden, "clip");
+        whole.save_llm(&llm).unwrap();
+        save_folder(&tower, &json("clip")["vision_config"], whole.vision_tower().tensors()).unwrap();
+
+        let frozen = Weights::open(&llm, Device::Cpu, Kind::BFloat16).unwrap();
+        let encoder = Encoder::open(&tower, Device::Cpu, Kind::BFloat16).unwrap();
+        let trained = Weights::random(3, Device::Cpu, Kind::BFloat16);
+        let mut config = LlavaConfig::new(LlmConfig::open(&llm).unwrap(), &tower).unwrap();
+        config.mm_projector_type = MmProjectorType::Linear;
+        config.lora = Some(LoraConfig::new(2, 1));
+        let mut model = Llava::assemble(config, &frozen, encoder, &trained).unwrap();
+        frozen.finish().unwrap();
+        assert_eq!(model.lora(), Some(&LoraConfig::new(2, 1)));
+        let parameters = trained.parameters();
+        let expected = |name: &str| parameters.iter().any(|(found, _)| found == name);
+        assert!(expected("multi_modal_projector.linear_1.bias") && !expected("multi_modal_projector.linear_2.bias"));
+        assert!(expected("language_model.model.layers.0.mlp.down_proj.lora_B.weight"));
+        assert_eq!(parameters.len(), 2 + 2 * 7);
+
+        let input = input(&golden, "clip", &model);
+        let output = model.forward(&input, 0).unwrap();
+        assert_eq!(output.last_hidden_state.kind(), Kind::BFloat16);
+        output.last_hidden_state.square().mean(Kind::Float).backward();
+        for (name, parameter) in &parameters {
+            let zero = name.contains("lora_A"); // as long as B is zero
+            assert_eq!(parameter.grad().abs().max().double_value(&[]) == 0.0, zero, "{name}");
+        }
+
+        let error = model.save(&root.path().join("apart")).unwrap_err().to_string();
+        assert!(error.contains("merge first"), "{error}");
+        assert_eq!(model.config_json().unwrap()["lora"]["r"], 2);
+        model.merge().unwrap();
+        let merged = root.path().join("merged");
+        model.save(&merged).unwrap();
+        assert!(model.lora().is_none() && model.config_json().unwrap().get("lora").is_none());
+        // The trained projection keeps its f32, the encoder what it is stored in.
+        let kinds = bytes(&merged);
+        let kind = |name: &str| kinds[name].0;
+        assert_eq!(kind("multi_modal_projector.linear_1.weight"), Kind::Float);
+        assert_eq!(kind("vision_tower.vision_model.embeddings.class_embedding"), Kind::Float);
+        assert_eq!(kind("language_model.model.norm.weight"), Kind::BFloat16);
+        let again = Llava::open(&merged, Device::Cpu, Kind::BFloat16).unwrap();
+        assert!(logits(&again, &input).equal(&logits(&model, &input)));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_told() {
+        let golden = fixtures::open("llava");
+        let refuse = |change: &dyn Fn(&mut LlavaConfig)| {
+            let mut config = config("clip");
+            change(&mut config);
+            format!("{:#}", Llava::load(config, &weights(&golden, "clip", Kind::Float)).unwrap_err())
+        };
+        let error =
+            refuse(&|config| config.features = serde_json::from_value(json!({"vision_feature_layer": 4})).unwrap());
+        assert_eq!(error, "vision_feature_layer is 4, an encoder of 2 blocks has -3 to 2");
+        assert!(refuse(&|config| config.lora = Some(LoraConfig::new(2, 9))).contains("lora.layers is 9"));
+
+        let folder = tempfile::tempdir().unwrap();
+        let mut tensors = golden.under("clip.weights.");
+        tensors.retain(|(name, _)| name != "multi_modal_projector.linear_2.bias");
+        tensors.push(("vision_tower.vision_model.encoder.layers.2.mlp.fc1.bias".into(), Tensor::from_slice(&[0f32])));
+        save_folder(folder.path(), &json("clip"), &[]).unwrap();
+        save(&folder.path().join("model.safetensors"), &tensors, &[]).unwrap();
+        let error = format!("{:#}", Llava::open(folder.path(), Device::Cpu, Kind::Float).unwrap_err());
+        assert!(error.contains("missing    multi_modal_projector.linear_2.bias"), "{error}");
+        assert!(error.contains("unexpected vision_tower.vision_model.encoder.layers.2.mlp.fc1.bias"), "{error}");
+
+        let model = model(&golden, "clip");
+        let mut input = input(&golden, "clip", &model);
+        input.pixel_values[1] = input.pixel_values[1].narrow(1, 0, 3);
+        let error = model.forward(&input, 0).unwrap_err().to_string();
+        assert_eq!(error, "a picture of 8 x 3 pixels is smaller than a patch of 4 x 4");
+        let random = Llava::load(config("clip"), &Weights::random(0, Device::Cpu, Kind::Float)).unwrap();
+        assert!(random.save(folder.path()).unwrap_err().to_string().contains("made in memory"));
+        assert!(matches!(model.config().encoder().unwrap(), EncoderConfig::Clip(_)));
+    }
+}
