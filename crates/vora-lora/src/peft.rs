@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -11,7 +10,7 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
-use vora_torch::safetensors::{Checkpoint, save, write_atomically};
+use vora_torch::safetensors::{Checkpoint, save, write_bytes};
 use vora_torch::weights::Weights;
 
 use crate::attach::{Visit, attach_all};
@@ -484,7 +483,7 @@ pub fn save_adapter(folder: &Path, config: &LoraConfig, base_model: &str, tensor
     fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
     save(&folder.join(TENSORS), &tensors, &[])?;
     let json = serde_json::to_vec_pretty(&peft)?;
-    write_atomically(&folder.join(CONFIG), |file| Ok(file.write_all(&json)?))
+    write_bytes(&folder.join(CONFIG), &json)
 }
 
 #[cfg(test)]
