@@ -9,7 +9,8 @@ use comfy_table::{CellAlignment, Table};
 use plotters::prelude::*;
 use serde_json::Value;
 
-const COLOURS: [RGBColor; 4] =
+/// One for each variant, in order.
+pub const COLOURS: [RGBColor; 4] =
     [RGBColor(31, 119, 180), RGBColor(214, 39, 40), RGBColor(44, 160, 44), RGBColor(148, 103, 189)];
 
 /// What one run folder says about one training.

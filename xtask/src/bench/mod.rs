@@ -1,6 +1,7 @@
-//! `cargo xtask bench`: the criterion benches, and the comparison of whole trainings.
+//! `cargo xtask bench`: the criterion benches, the comparison of whole trainings, and Chameleon's drift of norms.
 
 mod compare;
+mod drift;
 
 use std::fs;
 use std::path::PathBuf;
@@ -22,20 +23,22 @@ Examples:
   cargo xtask bench attention -- cpu/bf16        only benches with this in their name
   cargo xtask bench attention --train            train with bidirectional and with causal vision attention, same seed
   cargo xtask bench attention --train --set max_steps=100
-  cargo xtask bench attention --train --plot     draw again from the last two trainings";
+  cargo xtask bench attention --train --plot     draw again from the last two trainings
+  cargo xtask bench drift                        what QK-norm and z-loss do to the norms of a small Chameleon
+  cargo xtask bench drift -- --learning-rate 1e-2 --steps 300";
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// A file of benches/benches, without `.rs`; all of them by default
+    /// A file of benches/benches, without `.rs`, or drift; all benches by default
     #[arg(required_if_eq("train", "true"))]
     name: Option<String>,
     /// Compare whole trainings: one table and one picture of losses and accuracies
     #[arg(long)]
     train: bool,
     /// Train nothing, only make table and picture of the trainings that are there
-    #[arg(long, requires = "train")]
+    #[arg(long)]
     plot: bool,
     /// Run file of both trainings [default: crates/vora-train/recipes/scenes.yaml]
     #[arg(long, value_name = "FILE", requires = "train")]
@@ -46,9 +49,10 @@ pub struct Args {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, requires = "train")]
     device: Option<String>,
-    /// Where the trainings and their comparison go; older ones there are replaced
-    #[arg(long, value_name = "DIR", requires = "train", default_value = "runs/bench-attention")]
-    out: PathBuf,
+    /// Where the trainings and their comparison go; older ones there are replaced [default: runs/bench-attention, or
+    /// runs/drift]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
     /// Handed to the bench
     #[arg(last = true, value_name = "ARGS", conflicts_with = "train")]
     args: Vec<String>,
@@ -56,7 +60,15 @@ pub struct Args {
 
 /// Runs benches, or trains and compares.
 pub fn run(args: &Args) -> Result<()> {
-    if args.train { compare_trainings(args) } else { criterion(args) }
+    if args.train {
+        return compare_trainings(args);
+    }
+    if args.name.as_deref() == Some("drift") {
+        let out = args.out.clone().unwrap_or_else(|| "runs/drift".into());
+        return drift::run(&cmd::root().join(out), args.plot, &args.args);
+    }
+    ensure!(!args.plot && args.out.is_none(), "--plot and --out are for --train and for drift");
+    criterion(args)
 }
 
 fn criterion(args: &Args) -> Result<()> {
@@ -77,7 +89,7 @@ fn compare_trainings(args: &Args) -> Result<()> {
         Some(file) => std::path::absolute(file)?,
         None => cmd::root().join(train::SCENES),
     };
-    let out = cmd::root().join(&args.out);
+    let out = cmd::root().join(args.out.clone().unwrap_or_else(|| "runs/bench-attention".into()));
     if !args.plot {
         setup::ensure()?;
         let vora = Vora::build()?;
