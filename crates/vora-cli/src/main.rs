@@ -3,6 +3,7 @@
 //! progress bar and the exit codes: 0 done, 1 failed, 2 wrong usage, 130 and 143 after SIGINT and SIGTERM.
 
 mod ask;
+mod convert;
 mod hub;
 mod inspect;
 mod merge;
@@ -13,7 +14,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Vision as LoRA: train, merge, ask, inspect.
+/// Vision as LoRA: train, merge, ask, inspect, convert.
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -24,7 +25,8 @@ Examples:
   vora train --config crates/vora-train/recipes/scenes.yaml
   vora merge runs/scenes/final --out runs/scenes/merged
   vora ask runs/scenes/merged picture.png \"What color is the circle?\"
-  vora inspect runs/scenes/merged"
+  vora inspect runs/scenes/merged
+  vora convert runs/scenes/merged llm --to llm"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -41,6 +43,8 @@ enum Command {
     Ask(ask::Args),
     /// Show a checkpoint's tensors, adapters and parameter counts
     Inspect(inspect::Args),
+    /// Write a checkpoint in another layout, kind, or number of files
+    Convert(convert::Args),
 }
 
 fn main() -> ExitCode {
@@ -56,6 +60,7 @@ fn main() -> ExitCode {
         Command::Merge(args) => merge::run(&args),
         Command::Ask(args) => ask::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Convert(args) => convert::run(&args),
     };
     match result {
         Ok(code) => code,

@@ -41,7 +41,7 @@ fn fails(args: &[&str], code: i32, parts: &[&str]) {
 
 #[test]
 fn help_has_examples() {
-    for command in ["train", "merge", "ask", "inspect"] {
+    for command in ["train", "merge", "ask", "inspect", "convert"] {
         let help = succeeded(&vora(&[command, "--help"]));
         assert!(help.contains("Examples:"), "{command}: {help}");
     }
@@ -68,6 +68,46 @@ fn errors_name_what_is_wrong() {
     std::fs::write(path("picture.png"), b"not a picture").unwrap();
     fails(&["ask", "no/model", &path("picture.png"), "question"], 1, &["picture.png", "not a picture"]);
     fails(&["inspect", &path("picture.png")], 1, &["picture.png", "not a whole safetensors file"]);
+}
+
+#[test]
+fn a_checkpoint_is_converted_and_told_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let parts = path("parts");
+    let convert = |args: &[&str]| succeeded(&vora(&[&["convert"], args].concat()));
+
+    let said = convert(&["fixtures/tiny/llm", &parts, "--max-shard-size", "40KB", "--dry-run"]);
+    assert!(said.contains("would write") && said.contains("model.embed_tokens.weight"), "{said}");
+    assert!(!folder.path().join("parts").exists());
+    let said = convert(&["fixtures/tiny/llm", &parts, "--max-shard-size", "40KB", "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&said).unwrap();
+    assert_eq!((&report["from"], &report["to"]), (&"llm".into(), &"llm".into()));
+    let files = report["files"].as_array().unwrap();
+    assert!(
+        files.len() > 1
+            && files.iter().all(|file| folder.path().join("parts").join(file["file"].as_str().unwrap()).exists()),
+        "{said}"
+    );
+    assert!(report["tensors"].as_array().unwrap().iter().all(|tensor| tensor["change"] == "kept"), "{said}");
+    convert(&[&parts, &path("whole")]);
+    let (tiny, whole) = (workspace().join("fixtures/tiny/llm"), folder.path().join("whole"));
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
+        let read = |folder: &Path| std::fs::read(folder.join(name)).unwrap();
+        assert!(read(&whole) == read(&tiny), "{name}");
+    }
+    let [before, after] = [&tiny, &whole].map(|folder| vora_torch::safetensors::Checkpoint::open(folder).unwrap());
+    assert!(before.names().eq(after.names()));
+    for name in before.names() {
+        assert_eq!(before.info(name), after.info(name), "{name}");
+        assert!(before.tensor(name).unwrap().equal(&after.tensor(name).unwrap()), "{name}");
+    }
+
+    fails(&["convert", &parts, &whole.to_string_lossy()], 1, &["whole is not empty: choose another folder"]);
+    fails(&["convert", &parts, &path("x"), "--to", "vora"], 1, &["llm cannot become vora, only llm"]);
+    fails(&["convert", &parts, &path("x"), "--to", "ggml"], 2, &["`ggml` is no layout, known are gguf, llm"]);
+    fails(&["convert", &parts, &path("x"), "--max-shard-size", "5"], 2, &["as 5GB or 500MiB"]);
+    fails(&["convert", &path("nothing"), &path("x")], 1, &["nothing"]);
 }
 
 #[test]

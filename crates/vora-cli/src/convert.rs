@@ -1,0 +1,175 @@
+//! `vora convert`: a checkpoint in another layout, kind, or number of files, with a report of every tensor.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use comfy_table::{Table, presets};
+use tch::Kind;
+use vora_model::convert::{Change, Conversion, Layout, Options, Report};
+use vora_torch::safetensors::ensure_vacant;
+
+/// Write a checkpoint in another layout, kind, or number of files.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Layouts, and what they become:
+  gguf                 a language model in one file         llm
+  llm                  a language model, as HF has it       llm
+  vora                 a VoRA, published or merged here     vora, llm
+  vora-unmerged        a VoRA, adapters beside the weights  vora-unmerged, vora, peft, frozen-llm
+  peft                 a VoRA's adapter: a run's final/     vora-unmerged, vora
+  peft-llm             a plain language model's adapter     llm, with the adapter merged
+  llava                LLaVA, language_model.model...       llava, llava-transformers5
+  llava-transformers5  LLaVA, model.language_model...       llava, llava-transformers5
+  safetensors          any others                           safetensors
+
+What SRC is, its files say. frozen-llm is the LLM as it was below the adapters. Without --to the layout stays, and
+files and kinds change alone. Nothing is computed but merged adapters: what is kept or renamed keeps its bytes.
+
+Examples:
+  vora convert model-Q8_0.gguf model --dtype bf16
+  vora convert runs/scenes/merged llm --to llm
+  vora convert runs/scenes/final unmerged --to vora-unmerged
+  vora convert unmerged adapter --to peft
+  vora convert llava-1.5-7b-hf renamed --to llava-transformers5 --dry-run
+  vora convert big smaller-files --max-shard-size 2GB")]
+pub(crate) struct Args {
+    /// A folder, a .safetensors or a .gguf file, or a model's name in the hub's cache
+    src: String,
+    /// The folder to write; it must not be there, or be empty
+    dst: PathBuf,
+    /// The layout to write
+    #[arg(long, value_name = "LAYOUT")]
+    to: Option<Layout>,
+    /// The kind of all tensors of real numbers; as they are where it is absent
+    #[arg(long)]
+    dtype: Option<Dtype>,
+    /// The most bytes of tensors in a file: KB, MB, GB, TB, or KiB, MiB, GiB, TiB
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = bytes)]
+    max_shard_size: u64,
+    /// The model below an adapter, where it is not the one that the adapter names
+    #[arg(long, value_name = "DIR")]
+    base: Option<PathBuf>,
+    /// Only say what would be done
+    #[arg(long)]
+    dry_run: bool,
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Dtype {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl Dtype {
+    fn kind(self) -> Kind {
+        match self {
+            Self::F32 => Kind::Float,
+            Self::Bf16 => Kind::BFloat16,
+            Self::F16 => Kind::Half,
+        }
+    }
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    let src = PathBuf::from(&args.src);
+    let src = if src.exists() { src } else { crate::hub::resolve(&args.src)? };
+    ensure_vacant(&args.dst)?;
+    let options = Options { to: args.to, kind: args.dtype.map(Dtype::kind), max_shard_size: args.max_shard_size };
+    let base = |name: &str| match &args.base {
+        Some(base) => Ok(base.clone()),
+        None => crate::hub::resolve(name).context("--base DIR says where it lies"),
+    };
+    let conversion = Conversion::plan(&src, &options, &base)?;
+    if !args.dry_run {
+        conversion.write(&args.dst)?;
+    }
+    let (report, mut out) = (conversion.report(), std::io::stdout().lock());
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
+    } else {
+        print(&mut out, &report, &args.dst, args.dry_run)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The report as tables: tensors, then files.
+fn print(out: &mut impl Write, report: &Report, dst: &Path, dry_run: bool) -> Result<()> {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(["", "read", "written", "dtype", "shape"]);
+    for tensor in &report.tensors {
+        let to = match (tensor.change, &tensor.to) {
+            (Change::Kept, _) => "",
+            (_, Some(to)) => to,
+            (_, None) => tensor.why.unwrap_or_default(),
+        };
+        let dtype = match tensor.stored_dtype == tensor.dtype {
+            true => tensor.dtype.clone(),
+            false => format!("{} -> {}", tensor.stored_dtype, tensor.dtype),
+        };
+        let shape = format!("{:?}", tensor.shape);
+        table.add_row([tensor.change.name(), &tensor.from.join("\n"), to, &dtype, &shape]);
+    }
+    writeln!(out, "{table}")?;
+    for change in Change::ALL {
+        let of = |found: Change| found == change;
+        let tensors = report.tensors.iter().filter(|tensor| of(tensor.change)).count();
+        let files: Vec<&str> =
+            report.side_files.iter().filter(|file| of(file.change)).map(|file| file.name.as_str()).collect();
+        if tensors > 0 || !files.is_empty() {
+            let tensors = format!("{tensors} tensors");
+            let parts: Vec<&str> = std::iter::once(tensors.as_str()).chain(files).collect();
+            writeln!(out, "{}: {}", change.name(), parts.join(", "))?;
+        }
+    }
+    let done = if dry_run { "would write" } else { "written" };
+    writeln!(out, "{} ({}) -> {} ({}), {done}:", report.source.display(), report.from, dst.display(), report.to)?;
+    for file in &report.files {
+        writeln!(out, "  {}  {} tensors, {:.1} MB", file.file, file.tensors, file.bytes as f64 / 1e6)?;
+    }
+    Ok(())
+}
+
+/// `5GB` in bytes.
+fn bytes(size: &str) -> Result<u64, String> {
+    const UNITS: [(&str, u64); 8] = [
+        ("KB", 1000),
+        ("MB", 1_000_000),
+        ("GB", 1_000_000_000),
+        ("TB", 1_000_000_000_000),
+        ("KiB", 1 << 10),
+        ("MiB", 1 << 20),
+        ("GiB", 1 << 30),
+        ("TiB", 1 << 40),
+    ];
+    let parsed = UNITS.iter().find_map(|(unit, factor)| {
+        let at = size.len().checked_sub(unit.len())?;
+        let (number, suffix) = size.split_at_checked(at)?;
+        let number: f64 = suffix.eq_ignore_ascii_case(unit).then(|| number.trim().parse().ok())??;
+        (number.is_finite() && number > 0.0).then_some((number * *factor as f64) as u64)
+    });
+    parsed.filter(|&bytes| bytes > 0).ok_or_else(|| "a number above 0 and its unit, as 5GB or 500MiB".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_units() {
+        for (size, expected) in
+            [("5GB", 5_000_000_000), ("1.5 mb", 1_500_000), ("2KiB", 2048), ("1TB", 1_000_000_000_000)]
+        {
+            assert_eq!(bytes(size), Ok(expected), "{size}");
+        }
+        for wrong in ["", "5", "GB", "-1GB", "0MB", "nanGB", "infGB", "5GG", "5€", "0.0001KB"] {
+            assert!(bytes(wrong).is_err(), "{wrong}");
+        }
+    }
+}
