@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
-use vora_torch::safetensors::{save, write_atomically};
+use vora_torch::safetensors::{save, write_bytes};
 
 use crate::{Chameleon, Llava, VisionLanguageModel, Vora};
 
@@ -48,8 +48,7 @@ pub(crate) fn to_object(value: &impl Serialize) -> Result<Map<String, Value>> {
 pub(crate) fn save_folder(folder: &Path, config: &Value, tensors: &[(String, Tensor)]) -> Result<()> {
     std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
     save(&folder.join("model.safetensors"), tensors, &[])?;
-    let text = serde_json::to_string_pretty(config)?;
-    write_atomically(&folder.join("config.json"), |file| Ok(std::io::Write::write_all(file, text.as_bytes())?))
+    write_bytes(&folder.join("config.json"), &serde_json::to_vec_pretty(config)?)
 }
 
 #[cfg(test)]
