@@ -6,15 +6,15 @@ use anyhow::{Context, Result};
 use tch::{Device, Kind};
 use vora_llm::chat::{ChatTemplate, Message};
 use vora_llm::tokenizer::Tokenizer;
-use vora_model::{Input, Vora};
+use vora_model::{Input, VisionLanguageModel};
 use vora_vision::{ImageProcessor, RgbImage};
 
-use crate::{Generated, SamplingParams, generate};
+use crate::{Constraint, Generated, OutputModality, Passage, SamplingParams, generate, generate_within, passages};
 
 /// A model with everything that stands between it and a person.
 #[derive(Debug)]
 pub struct Assistant {
-    model: Vora,
+    model: Box<dyn VisionLanguageModel>,
     tokenizer: Tokenizer,
     chat: ChatTemplate,
     processor: ImageProcessor,
@@ -33,7 +33,7 @@ impl Assistant {
     /// Opens a folder that `vora merge` wrote: weights, `tokenizer.json`, chat template, `preprocessor_config.json`.
     pub fn open(folder: &Path, device: Device, kind: Kind) -> Result<Self> {
         Ok(Self {
-            model: Vora::open(folder, device, kind)?,
+            model: vora_model::open(folder, device, kind)?,
             tokenizer: Tokenizer::open(folder)?,
             chat: ChatTemplate::open(folder)?,
             processor: ImageProcessor::open(folder)?,
@@ -41,8 +41,43 @@ impl Assistant {
     }
 
     /// The model.
-    pub fn model(&self) -> &Vora {
-        &self.model
+    pub fn model(&self) -> &dyn VisionLanguageModel {
+        &*self.model
+    }
+
+    /// The model's tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// Goes on from `text` about `images` with words, one picture, or both; for a Chameleon, which writes pictures.
+    ///
+    /// # Errors
+    /// Where the model writes none or cannot draw what it wrote, and where prompt and picture do not fit its context.
+    pub fn write(
+        &self,
+        images: &[RgbImage],
+        text: &str,
+        modality: OutputModality,
+        params: &SamplingParams,
+        max_new_tokens: usize,
+    ) -> Result<Vec<Passage>> {
+        let model = self.model.as_chameleon().context("the model writes no pictures; a Chameleon does")?;
+        let constraint = Constraint::new(modality, model);
+        let (input, stop) = (self.prompt(images, text)?, self.tokenizer.eos_ids());
+        passages(model, &generate_within(&constraint, &input, params, stop, max_new_tokens, |_| true)?.ids)
+    }
+
+    /// The prompt of a question about pictures.
+    fn prompt(&self, images: &[RgbImage], question: &str) -> Result<Input> {
+        let message = Message::question_about(images.len(), question);
+        let pieces = self.chat.encode_prompt(&self.tokenizer, &[message])?;
+        let pixel_values = images
+            .iter()
+            .enumerate()
+            .map(|(i, image)| Ok(self.processor.preprocess(image).with_context(|| format!("picture {i}"))?.to_tensor()))
+            .collect::<Result<Vec<_>>>()?;
+        Input::prompt(&pieces, pixel_values, &*self.model)
     }
 
     /// Answers `question` about `images`, which stand before it; `on_text` gets the text as it comes and may answer
@@ -58,19 +93,11 @@ impl Assistant {
         max_new_tokens: usize,
         mut on_text: impl FnMut(&str) -> bool,
     ) -> Result<Answer> {
-        let message = Message::question_about(images.len(), question);
-        let pieces = self.chat.encode_prompt(&self.tokenizer, &[message])?;
-        let pixel_values = images
-            .iter()
-            .enumerate()
-            .map(|(i, image)| Ok(self.processor.preprocess(image).with_context(|| format!("picture {i}"))?.to_tensor()))
-            .collect::<Result<Vec<_>>>()?;
-        let input = Input::prompt(&pieces, pixel_values, &self.model)?;
-
+        let input = self.prompt(images, question)?;
         let mut stream = self.tokenizer.stream(true);
         let mut failed = None;
         let mut text = String::new();
-        let generated = generate(&self.model, &input, params, self.tokenizer.eos_ids(), max_new_tokens, |token| {
+        let generated = generate(&*self.model, &input, params, self.tokenizer.eos_ids(), max_new_tokens, |token| {
             match stream.push(token) {
                 Ok(Some(new)) => {
                     text.push_str(&new);

@@ -1,7 +1,7 @@
 //! The decoding loop: prefill once, then one token at a time from the cache.
 
 use anyhow::{Result, ensure};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use vora_model::{Input, VisionLanguageModel};
 
 use crate::constraint::Progress;
@@ -29,8 +29,9 @@ pub struct Generated {
     pub prompt_tokens: i64,
 }
 
-/// Generates after the prompt in `input` (one row) until a token of `stop` or `max_new_tokens`; `on_token` sees each
-/// new token and may answer false to end it.
+/// Generates words after the prompt in `input` (one row) until a token of `stop` or `max_new_tokens`; `on_token` sees
+/// each new token and may answer false to end it. Tokens that pictures are written with are left out, as in HF's
+/// Chameleon; [`generate_within`] takes them.
 ///
 /// # Errors
 /// Where the prompt does not fit the model's context, or pictures and places do not match.
@@ -81,6 +82,7 @@ fn run(
     let device = input.input_ids.device();
 
     tch::no_grad(|| {
+        let pictures = picture_tokens(model);
         let mut sampler = Sampler::new(params.clone(), &words(input)?)?;
         let mut progress = constraint.map(|constraint| constraint.start(input, max_new_tokens)).transpose()?;
         let mut cache = model.llm().new_cache(1, prompt_tokens + max_new_tokens as i64)?;
@@ -92,7 +94,10 @@ fn run(
                 break FinishReason::Length;
             }
             let token = match &mut progress {
-                None => sampler.next_token(&logits.get(0))?,
+                None => match &pictures {
+                    None => sampler.next_token(&logits.get(0))?,
+                    Some(mask) => sampler.next_token(&logits.get(0).masked_fill(mask, f64::NEG_INFINITY))?,
+                },
                 Some(progress) => progress.next_token(&logits.get(0), max_new_tokens - ids.len(), &mut sampler)?,
             };
             if stop.contains(&token) {
@@ -112,6 +117,14 @@ fn run(
         };
         Ok(Generated { ids, finish_reason, prompt_tokens })
     })
+}
+
+/// `[vocab]`, true for the tokens that pictures are written with; none where the model writes no pictures.
+fn picture_tokens(model: &dyn VisionLanguageModel) -> Option<Tensor> {
+    let chameleon = model.as_chameleon()?;
+    let (vocab, device) = (model.llm().config().vocab_size, model.llm().device());
+    let ids = Tensor::from_slice(chameleon.vocabulary().image_token_ids()).to_device(device);
+    Some(Tensor::zeros([vocab], (Kind::Bool, device)).index_fill(0, &ids, 1))
 }
 
 /// The ids of the prompt, without what stands at image places.

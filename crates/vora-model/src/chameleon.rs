@@ -8,21 +8,22 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
-use vora_llm::chat::Piece;
 use vora_llm::{CausalLm, LlmConfig, VisionAttention};
 use vora_lora::LoraConfig;
 use vora_torch::weights::Weights;
 use vora_vision::{RgbImage, VqConfig, VqModel, to_images};
 
-use crate::VocabularyMapping;
+use crate::chameleon_vocabulary::{VocabularyMapping, image_token_name};
 use crate::model::{VisionLanguageModel, attach, ensure_merged, merge_all};
 
 /// The name of the token before a picture (Hugging Face's `image_start_token`).
 const BEGIN_IMAGE: &str = "<racm3:break>";
 /// The name of the token behind a picture (Hugging Face's `image_end_token`).
 const END_IMAGE: &str = "<eoss>";
+/// The name of the token that holds a picture's places in a prompt (Hugging Face's `image_token`).
+const IMAGE: &str = "<image>";
 
 /// A decoder over words and image codes, and the image tokenizer.
 #[derive(Debug)]
@@ -42,6 +43,36 @@ impl Chameleon {
     /// Names the key of `config` that is missing or does not fit the others; tensors that do not fit are told by
     /// [`Weights::finish`].
     pub fn load(config: &LlmConfig, weights: &Weights) -> Result<Self> {
+        Self::assemble(config, weights, &weights.pp("model.vqmodel"))
+    }
+
+    /// The config of a Chameleon that starts from an LLM of Llama's kind: behind its vocabulary a token for each code of
+    /// the image tokenizer, then the two around a picture and `<image>`. Without the norm of queries and keys, with which
+    /// the LLM was not trained.
+    ///
+    /// # Errors
+    /// Where the LLM has what a Chameleon's decoder has not, by the key.
+    pub fn config_over(llm: &LlmConfig, vq: &VqConfig) -> Result<LlmConfig> {
+        let codes = u32::try_from(vq.num_embeddings).context("vq_config.num_embeddings")?;
+        let names = (0..codes).map(image_token_name).chain([BEGIN_IMAGE, END_IMAGE, IMAGE].map(str::to_owned));
+        let map: Map<String, Value> = names.zip(llm.vocab_size..).map(|(name, id)| (name, id.into())).collect();
+        let mut config = llm.clone();
+        config.model_type = "chameleon".to_owned();
+        config.vocab_size += map.len() as i64;
+        config.qk_norm = Some(false);
+        config.extra.insert("architectures".into(), json!(["ChameleonForConditionalGeneration"]));
+        config.extra.insert("vq_config".into(), serde_json::to_value(vq)?);
+        config.extra.insert("vocabulary_map".into(), Value::Object(map));
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// As [`Chameleon::load`], with `model.*` and `lm_head` from one source and the image tokenizer, from its root, from
+    /// another.
+    ///
+    /// # Errors
+    /// As [`Chameleon::load`].
+    pub fn assemble(config: &LlmConfig, llm: &Weights, vqmodel: &Weights) -> Result<Self> {
         let model_type = &config.model_type;
         ensure!(model_type == "chameleon", "model_type is `{model_type}`, a Chameleon folder says `chameleon`");
         let vq_config = match config.extra.get("vq_config") {
@@ -66,8 +97,8 @@ impl Chameleon {
             config.vocab_size
         );
         Ok(Self {
-            llm: CausalLm::load(config, weights)?,
-            vqmodel: VqModel::load(&vq_config, &weights.pp("model.vqmodel")).context("in vq_config")?,
+            llm: CausalLm::load(config, llm)?,
+            vqmodel: VqModel::load(&vq_config, vqmodel).context("in vq_config")?,
             vocabulary,
             begin_image_id,
             end_image_id,
@@ -124,18 +155,6 @@ impl Chameleon {
         (side, side)
     }
 
-    /// The pieces of a prompt with the begin and the end of every picture around its place, as Hugging Face's
-    /// `ChameleonProcessor` writes them; neither is supervised. The tokenizer's `<s>` at the start, and its separator
-    /// behind a question, are the caller's.
-    pub fn frame_images(&self, pieces: &[Piece]) -> Vec<Piece> {
-        let mark = |id| Piece::Text { ids: vec![id], supervised: false };
-        let framed = pieces.iter().flat_map(|piece| match piece {
-            Piece::Image => vec![mark(self.begin_image_id), Piece::Image, mark(self.end_image_id)],
-            text => vec![text.clone()],
-        });
-        framed.collect()
-    }
-
     /// The tokens of pictures, row by row, for a loss over what the model writes of both kinds:
     /// `[n, 3, height, width]` in [-1, 1] -> `[n, tokens]` (Hugging Face's `get_image_tokens`).
     ///
@@ -184,6 +203,15 @@ impl VisionLanguageModel for Chameleon {
         self.llm.embed(&ids)
     }
 
+    /// `<racm3:break>` and `<eoss>`, as Hugging Face's `ChameleonProcessor` writes them.
+    fn image_marks(&self) -> Option<(i64, i64)> {
+        Some((self.begin_image_id, self.end_image_id))
+    }
+
+    fn as_chameleon(&self) -> Option<&Chameleon> {
+        Some(self)
+    }
+
     fn lora(&self) -> Option<&LoraConfig> {
         self.lora.as_ref()
     }
@@ -228,7 +256,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use fixtures::Golden;
-    use serde_json::json;
+    use vora_llm::chat::Piece;
     use vora_llm::{Span, Spans};
     use vora_torch::safetensors::save;
 
@@ -276,7 +304,7 @@ mod tests {
         let model = model(&golden, "pre");
         let expected = Vec::<i64>::try_from(golden["input_ids"].get(0)).unwrap();
         let text = |ids: &[i64]| Piece::Text { ids: ids.to_vec(), supervised: false };
-        let pieces = model.frame_images(&[text(&expected[..3]), Piece::Image, text(&expected[21..])]);
+        let pieces = [text(&expected[..3]), Piece::Image, text(&expected[21..])];
         let input = Input::prompt(&pieces, vec![golden["pixel_values"].get(0)], &model).unwrap();
         let places = Tensor::from_slice(&input.spans.image_positions());
         let placed = input.input_ids.view([-1]).index_fill(0, &places, model.vocabulary().image_token_id());
@@ -305,6 +333,19 @@ mod tests {
             assert!(tensor.view_dtype(Kind::Int16).equal(&after[name].view_dtype(Kind::Int16)), "{name}");
         }
         assert_eq!(LlmConfig::open(&back).unwrap(), config("swin"));
+    }
+
+    #[test]
+    fn one_over_an_llm_has_its_vocabulary_and_the_pictures_behind_it() {
+        let llm = LlmConfig::tiny(64);
+        let config = Chameleon::config_over(&llm, &VqConfig::tiny()).unwrap();
+        assert_eq!(config.vocab_size, 64 + 32 + 3);
+        let model = Chameleon::load(&config, &Weights::random(0, Device::Cpu, Kind::Float)).unwrap();
+        assert_eq!(model.vocabulary().image_token_ids(), (64..96).collect::<Vec<_>>());
+        assert_eq!((model.image_marks(), model.vocabulary().image_token_id()), (Some((96, 97)), 98));
+        assert!(model.as_chameleon().is_some());
+        let error = Chameleon::config_over(&LlmConfig { qk_norm: None, head_dim: Some(6), ..llm }, &VqConfig::tiny());
+        assert!(error.unwrap_err().to_string().contains("head_dim is 6"));
     }
 
     #[test]

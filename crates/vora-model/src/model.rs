@@ -11,6 +11,7 @@ use vora_llm::{AttentionPlan, CausalLm, Output, Span, Spans, VisionAttention};
 use vora_lora::{LoraConfig, attach_all};
 use vora_torch::weights::Weights;
 
+use crate::Chameleon;
 use crate::folder::save_folder;
 
 /// One batch, as the model takes it.
@@ -46,6 +47,16 @@ pub trait VisionLanguageModel: Debug {
     /// # Panics
     /// Where [`image_grid`](Self::image_grid) refuses the size; [`embed`](Self::embed) asks it first.
     fn image_features(&self, pixel_values: &Tensor) -> Tensor;
+
+    /// The tokens that stand before and behind every picture, for models that have some.
+    fn image_marks(&self) -> Option<(i64, i64)> {
+        None
+    }
+
+    /// The model as one to which pictures are tokens, which it can write as well; none for those that only see them.
+    fn as_chameleon(&self) -> Option<&Chameleon> {
+        None
+    }
 
     /// The adapters that are attached; none once they are merged.
     fn lora(&self) -> Option<&LoraConfig>;
@@ -130,7 +141,8 @@ pub trait VisionLanguageModel: Debug {
 }
 
 impl Input {
-    /// One prompt: text and image places in order, with a picture `[3, height, width]` for each place.
+    /// One prompt: text and image places in order, with a picture `[3, height, width]` for each place, and around it
+    /// the [`image_marks`](VisionLanguageModel::image_marks).
     ///
     /// # Errors
     /// Where pictures and places differ in number, or the model cannot take a picture's size.
@@ -138,19 +150,22 @@ impl Input {
         let places = pieces.iter().filter(|piece| matches!(piece, Piece::Image)).count();
         ensure!(places == pixel_values.len(), "{} pictures for {places} image places", pixel_values.len());
         let mut pictures = pixel_values.iter();
+        let (begin, end) = model.image_marks().unzip();
         let (mut ids, mut spans) = (Vec::new(), Vec::new());
+        let add_text = |ids: &mut Vec<i64>, spans: &mut Vec<Span>, text: &[i64]| {
+            ids.extend_from_slice(text);
+            spans.extend((!text.is_empty()).then(|| Span::text(text.len() as i64)));
+        };
         for piece in pieces {
             match piece {
-                Piece::Text { ids: text, .. } if text.is_empty() => {}
-                Piece::Text { ids: text, .. } => {
-                    ids.extend_from_slice(text);
-                    spans.push(Span::text(text.len() as i64));
-                }
+                Piece::Text { ids: text, .. } => add_text(&mut ids, &mut spans, text),
                 Piece::Image => {
                     let (_, height, width) = pictures.next().context("a place without a picture")?.size3()?;
                     let (rows, cols) = model.image_grid(height, width)?;
+                    add_text(&mut ids, &mut spans, begin.as_slice());
                     ids.resize(ids.len() + (rows * cols) as usize, 0);
                     spans.push(Span::image(rows, cols));
+                    add_text(&mut ids, &mut spans, end.as_slice());
                 }
             }
         }
