@@ -56,6 +56,8 @@ pub struct SampleMaker {
     pub chat: Arc<ChatTemplate>,
     /// What pictures go through.
     pub processor: ImageProcessor,
+    /// The tokens that the model has before and behind every picture; Chameleon has some.
+    pub image_marks: Option<(i64, i64)>,
     /// Side of a patch, in pixels.
     pub patch_size: usize,
     /// A sample has no more tokens than this, patches included.
@@ -176,7 +178,10 @@ impl SampleMaker {
                 Piece::Image => {
                     let image = images.next().context("more places than images")?;
                     let (rows, cols) = (image.height / self.patch_size, image.width / self.patch_size);
+                    let (begin, end) = self.image_marks.unzip();
+                    tokens.add_text(begin.as_slice(), false);
                     tokens.add_image(rows, cols);
+                    tokens.add_text(end.as_slice(), false);
                 }
             }
         }
@@ -204,6 +209,9 @@ fn trunk_len(chats: &[Tokens]) -> Result<usize> {
 
 impl Tokens {
     fn add_text(&mut self, ids: &[i64], supervised: bool) {
+        if ids.is_empty() {
+            return;
+        }
         self.ids.extend(ids);
         self.supervised.resize(self.ids.len(), supervised);
         match self.spans.last_mut() {
@@ -298,6 +306,7 @@ pub(crate) mod tests {
             tokenizer: Arc::new(Tokenizer::open(&folder).unwrap()),
             chat: Arc::new(ChatTemplate::open(&folder).unwrap()),
             processor: ImageProcessor::square(8, mean, std, Resample::Bicubic),
+            image_marks: None,
             patch_size: 4,
             max_length: 200,
         }
@@ -445,6 +454,27 @@ pub(crate) mod tests {
         let maker = SampleMaker { patch_size: 3, ..tiny() };
         let message = format!("{:#}", maker.conversation(&record(&["x", "y"], 1), &[picture()]).unwrap_err());
         assert!(message.contains("image 0 has 8 x 8 pixels") && message.contains("patches of 3"), "{message}");
+    }
+
+    #[test]
+    fn marks_stand_around_every_picture() {
+        let (plain, marked) = (tiny(), SampleMaker { image_marks: Some((7, 8)), ..tiny() });
+        let record = record(&["<image>And <image>?", "two"], 2);
+        let sample = |maker: &SampleMaker| maker.conversation(&record, &[picture(), picture()]).unwrap();
+        let (plain, marked) = (sample(&plain), sample(&marked));
+        let mut place = 0;
+        let mut around = Vec::new();
+        for span in &marked.spans {
+            let end = place + span.len as usize;
+            if matches!(span.modality, Modality::Image { .. }) {
+                around.push((marked.input_ids[place - 1], marked.input_ids[end]));
+            }
+            place = end;
+        }
+        assert_eq!(around, [(7, 8), (7, 8)]);
+        assert_eq!(marked.input_ids.len(), plain.input_ids.len() + 4);
+        let supervised = |sample: &Sample| sample.targets.iter().filter(|t| **t != IGNORE_INDEX).count();
+        assert_eq!(supervised(&marked), supervised(&plain));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use vora_torch::safetensors::write_atomically;
+use vora_torch::safetensors::write_bytes;
 
 /// The checksums of a checkpoint's files, as `sha256sum` writes and checks them.
 const MANIFEST: &str = "SHA256SUMS";
@@ -38,7 +38,7 @@ impl TrainerState {
     /// Writes `trainer_state.json` into a checkpoint.
     pub fn save(&self, folder: &Path) -> Result<()> {
         let text = serde_json::to_string_pretty(self)?;
-        write_atomically(&folder.join(Self::FILE), |file| Ok(file.write_all(text.as_bytes())?))
+        write_bytes(&folder.join(Self::FILE), text.as_bytes())
     }
 
     /// Reads `trainer_state.json` of a checkpoint.
@@ -177,7 +177,7 @@ fn write_manifest(folder: &Path) -> Result<()> {
         lines.push(format!("{}  {}\n", digest_of(&path)?, name_of(&path)));
     }
     lines.sort_by(|a, b| a[64..].cmp(&b[64..]));
-    write_atomically(&folder.join(MANIFEST), |file| Ok(file.write_all(lines.concat().as_bytes())?))
+    write_bytes(&folder.join(MANIFEST), lines.concat().as_bytes())
 }
 
 fn digest_of(path: &Path) -> Result<String> {

@@ -8,10 +8,9 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vora_data::scenes::{ScenesConfig, Split};
-use vora_llm::VisionAttention;
-use vora_lora::LoraConfig;
 
 use crate::distill::Pairing;
+use crate::model_config::{ModelConfig, ModelType};
 use crate::optim::{LearningRates, OptimConfig};
 use crate::schedule::{Curve, Schedule};
 use crate::tree::{Difference, compare, from_yaml, set};
@@ -133,41 +132,6 @@ pub struct TrainConfig {
     /// As `tf32`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deepspeed: Option<String>,
-}
-
-/// What is trained.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ModelConfig {
-    /// The language model: a folder, or a name on the hub.
-    pub llm: String,
-    /// A chat template (Jinja) in place of the LLM's own; it goes with the trained model.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub chat_template: Option<String>,
-    /// A VoRA folder to start from, in place of new adapters.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pretrained: Option<String>,
-    /// The kind of patch embedding; there is one.
-    #[serde(default = "aimv2_embedding")]
-    pub vision_embedding: String,
-    /// Channels between patchifier and projection; absent: the teacher's hidden size, or 1536 without one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub vision_embedding_intermediate_size: Option<i64>,
-    /// Side of a patch, in pixels.
-    pub patch_size: i64,
-    /// Side of a picture, in pixels.
-    pub image_size: i64,
-    /// The teacher: a folder, or a name on the hub. Absent: no distillation.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub aux_vision: Option<String>,
-    /// `preprocessor`: the patch embedding starts as the teacher's.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reuse_aux_vision_embedding_layers: Option<String>,
-    /// The adapters.
-    pub lora: LoraConfig,
-    /// Whether the tokens of a picture see each other in both directions.
-    #[serde(default, alias = "vision_attention_mask")]
-    pub vision_attention: VisionAttention,
 }
 
 /// The teacher's part in the loss.
@@ -369,9 +333,6 @@ fn adam_epsilon() -> f64 {
 fn steps() -> Strategy {
     Strategy::Steps
 }
-fn aimv2_embedding() -> String {
-    "AIMv2Embedding".into()
-}
 
 impl TrainConfig {
     /// Reads and validates a run file, with `key.key=value` overrides applied to it.
@@ -405,9 +366,6 @@ impl TrainConfig {
             ("save_steps", self.save_steps as i64),
             ("save_total_limit", self.save_total_limit as i64),
             ("eval_steps", self.eval_steps as i64),
-            ("model.patch_size", self.model.patch_size),
-            ("model.image_size", self.model.image_size),
-            ("model.vision_embedding_intermediate_size", self.model.vision_embedding_intermediate_size.unwrap_or(1)),
         ];
         for (key, value) in at_least_one {
             ensure!(value >= 1, "{key} is {value}, it must be at least 1");
@@ -442,7 +400,7 @@ impl TrainConfig {
         );
         self.model.validate()?;
         ensure!(
-            self.model.aux_vision.is_some() || !self.distill.center,
+            self.model.model_type != ModelType::Vora || self.model.aux_vision.is_some() || !self.distill.center,
             "distill.center is true, but model.aux_vision names no teacher"
         );
         ensure!(self.distill.mean_over >= 2, "distill.mean_over is {}, it must be at least 2", self.distill.mean_over);
@@ -480,6 +438,11 @@ impl TrainConfig {
                 "each frame is a picture",
             ),
             (
+                "distill",
+                self.model.model_type != ModelType::Vora && self.distill != DistillConfig::default(),
+                "only a VoRA has a teacher",
+            ),
+            (
                 "data_preprocess.frames_ops",
                 preprocess.is_some_and(|p| p.frames_ops.is_some()),
                 "pictures go through the teacher's own processor",
@@ -498,11 +461,12 @@ impl TrainConfig {
         Schedule { curve: self.lr_scheduler_type, warmup_steps, max_steps, min_lr_rate }
     }
 
-    /// What the optimizer is told.
+    /// What the optimizer is told. Rates of parts that only a model of another type has are left out, so that files
+    /// which differ in `model` alone are runs to compare.
     pub fn optim(&self) -> OptimConfig {
         OptimConfig {
             learning_rate: self.learning_rate,
-            learning_rates: self.learning_rates.clone(),
+            learning_rates: self.learning_rates.without(|part| self.model.model_type.lacks(part)),
             beta1: self.adam_beta1,
             beta2: self.adam_beta2,
             eps: self.adam_epsilon,
@@ -516,39 +480,6 @@ impl TrainConfig {
         let mut found = Vec::new();
         compare("", &serde_json::to_value(self)?, &serde_json::to_value(other)?, &mut found);
         Ok(found)
-    }
-}
-
-impl ModelConfig {
-    fn validate(&self) -> Result<()> {
-        ensure!(!self.llm.is_empty(), "model.llm is empty, it takes a folder or a name on the hub");
-        let Self { patch_size, image_size, .. } = self;
-        ensure!(
-            image_size % patch_size == 0,
-            "model.image_size is {image_size}, it must be a multiple of model.patch_size, {patch_size}"
-        );
-        ensure!(
-            self.vision_embedding == aimv2_embedding(),
-            "model.vision_embedding is `{}`, the one there is is called `{}`",
-            self.vision_embedding,
-            aimv2_embedding()
-        );
-        match self.reuse_aux_vision_embedding_layers.as_deref() {
-            None | Some("") => {}
-            Some("preprocessor") => ensure!(
-                self.aux_vision.is_some(),
-                "model.reuse_aux_vision_embedding_layers is `preprocessor`, but model.aux_vision names no teacher"
-            ),
-            Some(other) => {
-                bail!("model.reuse_aux_vision_embedding_layers is `{other}`, it must be `preprocessor` or absent")
-            }
-        }
-        self.lora.validate().map_err(|error| anyhow!("model.{error}"))
-    }
-
-    /// Whether the patch embedding starts as the teacher's.
-    pub fn starts_from_teacher(&self) -> bool {
-        self.reuse_aux_vision_embedding_layers.as_deref() == Some("preprocessor")
     }
 }
 
@@ -620,6 +551,7 @@ fn overridden(text: &str, as_written: Result<TrainConfig>, overrides: &[String])
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vora_llm::VisionAttention;
 
     /// The keys and values of the recipe that pretrained the published model.
     const PUBLISHED: &str = r#"
@@ -721,8 +653,8 @@ data:
     fn a_published_recipe_loads_as_it_is() {
         let config = TrainConfig::parse(PUBLISHED, &[]).unwrap();
         assert_eq!((config.bf16, config.max_steps, config.learning_rate), (Some(true), -1, 2e-4));
-        assert_eq!((config.model.lora.r, config.model.lora.layers), (1024, 24));
-        assert_eq!(config.model.vision_attention, VisionAttention::Bidirectional);
+        let lora = config.model.lora.as_ref().unwrap();
+        assert_eq!((lora.r, lora.layers), (1024, 24));
         assert!(config.model.starts_from_teacher());
         assert_eq!(config.schedule(1000).factor(50), 0.5);
         let sources = &config.data.train.data_fetch.as_ref().unwrap().data_paths;
@@ -747,7 +679,21 @@ data:
     fn every_recipe_is_a_run() {
         for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes")).unwrap() {
             let config = TrainConfig::open(&entry.unwrap().path(), &[]).unwrap();
-            assert!(config.without_effect().is_empty());
+            assert!(config.without_effect().iter().all(|(key, _)| *key == "distill"));
+        }
+    }
+
+    #[test]
+    fn the_recipes_that_are_compared_differ_in_their_models_alone() {
+        let open = |name: &str| {
+            let recipes = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+            TrainConfig::open(&recipes.join(name), &[]).unwrap()
+        };
+        for other in ["scenes-llava.yaml", "scenes-chameleon.yaml"] {
+            let differences = open("scenes.yaml").differences(&open(other)).unwrap();
+            let keys: Vec<&str> =
+                differences.iter().map(|d| d.key.as_str()).filter(|key| !key.starts_with("model.")).collect();
+            assert_eq!(keys, ["output_dir", "run_name"], "{other}");
         }
     }
 
@@ -802,10 +748,14 @@ data:
             "save_strategy=no",
         ])
         .unwrap();
-        assert_eq!((config.model.lora.r, config.learning_rate, config.bf16), (64, 2e-3, Some(true)));
+        let r = config.model.lora.as_ref().unwrap().r;
+        assert_eq!((r, config.learning_rate, config.bf16), (64, 2e-3, Some(true)));
         assert_eq!((config.lr_scheduler_type, config.learning_rates.0["lora_B"]), (Curve::Cosine, 0.5));
         assert_eq!(config.data.eval["test"].samples, 7);
-        assert_eq!((config.model.vision_attention, config.save_strategy), (VisionAttention::Causal, Strategy::No));
+        assert_eq!(
+            (config.model.vision_attention, config.save_strategy),
+            (Some(VisionAttention::Causal), Strategy::No)
+        );
         let list = ["data.train.data_fetch.data_paths.1.image_folder=pictures".to_owned()];
         let config = TrainConfig::parse(PUBLISHED, &list).unwrap();
         assert_eq!(config.data.train.data_fetch.unwrap().data_paths[1].image_folder, Path::new("pictures"));
@@ -821,6 +771,20 @@ data:
         let incomplete = SMALL.replace("output_dir: runs/x\n", "");
         TrainConfig::parse(&incomplete, &["output_dir=runs/y".to_owned()]).unwrap();
         fails(TrainConfig::parse(&incomplete, &["seed=1".to_owned()]), &["missing field `output_dir`"]);
+    }
+
+    #[test]
+    fn another_model_is_another_model_section() {
+        let vora = "{llm: somewhere, patch_size: 14, image_size: 56, lora: {layers: 2, r: 4}}";
+        let llava = "{type: llava, llm: somewhere, image_size: 56, vision_tower: elsewhere}";
+        let rates = "learning_rates={vision_embedding: 1e-3, multi_modal_projector: 2e-3, lora_B: 3e-3}";
+        let rates_of = |model: &str| {
+            let config = set(&[&format!("model={model}"), rates, "distill.weight=2"]).unwrap();
+            let noted: Vec<&str> = config.without_effect().iter().map(|(key, _)| *key).collect();
+            (config.optim().learning_rates.0.into_keys().collect::<Vec<_>>(), noted)
+        };
+        assert_eq!(rates_of(vora), (vec!["lora_B".to_owned(), "vision_embedding".to_owned()], vec![]));
+        assert_eq!(rates_of(llava), (vec!["lora_B".to_owned(), "multi_modal_projector".to_owned()], vec!["distill"]));
     }
 
     #[test]

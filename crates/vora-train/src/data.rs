@@ -1,6 +1,5 @@
 //! From the run file's `data` to sources of samples.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -8,9 +7,9 @@ use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_data::{Chain, ConversationSource, Conversations, RecordKeys, SampleMaker, SceneSource, Source};
 use vora_llm::tokenizer::special_tokens;
 use vora_llm::{ChatTemplate, Tokenizer};
-use vora_vision::ImageProcessor;
 
 use crate::config::{DataFetch, DataPreprocess, TrainConfig};
+use crate::student::Student;
 
 /// A held-out split.
 pub struct HeldOut {
@@ -22,8 +21,9 @@ pub struct HeldOut {
     pub samples: u64,
 }
 
-/// What makes samples for the model in `llm`, of pictures that go through `processor`.
-pub fn sample_maker(config: &TrainConfig, llm: &Path, processor: ImageProcessor) -> Result<Arc<SampleMaker>> {
+/// What makes samples for this student.
+pub fn sample_maker(config: &TrainConfig, student: &Student) -> Result<Arc<SampleMaker>> {
+    let llm = student.llm_folder();
     let chat = match &config.model.chat_template {
         Some(source) => ChatTemplate::new(source, special_tokens(llm)?, "model.chat_template")?,
         None => ChatTemplate::open(llm)?,
@@ -31,8 +31,9 @@ pub fn sample_maker(config: &TrainConfig, llm: &Path, processor: ImageProcessor)
     Ok(Arc::new(SampleMaker {
         tokenizer: Arc::new(Tokenizer::open(llm)?),
         chat: Arc::new(chat),
-        processor,
-        patch_size: usize::try_from(config.model.patch_size)?,
+        processor: student.processor().clone(),
+        image_marks: student.model.image_marks(),
+        patch_size: usize::try_from(student.patch_size())?,
         max_length: preprocess(config).max_seq_len,
     }))
 }

@@ -36,7 +36,7 @@ impl EvalReport {
     /// Writes `eval.json`.
     pub fn save(&self, path: &Path) -> Result<()> {
         let text = serde_json::to_string_pretty(self)?;
-        vora_torch::safetensors::write_atomically(path, |file| Ok(std::io::Write::write_all(file, text.as_bytes())?))
+        vora_torch::safetensors::write_bytes(path, text.as_bytes())
     }
 
     /// Reads `eval.json`.

@@ -1,6 +1,6 @@
-//! Training a VoRA: the language loss at supervised positions, block-wise distillation from a vision transformer,
-//! AdamW over f32 masters, and what makes steps a run: schedule, metrics, checkpoints that survive a crash, resuming
-//! bit for bit, evaluation beside a blind control. [`Trainer`] is the file to read first.
+//! Training a model that sees, a VoRA, a LLaVA or a Chameleon: the language loss at supervised positions, for a VoRA
+//! block-wise distillation from a vision transformer, for a Chameleon its image tokenizer and z-loss, AdamW over f32
+//! masters, and what makes steps a run: schedule, metrics, checkpoints that survive a crash, resuming bit for bit, evaluation beside a blind control. [`Trainer`] is the file to read first.
 //!
 //! It draws no progress bar and catches no signal (its caller does, through [`metrics::Progress`] and
 //! [`Options::stop`]), downloads nothing, generates no text, and merges nothing.
@@ -23,7 +23,7 @@
 //!   train: { scenes: {} }
 //! ";
 //! let config = TrainConfig::parse(yaml, &["model.lora.r=64".to_owned()])?;
-//! assert_eq!(config.model.lora.r, 64);
+//! assert_eq!(config.model.lora.as_ref().map(|lora| lora.r), Some(64));
 //! assert_eq!(config.schedule(100).factor(5), 0.5); // halfway through the warm-up
 //!
 //! let error = TrainConfig::parse(&yaml.replace("r: 32", "rank: 32"), &[]).unwrap_err();
@@ -39,14 +39,17 @@ pub mod distill;
 pub mod eval;
 pub mod loss;
 pub mod metrics;
+pub mod model_config;
 pub mod optim;
 pub mod plot;
+pub mod results;
 pub mod samples;
 pub mod saved;
 pub mod schedule;
 pub mod student;
 pub mod trainer;
 pub mod tree;
+mod vq;
 
 pub use config::TrainConfig;
 pub use trainer::{NotFinite, Options, Outcome, Trainer};

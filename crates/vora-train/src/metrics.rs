@@ -70,6 +70,8 @@ impl Line {
 
 /// Told how a run goes, as it goes; the library itself prints nothing.
 pub trait Progress {
+    /// Before the first step of a Chameleon: a step of its image tokenizer is done, with this mean squared error.
+    fn tokenizer_step(&mut self, step: u64, steps: u64, reconstruction: f64);
     /// The run goes from `step` to `max_steps`.
     fn begin(&mut self, step: u64, max_steps: u64);
     /// A step is done.
@@ -87,6 +89,7 @@ pub trait Progress {
 pub struct Silent;
 
 impl Progress for Silent {
+    fn tokenizer_step(&mut self, _: u64, _: u64, _: f64) {}
     fn begin(&mut self, _: u64, _: u64) {}
     fn step(&mut self, _: &StepMetrics) {}
     fn evaluating(&mut self, _: usize, _: usize) {}

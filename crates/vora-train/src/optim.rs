@@ -15,6 +15,11 @@ use vora_torch::safetensors::Checkpoint;
 pub struct LearningRates(pub BTreeMap<String, f64>);
 
 impl LearningRates {
+    /// Those of parts for which `drop` is false.
+    pub fn without(&self, drop: impl Fn(&str) -> bool) -> Self {
+        Self(self.0.iter().filter(|(part, _)| !drop(part)).map(|(part, rate)| (part.clone(), *rate)).collect())
+    }
+
     fn of(&self, name: &str, default: f64) -> f64 {
         let fitting = self.0.iter().filter(|(part, _)| has_part(name, part));
         fitting.max_by_key(|(part, _)| part.len()).map_or(default, |(_, rate)| *rate)

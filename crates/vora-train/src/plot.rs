@@ -50,7 +50,7 @@ pub fn draw(path: &Path, title: &str, lines: &[Line]) -> Result<()> {
     }
     let mut svg = String::new();
     paint(&mut svg, title, &panels).map_err(|e| anyhow!("cannot draw {}: {e}", path.display()))?;
-    vora_torch::safetensors::write_atomically(path, |file| Ok(std::io::Write::write_all(file, svg.as_bytes())?))
+    vora_torch::safetensors::write_bytes(path, svg.as_bytes())
 }
 
 /// What each panel shows: its title, the value at its top where that is fixed, its curves.

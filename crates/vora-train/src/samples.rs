@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use vora_torch::safetensors::write_atomically;
+use vora_torch::safetensors::write_bytes;
 use vora_vision::{ImageProcessor, Pixels, RgbImage};
 
 use crate::data::HeldOut;
@@ -45,7 +45,7 @@ pub fn write(folder: &Path, splits: &[HeldOut], processor: &ImageProcessor, coun
             lines.push('\n');
         }
     }
-    write_atomically(&folder.join("questions.jsonl"), |file| Ok(std::io::Write::write_all(file, lines.as_bytes())?))
+    write_bytes(&folder.join("questions.jsonl"), lines.as_bytes())
 }
 
 /// The picture that a model is shown, normalisation undone.

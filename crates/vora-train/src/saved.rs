@@ -1,24 +1,31 @@
-//! What was trained, on disk: the adapter as PEFT has it, patch embedding and heads, and what they belong to.
+//! What was trained, on disk: the adapter as PEFT has it, an LLM trained whole, what sees, and what they belong to.
 //!
-//! A folder of these, a checkpoint or a run's `final/`, is a VoRA without its LLM: [`open`] puts it onto the LLM again.
+//! A folder of these, a checkpoint or a run's `final/`, is a model without what stayed frozen: [`open`] puts the two
+//! together again.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 use tch::{Device, Kind, Tensor};
-use vora_lora::{AdapterFolder, save_adapter};
-use vora_model::{Vora, VoraConfig};
-use vora_torch::safetensors::{save, write_atomically};
+use vora_llm::LlmConfig;
+use vora_lora::{AdapterFolder, LoraConfig, save_adapter};
+use vora_model::{Chameleon, Llava, LlavaConfig, VisionLanguageModel, Vora, VoraConfig};
+use vora_torch::safetensors::{save, write_bytes};
 use vora_torch::{Init, Weights};
+use vora_vision::Encoder;
 
-use crate::student::Student;
+use crate::student::{Resolve, Student};
+use crate::vq::VQMODEL;
 
-/// Patch embedding and heads, by their names in a VoRA folder.
+/// What sees, by its names in the model's folder: patch embedding and heads, projection, or image tokenizer.
 const VISION: &str = "vision.safetensors";
 
-/// What the LLM's name comes before in a VoRA folder.
-const LLM: &str = "llm.";
+/// The LLM, by its own names, where its weights were trained.
+const LLM: &str = "llm.safetensors";
+
+const CONFIG: &str = "config.json";
 
 const PREPROCESSOR: &str = "preprocessor_config.json";
 
@@ -34,21 +41,81 @@ const TOKENIZER: [&str; 6] = [
     "generation_config.json",
 ];
 
+/// Named tensors, parted by the file that they go into.
+#[derive(Debug, Default)]
+struct Parts {
+    adapter: Vec<(String, Tensor)>,
+    llm: Vec<(String, Tensor)>,
+    vision: Vec<(String, Tensor)>,
+}
+
+impl Parts {
+    /// Everything that a run made or trained.
+    fn of_student(student: &Student) -> Self {
+        let made = student.made().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
+        let mut parts = Self::of(student.parameters(), student.model.llm_prefix());
+        parts.vision.extend(made);
+        parts
+    }
+
+    /// Parts what stands in a model's folder, its LLM behind `llm_prefix`; the LLM's names lose it.
+    fn of(parameters: Vec<(String, Tensor)>, llm_prefix: &str) -> Self {
+        let mut parts = Self::default();
+        for (name, tensor) in parameters {
+            match name.strip_prefix(llm_prefix).map(str::to_owned) {
+                Some(name) if name.contains(".lora_") => parts.adapter.push((name, tensor)),
+                Some(name) => parts.llm.push((name, tensor)),
+                None => parts.vision.push((name, tensor)),
+            }
+        }
+        parts
+    }
+
+    /// Copies the values in `folder` into these tensors, in place; every one must be there in its shape, and nothing
+    /// there may be of no use but the teacher's heads.
+    fn fill_from(&self, folder: &Path) -> Result<()> {
+        if !self.adapter.is_empty() {
+            let saved = AdapterFolder::open(folder)?.weights(Device::Cpu, Kind::Float)?;
+            copy(&self.adapter, &saved)?;
+            saved.finish()?;
+        }
+        for (tensors, file) in [(&self.llm, LLM), (&self.vision, VISION)] {
+            if !tensors.is_empty() {
+                let saved = Weights::open(&folder.join(file), Device::Cpu, Kind::Float)?;
+                copy(tensors, &saved)?;
+                // A model that is not in training has no heads.
+                saved.finish_allowing(|name| name.starts_with("aux_vision."))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Copies saved values in place; what is missing or misshapen is told by the source's `finish`.
+fn copy(tensors: &[(String, Tensor)], saved: &Weights) -> Result<()> {
+    for (name, tensor) in tensors {
+        let value = saved.get(name, &tensor.size(), Init::Required)?;
+        tch::no_grad(|| tensor.shallow_clone().copy_(&value));
+    }
+    Ok(())
+}
+
 /// Writes everything trained into `folder`, with `config.json`, `preprocessor_config.json` and the tokenizer.
 pub fn write(student: &Student, folder: &Path) -> Result<()> {
-    let config = student.model.config();
-    let lora = config.lora.as_ref().context("the model carries no adapters")?;
-    let (adapter, vision): (Vec<_>, Vec<_>) =
-        student.parameters().into_iter().partition(|(name, _)| name.starts_with(LLM));
-    let adapter: Vec<(String, Tensor)> =
-        adapter.into_iter().map(|(name, tensor)| (name[LLM.len()..].to_owned(), tensor)).collect();
-    save_adapter(folder, lora, &config.llm_name, &adapter)?;
-    save(&folder.join(VISION), &vision, &[])?;
-    write_json(&folder.join("config.json"), &config.to_json()?)?;
+    let parts = Parts::of_student(student);
+    if let Some(lora) = student.model.lora() {
+        save_adapter(folder, lora, student.llm_name(), &parts.adapter)?;
+    }
+    for (tensors, file) in [(&parts.llm, LLM), (&parts.vision, VISION)] {
+        if !tensors.is_empty() {
+            save(&folder.join(file), tensors, &[])?;
+        }
+    }
+    write_json(&folder.join(CONFIG), &student.model.config_json()?)?;
     write_json(&folder.join(PREPROCESSOR), &student.processor().to_json())?;
     if let Some(source) = student.chat_template() {
         // Read before whatever else a folder says of templates.
-        write_atomically(&folder.join(CHAT_TEMPLATE), |file| Ok(std::io::Write::write_all(file, source.as_bytes())?))?;
+        write_bytes(&folder.join(CHAT_TEMPLATE), source.as_bytes())?;
     }
     let own_template = student.chat_template().is_some();
     let names = TOKENIZER.into_iter().filter(|name| !(own_template && *name == CHAT_TEMPLATE));
@@ -67,7 +134,7 @@ fn copy_files(names: impl Iterator<Item = &'static str>, from: &Path, to: &Path)
         let source = from.join(name);
         if source.exists() {
             let bytes = fs::read(&source).with_context(|| format!("cannot read {}", source.display()))?;
-            write_atomically(&to.join(name), |file| Ok(std::io::Write::write_all(file, &bytes)?))?;
+            write_bytes(&to.join(name), &bytes)?;
         }
     }
     Ok(())
@@ -75,43 +142,96 @@ fn copy_files(names: impl Iterator<Item = &'static str>, from: &Path, to: &Path)
 
 /// Reads everything trained from `folder` back into a student made by the same configuration.
 pub fn read(student: &Student, folder: &Path) -> Result<()> {
-    if let Some(lora) = &student.model.config().lora {
-        AdapterFolder::open(folder)?.expect(lora)?;
-    }
-    fill(&student.parameters(), folder)
+    expect(folder, student.model.lora())?;
+    Parts::of_student(student).fill_from(folder)
 }
 
-/// Opens a VoRA from a folder of [`write()`], its adapters still apart from the weights. `resolve` finds the folder of
-/// the LLM by the name that the run knew it by.
-pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &dyn Fn(&str) -> Result<PathBuf>) -> Result<Vora> {
-    let config = VoraConfig::open(folder)?;
-    let llm = resolve(&config.llm_name).with_context(|| format!("the LLM of {}", folder.display()))?;
-    let frozen = Weights::open(&llm, device, kind)?;
+/// Starts what sees from what another run trained, in `folder`, its `final/`: LLaVA's second stage from its first.
+pub fn start_from(student: &Student, folder: &Path) -> Result<()> {
+    let Parts { vision, .. } = Parts::of(student.parameters(), student.model.llm_prefix());
+    ensure!(folder.join(VISION).exists(), "{} has no {VISION}; it takes a run's final/", folder.display());
+    Parts { vision, ..Parts::default() }.fill_from(folder)
+}
+
+/// Opens a model from a folder of [`write()`], its adapters still apart from the weights. `resolve` finds the folders
+/// of LLM and encoder by the names that the run knew them by.
+///
+/// # Errors
+/// Names the file, and what in it does not fit.
+pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Box<dyn VisionLanguageModel>> {
     let new = Weights::random(0, device, kind);
-    let model = Vora::assemble(config, &frozen, &new)?;
-    frozen.finish().with_context(|| format!("loading the LLM in {}", llm.display()))?;
-    fill(&new.parameters(), folder)?;
+    let path = folder.join(CONFIG);
+    let bytes = fs::read(&path).with_context(|| {
+        format!("cannot read {}; what was trained lies in a run's final/ and its checkpoints", path.display())
+    })?;
+    let json: Value = serde_json::from_slice(&bytes).with_context(|| format!("{} is not JSON", path.display()))?;
+    let model: Box<dyn VisionLanguageModel> = match json["model_type"].as_str() {
+        Some("vora") => {
+            let config = VoraConfig::open(folder)?;
+            let llm = llm_weights(folder, &config.llm_name, device, kind, resolve)?;
+            let model = Vora::assemble(config, &llm, &new)?;
+            llm.finish().with_context(|| format!("loading the LLM of {}", folder.display()))?;
+            Box::new(model)
+        }
+        Some("llava") => {
+            let config = LlavaConfig::open(folder)?;
+            let llm = llm_weights(folder, &config.llm_name, device, kind, resolve)?;
+            let encoder = resolve(&config.mm_vision_tower)
+                .and_then(|tower| Encoder::open(&tower, device, kind))
+                .with_context(|| format!("the encoder of {}", folder.display()))?;
+            let model = Llava::assemble(config, &llm, encoder, &new)?;
+            llm.finish().with_context(|| format!("loading the LLM of {}", folder.display()))?;
+            Box::new(model)
+        }
+        Some("chameleon") => {
+            let (llm, vision) = (folder.join(LLM), folder.join(VISION));
+            let (llm, vision) = (Weights::open(&llm, device, kind)?, Weights::open(&vision, device, kind)?);
+            let model = Chameleon::assemble(&LlmConfig::open(folder)?, &llm, &vision.pp(VQMODEL))?;
+            llm.finish()?;
+            vision.finish()?;
+            return Ok(Box::new(model));
+        }
+        other => {
+            bail!("{}: model_type is {other:?}, what is trained here is `vora`, `llava` or `chameleon`", path.display())
+        }
+    };
+    expect(folder, model.lora())?;
+    Parts::of(new.parameters(), model.llm_prefix()).fill_from(folder)?;
     Ok(model)
 }
 
-/// Copies saved values into parameters, in place; every one must be there in its shape, and every adapter of the
-/// folder must be asked for.
-fn fill(parameters: &[(String, Tensor)], folder: &Path) -> Result<()> {
-    let adapter = AdapterFolder::open(folder)?.weights(Device::Cpu, Kind::Float)?;
-    let vision = Weights::open(&folder.join(VISION), Device::Cpu, Kind::Float)?;
-    for (name, parameter) in parameters {
-        let value = match name.strip_prefix(LLM) {
-            Some(name) => adapter.get(name, &parameter.size(), Init::Required)?,
-            None => vision.get(name, &parameter.size(), Init::Required)?,
-        };
-        tch::no_grad(|| parameter.shallow_clone().copy_(&value));
-    }
-    adapter.finish()?;
-    // A model that is not in training has no heads.
-    vision.finish_allowing(|name| name.starts_with("aux_vision."))
+/// The LLM's weights: those that were trained, else those of the folder that the run took it from.
+fn llm_weights(folder: &Path, name: &str, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Weights> {
+    let trained = folder.join(LLM);
+    let path = if trained.exists() {
+        trained
+    } else {
+        resolve(name).with_context(|| format!("the LLM of {}", folder.display()))?
+    };
+    Weights::open(&path, device, kind)
 }
 
-fn write_json(path: &Path, json: &serde_json::Value) -> Result<()> {
-    let text = serde_json::to_string_pretty(json)?;
-    write_atomically(path, |file| Ok(std::io::Write::write_all(file, text.as_bytes())?))
+/// Whether the folder's adapter, where there must be one, is of this configuration.
+fn expect(folder: &Path, lora: Option<&LoraConfig>) -> Result<()> {
+    lora.map_or(Ok(()), |lora| AdapterFolder::open(folder)?.expect(lora))
+}
+
+/// The kind that the LLM of a folder of [`write()`] is stored in: its own folder's, or f32 where it was trained.
+pub fn stored_kind(folder: &Path, resolve: &dyn Fn(&str) -> Result<PathBuf>) -> Result<Kind> {
+    let trained = folder.join(LLM);
+    let path = if trained.exists() {
+        trained
+    } else {
+        let config =
+            fs::read(folder.join(CONFIG)).with_context(|| format!("cannot read {CONFIG} of {}", folder.display()))?;
+        let config: Value = serde_json::from_slice(&config)?;
+        resolve(config["llm"].as_str().with_context(|| format!("{CONFIG} of {} has no `llm`", folder.display()))?)?
+    };
+    let checkpoint = vora_torch::safetensors::Checkpoint::open(&path)?;
+    let kind = checkpoint.info("model.norm.weight").map(|(kind, _)| kind);
+    kind.with_context(|| format!("{} has no model.norm.weight", path.display()))
+}
+
+fn write_json(path: &Path, json: &Value) -> Result<()> {
+    write_bytes(path, serde_json::to_string_pretty(json)?.as_bytes())
 }

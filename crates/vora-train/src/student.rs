@@ -1,24 +1,26 @@
-//! What learns and what it learns from: a VoRA over a frozen LLM, its distillation heads, and their frozen teacher.
+//! What learns and what it learns from: a model that sees in one of the ways known here and, for a VoRA, its
+//! distillation heads and their frozen teacher.
+
+mod chameleon;
+mod llava;
+mod vora;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 use vora_data::Batch;
-use vora_llm::LlmConfig;
-use vora_model::{Input, VisionLanguageModel, Vora, VoraConfig};
+use vora_model::{Input, VisionLanguageModel};
 use vora_torch::Weights;
-use vora_vision::{IMAGENET_DEFAULT, ImageProcessor, Resample, Teacher};
+use vora_vision::{ImageProcessor, Teacher};
 
-use crate::config::{DistillConfig, ModelConfig, TrainConfig};
+use crate::config::{DistillConfig, TrainConfig};
 use crate::distill::{DistillHeads, TeacherMean};
-use crate::loss::cross_entropy;
+use crate::loss::cross_entropy_and_z_loss;
+use crate::model_config::ModelType;
 
 /// Logits that exist at once while the loss is computed: 256 MiB of f32.
 const MAX_LOGITS: i64 = 64 << 20;
-
-/// Channels of the patch embedding where nothing says otherwise, as in the published model.
-const EMBED_DIM: i64 = 1536;
 
 /// A batch as tensors on the device.
 #[derive(Debug)]
@@ -50,11 +52,6 @@ impl DeviceBatch {
         }
     }
 
-    /// Supervised tokens.
-    pub fn num_targets(&self) -> i64 {
-        self.targets.size()[0]
-    }
-
     /// Patches of all pictures.
     pub fn num_image_tokens(&self) -> i64 {
         self.image_places.size()[0]
@@ -64,7 +61,7 @@ impl DeviceBatch {
 /// The losses of one forward pass, f32 scalars.
 #[derive(Debug)]
 pub struct Losses {
-    /// Cross-entropy, summed over the supervised tokens.
+    /// Cross-entropy, and z-loss where the run has it, summed over [`Student::num_targets`] tokens.
     pub lm_sum: Tensor,
     /// Cosine loss, mean over blocks and image tokens; none without a teacher or a picture.
     pub distill: Option<Tensor>,
@@ -82,73 +79,38 @@ pub struct Distill {
 #[derive(Debug)]
 pub struct Student {
     /// The model.
-    pub model: Vora,
+    pub model: Box<dyn VisionLanguageModel>,
     /// The teacher's side; none where the run has no teacher.
     pub distill: Option<Distill>,
+    llm_name: String,
     llm_folder: PathBuf,
     chat_template: Option<String>,
     processor: ImageProcessor,
-    trained: Weights,
+    patch_size: i64,
+    z_loss: f64,
+    trained: Vec<(&'static str, Weights)>, // sources that handed out parameters, and where in the folder they stand
+    made: Vec<(String, Tensor)>,
 }
 
+/// Finds the folder of a model by its name in a run file.
+pub type Resolve<'a> = dyn Fn(&str) -> Result<PathBuf> + 'a;
+
 impl Student {
-    /// Opens LLM and teacher and puts new adapters, a patch embedding and heads on them; `resolve` finds the folder
-    /// of a model's name.
-    pub fn new(
-        config: &TrainConfig,
-        device: Device,
-        kind: Kind,
-        resolve: &dyn Fn(&str) -> Result<PathBuf>,
-    ) -> Result<Self> {
-        let ModelConfig { llm, aux_vision, lora, patch_size, image_size, .. } = &config.model;
-        ensure!(
-            config.model.pretrained.is_none(),
-            "model.pretrained: training goes on from a run's own checkpoints only (--resume); start without it"
-        );
-        let llm_folder = resolve(llm).context("model.llm")?;
-        let teacher = match aux_vision {
-            Some(name) => Some(
-                resolve(name).and_then(|folder| Teacher::open(&folder, device, kind)).context("model.aux_vision")?,
-            ),
-            None => None,
-        };
-        if let Some(teacher) = &teacher {
-            ensure!(
-                teacher.patch_size() == *patch_size,
-                "model.patch_size is {patch_size}, the teacher's patches have {}: their tokens could not meet",
-                teacher.patch_size()
-            );
+    /// Opens what `config.model` names and makes what it trains.
+    ///
+    /// # Errors
+    /// Names the key, and the file, that does not fit.
+    pub fn new(config: &TrainConfig, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Self> {
+        match config.model.model_type {
+            ModelType::Vora => vora::student(config, device, kind, resolve),
+            ModelType::Llava => llava::student(config, device, kind, resolve),
+            ModelType::Chameleon => chameleon::student(config, device, kind, resolve),
         }
-        let teacher_size = teacher.as_ref().map(Teacher::hidden_size);
-        let embed_dim = config.model.vision_embedding_intermediate_size.or(teacher_size).unwrap_or(EMBED_DIM);
+    }
 
-        let mut vora = VoraConfig::new(LlmConfig::open(&llm_folder)?, embed_dim, *patch_size, *image_size);
-        ensure!(
-            lora.layers <= vora.llm.num_hidden_layers as i64,
-            "model.lora.layers is {}, {llm} has {} layers",
-            lora.layers,
-            vora.llm.num_hidden_layers
-        );
-        vora.llm_name.clone_from(llm);
-        vora.aux_vision = aux_vision.clone().unwrap_or_default();
-        vora.vision_attention = config.model.vision_attention;
-        vora.lora = Some(lora.clone());
-        let frozen = Weights::open(&llm_folder, device, kind)?;
-        let trained = Weights::random(config.seed, device, kind);
-        let model = Vora::assemble(vora, &frozen, &trained)?;
-        frozen.finish().with_context(|| format!("loading the LLM in {}", llm_folder.display()))?;
-
-        let side = u32::try_from(*image_size)?;
-        let processor = match &teacher {
-            Some(teacher) => teacher.processor().at(side),
-            None => ImageProcessor::square(side, IMAGENET_DEFAULT.0, IMAGENET_DEFAULT.1, Resample::Bicubic),
-        };
-        if let (Some(teacher), true) = (&teacher, config.model.starts_from_teacher()) {
-            model.vision_embedding().start_from_teacher(teacher, word_embedding_rms(&model))?;
-        }
-        let distill = teacher.map(|teacher| Distill::new(teacher, &model, &config.distill, &trained)).transpose()?;
-        let chat_template = config.model.chat_template.clone();
-        Ok(Self { model, distill, llm_folder, chat_template, processor, trained })
+    /// The name that the run file knows the LLM by.
+    pub fn llm_name(&self) -> &str {
+        &self.llm_name
     }
 
     /// Where the frozen LLM lies.
@@ -166,6 +128,11 @@ impl Student {
         &self.processor
     }
 
+    /// Side of what becomes one token of a picture, in pixels.
+    pub fn patch_size(&self) -> i64 {
+        self.patch_size
+    }
+
     /// Where the tensors are.
     pub fn device(&self) -> Device {
         self.model.llm().device()
@@ -173,7 +140,36 @@ impl Student {
 
     /// Everything trained, by its name on disk.
     pub fn parameters(&self) -> Vec<(String, Tensor)> {
-        self.trained.parameters()
+        let of = |(prefix, weights): &(&str, Weights)| {
+            weights.parameters().into_iter().map(move |(name, tensor)| (format!("{prefix}{name}"), tensor)).collect()
+        };
+        self.trained.iter().flat_map::<Vec<_>, _>(of).collect()
+    }
+
+    /// What the run makes before its first step and no step changes, by its name on disk: a Chameleon's image tokenizer.
+    pub fn made(&self) -> &[(String, Tensor)] {
+        &self.made
+    }
+
+    /// Tokens that the language loss is summed over: supervised words, and the pictures' tokens where the model writes
+    /// them.
+    pub fn num_targets(&self, batch: &DeviceBatch) -> i64 {
+        let writes_pictures = self.model.as_chameleon().is_some();
+        batch.targets.size()[0] + if writes_pictures { batch.num_image_tokens() } else { 0 }
+    }
+
+    /// The places in `batch * seq` that are learned to predict from, and the right tokens.
+    fn targets(&self, batch: &DeviceBatch) -> Result<(Tensor, Tensor)> {
+        let words = (batch.positions.shallow_clone(), batch.targets.shallow_clone());
+        let Some(chameleon) = self.model.as_chameleon().filter(|_| batch.num_image_tokens() > 0) else {
+            return Ok(words);
+        };
+        let pictures = batch.input.pixel_values.iter();
+        let tokens = pictures.map(|picture| Ok(chameleon.image_token_ids(&picture.unsqueeze(0))?.flatten(0, 1)));
+        let image_tokens = Tensor::cat(&tokens.collect::<Result<Vec<_>>>()?, 0);
+        // A picture's first token follows the mark that begins it.
+        let before = &batch.image_places - 1;
+        Ok((Tensor::cat(&[words.0, before], 0), Tensor::cat(&[words.1, image_tokens], 0)))
     }
 
     /// One forward pass: both losses, as sums and means that micro-batches can be put together from.
@@ -181,9 +177,12 @@ impl Student {
         let distill = self.distill.as_ref().filter(|_| batch.num_image_tokens() > 0);
         let hidden_layers = distill.map_or(0, |distill| distill.heads.hidden_layers());
         let output = self.model.forward(&batch.input, hidden_layers)?;
-        let hidden = output.last_hidden_state.flatten(0, 1).index_select(0, &batch.positions); // [n, hidden]
-        let chunk = (MAX_LOGITS / self.model.config().llm.vocab_size).max(1);
-        let lm_sum = cross_entropy(&hidden, &batch.targets, chunk, |rows| self.model.llm().logits(rows));
+        let (positions, targets) = self.targets(batch)?;
+        let hidden = output.last_hidden_state.flatten(0, 1).index_select(0, &positions); // [n, hidden]
+        let llm = self.model.llm();
+        // The gradient of a head that is trained comes from all rows at once.
+        let chunk = if llm.trains_head() { i64::MAX } else { (MAX_LOGITS / llm.config().vocab_size).max(1) };
+        let lm_sum = cross_entropy_and_z_loss(&hidden, &targets, chunk, self.z_loss, |rows| llm.logits(rows));
         let distill = distill.map(|distill| {
             let targets = distill.targets(&batch.input.pixel_values)?;
             let losses = distill.heads.losses(&output.hidden_states, &batch.image_places, &targets); // [blocks]
@@ -201,10 +200,15 @@ impl Student {
 }
 
 impl Distill {
-    fn new(teacher: Teacher, model: &Vora, config: &DistillConfig, trained: &Weights) -> Result<Self> {
-        let lora_layers = model.config().lora.as_ref().map_or(0, |lora| lora.layers);
-        let blocks = usize::try_from(lora_layers)?.min(teacher.num_hidden_layers());
-        let hidden_size = model.config().llm.hidden_size;
+    /// Heads between the first `blocks` blocks of the two, on hidden states of `hidden_size`.
+    fn new(
+        teacher: Teacher,
+        blocks: usize,
+        hidden_size: i64,
+        config: &DistillConfig,
+        trained: &Weights,
+    ) -> Result<Self> {
+        let blocks = blocks.min(teacher.num_hidden_layers());
         let weights = trained.pp("aux_vision");
         let heads = DistillHeads::load(blocks, hidden_size, teacher.hidden_size(), config.pairing, &weights)?;
         Ok(Self { teacher, heads, mean: None })
@@ -249,11 +253,4 @@ impl Distill {
             Ok(blocks.iter().map(|groups| Tensor::cat(groups, 0)).collect())
         })
     }
-}
-
-/// Root of the mean square over the word embeddings, from some thousands of them.
-fn word_embedding_rms(model: &Vora) -> f64 {
-    let vocab = model.config().llm.vocab_size;
-    let ids = Tensor::arange_start_step(0, vocab, (vocab / 4096).max(1), (Kind::Int64, model.llm().device()));
-    model.llm().embed(&ids).to_kind(Kind::Float).square().mean(Kind::Float).sqrt().double_value(&[])
 }

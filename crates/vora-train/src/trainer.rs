@@ -9,9 +9,8 @@ use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 use thiserror::Error;
 use vora_data::{Batch, Loader, LoaderConfig, Source};
-use vora_model::VisionLanguageModel;
 use vora_torch::runtime;
-use vora_torch::safetensors::{Checkpoint, save, write_atomically};
+use vora_torch::safetensors::{Checkpoint, save, write_bytes};
 
 use crate::checkpoint::{self, RunFolder, TrainerState};
 use crate::config::{Strategy, TrainConfig};
@@ -20,10 +19,11 @@ use crate::distill::TeacherMean;
 use crate::eval::{self, EvalReport};
 use crate::metrics::{EvalMetrics, Line, MetricsLog, Progress, SpikeDetector, StepMetrics};
 use crate::optim::Optimizer;
+use crate::results::{TrainResults, peak_memory};
 use crate::schedule::Schedule;
 use crate::student::{DeviceBatch, Student};
 use crate::tree::Difference;
-use crate::{plot, samples, saved};
+use crate::{plot, samples, saved, vq};
 
 const CONFIG: &str = "config.yaml";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -84,6 +84,7 @@ pub struct Trainer {
     student: Student,
     optimizer: Optimizer,
     schedule: Schedule,
+    training: Arc<dyn Source>,
     loader: Loader,
     held_out: Vec<HeldOut>,
     metrics: MetricsLog,
@@ -110,7 +111,7 @@ impl Trainer {
 
         let kind = runtime::kind(config.bf16.map_or("auto", |bf16| if bf16 { "bf16" } else { "f32" }), options.device)?;
         let mut student = Student::new(&config, options.device, kind, options.resolve)?;
-        let maker = data::sample_maker(&config, student.llm_folder(), student.processor().clone())?;
+        let maker = data::sample_maker(&config, &student)?;
         let training = data::training(&config, &maker)?;
         let held_out = data::held_out(&config, &maker)?;
 
@@ -125,7 +126,7 @@ impl Trainer {
         let (step, start) = state.as_ref().map_or((0, 0), |state| (state.step, state.samples_seen));
         let schedule = config.schedule(max_steps(&config, training.as_ref())?);
         let loader = Loader::new(
-            training,
+            training.clone(),
             LoaderConfig {
                 batch_size: config.per_device_train_batch_size,
                 num_workers: config.dataloader_num_workers,
@@ -137,11 +138,12 @@ impl Trainer {
         )?;
         let metrics = MetricsLog::open(&run.path().join("metrics.jsonl"), step)?;
         let yaml = config.to_yaml()?;
-        write_text(&run.path().join(CONFIG), &yaml)?;
+        write_bytes(&run.path().join(CONFIG), yaml.as_bytes())?;
         Ok(Self {
             student,
             optimizer,
             schedule,
+            training,
             loader,
             held_out,
             metrics,
@@ -158,6 +160,9 @@ impl Trainer {
     /// The whole run: steps, evaluations and checkpoints until `max_steps`, then `final/`, `eval.json`, `samples/`
     /// and `loss.svg`.
     pub fn train(&mut self, progress: &mut dyn Progress) -> Result<Outcome> {
+        if self.step == 0 {
+            vq::train(&self.student, &self.config, &*self.training, &self.stop, progress)?;
+        }
         progress.begin(self.step, self.schedule.max_steps);
         if self.step > 0 {
             // The evaluation that followed the checkpoint, if one did, was cut from the log with it.
@@ -194,7 +199,7 @@ impl Trainer {
         let data_wait = start.elapsed().as_secs_f64();
         let device = self.student.device();
         let uploaded: Vec<DeviceBatch> = batches.iter().map(|batch| DeviceBatch::new(batch, device)).collect();
-        let num_targets = uploaded.iter().map(DeviceBatch::num_targets).sum::<i64>() as f64;
+        let num_targets = uploaded.iter().map(|batch| self.student.num_targets(batch)).sum::<i64>() as f64;
         let num_image_tokens = uploaded.iter().map(DeviceBatch::num_image_tokens).sum::<i64>().max(1) as f64;
 
         self.optimizer.zero_grad();
@@ -296,7 +301,7 @@ impl Trainer {
             if let Some(mean) = self.student.distill.as_ref().and_then(|d| d.mean()) {
                 save(&folder.join(TEACHER_MEAN), &mean.state(), &[])?;
             }
-            write_text(&folder.join(CONFIG), &yaml)?;
+            write_bytes(&folder.join(CONFIG), yaml.as_bytes())?;
             state.save(folder)
         })?;
         self.plot()?;
@@ -307,6 +312,7 @@ impl Trainer {
     /// What is left to do once the last step is done and saved.
     fn finish(&mut self, progress: &mut dyn Progress) -> Result<Outcome> {
         self.run.save_folder("final", |folder| saved::write(&self.student, folder))?;
+        self.results().save(self.run.path())?;
         samples::write(&self.run.path().join("samples"), &self.held_out, self.student.processor(), SAMPLES)?;
         if self.loader.num_skipped() > 0 {
             tracing::warn!("{} bad records were left out", self.loader.num_skipped());
@@ -320,6 +326,16 @@ impl Trainer {
         }
         self.plot()?;
         Ok(Outcome::Finished(report))
+    }
+
+    fn results(&self) -> TrainResults {
+        TrainResults {
+            steps: self.step,
+            train_runtime: self.seconds,
+            train_steps_per_second: self.step as f64 / self.seconds,
+            trained_parameters: self.parameters().iter().map(|(_, tensor)| tensor.numel() as u64).sum(),
+            peak_memory: peak_memory(),
+        }
     }
 
     /// An evaluation between steps, where the run file asks for one here; the last step's is left to the end.
@@ -382,10 +398,6 @@ fn ids(batches: &[Batch]) -> Vec<String> {
     batches.iter().flat_map(|batch| &batch.samples).map(|sample| sample.id.clone()).collect()
 }
 
-fn write_text(path: &Path, text: &str) -> Result<()> {
-    write_atomically(path, |file| Ok(std::io::Write::write_all(file, text.as_bytes())?))
-}
-
 /// Where the run goes on: none for a new one. A folder that already holds a run is not written over by mistake.
 fn last_checkpoint(run: &RunFolder, config: &TrainConfig, resume: bool) -> Result<Option<PathBuf>> {
     if !resume {
@@ -418,7 +430,7 @@ fn last_checkpoint(run: &RunFolder, config: &TrainConfig, resume: bool) -> Resul
 
 /// Whether another value of this key is another model; where models lie may change.
 fn shapes_the_model(key: &str) -> bool {
-    let place = ["model.llm", "model.aux_vision", "model.pretrained"].contains(&key);
+    let place = ["model.llm", "model.aux_vision", "model.vision_tower", "model.pretrained"].contains(&key);
     (key.starts_with("model.") && !place) || key == "distill.pairing" || key == "distill.center"
 }
 
@@ -473,6 +485,8 @@ fn measure_teacher(student: &mut Student, config: &TrainConfig, training: &Arc<d
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vora_model::VisionLanguageModel;
+
     use crate::metrics::Silent;
 
     fn resolve(name: &str) -> Result<PathBuf> {
@@ -528,6 +542,7 @@ mod tests {
         fn step(&mut self, metrics: &StepMetrics) {
             self.1.store(metrics.step == self.0, Ordering::Relaxed);
         }
+        fn tokenizer_step(&mut self, _: u64, _: u64, _: f64) {}
         fn evaluating(&mut self, _: usize, _: usize) {}
         fn evaluated(&mut self, _: &EvalMetrics) {}
         fn saved(&mut self, _: &Path) {}
@@ -564,9 +579,74 @@ mod tests {
         // What lies in final/ is the model that was trained.
         let model = saved::open(&run.join("final"), Device::Cpu, Kind::Float, &resolve).unwrap();
         let batch = DeviceBatch::new(&trainer.next_batches().unwrap()[0], Device::Cpu);
-        let hidden =
-            |model: &vora_model::Vora| tch::no_grad(|| model.forward(&batch.input, 0)).unwrap().last_hidden_state;
-        fixtures::assert_close_to(&hidden(&model), &hidden(&trainer.student.model), 0.0);
+        let hidden = |model: &dyn VisionLanguageModel| {
+            tch::no_grad(|| model.forward(&batch.input, 0)).unwrap().last_hidden_state
+        };
+        fixtures::assert_close_to(&hidden(&*model), &hidden(&*trainer.student.model), 0.0);
+    }
+
+    /// The other ways to see, by their `model` sections.
+    const OTHER_SYSTEMS: [&str; 5] = [
+        "model={type: llava, llm: fixtures/tiny/llm, image_size: 56, vision_tower: fixtures/tiny/dinov2}",
+        "model={type: llava, llm: fixtures/tiny/llm, image_size: 56, vision_tower: fixtures/tiny/dinov2, \
+         mm_projector_type: linear, vision_feature_layer: [-1, 1], lora: {layers: 2, r: 4}}",
+        "model={type: llava, llm: fixtures/tiny/llm, image_size: 56, vision_tower: fixtures/tiny/dinov2, \
+         freeze_llm: false}",
+        "model={type: chameleon, llm: fixtures/tiny/llm, image_size: 56, vqmodel: {steps: 3, batch_size: 2, \
+         num_embeddings: 32}}",
+        "model={type: chameleon, llm: fixtures/tiny/llm, image_size: 56, z_loss: 0, vqmodel: {steps: 1, batch_size: 1, \
+         channel_multiplier: [1, 1, 1]}}",
+    ];
+
+    #[test]
+    fn the_other_systems_are_trained_resumed_and_opened_again() {
+        for model in OTHER_SYSTEMS {
+            let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            let config = |folder: &Path| config("smoke.yaml", folder, &[model, "bf16=false", "max_steps=5"]);
+            let mut uninterrupted = trainer(config(whole.path()));
+            let Outcome::Finished(report) = uninterrupted.train(&mut Silent).unwrap() else {
+                panic!("nobody stopped it")
+            };
+            assert!(report.all("unseen").unwrap().blind_exact_match.is_some());
+
+            let mut first = trainer(config(parts.path()));
+            let stop = first.stop.clone();
+            assert_eq!(first.train(&mut StopAfter(2, stop)).unwrap(), Outcome::Stopped { step: 2 });
+            drop(first);
+            let mut second = try_new(config(parts.path()), true).unwrap();
+            second.train(&mut Silent).unwrap();
+            assert_same(&weights(&uninterrupted), &weights(&second));
+            assert_same(uninterrupted.student.made(), second.student.made());
+            assert_eq!(losses(whole.path()), losses(parts.path()));
+
+            let opened = saved::open(&whole.path().join("final"), Device::Cpu, Kind::Float, &resolve).unwrap();
+            let batch = DeviceBatch::new(&uninterrupted.next_batches().unwrap()[0], Device::Cpu);
+            let hidden = |model: &dyn VisionLanguageModel| {
+                tch::no_grad(|| model.forward(&batch.input, 0)).unwrap().last_hidden_state
+            };
+            fixtures::assert_close_to(&hidden(&*opened), &hidden(&*uninterrupted.student.model), 0.0);
+        }
+    }
+
+    #[test]
+    fn the_second_stage_of_a_llava_starts_from_the_first() {
+        let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let mut stage_1 = trainer(config("smoke.yaml", first.path(), &[OTHER_SYSTEMS[0], "max_steps=2"]));
+        stage_1.train(&mut Silent).unwrap();
+        let from = |folder: &Path| format!("model.pretrained={}", folder.display());
+        let settings = [OTHER_SYSTEMS[2], &from(&first.path().join("final"))];
+        let stage_2 = trainer(config("smoke.yaml", second.path(), &settings));
+        let projector = |trainer: &Trainer| {
+            let mut parameters = trainer.parameters();
+            parameters.retain(|(name, _)| name.starts_with("multi_modal_projector."));
+            parameters
+        };
+        assert_eq!(projector(&stage_1).len(), 4);
+        assert_same(&projector(&stage_1), &projector(&stage_2));
+        drop(stage_2);
+        let wrong = config("smoke.yaml", second.path(), &[OTHER_SYSTEMS[0], &from(Path::new("nowhere"))]);
+        let error = format!("{:#}", try_new(wrong, false).err().unwrap());
+        assert!(error.contains("model.pretrained: nowhere has no vision.safetensors"), "{error}");
     }
 
     /// Two pictures, two conversations about them, one of words alone and one about a picture that is not there.

@@ -1,0 +1,356 @@
+//! The run file's `model`: which way a language model gets to see, and what it is made of.
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde::{Deserialize, Serialize};
+use vora_llm::VisionAttention;
+use vora_lora::LoraConfig;
+use vora_model::MmProjectorType;
+use vora_vision::{VisionFeatureLayer, VqConfig};
+
+/// The three ways that are compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ModelType {
+    /// Adapters in a frozen LLM learn to see; a vision transformer teaches them.
+    #[default]
+    Vora,
+    /// A frozen vision transformer sees; a projection brings what it saw among the words.
+    Llava,
+    /// Pictures are tokens of one vocabulary with the words, and the whole decoder learns to read and write both.
+    Chameleon,
+}
+
+impl ModelType {
+    const ALL: [Self; 3] = [Self::Vora, Self::Llava, Self::Chameleon];
+
+    /// The name in run files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Vora => "vora",
+            Self::Llava => "llava",
+            Self::Chameleon => "chameleon",
+        }
+    }
+
+    /// What the names of its trained parameters begin with.
+    fn parts(self) -> &'static [&'static str] {
+        match self {
+            Self::Vora => &["llm", "vision_embedding", "aux_vision"],
+            Self::Llava => &["language_model", "multi_modal_projector"],
+            Self::Chameleon => &["model", "lm_head"],
+        }
+    }
+
+    /// Whether a parameter's name, or the beginning of one, can only be in a model of another type.
+    pub fn lacks(self, name: &str) -> bool {
+        let first = name.split('.').next().unwrap_or_default();
+        let has = |this: Self| this.parts().contains(&first);
+        !has(self) && Self::ALL.into_iter().any(has)
+    }
+}
+
+/// What is trained. Some keys are for one type alone; another type's file that gives one is refused.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// The way it sees.
+    #[serde(default, rename = "type")]
+    pub model_type: ModelType,
+    /// The language model, for a Chameleon the start of its decoder: a folder, or a name on the hub.
+    pub llm: String,
+    /// A chat template (Jinja) in place of the LLM's own; it goes with the trained model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<String>,
+    /// Side of a picture, in pixels.
+    pub image_size: i64,
+    /// The adapters. A VoRA has some; a LLaVA may.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraConfig>,
+    /// What to start from in place of new weights: for a LLaVA a run's `final/`, whose projector is taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pretrained: Option<String>,
+
+    /// VoRA: the kind of patch embedding; there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vision_embedding: Option<String>,
+    /// VoRA: channels between patchifier and projection; absent: the teacher's hidden size, or 1536 without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vision_embedding_intermediate_size: Option<i64>,
+    /// VoRA: side of a patch, in pixels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub patch_size: Option<i64>,
+    /// VoRA: the teacher, a folder or a name on the hub. Absent: no distillation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub aux_vision: Option<String>,
+    /// VoRA: `preprocessor`: the patch embedding starts as the teacher's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reuse_aux_vision_embedding_layers: Option<String>,
+    /// VoRA: whether the tokens of a picture see each other in both directions; absent: they do.
+    #[serde(default, alias = "vision_attention_mask", skip_serializing_if = "Option::is_none")]
+    pub vision_attention: Option<VisionAttention>,
+
+    /// LLaVA: the encoder, a folder or a name on the hub.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vision_tower: Option<String>,
+    /// LLaVA: the projection; absent: `mlp2x_gelu`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mm_projector_type: Option<MmProjectorType>,
+    /// LLaVA: which of the encoder's hidden states are projected; absent: -2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vision_feature_layer: Option<VisionFeatureLayer>,
+    /// LLaVA: whether the LLM's own weights stay as they are (LLaVA's first stage, and its second with `lora`);
+    /// absent: they do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub freeze_llm: Option<bool>,
+
+    /// Chameleon: the image tokenizer, which the run makes before its first step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vqmodel: Option<VqTraining>,
+    /// Chameleon: the coefficient of z-loss; absent: 1e-5.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub z_loss: Option<f64>,
+}
+
+/// An image tokenizer and its training; the keys of its sizes are those of HF's `ChameleonVQVAEConfig`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VqTraining {
+    /// Entries of the codebook.
+    pub num_embeddings: i64,
+    /// Channels of an entry.
+    pub embed_dim: i64,
+    /// Channels after the first convolution, and before the codebook.
+    pub base_channels: i64,
+    /// Channels of each level over `base_channels`; each level after the first halves the sides.
+    pub channel_multiplier: Vec<i64>,
+    /// Residual blocks of a level.
+    pub num_res_blocks: usize,
+    /// Steps of AdamW.
+    pub steps: u64,
+    /// Pictures a step.
+    pub batch_size: u64,
+    /// The learning rate.
+    pub learning_rate: f64,
+}
+
+impl Default for VqTraining {
+    /// One code of 256 for 8 x 8 pixels: trains on a CPU.
+    fn default() -> Self {
+        Self {
+            num_embeddings: 256,
+            embed_dim: 16,
+            base_channels: 32,
+            channel_multiplier: vec![1, 1, 1, 1],
+            num_res_blocks: 1,
+            steps: 300,
+            batch_size: 16,
+            learning_rate: 2e-3,
+        }
+    }
+}
+
+impl VqTraining {
+    /// The tokenizer of pictures of `image_size` pixels a side.
+    pub fn config(&self, image_size: i64) -> VqConfig {
+        VqConfig {
+            embed_dim: self.embed_dim,
+            num_embeddings: self.num_embeddings,
+            latent_channels: self.base_channels,
+            resolution: image_size,
+            base_channels: self.base_channels,
+            channel_multiplier: self.channel_multiplier.clone(),
+            num_res_blocks: self.num_res_blocks,
+            attn_type: None,
+            ..VqConfig::default()
+        }
+    }
+}
+
+/// The published name of the patch embedding: conv, RMSNorm, positions, projection.
+const VISION_EMBEDDING: &str = "AIMv2Embedding";
+
+impl ModelConfig {
+    /// Checks what the types leave open; the error names the key.
+    pub fn validate(&self) -> Result<()> {
+        ensure!(!self.llm.is_empty(), "model.llm is empty, it takes a folder or a name on the hub");
+        self.refuse_keys_of_other_types()?;
+        let at_least_one = [
+            ("image_size", Some(self.image_size)),
+            ("patch_size", self.patch_size),
+            ("vision_embedding_intermediate_size", self.vision_embedding_intermediate_size),
+        ];
+        for (key, value) in at_least_one {
+            let value = value.unwrap_or(1);
+            ensure!(value >= 1, "model.{key} is {value}, it must be at least 1");
+        }
+        if let Some(lora) = &self.lora {
+            lora.validate().map_err(|error| anyhow!("model.{error}"))?;
+        }
+        match self.model_type {
+            ModelType::Vora => self.validate_vora(),
+            ModelType::Llava => self.validate_llava(),
+            ModelType::Chameleon => self.validate_chameleon(),
+        }
+    }
+
+    fn refuse_keys_of_other_types(&self) -> Result<()> {
+        let keys = [
+            ("vision_embedding", self.vision_embedding.is_some(), ModelType::Vora),
+            ("vision_embedding_intermediate_size", self.vision_embedding_intermediate_size.is_some(), ModelType::Vora),
+            ("patch_size", self.patch_size.is_some(), ModelType::Vora),
+            ("aux_vision", self.aux_vision.is_some(), ModelType::Vora),
+            ("reuse_aux_vision_embedding_layers", self.reuse_aux_vision_embedding_layers.is_some(), ModelType::Vora),
+            ("vision_attention", self.vision_attention.is_some(), ModelType::Vora),
+            ("vision_tower", self.vision_tower.is_some(), ModelType::Llava),
+            ("mm_projector_type", self.mm_projector_type.is_some(), ModelType::Llava),
+            ("vision_feature_layer", self.vision_feature_layer.is_some(), ModelType::Llava),
+            ("freeze_llm", self.freeze_llm.is_some(), ModelType::Llava),
+            ("vqmodel", self.vqmodel.is_some(), ModelType::Chameleon),
+            ("z_loss", self.z_loss.is_some(), ModelType::Chameleon),
+        ];
+        for (key, given, model_type) in keys {
+            ensure!(
+                !given || model_type == self.model_type,
+                "model.{key} is for the type `{}`, model.type is `{}`",
+                model_type.name(),
+                self.model_type.name()
+            );
+        }
+        Ok(())
+    }
+
+    fn validate_vora(&self) -> Result<()> {
+        let patch_size = self.patch_size.context("model.patch_size is missing, a VoRA cuts pictures into patches")?;
+        let image_size = self.image_size;
+        ensure!(
+            image_size % patch_size == 0,
+            "model.image_size is {image_size}, it must be a multiple of model.patch_size, {patch_size}"
+        );
+        ensure!(self.lora.is_some(), "model.lora is missing, a VoRA learns to see by its adapters");
+        if let Some(kind) = self.vision_embedding.as_deref() {
+            ensure!(
+                kind == VISION_EMBEDDING,
+                "model.vision_embedding is `{kind}`, the one there is is called `{VISION_EMBEDDING}`"
+            );
+        }
+        match self.reuse_aux_vision_embedding_layers.as_deref() {
+            None | Some("") => Ok(()),
+            Some("preprocessor") => {
+                ensure!(
+                    self.aux_vision.is_some(),
+                    "model.reuse_aux_vision_embedding_layers is `preprocessor`, but model.aux_vision names no teacher"
+                );
+                Ok(())
+            }
+            Some(other) => {
+                bail!("model.reuse_aux_vision_embedding_layers is `{other}`, it must be `preprocessor` or absent")
+            }
+        }
+    }
+
+    fn validate_llava(&self) -> Result<()> {
+        ensure!(self.vision_tower.is_some(), "model.vision_tower is missing, a LLaVA sees through an encoder");
+        ensure!(
+            self.lora.is_none() || self.freezes_llm(),
+            "model.freeze_llm is false and model.lora is given: train the LLM's weights or adapters on them"
+        );
+        Ok(())
+    }
+
+    fn validate_chameleon(&self) -> Result<()> {
+        let vq = self.vqmodel.as_ref().context("model.vqmodel is missing, a Chameleon reads pictures as its codes")?;
+        ensure!(vq.steps >= 1 && vq.batch_size >= 1, "model.vqmodel.steps and batch_size must be at least 1");
+        ensure!(vq.learning_rate > 0.0, "model.vqmodel.learning_rate is {}, it must be above 0", vq.learning_rate);
+        ensure!(self.z_loss() >= 0.0, "model.z_loss is {}, it must be 0 or more", self.z_loss());
+        ensure!(self.lora.is_none(), "model.lora: all weights of a Chameleon are trained, it takes no adapters");
+        ensure!(self.pretrained.is_none(), "model.pretrained is not for a Chameleon, which starts from model.llm");
+        let stride = vq.config(self.image_size).stride();
+        ensure!(
+            self.image_size % stride == 0,
+            "model.image_size is {}, it must be a multiple of the image tokenizer's stride, {stride}",
+            self.image_size
+        );
+        Ok(())
+    }
+
+    /// The coefficient of z-loss: Chameleon's own (section 2.3) where nothing is said.
+    pub fn z_loss(&self) -> f64 {
+        match self.model_type {
+            ModelType::Chameleon => self.z_loss.unwrap_or(1e-5),
+            ModelType::Vora | ModelType::Llava => 0.0,
+        }
+    }
+
+    /// Whether the patch embedding starts as the teacher's.
+    pub fn starts_from_teacher(&self) -> bool {
+        self.reuse_aux_vision_embedding_layers.as_deref() == Some("preprocessor")
+    }
+
+    /// Whether the LLM's own weights stay as they are.
+    pub fn freezes_llm(&self) -> bool {
+        self.freeze_llm.unwrap_or(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tree::from_yaml;
+
+    const VORA: &str = "{llm: x, patch_size: 14, image_size: 56, lora: {layers: 2, r: 4}}";
+    const LLAVA: &str = "{type: llava, llm: x, image_size: 56, vision_tower: y}";
+
+    const CHAMELEON: &str = "{type: chameleon, llm: x, image_size: 56, vqmodel: {}}";
+
+    fn parse(text: &str) -> Result<ModelConfig> {
+        let config: ModelConfig = from_yaml(text)?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    #[test]
+    fn a_type_takes_its_own_keys() {
+        assert_eq!(parse(VORA).unwrap().model_type, ModelType::Vora);
+        let llava = parse(&LLAVA.replace('}', ", mm_projector_type: linear, vision_feature_layer: -1}")).unwrap();
+        assert_eq!(llava.mm_projector_type, Some(MmProjectorType::Linear));
+        assert_eq!(llava.vision_feature_layer, Some(VisionFeatureLayer::One(-1)));
+        assert!(llava.freezes_llm());
+        let chameleon = parse(CHAMELEON).unwrap();
+        assert_eq!((chameleon.z_loss(), llava.z_loss()), (1e-5, 0.0));
+        assert_eq!(chameleon.vqmodel.unwrap().config(56).stride(), 8);
+    }
+
+    #[test]
+    fn what_does_not_go_together_is_refused() {
+        let lora = ", lora: {layers: 2, r: 4}";
+        let cases = [
+            (LLAVA.replace('}', ", patch_size: 14}"), "model.patch_size is for the type `vora`, model.type is `llava`"),
+            (VORA.replace("llm: x", "llm: x, freeze_llm: true"), "model.freeze_llm is for the type `llava`"),
+            (LLAVA.replace(", vision_tower: y", ""), "model.vision_tower is missing"),
+            (
+                LLAVA.replace("vision_tower: y", &format!("vision_tower: y, freeze_llm: false{lora}")),
+                "model.freeze_llm",
+            ),
+            (VORA.replace(lora, ""), "model.lora is missing"),
+            (VORA.replace("patch_size: 14, ", ""), "model.patch_size is missing"),
+            (VORA.replace("image_size: 56", "image_size: 0"), "model.image_size is 0"),
+            (LLAVA.replace("llava", "flamingo"), "flamingo"),
+            (CHAMELEON.replace("56", "60"), "a multiple of the image tokenizer's stride, 8"),
+            (CHAMELEON.replace("vqmodel: {}", "z_loss: 0"), "model.vqmodel is missing"),
+            (CHAMELEON.replace("{}", "{code: 1}"), "unknown field `code`"),
+            (CHAMELEON.replace("vqmodel", &format!("{}, vqmodel", &lora[2..])), "it takes no adapters"),
+            (LLAVA.replace('}', ", mm_projector_type: pool}"), "pool"),
+        ];
+        for (text, expected) in cases {
+            let error = format!("{:#}", parse(&text).unwrap_err());
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_part_of_another_type_is_known_as_such() {
+        assert!(ModelType::Llava.lacks("vision_embedding.patchifier.proj"));
+        assert!(ModelType::Vora.lacks("multi_modal_projector"));
+        assert!(!ModelType::Vora.lacks("vision_embedding") && !ModelType::Vora.lacks("lora_C"));
+    }
+}

@@ -1,0 +1,54 @@
+//! What a run came to, beside its accuracy: `train_results.json`, with HF `Trainer`'s keys where it has them.
+
+use std::path::Path;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+use vora_torch::safetensors::write_bytes;
+
+/// The sums of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainResults {
+    /// Steps done.
+    pub steps: u64,
+    /// Seconds that they took, evaluations and pauses between runs left out.
+    pub train_runtime: f64,
+    /// Steps a second.
+    pub train_steps_per_second: f64,
+    /// Elements of everything trained, what only training needs (distillation heads) included.
+    pub trained_parameters: u64,
+    /// The most memory that the last process of the run held at once, in bytes, mapped weights included; absent where
+    /// the system does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_memory: Option<u64>,
+}
+
+impl TrainResults {
+    /// Writes the file into a run folder.
+    pub fn save(&self, run: &Path) -> Result<()> {
+        write_bytes(&run.join("train_results.json"), serde_json::to_string_pretty(self)?.as_bytes())
+    }
+}
+
+/// The process's largest resident size so far, where the system tells it (Linux).
+pub fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let kibibytes = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?.trim().strip_suffix("kB")?;
+    Some(kibibytes.trim().parse::<u64>().ok()? * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn peak_memory_grows_with_what_is_held() {
+        let before = peak_memory().unwrap();
+        let held = vec![1u8; 64 << 20];
+        let after = peak_memory().unwrap();
+        assert_eq!(held.iter().map(|&byte| u64::from(byte)).sum::<u64>(), 64 << 20);
+        assert!(before > 1 << 20 && after >= before, "{before} {after}");
+        assert!(after > 64 << 20, "{after}");
+    }
+}

@@ -1,0 +1,62 @@
+//! A Chameleon to train: an LLM whose vocabulary gets the codes of an image tokenizer, and all of whose weights learn.
+
+use anyhow::{Context, Result, ensure};
+use tch::{Device, Kind, Tensor};
+use vora_llm::LlmConfig;
+use vora_model::{Chameleon, VisionLanguageModel};
+use vora_torch::Weights;
+use vora_torch::safetensors::Checkpoint;
+use vora_vision::chameleon_processor;
+
+use super::{Resolve, Student};
+use crate::config::TrainConfig;
+use crate::vq::VQMODEL;
+
+/// Opens the LLM, widens its vocabulary, and puts a new image tokenizer before it.
+pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Student> {
+    let section = &config.model;
+    let vq = section.vqmodel.as_ref().context("model.vqmodel is missing")?.config(section.image_size);
+    let llm_folder = resolve(&section.llm).context("model.llm")?;
+    let llm_config = LlmConfig::open(&llm_folder)?;
+    let chameleon = Chameleon::config_over(&llm_config, &vq).context("model.llm")?;
+
+    let new = Weights::random(config.seed, device, kind);
+    let llm = Weights::from_tensors(widened(&Checkpoint::open(&llm_folder)?, &chameleon, &new)?, device, kind);
+    let model = Chameleon::assemble(&chameleon, &llm.trained(), &new.pp(VQMODEL))?;
+    llm.finish().with_context(|| format!("loading the LLM in {}", llm_folder.display()))?;
+    let made = model.vqmodel().tensors().into_iter().map(|(name, tensor)| (format!("{VQMODEL}.{name}"), tensor));
+    Ok(Student {
+        distill: None,
+        llm_name: section.llm.clone(),
+        llm_folder,
+        chat_template: section.chat_template.clone(),
+        processor: chameleon_processor(u32::try_from(section.image_size)?)?,
+        patch_size: vq.stride(),
+        z_loss: section.z_loss(),
+        trained: vec![(model.llm_prefix(), llm)],
+        made: made.collect(),
+        model: Box::new(model),
+    })
+}
+
+/// The LLM's tensors with rows for the new tokens in embedding and head: normal, with the mean and the spread of those
+/// that are there.
+fn widened(llm: &Checkpoint, config: &LlmConfig, new: &Weights) -> Result<Vec<(String, Tensor)>> {
+    let widen = |name: &str, old: Tensor| {
+        let (rows, columns) = old.size2()?;
+        let added = config.vocab_size - rows;
+        ensure!(added > 0, "`{name}` has {rows} rows, the vocabulary with image tokens {}", config.vocab_size);
+        let normal = vora_torch::Init::Normal { std: 1.0 };
+        let noise = new.pp(name).get("image_tokens", &[added, columns], normal)?.to_kind(Kind::Float);
+        let mean = old.mean_dim([0i64].as_slice(), true, Kind::Float); // [1, hidden]
+        let spread = old.std_dim([0i64].as_slice(), true, true);
+        anyhow::Ok(Tensor::cat(&[old, mean + noise.to_device(Device::Cpu) * spread], 0))
+    };
+    llm.names()
+        .map(|name| {
+            let tensor = llm.tensor_as(name, Kind::Float)?;
+            let is_vocabulary = ["model.embed_tokens.weight", "lm_head.weight"].contains(&name);
+            Ok((name.to_owned(), if is_vocabulary { widen(name, tensor)? } else { tensor }))
+        })
+        .collect()
+}

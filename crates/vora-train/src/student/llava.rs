@@ -1,0 +1,63 @@
+//! A LLaVA to train: a new projection from a frozen encoder into an LLM that is frozen, adapted or trained whole.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use tch::{Device, Kind};
+use vora_llm::LlmConfig;
+use vora_model::{Llava, LlavaConfig, VisionLanguageModel};
+use vora_torch::Weights;
+use vora_vision::Encoder;
+
+use super::{Resolve, Student};
+use crate::config::TrainConfig;
+use crate::saved;
+
+/// Opens LLM and encoder and puts a new projection, and adapters where asked for, between and on them.
+pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Student> {
+    let section = &config.model;
+    let tower = section.vision_tower.as_ref().context("model.vision_tower is missing")?;
+    let llm_folder = resolve(&section.llm).context("model.llm")?;
+    let tower_folder = resolve(tower).context("model.vision_tower")?;
+    let encoder = Encoder::open(&tower_folder, device, kind).context("model.vision_tower")?;
+    let side = u32::try_from(section.image_size)?;
+    let (processor, patch_size) = (encoder.processor().at(side), encoder.patch_size());
+
+    let mut llava = LlavaConfig::new(LlmConfig::open(&llm_folder)?, &tower_folder)?;
+    llava.llm_name.clone_from(&section.llm);
+    llava.mm_vision_tower.clone_from(tower);
+    llava.mm_projector_type = section.mm_projector_type.unwrap_or_default();
+    if let Some(layer) = &section.vision_feature_layer {
+        llava.features.vision_feature_layer = layer.clone();
+    }
+    llava.lora.clone_from(&section.lora);
+
+    let llm = Weights::open(&llm_folder, device, kind)?;
+    let source = if section.freezes_llm() { llm.clone() } else { llm.trained() };
+    let trained = Weights::random(config.seed, device, kind);
+    let model = Llava::assemble(llava, &source, encoder, &trained)?;
+    llm.finish().with_context(|| format!("loading the LLM in {}", llm_folder.display()))?;
+    let image_size = section.image_size;
+    let (rows, cols) = model.image_grid(image_size, image_size).context("model.image_size")?;
+    ensure!(
+        (rows * patch_size, cols * patch_size) == (image_size, image_size),
+        "model.image_size is {image_size}, it must be a multiple of the encoder's patch size, {patch_size}"
+    );
+
+    let student = Student {
+        trained: vec![("", trained), (model.llm_prefix(), llm)],
+        model: Box::new(model),
+        distill: None,
+        llm_name: section.llm.clone(),
+        llm_folder,
+        chat_template: section.chat_template.clone(),
+        processor,
+        patch_size,
+        z_loss: 0.0,
+        made: Vec::new(),
+    };
+    if let Some(folder) = &section.pretrained {
+        saved::start_from(&student, Path::new(folder)).context("model.pretrained")?;
+    }
+    Ok(student)
+}

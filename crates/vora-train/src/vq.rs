@@ -1,0 +1,91 @@
+//! A Chameleon's image tokenizer, trained on the run's own pictures before its first step.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result, ensure};
+use tch::{Kind, Tensor};
+use vora_data::Source;
+use vora_torch::Weights;
+use vora_vision::VqModel;
+
+use crate::config::TrainConfig;
+use crate::metrics::Progress;
+use crate::optim::{LearningRates, OptimConfig, Optimizer};
+use crate::schedule::{Curve, Schedule};
+use crate::student::Student;
+
+/// The name of the image tokenizer in a Chameleon folder.
+pub(crate) const VQMODEL: &str = "model.vqmodel";
+
+/// Bad records in a row that end the search for a picture.
+const MAX_BAD_RECORDS: u64 = 100;
+
+/// Trains the tokenizer and copies it into the student's; nothing where the model has none. Ends early, with what it
+/// has, where `stop` is set.
+pub(crate) fn train(
+    student: &Student,
+    config: &TrainConfig,
+    training: &dyn Source,
+    stop: &AtomicBool,
+    progress: &mut dyn Progress,
+) -> Result<()> {
+    let Some(vq) = &config.model.vqmodel else { return Ok(()) };
+    let weights = Weights::random(config.seed, student.device(), Kind::Float);
+    let model = VqModel::load_trained(&vq.config(config.model.image_size), &weights.pp(VQMODEL))?;
+    let optim = OptimConfig {
+        learning_rate: vq.learning_rate,
+        learning_rates: LearningRates::default(),
+        beta1: 0.9,
+        beta2: 0.99,
+        weight_decay: 0.0,
+        max_grad_norm: 1.0,
+        ..config.optim()
+    };
+    let mut optimizer = Optimizer::new(weights.parameters(), optim)?;
+    let (warmup_steps, max_steps) = (vq.steps / 20, vq.steps);
+    let schedule = Schedule { curve: Curve::Cosine, warmup_steps, max_steps, min_lr_rate: 0.0 };
+    let mut index = 0;
+    for step in 0..vq.steps {
+        if stop.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let pictures = pictures(training, &mut index, vq.batch_size)?;
+        optimizer.zero_grad();
+        let losses = model.losses(&Tensor::stack(&pictures, 0))?;
+        let loss = &losses.reconstruction + &losses.quantization;
+        loss.backward();
+        let read = Vec::<f64>::try_from(Tensor::stack(&[loss, optimizer.grad_norm()?], 0).to_kind(Kind::Double))?;
+        ensure!(read[1].is_finite(), "step {} of the image tokenizer is not finite (loss {})", step + 1, read[0]);
+        optimizer.step(schedule.factor(step), read[1])?;
+        progress.tokenizer_step(step + 1, vq.steps, losses.reconstruction.double_value(&[]));
+    }
+    for ((name, trained), (own_name, own)) in weights.parameters().iter().zip(student.made()) {
+        ensure!(name == own_name, "the image tokenizer has `{name}` where the model has `{own_name}`");
+        tch::no_grad(|| own.shallow_clone().copy_(trained));
+    }
+    Ok(())
+}
+
+/// The next `count` pictures of one size, each `[3, height, width]`, from `index` on.
+fn pictures(training: &dyn Source, index: &mut u64, count: u64) -> Result<Vec<Tensor>> {
+    let (mut pictures, mut bad) = (Vec::<Tensor>::new(), 0);
+    while (pictures.len() as u64) < count {
+        let at = training.len().map_or(*index, |len| *index % len.max(1));
+        *index += 1;
+        let before = pictures.len();
+        let sample = training.sample(at);
+        for image in sample.iter().flat_map(|sample| &sample.images) {
+            let picture = image.to_tensor();
+            if pictures.first().is_none_or(|first| first.size() == picture.size()) {
+                pictures.push(picture);
+            }
+        }
+        bad = if pictures.len() == before { bad + 1 } else { 0 };
+        if bad == MAX_BAD_RECORDS {
+            sample.context("a hundred records in a row without a picture for the image tokenizer")?;
+            anyhow::bail!("a hundred records in a row without a picture for the image tokenizer");
+        }
+    }
+    pictures.truncate(usize::try_from(count)?);
+    Ok(pictures)
+}
