@@ -19,6 +19,7 @@ pub struct Variant {
     name: String,
     steps: Vec<Step>,
     accuracy: BTreeMap<(String, String), Accuracy>, // by split and kind of question
+    results: Value,                                 // train_results.json
 }
 
 /// The numbers of one line of `metrics.jsonl` that are compared.
@@ -48,7 +49,9 @@ impl Variant {
         };
         let steps = steps(&read("metrics.jsonl")?).with_context(|| format!("{}/metrics.jsonl", dir.display()))?;
         let accuracy = accuracy(&read("eval.json")?).with_context(|| format!("{}/eval.json", dir.display()))?;
-        Ok(Self { name: name.to_owned(), steps, accuracy })
+        let results = serde_json::from_str(&read("train_results.json")?)
+            .with_context(|| format!("{}/train_results.json", dir.display()))?;
+        Ok(Self { name: name.to_owned(), steps, accuracy, results })
     }
 
     /// Mean over the last tenth of the steps: single steps are noisy.
@@ -102,6 +105,10 @@ pub fn table(variants: &[Variant]) -> Table {
         table.add_row(std::iter::once(name).chain(cells));
     };
     row("steps".into(), &|v| Some(v.steps.len().to_string()));
+    let result = |v: &Variant, key: &str| v.results[key].as_f64();
+    row("trained parameters".into(), &|v| result(v, "trained_parameters").map(|n| format!("{:.2}M", n / 1e6)));
+    row("seconds a step".into(), &|v| result(v, "train_steps_per_second").map(|rate| format!("{:.2}", 1.0 / rate)));
+    row("peak memory".into(), &|v| result(v, "peak_memory").map(|n| format!("{:.2} GiB", n / 1024f64.powi(3))));
     row("cross-entropy, last tenth".into(), &|v| v.last(|s| Some(s.loss_lm)).map(|x| format!("{x:.3}")));
     row("distillation, last tenth".into(), &|v| v.last(|s| s.loss_distill).map(|x| format!("{x:.3}")));
     row("samples/s".into(), &|v| mean(v.steps.iter().filter_map(|s| s.samples_per_second)).map(|x| format!("{x:.1}")));
@@ -230,7 +237,10 @@ mod tests {
         let eval = r#"{"test":{"colour":{"n":100,"exact_match":0.97,"blind_exact_match":0.1},
             "shape":{"n":100,"exact_match":0.5,"blind_exact_match":0.2}},
             "unseen":{"shape":{"n":50,"exact_match":0.4,"blind_exact_match":null}}}"#;
-        Variant { name: name.into(), steps: steps(&metrics).unwrap(), accuracy: accuracy(eval).unwrap() }
+        let results = serde_json::json!({
+            "train_steps_per_second": 0.5, "trained_parameters": 7_020_000, "peak_memory": 3u64 << 30
+        });
+        Variant { name: name.into(), steps: steps(&metrics).unwrap(), accuracy: accuracy(eval).unwrap(), results }
     }
 
     #[test]
@@ -242,6 +252,9 @@ mod tests {
             "unseen: shape",
             "0.970 (blind 0.100, n 100)",
             "0.400 (blind -, n 50)",
+            "7.02M",
+            "2.00",
+            "3.00 GiB",
             "0.116",
             "20.0",
         ] {

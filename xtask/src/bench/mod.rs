@@ -13,8 +13,38 @@ use crate::setup;
 use crate::train::{self, Run};
 use compare::Variant;
 
-/// The values of `model.vision_attention` that are compared.
-const VARIANTS: [&str; 2] = ["bidirectional", "causal"];
+/// Whole trainings that are compared under one name.
+#[derive(Debug)]
+struct Comparison {
+    name: &'static str,
+    trainings: &'static [Training],
+}
+
+/// One of them.
+#[derive(Debug)]
+struct Training {
+    name: &'static str,
+    config: &'static str,
+    set: &'static [&'static str],
+}
+
+const COMPARISONS: [Comparison; 2] = [
+    Comparison {
+        name: "attention",
+        trainings: &[
+            Training { name: "bidirectional", config: train::SCENES, set: &["model.vision_attention=bidirectional"] },
+            Training { name: "causal", config: train::SCENES, set: &["model.vision_attention=causal"] },
+        ],
+    },
+    Comparison {
+        name: "systems",
+        trainings: &[
+            Training { name: "vora", config: train::SCENES, set: &[] },
+            Training { name: "llava", config: "crates/vora-train/recipes/scenes-llava.yaml", set: &[] },
+            Training { name: "chameleon", config: "crates/vora-train/recipes/scenes-chameleon.yaml", set: &[] },
+        ],
+    },
+];
 
 const EXAMPLES: &str = "\
 Examples:
@@ -23,6 +53,7 @@ Examples:
   cargo xtask bench attention -- cpu/bf16        only benches with this in their name
   cargo xtask bench attention --train            train with bidirectional and with causal vision attention, same seed
   cargo xtask bench attention --train --set max_steps=100
+  cargo xtask bench systems --train              train a VoRA, a LLaVA and a Chameleon on the same data
   cargo xtask bench attention --train --plot     draw again from the last two trainings
   cargo xtask bench drift                        what QK-norm and z-loss do to the norms of a small Chameleon
   cargo xtask bench drift -- --learning-rate 1e-2 --steps 300";
@@ -31,7 +62,7 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// A file of benches/benches, without `.rs`, or drift; all benches by default
+    /// A file of benches/benches, without `.rs`, or drift; all benches by default. With --train: attention or systems
     #[arg(required_if_eq("train", "true"))]
     name: Option<String>,
     /// Compare whole trainings: one table and one picture of losses and accuracies
@@ -40,17 +71,16 @@ pub struct Args {
     /// Train nothing, only make table and picture of the trainings that are there
     #[arg(long)]
     plot: bool,
-    /// Run file of both trainings [default: crates/vora-train/recipes/scenes.yaml]
+    /// Run file of all trainings in place of their own
     #[arg(long, value_name = "FILE", requires = "train")]
     config: Option<PathBuf>,
-    /// Change one key of the run file, in both trainings
+    /// Change one key of the run file, in all trainings
     #[arg(long = "set", value_name = "KEY=VALUE", requires = "train", value_parser = train::key_value)]
     set: Vec<String>,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, requires = "train")]
     device: Option<String>,
-    /// Where the trainings and their comparison go; older ones there are replaced [default: runs/bench-attention, or
-    /// runs/drift]
+    /// Where the trainings and their comparison go; older ones there are replaced [default: runs/bench-NAME]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Handed to the bench
@@ -84,33 +114,37 @@ fn criterion(args: &Args) -> Result<()> {
 
 fn compare_trainings(args: &Args) -> Result<()> {
     let name = args.name.as_deref().unwrap_or_default();
-    ensure!(name == "attention", "no bench `{name}` trains; `attention` does");
-    let config = match &args.config {
-        Some(file) => std::path::absolute(file)?,
-        None => cmd::root().join(train::SCENES),
-    };
-    let out = cmd::root().join(args.out.clone().unwrap_or_else(|| "runs/bench-attention".into()));
+    let comparison = COMPARISONS.iter().find(|comparison| comparison.name == name);
+    let Comparison { trainings, .. } = comparison.with_context(|| {
+        let known = COMPARISONS.map(|comparison| comparison.name).join(" and ");
+        format!("no bench `{name}` trains; {known} do")
+    })?;
+    let out = cmd::root().join(args.out.clone().unwrap_or_else(|| format!("runs/bench-{name}").into()));
     if !args.plot {
         setup::ensure()?;
         let vora = Vora::build()?;
-        for variant in VARIANTS {
-            let dir = out.join(variant);
+        for training in *trainings {
+            let dir = out.join(training.name);
             if dir.exists() {
                 fs::remove_dir_all(&dir).with_context(|| format!("removing the older {}", dir.display()))?;
             }
             let mut set = args.set.clone();
-            set.push(format!("model.vision_attention={variant}"));
+            set.extend(training.set.iter().map(|&set| set.to_owned()));
             set.push(format!("output_dir={}", dir.display()));
-            let run = Run { config: config.clone(), set, device: args.device.clone() };
+            let config = match &args.config {
+                Some(file) => std::path::absolute(file)?,
+                None => cmd::root().join(training.config),
+            };
+            let run = Run { config, set, device: args.device.clone() };
             run.download()?;
             cmd::run(&mut run.command(vora.command("train")))?;
         }
     }
-    let variants: Vec<_> = VARIANTS.iter().map(|name| Variant::read(name, &out.join(name))).collect::<Result<_>>()?;
-    let (table, svg) = (compare::table(&variants), out.join("attention.svg"));
+    let variants: Vec<_> = trainings.iter().map(|t| Variant::read(t.name, &out.join(t.name))).collect::<Result<_>>()?;
+    let (table, svg) = (compare::table(&variants), out.join(format!("{name}.svg")));
     println!("{table}");
-    fs::write(out.join("attention.txt"), format!("{table}\n")).context("cannot write attention.txt")?;
+    fs::write(svg.with_extension("txt"), format!("{table}\n")).with_context(|| format!("cannot write {name}.txt"))?;
     compare::draw(&variants, &svg)?;
-    println!("{} and attention.txt beside it", cmd::shown(&svg));
+    println!("{} and {name}.txt beside it", cmd::shown(&svg));
     Ok(())
 }
