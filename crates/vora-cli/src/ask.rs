@@ -4,8 +4,8 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Result, ensure};
-use vora_infer::{Assistant, SamplingParams};
+use anyhow::{Context, Result, ensure};
+use vora_infer::{Assistant, OutputModality, Passage, SamplingParams};
 use vora_torch::runtime;
 
 /// Ask a model about pictures; the answer is streamed.
@@ -13,7 +13,8 @@ use vora_torch::runtime;
 #[command(after_help = "\
 Examples:
   vora ask runs/scenes/merged picture.png \"What color is the circle?\"
-  vora ask runs/scenes/merged one.jpg two.jpg \"What differs?\" --temperature 0.7 --top-p 0.9 --seed 1")]
+  vora ask runs/scenes/merged one.jpg two.jpg \"What differs?\" --temperature 0.7 --top-p 0.9 --seed 1
+  vora ask runs/scenes-chameleon/merged \"A red ring.\" --write image --images-to drawn")]
 pub(crate) struct Args {
     /// The folder that `vora merge` wrote
     model: String,
@@ -38,6 +39,12 @@ pub(crate) struct Args {
     /// Tokens at most
     #[arg(long, default_value_t = 256)]
     max_new_tokens: usize,
+    /// What the answer may be made of; only a Chameleon writes pictures
+    #[arg(long, value_enum, default_value_t = Modality::Text)]
+    write: Modality,
+    /// The folder that written pictures go into, as 0.png, 1.png, …
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    images_to: PathBuf,
     /// Print one JSON object when done instead of streaming
     #[arg(long)]
     json: bool,
@@ -47,6 +54,14 @@ pub(crate) struct Args {
     /// auto, bf16, f32 or f16
     #[arg(long, default_value = "auto")]
     dtype: String,
+}
+
+/// The values of `--write`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Modality {
+    Text,
+    Image,
+    Interleaved,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
@@ -66,6 +81,15 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let assistant = Assistant::open(&crate::hub::resolve(&args.model)?, device, kind)?;
 
     let mut out = std::io::stdout();
+    let modality = match args.write {
+        Modality::Text => None,
+        Modality::Image => Some(OutputModality::Image),
+        Modality::Interleaved => Some(OutputModality::Interleaved),
+    };
+    if let Some(modality) = modality {
+        let passages = assistant.write(&images, question, modality, &params, args.max_new_tokens)?;
+        return show(&passages, &assistant, args, &mut out);
+    }
     let answer = assistant.ask(&images, question, &params, args.max_new_tokens, |text| {
         // A reader that went away ends the answer.
         args.json || (write!(out, "{text}").is_ok() && out.flush().is_ok())
@@ -80,6 +104,33 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         writeln!(out, "{json}")?;
     } else {
         writeln!(out)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints words, and the paths of the pictures between them.
+fn show(passages: &[Passage], assistant: &Assistant, args: &Args, out: &mut impl Write) -> Result<ExitCode> {
+    let folder = &args.images_to;
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    let mut written = Vec::new();
+    let mut pictures = 0;
+    for passage in passages {
+        written.push(match passage {
+            Passage::Text(ids) => serde_json::json!({"text": assistant.tokenizer().decode(ids, true)?.trim()}),
+            Passage::Image(picture) => {
+                let path = folder.join(format!("{pictures}.png"));
+                picture.save(&path).with_context(|| format!("cannot write {}", path.display()))?;
+                pictures += 1;
+                serde_json::json!({"image": path})
+            }
+        });
+    }
+    if args.json {
+        writeln!(out, "{}", serde_json::Value::from(written))?;
+    } else {
+        for line in written.iter().flat_map(|passage| ["text", "image"].map(|key| passage[key].as_str())).flatten() {
+            writeln!(out, "{line}")?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -4,11 +4,11 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_llm::{ChatTemplate, Message, Tokenizer};
-use vora_model::{Input, VisionLanguageModel, Vora};
+use vora_model::{Input, VisionLanguageModel};
 use vora_torch::runtime;
 use vora_train::saved;
 use vora_vision::ImageProcessor;
@@ -21,8 +21,9 @@ Examples:
   vora merge runs/scenes/checkpoints/step-200 --out merged --check
   vora merge runs/scenes/final --out merged --llm merged-llm
 
-The folder has the layout and tensor names of the published VoRA models. With --llm the language model
-inside it is written as well, as a plain checkpoint that any tool reads.")]
+A VoRA folder has the layout and tensor names of the published models, a LLaVA folder those of HF's
+LlavaForConditionalGeneration. With --llm the language model inside it is written as well, as a plain
+checkpoint that any tool reads.")]
 pub(crate) struct Args {
     /// A run's final/ folder, or one of its checkpoints
     trained: PathBuf,
@@ -42,7 +43,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let kind = match args.dtype.as_str() {
-        "auto" => stored_kind(&args.trained)?,
+        "auto" => saved::stored_kind(&args.trained, &crate::hub::resolve)?,
         other => runtime::kind(other, Device::Cpu)?,
     };
     ensure!(
@@ -51,8 +52,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         args.out.display()
     );
     let mut model = saved::open(&args.trained, Device::Cpu, kind, &crate::hub::resolve)?;
-    let prompts = if args.check { prompts(&args.trained, &model)? } else { Vec::new() };
-    let before = logits(&model, &prompts)?;
+    let prompts = if args.check { prompts(&args.trained, &*model)? } else { Vec::new() };
+    let before = logits(&*model, &prompts)?;
     model.merge()?;
     model.save(&args.out)?;
     saved::copy_beside(&args.trained, &args.out)?;
@@ -61,7 +62,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         saved::copy_beside(&args.trained, llm)?;
     }
     let mut out = std::io::stdout().lock();
-    if let (Some(before), Some(after)) = (before, logits(&model, &prompts)?) {
+    if let (Some(before), Some(after)) = (before, logits(&*model, &prompts)?) {
         let largest = (&after - &before).abs().max().double_value(&[]);
         let scale = before.abs().max().double_value(&[]);
         let same = after.argmax(-1, false).eq_tensor(&before.argmax(-1, false)).sum(Kind::Int64).int64_value(&[]);
@@ -76,22 +77,12 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The kind that the LLM's own folder stores its weights in.
-fn stored_kind(trained: &Path) -> Result<Kind> {
-    let config = vora_model::VoraConfig::open(trained)?;
-    let llm = crate::hub::resolve(&config.llm_name)?;
-    let checkpoint = vora_torch::safetensors::Checkpoint::open(&llm)?;
-    let kind = checkpoint.info("model.norm.weight").map(|(kind, _)| kind);
-    kind.with_context(|| format!("{} has no model.norm.weight", llm.display()))
-}
-
 /// How many pictures `--check` asks about.
 const PICTURES: u64 = 8;
 
 /// Questions about pictures, just as `vora ask` would put them.
-fn prompts(trained: &Path, model: &Vora) -> Result<Vec<Input>> {
-    let image_size = u32::try_from(model.config().image_size)?;
-    let scenes = Scenes::new(ScenesConfig { image_size, ..ScenesConfig::default() }, Split::Test)?;
+fn prompts(trained: &Path, model: &dyn VisionLanguageModel) -> Result<Vec<Input>> {
+    let scenes = Scenes::new(ScenesConfig::default(), Split::Test)?;
     let (tokenizer, chat) = (Tokenizer::open(trained)?, ChatTemplate::open(trained)?);
     let processor = ImageProcessor::open(trained)?;
     let pieces = chat.encode_prompt(&tokenizer, &[Message::question_about(1, "What is in the picture?")])?;

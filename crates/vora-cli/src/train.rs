@@ -12,11 +12,12 @@ use vora_torch::runtime;
 use vora_train::metrics::{EvalMetrics, Progress, StepMetrics};
 use vora_train::{Options, Outcome, TrainConfig, Trainer};
 
-/// Train adapters, patch embedding and distillation heads as a run file says.
+/// Train a model that sees, a VoRA, a LLaVA or a Chameleon, as a run file says.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   vora train --config crates/vora-train/recipes/scenes.yaml
+  vora train --config crates/vora-train/recipes/scenes-llava.yaml
   vora train --config run.yaml --set model.lora.r=64 --set max_steps=2000 --set output_dir=runs/r64
   vora train --config run.yaml --resume
 
@@ -116,6 +117,16 @@ impl Terminal {
 }
 
 impl Progress for Terminal {
+    fn tokenizer_step(&mut self, step: u64, steps: u64, reconstruction: f64) {
+        let line = format!("image tokenizer: mean squared error {reconstruction:.4}");
+        self.bar.set_length(steps);
+        self.bar.set_position(step);
+        self.bar.set_message(line.clone());
+        if !self.is_terminal && (step == 1 || step.is_multiple_of(2 * STEPS_PER_LINE) || step == steps) {
+            self.say(&format!("step {step}/{steps}  {line}"));
+        }
+    }
+
     fn begin(&mut self, step: u64, max_steps: u64) {
         self.max_steps = max_steps;
         self.bar.set_length(max_steps);

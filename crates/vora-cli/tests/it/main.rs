@@ -157,6 +157,39 @@ fn from_training_to_an_answer() {
     assert!(parts.contains("adapter of rank"), "{parts}");
 }
 
+#[test]
+fn the_other_systems_go_the_same_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let systems = [
+        ("llava", "{type: llava, llm: fixtures/tiny/llm, image_size: 56, vision_tower: fixtures/tiny/dinov2}"),
+        ("chameleon", "{type: chameleon, llm: fixtures/tiny/llm, image_size: 56, vqmodel: {steps: 2, batch_size: 2}}"),
+    ];
+    for (name, model) in systems {
+        let (run, merged) = (at(name), at(&format!("{name}-merged")));
+        let (model, output_dir) = (format!("model={model}"), format!("output_dir={run}"));
+        let smoke = "crates/vora-train/recipes/smoke.yaml";
+        succeeded(&vora(&["train", "--config", smoke, "--set", &model, "--set", &output_dir, "--set", "max_steps=2"]));
+        let said = succeeded(&vora(&["merge", &format!("{run}/final"), "--out", &merged, "--check"]));
+        assert!(said.contains("largest change in logits 0"), "{name}: nothing is merged: {said}");
+        let picture = format!("{run}/samples/test-0.png");
+        let ask = |extra: &[&str]| {
+            vora(&[&["ask", &merged, &picture, "What color?", "--max-new-tokens", "60", "--json"], extra].concat())
+        };
+        let answer: serde_json::Value = serde_json::from_str(&succeeded(&ask(&[]))).unwrap();
+        assert!(answer["completion_tokens"].as_u64().unwrap() > 0, "{name}: {answer}");
+        let drawn = at("drawn");
+        let output = ask(&["--write", "image", "--images-to", &drawn]);
+        if name == "chameleon" {
+            let written: serde_json::Value = serde_json::from_str(&succeeded(&output)).unwrap();
+            let path = written[0]["image"].as_str().unwrap();
+            assert!(path.starts_with(&drawn) && std::fs::read(path).unwrap().starts_with(b"\x89PNG"), "{written}");
+        } else {
+            assert!(text(&output.stderr).contains("the model writes no pictures"), "{}", text(&output.stderr));
+        }
+    }
+}
+
 /// The weights that a run ended with.
 fn trained(run: &Path) -> Vec<Vec<u8>> {
     let files = ["adapter_model.safetensors", "vision.safetensors"];
