@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Vision as LoRA: train, merge, ask, inspect, convert.
+/// Vision as LoRA, and what it answers to: train, merge, ask, inspect, convert.
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -35,7 +35,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Train adapters, patch embedding and distillation heads as a run file says
+    /// Train a VoRA, a LLaVA or a Chameleon as a run file says
     Train(train::Args),
     /// Fold trained adapters into the weights and write a checkpoint folder
     Merge(merge::Args),
