@@ -1,11 +1,11 @@
 //! The decoding loop: prefill once, then one token at a time from the cache.
 
 use anyhow::{Result, ensure};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 use vora_model::{Input, VisionLanguageModel};
 
 use crate::constraint::Progress;
-use crate::{Constraint, Sampler, SamplingParams};
+use crate::{Constraint, OutputModality, Sampler, SamplingParams};
 
 /// Why a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,7 +43,8 @@ pub fn generate(
     max_new_tokens: usize,
     on_token: impl FnMut(i64) -> bool,
 ) -> Result<Generated> {
-    run(model, input, None, params, stop, max_new_tokens, on_token)
+    let words = model.as_chameleon().map(|chameleon| Constraint::new(OutputModality::Text, chameleon));
+    run(model, input, words.as_ref(), params, stop, max_new_tokens, on_token)
 }
 
 /// As [`generate`] with the constraint's model, of nothing but what the constraint allows.
@@ -82,7 +83,6 @@ fn run(
     let device = input.input_ids.device();
 
     tch::no_grad(|| {
-        let pictures = picture_tokens(model);
         let mut sampler = Sampler::new(params.clone(), &words(input)?)?;
         let mut progress = constraint.map(|constraint| constraint.start(input, max_new_tokens)).transpose()?;
         let mut cache = model.llm().new_cache(1, prompt_tokens + max_new_tokens as i64)?;
@@ -94,10 +94,7 @@ fn run(
                 break FinishReason::Length;
             }
             let token = match &mut progress {
-                None => match &pictures {
-                    None => sampler.next_token(&logits.get(0))?,
-                    Some(mask) => sampler.next_token(&logits.get(0).masked_fill(mask, f64::NEG_INFINITY))?,
-                },
+                None => sampler.next_token(&logits.get(0))?,
                 Some(progress) => progress.next_token(&logits.get(0), max_new_tokens - ids.len(), &mut sampler)?,
             };
             if stop.contains(&token) {
@@ -117,14 +114,6 @@ fn run(
         };
         Ok(Generated { ids, finish_reason, prompt_tokens })
     })
-}
-
-/// `[vocab]`, true for the tokens that pictures are written with; none where the model writes no pictures.
-fn picture_tokens(model: &dyn VisionLanguageModel) -> Option<Tensor> {
-    let chameleon = model.as_chameleon()?;
-    let (vocab, device) = (model.llm().config().vocab_size, model.llm().device());
-    let ids = Tensor::from_slice(chameleon.vocabulary().image_token_ids()).to_device(device);
-    Some(Tensor::zeros([vocab], (Kind::Bool, device)).index_fill(0, &ids, 1))
 }
 
 /// The ids of the prompt, without what stands at image places.
