@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 use vora_llm::LlmConfig;
 use vora_lora::{AdapterFolder, LoraConfig, save_adapter};
 use vora_model::{Chameleon, Llava, LlavaConfig, VisionLanguageModel, Vora, VoraConfig};
-use vora_torch::safetensors::{save, write_bytes};
+use vora_torch::safetensors::{Checkpoint, save, write_bytes};
 use vora_torch::{Init, Weights};
 use vora_vision::Encoder;
 
@@ -160,22 +160,17 @@ pub fn start_from(student: &Student, folder: &Path) -> Result<()> {
 /// Names the file, and what in it does not fit.
 pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Box<dyn VisionLanguageModel>> {
     let new = Weights::random(0, device, kind);
-    let path = folder.join(CONFIG);
-    let bytes = fs::read(&path).with_context(|| {
-        format!("cannot read {}; what was trained lies in a run's final/ and its checkpoints", path.display())
-    })?;
-    let json: Value = serde_json::from_slice(&bytes).with_context(|| format!("{} is not JSON", path.display()))?;
-    let model: Box<dyn VisionLanguageModel> = match json["model_type"].as_str() {
+    let config = read_config(folder)?;
+    let model: Box<dyn VisionLanguageModel> = match config["model_type"].as_str() {
         Some("vora") => {
-            let config = VoraConfig::open(folder)?;
-            let llm = llm_weights(folder, &config.llm_name, device, kind, resolve)?;
-            let model = Vora::assemble(config, &llm, &new)?;
+            let llm = Weights::open(&llm_path(folder, &config, resolve)?, device, kind)?;
+            let model = Vora::assemble(VoraConfig::open(folder)?, &llm, &new)?;
             llm.finish().with_context(|| format!("loading the LLM of {}", folder.display()))?;
             Box::new(model)
         }
         Some("llava") => {
+            let llm = Weights::open(&llm_path(folder, &config, resolve)?, device, kind)?;
             let config = LlavaConfig::open(folder)?;
-            let llm = llm_weights(folder, &config.llm_name, device, kind, resolve)?;
             let encoder = resolve(&config.mm_vision_tower)
                 .and_then(|tower| Encoder::open(&tower, device, kind))
                 .with_context(|| format!("the encoder of {}", folder.display()))?;
@@ -192,6 +187,7 @@ pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) ->
             return Ok(Box::new(model));
         }
         other => {
+            let path = folder.join(CONFIG);
             bail!("{}: model_type is {other:?}, what is trained here is `vora`, `llava` or `chameleon`", path.display())
         }
     };
@@ -200,15 +196,23 @@ pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) ->
     Ok(model)
 }
 
-/// The LLM's weights: those that were trained, else those of the folder that the run took it from.
-fn llm_weights(folder: &Path, name: &str, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Weights> {
+/// What `config.json` says.
+fn read_config(folder: &Path) -> Result<Value> {
+    let path = folder.join(CONFIG);
+    let bytes = fs::read(&path).with_context(|| {
+        format!("cannot read {}; what was trained lies in a run's final/ and its checkpoints", path.display())
+    })?;
+    serde_json::from_slice(&bytes).with_context(|| format!("{} is not JSON", path.display()))
+}
+
+/// Where the LLM's weights lie: those that were trained, else the folder that the run took it from.
+fn llm_path(folder: &Path, config: &Value, resolve: &Resolve<'_>) -> Result<PathBuf> {
     let trained = folder.join(LLM);
-    let path = if trained.exists() {
-        trained
-    } else {
-        resolve(name).with_context(|| format!("the LLM of {}", folder.display()))?
-    };
-    Weights::open(&path, device, kind)
+    if trained.exists() {
+        return Ok(trained);
+    }
+    let name = config["llm"].as_str().with_context(|| format!("{CONFIG} of {} has no `llm`", folder.display()))?;
+    resolve(name).with_context(|| format!("the LLM of {}", folder.display()))
 }
 
 /// Whether the folder's adapter, where there must be one, is of this configuration.
@@ -217,17 +221,9 @@ fn expect(folder: &Path, lora: Option<&LoraConfig>) -> Result<()> {
 }
 
 /// The kind that the LLM of a folder of [`write()`] is stored in: its own folder's, or f32 where it was trained.
-pub fn stored_kind(folder: &Path, resolve: &dyn Fn(&str) -> Result<PathBuf>) -> Result<Kind> {
-    let trained = folder.join(LLM);
-    let path = if trained.exists() {
-        trained
-    } else {
-        let config =
-            fs::read(folder.join(CONFIG)).with_context(|| format!("cannot read {CONFIG} of {}", folder.display()))?;
-        let config: Value = serde_json::from_slice(&config)?;
-        resolve(config["llm"].as_str().with_context(|| format!("{CONFIG} of {} has no `llm`", folder.display()))?)?
-    };
-    let checkpoint = vora_torch::safetensors::Checkpoint::open(&path)?;
+pub fn stored_kind(folder: &Path, resolve: &Resolve<'_>) -> Result<Kind> {
+    let path = llm_path(folder, &read_config(folder)?, resolve)?;
+    let checkpoint = Checkpoint::open(&path)?;
     let kind = checkpoint.info("model.norm.weight").map(|(kind, _)| kind);
     kind.with_context(|| format!("{} has no model.norm.weight", path.display()))
 }

@@ -20,8 +20,8 @@ pub(crate) const VQMODEL: &str = "model.vqmodel";
 /// Bad records in a row that end the search for a picture.
 const MAX_BAD_RECORDS: u64 = 100;
 
-/// Trains the tokenizer and copies it into the student's; nothing where the model has none. Ends early, with what it
-/// has, where `stop` is set.
+/// Trains the tokenizer and copies it into the student's; nothing where the model has none, or where `stop` is set
+/// before its end.
 pub(crate) fn train(
     student: &Student,
     config: &TrainConfig,
@@ -54,10 +54,13 @@ pub(crate) fn train(
         let losses = model.losses(&Tensor::stack(&pictures, 0))?;
         let loss = &losses.reconstruction + &losses.quantization;
         loss.backward();
-        let read = Vec::<f64>::try_from(Tensor::stack(&[loss, optimizer.grad_norm()?], 0).to_kind(Kind::Double))?;
-        ensure!(read[1].is_finite(), "step {} of the image tokenizer is not finite (loss {})", step + 1, read[0]);
-        optimizer.step(schedule.factor(step), read[1])?;
-        progress.tokenizer_step(step + 1, vq.steps, losses.reconstruction.double_value(&[]));
+        // The one place where the host waits for the device.
+        let read = Tensor::stack(&[loss, optimizer.grad_norm()?, losses.reconstruction], 0).to_kind(Kind::Double);
+        let read = Vec::<f64>::try_from(read)?;
+        let (loss, grad_norm, reconstruction) = (read[0], read[1], read[2]);
+        ensure!(grad_norm.is_finite(), "step {} of the image tokenizer is not finite (loss {loss})", step + 1);
+        optimizer.step(schedule.factor(step), grad_norm)?;
+        progress.tokenizer_step(step + 1, vq.steps, reconstruction);
     }
     for ((name, trained), (own_name, own)) in weights.parameters().iter().zip(student.made()) {
         ensure!(name == own_name, "the image tokenizer has `{name}` where the model has `{own_name}`");
