@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use comfy_table::{CellAlignment, Table};
+use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use serde_json::Value;
 
@@ -162,15 +163,26 @@ fn draw_loss(area: &Area, title: &str, variants: &[Variant], value: impl Fn(&Ste
         .y_label_area_size(45)
         .build_cartesian_2d(0.0..steps, 0.0..top * 1.05)?;
     chart.configure_mesh().x_desc("step").x_label_formatter(&|step| format!("{step:.0}")).max_light_lines(0).draw()?;
-    for ((variant, line), colour) in variants.iter().zip(lines).zip(COLOURS) {
-        let series = chart.draw_series(LineSeries::new(line, colour.stroke_width(2)))?;
-        series
-            .label(&variant.name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
+    let names = variants.iter().map(|variant| variant.name.as_str());
+    draw_curves(&mut chart, names.zip(lines), SeriesLabelPosition::UpperRight)
+}
+
+/// A chart over two axes of numbers.
+pub type Chart<'a> = ChartContext<'a, SVGBackend<'a>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
+
+/// A curve for each name, in its colour, and the legend.
+pub fn draw_curves<'a>(
+    chart: &mut Chart<'_>,
+    curves: impl Iterator<Item = (&'a str, Vec<(f64, f64)>)>,
+    legend: SeriesLabelPosition,
+) -> Result<()> {
+    for ((name, curve), colour) in curves.zip(COLOURS) {
+        let series = chart.draw_series(LineSeries::new(curve, colour.stroke_width(2)))?;
+        series.label(name).legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
+        .position(legend)
         .background_style(WHITE.mix(0.8))
         .border_style(BLACK.mix(0.3))
         .draw()?;

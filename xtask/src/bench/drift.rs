@@ -8,7 +8,7 @@ use comfy_table::{CellAlignment, Table};
 use plotters::prelude::*;
 use serde_json::Value;
 
-use super::compare::COLOURS;
+use super::compare::draw_curves;
 use crate::{cmd, setup};
 
 /// What is drawn: its key in `metrics.jsonl`, its name, whether its axis is logarithmic.
@@ -156,19 +156,8 @@ fn panel(
         .y_label_formatter(&label)
         .max_light_lines(0)
         .draw()?;
-    for ((variant, curve), colour) in variants.iter().zip(curves).zip(COLOURS) {
-        let series = chart.draw_series(LineSeries::new(curve, colour.stroke_width(2)))?;
-        series
-            .label(&variant.name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
-    }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::LowerRight)
-        .background_style(WHITE.mix(0.8))
-        .border_style(BLACK.mix(0.3))
-        .draw()?;
-    Ok(())
+    let names = variants.iter().map(|variant| variant.name.as_str());
+    draw_curves(&mut chart, names.zip(curves), SeriesLabelPosition::LowerRight)
 }
 
 #[cfg(test)]
