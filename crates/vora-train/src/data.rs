@@ -8,7 +8,8 @@ use vora_data::{Chain, ConversationSource, Conversations, RecordKeys, SampleMake
 use vora_llm::tokenizer::special_tokens;
 use vora_llm::{ChatTemplate, Tokenizer};
 
-use crate::config::{DataFetch, DataPreprocess, TrainConfig};
+use crate::config::TrainConfig;
+use crate::data_config::{DataFetch, DataPreprocess};
 use crate::student::Student;
 
 /// A held-out split.

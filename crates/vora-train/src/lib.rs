@@ -1,6 +1,7 @@
 //! Training a model that sees, a VoRA, a LLaVA or a Chameleon: the language loss at supervised positions, for a VoRA
 //! block-wise distillation from a vision transformer, for a Chameleon its image tokenizer and z-loss, AdamW over f32
-//! masters, and what makes steps a run: schedule, metrics, checkpoints that survive a crash, resuming bit for bit, evaluation beside a blind control. [`Trainer`] is the file to read first.
+//! masters, and what makes steps a run: schedule, metrics, checkpoints that survive a crash, resuming bit for bit,
+//! evaluation beside a blind control. [`Trainer`] is the file to read first.
 //!
 //! It draws no progress bar and catches no signal (its caller does, through [`metrics::Progress`] and
 //! [`Options::stop`]), downloads nothing, generates no text, and merges nothing.
@@ -35,6 +36,7 @@
 pub mod checkpoint;
 pub mod config;
 pub mod data;
+pub mod data_config;
 pub mod distill;
 pub mod eval;
 pub mod loss;
