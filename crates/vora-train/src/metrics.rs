@@ -21,6 +21,9 @@ pub struct StepMetrics {
     /// Cosine loss, mean over the blocks; absent without a teacher or a picture.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_distill: Option<f64>,
+    /// The cosine loss of each block, whose mean is `loss_distill`; empty where that is absent.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub distill_blocks: Vec<f64>,
     /// The cosine loss of the best answer that looks at no picture.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline_distill: Option<f64>,
@@ -34,6 +37,9 @@ pub struct StepMetrics {
     pub tokens_per_second: f64,
     /// Seconds that the step waited for data.
     pub data_wait: f64,
+    /// Bytes of memory that the process holds, mapped weights included; absent where the system does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<u64>,
     /// Seconds since the run began, pauses between runs left out.
     pub seconds: f64,
 }
@@ -175,12 +181,14 @@ mod tests {
             loss: 1.5,
             loss_lm: 1.0,
             loss_distill: Some(0.5),
+            distill_blocks: vec![0.4, 0.6],
             baseline_distill: None,
             lr: 1e-3,
             grad_norm: 0.1,
             samples_per_second: 10.0,
             tokens_per_second: 100.0,
             data_wait: 0.0,
+            memory: None,
             seconds: 1.0,
         })
     }

@@ -217,12 +217,14 @@ mod tests {
                 loss: 0.0,
                 loss_lm: 0.3 + 2.5 * (-x / 60.0).exp() + wiggle,
                 loss_distill: Some(0.55 + 0.45 * (-x / 150.0).exp() + wiggle * 0.1),
+                distill_blocks: vec![0.5 + 0.4 * (-x / 90.0).exp(), 0.6 + 0.4 * (-x / 200.0).exp()],
                 baseline_distill: Some(0.98),
                 lr: 1e-3,
                 grad_norm: 1.0,
                 samples_per_second: 1.0,
                 tokens_per_second: 1.0,
                 data_wait: 0.0,
+                memory: Some(1 << 30),
                 seconds: x,
             }));
             if step % 100 == 0 {

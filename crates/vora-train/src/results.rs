@@ -30,10 +30,20 @@ impl TrainResults {
     }
 }
 
-/// The process's largest resident size so far, where the system tells it (Linux).
+/// The process's largest resident size so far in bytes, where the system tells it (Linux).
 pub fn peak_memory() -> Option<u64> {
+    status("VmHWM:")
+}
+
+/// The process's resident size now in bytes, where the system tells it (Linux).
+pub fn memory() -> Option<u64> {
+    status("VmRSS:")
+}
+
+/// A size in `/proc/self/status`.
+fn status(key: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let kibibytes = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?.trim().strip_suffix("kB")?;
+    let kibibytes = status.lines().find_map(|line| line.strip_prefix(key))?.trim().strip_suffix("kB")?;
     Some(kibibytes.trim().parse::<u64>().ok()? * 1024)
 }
 
@@ -50,5 +60,12 @@ mod tests {
         assert_eq!(held.iter().map(|&byte| u64::from(byte)).sum::<u64>(), 64 << 20);
         assert!(before > 1 << 20 && after >= before, "{before} {after}");
         assert!(after > 64 << 20, "{after}");
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn memory_is_below_its_peak() {
+        let (now, peak) = (memory().unwrap(), peak_memory().unwrap());
+        assert!(now > 1 << 20 && now <= peak, "{now} {peak}");
     }
 }

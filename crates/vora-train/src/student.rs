@@ -65,6 +65,8 @@ pub struct Losses {
     pub lm_sum: Tensor,
     /// Cosine loss, mean over blocks and image tokens; none without a teacher or a picture.
     pub distill: Option<Tensor>,
+    /// `[blocks]`: the cosine loss of each, without a graph.
+    pub distill_blocks: Option<Tensor>,
 }
 
 /// The teacher with all that serves to learn from it.
@@ -186,9 +188,10 @@ impl Student {
         let distill = distill.map(|distill| {
             let targets = distill.targets(&batch.input.pixel_values)?;
             let losses = distill.heads.losses(&output.hidden_states, &batch.image_places, &targets); // [blocks]
-            anyhow::Ok(losses.mean(Kind::Float))
+            anyhow::Ok((losses.mean(Kind::Float), losses.detach()))
         });
-        Ok(Losses { lm_sum, distill: distill.transpose()? })
+        let (distill, distill_blocks) = distill.transpose()?.unzip();
+        Ok(Losses { lm_sum, distill, distill_blocks })
     }
 
     /// Logits at the supervised places, `[n, vocab]`, for evaluation.

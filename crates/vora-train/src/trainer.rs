@@ -19,7 +19,7 @@ use crate::distill::TeacherMean;
 use crate::eval::{self, EvalReport};
 use crate::metrics::{EvalMetrics, Line, MetricsLog, Progress, SpikeDetector, StepMetrics};
 use crate::optim::Optimizer;
-use crate::results::{TrainResults, peak_memory};
+use crate::results::{TrainResults, memory, peak_memory};
 use crate::schedule::Schedule;
 use crate::student::{DeviceBatch, Student};
 use crate::tree::Difference;
@@ -204,24 +204,27 @@ impl Trainer {
 
         self.optimizer.zero_grad();
         let zero = || Tensor::zeros([], (Kind::Float, device));
-        let (mut loss_lm, mut loss_distill, mut has_distill) = (zero(), zero(), false);
+        let (mut loss_lm, mut loss_distill) = (zero(), zero());
+        let mut distill_blocks: Option<Tensor> = None; // [blocks]
         for batch in &uploaded {
             let losses = self.student.losses(batch)?;
             let mut loss = losses.lm_sum / num_targets;
             loss_lm += loss.detach();
-            if let Some(distill) = losses.distill {
-                let distill = distill * (batch.num_image_tokens() as f64 / num_image_tokens);
+            let share = batch.num_image_tokens() as f64 / num_image_tokens;
+            if let (Some(distill), Some(blocks)) = (losses.distill, losses.distill_blocks) {
+                let (distill, blocks) = (distill * share, blocks * share);
                 loss_distill += distill.detach();
                 loss += distill * self.config.distill.weight;
-                has_distill = true;
+                distill_blocks = Some(distill_blocks.map_or_else(|| blocks.shallow_clone(), |sum| sum + &blocks));
             }
             loss.backward();
         }
 
         // The one place where the host waits for the device.
-        let read = Tensor::stack(&[loss_lm, loss_distill, self.optimizer.grad_norm()?], 0).to_kind(Kind::Double);
-        let read = Vec::<f64>::try_from(read)?;
-        let (loss_lm, loss_distill, grad_norm) = (read[0], read[1], read[2]);
+        let mut read = vec![Tensor::stack(&[loss_lm, loss_distill, self.optimizer.grad_norm()?], 0)];
+        read.extend(distill_blocks);
+        let read = Vec::<f64>::try_from(Tensor::cat(&read, 0).to_kind(Kind::Double))?;
+        let (loss_lm, loss_distill, grad_norm, distill_blocks) = (read[0], read[1], read[2], read[3..].to_vec());
         let step = self.step + 1;
         if !read.iter().all(|value| value.is_finite()) {
             let samples = self.culprits(&batches, &uploaded)?;
@@ -246,13 +249,15 @@ impl Trainer {
             step,
             loss,
             loss_lm,
-            loss_distill: has_distill.then_some(loss_distill),
+            loss_distill: (!distill_blocks.is_empty()).then_some(loss_distill),
+            distill_blocks,
             baseline_distill: self.student.distill.as_ref().and_then(|d| d.mean()).map(TeacherMean::baseline),
             lr: self.config.learning_rate * factor,
             grad_norm,
             samples_per_second: num_samples as f64 / seconds,
             tokens_per_second: num_tokens as f64 / seconds,
             data_wait,
+            memory: memory(),
             seconds: self.seconds,
         };
         if step.is_multiple_of(self.config.logging_steps) || step == self.schedule.max_steps {
@@ -563,7 +568,9 @@ mod tests {
         let evals = lines.iter().filter(|line| matches!(line, Line::Eval(_))).count();
         assert_eq!((lines.len(), evals), (10, 2)); // at steps 4 and 8
         let Line::Step(first) = &lines[0] else { panic!("the first line is a step") };
-        assert!(first.baseline_distill.is_some_and(|b| b > 0.5) && first.loss_distill.is_some());
+        assert!(first.baseline_distill.is_some_and(|b| b > 0.5) && first.memory.is_none_or(|bytes| bytes > 1 << 20));
+        let mean = first.distill_blocks.iter().sum::<f64>() / first.distill_blocks.len() as f64;
+        assert!(first.distill_blocks.len() == 2 && (mean - first.loss_distill.unwrap()).abs() < 1e-6, "{first:?}");
         assert!(std::fs::read_to_string(run.join("loss.svg")).unwrap().contains("without looking"));
         let again = TrainConfig::open(&run.join("config.yaml"), &[]).unwrap();
         assert_eq!(again, trainer.config);
