@@ -21,8 +21,8 @@ Layouts, and what they become:
   vora-unmerged        a VoRA, adapters beside the weights  vora-unmerged, vora, peft, frozen-llm
   peft                 a VoRA's adapter: a run's final/     vora-unmerged, vora
   peft-llm             a plain language model's adapter     llm, with the adapter merged
-  llava                LLaVA, language_model.model...       llava, llava-transformers5
-  llava-transformers5  LLaVA, model.language_model...       llava, llava-transformers5
+  llava                LLaVA, language_model.model...       llava, llava-transformers5, llm
+  llava-transformers5  LLaVA, model.language_model...       llava, llava-transformers5, llm
   safetensors          any others                           safetensors
 
 What SRC is, its files say. frozen-llm is the LLM as it was below the adapters. Without --to the layout stays, and
@@ -34,6 +34,7 @@ Examples:
   vora convert runs/scenes/final unmerged --to vora-unmerged
   vora convert unmerged adapter --to peft
   vora convert llava-1.5-7b-hf renamed --to llava-transformers5 --dry-run
+  vora convert llava-1.5-7b-hf vicuna --to llm
   vora convert big smaller-files --max-shard-size 2GB")]
 pub(crate) struct Args {
     /// A folder, a .safetensors or a .gguf file, or a model's name in the hub's cache

@@ -276,6 +276,37 @@ mod tests {
             assert_eq!(fs::read(back.join(name)).unwrap(), fs::read(published.join(name)).unwrap());
         }
 
+        // Its language model alone, which is the same from either.
+        let text_config = json!({"model_type": "qwen2", "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 11,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 9});
+        for source in [&published, &modules] {
+            write_json(&source.join("config.json"), &json!({"model_type": "llava", "text_config": text_config}));
+            fs::write(source.join("preprocessor_config.json"), "{}").unwrap();
+            fs::write(source.join("tokenizer.json"), "{}").unwrap();
+        }
+        let [llm, same] = ["llm", "same"].map(|name| root.path().join(name));
+        let report = convert(&published, &llm, &to(Layout::Llm), root.path()).unwrap();
+        let dropped: Vec<_> = report.tensors.iter().filter(|tensor| tensor.to.is_none()).collect();
+        assert!(dropped.len() == 2 && dropped.iter().all(|tensor| tensor.why == Some("it sees")));
+        convert(&modules, &same, &to(Layout::Llm), root.path()).unwrap();
+        assert_eq!(read(&llm), read(&same));
+        assert_eq!(read(&llm).len(), 4);
+        let up_proj = "model.layers.2.mlp.up_proj.weight";
+        assert_eq!(read(&llm)[up_proj], read(&published)[&format!("language_model.{up_proj}")]);
+        let config = LlmConfig::open(&llm).unwrap();
+        assert_eq!((config.model_type.as_str(), config.hidden_size), ("qwen2", 8));
+        assert_eq!(config.extra["architectures"], json!(["Qwen2ForCausalLM"]));
+        assert!(llm.join("tokenizer.json").exists() && !llm.join("preprocessor_config.json").exists());
+        let with_adapters = root.path().join("with-adapters");
+        folder(
+            &with_adapters,
+            &json!({"model_type": "llava", "text_config": text_config}),
+            &["language_model.lm_head.weight", "language_model.model.layers.0.mlp.up_proj.lora_A.weight"],
+        );
+        let error = convert(&with_adapters, &root.path().join("x"), &to(Layout::Llm), root.path());
+        let error = format!("{:#}", error.unwrap_err());
+        assert!(error.contains("has adapters beside its weights; `vora merge` folds them in"), "{error}");
+
         let stranger = root.path().join("stranger");
         folder(&stranger, &json!({"model_type": "llava"}), &["language_model.model.a", "image_newline", "other"]);
         let error = convert(&stranger, &root.path().join("x"), &to(Layout::LlavaTransformers5), root.path());

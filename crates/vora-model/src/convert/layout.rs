@@ -61,7 +61,7 @@ impl Layout {
             Vora => &[Vora, Llm],
             VoraUnmerged => &[VoraUnmerged, Vora, Peft, FrozenLlm],
             Peft => &[VoraUnmerged, Vora],
-            Llava | LlavaTransformers5 => &[Llava, LlavaTransformers5],
+            Llava | LlavaTransformers5 => &[Llava, LlavaTransformers5, Llm],
             Safetensors => &[Safetensors],
         }
     }
@@ -79,6 +79,11 @@ impl Layout {
             [only] => Ok(*only),
             _ => bail!("{self} can become {}: say which", listed()),
         }
+    }
+
+    /// Whether it is more than a language model.
+    pub(super) fn sees(self) -> bool {
+        matches!(self, Vora | VoraUnmerged | Peft | Llava | LlavaTransformers5)
     }
 
     /// Whether adapters are folded into their weights on the way.

@@ -57,6 +57,9 @@ const LLAVA: [(&str, &str); 4] = [
     ("multi_modal_projector.", "model.multi_modal_projector."),
 ];
 
+/// What stands before the names of a LLaVA that are not its LLM's.
+const LLAVA_SIGHT: [&str; 2] = ["vision_tower.", "multi_modal_projector."];
+
 /// What stands before the names of a VoRA that are not its LLM's.
 const SIGHT: [&str; 2] = ["vision_embedding.", "aux_vision."];
 
@@ -70,6 +73,13 @@ fn fate(from: Layout, to: Layout, name: &str) -> Fate {
     match (from, to) {
         (Layout::Llava, Layout::LlavaTransformers5) => prefixed(LLAVA),
         (Layout::LlavaTransformers5, Layout::Llava) => prefixed(LLAVA.map(|(published, module)| (module, published))),
+        (Layout::Llava | Layout::LlavaTransformers5, Layout::Llm) => match llm_of_llava(from, name) {
+            Some(name) => Fate::To(name),
+            None if LLAVA_SIGHT.iter().any(|part| name.trim_start_matches("model.").starts_with(part)) => {
+                Fate::Dropped("it sees")
+            }
+            None => Fate::Unknown,
+        },
         (Layout::Vora, Layout::Llm) | (Layout::VoraUnmerged, Layout::FrozenLlm) => match in_llm {
             Some(name) if adapted(name).is_some() => Fate::Dropped("an adapter"),
             Some(name) => Fate::To(name.to_owned()),
@@ -84,6 +94,15 @@ fn fate(from: Layout, to: Layout, name: &str) -> Fate {
         },
         (Layout::VoraUnmerged | Layout::Peft, _) if in_llm.is_none() && !sees => Fate::Unknown,
         _ => Fate::To(name.to_owned()),
+    }
+}
+
+/// The name that a LLaVA's tensor has in its LLM's own folder.
+fn llm_of_llava(layout: Layout, name: &str) -> Option<String> {
+    match layout {
+        Layout::Llava => name.strip_prefix("language_model.").map(str::to_owned),
+        _ if name.starts_with("lm_head.") => Some(name.to_owned()),
+        _ => Some(format!("model.{}", name.strip_prefix("model.language_model.")?)),
     }
 }
 
@@ -108,6 +127,11 @@ pub(super) fn steps(source: &Source, to: Layout, kind: Option<Kind>) -> Result<V
         steps.push(Step::dropped(part, "the adapter's folder has its own", stored, shape));
     }
     check_adapters(source, &parts, to)?;
+    ensure!(
+        to != Layout::Llm || source.lora.is_some() || parts.iter().all(|part| adapted(&part.name).is_none()),
+        "{} has adapters beside its weights; `vora merge` folds them in",
+        source.path.display()
+    );
 
     let mut folded: BTreeMap<String, Vec<Part>> = BTreeMap::new(); // parts of adapters, by the name of their weight
     if source.layout.merges_into(to) {

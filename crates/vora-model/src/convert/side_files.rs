@@ -13,6 +13,7 @@ use super::Layout;
 use super::plan::Step;
 use super::report::{Change, FileReport, dtype};
 use super::source::Source;
+use crate::LlavaConfig;
 
 const CONFIG: &str = "config.json";
 
@@ -120,7 +121,7 @@ fn carried(from: Layout, to: Layout, name: &str) -> bool {
         (Layout::Peft, _) => tokenizer || processor || name == CONFIG,
         (Layout::PeftLlm, _) => tokenizer || name == CONFIG,
         // The published folders bring the code of their model with them.
-        (Layout::Vora | Layout::VoraUnmerged, Layout::Llm | Layout::FrozenLlm) => !processor && !name.ends_with(".py"),
+        (_, Layout::Llm | Layout::FrozenLlm) if from.sees() => !processor && !name.ends_with(".py"),
         _ => true,
     }
 }
@@ -132,6 +133,9 @@ fn config(source: &Source, to: Layout, steps: &[Step], kind: Option<Kind>) -> Re
         (Layout::Vora | Layout::VoraUnmerged, Layout::Llm | Layout::FrozenLlm) => {
             let vora = source.vora.as_ref().context("a VoRA has a config.json")?;
             serde_json::to_value(&vora.llm)?.as_object().cloned()
+        }
+        (Layout::Llava | Layout::LlavaTransformers5, Layout::Llm) => {
+            serde_json::to_value(LlavaConfig::open(&source.path)?.llm)?.as_object().cloned()
         }
         _ => None,
     };
