@@ -122,7 +122,8 @@ pub struct TrainConfig {
     /// As `tf32`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gradient_checkpointing: Option<bool>,
-    /// As `tf32`.
+    /// HF's: `none` leaves TensorBoard's event files out; without it, with `all` and with `tensorboard` they are
+    /// written. Other services of HF's are not reported to; see [`TrainConfig::without_effect`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub report_to: Option<String>,
     /// As `tf32`.
@@ -293,13 +294,22 @@ impl TrainConfig {
         Ok(())
     }
 
+    /// Whether TensorBoard's event files are written.
+    pub fn reports_to_tensorboard(&self) -> bool {
+        self.report_to.as_deref() != Some("none")
+    }
+
     /// Keys that the file gives and that change nothing here, with the reason.
     pub fn without_effect(&self) -> Vec<(&'static str, &'static str)> {
         let preprocess = self.data.train.data_preprocess.as_ref();
         let all = [
             ("tf32", self.tf32.is_some(), "matrix products run in the kind of the weights"),
             ("gradient_checkpointing", self.gradient_checkpointing == Some(true), "activations are kept"),
-            ("report_to", self.report_to.is_some(), "metrics go to metrics.jsonl"),
+            (
+                "report_to",
+                self.report_to.as_deref().is_some_and(|to| !["none", "all", "tensorboard"].contains(&to)),
+                "TensorBoard's event files are written; none leaves them out",
+            ),
             ("wandb_project", self.wandb_project.is_some(), "metrics go to metrics.jsonl"),
             ("deepspeed", self.deepspeed.is_some(), "one process trains"),
             ("data_preprocess.tokenizer", preprocess.is_some_and(|p| p.tokenizer.is_some()), "the LLM's own is used"),

@@ -66,23 +66,24 @@ impl DistillHeads {
     /// `hidden_states` are the decoder's, 0 the embeddings, each `[batch, seq, hidden]`; `places` `[tokens]` are the
     /// image tokens in `batch * seq`; `targets` are the teacher's blocks, each `[tokens, teacher_hidden]`.
     pub fn losses(&self, hidden_states: &[Tensor], places: &Tensor, targets: &[Tensor]) -> Tensor {
+        let loss = |(student, target): (Tensor, &Tensor)| {
+            let cosine = Tensor::cosine_similarity(&student, &target.to_kind(Kind::Float), -1, 1e-8);
+            (1f64 - cosine).mean(Kind::Float)
+        };
+        let losses: Vec<Tensor> = self.outputs(hidden_states, places).zip(targets).map(loss).collect();
+        Tensor::stack(&losses, 0)
+    }
+
+    /// What each head makes of the image tokens, `[tokens, teacher_hidden]` in f32.
+    pub fn outputs(&self, hidden_states: &[Tensor], places: &Tensor) -> impl Iterator<Item = Tensor> {
         let first = match self.pairing {
             Pairing::Output => 1,
             Pairing::Input => 0,
         };
-        let losses: Vec<Tensor> = self
-            .heads
-            .iter()
-            .zip(&hidden_states[first..])
-            .zip(targets)
-            .map(|((head, state), target)| {
-                let rows = state.flatten(0, 1).index_select(0, places).to_kind(Kind::Float); // [tokens, hidden]
-                let student = head.norm.forward(&rows).linear::<&Tensor>(&head.proj, None);
-                let cosine = Tensor::cosine_similarity(&student, &target.to_kind(Kind::Float), -1, 1e-8);
-                (1f64 - cosine).mean(Kind::Float)
-            })
-            .collect();
-        Tensor::stack(&losses, 0)
+        self.heads.iter().zip(&hidden_states[first..]).map(|(head, state)| {
+            let rows = state.flatten(0, 1).index_select(0, places).to_kind(Kind::Float); // [tokens, hidden]
+            head.norm.forward(&rows).linear::<&Tensor>(&head.proj, None)
+        })
     }
 }
 

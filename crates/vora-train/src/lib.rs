@@ -33,6 +33,8 @@
 //! # }
 //! ```
 
+pub mod block_maps;
+pub mod board;
 pub mod checkpoint;
 pub mod config;
 pub mod data;
@@ -49,6 +51,7 @@ pub mod samples;
 pub mod saved;
 pub mod schedule;
 pub mod student;
+pub mod tensorboard;
 pub mod trainer;
 pub mod tree;
 mod vq;

@@ -21,6 +21,12 @@ pub struct TrainResults {
     /// the system does not tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_memory: Option<u64>,
+    /// The machine of that process, in words; absent in runs of an older version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<String>,
+    /// The version of this library in that process; absent in runs of an older one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
 }
 
 impl TrainResults {
@@ -28,6 +34,18 @@ impl TrainResults {
     pub fn save(&self, run: &Path) -> Result<()> {
         write_bytes(&run.join("train_results.json"), serde_json::to_string_pretty(self)?.as_bytes())
     }
+}
+
+/// The machine in words: its processor where the system tells it (Linux), threads, and the device of the tensors.
+pub fn machine(device: tch::Device) -> String {
+    let cpus = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    let model = model.map_or(std::env::consts::ARCH, |(_, name)| name.trim());
+    let device = match device {
+        tch::Device::Cpu => "CPU".to_owned(),
+        other => format!("{other:?}"),
+    };
+    format!("{model}, {} threads; tensors on {device}", tch::get_num_threads())
 }
 
 /// The process's largest resident size so far in bytes, where the system tells it (Linux).

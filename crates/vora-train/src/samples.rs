@@ -4,48 +4,137 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use vora_data::{QuestionSpan, Sample, collate};
+use vora_llm::Tokenizer;
 use vora_torch::safetensors::write_bytes;
 use vora_vision::{ImageProcessor, Pixels, RgbImage};
 
 use crate::data::HeldOut;
+use crate::student::{DeviceBatch, Student};
+
+/// The folder of a run that samples lie in.
+pub const FOLDER: &str = "samples";
+
+const QUESTIONS: &str = "questions.jsonl";
 
 /// A line of `questions.jsonl`.
-#[derive(Debug, Serialize)]
-struct Question {
-    image: String,
-    question: String,
-    answer: String,
-    kind: String,
-    split: String,
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Question {
+    /// The picture's file, in the same folder.
+    pub image: String,
+    /// What is asked.
+    pub question: String,
+    /// The answer that is right.
+    pub answer: String,
+    /// What the question is about.
+    pub kind: String,
+    /// The split that it comes from.
+    pub split: String,
 }
 
-/// Writes the first `count` pictures of each split, as the model sees them, and `questions.jsonl` with one question
-/// about each, of whatever kind was asked least before it.
-pub fn write(folder: &Path, splits: &[HeldOut], processor: &ImageProcessor, count: u64) -> Result<()> {
-    std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+/// A held-out sample with the one of its questions that is shown.
+#[derive(Debug, Clone)]
+pub struct Shown {
+    /// Its split and its place there.
+    pub name: String,
+    /// The split's name.
+    pub split: String,
+    /// The sample, of one picture.
+    pub sample: Sample,
+    /// Which of its questions.
+    pub question: usize,
+}
+
+impl Shown {
+    /// Its picture, as it goes into the model.
+    pub fn picture(&self) -> &Pixels {
+        &self.sample.images[0]
+    }
+
+    /// Its picture as a person sees it: normalisation undone.
+    pub fn seen(&self, processor: &ImageProcessor) -> RgbImage {
+        seen(self.picture(), processor)
+    }
+
+    /// The question, and the answer that is right.
+    pub fn question(&self) -> &QuestionSpan {
+        &self.sample.questions[self.question]
+    }
+}
+
+/// The first `count` samples of each split that have one picture, with a question each, of whatever kind was asked
+/// least before it.
+pub fn choose(splits: &[HeldOut], count: u64) -> Vec<Shown> {
     let mut asked: BTreeMap<String, u64> = BTreeMap::new();
-    let mut lines = String::new();
+    let mut shown = Vec::new();
     for index in 0..count {
         for split in splits.iter().filter(|split| index < split.samples) {
             let Ok(sample) = split.source.sample(index) else { continue };
-            let least = sample.questions.iter().min_by_key(|q| asked.get(&q.kind).copied().unwrap_or(0));
-            let (Some(question), [picture]) = (least, sample.images.as_slice()) else { continue };
-            *asked.entry(question.kind.clone()).or_default() += 1;
-            let image = format!("{}-{index}.png", split.name);
-            let path = folder.join(&image);
-            seen(picture, processor).save(&path).with_context(|| format!("cannot write {}", path.display()))?;
-            lines += &serde_json::to_string(&Question {
-                image,
-                question: question.question.clone(),
-                answer: question.answer.clone(),
-                kind: question.kind.clone(),
-                split: split.name.clone(),
-            })?;
-            lines.push('\n');
+            let asked_before = |question: &QuestionSpan| asked.get(&question.kind).copied().unwrap_or(0);
+            let least = (0..sample.questions.len()).min_by_key(|i| asked_before(&sample.questions[*i]));
+            let (Some(question), [_]) = (least, sample.images.as_slice()) else { continue };
+            *asked.entry(sample.questions[question].kind.clone()).or_default() += 1;
+            shown.push(Shown { name: format!("{}-{index}", split.name), split: split.name.clone(), sample, question });
         }
     }
-    write_bytes(&folder.join("questions.jsonl"), lines.as_bytes())
+    shown
+}
+
+/// Writes pictures, as the model sees them, and `questions.jsonl` with the question about each.
+pub fn write(folder: &Path, shown: &[Shown], processor: &ImageProcessor) -> Result<()> {
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    let mut lines = String::new();
+    for shown in shown {
+        let image = format!("{}.png", shown.name);
+        let path = folder.join(&image);
+        shown.seen(processor).save(&path).with_context(|| format!("cannot write {}", path.display()))?;
+        let QuestionSpan { kind, question, answer, .. } = shown.question().clone();
+        lines += &serde_json::to_string(&Question { image, question, answer, kind, split: shown.split.clone() })?;
+        lines.push('\n');
+    }
+    write_bytes(&folder.join(QUESTIONS), lines.as_bytes())
+}
+
+/// Reads the `questions.jsonl` of a folder.
+pub fn read(folder: &Path) -> Result<Vec<Question>> {
+    let path = folder.join(QUESTIONS);
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let question = |(i, line)| {
+        serde_json::from_str(line).with_context(|| format!("{}:{} is no question of a run", path.display(), i + 1))
+    };
+    text.lines().enumerate().map(question).collect()
+}
+
+/// What the model answers, as far as one pass with the right answers shows it: greedy decoding gives the right tokens up
+/// to the first that is not the likeliest, and then the one that is; where it does not end the answer, ` …` stands
+/// for what would follow.
+pub fn answers(student: &Student, tokenizer: &Tokenizer, shown: &[Shown], batch_size: usize) -> Result<Vec<String>> {
+    let mut answers = Vec::new();
+    for chunk in shown.chunks(batch_size) {
+        let batch = collate(chunk.iter().map(|shown| shown.sample.clone()).collect(), 0);
+        let uploaded = DeviceBatch::new(&batch, student.device());
+        let likeliest = tch::no_grad(|| anyhow::Ok(student.answer_logits(&uploaded)?.argmax(-1, false)))?;
+        let (likeliest, right) = (Vec::<i64>::try_from(likeliest)?, batch.supervised().targets);
+        let mut questions = batch.questions();
+        for shown in chunk {
+            let (_, tokens) = questions.nth(shown.question).context("a sample has lost a question")?;
+            let others = shown.sample.questions.len() - shown.question - 1;
+            questions.by_ref().take(others).for_each(drop);
+            answers.push(begun(&likeliest[tokens.clone()], &right[tokens], tokenizer)?);
+        }
+    }
+    Ok(answers)
+}
+
+/// The beginning of an answer, of which the likeliest tokens are known as long as all before them are right.
+fn begun(likeliest: &[i64], right: &[i64], tokenizer: &Tokenizer) -> Result<String> {
+    let wrong = likeliest.iter().zip(right).position(|(found, right)| found != right);
+    let said = wrong.map_or(likeliest, |wrong| &likeliest[..=wrong]);
+    // A wrong token may be none of the vocabulary's: models have rows to spare.
+    let text = tokenizer.decode(said, true).or_else(|_| tokenizer.decode(&said[..said.len() - 1], true))?;
+    let goes_on = wrong.is_some_and(|wrong| !tokenizer.eos_ids().contains(&likeliest[wrong]));
+    Ok(if goes_on { format!("{} …", text.trim()) } else { text.trim().to_owned() })
 }
 
 /// The picture that a model is shown, normalisation undone.
@@ -73,5 +162,21 @@ mod tests {
         let processor = ImageProcessor::square(8, mean, std, Resample::Bicubic);
         let picture = RgbImage::from_fn(8, 8, |x, y| [(x * 30) as u8, (y * 30) as u8, 255].into());
         assert_eq!(seen(&processor.preprocess(&picture).unwrap(), &processor), picture);
+    }
+
+    #[test]
+    fn an_answer_is_known_up_to_its_first_wrong_token() {
+        let tokenizer = Tokenizer::open(&fixtures::root().join("tiny/llm")).unwrap();
+        let eos = tokenizer.eos_ids()[0];
+        let [red, blue] = ["red", "blue"].map(|text| tokenizer.encode(text).unwrap());
+        let mut right = red.clone();
+        right.push(eos);
+        assert_eq!(begun(&right, &right, &tokenizer).unwrap(), "red");
+        // It would have gone on; and with what, after a wrong token, nobody knows.
+        let longer = [&red[..], &blue[..1]].concat();
+        let said = begun(&longer, &right, &tokenizer).unwrap();
+        assert!(said.starts_with("red") && said.ends_with(" …"), "{said}");
+        assert_eq!(begun(&[eos, red[0]], &right[..2], &tokenizer).unwrap(), "");
+        assert_eq!(begun(&[1 << 20], &right[..1], &tokenizer).unwrap(), " …");
     }
 }

@@ -194,6 +194,15 @@ impl Student {
         Ok(Losses { lm_sum, distill, distill_blocks })
     }
 
+    /// Per block what the teacher has at the image tokens and what the head makes of them there, each
+    /// `[image tokens, teacher_hidden]` in f32; none without a teacher or a picture.
+    pub fn block_features(&self, batch: &DeviceBatch) -> Result<Option<Vec<(Tensor, Tensor)>>> {
+        let Some(distill) = self.distill.as_ref().filter(|_| batch.num_image_tokens() > 0) else { return Ok(None) };
+        let output = self.model.forward(&batch.input, distill.heads.hidden_layers())?;
+        let students = distill.heads.outputs(&output.hidden_states, &batch.image_places);
+        Ok(Some(distill.targets(&batch.input.pixel_values)?.into_iter().zip(students).collect()))
+    }
+
     /// Logits at the supervised places, `[n, vocab]`, for evaluation.
     pub fn answer_logits(&self, batch: &DeviceBatch) -> Result<Tensor> {
         let output = self.model.forward(&batch.input, 0)?;

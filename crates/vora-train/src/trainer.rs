@@ -9,9 +9,12 @@ use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 use thiserror::Error;
 use vora_data::{Batch, Loader, LoaderConfig, Source};
+use vora_llm::Tokenizer;
 use vora_torch::runtime;
 use vora_torch::safetensors::{Checkpoint, save, write_bytes};
 
+use crate::block_maps::BlockMaps;
+use crate::board::Board;
 use crate::checkpoint::{self, RunFolder, TrainerState};
 use crate::config::{Strategy, TrainConfig};
 use crate::data::{self, HeldOut};
@@ -19,7 +22,7 @@ use crate::distill::TeacherMean;
 use crate::eval::{self, EvalReport};
 use crate::metrics::{EvalMetrics, Line, MetricsLog, Progress, SpikeDetector, StepMetrics};
 use crate::optim::Optimizer;
-use crate::results::{TrainResults, memory, peak_memory};
+use crate::results::{TrainResults, machine, memory, peak_memory};
 use crate::schedule::Schedule;
 use crate::student::{DeviceBatch, Student};
 use crate::tree::Difference;
@@ -88,6 +91,8 @@ pub struct Trainer {
     loader: Loader,
     held_out: Vec<HeldOut>,
     metrics: MetricsLog,
+    board: Option<Board>,
+    tokenizer: Arc<Tokenizer>,
     spikes: SpikeDetector,
     step: u64,    // done so far
     resumed: u64, // done when this process began
@@ -137,6 +142,7 @@ impl Trainer {
             },
         )?;
         let metrics = MetricsLog::open(&run.path().join("metrics.jsonl"), step)?;
+        let board = config.reports_to_tensorboard().then(|| Board::open(run.path(), step)).transpose()?;
         let yaml = config.to_yaml()?;
         write_bytes(&run.path().join(CONFIG), yaml.as_bytes())?;
         Ok(Self {
@@ -147,6 +153,8 @@ impl Trainer {
             loader,
             held_out,
             metrics,
+            board,
+            tokenizer: maker.tokenizer.clone(),
             spikes: SpikeDetector::default(),
             step,
             resumed: step,
@@ -157,8 +165,8 @@ impl Trainer {
         })
     }
 
-    /// The whole run: steps, evaluations and checkpoints until `max_steps`, then `final/`, `eval.json`, `samples/`
-    /// and `loss.svg`.
+    /// The whole run: steps, evaluations and checkpoints until `max_steps`, then `final/`, `eval.json`, `samples/`,
+    /// `block_maps/` and `loss.svg`.
     pub fn train(&mut self, progress: &mut dyn Progress) -> Result<Outcome> {
         if self.step == 0 {
             vq::train(&self.student, &self.config, &*self.training, &self.stop, progress)?;
@@ -262,6 +270,9 @@ impl Trainer {
         };
         if step.is_multiple_of(self.config.logging_steps) || step == self.schedule.max_steps {
             self.metrics.write(&Line::Step(metrics.clone()))?;
+            if let Some(board) = &mut self.board {
+                board.step(&metrics)?;
+            }
         }
         Ok(metrics)
     }
@@ -318,7 +329,8 @@ impl Trainer {
     fn finish(&mut self, progress: &mut dyn Progress) -> Result<Outcome> {
         self.run.save_folder("final", |folder| saved::write(&self.student, folder))?;
         self.results().save(self.run.path())?;
-        samples::write(&self.run.path().join("samples"), &self.held_out, self.student.processor(), SAMPLES)?;
+        let shown = samples::choose(&self.held_out, SAMPLES);
+        samples::write(&self.run.path().join(samples::FOLDER), &shown, self.student.processor())?;
         if self.loader.num_skipped() > 0 {
             tracing::warn!("{} bad records were left out", self.loader.num_skipped());
         }
@@ -329,6 +341,7 @@ impl Trainer {
             report.save(&self.run.path().join("eval.json"))?;
             self.log(&report, progress)?;
         }
+        self.show()?;
         self.plot()?;
         Ok(Outcome::Finished(report))
     }
@@ -340,6 +353,8 @@ impl Trainer {
             train_steps_per_second: self.step as f64 / self.seconds,
             trained_parameters: self.parameters().iter().map(|(_, tensor)| tensor.numel() as u64).sum(),
             peak_memory: peak_memory(),
+            machine: Some(machine(self.student.device())),
+            version: Some(env!("CARGO_PKG_VERSION").to_owned()),
         }
     }
 
@@ -353,6 +368,7 @@ impl Trainer {
             && let Some(report) = self.evaluate(progress)?
         {
             self.log(&report, progress)?;
+            self.show()?;
             self.plot()?;
         }
         Ok(())
@@ -361,7 +377,28 @@ impl Trainer {
     fn log(&mut self, report: &EvalReport, progress: &mut dyn Progress) -> Result<()> {
         let metrics = EvalMetrics { step: self.step, eval: report.clone() };
         progress.evaluated(&metrics);
+        if let Some(board) = &mut self.board {
+            board.eval(&metrics)?;
+        }
         self.metrics.write(&Line::Eval(metrics))
+    }
+
+    /// Shows what some held-out pictures look like from inside, and what is answered about them.
+    fn show(&mut self) -> Result<()> {
+        let shown = samples::choose(&self.held_out, SAMPLES);
+        let maps = BlockMaps::measure(&self.student, &shown)?;
+        if let Some(maps) = &maps {
+            maps.save(self.run.path(), self.step)?;
+        }
+        if let Some(board) = &mut self.board {
+            let batch_size = self.config.per_device_eval_batch_size;
+            let answers = samples::answers(&self.student, &self.tokenizer, &shown, batch_size)?;
+            board.samples(self.step, &shown, &answers, self.student.processor())?;
+            if let Some(maps) = &maps {
+                board.block_maps(self.step, maps)?;
+            }
+        }
+        Ok(())
     }
 
     fn plot(&self) -> Result<()> {
@@ -493,6 +530,7 @@ mod tests {
     use vora_model::VisionLanguageModel;
 
     use crate::metrics::Silent;
+    use crate::tensorboard;
 
     fn resolve(name: &str) -> Result<PathBuf> {
         Ok(fixtures::root().parent().context("the workspace")?.join(name))
@@ -582,6 +620,27 @@ mod tests {
         let picture = vora_vision::open_image(&run.join("samples").join(first["image"].as_str().unwrap())).unwrap();
         assert_eq!(picture.dimensions(), (56, 56));
         assert_eq!(questions.lines().count(), 16);
+
+        // What TensorBoard shows of it.
+        let scalars = tensorboard::tests::scalars(run);
+        let steps = |tag: &str| scalars.iter().filter(|s| s.0 == tag).map(|s| s.1).collect::<Vec<_>>();
+        for tag in ["train/loss", "distill/block_00", "distill/block_01", "train/grad_norm"] {
+            assert_eq!(steps(tag), (1..=8).collect::<Vec<_>>(), "{tag}");
+        }
+        for tag in ["eval/test/all", "eval/unseen/all/blind"] {
+            assert_eq!(steps(tag), [4, 8], "{tag}");
+        }
+        let pictures = tensorboard::tests::shown(run);
+        for tag in ["samples/test-0", "samples/unseen-7/answer", "block_maps", "block_maps/cosine"] {
+            let steps: Vec<u64> = pictures.iter().filter(|p| p.0 == tag).map(|p| p.1).collect();
+            assert_eq!(steps, [4, 8], "{tag}");
+        }
+        for step in [4, 8] {
+            let text = std::fs::read(run.join(format!("block_maps/step-{step}.json"))).unwrap();
+            let layout: crate::block_maps::Layout = serde_json::from_slice(&text).unwrap();
+            assert_eq!(layout.pictures.iter().map(|p| p.cosines.len()).collect::<Vec<_>>(), [2; 4]);
+            assert!(layout.pictures[0].cosines.iter().all(|cosine| cosine.abs() <= 1.0));
+        }
 
         // What lies in final/ is the model that was trained.
         let model = saved::open(&run.join("final"), Device::Cpu, Kind::Float, &resolve).unwrap();
@@ -724,6 +783,14 @@ mod tests {
         assert!(matches!(third.train(&mut Silent).unwrap(), Outcome::Finished(_)));
         assert_same(&weights(&uninterrupted), &weights(&third));
         assert_eq!(losses(whole.path()), losses(parts.path()));
+        // TensorBoard has each step once, and those that were done again from the last time.
+        let losses_of = |run: &Path| {
+            let mut scalars = tensorboard::tests::scalars(run);
+            scalars.retain(|scalar| scalar.0.starts_with("train/loss") || scalar.0.starts_with("distill/"));
+            scalars
+        };
+        assert_eq!(losses_of(whole.path()), losses_of(parts.path()));
+        assert_eq!(losses_of(whole.path()).len(), 20 * (3 + 3));
 
         // And once more at its end: nothing is left to train.
         drop(third);
@@ -750,6 +817,13 @@ mod tests {
         }
         // On one machine they are the same; another processor rounds otherwise.
         assert!(trainer.step() == 20 && worst < 5e-3, "off by {worst}; now they are\n{found}");
+    }
+
+    #[test]
+    fn nothing_is_reported_to_none() {
+        let folder = tempfile::tempdir().unwrap();
+        trainer(config("smoke.yaml", folder.path(), &["max_steps=1", "report_to=none"])).train(&mut Silent).unwrap();
+        assert!(tensorboard::files(folder.path()).unwrap().is_empty());
     }
 
     #[test]
