@@ -36,7 +36,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let generate = cmd::root().join("fixtures/generate");
     let scripts = scripts(&generate, &args.names)?;
-    let python = environment(&generate.join("requirements.txt"))?;
+    let python = environment(&generate)?;
     for script in scripts {
         cmd::run(Command::new(&python).arg(&script).current_dir(cmd::root()))?;
     }
@@ -62,9 +62,17 @@ fn scripts(generate: &Path, names: &[String]) -> Result<Vec<PathBuf>> {
     Ok(all.into_iter().map(|(_, path)| path).collect())
 }
 
-/// The Python of a virtual environment with these requirements; made anew in the cache folder when they change.
-fn environment(requirements: &Path) -> Result<PathBuf> {
-    let wanted = fs::read(requirements).with_context(|| format!("cannot read {}", requirements.display()))?;
+/// What the scripts import; the second list is installed without what its packages ask for.
+const REQUIREMENTS: [&str; 2] = ["requirements.txt", "requirements-no-deps.txt"];
+
+/// The Python of a virtual environment with the requirements in `generate`; made anew in the cache folder when they
+/// change.
+fn environment(generate: &Path) -> Result<PathBuf> {
+    let lists = REQUIREMENTS.map(|name| generate.join(name));
+    let mut wanted = Vec::new();
+    for list in &lists {
+        wanted.extend(fs::read(list).with_context(|| format!("cannot read {}", list.display()))?);
+    }
     let folder = cmd::cache()?.join("fixtures-python");
     let python = folder.join("bin/python");
     let installed = folder.join("requirements.txt"); // written last: with it the environment is complete
@@ -75,7 +83,10 @@ fn environment(requirements: &Path) -> Result<PathBuf> {
     cmd::run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder)).context(
         "cannot make a virtual environment (Python 3.11 or later; `apt install python3-venv` where it is apart)",
     )?;
-    cmd::run(Command::new(&python).args(["-m", "pip", "install", "--requirement"]).arg(requirements))?;
+    for (list, deps) in lists.iter().zip([None, Some("--no-deps")]) {
+        let pip = ["-m", "pip", "install"].into_iter().chain(deps);
+        cmd::run(Command::new(&python).args(pip).arg("--requirement").arg(list))?;
+    }
     fs::write(&installed, wanted).with_context(|| format!("cannot write {}", installed.display()))?;
     Ok(python)
 }

@@ -1,0 +1,18 @@
+//! Counts of the n-grams of a sentence.
+
+use std::collections::HashMap;
+
+/// How often each run of 1 to [`MAX_ORDER`](super::MAX_ORDER) words comes, by its length less one.
+pub(super) type Counts<'a> = [HashMap<Vec<&'a str>, u64>; super::MAX_ORDER];
+
+/// Counts the n-grams of words with white space between them.
+pub(super) fn count(sentence: &str) -> Counts<'_> {
+    let words: Vec<&str> = sentence.split_whitespace().collect();
+    let mut counts = Counts::default();
+    for (n, counts) in (1..).zip(&mut counts) {
+        for ngram in words.windows(n) {
+            *counts.entry(ngram.to_vec()).or_default() += 1;
+        }
+    }
+    counts
+}
