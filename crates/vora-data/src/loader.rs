@@ -10,7 +10,6 @@ use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::batch::{Batch, collate};
 use crate::sample::Sample;
-use crate::shuffle::Shuffle;
 use crate::source::Source;
 
 /// As many bad samples in a row stop the run: then it is not the records that are wrong.
@@ -23,14 +22,22 @@ pub struct LoaderConfig {
     pub batch_size: usize,
     /// Worker threads, at least 1.
     pub num_workers: usize,
-    /// Whether a source with an end is walked in random order, another one each time; an endless one never is.
+    /// Whether the source is walked in random order, another one each pass; scenes are random already.
     pub shuffle: bool,
     /// Fixes that order.
     pub seed: u64,
+    /// Whether a batch is either of samples with pictures or of text alone, as LLaVA's trainer groups them.
+    pub group_by_modality: bool,
+    /// Which of the processes that share the walk this one is, from 0.
+    pub rank: u64,
+    /// How many processes share the walk: each sample of it goes to one of them.
+    pub world_size: u64,
     /// What rows are padded with.
     pub pad_id: i64,
     /// Where to start: what [`Loader::position`] said, or 0.
     pub start: u64,
+    /// Samples from before `start` that are still to come: what [`Loader::held`] said, or none.
+    pub held: Vec<u64>,
     /// Where to stop, the last batch being smaller where need be; none goes on for ever, from the start again after
     /// the source's end.
     pub end: Option<u64>,
@@ -38,7 +45,30 @@ pub struct LoaderConfig {
 
 impl Default for LoaderConfig {
     fn default() -> Self {
-        Self { batch_size: 8, num_workers: 1, shuffle: false, seed: 0, pad_id: 0, start: 0, end: None }
+        Self {
+            batch_size: 8,
+            num_workers: 1,
+            shuffle: false,
+            seed: 0,
+            group_by_modality: false,
+            rank: 0,
+            world_size: 1,
+            pad_id: 0,
+            start: 0,
+            held: Vec::new(),
+            end: None,
+        }
+    }
+}
+
+impl LoaderConfig {
+    /// The place in the walk of the `draw`-th sample that this process draws; none after the end.
+    fn place(&self, draw: u64) -> Option<u64> {
+        let place = match self.held.get(usize::try_from(draw).unwrap_or(usize::MAX)) {
+            Some(held) => return Some(*held),
+            None => self.start + (draw - self.held.len() as u64) * self.world_size + self.rank,
+        };
+        self.end.is_none_or(|end| place < end).then_some(place)
     }
 }
 
@@ -47,7 +77,8 @@ impl Default for LoaderConfig {
 pub struct Loader {
     config: LoaderConfig,
     workers: Vec<Worker>,
-    position: u64, // which sample of the walk comes next
+    drawn: u64,
+    open: [Vec<(u64, Sample)>; 2], // batches that are not full yet, each sample with its place in the walk
     num_skipped: u64,
     num_bad_in_a_row: u64,
     waited: Duration,
@@ -62,23 +93,42 @@ impl Loader {
     /// Starts the workers.
     ///
     /// # Errors
-    /// Where the config asks for no workers or for batches of nothing, or where the source is empty.
+    /// Where the config asks for no workers or for batches of nothing, or for a rank that is none; where the source
+    /// is empty.
     pub fn new(source: Arc<dyn Source>, config: LoaderConfig) -> Result<Self> {
         ensure!(config.batch_size > 0, "the batch size is 0, it must be at least 1");
         ensure!(config.num_workers > 0, "the number of data workers is 0, it must be at least 1");
+        ensure!(config.rank < config.world_size, "rank {} of {} processes", config.rank, config.world_size);
         ensure!(!source.is_empty(), "the data has no records");
         // Each worker is ahead by its share of two batches.
         let ahead = (2 * config.batch_size).div_ceil(config.num_workers);
         let workers = (0..config.num_workers)
             .map(|number| Worker::start(number as u64, ahead, source.clone(), config.clone()))
             .collect::<Result<_>>()?;
-        let position = config.start;
-        Ok(Self { config, workers, position, num_skipped: 0, num_bad_in_a_row: 0, waited: Duration::ZERO })
+        Ok(Self {
+            config,
+            workers,
+            drawn: 0,
+            open: Default::default(),
+            num_skipped: 0,
+            num_bad_in_a_row: 0,
+            waited: Duration::ZERO,
+        })
     }
 
-    /// Where the next batch starts; a loader that starts there gives the same batches from there on.
+    /// Where the walk goes on; a loader that starts there, with the samples that are [held](Self::held), gives the
+    /// same batches from there on. It is the same on every rank that drew as many samples.
     pub fn position(&self) -> u64 {
-        self.position
+        self.config.start + self.drawn.saturating_sub(self.config.held.len() as u64) * self.config.world_size
+    }
+
+    /// Samples that were drawn and stand in no batch yet, by their places in the walk: there are some only where
+    /// batches are grouped.
+    pub fn held(&self) -> Vec<u64> {
+        let open = self.open.iter().flatten().map(|(place, _)| *place);
+        let mut held: Vec<_> = open.chain(self.config.held.iter().skip(self.drawn as usize).copied()).collect();
+        held.sort_unstable();
+        held
     }
 
     /// How many bad samples were left out so far.
@@ -92,14 +142,26 @@ impl Loader {
     }
 
     fn next_batch(&mut self) -> Result<Option<Batch>> {
-        let mut samples = Vec::with_capacity(self.config.batch_size);
-        while samples.len() < self.config.batch_size && self.config.end.is_none_or(|end| self.position < end) {
+        while let Some((place, sample)) = self.next_good()? {
+            let open = &mut self.open[usize::from(self.config.group_by_modality && sample.images.is_empty())];
+            open.push((place, sample));
+            if open.len() == self.config.batch_size {
+                return Ok(Some(close(open, self.config.pad_id)));
+            }
+        }
+        let rest = self.open.iter_mut().find(|open| !open.is_empty());
+        Ok(rest.map(|open| close(open, self.config.pad_id)))
+    }
+
+    /// The next sample that is not bad, with its place in the walk; none after the end.
+    fn next_good(&mut self) -> Result<Option<(u64, Sample)>> {
+        while let Some(place) = self.config.place(self.drawn) {
             let sample = self.next_sample()?;
-            self.position += 1;
+            self.drawn += 1;
             match sample {
                 Ok(sample) => {
-                    samples.push(sample);
                     self.num_bad_in_a_row = 0;
+                    return Ok(Some((place, sample)));
                 }
                 Err(error) => {
                     tracing::warn!("skipped a bad record: {error:#}");
@@ -111,12 +173,12 @@ impl Loader {
                 }
             }
         }
-        Ok((!samples.is_empty()).then(|| collate(samples, self.config.pad_id)))
+        Ok(None)
     }
 
     /// Samples are dealt to the workers in turn, so this knows who has the next.
     fn next_sample(&mut self) -> Result<Result<Sample>> {
-        let turn = (self.position - self.config.start) % self.workers.len() as u64;
+        let turn = self.drawn % self.workers.len() as u64;
         let samples = self.workers[turn as usize].samples.as_ref().context("the loader has stopped")?;
         match samples.try_recv() {
             Ok(sample) => Ok(sample),
@@ -129,6 +191,10 @@ impl Loader {
             }
         }
     }
+}
+
+fn close(open: &mut Vec<(u64, Sample)>, pad_id: i64) -> Batch {
+    collate(open.drain(..).map(|(_, sample)| sample).collect(), pad_id)
 }
 
 impl Iterator for Loader {
@@ -166,24 +232,14 @@ impl Worker {
 
 /// Makes this worker's samples until the walk ends or nobody wants them.
 fn work(number: u64, sender: &SyncSender<Result<Sample>>, source: &dyn Source, config: &LoaderConfig) {
-    let first = config.start + number;
-    for position in (first..config.end.unwrap_or(u64::MAX)).step_by(config.num_workers) {
-        let index = index_at(position, source.len(), config);
+    let seed = config.shuffle.then_some(config.seed);
+    for place in (number..).step_by(config.num_workers).map_while(|draw| config.place(draw)) {
         // A decoder that panics over a hostile file has only made a bad record.
-        let sample = catch_unwind(AssertUnwindSafe(|| source.sample(index)))
-            .unwrap_or_else(|_| Err(anyhow!("sample {index} made its decoder panic")));
+        let sample = catch_unwind(AssertUnwindSafe(|| source.walk(place, seed)))
+            .unwrap_or_else(|_| Err(anyhow!("the data's sample {place} made its decoder panic")));
         if sender.send(sample).is_err() {
             return;
         }
-    }
-}
-
-/// Which of the source's samples is the walk's `position`-th.
-fn index_at(position: u64, len: Option<u64>, config: &LoaderConfig) -> u64 {
-    match len {
-        None => position,
-        Some(len) if config.shuffle => Shuffle::new(len, config.seed, position / len).get(position % len),
-        Some(len) => position % len,
     }
 }
 
@@ -255,6 +311,69 @@ mod tests {
     fn a_source_of_nothing_but_bad_samples_stops() {
         let mut loader = load(Some(3), &[0, 1, 2], LoaderConfig { num_workers: 2, ..LoaderConfig::default() });
         assert!(loader.next().unwrap().is_err());
+    }
+
+    #[test]
+    fn ranks_share_every_pass() {
+        for (world_size, num_workers) in [(2, 1), (3, 2), (4, 3)] {
+            let rank = |rank| {
+                let config =
+                    LoaderConfig { batch_size: 3, num_workers, shuffle: true, seed: 9, ..LoaderConfig::default() };
+                let config = LoaderConfig { rank, world_size, end: Some(24), ..config };
+                let mut loader = load(Some(12), &[], config);
+                let found = numbers(&mut loader, 100);
+                assert!(loader.position() >= 24);
+                found
+            };
+            let mut two_passes: Vec<_> = (0..world_size).flat_map(rank).collect();
+            two_passes.sort_unstable();
+            assert!(two_passes.into_iter().eq((0..24).map(|n| n / 2)), "{world_size} ranks");
+        }
+        let config = LoaderConfig { rank: 2, world_size: 2, ..LoaderConfig::default() };
+        let refused = Loader::new(Arc::new(Numbers { len: None, bad: Vec::new() }), config).err().unwrap();
+        assert_eq!(refused.to_string(), "rank 2 of 2 processes");
+    }
+
+    /// Every third sample has a picture.
+    struct Mixed;
+
+    impl Source for Mixed {
+        fn len(&self) -> Option<u64> {
+            Some(50)
+        }
+        fn sample(&self, index: u64) -> Result<Sample> {
+            let mut sample = Numbers { len: None, bad: vec![7, 8] }.sample(index)?;
+            if index.is_multiple_of(3) {
+                sample.images.push(vora_vision::Pixels { data: vec![0.0; 3], height: 1, width: 1 });
+            }
+            Ok(sample)
+        }
+    }
+
+    #[test]
+    fn grouped_batches_are_of_one_modality_and_resume_with_what_they_held() {
+        let config = LoaderConfig { batch_size: 4, shuffle: true, group_by_modality: true, ..LoaderConfig::default() };
+        let config = LoaderConfig { num_workers: 3, end: Some(50), ..config };
+        let batches = |loader: &mut Loader, n| loader.take(n).collect::<Result<Vec<_>>>().unwrap();
+        let whole = batches(&mut Loader::new(Arc::new(Mixed), config.clone()).unwrap(), 100);
+        let mut ids: Vec<i64> = whole.iter().flat_map(|batch| batch.input_ids.clone()).collect();
+        ids.sort_unstable();
+        assert!(ids.into_iter().eq((0..50).filter(|n| ![7, 8].contains(n))));
+        for batch in &whole {
+            let with_picture = batch.input_ids.iter().filter(|id| **id % 3 == 0).count();
+            assert!(with_picture == 0 || with_picture == batch.input_ids.len(), "{:?}", batch.input_ids);
+        }
+        let mut held = 0;
+        for stop in 1..whole.len() {
+            let mut first = Loader::new(Arc::new(Mixed), config.clone()).unwrap();
+            assert_eq!(batches(&mut first, stop), whole[..stop]);
+            held += first.held().len();
+            let resumed = LoaderConfig { start: first.position(), held: first.held(), ..config.clone() };
+            let mut second = Loader::new(Arc::new(Mixed), resumed).unwrap();
+            assert_eq!((second.position(), second.held()), (first.position(), first.held()));
+            assert_eq!(batches(&mut second, 100), whole[stop..]);
+        }
+        assert!(held > 0);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use crate::record::Conversations;
 use crate::sample::{Sample, SampleMaker};
 use crate::scenes::Scenes;
+use crate::shuffle::Shuffle;
 
 /// Samples by number: the same number always gives the same sample.
 pub trait Source: Send + Sync {
@@ -23,6 +24,19 @@ pub trait Source: Send + Sync {
     /// # Errors
     /// Where its record is bad: the error says which and why, and the next number may well be good.
     fn sample(&self, index: u64) -> Result<Sample>;
+
+    /// The sample at a place of an endless walk: pass after pass, each in an order of its own where there is a seed
+    /// to shuffle by. Samples are asked for nearly in order, by several threads.
+    ///
+    /// # Errors
+    /// As [`Source::sample`].
+    fn walk(&self, place: u64, seed: Option<u64>) -> Result<Sample> {
+        self.sample(match (self.len(), seed) {
+            (None, _) => place,
+            (Some(len), None) => place % len,
+            (Some(len), Some(seed)) => Shuffle::new(len, seed, place / len).get(place % len),
+        })
+    }
 }
 
 /// Procedural scenes, several questions packed behind one picture.
