@@ -7,6 +7,7 @@ mod convert;
 mod hub;
 mod inspect;
 mod merge;
+mod report;
 mod train;
 
 use std::io::IsTerminal;
@@ -25,6 +26,7 @@ Examples:
   vora train --config crates/vora-train/recipes/scenes.yaml
   vora merge runs/scenes/final --out runs/scenes/merged
   vora ask runs/scenes/merged picture.png \"What color is the circle?\"
+  vora report runs/scenes
   vora inspect runs/scenes/merged
   vora convert runs/scenes/merged llm --to llm"
 )]
@@ -41,6 +43,8 @@ enum Command {
     Merge(merge::Args),
     /// Ask a model about pictures; the answer is streamed
     Ask(ask::Args),
+    /// Show a run as one HTML page: curves, accuracies, answers, block maps
+    Report(report::Args),
     /// Show a checkpoint's tensors, adapters and parameter counts
     Inspect(inspect::Args),
     /// Write a checkpoint in another layout, kind, or number of files
@@ -59,20 +63,21 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Ask(args) => ask::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Convert(args) => convert::run(&args),
     };
     match result {
         Ok(code) => code,
         Err(error) => {
-            report(&error);
+            tell(&error);
             ExitCode::FAILURE
         }
     }
 }
 
 /// `error: ...` on stderr, with its causes behind it; libtorch's frames are left out.
-fn report(error: &anyhow::Error) {
+fn tell(error: &anyhow::Error) {
     let mut text = String::from("error: ");
     for (depth, cause) in error.chain().enumerate() {
         if depth > 0 {

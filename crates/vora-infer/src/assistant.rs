@@ -32,8 +32,13 @@ pub struct Answer {
 impl Assistant {
     /// Opens a folder that `vora merge` wrote: weights, `tokenizer.json`, chat template, `preprocessor_config.json`.
     pub fn open(folder: &Path, device: Device, kind: Kind) -> Result<Self> {
+        Self::new(vora_model::open(folder, device, kind)?, folder)
+    }
+
+    /// A model that is open already, with what else lies in its folder.
+    pub fn new(model: Box<dyn VisionLanguageModel>, folder: &Path) -> Result<Self> {
         Ok(Self {
-            model: vora_model::open(folder, device, kind)?,
+            model,
             tokenizer: Tokenizer::open(folder)?,
             chat: ChatTemplate::open(folder)?,
             processor: ImageProcessor::open(folder)?,

@@ -168,6 +168,23 @@ impl BlockMaps {
     }
 }
 
+/// The steps after which a run has maps, ascending.
+pub fn steps(run: &Path) -> Result<Vec<u64>> {
+    let folder = run.join(FOLDER);
+    if !folder.exists() {
+        return Ok(Vec::new());
+    }
+    let what = || format!("cannot list {}", folder.display());
+    let mut steps = Vec::new();
+    for entry in std::fs::read_dir(&folder).with_context(what)? {
+        let name = entry.with_context(what)?.file_name();
+        let step = name.to_str().and_then(|name| name.strip_prefix("step-")?.strip_suffix(".json"));
+        steps.extend(step.and_then(|step| step.parse::<u64>().ok()));
+    }
+    steps.sort_unstable();
+    Ok(steps)
+}
+
 impl Layout {
     /// Left edge of a block's cells.
     pub fn column(&self, block: usize) -> u32 {
@@ -293,7 +310,10 @@ mod tests {
         };
         let maps = BlockMaps { pictures: vec![picture("a", 10), picture("b", 20)] };
         let folder = tempfile::tempdir().unwrap();
+        assert!(steps(folder.path()).unwrap().is_empty());
+        maps.save(folder.path(), 10).unwrap();
         maps.save(folder.path(), 3).unwrap();
+        assert_eq!(steps(folder.path()).unwrap(), [3, 10]);
         let path = folder.path().join("block_maps/step-3.png");
         let image = vora_vision::open_image(&path).unwrap();
         let layout: Layout = serde_json::from_slice(&std::fs::read(path.with_extension("json")).unwrap()).unwrap();

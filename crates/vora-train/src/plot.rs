@@ -1,4 +1,5 @@
-//! `loss.svg`: both losses over the steps, what the cosine loss would be without looking, and the accuracies.
+//! `loss.svg`: both losses over the steps, what the cosine loss would be without looking, and the accuracies; and for the
+//! report a chart of everything else that is measured, each alone.
 
 use std::path::Path;
 
@@ -6,18 +7,29 @@ use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use crate::metrics::Line;
+use crate::metrics::{Line, StepMetrics};
 
 const LANGUAGE: RGBColor = RGBColor(0x1f, 0x6f, 0xb4);
 const DISTILL: RGBColor = RGBColor(0xd9, 0x6c, 0x1e);
 const SPLITS: [RGBColor; 4] =
     [RGBColor(0x2a, 0x8f, 0x4e), RGBColor(0x8e, 0x44, 0xad), RGBColor(0xc0, 0x39, 0x2b), RGBColor(0x16, 0xa0, 0x85)];
 const GREY: RGBColor = RGBColor(0x55, 0x55, 0x55);
+/// From the first block to the last.
+const BLOCKS: [RGBColor; 3] = [LANGUAGE, RGBColor(0x2a, 0x8f, 0x4e), DISTILL];
 const WIDTH: u32 = 860;
 const PANEL: u32 = 230;
+/// Of a chart that stands alone.
+const CHART: (u32, u32) = (520, 250);
+const HEAD: u32 = 36;
 const LINE: i32 = 14;
 /// A curve of at most so many points shows each.
 const MARKED: usize = 24;
+/// A curve has so many points at most, each the mean of its neighbours.
+const POINTS: usize = 500;
+/// A running mean goes over this part of the run.
+const MEANS: usize = 40;
+/// So many blocks at most are named.
+const NAMED: usize = 7;
 
 /// One curve: points `(step, value)`.
 struct Curve {
@@ -49,8 +61,67 @@ pub fn draw(path: &Path, title: &str, lines: &[Line]) -> Result<()> {
         return Ok(());
     }
     let mut svg = String::new();
-    paint(&mut svg, title, &panels).map_err(|e| anyhow!("cannot draw {}: {e}", path.display()))?;
+    paint(&mut svg, title, (WIDTH, HEAD + PANEL * panels.len() as u32), &panels)
+        .map_err(|e| anyhow!("cannot draw {}: {e}", path.display()))?;
     vora_torch::safetensors::write_bytes(path, svg.as_bytes())
+}
+
+/// Everything that a run measured, as SVG, a chart each.
+pub fn charts(lines: &[Line]) -> Result<Vec<String>> {
+    let chart = |panel: Panel| {
+        let (mut svg, name) = (String::new(), panel.0);
+        paint(&mut svg, "", CHART, &[panel]).map_err(|e| anyhow!("cannot draw {name}: {e}"))?;
+        Ok(svg)
+    };
+    panels(lines).into_iter().chain(more_panels(lines)).map(chart).collect()
+}
+
+/// What is measured beside losses and accuracies.
+fn more_panels(lines: &[Line]) -> Vec<Panel> {
+    let steps = || lines.iter().filter_map(|line| if let Line::Step(step) = line { Some(step) } else { None });
+    let of = |value: &dyn Fn(&StepMetrics) -> Option<f64>| -> Vec<(f64, f64)> {
+        steps().filter_map(|step| Some((step.step as f64, value(step)?))).collect()
+    };
+    let blocks = steps().map(|step| step.distill_blocks.len()).max().unwrap_or(0);
+    let block = |block: usize| {
+        let points = of(&|step| step.distill_blocks.get(block).map(|loss| 1.0 - loss));
+        let share = block as f64 / (blocks - 1).max(1) as f64;
+        let is_named = block.is_multiple_of(blocks.div_ceil(NAMED)) || block + 1 == blocks;
+        let name = if is_named { format!("block {block}") } else { String::new() };
+        Curve::new(&name, between(share), running_mean(&points))
+    };
+    let mut panels: Vec<Panel> = Vec::new();
+    if blocks > 0 {
+        panels.push(("cosine with the teacher, by block", None, (0..blocks).map(block).collect()));
+    }
+    let others: [(&str, &str, &dyn Fn(&StepMetrics) -> Option<f64>); 5] = [
+        ("learning rate", "rate", &|step| Some(step.lr)),
+        ("norm of the gradient, before clipping", "norm", &|step| Some(step.grad_norm)),
+        ("tokens a second", "tokens/s", &|step| Some(step.tokens_per_second)),
+        ("milliseconds of waiting for data, a step", "ms", &|step| Some(step.data_wait * 1e3)),
+        ("memory in GiB", "GiB", &|step| step.memory.map(|bytes| bytes as f64 / f64::from(1 << 30))),
+    ];
+    for (title, name, value) in others {
+        let points = of(value);
+        if !points.is_empty() {
+            let curves = if name == "rate" {
+                vec![Curve::new(name, LANGUAGE, points)]
+            } else {
+                smoothed(name, LANGUAGE, points)
+            };
+            panels.push((title, None, curves));
+        }
+    }
+    panels
+}
+
+/// A colour between those of the first block and the last.
+fn between(share: f64) -> RGBColor {
+    let place = share * (BLOCKS.len() - 1) as f64;
+    let i = (place as usize).min(BLOCKS.len() - 2);
+    let mix = |a: u8, b: u8| (f64::from(a) + (place - i as f64) * (f64::from(b) - f64::from(a))).round() as u8;
+    let (a, b) = (BLOCKS[i], BLOCKS[i + 1]);
+    RGBColor(mix(a.0, b.0), mix(a.1, b.1), mix(a.2, b.2))
 }
 
 /// What each panel shows: its title, the value at its top where that is fixed, its curves.
@@ -108,32 +179,60 @@ fn panels(lines: &[Line]) -> Vec<Panel> {
 
 /// The curve itself, pale, and its running mean over a fortieth of the run.
 fn smoothed(name: &str, color: RGBColor, points: Vec<(f64, f64)>) -> Vec<Curve> {
-    let window = (points.len() / 40).max(1);
-    if window == 1 {
+    if points.len() < 2 * MEANS {
         return vec![Curve::new(name, color, points)];
     }
-    let mean = |i: usize| {
-        let range = &points[i.saturating_sub(window - 1)..=i];
-        (points[i].0, range.iter().map(|p| p.1).sum::<f64>() / range.len() as f64)
-    };
-    let smooth = (0..points.len()).map(mean).collect();
+    let smooth = running_mean(&points);
     let pale = |c: u8| c + (255 - c) / 10 * 6;
     let pale = RGBColor(pale(color.0), pale(color.1), pale(color.2));
     vec![Curve::new("", pale, points), Curve::new(name, color, smooth)]
 }
 
-fn paint(svg: &mut String, title: &str, panels: &[Panel]) -> Result<(), Box<dyn std::error::Error>> {
-    let root = SVGBackend::with_string(svg, (WIDTH, 36 + PANEL * panels.len() as u32)).into_drawing_area();
+/// Each value's mean with those before it, over a fortieth of the run.
+fn running_mean(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let window = (points.len() / MEANS).max(1);
+    let mean = |i: usize| {
+        let range = &points[i.saturating_sub(window - 1)..=i];
+        (points[i].0, range.iter().map(|p| p.1).sum::<f64>() / range.len() as f64)
+    };
+    (0..points.len()).map(mean).collect()
+}
+
+/// At most [`POINTS`] points, each the mean of as many neighbours.
+fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let mean = |chunk: &[(f64, f64)]| {
+        let n = chunk.len() as f64;
+        (chunk.iter().map(|p| p.0).sum::<f64>() / n, chunk.iter().map(|p| p.1).sum::<f64>() / n)
+    };
+    points.chunks(points.len().div_ceil(POINTS).max(1)).map(mean).collect()
+}
+
+/// A value, as exact as the largest one beside it makes sensible.
+fn number(value: f64, top: f64) -> String {
+    match top {
+        _ if value == 0.0 => "0".to_owned(),
+        ..0.01 => format!("{value:.1e}"),
+        ..0.1 => format!("{value:.3}"),
+        ..20.0 => format!("{value:.2}"),
+        _ => format!("{value:.0}"),
+    }
+}
+
+/// Draws panels below each other, under a title where there is one.
+fn paint(svg: &mut String, title: &str, size: (u32, u32), panels: &[Panel]) -> Result<(), Box<dyn std::error::Error>> {
+    let root = SVGBackend::with_string(svg, size).into_drawing_area();
     root.fill(&WHITE)?;
-    let (head, body) = root.split_vertically(36);
-    head.draw_text(title, &("sans-serif", 17).into_font().color(&BLACK), (58, 11))?;
+    let (head, body) = root.split_vertically(if title.is_empty() { 0 } else { HEAD });
+    if !title.is_empty() {
+        head.draw_text(title, &("sans-serif", 17).into_font().color(&BLACK), (58, 11))?;
+    }
     let last = panels.iter().flat_map(|p| &p.2).flat_map(|c| &c.points).fold(1.0, |max: f64, p| max.max(p.0));
     for (area, (name, top, curves)) in body.split_evenly((panels.len(), 1)).into_iter().zip(panels) {
         let points = || curves.iter().flat_map(|c| &c.points).map(|p| p.1);
         let top = top.unwrap_or_else(|| points().fold(0.0, f64::max) * 1.05);
         let mut chart = ChartBuilder::on(&area)
             .margin_top(20)
-            .margin_right(190)
+            .margin_right(if size.0 < WIDTH { 132 } else { 190 })
             .margin_bottom(6)
             .x_label_area_size(26)
             .y_label_area_size(58)
@@ -144,20 +243,21 @@ fn paint(svg: &mut String, title: &str, panels: &[Panel]) -> Result<(), Box<dyn 
             .bold_line_style(RGBColor(0xe6, 0xe6, 0xe6))
             .axis_style(GREY)
             .label_style(("sans-serif", 12).into_font().color(&GREY))
-            .x_labels(9)
+            .x_labels(if size.0 < WIDTH { 5 } else { 9 })
             .y_labels(5)
             .x_label_formatter(&|x| format!("{x:.0}"))
-            .y_label_formatter(&|y| if top < 0.1 { format!("{y:.3}") } else { format!("{y:.2}") })
+            .y_label_formatter(&|y| number(*y, top))
             .draw()?;
         for curve in curves {
+            let points = thinned(&curve.points);
             let style = curve.color.stroke_width(2);
-            if curve.points.len() <= MARKED {
-                chart.draw_series(curve.points.iter().map(|&at| Circle::new(at, 3, curve.color.filled())))?;
+            if points.len() <= MARKED {
+                chart.draw_series(points.iter().map(|&at| Circle::new(at, 3, curve.color.filled())))?;
             }
             if curve.dashed {
-                chart.draw_series(DashedLineSeries::new(curve.points.clone(), 6, 4, style))?;
+                chart.draw_series(DashedLineSeries::new(points, 6, 4, style))?;
             } else {
-                chart.draw_series(LineSeries::new(curve.points.clone(), style))?;
+                chart.draw_series(LineSeries::new(points, style))?;
             }
         }
         area.draw_text(name, &("sans-serif", 13).into_font().color(&GREY), (58, 3))?;
@@ -181,7 +281,7 @@ fn label(
         .filter_map(|c| {
             let (_, value) = *c.points.last()?;
             let height = y.end - ((value / top).clamp(0.0, 1.0) * f64::from(y.end - y.start)) as i32;
-            Some((height - upper, format!("{} {value:.2}", c.name), c.color))
+            Some((height - upper, format!("{} {}", c.name, number(value, top)), c.color))
         })
         .collect();
     labels.sort_by_key(|l| l.0);
@@ -204,7 +304,7 @@ fn label(
 mod tests {
     use super::*;
     use crate::eval::{EvalReport, Score};
-    use crate::metrics::{EvalMetrics, StepMetrics};
+    use crate::metrics::EvalMetrics;
 
     /// A run as it might have been.
     pub(crate) fn example() -> Vec<Line> {
@@ -253,5 +353,23 @@ mod tests {
         let steps: Vec<Line> = example().into_iter().filter(|l| matches!(l, Line::Step(_))).take(3).collect();
         draw(&path, "three steps", &steps).unwrap();
         assert!(!std::fs::read_to_string(&path).unwrap().contains("exact match"));
+    }
+
+    #[test]
+    fn each_chart_stands_alone() {
+        let charts = charts(&example()).unwrap();
+        assert_eq!(charts.len(), 9);
+        for (chart, text) in charts.iter().zip(["cross-entropy", "1 - cosine", "exact match", "by block", "rate"]) {
+            assert!(chart.starts_with("<svg") && chart.contains(text), "no `{text}`");
+        }
+        assert!(charts[3].contains("block 0 0.50") && charts[3].contains("block 1 0.34"), "the last cosine of each");
+    }
+
+    #[test]
+    fn a_long_curve_is_thinned_to_means() {
+        let points: Vec<(f64, f64)> = (0..1500).map(|x| (f64::from(x), f64::from(x % 3))).collect();
+        let thin = thinned(&points);
+        assert_eq!((thin.len(), thin[0], thin[499]), (500, (1.0, 1.0), (1498.0, 1.0)));
+        assert_eq!(thinned(&points[..500]), points[..500]);
     }
 }

@@ -41,7 +41,7 @@ fn fails(args: &[&str], code: i32, parts: &[&str]) {
 
 #[test]
 fn help_has_examples() {
-    for command in ["train", "merge", "ask", "inspect", "convert"] {
+    for command in ["train", "merge", "ask", "report", "inspect", "convert"] {
         let help = succeeded(&vora(&[command, "--help"]));
         assert!(help.contains("Examples:"), "{command}: {help}");
     }
@@ -125,6 +125,16 @@ fn from_training_to_an_answer() {
     for file in ["config.yaml", "metrics.jsonl", "loss.svg", "eval.json", "final/adapter_config.json"] {
         assert!(run.join(file).exists(), "{file}");
     }
+    succeeded(&vora(&["report", &run_dir]));
+    let page = std::fs::read_to_string(run.join("report.html")).unwrap();
+    for part in ["<h2>Accuracy", "<h2>Block maps", "<h2>Answers", "by block", "<dt>machine"] {
+        assert!(page.contains(part), "no {part}");
+    }
+    let out = run.join("page.html").to_string_lossy().into_owned();
+    succeeded(&vora(&["report", &run_dir, "--no-answers", "--out", &out]));
+    assert!(std::fs::read_to_string(&out).unwrap().contains("<h2>Questions"));
+    fails(&["report", "no/run"], 1, &["no/run/metrics.jsonl; vora report takes the folder of a run"]);
+
     let last = run.join("final").to_string_lossy().into_owned();
     let said = succeeded(&vora(&["merge", &last, "--out", &merged, "--llm", &llm, "--check"]));
     let change: f64 =
