@@ -37,11 +37,12 @@ struct Curve {
     color: RGBColor,
     points: Vec<(f64, f64)>,
     dashed: bool,
+    opacity: f64,
 }
 
 impl Curve {
     fn new(name: &str, color: RGBColor, points: Vec<(f64, f64)>) -> Self {
-        Self { name: name.to_owned(), color, points, dashed: false }
+        Self { name: name.to_owned(), color, points, dashed: false, opacity: 1.0 }
     }
 }
 
@@ -183,9 +184,7 @@ fn smoothed(name: &str, color: RGBColor, points: Vec<(f64, f64)>) -> Vec<Curve> 
         return vec![Curve::new(name, color, points)];
     }
     let smooth = running_mean(&points);
-    let pale = |c: u8| c + (255 - c) / 10 * 6;
-    let pale = RGBColor(pale(color.0), pale(color.1), pale(color.2));
-    vec![Curve::new("", pale, points), Curve::new(name, color, smooth)]
+    vec![Curve { opacity: 0.4, ..Curve::new("", color, points) }, Curve::new(name, color, smooth)]
 }
 
 /// Each value's mean with those before it, over a fortieth of the run.
@@ -250,7 +249,7 @@ fn paint(svg: &mut String, title: &str, size: (u32, u32), panels: &[Panel]) -> R
             .draw()?;
         for curve in curves {
             let points = thinned(&curve.points);
-            let style = curve.color.stroke_width(2);
+            let style = curve.color.mix(curve.opacity).stroke_width(2);
             if points.len() <= MARKED {
                 chart.draw_series(points.iter().map(|&at| Circle::new(at, 3, curve.color.filled())))?;
             }
