@@ -1,4 +1,4 @@
-//! Samples side by side in one table of token ids, still without tensors.
+//! Samples in one table of token ids, side by side or several in a row, still without tensors.
 
 use std::ops::Range;
 
@@ -22,15 +22,19 @@ pub struct Batch {
     pub spans: Spans,
     /// Every image, in the order of their places.
     pub images: Vec<Pixels>,
-    /// What the rows are made of.
+    /// What the rows are made of, in the order of their places.
     pub samples: Vec<SampleInfo>,
 }
 
-/// One row's origin.
+/// One sample's place, and what it was.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SampleInfo {
     /// The record's id.
     pub id: String,
+    /// The row it stands in.
+    pub row: usize,
+    /// Its tokens within the row.
+    pub tokens: Range<usize>,
     /// How many of the batch's images are its own.
     pub num_images: usize,
     /// Its questions, with the tokens of each answer within the row.
@@ -46,27 +50,47 @@ pub struct Supervised {
     pub targets: Vec<i64>,
 }
 
-/// Puts samples into one batch, shorter ones padded at their end with `pad_id`.
+/// Puts samples into one batch, a row each, shorter ones padded at their end with `pad_id`.
 pub fn collate(samples: Vec<Sample>, pad_id: i64) -> Batch {
-    let seq = samples.iter().map(|sample| sample.input_ids.len()).max().unwrap_or(0);
+    collate_rows(samples.into_iter().map(|sample| vec![sample]).collect(), pad_id)
+}
+
+/// Puts samples into one batch, those of each row one behind the other. Each is a document of its row: its positions
+/// start at 0 and it sees nothing of the others, so that a model makes of it what it makes of it alone.
+pub fn collate_rows(rows: Vec<Vec<Sample>>, pad_id: i64) -> Batch {
+    let row_len = |row: &Vec<Sample>| row.iter().map(|sample| sample.input_ids.len()).sum();
+    let seq: usize = rows.iter().map(row_len).max().unwrap_or(0);
     let mut batch = Batch {
-        batch: samples.len() as i64,
+        batch: rows.len() as i64,
         seq: seq as i64,
-        input_ids: Vec::with_capacity(samples.len() * seq),
-        targets: Vec::with_capacity(samples.len() * seq),
+        input_ids: Vec::with_capacity(rows.len() * seq),
+        targets: Vec::with_capacity(rows.len() * seq),
         spans: Spans::default(),
         images: Vec::new(),
-        samples: Vec::with_capacity(samples.len()),
+        samples: Vec::new(),
     };
-    for (row, sample) in samples.into_iter().enumerate() {
-        let end = (row + 1) * seq;
-        batch.input_ids.extend(sample.input_ids);
-        batch.input_ids.resize(end, pad_id);
-        batch.targets.extend(sample.targets);
-        batch.targets.resize(end, IGNORE_INDEX);
-        batch.spans.rows.push(sample.spans);
-        batch.samples.push(SampleInfo { id: sample.id, num_images: sample.images.len(), questions: sample.questions });
-        batch.images.extend(sample.images);
+    for (row_idx, row) in rows.into_iter().enumerate() {
+        let mut spans = Vec::new();
+        for (document, mut sample) in row.into_iter().enumerate() {
+            let start = batch.input_ids.len() - row_idx * seq;
+            for question in &mut sample.questions {
+                question.tokens = question.tokens.start + start..question.tokens.end + start;
+            }
+            batch.samples.push(SampleInfo {
+                id: sample.id,
+                row: row_idx,
+                tokens: start..start + sample.input_ids.len(),
+                num_images: sample.images.len(),
+                questions: sample.questions,
+            });
+            batch.input_ids.extend(sample.input_ids);
+            batch.targets.extend(sample.targets);
+            batch.images.extend(sample.images);
+            spans.extend(sample.spans.iter().map(|span| span.in_document(document as i64)));
+        }
+        batch.input_ids.resize((row_idx + 1) * seq, pad_id);
+        batch.targets.resize((row_idx + 1) * seq, IGNORE_INDEX);
+        batch.spans.rows.push(spans);
     }
     batch
 }
@@ -129,5 +153,26 @@ mod tests {
         assert_eq!(tokens, [0..1, 1..2, 2..3, 3..4]);
         assert_eq!(batch.spans.rows, [[Span::text(2)], [Span::text(4)]]);
         assert_eq!((batch.samples[1].id.as_str(), batch.samples[1].num_images), ("long", 1));
+    }
+
+    #[test]
+    fn packed_samples_stand_behind_each_other() {
+        let none = IGNORE_INDEX;
+        let a = sample("a", &[1, 2, 3], &[none, 3, 9], &[1..3]);
+        let b = sample("b", &[4, 5], &[none, 6], &[1..2]);
+        let c = sample("c", &[7, 8, 9, 10], &[none, 9, none, 11], &[1..2, 3..4]);
+        let batch = collate_rows(vec![vec![a, b], vec![c]], 0);
+        assert_eq!((batch.batch, batch.seq, batch.images.len()), (2, 5, 3));
+        assert_eq!(batch.input_ids, [1, 2, 3, 4, 5, 7, 8, 9, 10, 0]);
+        assert_eq!(batch.spans.rows, [vec![Span::text(3), Span::text(2).in_document(1)], vec![Span::text(4)]]);
+        let places: Vec<_> = batch.samples.iter().map(|s| (s.id.as_str(), s.row, s.tokens.clone())).collect();
+        assert_eq!(places, [("a", 0, 0..3), ("b", 0, 3..5), ("c", 1, 0..4)]);
+        // Every answer is found in the table and among the supervised tokens.
+        let supervised = batch.supervised();
+        let rows = batch.samples.iter().flat_map(|s| s.questions.iter().map(|_| s.row));
+        for ((question, among), row) in batch.questions().zip(rows) {
+            let in_row = &batch.targets[row * 5..][question.tokens.clone()];
+            assert_eq!(in_row, &supervised.targets[among]);
+        }
     }
 }

@@ -17,14 +17,16 @@
 
 pub mod batch;
 pub mod loader;
+mod pack;
 pub mod record;
 pub mod sample;
 pub mod scenes;
 mod shuffle;
 pub mod source;
 
-pub use batch::{Batch, SampleInfo, Supervised, collate};
+pub use batch::{Batch, SampleInfo, Supervised, collate, collate_rows};
 pub use loader::{Loader, LoaderConfig};
+pub use pack::pack;
 pub use record::{Conversations, Record, RecordKeys};
 pub use sample::{IGNORE_INDEX, QuestionSpan, Sample, SampleMaker};
 pub use source::{Chain, ConversationSource, SceneSource, Source};

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 
-use crate::batch::{Batch, collate};
+use crate::batch::{Batch, collate_rows};
+use crate::pack::OpenBatch;
 use crate::sample::Sample;
 use crate::source::Source;
 
@@ -18,8 +19,10 @@ const MOST_BAD_IN_A_ROW: u64 = 100;
 /// How a [`Loader`] walks its source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoaderConfig {
-    /// Samples in a batch.
+    /// Rows of a batch; a sample each, where they are not packed.
     pub batch_size: usize,
+    /// Tokens of a row that samples are packed into, as many as fit; none: they are not packed.
+    pub row_len: Option<usize>,
     /// Worker threads, at least 1.
     pub num_workers: usize,
     /// Whether the source is walked in random order, another one each pass; scenes are random already.
@@ -47,6 +50,7 @@ impl Default for LoaderConfig {
     fn default() -> Self {
         Self {
             batch_size: 8,
+            row_len: None,
             num_workers: 1,
             shuffle: false,
             seed: 0,
@@ -78,7 +82,7 @@ pub struct Loader {
     config: LoaderConfig,
     workers: Vec<Worker>,
     drawn: u64,
-    open: [Vec<(u64, Sample)>; 2], // batches that are not full yet, each sample with its place in the walk
+    open: [OpenBatch; 2], // with pictures and without, where they are grouped
     num_skipped: u64,
     num_bad_in_a_row: u64,
     waited: Duration,
@@ -97,6 +101,7 @@ impl Loader {
     /// is empty.
     pub fn new(source: Arc<dyn Source>, config: LoaderConfig) -> Result<Self> {
         ensure!(config.batch_size > 0, "the batch size is 0, it must be at least 1");
+        ensure!(config.row_len != Some(0), "the length of packed rows is 0, it must be at least 1");
         ensure!(config.num_workers > 0, "the number of data workers is 0, it must be at least 1");
         ensure!(config.rank < config.world_size, "rank {} of {} processes", config.rank, config.world_size);
         ensure!(!source.is_empty(), "the data has no records");
@@ -105,11 +110,12 @@ impl Loader {
         let workers = (0..config.num_workers)
             .map(|number| Worker::start(number as u64, ahead, source.clone(), config.clone()))
             .collect::<Result<_>>()?;
+        let open = || OpenBatch::new(config.batch_size, config.row_len);
         Ok(Self {
+            open: [open(), open()],
             config,
             workers,
             drawn: 0,
-            open: Default::default(),
             num_skipped: 0,
             num_bad_in_a_row: 0,
             waited: Duration::ZERO,
@@ -123,9 +129,9 @@ impl Loader {
     }
 
     /// Samples that were drawn and stand in no batch yet, by their places in the walk: there are some only where
-    /// batches are grouped.
+    /// batches are grouped or packed.
     pub fn held(&self) -> Vec<u64> {
-        let open = self.open.iter().flatten().map(|(place, _)| *place);
+        let open = self.open.iter().flat_map(OpenBatch::places);
         let mut held: Vec<_> = open.chain(self.config.held.iter().skip(self.drawn as usize).copied()).collect();
         held.sort_unstable();
         held
@@ -144,13 +150,12 @@ impl Loader {
     fn next_batch(&mut self) -> Result<Option<Batch>> {
         while let Some((place, sample)) = self.next_good()? {
             let open = &mut self.open[usize::from(self.config.group_by_modality && sample.images.is_empty())];
-            open.push((place, sample));
-            if open.len() == self.config.batch_size {
-                return Ok(Some(close(open, self.config.pad_id)));
+            if let Some(rows) = open.push(place, sample) {
+                return Ok(Some(collate_rows(rows, self.config.pad_id)));
             }
         }
         let rest = self.open.iter_mut().find(|open| !open.is_empty());
-        Ok(rest.map(|open| close(open, self.config.pad_id)))
+        Ok(rest.map(|open| collate_rows(open.take(), self.config.pad_id)))
     }
 
     /// The next sample that is not bad, with its place in the walk; none after the end.
@@ -191,10 +196,6 @@ impl Loader {
             }
         }
     }
-}
-
-fn close(open: &mut Vec<(u64, Sample)>, pad_id: i64) -> Batch {
-    collate(open.drain(..).map(|(_, sample)| sample).collect(), pad_id)
 }
 
 impl Iterator for Loader {
@@ -377,6 +378,50 @@ mod tests {
     }
 
     #[test]
+    fn packed_batches_resume_with_each_record_once() {
+        /// Samples of 1 to 7 tokens, each its number.
+        struct Lengths;
+        impl Source for Lengths {
+            fn len(&self) -> Option<u64> {
+                Some(40)
+            }
+            fn sample(&self, index: u64) -> Result<Sample> {
+                let sample = Numbers { len: None, bad: vec![11] }.sample(index)?;
+                let len = 1 + (index * 5 % 7) as usize;
+                Ok(Sample {
+                    input_ids: vec![index as i64; len],
+                    targets: vec![0; len],
+                    spans: vec![vora_llm::Span::text(len as i64)],
+                    ..sample
+                })
+            }
+        }
+        for group_by_modality in [false, true] {
+            let config = LoaderConfig {
+                batch_size: 2,
+                row_len: Some(9),
+                num_workers: 2,
+                shuffle: true,
+                group_by_modality,
+                end: Some(40),
+                ..LoaderConfig::default()
+            };
+            let batches = |loader: &mut Loader, n| loader.take(n).collect::<Result<Vec<_>>>().unwrap();
+            let whole = batches(&mut Loader::new(Arc::new(Lengths), config.clone()).unwrap(), 100);
+            assert!(whole.iter().all(|batch| batch.seq <= 9) && whole.iter().any(|batch| batch.samples.len() > 3));
+            let mut ids: Vec<u64> = whole.iter().flat_map(|b| &b.samples).map(|s| s.id.parse().unwrap()).collect();
+            ids.sort_unstable();
+            assert!(ids.into_iter().eq((0..40).filter(|n| *n != 11)));
+            for stop in 1..whole.len() {
+                let mut first = Loader::new(Arc::new(Lengths), config.clone()).unwrap();
+                assert_eq!(batches(&mut first, stop), whole[..stop]);
+                let resumed = LoaderConfig { start: first.position(), held: first.held(), ..config.clone() };
+                assert_eq!(batches(&mut Loader::new(Arc::new(Lengths), resumed).unwrap(), 100), whole[stop..]);
+            }
+        }
+    }
+
+    #[test]
     fn a_panic_is_a_bad_sample() {
         struct Panics;
         impl Source for Panics {
@@ -419,6 +464,7 @@ mod tests {
         let default = LoaderConfig::default;
         assert!(error(None, LoaderConfig { num_workers: 0, ..default() }).contains("data workers is 0"));
         assert!(error(None, LoaderConfig { batch_size: 0, ..default() }).contains("batch size is 0"));
+        assert!(error(None, LoaderConfig { row_len: Some(0), ..default() }).contains("packed rows is 0"));
         assert!(error(Some(0), default()).contains("no records"));
     }
 }
