@@ -35,7 +35,29 @@ fn attend_dropping(q: &Tensor, k: &Tensor, v: &Tensor, plan: &AttentionPlan, dro
                 .collect();
             Tensor::cat(&outputs, 2)
         }
+        Kernel::Documents(rows) => {
+            // One split for all documents: its gradient is put together once, that of a narrow for each.
+            let [q, k, v] = [q, k, v].map(|t| t.split(1, 0)); // each [1, heads, seq, head_dim]
+            let outputs: Vec<Tensor> = rows
+                .iter()
+                .enumerate()
+                .map(|(row, plans)| attend_row([&q[row], &k[row], &v[row]], plans, dropout))
+                .collect();
+            Tensor::cat(&outputs, 0)
+        }
     }
+}
+
+/// One row of documents behind each other, `[1, heads, seq, head_dim]`; padding gets zeros.
+fn attend_row(qkv: [&Tensor; 3], documents: &[AttentionPlan], dropout: f64) -> Tensor {
+    let mut lens: Vec<i64> = documents.iter().map(|plan| plan.row_lens()[0]).collect();
+    let padding = qkv[0].size()[2] - lens.iter().sum::<i64>();
+    lens.push(padding);
+    let [q, k, v] = qkv.map(|t| t.split_with_sizes(&lens, 2));
+    let mut outputs: Vec<Tensor> =
+        documents.iter().enumerate().map(|(i, plan)| attend_dropping(&q[i], &k[i], &v[i], plan, dropout)).collect();
+    outputs.push(q[documents.len()].zeros_like());
+    Tensor::cat(&outputs, 2)
 }
 
 fn scaled_dot_product(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal: bool, dropout: f64) -> Tensor {
@@ -232,6 +254,22 @@ mod tests {
                 vec![KernelChoice::Segments],
             ),
             (vec![vec![image, text(7)], vec![image]], VisionAttention::Bidirectional, vec![KernelChoice::Segments]),
+            (
+                vec![
+                    vec![
+                        text(9),
+                        text(2).in_document(1),
+                        image.in_document(1),
+                        text(3).in_document(1).on_branch(0),
+                        text(2).in_document(1).on_branch(1),
+                        image.in_document(2),
+                        image.in_document(2),
+                    ],
+                    vec![image.in_document(4), text(5).in_document(3)],
+                ],
+                VisionAttention::Bidirectional,
+                vec![KernelChoice::Documents],
+            ),
         ] {
             let lens: Vec<i64> = Spans { rows: rows.clone() }.row_lens().collect();
             let spans = Spans { rows: rows.clone() };

@@ -1,6 +1,6 @@
 //! Which tokens of a batch are text and which are an image, who sees whom, and what kernel computes that.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
@@ -196,6 +196,8 @@ pub(crate) enum Kernel {
     Causal,
     /// One call a segment, for rows that all have the same simple layout.
     Segments(Vec<Segment>),
+    /// A plan a document, for each row in order: they see nothing of each other.
+    Documents(Vec<Vec<AttentionPlan>>),
     /// One call with an additive mask `[batch, 1, seq, seq]`: 0 where seen, minus infinity elsewhere.
     Mask(Tensor),
 }
@@ -220,13 +222,16 @@ pub enum KernelChoice {
     Causal,
     /// One call for each text and image span.
     Segments,
+    /// For each document what it would take alone, for rows that hold several one behind the other.
+    Documents,
     /// One call with a mask; serves everything.
     Mask,
 }
 
 impl AttentionPlan {
     /// Checks `spans` and plans for them: a plain causal call where nothing asks for more, a call for each span where
-    /// all rows have the same layout and their images are long, else one mask for all layers.
+    /// all rows have the same layout and their images are long, each document for itself where rows are packed with
+    /// several, so that time and memory grow as if each had a row of its own, else one mask for all layers.
     ///
     /// `kind` is that of the queries. Padding sees only padding, or, in a causal call, whatever came before it; its
     /// outputs are finite and mean nothing.
@@ -235,8 +240,7 @@ impl AttentionPlan {
     /// See [`Spans::validate`].
     pub fn new(spans: &Spans, mode: VisionAttention, device: Device, kind: Kind) -> Result<Self> {
         spans.validate()?;
-        let layout = Layout::of(spans, mode);
-        Ok(Self::build(spans, mode, device, kind, choose(layout.as_ref())))
+        Ok(Self::build(spans, mode, device, kind, choose(spans, mode)))
     }
 
     /// As [`AttentionPlan::new`] with the kernel given, to compare kernels.
@@ -254,6 +258,7 @@ impl AttentionPlan {
         let layout = Layout::of(spans, mode);
         match (choice, &layout) {
             (KernelChoice::Mask, _) | (KernelChoice::Segments, Some(_)) => {}
+            (KernelChoice::Documents, _) if documents(spans).is_some() => {}
             (KernelChoice::Causal, Some(layout)) if layout.is_causal() => {}
             _ => bail!("kernel {choice:?} does not serve these spans"),
         }
@@ -267,8 +272,8 @@ impl AttentionPlan {
     /// of itself go on seeing all of each other, however large it is; text behind the image sees the part that its
     /// window reaches. HF combines Gemma 3's windows and images in the same way.
     ///
-    /// Rows that a causal call or calls by segment serve are cut into segments no longer than the window, so time and
-    /// memory grow with `seq * window`; the others take one mask.
+    /// Rows, or packed documents, that a causal call or calls by segment serve are cut into segments no longer than the
+    /// window, so time and memory grow with `seq * window`; the others take one mask.
     #[must_use]
     pub fn within(&self, window: i64) -> Option<Self> {
         if self.num_positions <= window {
@@ -276,12 +281,16 @@ impl AttentionPlan {
         }
         let device = self.position_ids.device();
         let layout = match self.kernel {
-            Kernel::Mask(_) => None,
+            Kernel::Mask(_) | Kernel::Documents(_) => None,
             Kernel::Causal | Kernel::Segments(_) => Layout::of(&self.spans, self.mode),
         };
-        let kernel = match layout {
-            Some(layout) => Kernel::Segments(layout.segments(Some(window), device, self.kind)),
-            None => Kernel::Mask(Tokens::of(&self.spans, self.mode).mask(Some(window), device, self.kind)),
+        let kernel = match (&self.kernel, layout) {
+            (Kernel::Documents(rows), _) => {
+                let within = |plan: &Self| plan.within(window).unwrap_or_else(|| plan.again(device));
+                Kernel::Documents(rows.iter().map(|row| row.iter().map(within).collect()).collect())
+            }
+            (_, Some(layout)) => Kernel::Segments(layout.segments(Some(window), device, self.kind)),
+            (_, None) => Kernel::Mask(Tokens::of(&self.spans, self.mode).mask(Some(window), device, self.kind)),
         };
         Some(Self {
             position_ids: self.position_ids.shallow_clone(),
@@ -294,9 +303,13 @@ impl AttentionPlan {
 
     fn build(spans: &Spans, mode: VisionAttention, device: Device, kind: Kind, choice: KernelChoice) -> Self {
         let tokens = Tokens::of(spans, mode);
-        let kernel = match (choice, Layout::of(spans, mode)) {
-            (KernelChoice::Causal, _) => Kernel::Causal,
-            (KernelChoice::Segments, Some(layout)) => Kernel::Segments(layout.segments(None, device, kind)),
+        let kernel = match (choice, Layout::of(spans, mode), documents(spans)) {
+            (KernelChoice::Causal, ..) => Kernel::Causal,
+            (KernelChoice::Segments, Some(layout), _) => Kernel::Segments(layout.segments(None, device, kind)),
+            (KernelChoice::Documents, _, Some(rows)) => {
+                let plan = |spans: &Spans| Self::build(spans, mode, device, kind, choose(spans, mode));
+                Kernel::Documents(rows.iter().map(|row| row.iter().map(plan).collect()).collect())
+            }
             _ => Kernel::Mask(tokens.mask(None, device, kind)),
         };
         let single = |row: &Vec<Span>| {
@@ -312,6 +325,11 @@ impl AttentionPlan {
             kind,
             kernel,
         }
+    }
+
+    /// The same plan once more.
+    fn again(&self, device: Device) -> Self {
+        Self::build(&self.spans, self.mode, device, self.kind, self.kernel_choice())
     }
 
     /// `[batch, seq]`, int64
@@ -339,6 +357,7 @@ impl AttentionPlan {
         match self.kernel {
             Kernel::Causal => KernelChoice::Causal,
             Kernel::Segments(_) => KernelChoice::Segments,
+            Kernel::Documents(_) => KernelChoice::Documents,
             Kernel::Mask(_) => KernelChoice::Mask,
         }
     }
@@ -350,13 +369,26 @@ impl AttentionPlan {
 }
 
 /// A mask reads and writes `seq^2` numbers that causal calls need not, so those come first; calls by segment follow
-/// where every image is long.
-fn choose(layout: Option<&Layout>) -> KernelChoice {
-    match layout {
+/// where every image is long. Of a packed row's mask most is minus infinity, so each document is served alone.
+fn choose(spans: &Spans, mode: VisionAttention) -> KernelChoice {
+    let is_packed = |row: &Vec<Span>| row.iter().any(|span| span.document != row[0].document);
+    match Layout::of(spans, mode) {
         Some(layout) if layout.is_causal() => KernelChoice::Causal,
         Some(layout) if layout.min_image() >= MIN_IMAGE_FOR_SEGMENTS => KernelChoice::Segments,
+        None if spans.rows.iter().any(is_packed) && documents(spans).is_some() => KernelChoice::Documents,
         _ => KernelChoice::Mask,
     }
+}
+
+/// The documents of each row, each as a batch of its own; none where a document is in pieces with another between.
+fn documents(spans: &Spans) -> Option<Vec<Vec<Spans>>> {
+    let of_row = |row: &Vec<Span>| {
+        let documents: Vec<&[Span]> = row.chunk_by(|a, b| a.document == b.document).collect();
+        let distinct: HashSet<i64> = documents.iter().map(|document| document[0].document).collect();
+        let alone = |document: &[Span]| Spans { rows: vec![document.to_vec()] };
+        (distinct.len() == documents.len()).then(|| documents.into_iter().map(alone).collect())
+    };
+    spans.rows.iter().map(of_row).collect()
 }
 
 /// The layout that all rows of a batch share: one document each, no branches, images at the same places; rows may
@@ -586,7 +618,8 @@ mod tests {
         let windows = [17, 12, 5, 3, 1];
         let modes = [VisionAttention::Bidirectional, VisionAttention::BidirectionalFused, VisionAttention::Causal];
         for (mode, window) in modes.into_iter().flat_map(|m| windows.map(|w| (m, w))) {
-            let plan = plan(rows.clone(), mode);
+            let spans = Spans { rows: rows.clone() };
+            let plan = AttentionPlan::with_kernel(&spans, mode, F32.0, F32.1, KernelChoice::Mask).unwrap();
             let plan = if window == 17 { plan } else { plan.within(window).unwrap() };
             let Kernel::Mask(mask) = &plan.kernel else { panic!("{:?}", plan.kernel) };
             assert_eq!(mask.size(), [3, 1, 17, 17]);
@@ -641,7 +674,9 @@ mod tests {
             (vec![vec![Span::text(2), long], vec![Span::text(3), long]], Bidirectional, KernelChoice::Mask),
             (vec![vec![Span::image(4, 8); 2]], Bidirectional, KernelChoice::Mask),
             (vec![vec![Span::image(4, 8); 2]], BidirectionalFused, KernelChoice::Segments),
-            (vec![vec![Span::text(2), Span::text(2).in_document(1)]], Causal, KernelChoice::Mask),
+            (vec![vec![Span::text(2), Span::text(2).in_document(1)]], Causal, KernelChoice::Documents),
+            (vec![vec![long, Span::text(2).in_document(1)], vec![long]], Bidirectional, KernelChoice::Documents),
+            (vec![[0, 1, 0].map(|n| Span::text(2).in_document(n)).to_vec()], Causal, KernelChoice::Mask),
             (vec![vec![Span::text(2), Span::text(2).on_branch(0)]], Causal, KernelChoice::Mask),
         ] {
             assert_eq!(plan(rows.clone(), mode).kernel_choice(), expected, "{rows:?}");

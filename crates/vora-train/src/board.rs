@@ -47,6 +47,7 @@ impl Board {
             ("train/tokens_per_second", metrics.tokens_per_second),
             ("train/samples_per_second", metrics.samples_per_second),
             ("train/data_wait", metrics.data_wait),
+            ("train/padding_share", metrics.padding_share),
         ];
         values.extend(always.map(|(tag, value)| (tag.to_owned(), value)));
         self.events.scalars(metrics.step, &values)

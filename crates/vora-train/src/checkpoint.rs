@@ -20,6 +20,9 @@ pub struct TrainerState {
     pub step: u64,
     /// Samples drawn from the training data: where the data goes on.
     pub samples_seen: u64,
+    /// Samples from before that place that no step has had yet, as they wait for a batch of theirs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub samples_held: Vec<u64>,
     /// Seconds of work so far.
     pub seconds: f64,
     /// What the data's order and contents are drawn from.
@@ -254,6 +257,7 @@ mod tests {
         TrainerState {
             step,
             samples_seen: step * 6,
+            samples_held: vec![step],
             seconds: 1.5,
             seed: 1,
             random: "chacha".into(),

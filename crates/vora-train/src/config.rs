@@ -291,6 +291,11 @@ impl TrainConfig {
             self.max_steps > 0 || self.data.train.scenes.is_none(),
             "max_steps is -1, but scenes never end: say how many steps"
         );
+        ensure!(
+            self.max_steps > 0 || !self.data.train.packing,
+            "max_steps is -1, but with data.train.packing it shows only on the way how many samples a step takes: say \
+             how many steps"
+        );
         Ok(())
     }
 
@@ -340,6 +345,12 @@ impl TrainConfig {
             ),
         ];
         all.into_iter().filter(|(_, given, _)| *given).map(|(key, _, reason)| (key, reason)).collect()
+    }
+
+    /// Tokens of a row that samples are packed into; none where each has a row of its own.
+    pub fn packed_row_len(&self) -> Option<usize> {
+        let preprocess = self.data.train.data_preprocess.clone().unwrap_or_default();
+        self.data.train.packing.then_some(preprocess.max_seq_len)
     }
 
     /// The schedule of a run of so many steps.

@@ -31,6 +31,10 @@ pub struct TrainData {
     /// How annotations become samples.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data_preprocess: Option<DataPreprocess>,
+    /// Whether rows take as many samples as fit into `data_preprocess.max_seq_len` tokens; they see nothing of each
+    /// other, and a batch has up to `per_device_train_batch_size` rows. Then `max_steps` must be given.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub packing: bool,
 }
 
 /// A held-out split: another stream of the training data's scenes, or annotations.

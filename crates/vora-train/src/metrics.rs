@@ -35,6 +35,9 @@ pub struct StepMetrics {
     pub samples_per_second: f64,
     /// Tokens a second, image tokens included, padding not.
     pub tokens_per_second: f64,
+    /// Share of the rows' places that are padding.
+    #[serde(default)]
+    pub padding_share: f64,
     /// Seconds that the step waited for data.
     pub data_wait: f64,
     /// Bytes of memory that the process holds, mapped weights included; absent where the system does not tell.
@@ -187,6 +190,7 @@ mod tests {
             grad_norm: 0.1,
             samples_per_second: 10.0,
             tokens_per_second: 100.0,
+            padding_share: 0.25,
             data_wait: 0.0,
             memory: None,
             seconds: 1.0,

@@ -322,6 +322,7 @@ mod tests {
                 grad_norm: 1.0,
                 samples_per_second: 1.0,
                 tokens_per_second: 1.0,
+                padding_share: 0.0,
                 data_wait: 0.0,
                 memory: Some(1 << 30),
                 seconds: x,

@@ -129,15 +129,18 @@ impl Trainer {
         }
 
         let (step, start) = state.as_ref().map_or((0, 0), |state| (state.step, state.samples_seen));
+        let held = state.as_ref().map_or(Vec::new(), |state| state.samples_held.clone());
         let schedule = config.schedule(max_steps(&config, training.as_ref())?);
         let loader = Loader::new(
             training.clone(),
             LoaderConfig {
                 batch_size: config.per_device_train_batch_size,
+                row_len: config.packed_row_len(),
                 num_workers: config.dataloader_num_workers,
                 shuffle: config.shuffle,
                 seed: config.seed,
                 start,
+                held,
                 ..LoaderConfig::default()
             },
         )?;
@@ -245,6 +248,7 @@ impl Trainer {
         let seconds = start.elapsed().as_secs_f64();
         self.seconds += seconds;
         let num_tokens: i64 = batches.iter().map(|batch| batch.spans.num_tokens()).sum();
+        let num_slots: i64 = batches.iter().map(|batch| batch.batch * batch.seq).sum();
         let num_samples: usize = batches.iter().map(|batch| batch.samples.len()).sum();
         let loss = loss_lm + self.config.distill.weight * loss_distill;
         if let Some(sigmas) = self.spikes.observe(loss) {
@@ -264,6 +268,7 @@ impl Trainer {
             grad_norm,
             samples_per_second: num_samples as f64 / seconds,
             tokens_per_second: num_tokens as f64 / seconds,
+            padding_share: 1.0 - num_tokens as f64 / num_slots as f64,
             data_wait,
             memory: memory(),
             seconds: self.seconds,
@@ -305,6 +310,7 @@ impl Trainer {
         let state = TrainerState {
             step: self.step,
             samples_seen: self.loader.position(),
+            samples_held: self.loader.held(),
             seconds: self.seconds,
             seed: self.config.seed,
             random: RANDOM.to_owned(),
@@ -420,9 +426,9 @@ impl Trainer {
         let mut found = Vec::new();
         for (batch, uploaded) in batches.iter().zip(uploaded) {
             let output = tch::no_grad(|| self.student.model.forward(&uploaded.input, 0))?;
-            for (row, sample) in batch.samples.iter().enumerate() {
-                let len = batch.spans.rows[row].iter().map(|span| span.len).sum();
-                let hidden = output.last_hidden_state.get(row as i64).narrow(0, 0, len); // [len, hidden]
+            for sample in &batch.samples {
+                let (start, len) = (sample.tokens.start as i64, sample.tokens.len() as i64);
+                let hidden = output.last_hidden_state.get(sample.row as i64).narrow(0, start, len); // [len, hidden]
                 if hidden.isfinite().all().int64_value(&[]) == 0 {
                     found.push(sample.id.clone());
                 }

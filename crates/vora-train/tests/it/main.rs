@@ -1,5 +1,7 @@
 //! A whole training step against the reference: Hugging Face's Llama and DINOv2, PEFT's adapters, torch's autograd.
 
+mod packing;
+
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 use vora_llm::{LlmConfig, Span, Spans};

@@ -1,0 +1,145 @@
+//! Several samples in a row teach what they teach in rows of their own.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use tch::{Device, Kind, Tensor};
+use vora_data::scenes::{Scenes, ScenesConfig, Split};
+use vora_data::{Batch, Record, RecordKeys, Sample, SampleMaker, collate, pack};
+use vora_train::metrics::{Line, MetricsLog, StepMetrics};
+use vora_train::student::{DeviceBatch, Student};
+use vora_train::{Options, TrainConfig, Trainer, data};
+
+/// The ways to see, by their `model` sections.
+const SYSTEMS: [&str; 3] = [
+    "model.lora.r=4",
+    "model={type: llava, llm: fixtures/tiny/llm, image_size: 56, vision_tower: fixtures/tiny/dinov2, \
+     freeze_llm: false}",
+    "model={type: chameleon, llm: fixtures/tiny/llm, image_size: 56, vqmodel: {steps: 1, batch_size: 2}}",
+];
+
+fn resolve(name: &str) -> Result<PathBuf> {
+    Ok(fixtures::root().parent().context("the workspace")?.join(name))
+}
+
+fn config(overrides: &[&str]) -> TrainConfig {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/smoke.yaml");
+    let overrides: Vec<String> = overrides.iter().map(|&entry| entry.to_owned()).collect();
+    TrainConfig::open(&path, &overrides).unwrap()
+}
+
+/// Scenes with branches, conversations about a picture and about two of them, and text alone.
+fn samples(maker: &SampleMaker) -> Vec<Sample> {
+    let scenes = Scenes::new(ScenesConfig { image_size: 56, ..ScenesConfig::default() }, Split::Train).unwrap();
+    let scene = |index| maker.packed(format!("scene-{index}"), &scenes.render(index), scenes.questions(index)).unwrap();
+    let talk = |index: u64, question: &str, answer: &str| {
+        let frames: Vec<u64> = (0..question.matches("<image>").count() as u64).map(|n| index + n).collect();
+        let turns = [("human", question), ("gpt", answer), ("human", "Sure?"), ("gpt", "yes")];
+        let turns = turns.map(|(from, value)| serde_json::json!({"from": from, "value": value}));
+        let frame_names: Vec<_> = frames.iter().map(|frame| format!("{frame}.png")).collect();
+        let json = serde_json::json!({"id": format!("talk-{index}"), "frames": frame_names, "conversations": turns});
+        let record = Record::parse(json.to_string().as_bytes(), &RecordKeys::default()).unwrap();
+        let images: Vec<_> = frames.iter().map(|&frame| scenes.render(frame)).collect();
+        maker.conversation(&record, &images).unwrap()
+    };
+    vec![
+        scene(0),
+        talk(1, "<image>\nWhat is it?", "a star"),
+        talk(2, "How many are one and two?", "three"),
+        scene(3),
+        talk(4, "<image>\n<image>\nWhich is red?", "the second"),
+        talk(5, "Say no", "no"),
+        scene(6),
+        scene(7),
+    ]
+}
+
+/// Both losses and the gradient of their sum.
+fn learned(config: &TrainConfig, batch: &Batch) -> (f64, Option<f64>, Vec<(String, Tensor)>) {
+    let student = Student::new(config, Device::Cpu, Kind::Float, &resolve).unwrap();
+    let uploaded = DeviceBatch::new(batch, Device::Cpu);
+    let losses = student.losses(&uploaded).unwrap();
+    let lm = losses.lm_sum / student.num_targets(&uploaded) as f64;
+    let total = losses.distill.as_ref().map_or_else(|| lm.shallow_clone(), |distill| &lm + distill);
+    total.backward();
+    let gradients = student.parameters().into_iter().map(|(name, parameter)| (name, parameter.grad()));
+    let gradients = gradients.filter(|(_, gradient)| gradient.defined()).collect();
+    (lm.double_value(&[]), losses.distill.map(|distill| distill.double_value(&[])), gradients)
+}
+
+#[test]
+fn packed_rows_have_the_loss_and_the_gradient_of_rows_with_one_sample() {
+    for (number, system) in SYSTEMS.iter().enumerate() {
+        let config = config(&[system, "bf16=false"]);
+        let maker = data::sample_maker(&config, &Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap());
+        let samples = samples(&maker.unwrap());
+        let longest = samples.iter().map(|sample| sample.input_ids.len()).max().unwrap();
+        let packed = pack(samples.clone(), 4, 2 * longest, 0);
+        let alone = collate(samples, 0);
+        let [packed] = packed.as_slice() else { panic!("one batch of {}", packed.len()) };
+        assert!(packed.batch < alone.batch && packed.batch * packed.seq < alone.batch * alone.seq);
+
+        let (lm, distill, gradients) = learned(&config, &alone);
+        let (packed_lm, packed_distill, packed_gradients) = learned(&config, packed);
+        assert!((lm - packed_lm).abs() < 1e-5, "{system}: {lm} {packed_lm}");
+        assert_eq!(distill.is_some(), number == 0);
+        let apart = distill.zip(packed_distill).map_or(0.0, |(a, b)| (a - b).abs());
+        assert!(apart < 1e-5, "{system}: {distill:?} {packed_distill:?}");
+        assert!(gradients.len() == packed_gradients.len() && !gradients.is_empty());
+        for ((name, a), (other, b)) in gradients.iter().zip(&packed_gradients) {
+            let largest = a.abs().max().double_value(&[]);
+            let apart = (a - b).abs().max().double_value(&[]);
+            assert!(name == other && apart < 1e-5 * largest.max(1.0), "{system}, {name}: {apart} of {largest}");
+        }
+    }
+}
+
+fn trainer(folder: &Path, packing: bool, resume: bool) -> Trainer {
+    let output_dir = format!("output_dir={}", folder.display());
+    let packing = format!("data.train.packing={packing}");
+    let preprocess = "data.train.data_preprocess={max_seq_len: 230}";
+    let config = config(&[&output_dir, &packing, preprocess, "bf16=false", "save_steps=100"]);
+    let options = Options { device: Device::Cpu, resume, resolve: &resolve, stop: Arc::default() };
+    Trainer::new(config, options).unwrap()
+}
+
+fn steps(trainer: &mut Trainer, count: usize) -> Vec<(f64, Option<f64>, f64)> {
+    let step = |metrics: StepMetrics| (metrics.loss_lm, metrics.loss_distill, metrics.padding_share);
+    (0..count).map(|_| step(trainer.train_step().unwrap())).collect()
+}
+
+#[test]
+fn a_packed_run_goes_on_where_it_stopped() {
+    let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let expected = steps(&mut trainer(whole.path(), true, false), 6);
+    let mut first = trainer(parts.path(), true, false);
+    assert_eq!(steps(&mut first, 3), expected[..3]);
+    first.save(&mut vora_train::metrics::Silent).unwrap();
+    drop(first);
+    assert_eq!(steps(&mut trainer(parts.path(), true, true), 3), expected[3..]);
+
+    // The log has the share of padding.
+    let lines = MetricsLog::read(&parts.path().join("metrics.jsonl")).unwrap();
+    let logged = lines.iter().map(|line| match line {
+        Line::Step(metrics) => metrics.padding_share,
+        Line::Eval(_) => panic!("no evaluation was made"),
+    });
+    let logged: Vec<f64> = logged.collect();
+    assert_eq!(logged.len(), expected.len());
+    assert!(logged.iter().zip(&expected).all(|(share, step)| (share - step.2).abs() < 1e-12), "{logged:?}");
+    assert!(expected.iter().all(|step| (0.0..0.5).contains(&step.2)), "{expected:?}");
+}
+
+#[test]
+fn what_is_not_finite_is_found_in_a_packed_row() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut trainer = trainer(folder.path(), true, false);
+    trainer.train_step().unwrap();
+    let (_, b) = trainer.parameters().into_iter().find(|(name, _)| name.contains("lora_B")).unwrap();
+    let _ = tch::no_grad(|| b.shallow_clone().fill_(f64::NAN));
+    let error = (0..10).find_map(|_| trainer.train_step().err()).expect("a run of such steps stops");
+    let refused = error.downcast_ref::<vora_train::NotFinite>().unwrap();
+    // More samples than the four rows of a step.
+    assert!(refused.samples.len() > 4, "{error}");
+}
