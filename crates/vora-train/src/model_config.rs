@@ -125,6 +125,8 @@ pub struct VqTraining {
     pub channel_multiplier: Vec<i64>,
     /// Residual blocks of a level.
     pub num_res_blocks: usize,
+    /// Groups of channels that a norm takes together; 32 in Meta's.
+    pub norm_num_groups: i64,
     /// Steps of AdamW.
     pub steps: u64,
     /// Pictures a step.
@@ -142,6 +144,7 @@ impl Default for VqTraining {
             base_channels: 32,
             channel_multiplier: vec![1, 1, 1, 1],
             num_res_blocks: 1,
+            norm_num_groups: 8,
             steps: 300,
             batch_size: 16,
             learning_rate: 2e-3,
@@ -160,6 +163,7 @@ impl VqTraining {
             base_channels: self.base_channels,
             channel_multiplier: self.channel_multiplier.clone(),
             num_res_blocks: self.num_res_blocks,
+            norm_num_groups: self.norm_num_groups,
             attn_type: None,
             ..VqConfig::default()
         }

@@ -20,6 +20,15 @@ pub(crate) const VQMODEL: &str = "model.vqmodel";
 /// Bad records in a row that end the search for a picture.
 const MAX_BAD_RECORDS: u64 = 100;
 
+/// Steps over which an entry of the codebook has to be used once, or it is moved to where it will be.
+const RESTART_EVERY: u64 = 10;
+
+/// Share of the steps that goes by before there is a codebook.
+const WITHOUT_CODES: f64 = 0.3;
+
+/// Share of the steps after which unused entries are left alone, as the rate goes to 0.
+const RESTARTS_END: f64 = 0.7;
+
 /// Trains the tokenizer and copies it into the student's; nothing where the model has none, or where `stop` is set
 /// before its end.
 pub(crate) fn train(
@@ -44,6 +53,9 @@ pub(crate) fn train(
     let mut optimizer = Optimizer::new(weights.parameters(), optim)?;
     let (warmup_steps, max_steps) = (vq.steps / 20, vq.steps);
     let schedule = Schedule { curve: Curve::Cosine, warmup_steps, max_steps, min_lr_rate: 0.0 };
+    let first_with_codes = (WITHOUT_CODES * vq.steps as f64).ceil() as u64;
+    let num_codes = vq.num_embeddings;
+    let mut used = Tensor::zeros([num_codes], (Kind::Int64, student.device()));
     let mut index = 0;
     for step in 0..vq.steps {
         if stop.load(Ordering::Relaxed) {
@@ -51,11 +63,24 @@ pub(crate) fn train(
         }
         let pictures = pictures(training, &mut index, vq.batch_size)?;
         optimizer.zero_grad();
-        let losses = model.losses(&Tensor::stack(&pictures, 0))?;
-        let loss = &losses.reconstruction + &losses.quantization;
+        let pictures = Tensor::stack(&pictures, 0);
+        let done = step as f64 / vq.steps as f64;
+        let (loss, reconstruction) = if done < WITHOUT_CODES {
+            let loss = model.reconstruction_without_codes(&pictures)?;
+            (loss.shallow_clone(), loss)
+        } else {
+            if done < RESTARTS_END && (step - first_with_codes).is_multiple_of(RESTART_EVERY) {
+                // At the first of them all are unused.
+                model.restart_codes(&used.eq(0).nonzero().flatten(0, -1), &pictures)?;
+                let _ = used.zero_();
+            }
+            let losses = model.losses(&pictures)?;
+            used += losses.codes.flatten(0, -1).bincount(None::<&Tensor>, num_codes);
+            (&losses.reconstruction + losses.quantization, losses.reconstruction)
+        };
         loss.backward();
         // The one place where the host waits for the device.
-        let read = Tensor::stack(&[loss, optimizer.grad_norm()?, losses.reconstruction], 0).to_kind(Kind::Double);
+        let read = Tensor::stack(&[loss, optimizer.grad_norm()?, reconstruction], 0).to_kind(Kind::Double);
         let read = Vec::<f64>::try_from(read)?;
         let (loss, grad_norm, reconstruction) = (read[0], read[1], read[2]);
         ensure!(grad_norm.is_finite(), "step {} of the image tokenizer is not finite (loss {loss})", step + 1);

@@ -172,6 +172,40 @@ impl VqModel {
         })
     }
 
+    /// Mean squared error of pictures that pass encoder and decoder without a codebook between them, with a graph to both.
+    ///
+    /// Latents have to mean something before it is worth while to number them: what is quantised from the first step on
+    /// learns several times more slowly.
+    ///
+    /// # Errors
+    /// As [`VqModel::losses`].
+    pub fn reconstruction_without_codes(&self, pixel_values: &Tensor) -> Result<Tensor> {
+        self.check(pixel_values)?;
+        let decoded = self.decoder()?.forward(&self.post_quant_conv.forward(&self.latents(pixel_values)));
+        Ok(decoded.mse_loss(&self.to_own(pixel_values), Reduction::Mean))
+    }
+
+    /// Moves entries of the codebook, `[n]`, to latents of these pictures, taken at equal distances, without a graph. With
+    /// fewer latents than entries the last ones stay.
+    ///
+    /// An entry that is nearest to no latent gets no gradient and would stay so (random restarts, arXiv 2005.00341,
+    /// section 3.1).
+    ///
+    /// # Errors
+    /// As [`VqModel::encode`].
+    pub fn restart_codes(&self, codes: &Tensor, pixel_values: &Tensor) -> Result<()> {
+        self.check(pixel_values)?;
+        tch::no_grad(|| {
+            let latents = self.latents(pixel_values).permute([0, 2, 3, 1]).reshape([-1, self.config.embed_dim]);
+            let available = latents.size()[0];
+            let n = codes.size1()?.min(available);
+            let at = Tensor::arange(n, (Kind::Int64, latents.device())) * available;
+            let at = at.floor_divide_scalar(n.max(1));
+            self.quantize.set(&codes.narrow(0, 0, n), &latents.index_select(0, &at));
+            Ok(())
+        })
+    }
+
     /// `[batch, in_channels, height, width]` -> `[batch, embed_dim, rows, columns]`
     fn latents(&self, pixel_values: &Tensor) -> Tensor {
         self.quant_conv.forward(&self.encoder.forward(&self.to_own(pixel_values)))

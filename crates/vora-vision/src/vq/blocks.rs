@@ -4,7 +4,7 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor, nn::Module};
 use vora_torch::weights::Init;
 
-use super::config::{NUM_GROUPS, VqConfig};
+use super::config::VqConfig;
 use super::params::Params;
 
 /// A convolution over a square of `kernel` pixels.
@@ -17,10 +17,16 @@ pub(super) struct Conv2d {
 }
 
 impl Conv2d {
-    /// One that keeps the picture's size.
+    /// One that keeps the picture's size. A new one keeps the variance too (LeCun 1998): some ten of them lie one behind
+    /// the other with nothing beside them, and what PyTorch starts with, a third of it, leaves nothing of the picture.
     pub(super) fn load(params: &Params, inputs: i64, outputs: i64, kernel: i64) -> Result<Self> {
+        let std = 1.0 / ((inputs * kernel * kernel) as f64).sqrt();
+        Self::start(params, inputs, outputs, kernel, Init::Normal { std })
+    }
+
+    fn start(params: &Params, inputs: i64, outputs: i64, kernel: i64, init: Init) -> Result<Self> {
         Ok(Self {
-            weight: params.get("weight", &[outputs, inputs, kernel, kernel], Init::KaimingUniform)?,
+            weight: params.get("weight", &[outputs, inputs, kernel, kernel], init)?,
             bias: params.get("bias", &[outputs], Init::Zeros)?,
             stride: 1,
             padding: kernel / 2,
@@ -52,11 +58,13 @@ impl Module for Conv2d {
 pub(super) struct GroupNorm {
     weight: Tensor, // [channels]
     bias: Tensor,   // [channels]
+    groups: i64,
 }
 
 impl GroupNorm {
-    pub(super) fn load(params: &Params, channels: i64) -> Result<Self> {
+    pub(super) fn load(config: &VqConfig, params: &Params, channels: i64) -> Result<Self> {
         Ok(Self {
+            groups: config.norm_num_groups,
             weight: params.get("weight", &[channels], Init::Ones)?,
             bias: params.get("bias", &[channels], Init::Zeros)?,
         })
@@ -66,7 +74,7 @@ impl GroupNorm {
 impl Module for GroupNorm {
     /// `[batch, channels, height, width]` -> the same
     fn forward(&self, x: &Tensor) -> Tensor {
-        x.group_norm(NUM_GROUPS, Some(&self.weight), Some(&self.bias), 1e-6, true)
+        x.group_norm(self.groups, Some(&self.weight), Some(&self.bias), 1e-6, true)
     }
 }
 
@@ -81,13 +89,14 @@ pub(super) struct ResnetBlock {
 }
 
 impl ResnetBlock {
-    fn load(params: &Params, inputs: i64, outputs: i64) -> Result<Self> {
+    /// A new one does nothing at first: what it adds is zero.
+    fn load(config: &VqConfig, params: &Params, inputs: i64, outputs: i64) -> Result<Self> {
         let shortcut = || Conv2d::load(&params.pp("nin_shortcut"), inputs, outputs, 1);
         Ok(Self {
-            norm1: GroupNorm::load(&params.pp("norm1"), inputs)?,
+            norm1: GroupNorm::load(config, &params.pp("norm1"), inputs)?,
             conv1: Conv2d::load(&params.pp("conv1"), inputs, outputs, 3)?,
-            norm2: GroupNorm::load(&params.pp("norm2"), outputs)?,
-            conv2: Conv2d::load(&params.pp("conv2"), outputs, outputs, 3)?,
+            norm2: GroupNorm::load(config, &params.pp("norm2"), outputs)?,
+            conv2: Conv2d::start(&params.pp("conv2"), outputs, outputs, 3, Init::Zeros)?,
             nin_shortcut: (inputs != outputs).then(shortcut).transpose()?,
         })
     }
@@ -116,10 +125,10 @@ pub(super) struct AttnBlock {
 }
 
 impl AttnBlock {
-    fn load(params: &Params, channels: i64) -> Result<Self> {
+    fn load(config: &VqConfig, params: &Params, channels: i64) -> Result<Self> {
         let part = |name| Conv2d::load(&params.pp(name), channels, channels, 1);
         Ok(Self {
-            norm: GroupNorm::load(&params.pp("norm"), channels)?,
+            norm: GroupNorm::load(config, &params.pp("norm"), channels)?,
             q: part("q")?,
             k: part("k")?,
             v: part("v")?,
@@ -149,11 +158,11 @@ pub(super) struct Mid {
 
 impl Mid {
     pub(super) fn load(config: &VqConfig, params: &Params, channels: i64) -> Result<Self> {
-        let attention = || AttnBlock::load(&params.pp("attn_1"), channels);
+        let attention = || AttnBlock::load(config, &params.pp("attn_1"), channels);
         Ok(Self {
-            block_1: ResnetBlock::load(&params.pp("block_1"), channels, channels)?,
+            block_1: ResnetBlock::load(config, &params.pp("block_1"), channels, channels)?,
             attn_1: config.has_attention().then(attention).transpose()?,
-            block_2: ResnetBlock::load(&params.pp("block_2"), channels, channels)?,
+            block_2: ResnetBlock::load(config, &params.pp("block_2"), channels, channels)?,
         })
     }
 }
@@ -188,9 +197,9 @@ impl Level {
         let outputs = config.channels(level);
         let block = |i| {
             let inputs = if i == 0 { inputs } else { outputs };
-            ResnetBlock::load(&params.pp("block").pp(i), inputs, outputs)
+            ResnetBlock::load(config, &params.pp("block").pp(i), inputs, outputs)
         };
-        let attn = |i| AttnBlock::load(&params.pp("attn").pp(i), outputs);
+        let attn = |i| AttnBlock::load(config, &params.pp("attn").pp(i), outputs);
         let num_attn = if config.has_attention_at(level) { num_blocks } else { 0 };
         Ok(Self {
             block: (0..num_blocks).map(block).collect::<Result<_>>()?,
@@ -261,9 +270,9 @@ pub(super) struct Out {
 }
 
 impl Out {
-    pub(super) fn load(params: &Params, inputs: i64, outputs: i64) -> Result<Self> {
+    pub(super) fn load(config: &VqConfig, params: &Params, inputs: i64, outputs: i64) -> Result<Self> {
         Ok(Self {
-            norm_out: GroupNorm::load(&params.pp("norm_out"), inputs)?,
+            norm_out: GroupNorm::load(config, &params.pp("norm_out"), inputs)?,
             conv_out: Conv2d::load(&params.pp("conv_out"), inputs, outputs, 3)?,
         })
     }

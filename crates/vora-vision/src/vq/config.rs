@@ -3,9 +3,6 @@
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
-/// Groups of every norm; the checkpoints do not say it, all code that reads them does.
-pub(super) const NUM_GROUPS: i64 = 32;
-
 /// `vq_config` of Chameleon's `config.json`; other keys pass.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -29,6 +26,9 @@ pub struct VqConfig {
     pub channel_multiplier: Vec<i64>,
     /// Residual blocks of a level of the encoder; the decoder has one more.
     pub num_res_blocks: usize,
+    /// Groups of channels that a norm takes together. Chameleon's checkpoints do not say it, all code that reads them has 32;
+    /// diffusers has the key. With as many groups as channels a picture's brightness gets lost.
+    pub norm_num_groups: i64,
     /// Sides of the levels that have attention after each residual block.
     pub attn_resolutions: Option<Vec<i64>>,
     /// Between the convolutions of a residual block while it is trained. Published models have 0; not applied here.
@@ -50,6 +50,7 @@ impl Default for VqConfig {
             base_channels: 128,
             channel_multiplier: vec![1, 1, 2, 2, 4],
             num_res_blocks: 2,
+            norm_num_groups: 32,
             attn_resolutions: None,
             dropout: 0.0,
             attn_type: Some("vanilla".to_owned()),
@@ -65,7 +66,7 @@ impl VqConfig {
             num_embeddings: 32,
             latent_channels: 32,
             resolution: 16,
-            base_channels: NUM_GROUPS,
+            base_channels: 32,
             channel_multiplier: vec![1, 1, 1],
             num_res_blocks: 1,
             ..Self::default()
@@ -86,6 +87,7 @@ impl VqConfig {
             ("in_channels", self.in_channels),
             ("base_channels", self.base_channels),
             ("num_res_blocks", self.num_res_blocks as i64),
+            ("norm_num_groups", self.norm_num_groups),
         ];
         for (key, size) in sizes {
             ensure!(size > 0, "{key} is {size}, it must be at least 1");
@@ -95,9 +97,11 @@ impl VqConfig {
         for multiplier in [1].iter().chain(&self.channel_multiplier) {
             let channels = self.base_channels.saturating_mul(*multiplier);
             ensure!(
-                channels > 0 && channels % NUM_GROUPS == 0,
-                "base_channels {} times channel_multiplier {multiplier} does not divide into {NUM_GROUPS} groups",
-                self.base_channels
+                channels > 0 && channels % self.norm_num_groups == 0,
+                "base_channels {} times channel_multiplier {multiplier} does not divide into {} groups \
+                 (norm_num_groups)",
+                self.base_channels,
+                self.norm_num_groups
             );
         }
         ensure!(

@@ -31,7 +31,7 @@ impl Decoder {
             let upsample = || Upsample::load(&place.pp("upsample"), channels);
             up.push((blocks, (level > 0).then(upsample).transpose()?));
         }
-        Ok(Self { conv_in, mid, up, out: Out::load(params, channels, config.in_channels)? })
+        Ok(Self { conv_in, mid, up, out: Out::load(config, params, channels, config.in_channels)? })
     }
 }
 

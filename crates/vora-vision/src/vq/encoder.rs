@@ -33,7 +33,7 @@ impl Encoder {
             conv_in,
             down,
             mid: Mid::load(config, &params.pp("mid"), channels)?,
-            out: Out::load(params, channels, config.latent_channels)?,
+            out: Out::load(config, params, channels, config.latent_channels)?,
         })
     }
 

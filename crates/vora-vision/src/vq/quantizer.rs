@@ -50,6 +50,11 @@ impl VectorQuantizer {
         entries.view([-1, rows, columns, self.embedding.size()[1]]).permute([0, 3, 1, 2])
     }
 
+    /// Writes entries anew: `[n]`, `[n, embed_dim]`.
+    pub(super) fn set(&self, codes: &Tensor, entries: &Tensor) {
+        let _ = self.embedding.shallow_clone().index_copy_(0, codes, &entries.to_kind(self.embedding.kind()));
+    }
+
     /// `|sg(z) - e|^2 + beta |z - sg(e)|^2`, the mean over all elements, where `sg` lets no gradient through: the
     /// codebook moves to the latents, and the latents, a quarter as fast, to the codebook (arXiv 1711.00937, equation 3).
     ///
