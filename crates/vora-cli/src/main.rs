@@ -4,6 +4,7 @@
 
 mod ask;
 mod convert;
+mod data;
 mod hub;
 mod inspect;
 mod merge;
@@ -24,6 +25,7 @@ use clap::{Parser, Subcommand};
     after_help = "\
 Examples:
   vora train --config crates/vora-train/recipes/scenes.yaml
+  vora data show crates/vora-train/recipes/scenes.yaml
   vora merge runs/scenes/final --out runs/scenes/merged
   vora ask runs/scenes/merged picture.png \"What color is the circle?\"
   vora report runs/scenes
@@ -39,6 +41,8 @@ struct Cli {
 enum Command {
     /// Train a VoRA, a LLaVA or a Chameleon as a run file says
     Train(train::Args),
+    /// Show what a run learns from, as its model sees it
+    Data(data::Args),
     /// Fold trained adapters into the weights and write a checkpoint folder
     Merge(merge::Args),
     /// Ask a model about pictures; the answer is streamed
@@ -61,6 +65,7 @@ fn main() -> ExitCode {
         .init();
     let result = match Cli::parse().command {
         Command::Train(args) => train::run(&args),
+        Command::Data(args) => data::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Ask(args) => ask::run(&args),
         Command::Report(args) => report::run(&args),

@@ -67,6 +67,15 @@ impl Chameleon {
         Ok(config)
     }
 
+    /// The tokens before and behind each picture, `<racm3:break>` and `<eoss>`, as a folder's config has them.
+    ///
+    /// # Errors
+    /// Where `vocabulary_map` lacks one.
+    pub fn image_marks_of(config: &LlmConfig) -> Result<(i64, i64)> {
+        let map = vocabulary_map(config)?;
+        Ok((token_id(map, BEGIN_IMAGE)?, token_id(map, END_IMAGE)?))
+    }
+
     /// As [`Chameleon::load`], with `model.*` and `lm_head` from one source and the image tokenizer, from its root, from
     /// another.
     ///
@@ -80,15 +89,13 @@ impl Chameleon {
             Some(keys) => serde_json::from_value(keys.clone()).context("in vq_config")?,
         };
         ensure!(vq_config.in_channels == 3, "vq_config.in_channels is {}, pictures have 3", vq_config.in_channels);
-        let map = config.extra.get("vocabulary_map").and_then(Value::as_object);
-        let map = map.context("config.json has no object `vocabulary_map`, which names the image tokens")?;
-        let vocabulary = VocabularyMapping::new(map)?;
+        let vocabulary = VocabularyMapping::new(vocabulary_map(config)?)?;
         let (tokens, codes) = (vocabulary.image_token_ids().len(), vq_config.num_embeddings);
         ensure!(
             tokens as i64 == codes,
             "vocabulary_map has {tokens} image tokens, vq_config.num_embeddings is {codes}"
         );
-        let (begin_image_id, end_image_id) = (token_id(map, BEGIN_IMAGE)?, token_id(map, END_IMAGE)?);
+        let (begin_image_id, end_image_id) = Self::image_marks_of(config)?;
         let ids = vocabulary.image_token_ids().iter().copied();
         let largest = ids.chain([begin_image_id, end_image_id, vocabulary.image_token_id()]).max().unwrap_or_default();
         ensure!(
@@ -242,6 +249,11 @@ impl VisionLanguageModel for Chameleon {
 }
 
 /// The id of a token that a Chameleon cannot do without.
+fn vocabulary_map(config: &LlmConfig) -> Result<&Map<String, Value>> {
+    let map = config.extra.get("vocabulary_map").and_then(Value::as_object);
+    map.context("config.json has no object `vocabulary_map`, which names the image tokens")
+}
+
 fn token_id(vocabulary_map: &Map<String, Value>, name: &str) -> Result<i64> {
     let value = vocabulary_map.get(name).with_context(|| format!("vocabulary_map has no token `{name}`"))?;
     value

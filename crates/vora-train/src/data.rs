@@ -10,6 +10,7 @@ use vora_llm::{ChatTemplate, Tokenizer};
 
 use crate::config::TrainConfig;
 use crate::data_config::{DataFetch, DataPreprocess};
+use crate::preparation::Preparation;
 use crate::student::Student;
 
 /// A held-out split.
@@ -24,7 +25,12 @@ pub struct HeldOut {
 
 /// What makes samples for this student.
 pub fn sample_maker(config: &TrainConfig, student: &Student) -> Result<Arc<SampleMaker>> {
-    let llm = student.llm_folder();
+    prepared_maker(config, Preparation::of(student))
+}
+
+/// What makes samples for a student that need not be there.
+pub fn prepared_maker(config: &TrainConfig, preparation: Preparation) -> Result<Arc<SampleMaker>> {
+    let llm = preparation.llm_folder.as_path();
     let chat = match &config.model.chat_template {
         Some(source) => ChatTemplate::new(source, special_tokens(llm)?, "model.chat_template")?,
         None => ChatTemplate::open(llm)?,
@@ -32,9 +38,9 @@ pub fn sample_maker(config: &TrainConfig, student: &Student) -> Result<Arc<Sampl
     Ok(Arc::new(SampleMaker {
         tokenizer: Arc::new(Tokenizer::open(llm)?),
         chat: Arc::new(chat),
-        processor: student.processor().clone(),
-        image_marks: student.model.image_marks(),
-        patch_size: usize::try_from(student.patch_size())?,
+        processor: preparation.processor,
+        image_marks: preparation.image_marks,
+        patch_size: usize::try_from(preparation.patch_size)?,
         max_length: preprocess(config).max_seq_len,
     }))
 }

@@ -47,6 +47,7 @@ pub mod model_config;
 pub mod optim;
 pub mod perplexity;
 pub mod plot;
+pub mod preparation;
 pub mod report;
 pub mod results;
 pub mod samples;

@@ -138,7 +138,7 @@ fn begun(likeliest: &[i64], right: &[i64], tokenizer: &Tokenizer) -> Result<Stri
 }
 
 /// The picture that a model is shown, normalisation undone.
-fn seen(pixels: &Pixels, processor: &ImageProcessor) -> RgbImage {
+pub fn seen(pixels: &Pixels, processor: &ImageProcessor) -> RgbImage {
     let (mean, std) = processor.mean_std();
     let area = pixels.height * pixels.width;
     RgbImage::from_fn(pixels.width as u32, pixels.height as u32, |x, y| {

@@ -24,7 +24,7 @@ pub type Teacher = Encoder;
 
 impl Encoder {
     /// Opens a model folder: `config.json` says which transformer it is, `preprocessor_config.json` how pictures are
-    /// prepared ([`EncoderConfig::default_processor`] where there is none). A folder may hold more than the encoder:
+    /// prepared ([`EncoderConfig::processor`]). A folder may hold more than the encoder:
     /// the words' half of a CLIP, pooling heads.
     ///
     /// # Errors
@@ -37,8 +37,7 @@ impl Encoder {
         weights
             .finish_allowing(|name| config.leaves_out(name))
             .with_context(|| format!("loading the vision encoder in {}", folder.display()))?;
-        let prepared = ["preprocessor_config.json", "processor_config.json"].iter().any(|f| folder.join(f).exists());
-        Ok(if prepared { Self { processor: ImageProcessor::open(folder)?, ..encoder } } else { encoder })
+        Ok(Self { processor: config.processor(folder)?, ..encoder })
     }
 
     /// One inside a larger model, from its own names; see [`EncoderConfig::load`]. Its pictures are prepared as

@@ -141,6 +141,28 @@ impl EncoderConfig {
         (image_size / patch_size.max(1)).pow(2)
     }
 
+    /// Side of a patch, in pixels.
+    pub fn patch_size(&self) -> i64 {
+        match self {
+            Self::Clip(config) => config.patch_size,
+            Self::Siglip(config) => config.patch_size,
+            Self::Siglip2(config) => config.patch_size,
+            Self::Aimv2(config) => config.patch_size,
+            Self::Vit(config) => config.patch_size,
+            Self::Dinov2(config) => config.patch_size,
+        }
+    }
+
+    /// How pictures are prepared for the encoder in this folder: as its `preprocessor_config.json` says,
+    /// [`EncoderConfig::default_processor`] where there is none.
+    ///
+    /// # Errors
+    /// Names the file and what in it does not fit.
+    pub fn processor(&self, folder: &Path) -> Result<ImageProcessor> {
+        let prepared = ["preprocessor_config.json", "processor_config.json"].iter().any(|f| folder.join(f).exists());
+        if prepared { ImageProcessor::open(folder) } else { Ok(self.default_processor()) }
+    }
+
     /// What its pictures go through where no file says so: mean, std and sampling of the family's own processor, and
     /// the whole picture made a square of the size that it was trained for; for SigLIP 2 one of about its own aspect.
     pub fn default_processor(&self) -> ImageProcessor {

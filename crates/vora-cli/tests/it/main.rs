@@ -1,5 +1,7 @@
 //! The real program, on a tiny model: exit codes, messages, and the way from training to an answer.
 
+mod data;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 

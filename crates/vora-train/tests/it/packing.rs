@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_data::{Batch, Record, RecordKeys, Sample, SampleMaker, collate, pack};
 use vora_train::metrics::{Line, MetricsLog, StepMetrics};
+use vora_train::preparation::Preparation;
 use vora_train::student::{DeviceBatch, Student};
 use vora_train::{Options, TrainConfig, Trainer, data};
 
@@ -72,8 +73,11 @@ fn learned(config: &TrainConfig, batch: &Batch) -> (f64, Option<f64>, Vec<(Strin
 fn packed_rows_have_the_loss_and_the_gradient_of_rows_with_one_sample() {
     for (number, system) in SYSTEMS.iter().enumerate() {
         let config = config(&[system, "bf16=false"]);
-        let maker = data::sample_maker(&config, &Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap());
-        let samples = samples(&maker.unwrap());
+        let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
+        let samples = samples(&data::sample_maker(&config, &student).unwrap());
+        // Without the student's weights they are the same.
+        let preparation = Preparation::open(&config, &resolve).unwrap();
+        assert_eq!(self::samples(&data::prepared_maker(&config, preparation).unwrap()), samples);
         let longest = samples.iter().map(|sample| sample.input_ids.len()).max().unwrap();
         let packed = pack(samples.clone(), 4, 2 * longest, 0);
         let alone = collate(samples, 0);
@@ -142,4 +146,15 @@ fn what_is_not_finite_is_found_in_a_packed_row() {
     let refused = error.downcast_ref::<vora_train::NotFinite>().unwrap();
     // More samples than the four rows of a step.
     assert!(refused.samples.len() > 4, "{error}");
+}
+
+#[test]
+fn a_packed_run_must_say_its_steps() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/smoke.yaml");
+    let data = "data={train: {packing: true, data_fetch: {data_paths: [{anno_path: a.jsonl}]}}}";
+    let open =
+        |overrides: &[&str]| TrainConfig::open(&path, &overrides.iter().map(|s| s.to_string()).collect::<Vec<_>>());
+    assert_eq!(open(&[data]).unwrap().packed_row_len(), Some(2048));
+    let error = format!("{:#}", open(&[data, "max_steps=-1"]).unwrap_err());
+    assert!(error.contains("max_steps is -1, but with data.train.packing"), "{error}");
 }

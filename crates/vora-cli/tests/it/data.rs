@@ -1,0 +1,82 @@
+//! `vora data show` tells the truth about samples, for each kind of model, without weights.
+
+use super::{fails, succeeded, text, vora};
+
+const SMOKE: &str = "crates/vora-train/recipes/smoke.yaml";
+const CONVERSATIONS: &str = "data={train: {data_fetch: {data_paths: [{anno_path: \
+                             fixtures/tiny/data/conversations.jsonl, image_folder: fixtures/tiny/data/images}]}}}";
+
+fn shown(args: &[&str]) -> Vec<serde_json::Value> {
+    let said = succeeded(&vora(&[&["data", "show", SMOKE, "--json"], args].concat()));
+    said.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn a_conversation_is_shown_as_it_is_learned() {
+    let folder = tempfile::tempdir().unwrap();
+    let images = folder.path().to_string_lossy().into_owned();
+    let said = succeeded(&vora(&["data", "show", SMOKE, "--set", CONVERSATIONS, "--images", &images]));
+    for part in [
+        "sample 0: train-0,",
+        "<|im_start|>user\n[image 4x4]\nWhat color?<|im_end|>\n<|im_start|>assistant\n\u{27e6}green<|im_end|>\u{27e7}\n",
+        "\u{27e6}cross<|im_end|>\u{27e7}\n",
+        "turn: \"Is it a square?\"\n  answer \"no\", labels \"no\": they agree",
+    ] {
+        assert!(said.contains(part), "no `{part}` in\n{said}");
+    }
+    assert!(!said.contains('\x1b'), "{said}");
+    let picture = vora_vision::open_image(&folder.path().join("0-0.png")).unwrap();
+    assert_eq!(picture.dimensions(), (56, 56));
+    // What is cut to fit loses whole turns.
+    let cut = format!("{}, data_preprocess: {{max_seq_len: 60}}}}}}", CONVERSATIONS.strip_suffix("}}").unwrap());
+    let [whole, cut] = [CONVERSATIONS, &cut].map(|data| shown(&["--set", data]).remove(0));
+    let answers = |sample: &serde_json::Value| sample["answers"].as_array().unwrap().len();
+    assert!(answers(&whole) == 4 && (1..4).contains(&answers(&cut)), "{cut}");
+    assert!(cut["tokens"].as_u64().unwrap() <= 60 && cut["agree"] == true, "{cut}");
+}
+
+#[test]
+fn every_kind_of_model_has_its_samples_shown() {
+    let systems = [
+        ("model.lora.r=4", false),
+        ("model={type: llava, llm: fixtures/tiny/llm, image_size: 56, vision_tower: fixtures/tiny/dinov2}", false),
+        ("model={type: chameleon, llm: fixtures/tiny/llm, image_size: 56, vqmodel: {steps: 1}}", true),
+    ];
+    for (model, is_marked) in systems {
+        let samples = shown(&["--count", "2", "--index", "3", "--set", model]);
+        assert_eq!(samples.iter().map(|sample| sample["index"].as_u64().unwrap()).collect::<Vec<_>>(), [3, 4]);
+        for sample in samples {
+            assert!(sample["agree"] == true && sample["branches"] == 4, "{model}: {sample}");
+            let runs = sample["runs"].as_array().unwrap();
+            let tokens = |key: &dyn Fn(&serde_json::Value) -> bool| -> u64 {
+                runs.iter().filter(|run| key(run)).map(|run| run["tokens"].as_u64().unwrap()).sum()
+            };
+            assert_eq!(tokens(&|run| run["learned"] == true), sample["learned"].as_u64().unwrap());
+            // The token that ends each branch is in the labels alone.
+            assert_eq!(tokens(&|_| true), sample["tokens"].as_u64().unwrap() + 4);
+            let text: String = runs.iter().map(|run| run["text"].as_str().unwrap()).collect();
+            assert!(text.contains("[image ") && text.contains("[begin image][image ") == is_marked, "{text}");
+        }
+    }
+}
+
+#[test]
+fn a_bad_record_says_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("bad.jsonl");
+    std::fs::write(
+        &path,
+        "{\"frames\": [\"gone.png\"], \"conversations\": [{\"from\": \"human\", \"value\": \"<image>\"}, \
+        {\"from\": \"gpt\", \"value\": \"a\"}]}\n",
+    )
+    .unwrap();
+    let data = format!(
+        "data={{train: {{data_fetch: {{data_paths: [{{anno_path: {}, image_folder: {}}}]}}}}}}",
+        path.display(),
+        folder.path().display()
+    );
+    let output = vora(&["data", "show", SMOKE, "--set", &data]);
+    let said = text(&output.stdout);
+    assert!(said.contains("sample 0 is bad") && said.contains("gone.png"), "{said}");
+    fails(&["data", "show", SMOKE, "--set", &data, "--index", "1"], 1, &["--index is 1, the data has 1 samples"]);
+}

@@ -1,0 +1,72 @@
+//! What becomes of records before a model sees them, known from the models' configs without their weights.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use vora_llm::LlmConfig;
+use vora_model::Chameleon;
+use vora_vision::{EncoderConfig, IMAGENET_DEFAULT, ImageProcessor, Resample, chameleon_processor};
+
+use crate::config::TrainConfig;
+use crate::model_config::ModelType;
+use crate::student::{Resolve, Student};
+
+/// What makes a model's input out of words and pictures.
+#[derive(Debug, Clone)]
+pub struct Preparation {
+    /// Where tokenizer and chat template lie.
+    pub llm_folder: PathBuf,
+    /// What pictures go through.
+    pub processor: ImageProcessor,
+    /// Side of what becomes one token of a picture, in pixels.
+    pub patch_size: i64,
+    /// The tokens before and behind every picture.
+    pub image_marks: Option<(i64, i64)>,
+}
+
+impl Preparation {
+    /// That of the run's student, which is not opened for it.
+    ///
+    /// # Errors
+    /// Names the key, and the file, that does not fit.
+    pub fn open(config: &TrainConfig, resolve: &Resolve<'_>) -> Result<Self> {
+        let section = &config.model;
+        let side = u32::try_from(section.image_size)?;
+        let llm_folder = resolve(&section.llm).context("model.llm")?;
+        let encoder = |name: &str| {
+            let folder = resolve(name)?;
+            let config = EncoderConfig::open(&folder)?;
+            anyhow::Ok((config.processor(&folder)?.at(side), config.patch_size()))
+        };
+        let (processor, patch_size, image_marks) = match section.model_type {
+            ModelType::Vora => {
+                let processor = match &section.aux_vision {
+                    Some(teacher) => encoder(teacher).context("model.aux_vision")?.0,
+                    None => ImageProcessor::square(side, IMAGENET_DEFAULT.0, IMAGENET_DEFAULT.1, Resample::Bicubic),
+                };
+                (processor, section.patch_size.context("model.patch_size is missing")?, None)
+            }
+            ModelType::Llava => {
+                let tower = section.vision_tower.as_ref().context("model.vision_tower is missing")?;
+                let (processor, patch_size) = encoder(tower).context("model.vision_tower")?;
+                (processor, patch_size, None)
+            }
+            ModelType::Chameleon => {
+                let vq = section.vqmodel.as_ref().context("model.vqmodel is missing")?.config(section.image_size);
+                let chameleon = Chameleon::config_over(&LlmConfig::open(&llm_folder)?, &vq).context("model.llm")?;
+                (chameleon_processor(side)?, vq.stride(), Some(Chameleon::image_marks_of(&chameleon)?))
+            }
+        };
+        Ok(Self { llm_folder, processor, patch_size, image_marks })
+    }
+
+    /// That of a student that is there.
+    pub fn of(student: &Student) -> Self {
+        Self {
+            llm_folder: student.llm_folder().to_owned(),
+            processor: student.processor().clone(),
+            patch_size: student.patch_size(),
+            image_marks: student.model.image_marks(),
+        }
+    }
+}
