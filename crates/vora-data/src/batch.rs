@@ -39,6 +39,8 @@ pub struct SampleInfo {
     pub num_images: usize,
     /// Its questions, with the tokens of each answer within the row.
     pub questions: Vec<QuestionSpan>,
+    /// Answers at its end that were left out, as they would not fit.
+    pub cut_answers: usize,
 }
 
 /// The places that a model learns from, or is judged by.
@@ -82,6 +84,7 @@ pub fn collate_rows(rows: Vec<Vec<Sample>>, pad_id: i64) -> Batch {
                 tokens: start..start + sample.input_ids.len(),
                 num_images: sample.images.len(),
                 questions: sample.questions,
+                cut_answers: sample.cut_answers,
             });
             batch.input_ids.extend(sample.input_ids);
             batch.targets.extend(sample.targets);
@@ -135,6 +138,7 @@ mod tests {
             spans: vec![Span::text(input_ids.len() as i64)],
             images: vec![Pixels { data: vec![0.0; 3], height: 1, width: 1 }],
             questions: questions.iter().map(span).collect(),
+            cut_answers: 0,
         }
     }
 

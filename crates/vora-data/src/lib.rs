@@ -28,5 +28,5 @@ pub use batch::{Batch, SampleInfo, Supervised, collate, collate_rows};
 pub use loader::{Loader, LoaderConfig};
 pub use pack::pack;
 pub use record::{Conversations, Record, RecordKeys};
-pub use sample::{IGNORE_INDEX, QuestionSpan, Sample, SampleMaker};
+pub use sample::{IGNORE_INDEX, QuestionSpan, Sample, SampleMaker, TooLong};
 pub use source::{Chain, ConversationSource, SceneSource, Source};

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::batch::{Batch, collate_rows};
 use crate::pack::OpenBatch;
-use crate::sample::Sample;
+use crate::sample::{Sample, TooLong};
 use crate::source::Source;
 
 /// As many bad samples in a row stop the run: then it is not the records that are wrong.
@@ -84,6 +84,7 @@ pub struct Loader {
     drawn: u64,
     open: [OpenBatch; 2], // with pictures and without, where they are grouped
     num_skipped: u64,
+    num_too_long: u64,
     num_bad_in_a_row: u64,
     waited: Duration,
 }
@@ -117,6 +118,7 @@ impl Loader {
             workers,
             drawn: 0,
             num_skipped: 0,
+            num_too_long: 0,
             num_bad_in_a_row: 0,
             waited: Duration::ZERO,
         })
@@ -140,6 +142,11 @@ impl Loader {
     /// How many bad samples were left out so far.
     pub fn num_skipped(&self) -> u64 {
         self.num_skipped
+    }
+
+    /// How many of those had not even a first answer that fits.
+    pub fn num_too_long(&self) -> u64 {
+        self.num_too_long
     }
 
     /// How long the caller had to wait for samples so far.
@@ -171,6 +178,7 @@ impl Loader {
                 Err(error) => {
                     tracing::warn!("skipped a bad record: {error:#}");
                     self.num_skipped += 1;
+                    self.num_too_long += u64::from(error.chain().any(|cause| cause.is::<TooLong>()));
                     self.num_bad_in_a_row += 1;
                     if self.num_bad_in_a_row >= MOST_BAD_IN_A_ROW {
                         return Err(error.context(format!("{MOST_BAD_IN_A_ROW} bad records in a row, the last is")));

@@ -77,6 +77,7 @@ mod tests {
             spans: vec![Span::text(len as i64)],
             images: Vec::new(),
             questions: Vec::new(),
+            cut_answers: 0,
         }
     }
 

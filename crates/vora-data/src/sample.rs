@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
+use thiserror::Error;
 use vora_llm::{ChatTemplate, Message, Modality, Part, Piece, Span, Tokenizer};
 use vora_vision::{ImageProcessor, Pixels, RgbImage};
 
@@ -32,6 +33,18 @@ pub struct Sample {
     pub images: Vec<Pixels>,
     /// What was asked, in the order of the answers' tokens.
     pub questions: Vec<QuestionSpan>,
+    /// Answers at its end that were left out, with what was asked, as they would not fit.
+    pub cut_answers: usize,
+}
+
+/// Why a sample cannot be made: not even its first answer fits, so nothing of it would be learned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("it has {tokens} tokens up to its first answer, at most {max_length} are allowed")]
+pub struct TooLong {
+    /// Tokens up to the end of its first answer.
+    pub tokens: usize,
+    /// As many it may have.
+    pub max_length: usize,
 }
 
 /// A question, and where its answer is.
@@ -84,12 +97,8 @@ impl SampleMaker {
             let mut tokens = self.tokens(&messages, &images)?;
             let ends: Vec<_> = tokens.answers().map(|answer| answer.end).collect();
             let fitting = ends.iter().take_while(|end| **end - 1 <= self.max_length).count();
-            ensure!(
-                fitting > 0,
-                "it has {} tokens up to its first answer, at most {} are allowed",
-                ends.first().copied().unwrap_or_default(),
-                self.max_length
-            );
+            let first_end = *ends.first().context("the chat template shows no answer")?;
+            ensure!(fitting > 0, TooLong { tokens: first_end, max_length: self.max_length });
             if fitting < ends.len() {
                 let keep =
                     messages.iter().enumerate().filter(|(_, message)| message.role == "assistant").nth(fitting - 1);
@@ -97,7 +106,7 @@ impl SampleMaker {
                 images.truncate(num_images(&messages));
                 tokens = self.tokens(&messages, &images)?;
             }
-            tokens.into_sample(record, images)
+            Ok(Sample { cut_answers: ends.len() - fitting, ..tokens.into_sample(record, images)? })
         };
         sample().with_context(|| format!("sample {}", record.id))
     }
@@ -133,6 +142,7 @@ impl SampleMaker {
             spans: chats[0].trunk(trunk_len)?,
             images,
             questions: Vec::with_capacity(questions.len()),
+            cut_answers: 0,
         };
         for (branch, (chat, question)) in chats.iter().zip(questions).enumerate() {
             let answer = chat.only_answer()?;
@@ -150,7 +160,7 @@ impl SampleMaker {
             });
         }
         let len = sample.input_ids.len();
-        ensure!(len <= self.max_length, "it has {len} tokens, at most {} are allowed", self.max_length);
+        ensure!(len <= self.max_length, TooLong { tokens: len, max_length: self.max_length });
         Ok(sample)
     }
 
@@ -285,6 +295,7 @@ impl Tokens {
             spans: self.trunk(len)?,
             images,
             questions,
+            cut_answers: 0,
         })
     }
 }
@@ -431,6 +442,7 @@ pub(crate) mod tests {
         maker.max_length -= 1;
         let cut = maker.conversation(&record, &images).unwrap();
         assert_eq!((cut.images.len(), cut.questions.len()), (1, 1));
+        assert_eq!((cut.cut_answers, whole.cut_answers), (1, 0));
         assert_eq!(cut.input_ids, whole.input_ids[..cut.input_ids.len()]);
         assert_eq!(cut.targets, whole.targets[..cut.input_ids.len()]);
         maker.max_length = cut.input_ids.len() - 1;

@@ -151,6 +151,7 @@ impl Source for Numbers {
             spans: vec![vora_llm::Span::text(1)],
             images: Vec::new(),
             questions: Vec::new(),
+            cut_answers: 0,
         })
     }
 }

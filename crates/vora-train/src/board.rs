@@ -48,6 +48,8 @@ impl Board {
             ("train/samples_per_second", metrics.samples_per_second),
             ("train/data_wait", metrics.data_wait),
             ("train/padding_share", metrics.padding_share),
+            ("data/truncated", metrics.truncated as f64),
+            ("data/too_long", metrics.too_long as f64),
         ];
         values.extend(always.map(|(tag, value)| (tag.to_owned(), value)));
         self.events.scalars(metrics.step, &values)

@@ -240,6 +240,7 @@ mod tests {
             spans: vec![vora_llm::Span::text(1)],
             images: pictures.iter().map(|&p| Pixels { data: vec![p; 3], height: 1, width: 1 }).collect(),
             questions: vec![question; questions],
+            cut_answers: 0,
         }
     }
 

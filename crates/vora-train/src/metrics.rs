@@ -38,6 +38,12 @@ pub struct StepMetrics {
     /// Share of the rows' places that are padding.
     #[serde(default)]
     pub padding_share: f64,
+    /// Samples of the step that lost turns at their end, to fit into `max_seq_len`.
+    #[serde(default)]
+    pub truncated: u64,
+    /// Samples left out on the way to this step as not even their first answer fits.
+    #[serde(default)]
+    pub too_long: u64,
     /// Seconds that the step waited for data.
     pub data_wait: f64,
     /// Bytes of memory that the process holds, mapped weights included; absent where the system does not tell.
@@ -191,6 +197,8 @@ mod tests {
             samples_per_second: 10.0,
             tokens_per_second: 100.0,
             padding_share: 0.25,
+            truncated: 1,
+            too_long: 2,
             data_wait: 0.0,
             memory: None,
             seconds: 1.0,

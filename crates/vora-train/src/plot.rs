@@ -323,6 +323,8 @@ mod tests {
                 samples_per_second: 1.0,
                 tokens_per_second: 1.0,
                 padding_share: 0.0,
+                truncated: 0,
+                too_long: 0,
                 data_wait: 0.0,
                 memory: Some(1 << 30),
                 seconds: x,

@@ -94,8 +94,9 @@ pub struct Trainer {
     board: Option<Board>,
     tokenizer: Arc<Tokenizer>,
     spikes: SpikeDetector,
-    step: u64,    // done so far
-    resumed: u64, // done when this process began
+    step: u64,      // done so far
+    resumed: u64,   // done when this process began
+    truncated: u64, // samples in this process that lost turns
     seconds: f64,
     stop: Arc<AtomicBool>,
 }
@@ -161,6 +162,7 @@ impl Trainer {
             spikes: SpikeDetector::default(),
             step,
             resumed: step,
+            truncated: 0,
             seconds: state.map_or(0.0, |state| state.seconds),
             stop: options.stop,
             run,
@@ -206,6 +208,7 @@ impl Trainer {
     /// [`NotFinite`], before any weight or running mean is touched.
     pub fn train_step(&mut self) -> Result<StepMetrics> {
         let start = Instant::now();
+        let too_long_before = self.loader.num_too_long();
         let batches = self.next_batches()?;
         let data_wait = start.elapsed().as_secs_f64();
         let device = self.student.device();
@@ -269,10 +272,13 @@ impl Trainer {
             samples_per_second: num_samples as f64 / seconds,
             tokens_per_second: num_tokens as f64 / seconds,
             padding_share: 1.0 - num_tokens as f64 / num_slots as f64,
+            truncated: batches.iter().flat_map(|batch| &batch.samples).filter(|s| s.cut_answers > 0).count() as u64,
+            too_long: self.loader.num_too_long() - too_long_before,
             data_wait,
             memory: memory(),
             seconds: self.seconds,
         };
+        self.truncated += metrics.truncated;
         if step.is_multiple_of(self.config.logging_steps) || step == self.schedule.max_steps {
             self.metrics.write(&Line::Step(metrics.clone()))?;
             if let Some(board) = &mut self.board {
@@ -338,7 +344,14 @@ impl Trainer {
         let shown = samples::choose(&self.held_out, SAMPLES);
         samples::write(&self.run.path().join(samples::FOLDER), &shown, self.student.processor())?;
         if self.loader.num_skipped() > 0 {
-            tracing::warn!("{} bad records were left out", self.loader.num_skipped());
+            tracing::warn!(
+                "{} bad records were left out, {} of them as not even their first answer fits into max_seq_len",
+                self.loader.num_skipped(),
+                self.loader.num_too_long()
+            );
+        }
+        if self.truncated > 0 {
+            tracing::warn!("{} samples lost turns at their end, to fit into max_seq_len", self.truncated);
         }
         let Some(report) = self.evaluate(progress)? else {
             return Ok(Outcome::Stopped { step: self.step });

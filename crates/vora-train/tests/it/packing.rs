@@ -158,3 +158,26 @@ fn a_packed_run_must_say_its_steps() {
     let error = format!("{:#}", open(&[data, "max_steps=-1"]).unwrap_err());
     assert!(error.contains("max_steps is -1, but with data.train.packing"), "{error}");
 }
+
+#[test]
+fn what_is_cut_or_left_out_for_its_length_is_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let record = |question: &str, turns: usize| {
+        let turns = ["human", "gpt"].iter().cycle().take(2 * turns);
+        let turns: Vec<_> = turns.map(|from| serde_json::json!({"from": from, "value": question})).collect();
+        serde_json::json!({"conversations": turns}).to_string()
+    };
+    let path = folder.path().join("words.jsonl");
+    std::fs::write(&path, [record("yes", 1), record("no", 9), record(&"no ".repeat(60), 1)].join("\n")).unwrap();
+    let data = format!(
+        "data={{train: {{data_preprocess: {{max_seq_len: 60}}, data_fetch: {{data_paths: [{{anno_path: {}}}]}}}}}}",
+        path.display()
+    );
+    let output_dir = format!("output_dir={}", folder.path().join("run").display());
+    let overrides = [&output_dir, &data, "distill.center=false", "per_device_train_batch_size=1"];
+    let config = config(&[&overrides[..], &["gradient_accumulation_steps=2", "shuffle=false"]].concat());
+    let options = Options { device: Device::Cpu, resume: false, resolve: &resolve, stop: Arc::default() };
+    let mut trainer = Trainer::new(config, options).unwrap();
+    let counts: Vec<_> = (0..2).map(|_| trainer.train_step().unwrap()).map(|m| (m.truncated, m.too_long)).collect();
+    assert_eq!(counts, [(1, 0), (1, 1)]);
+}
