@@ -1,5 +1,5 @@
-//! From records to samples to batches: conversations in JSON lines with their images, `scenes`, a procedural dataset,
-//! and worker threads that make batches ahead of time, in an order that depends on neither their number nor on where
+//! From records to samples to batches: conversations with their images, in JSON, parquet files and WebDataset's tar
+//! shards, `scenes`, a procedural dataset, all of them mixed by weight, and worker threads that make batches ahead of time, in an order that depends on neither their number nor on where
 //! a run was interrupted. All of it is plain memory: no tensors are made here, no model is run, nothing is downloaded,
 //! and what is learned from a batch is somebody else's business.
 //!
@@ -16,16 +16,23 @@
 //! ```
 
 pub mod batch;
+pub mod files;
 pub mod loader;
+pub mod mix;
 mod pack;
+mod parquet;
 pub mod record;
 pub mod sample;
 pub mod scenes;
+pub mod shards;
 mod shuffle;
 pub mod source;
+mod tar;
 
 pub use batch::{Batch, SampleInfo, Supervised, collate, collate_rows};
+pub use files::RecordFiles;
 pub use loader::{Loader, LoaderConfig};
+pub use mix::Mix;
 pub use pack::pack;
 pub use record::{Conversations, Record, RecordKeys};
 pub use sample::{IGNORE_INDEX, QuestionSpan, Sample, SampleMaker, TooLong};

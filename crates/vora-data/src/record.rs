@@ -1,8 +1,9 @@
-//! The conversation format: one JSON object a line, images beside it.
+//! The conversation format: one JSON object a line or one array of them, images beside it.
 //!
 //! `{"id": .., "frames": ["a.jpg"], "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, ..]}`; LLaVA's
-//! `image` instead of `frames` is read too. Annotations are streamed once for the places of their lines and then read
-//! line by line: a file may be larger than memory.
+//! `image` instead of `frames` is read too, and a turn may be `{"role": .., "content": ..}`, as the hub's chats are.
+//! Annotations are streamed once for the places of their records and then read one by one: a file may be larger than
+//! memory.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
@@ -18,11 +19,11 @@ use vora_llm::{Message, Part};
 /// What marks an image's place in a human turn.
 pub const IMAGE_PLACE: &str = "<image>";
 
-/// No line is longer: 16 MiB.
-const MAX_LINE: u64 = 16 << 20;
+/// No record's text is longer: 16 MiB.
+pub(crate) const MAX_LINE: u64 = 16 << 20;
 
 /// No image file is larger: 256 MiB.
-const MAX_IMAGE_FILE: u64 = 256 << 20;
+pub(crate) const MAX_IMAGE_FILE: u64 = 256 << 20;
 
 /// One conversation about some images, or about none.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,8 +68,30 @@ enum OneOrMore {
 
 #[derive(Deserialize)]
 struct RawTurn {
+    #[serde(alias = "role")]
     from: String,
-    value: String,
+    #[serde(alias = "content")]
+    value: RawText,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum RawText {
+    Whole(String),
+    Parts(Vec<RawPart>),
+}
+
+#[derive(Deserialize)]
+struct RawPart {
+    r#type: String,
+    text: Option<String>,
+}
+
+/// A question with its answer, as some of the hub's sets have them in `texts`.
+#[derive(Deserialize)]
+struct Pair {
+    user: String,
+    assistant: String,
 }
 
 impl Record {
@@ -91,15 +114,60 @@ impl Record {
             Some(OneOrMore::One(frame)) => vec![frame],
             Some(OneOrMore::More(frames)) => frames,
         };
-        let id = match take(&mut object, "id")? {
-            Some(Id::Text(id)) => id,
-            Some(Id::Number(id)) => id.to_string(),
-            None => String::new(),
-        };
+        let id = id(&mut object)?;
         let raw = take(&mut object, &keys.conversations)?;
         let raw = raw.with_context(|| format!("it lacks the key `{}`", keys.conversations))?;
         Ok(Self { id, messages: messages(raw, frames.len())?, frames })
     }
+
+    /// A record whose images came with it: what its own keys say of images is not looked at. Its words are a
+    /// conversation, under `keys.conversations` or `messages`, as JSON or as a string of JSON; or pairs under `texts`;
+    /// or a caption, under `caption` or `text`, the first where there are several.
+    pub(crate) fn with_images(mut object: Map<String, Value>, keys: &RecordKeys, num_images: usize) -> Result<Self> {
+        let id = id(&mut object)?;
+        let frames = (0..num_images).map(|idx| idx.to_string()).collect();
+        for key in [keys.conversations.as_str(), "messages"] {
+            if let Some(Value::String(text)) = object.get(key) {
+                let value =
+                    serde_json::from_str(text).map_err(|e| anyhow!("its `{key}` is a string, but no JSON: {e}"));
+                object.insert(key.to_owned(), value?);
+            }
+            if let Some(raw) = take(&mut object, key)? {
+                return Ok(Self { id, messages: messages(raw, num_images)?, frames });
+            }
+        }
+        if let Some(pairs) = take::<Vec<Pair>>(&mut object, "texts")? {
+            let turn = |from: &str, text| RawTurn { from: from.to_owned(), value: RawText::Whole(text) };
+            let pair = |pair: Pair| [turn("user", pair.user), turn("assistant", pair.assistant)];
+            return Ok(Self {
+                id,
+                messages: messages(pairs.into_iter().flat_map(pair).collect(), num_images)?,
+                frames,
+            });
+        }
+        for key in ["caption", "text"] {
+            let caption = match take(&mut object, key)? {
+                None => continue,
+                Some(OneOrMore::One(caption)) => caption,
+                Some(OneOrMore::More(captions)) => captions.into_iter().next().context("it has no caption")?,
+            };
+            ensure!(num_images > 0, "it has a caption, but no image");
+            let question = Message { role: "user".to_owned(), content: vec![Part::Image; num_images] };
+            return Ok(Self { id, messages: vec![question, Message::new("assistant", &caption)], frames });
+        }
+        bail!(
+            "it has neither a conversation under `{}` or `messages` nor `texts`, `caption` or `text`",
+            keys.conversations
+        )
+    }
+}
+
+fn id(object: &mut Map<String, Value>) -> Result<String> {
+    Ok(match take(object, "id")? {
+        Some(Id::Text(id)) => id,
+        Some(Id::Number(id)) => id.to_string(),
+        None => String::new(),
+    })
 }
 
 /// The value of a key, if it is there and not null.
@@ -112,6 +180,10 @@ fn take<T: DeserializeOwned>(object: &mut Map<String, Value>, key: &str) -> Resu
 fn messages(raw: Vec<RawTurn>, num_images: usize) -> Result<Vec<Message>> {
     let mut messages: Vec<Message> = Vec::with_capacity(raw.len());
     for RawTurn { from, value } in raw {
+        let value = match value {
+            RawText::Whole(text) => text,
+            RawText::Parts(parts) => parts.into_iter().map(RawPart::shown).collect::<Result<_>>()?,
+        };
         let role = match from.as_str() {
             "system" => "system",
             "human" | "user" => "user",
@@ -141,6 +213,16 @@ fn messages(raw: Vec<RawTurn>, num_images: usize) -> Result<Vec<Message>> {
         ensure!(places == num_images, "{places} places `{IMAGE_PLACE}` in the questions, {num_images} images");
     }
     Ok(messages)
+}
+
+impl RawPart {
+    fn shown(self) -> Result<String> {
+        match (self.r#type.as_str(), self.text) {
+            ("image", _) => Ok(IMAGE_PLACE.to_owned()),
+            ("text", Some(text)) => Ok(text),
+            (other, _) => bail!("a part of a turn is `{other}`, expected `image`, or `text` with its text"),
+        }
+    }
 }
 
 /// `"a<image>b"` -> text, image, text
@@ -173,15 +255,17 @@ pub struct Conversations {
     image_folder: Option<PathBuf>, // without links or dots
     keys: RecordKeys,
     file: Mutex<File>,
-    lines: Vec<(u64, u32)>, // start, length; a longer line than can be read has length u32::MAX
+    is_array: bool,
+    lines: Vec<(u64, u32)>, // start, length of each record; a longer one than can be read has length u32::MAX
     blank: Vec<usize>,      // how many records were found before each blank line
 }
 
 impl Conversations {
-    /// Finds the lines of `annotation`; images lie under `image_folder`, which is empty for text alone.
+    /// Finds the records of `annotation`, an object a line or one array of objects; images lie under `image_folder`,
+    /// which is empty for text alone.
     ///
     /// # Errors
-    /// Where either cannot be read, or the file is one JSON array and not an object a line.
+    /// Where either cannot be read, or an array is cut short.
     pub fn open(annotation: &Path, image_folder: &Path) -> Result<Self> {
         let shown = annotation.display();
         let file = File::open(annotation).with_context(|| format!("cannot read {shown}"))?;
@@ -194,10 +278,17 @@ impl Conversations {
             image_folder: image_folder.transpose()?,
             keys: RecordKeys::default(),
             file: Mutex::new(file.try_clone().with_context(|| format!("cannot read {shown}"))?),
+            is_array: false,
             lines: Vec::new(),
             blank: Vec::new(),
         };
-        found.find_lines(&mut BufReader::with_capacity(1 << 20, file)).with_context(|| format!("reading {shown}"))?;
+        let mut file = BufReader::with_capacity(1 << 20, file);
+        found.is_array = is_array(&mut file).with_context(|| format!("cannot read {shown}"))?;
+        if found.is_array {
+            found.find_elements(&mut file).with_context(|| format!("reading {shown}"))?;
+        } else {
+            found.find_lines(&mut file).with_context(|| format!("reading {shown}"))?;
+        }
         ensure!(!found.lines.is_empty(), "{shown} has no records");
         Ok(found)
     }
@@ -220,13 +311,7 @@ impl Conversations {
             }
             let newline = chunk.iter().position(|byte| *byte == b'\n');
             let line = &chunk[..newline.unwrap_or(chunk.len())];
-            if blank && let Some(first) = line.iter().find(|byte| !byte.is_ascii_whitespace()) {
-                ensure!(
-                    *first != b'[' || !self.lines.is_empty(),
-                    "the file is one JSON array, expected one object a line (`jq -c '.[]'` makes it so)"
-                );
-                blank = false;
-            }
+            blank = blank && line.iter().all(u8::is_ascii_whitespace);
             at += line.len() as u64;
             let used = line.len() + usize::from(newline.is_some());
             file.consume(used);
@@ -235,6 +320,49 @@ impl Conversations {
                 at += 1;
                 (start, blank) = (at, true);
             }
+        }
+    }
+
+    /// The elements of one array, by its brackets and commas; what stands between them is read later.
+    fn find_elements(&mut self, file: &mut impl BufRead) -> Result<()> {
+        let (mut at, mut start, mut depth) = (0_u64, 0_u64, 0_usize);
+        let (mut in_string, mut escaped, mut ended) = (false, false, false);
+        loop {
+            let chunk = file.fill_buf()?;
+            if chunk.is_empty() {
+                ensure!(ended, "the array has no end, the file is cut short");
+                return Ok(());
+            }
+            for &byte in chunk {
+                match byte {
+                    _ if ended => ensure!(byte.is_ascii_whitespace(), "there is more behind the array's end"),
+                    _ if escaped => escaped = false,
+                    b'\\' if in_string => escaped = true,
+                    b'"' => in_string = !in_string,
+                    _ if in_string => {}
+                    b'[' | b'{' => {
+                        depth += 1;
+                        if depth == 1 {
+                            start = at + 1;
+                        }
+                    }
+                    b',' if depth == 1 => {
+                        self.add_line(start, at, false);
+                        start = at + 1;
+                    }
+                    b']' | b'}' => {
+                        depth -= 1; // the first byte was a bracket, and none comes behind the last
+                        ended = depth == 0;
+                        if ended && at > start {
+                            self.add_line(start, at, false);
+                        }
+                    }
+                    _ => {}
+                }
+                at += 1;
+            }
+            let used = chunk.len();
+            file.consume(used);
         }
     }
 
@@ -256,8 +384,11 @@ impl Conversations {
         self.lines.is_empty()
     }
 
-    /// `file:line` of a record.
+    /// `file:line` of a record; of one in an array, its number from 1.
     pub fn place(&self, index: u64) -> String {
+        if self.is_array {
+            return format!("{}: record {}", self.path.display(), index + 1);
+        }
         let index = index as usize;
         let line = 1 + index + self.blank.partition_point(|before| *before <= index);
         format!("{}:{line}", self.path.display())
@@ -279,7 +410,7 @@ impl Conversations {
 
     fn line(&self, index: u64) -> Result<Vec<u8>> {
         let (start, len) = *self.lines.get(index as usize).context("there is no such record")?;
-        ensure!(u64::from(len) <= MAX_LINE, "the line has more than {} MiB", MAX_LINE >> 20);
+        ensure!(u64::from(len) <= MAX_LINE, "the record has more than {} MiB", MAX_LINE >> 20);
         let mut line = vec![0; len as usize];
         let mut file = self.file.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         file.seek(SeekFrom::Start(start))?;
@@ -313,6 +444,11 @@ impl Conversations {
         ensure!(path.is_file(), "image `{frame}` is not a file");
         Ok(path)
     }
+}
+
+/// Whether the first byte that is no space opens an array. Looks for it in the first buffer alone: 1 MiB.
+fn is_array(file: &mut impl BufRead) -> Result<bool> {
+    Ok(file.fill_buf()?.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'['))
 }
 
 #[cfg(test)]
@@ -396,6 +532,50 @@ mod tests {
     }
 
     #[test]
+    fn an_array_is_read_by_its_elements() {
+        let tricky = GOOD.replace("Hi", r#"]}, \\\" [{"#);
+        let (_folder, found) = file(&[b" [", GOOD.as_bytes(), b",\n7 ,", tricky.as_bytes(), b",, [{\"id\": 1}]\n]\n "]);
+        let found = found.unwrap();
+        assert_eq!(found.len(), 5);
+        assert_eq!(found.record(0).unwrap().id, "a");
+        assert_eq!(found.record(2).unwrap().messages[0].content, [text(r#"]}, \" [{"#)]);
+        let error = |index| format!("{:#}", found.record(index).unwrap_err());
+        for index in [1, 3, 4] {
+            assert!(
+                error(index).contains(&format!("data.jsonl: record {}: not a record", index + 1)),
+                "{}",
+                error(index)
+            );
+        }
+    }
+
+    #[test]
+    fn turns_are_written_in_several_ways() {
+        let object = |text: &str| serde_json::from_str::<Map<String, Value>>(text).unwrap();
+        let read = |text: &str| Record::with_images(object(text), &RecordKeys::default(), 1).unwrap().messages;
+        let parts = read(
+            r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "What?"}, {"type": "image", "text": null}]},
+                {"role": "assistant", "content": "A cat."}]}"#,
+        );
+        assert_eq!(parts[0].content, [text("What?"), Part::Image]);
+        let string = read(
+            r#"{"image": "x.jpg", "conversations": "[{\"from\": \"human\", \"value\": \"What?<image>\"}, {\"from\": \"gpt\", \"value\": \"A cat.\"}]"}"#,
+        );
+        assert_eq!(string, parts);
+        let pairs = read(r#"{"texts": [{"user": "What?<image>", "assistant": "A cat.", "source": "s"}]}"#);
+        assert_eq!(pairs, parts);
+        let captions = read(r#"{"caption": ["A cat.", "A dog."]}"#);
+        assert_eq!((captions[0].content.as_slice(), &captions[1]), ([Part::Image].as_slice(), &parts[1]));
+        let error = |text: &str, num_images| {
+            Record::with_images(object(text), &RecordKeys::default(), num_images).unwrap_err().to_string()
+        };
+        assert!(error(r#"{"text": "A cat."}"#, 0).contains("a caption, but no image"));
+        assert!(error(r#"{"label": 3}"#, 1).contains("neither a conversation under `conversations`"));
+        assert!(error(r#"{"conversations": "A cat."}"#, 1).contains("is a string, but no JSON"));
+        assert!(error(r#"{"messages": [{"role": "user", "content": [{"type": "audio"}]}]}"#, 1).contains("`audio`"));
+    }
+
+    #[test]
     fn keys_may_have_other_names() {
         let line = GOOD.replace("conversations", "turns").replace("{\"id\": \"a\"", "{\"pictures\": \"a.png\"");
         let keys = RecordKeys { frames: "pictures".to_owned(), conversations: "turns".to_owned() };
@@ -423,14 +603,16 @@ mod tests {
         writeln!(writer, "\n{GOOD}").unwrap();
         let found = Conversations::open(&path, folder.path()).unwrap();
         let message = format!("{:#}", found.record(0).unwrap_err());
-        assert!(message.contains("data.jsonl:1: the line has more than 16 MiB"), "{message}");
+        assert!(message.contains("data.jsonl:1: the record has more than 16 MiB"), "{message}");
         assert_eq!(found.record(1).unwrap().id, "a");
     }
 
     #[test]
     fn files_that_are_no_annotations_say_so() {
         let error = |lines: &[&[u8]]| format!("{:#}", file(lines).1.unwrap_err());
-        assert!(error(&[b" \n [\n", GOOD.as_bytes(), b"]"]).contains("one JSON array"));
+        assert!(error(&[b" \n [\n", GOOD.as_bytes()]).contains("data.jsonl: the array has no end"));
+        assert!(error(&[b"[", GOOD.as_bytes(), b"]]"]).contains("more behind the array's end"));
+        assert!(error(&[b"[]"]).contains("has no records"));
         assert!(error(&[b"\n\n"]).contains("has no records"));
         let missing = Conversations::open(Path::new("nowhere.jsonl"), Path::new(".")).unwrap_err();
         assert!(missing.to_string().contains("cannot read nowhere.jsonl"));

@@ -19,6 +19,11 @@ pub trait Source: Send + Sync {
         self.len() == Some(0)
     }
 
+    /// Whether it is read from its start on, so that only samples nearly in order are quickly made.
+    fn is_stream(&self) -> bool {
+        false
+    }
+
     /// Makes the sample of this number.
     ///
     /// # Errors
@@ -99,15 +104,15 @@ impl Source for ConversationSource {
 
 /// Several sources with an end, one after the other; shuffled, they mix.
 pub struct Chain {
-    sources: Vec<(u64, Box<dyn Source>)>, // with the number of samples up to its end
+    sources: Vec<(u64, Arc<dyn Source>)>, // with the number of samples up to its end
 }
 
 impl Chain {
     /// # Panics
     /// Where a source never ends: nothing after it would be reached.
-    pub fn new(sources: impl IntoIterator<Item = Box<dyn Source>>) -> Self {
+    pub fn new(sources: impl IntoIterator<Item = Arc<dyn Source>>) -> Self {
         let mut end = 0;
-        let with_end = |source: Box<dyn Source>| {
+        let with_end = |source: Arc<dyn Source>| {
             end += source.len().expect("a source with an end");
             (end, source)
         };
@@ -220,7 +225,7 @@ mod tests {
 
     #[test]
     fn a_chain_counts_through_its_sources() {
-        let numbers = |len| Box::new(Numbers { len: Some(len), bad: Vec::new() }) as Box<dyn Source>;
+        let numbers = |len| Arc::new(Numbers { len: Some(len), bad: Vec::new() }) as Arc<dyn Source>;
         let chain = Chain::new([numbers(2), numbers(0), numbers(3)]);
         let ids: Vec<_> = (0..5).map(|index| chain.sample(index).unwrap().id).collect();
         assert_eq!((chain.len(), ids.join(" ").as_str()), (Some(5), "0 1 0 1 2"));

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
-use vora_data::{Chain, ConversationSource, Conversations, RecordKeys, SampleMaker, SceneSource, Source};
+use vora_data::{Chain, Mix, RecordFiles, RecordKeys, SampleMaker, SceneSource, Source};
 use vora_llm::tokenizer::special_tokens;
 use vora_llm::{ChatTemplate, Tokenizer};
 
 use crate::config::TrainConfig;
-use crate::data_config::{DataFetch, DataPreprocess};
+use crate::data_config::{DataFetch, DataPath, DataPreprocess};
 use crate::preparation::Preparation;
 use crate::student::Student;
 
@@ -47,10 +47,21 @@ pub fn prepared_maker(config: &TrainConfig, preparation: Preparation) -> Result<
 
 /// What is learned from.
 pub fn training(config: &TrainConfig, maker: &Arc<SampleMaker>) -> Result<Arc<dyn Source>> {
-    match &config.data.train.data_fetch {
-        Some(fetch) => annotated(fetch, &preprocess(config), maker).context("data.train"),
-        None => scenes(config.data.train.scenes.clone().unwrap_or_default(), Split::Train, maker),
+    let train = &config.data.train;
+    let procedural = || scenes(train.scenes.clone().unwrap_or_default(), Split::Train, maker);
+    let Some(fetch) = &train.data_fetch else { return procedural() };
+    if !fetch.has_weights() {
+        return annotated(fetch, &preprocess(config), maker).context("data.train");
     }
+    let mut sources = Vec::new();
+    for path in &fetch.data_paths {
+        let files = one(files(path, &preprocess(config), maker).context("data.train")?)?;
+        sources.push((path.weight.unwrap_or(1.0), files));
+    }
+    if let Some(weight) = train.scenes_weight {
+        sources.push((weight, procedural()?));
+    }
+    Ok(Arc::new(Mix::by_weight(sources).context("data.train")?))
 }
 
 /// What is asked afterwards, in the order of the splits' names.
@@ -81,11 +92,24 @@ fn scenes(config: ScenesConfig, split: Split, maker: &Arc<SampleMaker>) -> Resul
 }
 
 fn annotated(fetch: &DataFetch, preprocess: &DataPreprocess, maker: &Arc<SampleMaker>) -> Result<Arc<dyn Source>> {
-    let mut sources: Vec<Box<dyn Source>> = Vec::new();
+    let mut sources = Vec::new();
     for path in &fetch.data_paths {
-        let keys = RecordKeys { frames: preprocess.frames_key.clone(), conversations: preprocess.label_key.clone() };
-        let conversations = Conversations::open(&path.anno_path, &path.image_folder)?.with_keys(keys);
-        sources.push(Box::new(ConversationSource::new(conversations, maker.clone())));
+        sources.extend(files(path, preprocess, maker)?);
     }
-    Ok(Arc::new(Chain::new(sources)))
+    one(sources)
+}
+
+/// The sources of one entry of `data_paths`.
+fn files(path: &DataPath, preprocess: &DataPreprocess, maker: &Arc<SampleMaker>) -> Result<Vec<Arc<dyn Source>>> {
+    let keys = RecordKeys { frames: preprocess.frames_key.clone(), conversations: preprocess.label_key.clone() };
+    RecordFiles { path: path.anno_path.clone(), image_folder: path.image_folder.clone(), keys }.open(maker)
+}
+
+/// Several sources as one, each record once a pass.
+fn one(mut sources: Vec<Arc<dyn Source>>) -> Result<Arc<dyn Source>> {
+    Ok(match sources.len() {
+        1 => sources.remove(0),
+        _ if sources.iter().any(|source| source.is_stream()) => Arc::new(Mix::by_length(sources)?),
+        _ => Arc::new(Chain::new(sources)),
+    })
 }

@@ -18,13 +18,19 @@ pub struct DataConfig {
     pub eval: BTreeMap<String, EvalData>,
 }
 
-/// What is learned from: `scenes`, or annotations.
+/// What is learned from: `scenes`, or annotations, or both by weight.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainData {
     /// Procedural pictures.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scenes: Option<ScenesConfig>,
+    /// The scenes' share beside annotations, as `weight` is theirs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scenes_weight: Option<f64>,
+    /// Whether a batch is either of samples with pictures or of text alone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub group_by_modality: bool,
     /// Where annotations lie.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data_fetch: Option<DataFetch>,
@@ -63,15 +69,20 @@ pub struct DataFetch {
     pub data_paths: Vec<DataPath>,
 }
 
-/// One source: a file of records and the folder that its pictures lie in.
+/// One source: files of records, and the folder that pictures lie in where JSON names them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataPath {
-    /// A JSON object a line.
+    /// A file, a folder of shards or a pattern such as `train-*.parquet`: JSON lines or one JSON array, parquet with
+    /// the pictures' bytes, WebDataset's tar, plain or gzip; what it is, its content says.
     pub anno_path: PathBuf,
     /// Where its pictures are; empty for text alone.
     #[serde(default)]
     pub image_folder: PathBuf,
+    /// Its share of the samples, as a part of the sum of all weights: of every source or of none. The data then never
+    /// ends. Without weights each pass has every record once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight: Option<f64>,
 }
 
 /// How annotations become samples.
@@ -134,16 +145,30 @@ impl DataConfig {
     pub(crate) fn validate(&self, image_size: i64) -> Result<()> {
         match (&self.train.scenes, &self.train.data_fetch) {
             (None, None) => bail!("data.train has neither `scenes` nor `data_fetch`"),
-            (Some(_), Some(_)) => bail!("data.train has both `scenes` and `data_fetch`, it takes one of them"),
-            (Some(scenes), None) => {
-                scenes.validate().map_err(|error| anyhow!("data.train.{error}"))?;
-                ensure!(
-                    i64::from(scenes.image_size) == image_size,
-                    "data.train.scenes.image_size is {}, model.image_size is {image_size}: they must be the same",
-                    scenes.image_size
-                );
-            }
-            (None, Some(fetch)) => fetch.validate("data.train")?,
+            (Some(_), Some(fetch)) => ensure!(
+                self.train.scenes_weight.is_some() && fetch.has_weights(),
+                "data.train has both `scenes` and `data_fetch`: give `scenes_weight`, and every one of \
+                 data_fetch.data_paths a `weight`"
+            ),
+            _ => {}
+        }
+        if let Some(weight) = self.train.scenes_weight {
+            ensure!(weight > 0.0 && weight.is_finite(), "data.train.scenes_weight is {weight}, it must be above 0");
+            ensure!(
+                self.train.scenes.is_some() && self.train.data_fetch.is_some(),
+                "data.train.scenes_weight is for `scenes` and `data_fetch` mixed, it lacks one of them"
+            );
+        }
+        if let Some(scenes) = &self.train.scenes {
+            scenes.validate().map_err(|error| anyhow!("data.train.{error}"))?;
+            ensure!(
+                i64::from(scenes.image_size) == image_size,
+                "data.train.scenes.image_size is {}, model.image_size is {image_size}: they must be the same",
+                scenes.image_size
+            );
+        }
+        if let Some(fetch) = &self.train.data_fetch {
+            fetch.validate("data.train")?;
         }
         for (name, eval) in &self.eval {
             ensure!(eval.samples >= 1, "data.eval.{name}.samples is 0, it must be at least 1");
@@ -162,6 +187,10 @@ impl DataConfig {
                 (None, Some(fetch)) => {
                     fetch.validate(&format!("data.eval.{name}"))?;
                     ensure!(
+                        fetch.data_paths.iter().all(|path| path.weight.is_none()),
+                        "data.eval.{name}.data_fetch has a `weight`, but is asked about from its first record on"
+                    );
+                    ensure!(
                         eval.questions_per_image.is_none(),
                         "data.eval.{name}.questions_per_image is for a split of the scenes, annotations hold their own"
                     );
@@ -174,7 +203,54 @@ impl DataConfig {
 
 impl DataFetch {
     fn validate(&self, key: &str) -> Result<()> {
-        ensure!(!self.data_paths.is_empty(), "{key}.data_fetch.data_paths is empty");
+        let key = format!("{key}.data_fetch.data_paths");
+        ensure!(!self.data_paths.is_empty(), "{key} is empty");
+        for (idx, path) in self.data_paths.iter().enumerate() {
+            let weight = path.weight.unwrap_or(1.0);
+            ensure!(weight > 0.0 && weight.is_finite(), "{key}[{idx}].weight is {weight}, it must be above 0");
+        }
+        let weighted = self.data_paths.iter().filter(|path| path.weight.is_some()).count();
+        ensure!(
+            weighted == 0 || weighted == self.data_paths.len(),
+            "{weighted} of {} {key} have a `weight`: give it to all or to none",
+            self.data_paths.len()
+        );
         Ok(())
+    }
+
+    /// Whether sources are mixed by weight.
+    pub fn has_weights(&self) -> bool {
+        self.data_paths.iter().all(|path| path.weight.is_some())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn validate(yaml: &str) -> Result<()> {
+        let config: DataConfig = crate::tree::from_yaml(yaml)?;
+        config.validate(56)
+    }
+
+    #[test]
+    fn weights_are_of_all_or_of_none() {
+        let paths = |a: &str, b: &str| {
+            format!("train: {{ data_fetch: {{ data_paths: [{{ anno_path: a{a} }}, {{ anno_path: b{b} }}] }} }}")
+        };
+        validate(&paths("", "")).unwrap();
+        validate(&paths(", weight: 2", ", weight: 0.5")).unwrap();
+        let error = |yaml: &str| validate(yaml).unwrap_err().to_string();
+        assert!(error(&paths(", weight: 2", "")).contains("1 of 2 data.train.data_fetch.data_paths have a `weight`"));
+        assert!(error(&paths(", weight: 2", ", weight: 0")).contains("data_paths[1].weight is 0"));
+        let scenes = |scenes: &str, path: &str| {
+            format!("train: {{ scenes: {{}}{scenes}, data_fetch: {{ data_paths: [{{ anno_path: a{path} }}] }} }}")
+        };
+        validate(&scenes(", scenes_weight: 1", ", weight: 3")).unwrap();
+        for (scene, path) in [("", ""), (", scenes_weight: 1", ""), ("", ", weight: 3")] {
+            assert!(error(&scenes(scene, path)).contains("give `scenes_weight`"), "{}", error(&scenes(scene, path)));
+        }
+        assert!(error(&scenes(", scenes_weight: -1", ", weight: 3")).contains("scenes_weight is -1"));
+        assert!(error("train: { scenes: {}, scenes_weight: 1 }").contains("it lacks one of them"));
     }
 }

@@ -140,6 +140,7 @@ impl Trainer {
                 num_workers: config.dataloader_num_workers,
                 shuffle: config.shuffle,
                 seed: config.seed,
+                group_by_modality: config.data.train.group_by_modality,
                 start,
                 held,
                 ..LoaderConfig::default()
