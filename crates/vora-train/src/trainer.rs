@@ -820,6 +820,37 @@ mod tests {
     }
 
     #[test]
+    fn mixed_streams_in_grouped_batches_go_on_bit_for_bit() {
+        let shards = fixtures::root().join("golden/record_files");
+        let data = |name: &str| format!("{{anno_path: \"{}\", weight: 1}}", shards.join(name).display());
+        let overrides = [
+            format!(
+                "data={{train: {{scenes: {{}}, scenes_weight: 1, group_by_modality: true, \
+                 data_fetch: {{data_paths: [{}, {}]}}}}}}",
+                data("conversations.parquet"),
+                data("shard.tar.gz")
+            ),
+            "per_device_train_batch_size=3".to_owned(),
+            "distill.mean_over=2".to_owned(),
+            "max_steps=9".to_owned(),
+        ];
+        let overrides = overrides.each_ref().map(String::as_str);
+        let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let mut uninterrupted = trainer(config("smoke.yaml", whole.path(), &overrides));
+        uninterrupted.train(&mut Silent).unwrap();
+        let mut first = trainer(config("smoke.yaml", parts.path(), &overrides));
+        let stop = first.stop.clone();
+        assert_eq!(first.train(&mut StopAfter(7, stop)).unwrap(), Outcome::Stopped { step: 7 });
+        drop(first);
+        let folder = checkpoint::latest(parts.path()).unwrap().unwrap();
+        assert!(!TrainerState::open(&folder).unwrap().samples_held.is_empty(), "a sample waits for its batch");
+        let mut second = try_new(config("smoke.yaml", parts.path(), &overrides), true).unwrap();
+        second.train(&mut Silent).unwrap();
+        assert_same(&weights(&uninterrupted), &weights(&second));
+        assert_eq!(losses(whole.path()), losses(parts.path()));
+    }
+
+    #[test]
     fn the_first_losses_are_those_on_file() {
         let folder = tempfile::tempdir().unwrap();
         let mut trainer = trainer(config("debug.yaml", folder.path(), &[]));
