@@ -15,7 +15,7 @@ pub const SCENES: &str = "crates/vora-train/recipes/scenes.yaml";
 const SMOKE: &str = "crates/vora-train/recipes/smoke.yaml";
 
 /// The models that recipes name and `download` knows how to get without the hub.
-const DEFAULT_MODELS: [&str; 2] = ["HuggingFaceTB/SmolLM2-135M-Instruct", "facebook/dinov2-small"];
+pub(crate) const DEFAULT_MODELS: [&str; 2] = ["HuggingFaceTB/SmolLM2-135M-Instruct", "facebook/dinov2-small"];
 
 /// How many questions at most are asked after the training.
 const QUESTIONS: usize = 6;

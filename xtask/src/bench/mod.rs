@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: the criterion benches, the comparison of whole trainings, and Chameleon's drift of norms.
+//! `cargo xtask bench`: the criterion benches, the comparison of whole trainings, Chameleon's drift of norms, and what packing is worth.
 
 mod compare;
 mod drift;
@@ -9,8 +9,8 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 
 use crate::cmd::{self, Vora};
-use crate::setup;
 use crate::train::{self, Run};
+use crate::{download, setup};
 use compare::Variant;
 
 /// Whole trainings that are compared under one name.
@@ -56,13 +56,15 @@ Examples:
   cargo xtask bench systems --train              train a VoRA, a LLaVA and a Chameleon on the same data
   cargo xtask bench attention --train --plot     draw again from the last two trainings
   cargo xtask bench drift                        what QK-norm and z-loss do to the norms of a small Chameleon
-  cargo xtask bench drift -- --learning-rate 1e-2 --steps 300";
+  cargo xtask bench drift -- --learning-rate 1e-2 --steps 300
+  cargo xtask bench packing                      tokens/s and padding of samples in rows of their own and packed
+  cargo xtask bench packing -- --batch-size 8 --row-len 1024";
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// A file of benches/benches, without `.rs`, or drift; all benches by default. With --train: attention or systems
+    /// A file of benches/benches, without `.rs`, or drift or packing; all benches by default. With --train: attention or systems
     #[arg(required_if_eq("train", "true"))]
     name: Option<String>,
     /// Compare whole trainings: one table and one picture of losses and accuracies
@@ -97,6 +99,9 @@ pub fn run(args: &Args) -> Result<()> {
         let out = args.out.clone().unwrap_or_else(|| "runs/drift".into());
         return drift::run(&cmd::root().join(out), args.plot, &args.args);
     }
+    if args.name.as_deref() == Some("packing") && !args.plot && args.out.is_none() {
+        return packing(&args.args);
+    }
     ensure!(!args.plot && args.out.is_none(), "--plot and --out are for --train and for drift");
     criterion(args)
 }
@@ -110,6 +115,16 @@ fn criterion(args: &Args) -> Result<()> {
         None => bench.arg("--benches"),
     };
     cmd::run(bench.arg("--").args(&args.args))
+}
+
+/// Runs `benches/examples/packing.rs` over the default recipe's language model.
+fn packing(args: &[String]) -> Result<()> {
+    setup::ensure()?;
+    let llm = download::ensure(train::DEFAULT_MODELS[0])?;
+    // libtorch does the work, and is optimised in any profile.
+    let mut example = cmd::cargo();
+    example.args(["run", "--locked", "--package", "benches", "--example", "packing", "--", "--llm"]);
+    cmd::run(example.arg(llm).args(args))
 }
 
 fn compare_trainings(args: &Args) -> Result<()> {
