@@ -36,11 +36,16 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let generate = cmd::root().join("fixtures/generate");
     let scripts = scripts(&generate, &args.names)?;
-    let python = environment(&generate)?;
+    let python = python()?;
     for script in scripts {
         cmd::run(Command::new(&python).arg(&script).current_dir(cmd::root()))?;
     }
     Ok(())
+}
+
+/// The Python that fixtures, and what is compared with Python, are made with.
+pub fn python() -> Result<PathBuf> {
+    environment(&cmd::root().join("fixtures/generate"))
 }
 
 /// The scripts of these names, or all; a name that starts with `_` is a module that scripts share.

@@ -1,6 +1,8 @@
-//! `cargo xtask bench`: the criterion benches, the comparison of whole trainings, Chameleon's drift of norms, and what packing is worth.
+//! `cargo xtask bench`: the criterion benches, the comparison of whole trainings, Chameleon's drift of norms, what packing
+//! is worth, and images a second of the loader.
 
 mod compare;
+mod data;
 mod drift;
 
 use std::fs;
@@ -58,13 +60,16 @@ Examples:
   cargo xtask bench drift                        what QK-norm and z-loss do to the norms of a small Chameleon
   cargo xtask bench drift -- --learning-rate 1e-2 --steps 300
   cargo xtask bench packing                      tokens/s and padding of samples in rows of their own and packed
-  cargo xtask bench packing -- --batch-size 8 --row-len 1024";
+  cargo xtask bench packing -- --batch-size 8 --row-len 1024
+  cargo xtask bench data                         images/s of the loader against PyTorch's DataLoader
+  cargo xtask bench data -- FOLDER --workers 2   on pictures of one's own";
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// A file of benches/benches, without `.rs`, or drift or packing; all benches by default. With --train: attention or systems
+    /// A file of benches/benches, without `.rs`, or data, drift or packing; all benches by default. With --train:
+    /// attention or systems
     #[arg(required_if_eq("train", "true"))]
     name: Option<String>,
     /// Compare whole trainings: one table and one picture of losses and accuracies
@@ -103,6 +108,9 @@ pub fn run(args: &Args) -> Result<()> {
         return packing(&args.args);
     }
     ensure!(!args.plot && args.out.is_none(), "--plot and --out are for --train and for drift");
+    if args.name.as_deref() == Some("data") {
+        return data::run(&args.args);
+    }
     criterion(args)
 }
 
