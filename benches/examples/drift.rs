@@ -26,7 +26,7 @@ use vora_llm::{AttentionPlan, CausalLm, LlmConfig, Output, Spans, VisionAttentio
 use vora_torch::{Weights, runtime};
 use vora_train::loss::cross_entropy_and_z_loss;
 use vora_train::optim::{LearningRates, OptimConfig, Optimizer};
-use vora_train::schedule::{Curve, Schedule};
+use vora_train::schedule::{Curve, Schedule, SchedulerKwargs};
 
 const PATCH: u32 = 7;
 const LEVELS: i64 = 4;
@@ -240,8 +240,12 @@ fn train(variant: Variant, args: &Args, batches: &[Batch], device: Device, metri
     };
     let mut optimizer = Optimizer::new(parameters, optim)?;
     let max_steps = batches.len() as u64;
-    let schedule =
-        Schedule { curve: Curve::ConstantWithWarmup, warmup_steps: max_steps / 20, max_steps, min_lr_rate: 0.0 };
+    let schedule = Schedule {
+        curve: Curve::ConstantWithWarmup,
+        warmup_steps: max_steps / 20,
+        max_steps,
+        kwargs: SchedulerKwargs::default(),
+    };
     let z_loss = if variant.z_loss { args.z_loss } else { 0.0 };
     let start = Instant::now();
     for (step, batch) in (1..).zip(batches) {

@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use vora_torch::safetensors::write_bytes;
 
+use crate::loss_scale::LossScale;
+
 /// The checksums of a checkpoint's files, as `sha256sum` writes and checks them.
 const MANIFEST: &str = "SHA256SUMS";
 
@@ -25,6 +27,9 @@ pub struct TrainerState {
     pub samples_held: Vec<u64>,
     /// Seconds of work so far.
     pub seconds: f64,
+    /// How far the loss is scaled, in f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
     /// What the data's order and contents are drawn from.
     pub seed: u64,
     /// The algorithm that draws them.
@@ -259,6 +264,7 @@ mod tests {
             samples_seen: step * 6,
             samples_held: vec![step],
             seconds: 1.5,
+            loss_scale: Some(LossScale::default()),
             seed: 1,
             random: "chacha".into(),
             config_sha256: sha256(b"config"),

@@ -1,6 +1,7 @@
 //! The run file: one YAML file is one run. Its keys are those of the published VoRA recipes, which load as they are,
 //! and of HF's `TrainingArguments`; what is ours beside them keeps the field's names.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -11,7 +12,7 @@ use crate::data_config::DataConfig;
 use crate::distill::Pairing;
 use crate::model_config::{ModelConfig, ModelType};
 use crate::optim::{LearningRates, OptimConfig};
-use crate::schedule::{Curve, Schedule};
+use crate::schedule::{Curve, Ramp, Schedule, SchedulerKwargs};
 use crate::tree::{Difference, compare, from_yaml, set};
 
 /// One run.
@@ -32,6 +33,9 @@ pub struct TrainConfig {
     /// Frozen weights and activations in bf16 (`true`) or f32 (`false`); absent: bf16 where the hardware multiplies it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bf16: Option<bool>,
+    /// Frozen weights and activations in f16, the loss scaled so that no gradient vanishes; needs a GPU.
+    #[serde(default)]
+    pub fp16: bool,
 
     /// The model.
     pub model: ModelConfig,
@@ -72,7 +76,7 @@ pub struct TrainConfig {
     /// How the rate goes on after the warm-up.
     #[serde(default)]
     pub lr_scheduler_type: Curve,
-    /// Where `cosine_with_min_lr` ends.
+    /// What some of these need beside the steps.
     #[serde(default)]
     pub lr_scheduler_kwargs: SchedulerKwargs,
     /// Steps of warm-up.
@@ -96,6 +100,11 @@ pub struct TrainConfig {
     /// The gradient is scaled down to this norm; 0 leaves it.
     #[serde(default = "one")]
     pub max_grad_norm: f64,
+
+    /// Decay of an exponential moving average of the trained weights, which evaluations see and `final/` holds in their
+    /// place; absent: there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ema_decay: Option<f64>,
 
     /// A line of metrics every so many steps.
     #[serde(default = "one_u64")]
@@ -140,6 +149,13 @@ pub struct TrainConfig {
 pub struct DistillConfig {
     /// What the distillation loss is multiplied with; the language loss counts 1.
     pub weight: f64,
+    /// How that weight changes; absent: it does not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight_schedule: Option<WeightSchedule>,
+    /// Which blocks of the student meet which of the teacher's, both counted from 0: `{3: 5, 7: 11}`. Absent: each
+    /// adapted block, or each of an LLM that is trained whole, meets the teacher's of the same number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub blocks: Option<BTreeMap<usize, usize>>,
     /// Which of the student's hidden states meet the teacher's blocks.
     pub pairing: Pairing,
     /// Whether each position's mean is taken out of the teacher's features.
@@ -150,16 +166,39 @@ pub struct DistillConfig {
 
 impl Default for DistillConfig {
     fn default() -> Self {
-        Self { weight: 1.0, pairing: Pairing::Output, center: false, mean_over: 128 }
+        Self {
+            weight: 1.0,
+            weight_schedule: None,
+            blocks: None,
+            pairing: Pairing::Output,
+            center: false,
+            mean_over: 128,
+        }
     }
 }
 
-/// HF's `lr_scheduler_kwargs`, those that a schedule here has.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct SchedulerKwargs {
-    /// Share of the rate at which `cosine_with_min_lr` ends.
-    pub min_lr_rate: f64,
+/// A way of the distillation loss's weight from `distill.weight` to another.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WeightSchedule {
+    /// Its shape.
+    #[serde(rename = "type")]
+    pub ramp: Ramp,
+    /// The weight at its end, and from there on.
+    pub end: f64,
+    /// Its steps; absent: the whole run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub steps: Option<u64>,
+}
+
+impl DistillConfig {
+    /// The weight for the step that follows `steps_done` steps, in a run of `max_steps`.
+    pub fn weight_at(&self, steps_done: u64, max_steps: u64) -> f64 {
+        self.weight_schedule.as_ref().map_or(self.weight, |WeightSchedule { ramp, end, steps }| {
+            let progress = steps_done as f64 / steps.unwrap_or(max_steps).max(1) as f64;
+            end + (self.weight - end) * ramp.down(progress.min(1.0))
+        })
+    }
 }
 
 /// When something is done during a run.
@@ -260,6 +299,7 @@ impl TrainConfig {
             ("weight_decay", self.weight_decay),
             ("max_grad_norm", self.max_grad_norm),
             ("distill.weight", self.distill.weight),
+            ("distill.weight_schedule.end", self.distill.weight_schedule.as_ref().map_or(0.0, |way| way.end)),
             ("num_train_epochs", self.num_train_epochs),
         ];
         for (key, value) in not_negative {
@@ -270,10 +310,25 @@ impl TrainConfig {
             ("adam_beta2", self.adam_beta2),
             ("warmup_ratio", self.warmup_ratio),
             ("lr_scheduler_kwargs.min_lr_rate", self.lr_scheduler_kwargs.min_lr_rate),
+            ("lr_scheduler_kwargs.min_lr_ratio", self.lr_scheduler_kwargs.min_lr_ratio.unwrap_or(0.0)),
+            ("ema_decay", self.ema_decay.unwrap_or(0.0)),
         ];
         for (key, value) in shares {
             ensure!((0.0..1.0).contains(&value), "{key} is {value}, it must be at least 0 and below 1");
         }
+        ensure!(
+            self.lr_scheduler_type != Curve::WarmupStableDecay || self.lr_scheduler_kwargs.num_decay_steps.is_some(),
+            "lr_scheduler_type is warmup_stable_decay, but lr_scheduler_kwargs.num_decay_steps is missing"
+        );
+        ensure!(
+            self.lr_scheduler_kwargs.timescale != Some(0),
+            "lr_scheduler_kwargs.timescale is 0, it must be at least 1"
+        );
+        ensure!(!(self.fp16 && self.bf16 == Some(true)), "bf16 and fp16 are both true, a run computes in one of them");
+        ensure!(
+            self.distill.blocks.as_ref().is_none_or(|blocks| !blocks.is_empty()),
+            "distill.blocks is empty; leave it out, or leave model.aux_vision out to train without a teacher"
+        );
         ensure!(self.adam_epsilon > 0.0, "adam_epsilon is {}, it must be above 0", self.adam_epsilon);
         ensure!(
             self.max_steps == -1 || self.max_steps > 0,
@@ -344,7 +399,9 @@ impl TrainConfig {
                 "pictures go through the teacher's own processor",
             ),
         ];
-        all.into_iter().filter(|(_, given, _)| *given).map(|(key, _, reason)| (key, reason)).collect()
+        let kwargs = self.lr_scheduler_kwargs.without_effect(self.lr_scheduler_type);
+        let kwargs = kwargs.into_iter().map(|key| (key, "this lr_scheduler_type does not read it"));
+        all.into_iter().filter(|(_, given, _)| *given).map(|(key, _, reason)| (key, reason)).chain(kwargs).collect()
     }
 
     /// Tokens of a row that samples are packed into; none where each has a row of its own.
@@ -359,8 +416,7 @@ impl TrainConfig {
             0 => (self.warmup_ratio * max_steps as f64).ceil() as u64,
             steps => steps,
         };
-        let min_lr_rate = self.lr_scheduler_kwargs.min_lr_rate;
-        Schedule { curve: self.lr_scheduler_type, warmup_steps, max_steps, min_lr_rate }
+        Schedule { curve: self.lr_scheduler_type, warmup_steps, max_steps, kwargs: self.lr_scheduler_kwargs }
     }
 
     /// What the optimizer is told. Rates of parts that only a model of another type has are left out, so that files
@@ -514,9 +570,16 @@ data:
         assert_eq!((sources.len(), sources[1].image_folder.as_os_str().is_empty()), (2, true));
         let noted: Vec<&str> = config.without_effect().iter().map(|(key, _)| *key).collect();
         assert!(noted.contains(&"deepspeed") && noted.contains(&"data_preprocess.frames_ops"), "{noted:?}");
-        // The fine-tuning recipe has one key more.
-        let text = PUBLISHED.replace("model:\n", "model:\n  pretrained: \"{your_pretrained_model}\"\n");
-        assert_eq!(TrainConfig::parse(&text, &[]).unwrap().model.pretrained.unwrap(), "{your_pretrained_model}");
+        // The fine-tuning recipe goes on with the adapters, without a teacher.
+        let without_teacher = PUBLISHED
+            .replace("  aux_vision: apple/aimv2-huge-patch14-448\n", "")
+            .replace("  reuse_aux_vision_embedding_layers: \"preprocessor\"\n", "");
+        let text = without_teacher.replace("model:\n", "model:\n  pretrained: \"{your_pretrained_model}\"\n");
+        let model = TrainConfig::parse(&text, &[]).unwrap().model;
+        assert_eq!((model.pretrained.as_deref(), model.aux_vision), (Some("{your_pretrained_model}"), None));
+        // The paper's second stage trains all weights of the merged model.
+        let all = ["model.lora=null".to_owned(), "model.freeze_llm=false".to_owned()];
+        assert!(!TrainConfig::parse(&text, &all).unwrap().model.freezes_llm());
     }
 
     #[test]
@@ -568,7 +631,7 @@ data:
 
     #[test]
     fn values_out_of_range_name_their_key() {
-        let cases: [(&str, &str); 13] = [
+        let cases: [(&str, &str); 18] = [
             ("model.lora.r=0", "model.lora.r is 0, it must be at least 1"),
             ("model.image_size=50", "model.image_size is 50, it must be a multiple of model.patch_size, 14"),
             ("model.vision_embedding=CLIP", "model.vision_embedding is `CLIP`"),
@@ -579,6 +642,11 @@ data:
             ("max_steps=0", "max_steps is 0"),
             ("learning_rate=-1", "learning_rate is -1, it must be 0 or more"),
             ("adam_beta2=1", "adam_beta2 is 1, it must be at least 0 and below 1"),
+            ("lr_scheduler_type=warmup_stable_decay", "lr_scheduler_kwargs.num_decay_steps is missing"),
+            ("lr_scheduler_kwargs.decay_type=sqrt", "unknown variant `sqrt`"),
+            ("ema_decay=1", "ema_decay is 1, it must be at least 0 and below 1"),
+            ("distill.blocks={}", "distill.blocks is empty"),
+            ("distill.weight_schedule={type: linear, end: -1}", "distill.weight_schedule.end is -1"),
             ("save_steps=0", "save_steps is 0, it must be at least 1"),
             ("data.eval.test.samples=3", "data.eval.test must have one of `split`"),
             ("data.eval={test: {split: test, questions_per_image: 0}}", "data.eval.test.questions_per_image is 0"),
@@ -612,6 +680,26 @@ data:
         let list = ["data.train.data_fetch.data_paths.1.image_folder=pictures".to_owned()];
         let config = TrainConfig::parse(PUBLISHED, &list).unwrap();
         assert_eq!(config.data.train.data_fetch.unwrap().data_paths[1].image_folder, Path::new("pictures"));
+    }
+
+    #[test]
+    fn the_weight_of_distillation_goes_its_way() {
+        let weights = |schedule: &str| {
+            let entry = format!("distill={{weight: 2, blocks: {{0: 3, 1: 1}}, weight_schedule: {schedule}}}");
+            let config = set(&[&entry]).unwrap();
+            assert_eq!(TrainConfig::parse(&config.to_yaml().unwrap(), &[]).unwrap(), config);
+            assert_eq!(config.distill.blocks.as_ref().unwrap()[&0], 3);
+            [0, 5, 10, 20].map(|step| (config.distill.weight_at(step, 20) * 1e6).round() / 1e6)
+        };
+        assert_eq!(weights("null"), [2.0; 4]);
+        assert_eq!(weights("{type: linear, end: 0}"), [2.0, 1.5, 1.0, 0.0]);
+        assert_eq!(weights("{type: cosine, end: 1, steps: 10}"), [2.0, 1.5, 1.0, 1.0]);
+    }
+
+    #[test]
+    fn a_run_computes_in_one_kind() {
+        assert!(set(&["fp16=true", "bf16=false"]).unwrap().fp16);
+        fails(set(&["fp16=true", "bf16=true"]), &["bf16 and fp16 are both true"]);
     }
 
     #[test]

@@ -33,13 +33,15 @@ struct Head {
 #[derive(Debug)]
 pub struct DistillHeads {
     heads: Vec<Head>,
+    blocks: Vec<(usize, usize)>, // the student's, the teacher's
     pairing: Pairing,
 }
 
 impl DistillHeads {
-    /// Heads for the first `blocks` blocks, all computed in f32.
+    /// Heads for these pairs of the student's and the teacher's blocks, in rising order of the student's; all computed
+    /// in f32. `aux_layer_i` belongs to the student's block `i`.
     pub fn load(
-        blocks: usize,
+        blocks: Vec<(usize, usize)>,
         hidden_size: i64,
         teacher_hidden_size: i64,
         pairing: Pairing,
@@ -52,19 +54,25 @@ impl DistillHeads {
                 proj: weights.pp(1).parameter("weight", &[teacher_hidden_size, hidden_size], Init::KaimingUniform)?,
             })
         };
-        let heads = (0..blocks).map(head).collect::<Result<_>>()?;
-        Ok(Self { heads, pairing })
+        let heads = blocks.iter().map(|(student, _)| head(*student)).collect::<Result<_>>()?;
+        Ok(Self { heads, blocks, pairing })
     }
 
     /// How many of the decoder's blocks must keep their hidden states for [`Self::losses`].
     pub fn hidden_layers(&self) -> usize {
-        self.heads.len()
+        self.blocks.iter().map(|(student, _)| student + 1).max().unwrap_or(0)
     }
 
-    /// The loss of each block, `[blocks]` in f32: mean over image tokens of `1 - cosine(teacher, head(student))`.
+    /// The teacher's block that each head meets.
+    pub fn teacher_blocks(&self) -> impl Iterator<Item = usize> {
+        self.blocks.iter().map(|(_, teacher)| *teacher)
+    }
+
+    /// The loss of each head, `[blocks]` in f32: mean over image tokens of `1 - cosine(teacher, head(student))`.
     ///
     /// `hidden_states` are the decoder's, 0 the embeddings, each `[batch, seq, hidden]`; `places` `[tokens]` are the
-    /// image tokens in `batch * seq`; `targets` are the teacher's blocks, each `[tokens, teacher_hidden]`.
+    /// image tokens in `batch * seq`; `targets` are the teacher's blocks that the heads meet, each
+    /// `[tokens, teacher_hidden]`.
     pub fn losses(&self, hidden_states: &[Tensor], places: &Tensor, targets: &[Tensor]) -> Tensor {
         let loss = |(student, target): (Tensor, &Tensor)| {
             let cosine = Tensor::cosine_similarity(&student, &target.to_kind(Kind::Float), -1, 1e-8);
@@ -75,16 +83,27 @@ impl DistillHeads {
     }
 
     /// What each head makes of the image tokens, `[tokens, teacher_hidden]` in f32.
-    pub fn outputs(&self, hidden_states: &[Tensor], places: &Tensor) -> impl Iterator<Item = Tensor> {
+    pub fn outputs<'a>(&'a self, hidden_states: &'a [Tensor], places: &'a Tensor) -> impl Iterator<Item = Tensor> + 'a {
         let first = match self.pairing {
             Pairing::Output => 1,
             Pairing::Input => 0,
         };
-        self.heads.iter().zip(&hidden_states[first..]).map(|(head, state)| {
-            let rows = state.flatten(0, 1).index_select(0, places).to_kind(Kind::Float); // [tokens, hidden]
+        self.heads.iter().zip(&self.blocks).map(move |(head, (student, _))| {
+            let rows = hidden_states[student + first].flatten(0, 1).index_select(0, places).to_kind(Kind::Float); // [tokens, hidden]
             head.norm.forward(&rows).linear::<&Tensor>(&head.proj, None)
         })
     }
+}
+
+/// A vision transformer's features on another grid, as the student has it: `[n, rows * columns, hidden]`, between
+/// neighbours in a line each way (`F.interpolate(mode="bilinear")`, corners not aligned).
+pub fn resample(features: &Tensor, from: (i64, i64), to: (i64, i64)) -> Tensor {
+    if from == to {
+        return features.shallow_clone();
+    }
+    let (n, _, hidden) = features.size3().expect("features are [n, patches, hidden]");
+    let grid = features.view([n, from.0, from.1, hidden]).permute([0, 3, 1, 2]); // [n, hidden, rows, columns]
+    grid.upsample_bilinear2d([to.0, to.1], false, None, None).permute([0, 2, 3, 1]).flatten(1, 2)
 }
 
 /// What is always the same in the teacher's features: their mean at each position of the grid, over some pictures.
@@ -183,7 +202,7 @@ mod tests {
 
     fn golden_losses(golden: &fixtures::Golden, pairing: Pairing) -> (Tensor, Vec<Tensor>, Weights) {
         let weights = Weights::from_tensors(golden.under("distill.weights."), Device::Cpu, Kind::Float);
-        let heads = DistillHeads::load(3, 16, 12, pairing, &weights).unwrap();
+        let heads = DistillHeads::load(vec![(0, 0), (1, 1), (2, 2)], 16, 12, pairing, &weights).unwrap();
         weights.finish().unwrap();
         let tensors = |kind: &str| (0..=3).map(|i| golden[&*format!("distill.{kind}.{i}")].copy()).collect::<Vec<_>>();
         let states: Vec<Tensor> = tensors("state").into_iter().map(|t| t.set_requires_grad(true)).collect();
@@ -206,6 +225,32 @@ mod tests {
         }
         let (losses, ..) = golden_losses(&golden, Pairing::Input);
         fixtures::assert_close_to(&losses, &golden["distill.losses_input"], 1e-6);
+    }
+
+    #[test]
+    fn blocks_meet_as_they_are_told() {
+        let golden = fixtures::open("losses");
+        let weights = Weights::from_tensors(golden.under("distill.weights."), Device::Cpu, Kind::Float);
+        let heads = DistillHeads::load(vec![(0, 1), (2, 2)], 16, 12, Pairing::Output, &weights).unwrap();
+        assert_eq!((heads.hidden_layers(), heads.teacher_blocks().collect::<Vec<_>>()), (3, vec![1, 2]));
+        let at = |kind: &str, i: usize| golden[&*format!("distill.{kind}.{i}")].copy();
+        let states: Vec<Tensor> = (0..=3).map(|i| at("state", i)).collect();
+        let teacher = |block: usize| at("teacher", block + 1).narrow(1, 1, 4).flatten(0, 1);
+        let losses = heads.losses(&states, &golden["distill.places"], &[teacher(1), teacher(2)]);
+        // The last head meets what it met in the reference, the first another block.
+        let expected = &golden["distill.losses"];
+        fixtures::assert_close_to(&losses.get(1), &expected.get(2), 1e-6);
+        assert!((losses.get(0) - expected.get(0)).abs().double_value(&[]) > 1e-3);
+    }
+
+    #[test]
+    fn another_grid_is_that_of_torch() {
+        let golden = fixtures::open("training");
+        for (name, to) in [("finer", (8, 6)), ("coarser", (3, 2))] {
+            let found = resample(&golden["grid.features"], (4, 3), to);
+            fixtures::assert_close_to(&found, &golden[&*format!("grid.{name}")], 1e-6);
+        }
+        assert!(resample(&golden["grid.features"], (4, 3), (4, 3)).equal(&golden["grid.features"]));
     }
 
     /// Features of one block that are a constant and some noise: `[n, patches, 8]`.

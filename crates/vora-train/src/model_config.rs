@@ -66,7 +66,9 @@ pub struct ModelConfig {
     /// The adapters. A VoRA has some; a LLaVA may.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<LoraConfig>,
-    /// What to start from in place of new weights: for a LLaVA a run's `final/`, whose projector is taken.
+    /// What to start from in place of new weights. For a LLaVA a run's `final/`, whose projector is taken. For a VoRA a
+    /// run's `final/` or a merged folder: with `lora` its adapters and patch embedding, without it and with
+    /// `freeze_llm: false` all its weights, merged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pretrained: Option<String>,
 
@@ -98,8 +100,8 @@ pub struct ModelConfig {
     /// LLaVA: which of the encoder's hidden states are projected; absent: -2.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vision_feature_layer: Option<VisionFeatureLayer>,
-    /// LLaVA: whether the LLM's own weights stay as they are (LLaVA's first stage, and its second with `lora`);
-    /// absent: they do.
+    /// Whether the LLM's own weights stay as they are (a LLaVA's first stage, and its second with `lora`; a VoRA's
+    /// first); absent: they do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub freeze_llm: Option<bool>,
 
@@ -208,7 +210,6 @@ impl ModelConfig {
             ("vision_tower", self.vision_tower.is_some(), ModelType::Llava),
             ("mm_projector_type", self.mm_projector_type.is_some(), ModelType::Llava),
             ("vision_feature_layer", self.vision_feature_layer.is_some(), ModelType::Llava),
-            ("freeze_llm", self.freeze_llm.is_some(), ModelType::Llava),
             ("vqmodel", self.vqmodel.is_some(), ModelType::Chameleon),
             ("z_loss", self.z_loss.is_some(), ModelType::Chameleon),
         ];
@@ -230,7 +231,11 @@ impl ModelConfig {
             image_size % patch_size == 0,
             "model.image_size is {image_size}, it must be a multiple of model.patch_size, {patch_size}"
         );
-        ensure!(self.lora.is_some(), "model.lora is missing, a VoRA learns to see by its adapters");
+        ensure!(
+            self.lora.is_some() || !self.freezes_llm(),
+            "model.lora is missing, a VoRA learns to see by its adapters; or set model.freeze_llm=false to train all weights"
+        );
+        self.refuse_adapters_on_trained_weights()?;
         if let Some(kind) = self.vision_embedding.as_deref() {
             ensure!(
                 kind == VISION_EMBEDDING,
@@ -254,6 +259,11 @@ impl ModelConfig {
 
     fn validate_llava(&self) -> Result<()> {
         ensure!(self.vision_tower.is_some(), "model.vision_tower is missing, a LLaVA sees through an encoder");
+        self.refuse_adapters_on_trained_weights()?;
+        Ok(())
+    }
+
+    fn refuse_adapters_on_trained_weights(&self) -> Result<()> {
         ensure!(
             self.lora.is_none() || self.freezes_llm(),
             "model.freeze_llm is false and model.lora is given: train the LLM's weights or adapters on them"
@@ -266,6 +276,7 @@ impl ModelConfig {
         ensure!(vq.steps >= 1 && vq.batch_size >= 1, "model.vqmodel.steps and batch_size must be at least 1");
         ensure!(vq.learning_rate > 0.0, "model.vqmodel.learning_rate is {}, it must be above 0", vq.learning_rate);
         ensure!(self.z_loss() >= 0.0, "model.z_loss is {}, it must be 0 or more", self.z_loss());
+        ensure!(self.freeze_llm != Some(true), "model.freeze_llm is true, but all weights of a Chameleon are trained");
         ensure!(self.lora.is_none(), "model.lora: all weights of a Chameleon are trained, it takes no adapters");
         ensure!(self.pretrained.is_none(), "model.pretrained is not for a Chameleon, which starts from model.llm");
         let stride = vq.config(self.image_size).stride();
@@ -329,7 +340,8 @@ mod tests {
         let lora = ", lora: {layers: 2, r: 4}";
         let cases = [
             (LLAVA.replace('}', ", patch_size: 14}"), "model.patch_size is for the type `vora`, model.type is `llava`"),
-            (VORA.replace("llm: x", "llm: x, freeze_llm: true"), "model.freeze_llm is for the type `llava`"),
+            (VORA.replace("llm: x", "llm: x, freeze_llm: false"), "model.freeze_llm is false and model.lora is given"),
+            (CHAMELEON.replace("llm: x", "llm: x, freeze_llm: true"), "all weights of a Chameleon are trained"),
             (LLAVA.replace(", vision_tower: y", ""), "model.vision_tower is missing"),
             (
                 LLAVA.replace("vision_tower: y", &format!("vision_tower: y, freeze_llm: false{lora}")),

@@ -31,6 +31,13 @@ fn has_part(name: &str, part: &str) -> bool {
     format!(".{name}.").contains(&format!(".{part}."))
 }
 
+/// Whether weight decay draws this parameter to 0: not biases and norms, as in HF's trainer, and no position table.
+/// A norm may be a matrix: Chameleon's of q and k has a row a head.
+fn decays(name: &str, tensor: &Tensor) -> bool {
+    let is_norm = |step: &str| step == "norm" || step.ends_with("_norm") || step.ends_with("layernorm");
+    tensor.dim() >= 2 && !name.ends_with("pos_embed") && !name.split('.').any(is_norm)
+}
+
 /// What AdamW is told once for a run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OptimConfig {
@@ -87,8 +94,7 @@ impl Optimizer {
         for (i, (name, tensor)) in parameters.iter().enumerate() {
             ensure!(tensor.kind() == Kind::Float, "parameter `{name}` is {:?}, a master is f32", tensor.kind());
             let learning_rate = config.learning_rates.of(name, config.learning_rate);
-            let decays = tensor.dim() >= 2 && !name.ends_with("pos_embed");
-            let weight_decay = if decays { config.weight_decay } else { 0.0 };
+            let weight_decay = if decays(name, tensor) { config.weight_decay } else { 0.0 };
             match groups.iter_mut().find(|g| g.learning_rate == learning_rate && g.weight_decay == weight_decay) {
                 Some(group) => group.members.push(i),
                 None => groups.push(Group { learning_rate, weight_decay, members: vec![i] }),
@@ -108,6 +114,16 @@ impl Optimizer {
     pub fn zero_grad(&mut self) {
         for (_, tensor) in &mut self.parameters {
             tensor.zero_grad();
+        }
+    }
+
+    /// Multiplies the gradient by `factor`: what a [`LossScale`](crate::loss_scale::LossScale) multiplied it by, inverted.
+    pub fn scale_gradient(&mut self, factor: f64) {
+        for (_, tensor) in &self.parameters {
+            let mut gradient = tensor.grad();
+            if gradient.defined() {
+                let _ = gradient.g_mul_scalar_(factor);
+            }
         }
     }
 
@@ -293,6 +309,13 @@ mod tests {
             config(),
         )
         .unwrap();
+        for (name, shape, expected) in [
+            ("model.layers.0.self_attn.q_norm.weight", [4, 8], false),
+            ("vision_embedding.pos_embed", [4, 8], false),
+            ("model.layers.0.self_attn.q_proj.weight", [4, 8], true),
+        ] {
+            assert_eq!(decays(name, &parameter(&shape, 1.0)), expected, "{name}");
+        }
         let decays: Vec<f64> = optimizer.groups.iter().map(|g| g.weight_decay).collect();
         assert_eq!(decays, [0.1, 0.0]);
     }

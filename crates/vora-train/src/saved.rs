@@ -1,7 +1,7 @@
 //! What was trained, on disk: the adapter as PEFT has it, an LLM trained whole, what sees, and what they belong to.
 //!
 //! A folder of these, a checkpoint or a run's `final/`, is a model without what stayed frozen: [`open`] puts the two
-//! together again.
+//! together again. Of a VoRA all of whose weights were trained, it is the whole model, as `vora merge` would write it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,6 +25,9 @@ const VISION: &str = "vision.safetensors";
 /// The LLM, by its own names, where its weights were trained.
 const LLM: &str = "llm.safetensors";
 
+/// A model all of whose weights were trained: then the folder is a plain one, which runs by itself.
+const MODEL: &str = "model.safetensors";
+
 const CONFIG: &str = "config.json";
 
 const PREPROCESSOR: &str = "preprocessor_config.json";
@@ -47,11 +50,15 @@ struct Parts {
     adapter: Vec<(String, Tensor)>,
     llm: Vec<(String, Tensor)>,
     vision: Vec<(String, Tensor)>,
+    whole: Vec<(String, Tensor)>,
 }
 
 impl Parts {
     /// Everything that a run made or trained.
     fn of_student(student: &Student) -> Self {
+        if student.is_whole() {
+            return Self { whole: student.parameters(), ..Self::default() };
+        }
         let made = student.made().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
         let mut parts = Self::of(student.parameters(), student.model.llm_prefix());
         parts.vision.extend(made);
@@ -79,7 +86,7 @@ impl Parts {
             copy(&self.adapter, &saved)?;
             saved.finish()?;
         }
-        for (tensors, file) in [(&self.llm, LLM), (&self.vision, VISION)] {
+        for (tensors, file) in [(&self.llm, LLM), (&self.vision, VISION), (&self.whole, MODEL)] {
             if !tensors.is_empty() {
                 let saved = Weights::open(&folder.join(file), Device::Cpu, Kind::Float)?;
                 copy(tensors, &saved)?;
@@ -106,7 +113,7 @@ pub fn write(student: &Student, folder: &Path) -> Result<()> {
     if let Some(lora) = student.model.lora() {
         save_adapter(folder, lora, student.llm_name(), &parts.adapter)?;
     }
-    for (tensors, file) in [(&parts.llm, LLM), (&parts.vision, VISION)] {
+    for (tensors, file) in [(&parts.llm, LLM), (&parts.vision, VISION), (&parts.whole, MODEL)] {
         if !tensors.is_empty() {
             save(&folder.join(file), tensors, &[])?;
         }
@@ -162,6 +169,7 @@ pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) ->
     let new = Weights::random(0, device, kind);
     let config = read_config(folder)?;
     let model: Box<dyn VisionLanguageModel> = match config["model_type"].as_str() {
+        Some("vora") if is_whole(folder) => return vora_model::open(folder, device, kind),
         Some("vora") => {
             let llm = Weights::open(&llm_path(folder, &config, resolve)?, device, kind)?;
             let model = Vora::assemble(VoraConfig::open(folder)?, &llm, &new)?;
@@ -196,6 +204,19 @@ pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) ->
     Ok(model)
 }
 
+/// The teacher's heads in a folder of [`write()`], by their names there; a model that was merged has none.
+pub(crate) fn heads(folder: &Path) -> Result<Vec<(String, Tensor)>> {
+    let path = if is_whole(folder) { folder.to_owned() } else { folder.join(VISION) };
+    let checkpoint = Checkpoint::open(&path)?;
+    let names = checkpoint.names().filter(|name| name.starts_with("aux_vision."));
+    names.map(|name| Ok((name.to_owned(), checkpoint.tensor(name)?))).collect()
+}
+
+/// Whether a folder has all of a model's weights, in one file or in several.
+fn is_whole(folder: &Path) -> bool {
+    [MODEL, "model.safetensors.index.json"].iter().any(|file| folder.join(file).exists())
+}
+
 /// What `config.json` says.
 fn read_config(folder: &Path) -> Result<Value> {
     let path = folder.join(CONFIG);
@@ -222,9 +243,10 @@ fn expect(folder: &Path, lora: Option<&LoraConfig>) -> Result<()> {
 
 /// The kind that the LLM of a folder of [`write()`] is stored in: its own folder's, or f32 where it was trained.
 pub fn stored_kind(folder: &Path, resolve: &Resolve<'_>) -> Result<Kind> {
-    let path = llm_path(folder, &read_config(folder)?, resolve)?;
+    let path = if is_whole(folder) { folder.to_owned() } else { llm_path(folder, &read_config(folder)?, resolve)? };
     let checkpoint = Checkpoint::open(&path)?;
-    let kind = checkpoint.info("model.norm.weight").map(|(kind, _)| kind);
+    let norm = ["model.norm.weight", "llm.model.norm.weight"].into_iter().find_map(|name| checkpoint.info(name));
+    let kind = norm.map(|(kind, _)| kind);
     kind.with_context(|| format!("{} has no model.norm.weight", path.display()))
 }
 

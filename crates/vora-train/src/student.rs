@@ -7,15 +7,16 @@ mod vora;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_data::Batch;
+use vora_llm::LlmConfig;
 use vora_model::{Input, VisionLanguageModel};
 use vora_torch::Weights;
 use vora_vision::{ImageProcessor, Teacher};
 
 use crate::config::{DistillConfig, TrainConfig};
-use crate::distill::{DistillHeads, TeacherMean};
+use crate::distill::{DistillHeads, TeacherMean, resample};
 use crate::loss::cross_entropy_and_z_loss;
 use crate::model_config::ModelType;
 
@@ -74,6 +75,7 @@ pub struct Losses {
 pub struct Distill {
     teacher: Teacher,
     heads: DistillHeads,
+    patch_size: i64, // the student's
     mean: Option<TeacherMean>,
 }
 
@@ -90,6 +92,7 @@ pub struct Student {
     processor: ImageProcessor,
     patch_size: i64,
     z_loss: f64,
+    is_whole: bool,
     trained: Vec<(&'static str, Weights)>, // sources that handed out parameters, and where in the folder they stand
     made: Vec<(String, Tensor)>,
 }
@@ -118,6 +121,11 @@ impl Student {
     /// Where the frozen LLM lies.
     pub fn llm_folder(&self) -> &Path {
         &self.llm_folder
+    }
+
+    /// Whether every weight of the model is trained: a VoRA in its second stage.
+    pub fn is_whole(&self) -> bool {
+        self.is_whole
     }
 
     /// What stands in place of the LLM's own chat template.
@@ -212,18 +220,31 @@ impl Student {
 }
 
 impl Distill {
-    /// Heads between the first `blocks` blocks of the two, on hidden states of `hidden_size`.
+    /// Heads between `layers` of the student's blocks, of `num_hidden_layers`, and the teacher's, or as
+    /// `distill.blocks` has them, on hidden states of `hidden_size`; a patch of the student's is `patch_size` wide.
     fn new(
         teacher: Teacher,
-        blocks: usize,
-        hidden_size: i64,
+        layers: usize,
+        llm: &LlmConfig,
+        patch_size: i64,
         config: &DistillConfig,
         trained: &Weights,
     ) -> Result<Self> {
-        let blocks = blocks.min(teacher.num_hidden_layers());
+        let (students, teachers) = (llm.num_hidden_layers, teacher.num_hidden_layers());
+        let pairs = match &config.blocks {
+            Some(blocks) => blocks.iter().map(|(student, teacher)| (*student, *teacher)).collect(),
+            None => (0..layers.min(teachers)).map(|block| (block, block)).collect::<Vec<_>>(),
+        };
+        for &(student, teacher) in &pairs {
+            ensure!(student < students, "distill.blocks has the LLM's block {student}, it has {students} from 0 on");
+            ensure!(
+                teacher < teachers,
+                "distill.blocks gives block {student} the teacher's {teacher}, it has {teachers} from 0 on"
+            );
+        }
         let weights = trained.pp("aux_vision");
-        let heads = DistillHeads::load(blocks, hidden_size, teacher.hidden_size(), config.pairing, &weights)?;
-        Ok(Self { teacher, heads, mean: None })
+        let heads = DistillHeads::load(pairs, llm.hidden_size, teacher.hidden_size(), config.pairing, &weights)?;
+        Ok(Self { teacher, heads, patch_size, mean: None })
     }
 
     /// Measures what is always the same in the teacher's features, over pictures `[n, 3, height, width]`.
@@ -243,16 +264,21 @@ impl Distill {
         self.mean = Some(mean);
     }
 
-    /// The outputs of the teacher's blocks that have heads, each `[pictures, patches, teacher_hidden]` in f32.
+    /// The outputs of the teacher's blocks that heads meet, on the student's grid, each
+    /// `[pictures, patches, teacher_hidden]` in f32.
     fn features(&self, pixel_values: &Tensor) -> Vec<Tensor> {
-        let states = self.teacher.patch_states(pixel_values, self.heads.hidden_layers());
-        states[1..].iter().map(|state| state.to_kind(Kind::Float)).collect()
+        let layers = self.heads.teacher_blocks().max().map_or(0, |block| block + 1);
+        let states = self.teacher.patch_states(pixel_values, layers);
+        let (_, _, height, width) = pixel_values.size4().expect("pixel_values is [batch, 3, height, width]");
+        let grid = |patch_size| (height / patch_size, width / patch_size);
+        let (from, to) = (grid(self.teacher.patch_size()), grid(self.patch_size));
+        self.heads.teacher_blocks().map(|block| resample(&states[block + 1].to_kind(Kind::Float), from, to)).collect()
     }
 
     /// What the heads are to match, per block `[image tokens, teacher_hidden]`, in the order of the pictures.
     fn targets(&self, pixel_values: &[Tensor]) -> Result<Vec<Tensor>> {
         tch::no_grad(|| {
-            let mut blocks: Vec<Vec<Tensor>> = (0..self.heads.hidden_layers()).map(|_| Vec::new()).collect();
+            let mut blocks: Vec<Vec<Tensor>> = self.heads.teacher_blocks().map(|_| Vec::new()).collect();
             for group in pixel_values.chunk_by(|a, b| a.size() == b.size()) {
                 let mut features = self.features(&Tensor::stack(group, 0));
                 if let Some(mean) = &self.mean {

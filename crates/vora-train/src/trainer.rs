@@ -19,7 +19,9 @@ use crate::checkpoint::{self, RunFolder, TrainerState};
 use crate::config::{Strategy, TrainConfig};
 use crate::data::{self, HeldOut};
 use crate::distill::TeacherMean;
+use crate::ema::{Ema, InPlace};
 use crate::eval::{self, EvalReport};
+use crate::loss_scale::LossScale;
 use crate::metrics::{EvalMetrics, Line, MetricsLog, Progress, SpikeDetector, StepMetrics};
 use crate::optim::Optimizer;
 use crate::results::{TrainResults, machine, memory, peak_memory};
@@ -30,6 +32,7 @@ use crate::{plot, samples, saved, vq};
 
 const CONFIG: &str = "config.yaml";
 const OPTIMIZER: &str = "optimizer.safetensors";
+const EMA: &str = "ema.safetensors";
 const TEACHER_MEAN: &str = "teacher_mean.safetensors";
 const RANDOM: &str =
     "scenes: ChaCha8 of (seed, split, index); order: Feistel network of SplitMix64; new weights: by seed and name";
@@ -86,6 +89,8 @@ pub struct Trainer {
     run: RunFolder,
     student: Student,
     optimizer: Optimizer,
+    ema: Option<Ema>,
+    loss_scale: Option<LossScale>, // in f16
     schedule: Schedule,
     training: Arc<dyn Source>,
     loader: Loader,
@@ -115,15 +120,19 @@ impl Trainer {
             tracing::warn!("{key} has no effect here: {reason}");
         }
 
-        let kind = runtime::kind(config.bf16.map_or("auto", |bf16| if bf16 { "bf16" } else { "f32" }), options.device)?;
+        let kind = match (config.fp16, config.bf16) {
+            (true, _) => runtime::kind("f16", options.device).context("fp16")?,
+            (false, bf16) => runtime::kind(bf16.map_or("auto", |b| if b { "bf16" } else { "f32" }), options.device)?,
+        };
         let mut student = Student::new(&config, options.device, kind, options.resolve)?;
         let maker = data::sample_maker(&config, &student)?;
         let training = data::training(&config, &maker)?;
         let held_out = data::held_out(&config, &maker)?;
 
         let mut optimizer = Optimizer::new(student.parameters(), config.optim())?;
+        let mut ema = config.ema_decay.map(|decay| Ema::new(&student.parameters(), decay));
         if let Some(folder) = &last {
-            restore(&mut student, &mut optimizer, folder)
+            restore(&mut student, &mut optimizer, ema.as_mut(), folder)
                 .with_context(|| format!("cannot resume from {}", folder.display()))?;
         } else {
             measure_teacher(&mut student, &config, &training)?;
@@ -153,6 +162,8 @@ impl Trainer {
         Ok(Self {
             student,
             optimizer,
+            ema,
+            loss_scale: config.fp16.then(|| state.as_ref().and_then(|state| state.loss_scale).unwrap_or_default()),
             schedule,
             training,
             loader,
@@ -203,7 +214,8 @@ impl Trainer {
     }
 
     /// One optimizer step: forward and backward over `gradient_accumulation_steps` micro-batches, which together are
-    /// one batch, and AdamW.
+    /// one batch, and AdamW. In f16 a gradient that overflows is left out, with its samples, and the next ones take its
+    /// place.
     ///
     /// # Errors
     /// [`NotFinite`], before any weight or running mean is touched.
@@ -217,6 +229,9 @@ impl Trainer {
         let num_targets = uploaded.iter().map(|batch| self.student.num_targets(batch)).sum::<i64>() as f64;
         let num_image_tokens = uploaded.iter().map(DeviceBatch::num_image_tokens).sum::<i64>().max(1) as f64;
 
+        let distill_weight = self.config.distill.weight_at(self.step, self.schedule.max_steps);
+        let scale = self.loss_scale.map_or(1.0, |loss_scale| f64::from(loss_scale.scale));
+
         self.optimizer.zero_grad();
         let zero = || Tensor::zeros([], (Kind::Float, device));
         let (mut loss_lm, mut loss_distill) = (zero(), zero());
@@ -229,10 +244,13 @@ impl Trainer {
             if let (Some(distill), Some(blocks)) = (losses.distill, losses.distill_blocks) {
                 let (distill, blocks) = (distill * share, blocks * share);
                 loss_distill += distill.detach();
-                loss += distill * self.config.distill.weight;
+                loss += distill * distill_weight;
                 distill_blocks = Some(distill_blocks.map_or_else(|| blocks.shallow_clone(), |sum| sum + &blocks));
             }
-            loss.backward();
+            (if self.loss_scale.is_some() { loss * scale } else { loss }).backward();
+        }
+        if self.loss_scale.is_some() {
+            self.optimizer.scale_gradient(scale.recip());
         }
 
         // The one place where the host waits for the device.
@@ -241,12 +259,28 @@ impl Trainer {
         let read = Vec::<f64>::try_from(Tensor::cat(&read, 0).to_kind(Kind::Double))?;
         let (loss_lm, loss_distill, grad_norm, distill_blocks) = (read[0], read[1], read[2], read[3..].to_vec());
         let step = self.step + 1;
+        if let Some(loss_scale) = &mut self.loss_scale {
+            let overflowed = !grad_norm.is_finite() && loss_lm.is_finite() && loss_distill.is_finite();
+            loss_scale.update(overflowed);
+            // A scale below 1 helps no gradient: it is not finite by itself.
+            if overflowed && loss_scale.scale >= 1.0 {
+                tracing::warn!(
+                    "step {step}: the gradient overflowed f16 and is left out, the scale is {}",
+                    loss_scale.scale
+                );
+                self.seconds += start.elapsed().as_secs_f64();
+                return self.train_step();
+            }
+        }
         if !read.iter().all(|value| value.is_finite()) {
             let samples = self.culprits(&batches, &uploaded)?;
             bail!(NotFinite { step, loss_lm, loss_distill, grad_norm, samples });
         }
         let factor = self.schedule.factor(self.step);
         self.optimizer.step(factor, grad_norm)?;
+        if let Some(ema) = &mut self.ema {
+            ema.update(self.optimizer.parameters());
+        }
         self.step = step;
 
         let seconds = start.elapsed().as_secs_f64();
@@ -254,7 +288,7 @@ impl Trainer {
         let num_tokens: i64 = batches.iter().map(|batch| batch.spans.num_tokens()).sum();
         let num_slots: i64 = batches.iter().map(|batch| batch.batch * batch.seq).sum();
         let num_samples: usize = batches.iter().map(|batch| batch.samples.len()).sum();
-        let loss = loss_lm + self.config.distill.weight * loss_distill;
+        let loss = loss_lm + distill_weight * loss_distill;
         if let Some(sigmas) = self.spikes.observe(loss) {
             let ids = ids(&batches).join(", ");
             tracing::warn!(
@@ -319,6 +353,7 @@ impl Trainer {
             samples_seen: self.loader.position(),
             samples_held: self.loader.held(),
             seconds: self.seconds,
+            loss_scale: self.loss_scale,
             seed: self.config.seed,
             random: RANDOM.to_owned(),
             config_sha256: checkpoint::sha256(yaml.as_bytes()),
@@ -327,6 +362,9 @@ impl Trainer {
         let folder = self.run.save(self.step, self.config.save_total_limit, |folder| {
             saved::write(&self.student, folder)?;
             save(&folder.join(OPTIMIZER), &self.optimizer.state(), &[])?;
+            if let Some(ema) = &self.ema {
+                save(&folder.join(EMA), &ema.state(), &[])?;
+            }
             if let Some(mean) = self.student.distill.as_ref().and_then(|d| d.mean()) {
                 save(&folder.join(TEACHER_MEAN), &mean.state(), &[])?;
             }
@@ -340,6 +378,7 @@ impl Trainer {
 
     /// What is left to do once the last step is done and saved.
     fn finish(&mut self, progress: &mut dyn Progress) -> Result<Outcome> {
+        let _averaged = self.averaged();
         self.run.save_folder("final", |folder| saved::write(&self.student, folder))?;
         self.results().save(self.run.path())?;
         let shown = samples::choose(&self.held_out, SAMPLES);
@@ -366,6 +405,11 @@ impl Trainer {
         Ok(Outcome::Finished(report))
     }
 
+    /// The model has its averaged weights, where the run averages, until what is returned is dropped.
+    fn averaged(&self) -> Option<InPlace> {
+        self.ema.as_ref().map(|ema| ema.in_place(self.optimizer.parameters()))
+    }
+
     fn results(&self) -> TrainResults {
         TrainResults {
             steps: self.step,
@@ -382,11 +426,11 @@ impl Trainer {
     fn evaluate_if_due(&mut self, progress: &mut dyn Progress) -> Result<()> {
         let due =
             self.config.evaluation_strategy == Strategy::Steps && self.step.is_multiple_of(self.config.eval_steps);
-        if due
-            && !self.held_out.is_empty()
-            && self.step < self.schedule.max_steps
-            && let Some(report) = self.evaluate(progress)?
-        {
+        if !due || self.held_out.is_empty() || self.step >= self.schedule.max_steps {
+            return Ok(());
+        }
+        let _averaged = self.averaged();
+        if let Some(report) = self.evaluate(progress)? {
             self.log(&report, progress)?;
             self.show()?;
             self.plot()?;
@@ -493,13 +537,20 @@ fn last_checkpoint(run: &RunFolder, config: &TrainConfig, resume: bool) -> Resul
 /// Whether another value of this key is another model; where models lie may change.
 fn shapes_the_model(key: &str) -> bool {
     let place = ["model.llm", "model.aux_vision", "model.vision_tower", "model.pretrained"].contains(&key);
-    (key.starts_with("model.") && !place) || key == "distill.pairing" || key == "distill.center"
+    (key.starts_with("model.") && !place)
+        || ["distill.pairing", "distill.center"].contains(&key)
+        || key.starts_with("distill.blocks")
 }
 
-/// Reads weights, optimizer and the teacher's mean from a checkpoint.
-fn restore(student: &mut Student, optimizer: &mut Optimizer, folder: &Path) -> Result<()> {
+/// Reads weights, their average, optimizer and the teacher's mean from a checkpoint. An average that the checkpoint
+/// lacks starts anew.
+fn restore(student: &mut Student, optimizer: &mut Optimizer, ema: Option<&mut Ema>, folder: &Path) -> Result<()> {
     saved::read(student, folder)?;
     optimizer.load_state(&Checkpoint::open(&folder.join(OPTIMIZER))?)?;
+    let averages = folder.join(EMA);
+    if let (Some(ema), true) = (ema, averages.exists()) {
+        ema.load_state(&Checkpoint::open(&averages)?)?;
+    }
     let (device, path) = (student.device(), folder.join(TEACHER_MEAN));
     if let (Some(distill), true) = (&mut student.distill, path.exists()) {
         distill.set_mean(TeacherMean::load(&Checkpoint::open(&path)?, device)?);
@@ -733,6 +784,172 @@ mod tests {
         let wrong = config("smoke.yaml", second.path(), &[OTHER_SYSTEMS[0], &from(Path::new("nowhere"))]);
         let error = format!("{:#}", try_new(wrong, false).err().unwrap());
         assert!(error.contains("model.pretrained: nowhere has no vision.safetensors"), "{error}");
+    }
+
+    const STAGE_2: [&str; 4] =
+        ["model.lora=null", "model.freeze_llm=false", "model.reuse_aux_vision_embedding_layers=null", "bf16=false"];
+
+    #[test]
+    fn the_second_stage_of_a_vora_trains_all_weights_of_the_merged_first() {
+        let [first, second, other, merged] = [(); 4].map(|()| tempfile::tempdir().unwrap());
+        let mut stage_1 = trainer(config("smoke.yaml", first.path(), &["bf16=false", "max_steps=3"]));
+        stage_1.train(&mut Silent).unwrap();
+        let trained = first.path().join("final");
+        let mut model = saved::open(&trained, Device::Cpu, Kind::Float, &resolve).unwrap();
+        model.merge().unwrap();
+        model.save(merged.path()).unwrap();
+        saved::copy_beside(&trained, merged.path()).unwrap();
+        let stage_2 = |run: &Path, from: &Path, more: &[&str]| {
+            let from = format!("model.pretrained={}", from.display());
+            let settings: Vec<&str> = STAGE_2.into_iter().chain([from.as_str()]).chain(more.iter().copied()).collect();
+            config("smoke.yaml", run, &settings)
+        };
+
+        // A merged folder and the run it came from are the same start, but for the heads, which only the run has.
+        let mut from_run = trainer(stage_2(other.path(), &trained, &[]));
+        let from_merged = trainer(stage_2(second.path(), merged.path(), &[]));
+        let without_heads = |trainer: &Trainer| {
+            let mut parameters = trainer.parameters();
+            parameters.retain(|(name, _)| !name.starts_with("aux_vision."));
+            parameters
+        };
+        assert_same(&without_heads(&from_run), &without_heads(&from_merged));
+        let heads = |trainer: &Trainer| {
+            let mut parameters = trainer.parameters();
+            parameters.retain(|(name, _)| name.starts_with("aux_vision.aux_layer_0."));
+            parameters
+        };
+        assert_eq!(heads(&stage_1).len(), 2);
+        assert_same(&heads(&stage_1), &heads(&from_run));
+
+        // The first loss is the merged model's.
+        let (mut sum, mut num_targets) = (0.0, 0.0);
+        for batch in from_run.next_batches().unwrap() {
+            let batch = DeviceBatch::new(&batch, Device::Cpu);
+            let hidden = tch::no_grad(|| model.forward(&batch.input, 0)).unwrap().last_hidden_state;
+            let hidden = hidden.flatten(0, 1).index_select(0, &batch.positions);
+            let logits = |rows: &Tensor| model.llm().logits(rows);
+            let loss = tch::no_grad(|| crate::loss::cross_entropy(&hidden, &batch.targets, i64::MAX, logits));
+            sum += loss.double_value(&[]);
+            num_targets += batch.targets.size()[0] as f64;
+        }
+        drop((from_run, from_merged));
+        let mut tuned = trainer(stage_2(second.path(), merged.path(), &["max_steps=3"]));
+        let start = weights(&tuned);
+        let metrics = tuned.train_step().unwrap();
+        assert!((metrics.loss_lm - sum / num_targets).abs() < 1e-6, "{} {}", metrics.loss_lm, sum / num_targets);
+        assert!(metrics.loss_distill.is_some());
+        let stop = tuned.stop.clone();
+        assert_eq!(tuned.train(&mut StopAfter(2, stop)).unwrap(), Outcome::Stopped { step: 2 });
+        drop(tuned);
+
+        // Gone on with bit for bit, and what lies in final/ is a model that runs by itself.
+        let mut resumed = try_new(stage_2(second.path(), merged.path(), &["max_steps=3"]), true).unwrap();
+        resumed.train(&mut Silent).unwrap();
+        let mut whole = trainer(stage_2(other.path(), merged.path(), &["max_steps=3"]));
+        whole.train(&mut Silent).unwrap();
+        assert_same(&weights(&whole), &weights(&resumed));
+        for ((name, a), (_, b)) in start.iter().zip(&weights(&whole)).filter(|((name, _), _)| name.contains("_proj")) {
+            assert!(!a.equal(b), "{name} was not trained");
+        }
+        let last = second.path().join("final");
+        let batch = DeviceBatch::new(&whole.next_batches().unwrap()[0], Device::Cpu);
+        let hidden = |model: &dyn VisionLanguageModel| {
+            tch::no_grad(|| model.forward(&batch.input, 0)).unwrap().last_hidden_state
+        };
+        let expected = hidden(&*whole.student.model);
+        fixtures::assert_close_to(
+            &hidden(&*vora_model::open(&last, Device::Cpu, Kind::Float).unwrap()),
+            &expected,
+            0.0,
+        );
+        let mut opened = saved::open(&last, Device::Cpu, Kind::Float, &resolve).unwrap();
+        opened.merge().unwrap();
+        fixtures::assert_close_to(&hidden(&*opened), &expected, 0.0);
+        assert_eq!(saved::stored_kind(&last, &resolve).unwrap(), Kind::Float);
+
+        // With the adapters it has, a run goes on where the other ended.
+        drop((whole, resumed));
+        let from = |folder: &Path, more: &str| {
+            let from = format!("model.pretrained={}", folder.display());
+            config("smoke.yaml", other.path(), &["bf16=false", &from, more])
+        };
+        assert_same(&trainer(from(&trained, "max_steps=1")).parameters(), &stage_1.parameters());
+        let error = |config: TrainConfig| format!("{:#}", try_new(config, false).err().unwrap());
+        let merged_error = error(from(merged.path(), "max_steps=1"));
+        assert!(merged_error.contains("model.pretrained: ") && merged_error.contains("is merged"), "{merged_error}");
+        let rank_error = error(from(&trained, "model.lora.r=8"));
+        assert!(rank_error.contains("r: 4") && rank_error.contains("r: 8"), "{rank_error}");
+        let size_error = error(stage_2(other.path(), merged.path(), &["model.patch_size=28"]));
+        assert!(size_error.contains("model.patch_size is 28") && size_error.contains("with 14"), "{size_error}");
+    }
+
+    #[test]
+    fn the_average_is_evaluated_saved_and_goes_on_bit_for_bit() {
+        let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let with = |folder: &Path| config("smoke.yaml", folder, &["bf16=false", "max_steps=5", "ema_decay=0.6"]);
+        let mut uninterrupted = trainer(with(whole.path()));
+        uninterrupted.train(&mut Silent).unwrap();
+        let mut first = trainer(with(parts.path()));
+        let stop = first.stop.clone();
+        first.train(&mut StopAfter(2, stop)).unwrap();
+        drop(first);
+        let mut second = try_new(with(parts.path()), true).unwrap();
+        second.train(&mut Silent).unwrap();
+        assert_same(&weights(&uninterrupted), &weights(&second));
+        let average = |trainer: &Trainer| trainer.ema.as_ref().unwrap().state();
+        assert_same(&average(&uninterrupted), &average(&second));
+
+        // final/ has the average, the checkpoint beside it the weights themselves.
+        let at = |name: &str| Checkpoint::open(&whole.path().join(name).join("vision.safetensors")).unwrap();
+        let (last, checkpoint) = (at("final"), at("checkpoints/step-5"));
+        let name = "vision_embedding.patchifier.proj.weight";
+        let of = |tensors: &[(String, Tensor)]| tensors.iter().find(|(n, _)| n == name).unwrap().1.copy();
+        assert!(last.tensor(name).unwrap().equal(&of(&average(&uninterrupted))));
+        assert!(checkpoint.tensor(name).unwrap().equal(&of(&uninterrupted.parameters())));
+        assert!(!last.tensor(name).unwrap().equal(&checkpoint.tensor(name).unwrap()));
+    }
+
+    #[test]
+    fn a_scaled_loss_trains_the_same_and_an_overflow_is_left_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let train = |loss_scale: Option<LossScale>, steps: u64| {
+            let mut trainer = trainer(config("debug.yaml", folder.path(), &[]));
+            trainer.loss_scale = loss_scale;
+            let norms: Vec<f64> = (0..steps).map(|_| trainer.train_step().unwrap().grad_norm).collect();
+            (weights(&trainer), norms, trainer.loss_scale, trainer.loader.position())
+        };
+        let plain = train(None, 3);
+        let scaled = train(Some(LossScale::default()), 3);
+        // In f32 a power of two changes no digit.
+        assert_same(&plain.0, &scaled.0);
+        assert_eq!((&plain.1, scaled.2.unwrap().growth_tracker), (&scaled.1, 3));
+
+        let huge = LossScale { scale: 2f32.powi(126), growth_tracker: 7 };
+        let (_, norms, left, position) = train(Some(huge), 1);
+        let left = left.unwrap();
+        assert!(norms[0].is_finite() && left.scale < huge.scale && left.growth_tracker == 1, "{norms:?} {left:?}");
+        let skipped = (huge.scale / left.scale).log2() as u64;
+        assert_eq!(position, 4 * (skipped + 1));
+    }
+
+    #[test]
+    fn teachers_of_other_grids_and_blocks_are_learned_from() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = |settings: &[&str]| {
+            let mut trainer = trainer(config("smoke.yaml", folder.path(), settings));
+            let metrics = trainer.train_step().unwrap();
+            (metrics.loss_distill.unwrap(), metrics.distill_blocks, trainer.parameters())
+        };
+        let (loss, blocks, _) = run(&["model.patch_size=7"]);
+        assert!(loss.is_finite() && blocks.len() == 2);
+        let (_, blocks, parameters) = run(&["distill.blocks={1: 0}", "distill.weight_schedule={type: linear, end: 0}"]);
+        let heads: Vec<&str> =
+            parameters.iter().map(|(name, _)| name.as_str()).filter(|name| name.starts_with("aux_vision")).collect();
+        assert_eq!(
+            (blocks.len(), heads),
+            (1, vec!["aux_vision.aux_layer_1.0.weight", "aux_vision.aux_layer_1.1.weight"])
+        );
     }
 
     /// Two pictures, two conversations about them, one of words alone and one about a picture that is not there.
@@ -987,9 +1204,15 @@ mod tests {
             &["model.aux_vision", "`llama` is not a vision encoder known here"],
         );
         fails(&["model.lora.layers=5"], &["model.lora.layers is 5", "has 4 layers"]);
-        fails(&["model.patch_size=7"], &["model.patch_size is 7, the teacher's patches have 14"]);
+        fails(
+            &["model.image_size=49", "model.patch_size=7", "data.train.scenes.image_size=49"],
+            &["a multiple of the teacher's patch size, 14"],
+        );
+        fails(&["distill.blocks={4: 0}"], &["distill.blocks has the LLM's block 4, it has 4 from 0 on"]);
+        fails(&["distill.blocks={0: 9}"], &["distill.blocks gives block 0 the teacher's 9"]);
+        fails(&["fp16=true", "bf16=false"], &["fp16", "needs a GPU"]);
         fails(&["model.vision_embedding_intermediate_size=32"], &["32 channels", "teacher of 24"]);
         fails(&["learning_rates={lora_C: 1}"], &["learning_rates.lora_C"]);
-        fails(&["model.pretrained=x"], &["model.pretrained"]);
+        fails(&["model.pretrained=x"], &["model.pretrained", "x/config.json"]);
     }
 }

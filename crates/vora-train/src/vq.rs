@@ -11,7 +11,7 @@ use vora_vision::VqModel;
 use crate::config::TrainConfig;
 use crate::metrics::Progress;
 use crate::optim::{LearningRates, OptimConfig, Optimizer};
-use crate::schedule::{Curve, Schedule};
+use crate::schedule::{Curve, Schedule, SchedulerKwargs};
 use crate::student::Student;
 
 /// The name of the image tokenizer in a Chameleon folder.
@@ -52,7 +52,7 @@ pub(crate) fn train(
     };
     let mut optimizer = Optimizer::new(weights.parameters(), optim)?;
     let (warmup_steps, max_steps) = (vq.steps / 20, vq.steps);
-    let schedule = Schedule { curve: Curve::Cosine, warmup_steps, max_steps, min_lr_rate: 0.0 };
+    let schedule = Schedule { curve: Curve::Cosine, warmup_steps, max_steps, kwargs: SchedulerKwargs::default() };
     let first_with_codes = (WITHOUT_CODES * vq.steps as f64).ceil() as u64;
     let num_codes = vq.num_embeddings;
     let mut used = Tensor::zeros([num_codes], (Kind::Int64, student.device()));

@@ -33,6 +33,7 @@ pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve:
         processor: chameleon_processor(u32::try_from(section.image_size)?)?,
         patch_size: vq.stride(),
         z_loss: section.z_loss(),
+        is_whole: false,
         trained: vec![(model.llm_prefix(), llm)],
         made: made.collect(),
         model: Box::new(model),

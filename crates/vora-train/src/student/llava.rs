@@ -54,6 +54,7 @@ pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve:
         processor,
         patch_size,
         z_loss: 0.0,
+        is_whole: false,
         made: Vec::new(),
     };
     if let Some(folder) = &section.pretrained {

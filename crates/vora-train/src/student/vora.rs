@@ -1,6 +1,9 @@
-//! A VoRA to train: new adapters and a patch embedding on a frozen LLM, taught by a frozen vision transformer.
+//! A VoRA to train, taught by a frozen vision transformer: adapters and a patch embedding on a frozen LLM, or all
+//! weights of one whose adapters were merged.
 
-use anyhow::{Context, Result, ensure};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_llm::LlmConfig;
 use vora_model::{VisionLanguageModel, Vora, VoraConfig};
@@ -9,20 +12,17 @@ use vora_vision::{IMAGENET_DEFAULT, ImageProcessor, Resample, Teacher};
 
 use super::{Distill, Resolve, Student};
 use crate::config::TrainConfig;
+use crate::model_config::ModelConfig;
+use crate::saved;
 
 /// Channels of the patch embedding where nothing says otherwise, as in the published model.
 const EMBED_DIM: i64 = 1536;
 
-/// Opens LLM and teacher and puts new adapters, a patch embedding and heads on them.
+/// Opens LLM and teacher, and what was trained before; makes what is new: adapters, patch embedding, heads.
 pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Student> {
     let section = &config.model;
     let (llm, image_size) = (&section.llm, section.image_size);
     let patch_size = section.patch_size.context("model.patch_size is missing")?;
-    let lora = section.lora.clone().context("model.lora is missing")?;
-    ensure!(
-        section.pretrained.is_none(),
-        "model.pretrained: training goes on from a run's own checkpoints only (--resume); start without it"
-    );
     let llm_folder = resolve(llm).context("model.llm")?;
     let open_teacher = |name: &String| {
         resolve(name).and_then(|folder| Teacher::open(&folder, device, kind)).context("model.aux_vision")
@@ -30,52 +30,143 @@ pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve:
     let teacher = section.aux_vision.as_ref().map(open_teacher).transpose()?;
     if let Some(teacher) = &teacher {
         ensure!(
-            teacher.patch_size() == patch_size,
-            "model.patch_size is {patch_size}, the teacher's patches have {}: their tokens could not meet",
+            image_size % teacher.patch_size() == 0,
+            "model.image_size is {image_size}, it must be a multiple of the teacher's patch size, {}",
             teacher.patch_size()
         );
     }
-    let teacher_size = teacher.as_ref().map(Teacher::hidden_size);
-    let embed_dim = section.vision_embedding_intermediate_size.or(teacher_size).unwrap_or(EMBED_DIM);
+    let llm_config = LlmConfig::open(&llm_folder)?;
+    let open_pretrained = |name: &String| Pretrained::open(name, section, &llm_config, resolve);
+    let pretrained = section.pretrained.as_ref().map(open_pretrained).transpose().context("model.pretrained")?;
+    let before = pretrained.as_ref().map(|pretrained| &pretrained.config);
+    let embed_dim = section
+        .vision_embedding_intermediate_size
+        .or(before.map(|config| config.vision_embedding_intermediate_size))
+        .or(teacher.as_ref().map(Teacher::hidden_size))
+        .unwrap_or(EMBED_DIM);
 
-    let mut vora = VoraConfig::new(LlmConfig::open(&llm_folder)?, embed_dim, patch_size, image_size);
+    let mut vora = VoraConfig::new(llm_config, embed_dim, patch_size, image_size);
+    let layers = match &section.lora {
+        Some(lora) => lora.layers,
+        None => vora.llm.num_hidden_layers as i64,
+    };
     ensure!(
-        lora.layers <= vora.llm.num_hidden_layers as i64,
-        "model.lora.layers is {}, {llm} has {} layers",
-        lora.layers,
+        layers <= vora.llm.num_hidden_layers as i64,
+        "model.lora.layers is {layers}, {llm} has {} layers",
         vora.llm.num_hidden_layers
     );
-    let (blocks, hidden_size) = (usize::try_from(lora.layers)?, vora.llm.hidden_size);
     vora.llm_name.clone_from(llm);
     vora.aux_vision = section.aux_vision.clone().unwrap_or_default();
-    vora.vision_attention = section.vision_attention.unwrap_or_default();
-    vora.lora = Some(lora);
-    let frozen = Weights::open(&llm_folder, device, kind)?;
+    if let Some(before) = before {
+        (vora.vision_attention, vora.pos_embed) = (before.vision_attention, before.pos_embed);
+    }
+    vora.vision_attention = section.vision_attention.unwrap_or(vora.vision_attention);
+    vora.lora.clone_from(&section.lora);
+    let is_whole = !section.freezes_llm();
+    let weights = match &pretrained {
+        Some(pretrained) if is_whole => Weights::from_tensors(pretrained.llm(), device, kind),
+        _ => Weights::open(&llm_folder, device, kind)?,
+    };
+    let source = if is_whole { weights.trained() } else { weights.clone() };
     let trained = Weights::random(config.seed, device, kind);
-    let model = Vora::assemble(vora, &frozen, &trained)?;
-    frozen.finish().with_context(|| format!("loading the LLM in {}", llm_folder.display()))?;
+    let model = Vora::assemble(vora, &source, &trained)?;
+    weights.finish().with_context(|| format!("loading the LLM in {}", llm_folder.display()))?;
 
     let side = u32::try_from(image_size)?;
-    let processor = match &teacher {
-        Some(teacher) => teacher.processor().at(side),
-        None => ImageProcessor::square(side, IMAGENET_DEFAULT.0, IMAGENET_DEFAULT.1, Resample::Bicubic),
+    let processor = match (&teacher, &pretrained) {
+        (Some(teacher), _) => teacher.processor().at(side),
+        (None, Some(pretrained)) => ImageProcessor::open(&pretrained.folder).context("model.pretrained")?.at(side),
+        (None, None) => ImageProcessor::square(side, IMAGENET_DEFAULT.0, IMAGENET_DEFAULT.1, Resample::Bicubic),
     };
-    if let (Some(teacher), true) = (&teacher, section.starts_from_teacher()) {
+    if let (Some(teacher), true, None) = (&teacher, section.starts_from_teacher(), &pretrained) {
         model.vision_embedding().start_from_teacher(teacher, word_embedding_rms(&model))?;
     }
-    let distill = teacher.map(|teacher| Distill::new(teacher, blocks, hidden_size, &config.distill, &trained));
+    let llm_config = &model.config().llm;
+    let distill = teacher.map(|teacher| {
+        Distill::new(teacher, usize::try_from(layers)?, llm_config, patch_size, &config.distill, &trained)
+    });
+    let distill = distill.transpose()?;
+    if let Some(pretrained) = &pretrained {
+        pretrained.start(&trained.parameters()).context("model.pretrained")?;
+    }
+    let mut sources = vec![("", trained)];
+    if is_whole {
+        sources.push((model.llm_prefix(), weights));
+    }
     Ok(Student {
         model: Box::new(model),
-        distill: distill.transpose()?,
+        distill,
         llm_name: llm.clone(),
         llm_folder,
         chat_template: section.chat_template.clone(),
         processor,
         patch_size,
         z_loss: 0.0,
-        trained: vec![("", trained)],
+        is_whole,
+        trained: sources,
         made: Vec::new(),
     })
+}
+
+/// A VoRA that was trained before: a merged folder, or a run's `final/`.
+struct Pretrained {
+    folder: PathBuf,
+    config: VoraConfig,
+    tensors: Vec<(String, Tensor)>,
+}
+
+impl Pretrained {
+    /// Opens it, with its adapters merged where the run has none.
+    fn open(name: &str, section: &ModelConfig, llm: &LlmConfig, resolve: &Resolve<'_>) -> Result<Self> {
+        let folder = resolve(name)?;
+        let config = VoraConfig::open(&folder)?;
+        let mut model = saved::open(&folder, Device::Cpu, Kind::Float, resolve)?;
+        match (&section.lora, &config.lora) {
+            (None, _) => model.merge()?,
+            (Some(lora), Some(before)) => {
+                ensure!(lora == before, "the adapters of {name} are {before:?}, those of model.lora {lora:?}");
+            }
+            (Some(_), None) => bail!(
+                "{name} is merged, it has no adapters to go on with; leave model.lora out and set model.freeze_llm=false \
+                 to train all its weights"
+            ),
+        }
+        for (key, ours, theirs) in [
+            ("model.image_size", section.image_size, config.image_size),
+            ("model.patch_size", section.patch_size.unwrap_or(config.patch_size), config.patch_size),
+            ("hidden_size of model.llm", llm.hidden_size, config.llm.hidden_size),
+            ("vocab_size of model.llm", llm.vocab_size, config.llm.vocab_size),
+        ] {
+            ensure!(ours == theirs, "{key} is {ours}, {name} was trained with {theirs}");
+        }
+        Ok(Self { tensors: model.tensors()?, folder, config })
+    }
+
+    /// The LLM's tensors by its own names.
+    fn llm(&self) -> impl Iterator<Item = (String, Tensor)> {
+        self.tensors.iter().filter_map(|(name, t)| Some((name.strip_prefix("llm.")?.to_owned(), t.shallow_clone())))
+    }
+
+    /// Puts its values into the parameters of its names. The teacher's heads are new where it has none that fit.
+    fn start(&self, parameters: &[(String, Tensor)]) -> Result<()> {
+        let heads = saved::heads(&self.folder)?;
+        for (name, parameter) in parameters {
+            let found = self.tensors.iter().chain(&heads).find(|(other, _)| other == name);
+            match found {
+                Some((_, value)) if value.size() == parameter.size() => {
+                    tch::no_grad(|| parameter.shallow_clone().copy_(value));
+                }
+                _ if name.starts_with("aux_vision.") => {}
+                found => bail!(
+                    "`{name}` is {:?} in {}, this run expects {:?}",
+                    found.map(|(_, value)| value.size()),
+                    self.folder.display(),
+                    parameter.size()
+                ),
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Root of the mean square over the word embeddings, from some thousands of them.
