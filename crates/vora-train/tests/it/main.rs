@@ -26,7 +26,8 @@ fn model(golden: &fixtures::Golden) -> (Vora, DistillHeads, Weights) {
     config.lora = Some(LoraConfig::new(4, ADAPTED));
     let weights = Weights::from_tensors(golden.under("weights."), Device::Cpu, Kind::Float);
     let model = Vora::load(config, &weights).unwrap();
-    let heads = DistillHeads::load(ADAPTED as usize, 32, 16, Pairing::Output, &weights.pp("aux_vision")).unwrap();
+    let pairs = (0..ADAPTED as usize).map(|block| (block, block)).collect();
+    let heads = DistillHeads::load(pairs, 32, 16, Pairing::Output, &weights.pp("aux_vision")).unwrap();
     weights.finish().unwrap();
     (model, heads, weights)
 }
