@@ -1,5 +1,7 @@
 //! The decoder: layers of attention and MLP around a residual stream, and the head that turns it into logits.
 
+mod recompute;
+
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor, nn::Module};
 use vora_lora::Linear;
@@ -13,6 +15,8 @@ use crate::kv_cache::KvCache;
 use crate::mlp::Mlp;
 use crate::rotary::{CosSin, Rotary};
 use crate::spans::AttentionPlan;
+
+pub use recompute::Recompute;
 
 /// `h = x + self_attn(input_layernorm(x))`, then `h + mlp(post_attention_layernorm(h))`; with `swin_norm`, each norm
 /// behind its block: `h = x + input_layernorm(self_attn(x))`, then `h + post_attention_layernorm(mlp(h))`.
@@ -277,6 +281,17 @@ impl CausalLm {
     /// is dropped. Everything else that this type computes drops nothing.
     pub fn forward_train(&self, inputs_embeds: &Tensor, plan: &AttentionPlan, hidden_layers: usize) -> Output {
         self.model.forward_train(inputs_embeds, plan, hidden_layers)
+    }
+
+    /// As [`CausalLm::forward`], in little memory: what goes into each layer is kept, nothing from inside it. A loss over
+    /// the output goes backward by its own `backward`, then by [`Recompute::backward`], at the cost of a second forward.
+    pub fn forward_recomputed(
+        &self,
+        inputs_embeds: &Tensor,
+        plan: AttentionPlan,
+        hidden_layers: usize,
+    ) -> (Output, Recompute<'_>) {
+        self.model.forward_recomputed(inputs_embeds, plan, hidden_layers)
     }
 
     /// What every layer's attention puts into its softmax, without the mask: from the `hidden_states` of a forward with

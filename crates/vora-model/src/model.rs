@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use tch::Tensor;
 use vora_llm::chat::Piece;
-use vora_llm::{AttentionPlan, CausalLm, Output, Span, Spans, VisionAttention};
+use vora_llm::{AttentionPlan, CausalLm, Output, Recompute, Span, Spans, VisionAttention};
 use vora_lora::{LoraConfig, attach_all};
 use vora_torch::weights::Weights;
 
@@ -56,6 +56,11 @@ pub trait VisionLanguageModel: Debug {
     /// The model as one to which pictures are tokens, which it can write as well; none for those that only see them.
     fn as_chameleon(&self) -> Option<&Chameleon> {
         None
+    }
+
+    /// The encoder's tensors, for models that see through one that they do not train.
+    fn encoder_tensors(&self) -> &[(String, Tensor)] {
+        &[]
     }
 
     /// The adapters that are attached; none once they are merged.
@@ -137,6 +142,12 @@ pub trait VisionLanguageModel: Debug {
     fn forward(&self, input: &Input, hidden_layers: usize) -> Result<Output> {
         let plan = self.plan(&input.spans)?;
         Ok(self.llm().forward(&self.embed(input)?, &plan, hidden_layers))
+    }
+
+    /// As [`forward`](Self::forward), with activation checkpointing: see [`CausalLm::forward_recomputed`].
+    fn forward_recomputed(&self, input: &Input, hidden_layers: usize) -> Result<(Output, Recompute<'_>)> {
+        let plan = self.plan(&input.spans)?;
+        Ok(self.llm().forward_recomputed(&self.embed(input)?, plan, hidden_layers))
     }
 }
 

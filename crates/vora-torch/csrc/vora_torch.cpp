@@ -79,6 +79,14 @@ at::Tensor* vora_grad_norm(at::Tensor* const* grads, size_t n) {
   });
 }
 
+// The gradients of all leaves behind `tensor`, given that by `tensor`, added to what they have.
+int vora_backward(at::Tensor* tensor, at::Tensor* gradient) {
+  return guard(-1, [&] {
+    tensor->backward(*gradient);
+    return 0;
+  });
+}
+
 // 1 when bf16 matrix products run in hardware here (AVX512-BF16 or AMX), else 0.
 int vora_cpu_has_bf16() {
   return guard(0, [&] {

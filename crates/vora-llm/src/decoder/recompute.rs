@@ -1,0 +1,184 @@
+//! Activation checkpointing: a forward that keeps what goes into each layer and nothing from inside it, and the
+//! backward that computes each layer anew (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+
+use anyhow::Result;
+use tch::Tensor;
+use tch::nn::Module;
+use vora_torch::ops;
+
+use super::{Decoder, Output, Shared};
+use crate::rotary::CosSin;
+use crate::spans::AttentionPlan;
+
+/// What is left to do once a loss over a [`CausalLm::forward_recomputed`](super::CausalLm::forward_recomputed) has gone
+/// backward: the layers, last to first.
+///
+/// Hidden states of that forward are leaves. A loss leaves its gradients in them, each layer adds to that of its input.
+#[derive(Debug)]
+pub struct Recompute<'a> {
+    decoder: &'a Decoder,
+    inputs_embeds: Tensor,
+    states: Vec<Tensor>, // what goes into each layer, and what leaves the last; [batch, seq, hidden]
+    cos_sin: CosSin,
+    plan: AttentionPlan,
+    windowed: Option<AttentionPlan>,
+}
+
+impl Decoder {
+    /// As [`Decoder::forward`], with leaves for hidden states, and what goes backward from them.
+    pub(super) fn forward_recomputed(
+        &self,
+        inputs_embeds: &Tensor,
+        plan: AttentionPlan,
+        hidden_layers: usize,
+    ) -> (Output, Recompute<'_>) {
+        let cos_sin = self.rotary.cos_sin(plan.position_ids(), plan.num_positions());
+        let windowed = self.plans(&plan).windowed;
+        let leaf = |x: Tensor, requires_grad: bool| x.detach().set_requires_grad(requires_grad);
+        // Without a trained embedding nothing is to be learned before the first layer.
+        let mut states = vec![leaf(inputs_embeds.shallow_clone(), inputs_embeds.requires_grad())];
+        let shared = Shared { full: &plan, windowed };
+        for (layer_idx, layer) in self.layers.iter().enumerate() {
+            let y = tch::no_grad(|| layer.forward(&states[layer_idx], &cos_sin, shared.by(layer)));
+            states.push(leaf(y, true));
+        }
+        let windowed = shared.windowed;
+        let before_norm = states[self.layers.len()].shallow_clone();
+        let last_hidden_state = self.norm.forward(&before_norm);
+        let mut hidden_states: Vec<Tensor> =
+            states[..self.layers.len()].iter().take(hidden_layers + 1).map(Tensor::shallow_clone).collect();
+        if hidden_layers >= self.layers.len() {
+            hidden_states.push(last_hidden_state.shallow_clone());
+        }
+        let output = Output { last_hidden_state, before_norm, hidden_states };
+        let inputs_embeds = inputs_embeds.shallow_clone();
+        (output, Recompute { decoder: self, inputs_embeds, states, cos_sin, plan, windowed })
+    }
+}
+
+impl Recompute<'_> {
+    /// Takes the gradients that a loss left in the hidden states through every layer to the adapters, the weights that
+    /// are trained, and the embeddings. What a layer makes on the way is gone before the next one begins.
+    ///
+    /// # Errors
+    /// What libtorch says of it.
+    pub fn backward(self) -> Result<()> {
+        let Self { decoder, inputs_embeds, mut states, cos_sin, plan, windowed } = self;
+        let shared = Shared { full: &plan, windowed };
+        for layer in decoder.layers.iter().rev() {
+            let (gradient, input) = (states.pop().map(|state| state.grad()), states.last());
+            let (Some(gradient), Some(input)) = (gradient.filter(Tensor::defined), input) else { continue };
+            let y = layer.forward(input, &cos_sin, shared.by(layer));
+            if y.requires_grad() {
+                ops::backward(&y, &gradient)?;
+            }
+        }
+        match states.pop().map(|state| state.grad()).filter(Tensor::defined) {
+            Some(gradient) if inputs_embeds.requires_grad() => ops::backward(&inputs_embeds, &gradient),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decoder::CausalLm;
+    use crate::spans::{Span, Spans, VisionAttention};
+    use crate::{KernelChoice, LlmConfig};
+    use tch::{Device, Kind};
+    use vora_lora::{LoraConfig, attach_all};
+    use vora_torch::weights::{Init, Weights};
+
+    /// Values of a loss with a tap at every hidden state, and its gradients by name: by embeddings, adapters and,
+    /// where they are trained, weights.
+    fn gradients(config: &LlmConfig, kind: Kind, trained: bool, recomputed: bool) -> (f64, Vec<(String, Tensor)>) {
+        let weights = Weights::random(3, Device::Cpu, kind).with_initializer_range(0.2);
+        let source = if trained { weights.trained() } else { weights.clone() };
+        let mut llm = CausalLm::load(config, &source).unwrap();
+        let adapters = Weights::random(4, Device::Cpu, kind);
+        if !trained {
+            attach_all("a", &LoraConfig::new(2, 2), &adapters, |visit| llm.linears_mut(visit)).unwrap();
+            for (name, b) in adapters.parameters().iter().filter(|(name, _)| name.contains("lora_B")) {
+                let _ = tch::no_grad(|| b.shallow_clone().fill_(0.01 * (name.len() % 7) as f64));
+            }
+        }
+        let embeds = adapters.parameter("embeds", &[2, 9, config.hidden_size], Init::Normal { std: 1.0 }).unwrap();
+        let spans = Spans { rows: vec![vec![Span::text(2), Span::image(2, 2), Span::text(3)], vec![Span::text(9)]] };
+        let choice = KernelChoice::Mask;
+        let plan = AttentionPlan::with_kernel(&spans, VisionAttention::Bidirectional, Device::Cpu, kind, choice);
+        let (layers, plan, inputs_embeds) = (config.num_hidden_layers, plan.unwrap(), embeds.to_kind(kind) * 1.5);
+        let (output, rest) = if recomputed {
+            let (output, rest) = llm.forward_recomputed(&inputs_embeds, plan, layers);
+            (output, Some(rest))
+        } else {
+            (llm.forward(&inputs_embeds, &plan, layers), None)
+        };
+        assert_eq!(output.hidden_states.len(), layers + 1);
+        let taps = output.hidden_states.iter().enumerate();
+        let taps = taps.map(|(i, h)| h.to_kind(Kind::Float).sin().sum(Kind::Float) * (0.5 + i as f64));
+        let logits = llm.logits(&output.last_hidden_state).to_kind(Kind::Float);
+        let loss = taps.fold(logits.logsumexp([-1i64].as_slice(), false).sum(Kind::Float), |sum, tap| sum + tap);
+        loss.backward();
+        rest.map(|rest| rest.backward().unwrap());
+        let mut parameters = weights.parameters();
+        parameters.extend(adapters.parameters());
+        for (name, tensor) in llm.tensors().iter().filter(|_| !trained) {
+            assert!(!tensor.grad().defined(), "{name} is frozen and has a gradient");
+        }
+        let of = |(name, tensor): (String, Tensor)| {
+            assert!(tensor.grad().defined(), "no gradient reaches {name}");
+            (name, tensor.grad())
+        };
+        (loss.double_value(&[]), parameters.into_iter().map(of).collect())
+    }
+
+    #[test]
+    fn gradients_are_those_of_a_forward_that_keeps_everything() {
+        let tiny = LlmConfig::tiny(32);
+        let windows = LlmConfig { model_type: "mistral".into(), sliding_window: Some(4), ..LlmConfig::tiny(32) };
+        for (config, trained) in [(&tiny, false), (&windows, false), (&tiny, true)] {
+            let kept = gradients(config, Kind::Float, trained, false);
+            let recomputed = gradients(config, Kind::Float, trained, true);
+            assert_eq!(kept.0, recomputed.0);
+            assert_eq!(kept.1.len(), recomputed.1.len());
+            for ((name, kept), (_, recomputed)) in kept.1.iter().zip(&recomputed.1) {
+                let scale = kept.abs().max().double_value(&[]);
+                let difference = (kept - recomputed).abs().max().double_value(&[]);
+                assert!(scale > 0.0 && difference <= 1e-6 * scale.max(1.0), "{name}: {difference} of {scale}");
+            }
+        }
+    }
+
+    #[test]
+    fn in_bf16_gradients_differ_by_its_rounding() {
+        let config = LlmConfig::tiny(32);
+        let [exact, kept, recomputed] = [(Kind::Float, false), (Kind::BFloat16, false), (Kind::BFloat16, true)]
+            .map(|(kind, recomputed)| gradients(&config, kind, false, recomputed));
+        for ((name, exact), ((_, kept), (_, recomputed))) in exact.1.iter().zip(kept.1.iter().zip(&recomputed.1)) {
+            let off = |found: &Tensor| (found - exact).norm().double_value(&[]);
+            assert!(off(recomputed) <= 1.5 * off(kept) + 1e-3, "{name}: {} and {}", off(recomputed), off(kept));
+        }
+    }
+
+    #[test]
+    fn a_loss_that_reaches_few_layers_goes_back_through_those() {
+        let llm = CausalLm::load(&LlmConfig::tiny(32), &Weights::random(1, Device::Cpu, Kind::Float)).unwrap();
+        let embeds = llm.embed(&Tensor::from_slice(&[1i64, 2, 3]).unsqueeze(0)).set_requires_grad(true);
+        let plan =
+            || AttentionPlan::new(&Spans::text(&[3]), VisionAttention::Causal, Device::Cpu, Kind::Float).unwrap();
+        let (output, rest) = llm.forward_recomputed(&embeds, plan(), 1);
+        output.hidden_states[1].square().sum(Kind::Float).backward();
+        rest.backward().unwrap();
+        let found = embeds.grad().copy();
+        let embeds = embeds.detach().set_requires_grad(true);
+        llm.forward(&embeds, &plan(), 1).hidden_states[1].square().sum(Kind::Float).backward();
+        fixtures::assert_close_to(&found, &embeds.grad(), 1e-6);
+
+        let frozen = embeds.detach();
+        let (output, rest) = llm.forward_recomputed(&frozen, plan(), 0);
+        output.last_hidden_state.sum(Kind::Float).backward();
+        rest.backward().unwrap();
+        assert!(!frozen.grad().defined());
+    }
+}
