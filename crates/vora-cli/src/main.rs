@@ -5,6 +5,7 @@
 mod ask;
 mod convert;
 mod data;
+mod eval;
 mod hub;
 mod inspect;
 mod merge;
@@ -16,7 +17,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Vision as LoRA, and what it answers to: train, merge, ask, inspect, convert.
+/// Vision as LoRA, and what it answers to: train, merge, ask, evaluate, inspect, convert.
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -28,6 +29,7 @@ Examples:
   vora data show crates/vora-train/recipes/scenes.yaml
   vora merge runs/scenes/final --out runs/scenes/merged
   vora ask runs/scenes/merged picture.png \"What color is the circle?\"
+  vora eval runs/scenes/merged --data scenes:unseen
   vora report runs/scenes
   vora inspect runs/scenes/merged
   vora convert runs/scenes/merged llm --to llm"
@@ -47,6 +49,8 @@ enum Command {
     Merge(merge::Args),
     /// Ask a model about pictures; the answer is streamed
     Ask(ask::Args),
+    /// Score a model on held-out questions beside a blind control, or on a text
+    Eval(eval::Args),
     /// Show a run as one HTML page: curves, accuracies, answers, block maps
     Report(report::Args),
     /// Show a checkpoint's tensors, adapters and parameter counts
@@ -68,6 +72,7 @@ fn main() -> ExitCode {
         Command::Data(args) => data::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Ask(args) => ask::run(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Convert(args) => convert::run(&args),

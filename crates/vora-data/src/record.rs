@@ -408,7 +408,11 @@ impl Conversations {
         Ok(record)
     }
 
-    fn line(&self, index: u64) -> Result<Vec<u8>> {
+    /// The JSON of the record of this number, for keys that [`Record`] has no use for.
+    ///
+    /// # Errors
+    /// Where there is no such record, or it is larger than one may be.
+    pub fn line(&self, index: u64) -> Result<Vec<u8>> {
         let (start, len) = *self.lines.get(index as usize).context("there is no such record")?;
         ensure!(u64::from(len) <= MAX_LINE, "the record has more than {} MiB", MAX_LINE >> 20);
         let mut line = vec![0; len as usize];

@@ -69,14 +69,14 @@ impl Assistant {
     ) -> Result<Vec<Passage>> {
         let model = self.model.as_chameleon().context("the model writes no pictures; a Chameleon does")?;
         let constraint = Constraint::new(modality, model);
-        let (input, stop) = (self.prompt(images, text)?, self.tokenizer.eos_ids());
+        let message = Message::question_about(images.len(), text);
+        let (input, stop) = (self.prompt(images, &[message])?, self.tokenizer.eos_ids());
         passages(model, &generate_within(&constraint, &input, params, stop, max_new_tokens, |_| true)?.ids)
     }
 
-    /// The prompt of a question about pictures.
-    fn prompt(&self, images: &[RgbImage], question: &str) -> Result<Input> {
-        let message = Message::question_about(images.len(), question);
-        let pieces = self.chat.encode_prompt(&self.tokenizer, &[message])?;
+    /// The prompt of a conversation that has a place for each picture.
+    fn prompt(&self, images: &[RgbImage], messages: &[Message]) -> Result<Input> {
+        let pieces = self.chat.encode_prompt(&self.tokenizer, messages)?;
         let pixel_values = images
             .iter()
             .enumerate()
@@ -96,9 +96,26 @@ impl Assistant {
         question: &str,
         params: &SamplingParams,
         max_new_tokens: usize,
+        on_text: impl FnMut(&str) -> bool,
+    ) -> Result<Answer> {
+        let message = Message::question_about(images.len(), question);
+        self.reply(images, &[message], params, max_new_tokens, on_text)
+    }
+
+    /// Answers the last of `messages`, a conversation in which every picture has its place; otherwise as
+    /// [`ask`](Self::ask).
+    ///
+    /// # Errors
+    /// Where pictures and places differ in number, and where the prompt is longer than the model's context.
+    pub fn reply(
+        &self,
+        images: &[RgbImage],
+        messages: &[Message],
+        params: &SamplingParams,
+        max_new_tokens: usize,
         mut on_text: impl FnMut(&str) -> bool,
     ) -> Result<Answer> {
-        let input = self.prompt(images, question)?;
+        let input = self.prompt(images, messages)?;
         let mut stream = self.tokenizer.stream(true);
         let mut failed = None;
         let mut text = String::new();

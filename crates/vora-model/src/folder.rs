@@ -28,6 +28,16 @@ pub fn open(folder: &Path, device: Device, kind: Kind) -> Result<Box<dyn VisionL
     })
 }
 
+/// Whether a folder is that of a model known here, not that of a language model alone.
+///
+/// # Errors
+/// Where it has no readable `config.json`.
+pub fn is_vision_language_model(folder: &Path) -> Result<bool> {
+    let json = read_config(folder)?;
+    let model_type = json.get("model_type").and_then(Value::as_str);
+    Ok(model_type.is_some_and(|name| ["vora", "llava", "chameleon"].contains(&name)))
+}
+
 /// The object in `config.json`.
 pub(crate) fn read_config(folder: &Path) -> Result<Map<String, Value>> {
     let path = folder.join("config.json");
@@ -78,6 +88,7 @@ mod tests {
         for (name, llm_prefix) in [("vora", "llm."), ("chameleon", ""), ("llava", "language_model.")] {
             let model = open(name).unwrap();
             assert_eq!(model.config_json().unwrap()["model_type"], name);
+            assert!(is_vision_language_model(&root.path().join(name)).unwrap());
             assert_eq!(model.llm_prefix(), llm_prefix);
             let first = format!("{llm_prefix}model.layers.0.self_attn.q_proj.weight");
             assert!(model.tensors().unwrap().iter().any(|(name, _)| *name == first), "{first}");
@@ -88,6 +99,7 @@ mod tests {
             ("none", json!({}), "config.json is missing, known are vora, llava, chameleon"),
         ] {
             save_folder(&root.path().join(name), &config, &[]).unwrap();
+            assert!(!is_vision_language_model(&root.path().join(name)).unwrap());
             let error = open(name).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }

@@ -39,7 +39,7 @@ mod vora;
 pub use chameleon::Chameleon;
 pub use chameleon_vocabulary::{VocabularyMapping, image_token_name};
 pub use config::VoraConfig;
-pub use folder::open;
+pub use folder::{is_vision_language_model, open};
 pub use llava::Llava;
 pub use llava_config::{LlavaConfig, MmProjectorType};
 pub use model::{Input, VisionLanguageModel};

@@ -160,6 +160,11 @@ pub fn start_from(student: &Student, folder: &Path) -> Result<()> {
     Parts { vision, ..Parts::default() }.fill_from(folder)
 }
 
+/// Whether a folder is one of [`write()`], and not that of a whole model.
+pub fn is_saved(folder: &Path) -> bool {
+    folder.join(VISION).exists()
+}
+
 /// Opens a model from a folder of [`write()`], its adapters still apart from the weights. `resolve` finds the folders
 /// of LLM and encoder by the names that the run knew them by.
 ///

@@ -1,6 +1,7 @@
 //! The real program, on a tiny model: exit codes, messages, and the way from training to an answer.
 
 mod data;
+mod eval;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -43,7 +44,7 @@ fn fails(args: &[&str], code: i32, parts: &[&str]) {
 
 #[test]
 fn help_has_examples() {
-    for command in ["train", "merge", "ask", "report", "inspect", "convert"] {
+    for command in ["train", "merge", "ask", "eval", "report", "inspect", "convert"] {
         let help = succeeded(&vora(&[command, "--help"]));
         assert!(help.contains("Examples:"), "{command}: {help}");
     }

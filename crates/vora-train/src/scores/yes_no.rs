@@ -10,8 +10,8 @@ pub fn says_yes(answer: &str) -> bool {
     !first.split(' ').any(|word| ["No", "no", "not"].contains(&word))
 }
 
-/// How yes/no questions were answered; yes is what precision and recall are of.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+/// How yes/no questions were answered; yes is what precision and recall are of. The default is that none was.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
 pub struct YesNo {
     /// Share answered right.
     pub accuracy: f64,

@@ -1,0 +1,257 @@
+//! `vora eval`: a model's scores on held-out questions, beside a blind control, or its perplexity on a text.
+
+mod questions;
+mod report;
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use comfy_table::{CellAlignment, Table, presets};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::{Value, json};
+use tch::{Device, Kind};
+use vora_infer::{Assistant, SamplingParams};
+use vora_llm::{CausalLm, LlmConfig, Tokenizer};
+use vora_model::VisionLanguageModel;
+use vora_torch::safetensors::write_bytes;
+use vora_torch::{Weights, runtime};
+use vora_train::perplexity::{Perplexity, perplexity};
+use vora_train::saved;
+
+use self::questions::QuestionSet;
+use self::report::{Answered, Report};
+
+/// Score a model on held-out questions beside a blind control, or on a text.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  vora eval runs/scenes/merged --data scenes:unseen --limit 50
+  vora eval runs/photos/final --data photos_eval/captions.jsonl --out captions.json
+  vora eval runs/photos/merged --data questions.jsonl --task vqa --max-tokens 10 --json
+  vora eval runs/photos/merged --text held-out.txt
+
+MODEL is a folder that `vora merge` wrote, or a run's final/ or checkpoint, its adapters apart; for --text
+also a language model alone. The blind control asks the same questions about another picture.
+
+Data are JSON lines: conversations as for training, or `image`, `question` and `answer` or `answers`. A
+picture's captions are those of all its records, or their `captions`. By --task the scores are:
+  exact       exact_match
+  vqa         vqa_accuracy of VQAv2; with a single answer, a match once both are normalised
+  yesno       accuracy, precision, recall, f1 and yes_share as POPE reports them
+  caption     bleu_1 to bleu_4, rouge_l and cider of pycocoevalcap
+  perplexity  of --text")]
+pub(crate) struct Args {
+    /// A model's folder, or its name in the hub's cache
+    model: String,
+    /// JSON lines, or scenes:test, scenes:unseen
+    #[arg(long, value_name = "FILE", required_unless_present = "text", conflicts_with = "text")]
+    data: Option<String>,
+    /// The folder that the data's pictures are in; else that of the data
+    #[arg(long, value_name = "DIR", requires = "data")]
+    images: Option<PathBuf>,
+    /// A text to measure the perplexity on
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+    /// What is scored; auto goes by the data
+    #[arg(long, value_enum, default_value_t = Task::Auto)]
+    task: Task,
+    /// Tokens of an answer at most
+    #[arg(long, default_value_t = 64, conflicts_with = "text")]
+    max_tokens: usize,
+    /// Records, or scenes, at most
+    #[arg(long, value_name = "N", conflicts_with = "text", value_parser = clap::value_parser!(u64).range(1..))]
+    limit: Option<u64>,
+    /// Tokens of a window over the text; else 1024, or the model's context where that is less
+    #[arg(long, value_name = "TOKENS", requires = "text")]
+    max_length: Option<usize>,
+    /// Tokens from one window to the next; else half a window
+    #[arg(long, value_name = "TOKENS", requires = "text")]
+    stride: Option<usize>,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+    /// Write the JSON into this file, with every question and its answers
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto", env = "VORA_DEVICE")]
+    device: String,
+    /// auto, bf16, f32 or f16
+    #[arg(long, default_value = "auto")]
+    dtype: String,
+}
+
+/// What is scored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Task {
+    Auto,
+    Exact,
+    Vqa,
+    Yesno,
+    Caption,
+    Perplexity,
+}
+
+impl Task {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Exact => "exact",
+            Self::Vqa => "vqa",
+            Self::Yesno => "yesno",
+            Self::Caption => "caption",
+            Self::Perplexity => "perplexity",
+        }
+    }
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    let device = runtime::device(&args.device)?;
+    let kind = runtime::kind(&args.dtype, device)?;
+    let folder = crate::hub::resolve(&args.model)?;
+    let (table, mut results, answers) = match (&args.text, &args.data) {
+        (Some(text), _) => on_text(args, text, &folder, device, kind)?,
+        (None, Some(data)) => on_questions(args, data, &folder, device, kind)?,
+        (None, None) => anyhow::bail!("give --data or --text"),
+    };
+    results["model"] = args.model.as_str().into();
+    results["dtype"] = format!("{kind:?}").into();
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{results:#}")?;
+    } else {
+        writeln!(out, "{table}")?;
+    }
+    if let Some(path) = &args.out {
+        if let Some(answers) = answers {
+            results["answers"] = answers;
+        }
+        write_bytes(path, format!("{results:#}\n").as_bytes())?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A model that sees, merged or with its adapters apart.
+fn open(folder: &Path, device: Device, kind: Kind) -> Result<Box<dyn VisionLanguageModel>> {
+    if saved::is_saved(folder) {
+        saved::open(folder, device, kind, &crate::hub::resolve)
+    } else {
+        vora_model::open(folder, device, kind)
+    }
+}
+
+/// A table, its JSON, and what else goes into a file.
+type Found = (String, Value, Option<Value>);
+
+fn on_text(args: &Args, path: &Path, folder: &Path, device: Device, kind: Kind) -> Result<Found> {
+    ensure!(
+        [Task::Auto, Task::Perplexity].contains(&args.task),
+        "--text has a perplexity and no {}: give --data",
+        args.task.name()
+    );
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let input_ids = Tokenizer::open(folder)?.encode(&text)?;
+    let measure = |llm: &CausalLm| {
+        let context = usize::try_from(llm.config().max_position_embeddings)?;
+        let max_length = args.max_length.unwrap_or(context.min(1024));
+        let stride = args.stride.unwrap_or((max_length / 2).max(1));
+        let found = perplexity(llm, &input_ids, max_length, stride).with_context(|| path.display().to_string())?;
+        Ok::<_, anyhow::Error>((found, max_length, stride))
+    };
+    let (found, max_length, stride) = if vora_model::is_vision_language_model(folder)? {
+        measure(open(folder, device, kind)?.llm())?
+    } else {
+        let weights = Weights::open(folder, device, kind)?;
+        let llm = CausalLm::load(&LlmConfig::open(folder)?, &weights)?;
+        weights.finish().with_context(|| format!("loading {}", folder.display()))?;
+        measure(&llm)?
+    };
+    let Perplexity { perplexity, loss, tokens } = found;
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(["tokens", "loss", "perplexity"]);
+    table.add_row([tokens.to_string(), format!("{loss:.4}"), format!("{perplexity:.3}")]);
+    for column in table.column_iter_mut() {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    let results = json!({
+        "task": Task::Perplexity.name(),
+        "text": path,
+        "perplexity": perplexity,
+        "loss": loss,
+        "tokens": tokens,
+        "max_length": max_length,
+        "stride": stride,
+    });
+    Ok((table.to_string(), results, None))
+}
+
+fn on_questions(args: &Args, data: &str, folder: &Path, device: Device, kind: Kind) -> Result<Found> {
+    ensure!(args.task != Task::Perplexity, "perplexity is of a text: give --text instead of --data");
+    let mut set = QuestionSet::open(data, args.images.as_deref(), args.limit)?;
+    let task = if args.task == Task::Auto { set.task() } else { args.task };
+    if task == Task::Caption {
+        set.gather_captions();
+    }
+    let model = open(folder, device, kind)
+        .with_context(|| format!("{} is asked about pictures, and must be a model that sees", args.model))?;
+    let assistant = Assistant::new(model, folder)?;
+    let (answered, left_out) = answer(&assistant, set, args.max_tokens)?;
+    let report = Report::new(task, &answered)?;
+    let results = json!({
+        "task": task.name(),
+        "data": data,
+        "max_tokens": args.max_tokens,
+        "scores": report.scores(),
+        "left_out": left_out,
+    });
+    Ok((report.to_string(), results, Some(report.answers().into())))
+}
+
+/// How many of the records that were left out are named on the terminal; a file has all.
+const NAMED: usize = 5;
+
+/// Questions between two lines off a terminal.
+const QUESTIONS_PER_LINE: usize = 25;
+
+/// Asks every question, about its pictures and about others; what could not be asked is named.
+fn answer(assistant: &Assistant, mut set: QuestionSet, max_tokens: usize) -> Result<(Vec<Answered>, Vec<String>)> {
+    let mut stderr = std::io::stderr();
+    let is_terminal = stderr.is_terminal();
+    let bar = ProgressBar::with_draw_target(
+        Some(set.questions.len() as u64),
+        if is_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() },
+    );
+    if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} {eta} left") {
+        bar.set_style(style);
+    }
+    let others = set.other_pictures();
+    let questions = std::mem::take(&mut set.questions);
+    let (total, mut answered, mut left_out) = (questions.len(), Vec::new(), std::mem::take(&mut set.left_out));
+    for (done, (question, other)) in (1..).zip(questions.into_iter().zip(others)) {
+        let reply = |pictures: &[String]| {
+            let pictures = set.decode(pictures)?;
+            let greedy = SamplingParams::default();
+            Ok::<_, anyhow::Error>(assistant.reply(&pictures, &question.messages, &greedy, max_tokens, |_| true)?.text)
+        };
+        match reply(&question.pictures) {
+            Ok(answer) => {
+                // Other pictures that cannot be read are told of at their own question.
+                let blind = other.and_then(|other| reply(&other).ok());
+                answered.push(Answered { question, answer, blind });
+            }
+            Err(error) => left_out.push(format!("{}: {error:#}", question.id)),
+        }
+        bar.set_position(done as u64);
+        if !is_terminal && (done % QUESTIONS_PER_LINE == 0 || done == total) {
+            writeln!(stderr, "{done}/{total} questions")?;
+        }
+    }
+    bar.finish_and_clear();
+    if !left_out.is_empty() {
+        writeln!(stderr, "{} left out: {}", left_out.len(), left_out[..left_out.len().min(NAMED)].join("; "))?;
+    }
+    ensure!(!answered.is_empty(), "no question could be asked; the first: {}", left_out[0]);
+    Ok((answered, left_out))
+}

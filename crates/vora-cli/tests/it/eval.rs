@@ -1,0 +1,169 @@
+//! `vora eval` on a tiny model that was trained long enough to answer some questions right.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::{fails, succeeded, text, vora, workspace};
+
+/// A run's folder, its adapters apart in `final/` and merged in `merged/`.
+fn run(folder: &Path) -> [String; 2] {
+    let run = folder.join("run");
+    let [last, merged] = ["final", "merged"].map(|name| run.join(name).to_string_lossy().into_owned());
+    let set = [format!("output_dir={}", run.display()), "max_steps=60".into(), "learning_rate=2e-2".into()];
+    let set = set.iter().flat_map(|set| ["--set", set]);
+    let train = ["train", "--config", "crates/vora-train/recipes/smoke.yaml"].into_iter().chain(set);
+    succeeded(&vora(&train.collect::<Vec<_>>()));
+    succeeded(&vora(&["merge", &last, "--out", &merged, "--dtype", "f32"]));
+    [last, merged]
+}
+
+fn eval(model: &str, args: &[&str]) -> Value {
+    let output = vora(&[&["eval", model, "--dtype", "f32", "--json"], args].concat());
+    serde_json::from_str(&succeeded(&output)).unwrap()
+}
+
+fn write_lines(path: &Path, records: &[Value]) -> String {
+    let lines: Vec<String> = records.iter().map(Value::to_string).collect();
+    std::fs::write(path, lines.join("\n")).unwrap();
+    path.to_string_lossy().into_owned()
+}
+
+#[test]
+fn a_model_is_scored() {
+    let folder = tempfile::tempdir().unwrap();
+    let [last, merged] = run(folder.path());
+    let path = |name: &str| folder.path().join(name);
+
+    // Greedy answers are right just where the trainer says so.
+    let trainers: Value = serde_json::from_slice(&std::fs::read(path("run/eval.json")).unwrap()).unwrap();
+    let mut right = 0.0;
+    for split in ["test", "unseen"] {
+        for model in [&last, &merged] {
+            let found = eval(model, &["--data", &format!("scenes:{split}"), "--limit", "8", "--max-tokens", "24"]);
+            let kinds = trainers[split].as_object().unwrap();
+            assert_eq!(found["scores"].as_object().unwrap().len(), kinds.len(), "{found}");
+            for (kind, expected) in kinds {
+                let found = &found["scores"][kind];
+                assert_eq!((&found["n"], &found["exact_match"]), (&expected["n"], &expected["exact_match"]), "{kind}");
+                assert!(found["blind_exact_match"].is_number(), "{found}");
+            }
+        }
+        right += trainers[split]["all"]["exact_match"].as_f64().unwrap();
+    }
+    assert!(right > 0.0 && right < 2.0, "the trained model tells nothing: {trainers}");
+
+    let images = workspace().join("fixtures/images");
+    let images = images.to_string_lossy();
+    let on_images = |name: &str, records: &[Value], extra: &[&str]| {
+        let data = write_lines(&path(name), records);
+        let args = ["--data", &data, "--images", &images, "--max-tokens", "4"];
+        eval(&merged, &[&args, extra].concat())
+    };
+    captions(&on_images, &path("captions.json").to_string_lossy());
+    short_answers(&on_images);
+    perplexity(&last, &merged, folder.path());
+    wrong(&merged, folder.path());
+}
+
+type OnImages<'a> = &'a dyn Fn(&str, &[Value], &[&str]) -> Value;
+
+/// A picture's references are the captions of all its records; what cannot be read is named.
+fn captions(on_images: OnImages<'_>, out: &str) {
+    let caption = |id: &str, frame: &str, caption: &str| {
+        let turns = json!([{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": caption}]);
+        json!({"id": id, "frames": [frame], "conversations": turns})
+    };
+    let mut records = [
+        caption("a", "photo.jpg", "A photo."),
+        caption("a", "photo.jpg", "A man's hat."),
+        caption("b", "rgb.png", "Colours."),
+        caption("b", "rgb.png", "unused"),
+        caption("c", "palette.png", "A third."),
+        caption("d", "missing.png", "Nothing."),
+        json!({"id": "e", "frames": ["one.png"]}),
+    ];
+    for record in &mut records[2..4] {
+        record["captions"] = json!(["Colours .", "Many colours ."]);
+    }
+    let found = on_images("captions.jsonl", &records, &["--out", out]);
+    assert_eq!(found["task"], "caption");
+    let all = &found["scores"]["all"];
+    assert_eq!(all["n"], 3, "{found}");
+    for name in ["bleu_1", "bleu_4", "rouge_l", "cider"] {
+        assert!(all[name].is_number() && all[format!("blind_{name}")].is_number(), "{name}: {all}");
+    }
+    let left_out = found["left_out"].to_string();
+    assert!(left_out.contains("captions.jsonl:7") && left_out.contains("`conversations`"), "{left_out}");
+    assert!(left_out.contains("missing.png") && found["left_out"].as_array().unwrap().len() == 2, "{left_out}");
+
+    let written: Value = serde_json::from_slice(&std::fs::read(out).unwrap()).unwrap();
+    assert_eq!(written["scores"], found["scores"]);
+    let answers = written["answers"].as_array().unwrap();
+    let references: Vec<&Value> = answers.iter().map(|answer| &answer["references"]).collect();
+    assert_eq!(
+        references,
+        [&json!(["A photo.", "A man's hat."]), &json!(["Colours .", "Many colours ."]), &json!(["A third."])]
+    );
+    assert!(answers.iter().all(|answer| answer["answer"].is_string() && answer["question"] == "What is it?"));
+}
+
+/// Yes/no and VQA, by the data; with `question` and `answers` alone, and several turns.
+fn short_answers(on_images: OnImages<'_>) {
+    let asked = |frame: &str, answers: Value| json!({"image": frame, "question": "Is it red?", "answers": answers});
+    let pictures = ["photo.jpg", "rgb.png", "palette.png", "one.png"];
+    let records: Vec<Value> =
+        pictures.iter().zip(["yes", "no", "Yes", "no"]).map(|(frame, answer)| asked(frame, json!([answer]))).collect();
+    let found = on_images("yesno.jsonl", &records, &[]);
+    assert_eq!(found["task"], "yesno", "{found}");
+    let all = &found["scores"]["all"];
+    for name in ["accuracy", "precision", "recall", "f1", "yes_share", "blind_accuracy", "blind_yes_share"] {
+        assert!(all[name].is_number(), "{name}: {all}");
+    }
+    let records: Vec<Value> =
+        pictures.iter().map(|frame| asked(frame, json!([{"answer": "red"}, {"answer": "blue"}]))).collect();
+    let found = on_images("vqa.jsonl", &records, &["--limit", "3"]);
+    assert_eq!((&found["task"], &found["scores"]["all"]["n"]), (&json!("vqa"), &json!(3)));
+
+    let turn = |from: &str, value: &str| json!({"from": from, "value": value});
+    let turns = [turn("human", "What?"), turn("gpt", "red"), turn("human", "Where?"), turn("gpt", "top left")];
+    let found = on_images("turns.jsonl", &[json!({"image": "rgb.png", "conversations": turns})], &[]);
+    assert_eq!((&found["task"], &found["scores"]["all"]["n"]), (&json!("exact"), &json!(2)));
+    assert!(found["scores"]["all"]["blind_exact_match"].is_null(), "there is no other picture: {found}");
+}
+
+/// The same before and after merging, and for the plain LLM what the reference says.
+fn perplexity(last: &str, merged: &str, folder: &Path) {
+    let golden = std::fs::read(workspace().join("fixtures/golden/perplexity.json")).unwrap();
+    let golden: Value = serde_json::from_slice(&golden).unwrap();
+    let held_out = folder.join("held-out.txt");
+    std::fs::write(&held_out, golden["text"].as_str().unwrap()).unwrap();
+    let held_out = held_out.to_string_lossy();
+    let of = |model: &str| {
+        let found = eval(model, &["--task", "perplexity", "--text", &held_out, "--max-length", "64"]);
+        assert_eq!((&found["task"], &found["tokens"]), (&json!("perplexity"), &json!(218)), "{found}");
+        found["perplexity"].as_f64().unwrap()
+    };
+    let case = &golden["cases"][2];
+    assert_eq!((&case["max_length"], &case["stride"]), (&json!(64), &json!(32)));
+    let plain = of("fixtures/tiny/llm");
+    assert!((plain / case["perplexity"].as_f64().unwrap() - 1.0).abs() < 1e-5, "{plain}, expected {case}");
+    let [apart, merged] = [of(last), of(merged)];
+    assert!((apart / merged - 1.0).abs() < 1e-3, "merging changed it: {apart}, {merged}");
+    assert!((apart / plain - 1.0).abs() > 1e-2, "the adapters do not act: {apart}, {plain}");
+}
+
+fn wrong(merged: &str, folder: &Path) {
+    let data = folder.join("yesno.jsonl").to_string_lossy().into_owned();
+    fails(&["eval", merged], 2, &["--data"]);
+    fails(&["eval", merged, "--data", &data, "--text", &data], 2, &["cannot be used with"]);
+    fails(&["eval", merged, "--data", &data, "--stride", "4"], 2, &["--text"]);
+    fails(&["eval", merged, "--data", "scenes:train"], 1, &["takes scenes:test or scenes:unseen"]);
+    fails(&["eval", merged, "--data", &data, "--task", "perplexity"], 1, &["give --text instead of --data"]);
+    fails(&["eval", merged, "--text", &data, "--task", "vqa"], 1, &["no vqa: give --data"]);
+    fails(&["eval", "fixtures/tiny/llm", "--data", &data], 1, &["must be a model that sees", "model_type"]);
+    // The pictures do not lie beside the data.
+    fails(&["eval", merged, "--data", &data], 1, &["no question could be asked", "photo.jpg"]);
+    let output = vora(&["eval", merged, "--data", "scenes:test", "--limit", "2", "--task", "yesno"]);
+    assert!(text(&output.stderr).contains("not yes or no: choose another --task"), "{}", text(&output.stderr));
+}
