@@ -49,7 +49,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE", required_unless_present = "text", conflicts_with = "text")]
     data: Option<String>,
     /// The folder that the data's pictures are in; else that of the data
-    #[arg(long, value_name = "DIR", requires = "data")]
+    #[arg(long, value_name = "DIR", conflicts_with = "text")]
     images: Option<PathBuf>,
     /// A text to measure the perplexity on
     #[arg(long, value_name = "FILE")]
@@ -64,10 +64,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", conflicts_with = "text", value_parser = clap::value_parser!(u64).range(1..))]
     limit: Option<u64>,
     /// Tokens of a window over the text; else 1024, or the model's context where that is less
-    #[arg(long, value_name = "TOKENS", requires = "text")]
+    #[arg(long, value_name = "TOKENS", conflicts_with = "data")]
     max_length: Option<usize>,
     /// Tokens from one window to the next; else half a window
-    #[arg(long, value_name = "TOKENS", requires = "text")]
+    #[arg(long, value_name = "TOKENS", conflicts_with = "data")]
     stride: Option<usize>,
     /// Print JSON instead of a table
     #[arg(long)]

@@ -17,7 +17,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Vision as LoRA, and what it answers to: train, merge, ask, evaluate, inspect, convert.
+/// Vision as LoRA, and what it answers to: train, merge, ask, evaluate, report, inspect, convert.
 #[derive(Debug, Parser)]
 #[command(
     version,
