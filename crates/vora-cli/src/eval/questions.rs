@@ -269,3 +269,39 @@ fn record(line: &[u8]) -> Result<(Record, Extra)> {
     }
     Ok((Record::parse(&serde_json::to_vec(&object)?, &keys)?, extra))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(lines: &str) -> QuestionSet {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("data.jsonl");
+        std::fs::write(&path, lines).unwrap();
+        QuestionSet::open(&path.to_string_lossy(), None, None).unwrap()
+    }
+
+    #[test]
+    fn the_blind_control_is_a_derangement() {
+        let line = |frames: &str| format!(r#"{{"frames": {frames}, "question": "What?", "answer": "red"}}"#);
+        let frames = [r#"["a"]"#, r#"["b"]"#, r#"["a"]"#, r#"["c"]"#, r#"["a", "b"]"#, "[]"];
+        let set = set(&frames.map(line).join("\n"));
+        let others: Vec<_> = set.other_pictures().into_iter().map(|other| other.map(|list| list.concat())).collect();
+        let expected = [Some("b"), Some("c"), Some("b"), Some("a"), None, None];
+        assert_eq!(others, expected.map(|other| other.map(str::to_owned)));
+    }
+
+    #[test]
+    fn the_data_say_what_the_task_is() {
+        let turns = |answer: &str, extra: &str| {
+            let turns = r#""conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "#;
+            format!(r#"{{"image": "a", {turns}"{answer}"}}]{extra}}}"#)
+        };
+        assert_eq!(set(&turns("red", "")).task(), Task::Exact);
+        assert_eq!(set(&turns("Yes", "")).task(), Task::Yesno);
+        assert_eq!(set(&turns("red", r#", "question": "What?""#)).task(), Task::Vqa);
+        assert_eq!(set(&turns("red", r#", "captions": ["a", "b"]"#)).task(), Task::Caption);
+        assert_eq!(set(&[turns("red", ""), turns("a ring", "")].join("\n")).task(), Task::Caption);
+        assert_eq!(QuestionSet::open("scenes:test", None, Some(3)).unwrap().task(), Task::Exact);
+    }
+}

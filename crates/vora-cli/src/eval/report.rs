@@ -53,7 +53,7 @@ impl Report {
                 kinds.entry(kind).or_default().push(one);
             }
         }
-        let mut rows = Vec::new();
+        let (mut rows, mut each) = (Vec::new(), Vec::new());
         let all: Vec<&Answered> = answered.iter().collect();
         for (kind, answered) in kinds.into_iter().chain([("all", all)]) {
             let seeing = score(task, answered.iter().map(|one| (one.answer.as_str(), &one.question)))?;
@@ -64,9 +64,9 @@ impl Report {
                 let blind = (!with_blind.is_empty()).then(|| blind.all[idx].1);
                 rows.push(Row { kind: kind.to_owned(), n: answered.len(), name, score, blind });
             }
+            each = seeing.each; // in the end, those of all
         }
-        let scores = score(task, answered.iter().map(|one| (one.answer.as_str(), &one.question)))?.each;
-        let answers = answered.iter().zip(scores).map(|(Answered { question, answer, blind }, score)| {
+        let answers = answered.iter().zip(each).map(|(Answered { question, answer, blind }, score)| {
             json!({
                 "id": question.id,
                 "kind": question.kind,
