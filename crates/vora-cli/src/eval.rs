@@ -35,8 +35,8 @@ Examples:
 MODEL is a folder that `vora merge` wrote, or a run's final/ or checkpoint, its adapters apart; for --text
 also a language model alone. The blind control asks the same questions about another picture.
 
-Data are JSON lines: conversations as for training, or `image`, `question` and `answer` or `answers`. A
-picture's captions are those of all its records, or their `captions`. By --task the scores are:
+Data are JSON lines or one JSON array: conversations as for training, or `image`, `question` and `answer`
+or `answers`. A picture's captions are those of all its records, or their `captions`. By --task the scores:
   exact       exact_match
   vqa         vqa_accuracy of VQAv2; with a single answer, a match once both are normalised
   yesno       accuracy, precision, recall, f1 and yes_share as POPE reports them
@@ -45,7 +45,7 @@ picture's captions are those of all its records, or their `captions`. By --task 
 pub(crate) struct Args {
     /// A model's folder, or its name in the hub's cache
     model: String,
-    /// JSON lines, or scenes:test, scenes:unseen
+    /// JSON lines or a JSON array, or scenes:test, scenes:unseen
     #[arg(long, value_name = "FILE", required_unless_present = "text", conflicts_with = "text")]
     data: Option<String>,
     /// The folder that the data's pictures are in; else that of the data
