@@ -10,6 +10,7 @@ use anyhow::Result;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use vora_torch::runtime;
 use vora_train::metrics::{EvalMetrics, Progress, StepMetrics};
+use vora_train::plan::Plan;
 use vora_train::{Options, Outcome, TrainConfig, Trainer};
 
 /// Train a model that sees, a VoRA, a LLaVA or a Chameleon, as a run file says.
@@ -20,6 +21,7 @@ Examples:
   vora train --config crates/vora-train/recipes/scenes-llava.yaml
   vora train --config run.yaml --set model.lora.r=64 --set max_steps=2000 --set output_dir=runs/r64
   vora train --config run.yaml --resume
+  vora train --config run.yaml --plan
 
 A run folder holds config.yaml, metrics.jsonl, loss.svg, eval.json, checkpoints/ and final/.
 SIGINT and SIGTERM save a checkpoint and stop; --resume goes on from it, bit for bit.")]
@@ -33,6 +35,13 @@ pub(crate) struct Args {
     /// Go on from the run folder's last checkpoint
     #[arg(long)]
     resume: bool,
+    /// Tell what the run will take, parameters, memory and time a step, and train nothing: some steps are made to
+    /// measure, and nothing is written to the run folder
+    #[arg(long, conflicts_with = "resume")]
+    plan: bool,
+    /// With --plan: as JSON
+    #[arg(long, requires = "plan")]
+    json: bool,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", env = "VORA_DEVICE")]
     device: String,
@@ -57,6 +66,12 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let device = runtime::device(&args.device)?;
     let folder = config.output_dir.clone();
     let options = Options { device, resume: args.resume, resolve: &crate::hub::resolve, stop };
+    if args.plan {
+        let plan = Plan::measure(&config, options)?;
+        let text = if args.json { serde_json::to_string_pretty(&plan)? } else { plan.to_string() };
+        writeln!(std::io::stdout().lock(), "{text}")?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let mut trainer = Trainer::new(config, options)?;
     let mut terminal = Terminal::new();
     let trained: usize = trainer.parameters().iter().map(|(_, tensor)| tensor.numel()).sum();

@@ -108,6 +108,10 @@ impl VisionLanguageModel for Llava {
     }
 
     /// The encoder has let the tokens of a picture see each other already.
+    fn encoder_tensors(&self) -> &[(String, Tensor)] {
+        self.vision_tower.tensors()
+    }
+
     fn vision_attention(&self) -> VisionAttention {
         VisionAttention::Causal
     }

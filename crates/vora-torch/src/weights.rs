@@ -453,4 +453,68 @@ mod tests {
             Weights::open(&path, Device::Cpu, Kind::BFloat16).unwrap().get("w", &[8, 8], Init::Required).unwrap();
         assert!(max_difference(&half.to_kind(Kind::Float), &get()) < 0.02);
     }
+
+    /// Bytes of the maps of a file that this process shares with others, and of those that it has for itself.
+    #[cfg(target_os = "linux")]
+    fn mapped(path: &Path) -> (u64, u64) {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let (mut shared, mut own, mut inside) = (0, 0, false);
+        for line in smaps.lines() {
+            match line.split_once(':').filter(|(key, _)| !key.contains('-') && !key.contains(' ')) {
+                None => inside = line.ends_with(path.to_str().unwrap()),
+                Some((key, size)) if inside => {
+                    let kibibytes = || size.trim().trim_end_matches(" kB").parse::<u64>().unwrap();
+                    match key {
+                        "Shared_Clean" | "Shared_Dirty" => shared += kibibytes() << 10,
+                        "Private_Clean" | "Private_Dirty" => own += kibibytes() << 10,
+                        _ => {}
+                    }
+                }
+                Some(_) => {}
+            }
+        }
+        (shared, own)
+    }
+
+    /// This test runs itself as a second process.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn frozen_weights_are_in_memory_once_for_two_processes() {
+        use std::io::{BufRead, BufReader, Write};
+        use std::process::{Command, Stdio};
+
+        const SECOND: &str = "VORA_TEST_SHARED_WEIGHTS";
+        let open = |path: &Path| {
+            let weights = Weights::open(path, Device::Cpu, Kind::Float).unwrap();
+            let w = weights.get("w", &[2048, 2048], Init::Required).unwrap();
+            assert_eq!(w.sum(Kind::Float).double_value(&[]), 0.0); // every page is read
+            w
+        };
+        if let Some(path) = std::env::var_os(SECOND) {
+            let _held = open(Path::new(&path));
+            println!("\nready");
+            std::io::stdin().read_line(&mut String::new()).unwrap();
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let zeros = Tensor::zeros([2048, 2048], (Kind::Float, Device::Cpu));
+        save(&path, &[("w".into(), zeros)], &[]).unwrap();
+        let _held = open(&path);
+        let name = "weights::tests::frozen_weights_are_in_memory_once_for_two_processes";
+        let mut second = Command::new(std::env::current_exe().unwrap())
+            .args([name, "--exact", "--nocapture"])
+            .env(SECOND, &path)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(second.stdout.take().unwrap()).lines();
+        assert!(lines.any(|line| line.unwrap() == "ready"), "the second process has not opened the file");
+        let (shared, own) = mapped(&path);
+        second.stdin.take().unwrap().write_all(b"\n").unwrap();
+        assert!(second.wait().unwrap().success());
+        let size = 2048 * 2048 * 4;
+        assert!(shared >= size && own <= size / 100, "shared {shared}, own {own} of {size} bytes");
+    }
 }

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tch::{Device, Kind};
+use vora_torch::runtime;
 
 use crate::data_config::DataConfig;
 use crate::distill::Pairing;
@@ -63,6 +65,10 @@ pub struct TrainConfig {
     /// Whether the training data is shuffled.
     #[serde(default = "yes")]
     pub shuffle: bool,
+    /// Whether the backward pass computes each decoder layer anew instead of keeping what it made on the way: less
+    /// memory for about a third more time.
+    #[serde(default)]
+    pub gradient_checkpointing: bool,
     /// Threads that make samples.
     #[serde(default = "one_usize")]
     pub dataloader_num_workers: usize,
@@ -128,9 +134,6 @@ pub struct TrainConfig {
     /// Taken from published recipes, without effect here; see [`TrainConfig::without_effect`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tf32: Option<bool>,
-    /// As `tf32`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub gradient_checkpointing: Option<bool>,
     /// HF's: `none` leaves TensorBoard's event files out; without it, with `all` and with `tensorboard` they are
     /// written. Other services of HF's are not reported to; see [`TrainConfig::without_effect`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -162,6 +165,11 @@ pub struct DistillConfig {
     pub center: bool,
     /// Pictures over which that mean, and the baseline of the loss, are measured before the first step.
     pub mean_over: usize,
+    /// Folder where the teacher's features of each picture are kept, in the kind that they were computed in, so that
+    /// the teacher looks at each picture of the data once. Several runs may share it. It grows with the data: `vora
+    /// train --plan` says how large.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<PathBuf>,
 }
 
 impl Default for DistillConfig {
@@ -173,6 +181,7 @@ impl Default for DistillConfig {
             pairing: Pairing::Output,
             center: false,
             mean_over: 128,
+            cache: None,
         }
     }
 }
@@ -364,7 +373,11 @@ impl TrainConfig {
         let preprocess = self.data.train.data_preprocess.as_ref();
         let all = [
             ("tf32", self.tf32.is_some(), "matrix products run in the kind of the weights"),
-            ("gradient_checkpointing", self.gradient_checkpointing == Some(true), "activations are kept"),
+            (
+                "distill.cache",
+                self.distill.cache.is_some() && self.data.train.scenes.is_some(),
+                "scenes never end, and none comes twice",
+            ),
             (
                 "report_to",
                 self.report_to.as_deref().is_some_and(|to| !["none", "all", "tensorboard"].contains(&to)),
@@ -408,6 +421,22 @@ impl TrainConfig {
     pub fn packed_row_len(&self) -> Option<usize> {
         let preprocess = self.data.train.data_preprocess.clone().unwrap_or_default();
         self.data.train.packing.then_some(preprocess.max_seq_len)
+    }
+
+    /// The kind of activations and of weights that are not trained.
+    ///
+    /// # Errors
+    /// Where the device does not compute in it.
+    pub fn kind(&self, device: Device) -> Result<Kind> {
+        match (self.fp16, self.bf16) {
+            (true, _) => runtime::kind("f16", device).context("fp16"),
+            (false, bf16) => runtime::kind(bf16.map_or("auto", |bf16| if bf16 { "bf16" } else { "f32" }), device),
+        }
+    }
+
+    /// Where the teacher's features are kept, for data that comes again.
+    pub(crate) fn teacher_cache(&self) -> Option<&Path> {
+        self.distill.cache.as_deref().filter(|_| self.data.train.scenes.is_none())
     }
 
     /// The schedule of a run of so many steps.
@@ -569,6 +598,7 @@ data:
         let sources = &config.data.train.data_fetch.as_ref().unwrap().data_paths;
         assert_eq!((sources.len(), sources[1].image_folder.as_os_str().is_empty()), (2, true));
         let noted: Vec<&str> = config.without_effect().iter().map(|(key, _)| *key).collect();
+        assert!(config.gradient_checkpointing && !noted.contains(&"gradient_checkpointing"));
         assert!(noted.contains(&"deepspeed") && noted.contains(&"data_preprocess.frames_ops"), "{noted:?}");
         // The fine-tuning recipe goes on with the adapters, without a teacher.
         let without_teacher = PUBLISHED

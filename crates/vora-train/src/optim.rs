@@ -221,6 +221,21 @@ mod tests {
         }
     }
 
+    #[test]
+    fn gradients_stay_in_their_buffers() {
+        let x = parameter(&[3, 2], 1.0);
+        let mut optimizer = Optimizer::new(vec![("x".to_owned(), x.shallow_clone())], config()).unwrap();
+        let mut buffers = Vec::new();
+        for _ in 0..3 {
+            optimizer.zero_grad();
+            x.square().sum(Kind::Float).backward();
+            let norm = optimizer.grad_norm().unwrap().double_value(&[]);
+            optimizer.step(1.0, norm).unwrap();
+            buffers.push(x.grad().data_ptr());
+        }
+        assert!(!buffers[0].is_null() && buffers.iter().all(|buffer| *buffer == buffers[0]));
+    }
+
     fn rates(rates: &[(&str, f64)]) -> LearningRates {
         LearningRates(rates.iter().map(|&(part, rate)| (part.to_owned(), rate)).collect())
     }

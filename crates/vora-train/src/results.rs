@@ -59,7 +59,7 @@ pub fn memory() -> Option<u64> {
 }
 
 /// A size in `/proc/self/status`.
-fn status(key: &str) -> Option<u64> {
+pub(crate) fn status(key: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let kibibytes = status.lines().find_map(|line| line.strip_prefix(key))?.trim().strip_suffix("kB")?;
     Some(kibibytes.trim().parse::<u64>().ok()? * 1024)

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_data::Batch;
-use vora_llm::LlmConfig;
+use vora_llm::{LlmConfig, Recompute};
 use vora_model::{Input, VisionLanguageModel};
 use vora_torch::Weights;
 use vora_vision::{ImageProcessor, Teacher};
@@ -19,9 +19,13 @@ use crate::config::{DistillConfig, TrainConfig};
 use crate::distill::{DistillHeads, TeacherMean, resample};
 use crate::loss::cross_entropy_and_z_loss;
 use crate::model_config::ModelType;
+use crate::teacher_cache::TeacherCache;
 
 /// Logits that exist at once while the loss is computed: 256 MiB of f32.
-const MAX_LOGITS: i64 = 64 << 20;
+pub(crate) const MAX_LOGITS: i64 = 64 << 20;
+
+/// Pixels of one channel that the teacher looks at at once: sixteen pictures of 448 x 448.
+const MAX_TEACHER_PIXELS: i64 = 16 * 448 * 448;
 
 /// A batch as tensors on the device.
 #[derive(Debug)]
@@ -61,13 +65,15 @@ impl DeviceBatch {
 
 /// The losses of one forward pass, f32 scalars.
 #[derive(Debug)]
-pub struct Losses {
+pub struct Losses<'a> {
     /// Cross-entropy, and z-loss where the run has it, summed over [`Student::num_targets`] tokens.
     pub lm_sum: Tensor,
     /// Cosine loss, mean over blocks and image tokens; none without a teacher or a picture.
     pub distill: Option<Tensor>,
     /// `[blocks]`: the cosine loss of each, without a graph.
     pub distill_blocks: Option<Tensor>,
+    /// What goes backward once the losses have: the layers, in a run with activation checkpointing.
+    pub recompute: Option<Recompute<'a>>,
 }
 
 /// The teacher with all that serves to learn from it.
@@ -77,6 +83,7 @@ pub struct Distill {
     heads: DistillHeads,
     patch_size: i64, // the student's
     mean: Option<TeacherMean>,
+    cache: Option<TeacherCache>,
 }
 
 /// The model in training.
@@ -93,6 +100,7 @@ pub struct Student {
     patch_size: i64,
     z_loss: f64,
     is_whole: bool,
+    gradient_checkpointing: bool,
     trained: Vec<(&'static str, Weights)>, // sources that handed out parameters, and where in the folder they stand
     made: Vec<(String, Tensor)>,
 }
@@ -183,10 +191,15 @@ impl Student {
     }
 
     /// One forward pass: both losses, as sums and means that micro-batches can be put together from.
-    pub fn losses(&self, batch: &DeviceBatch) -> Result<Losses> {
+    pub fn losses(&self, batch: &DeviceBatch) -> Result<Losses<'_>> {
         let distill = self.distill.as_ref().filter(|_| batch.num_image_tokens() > 0);
         let hidden_layers = distill.map_or(0, |distill| distill.heads.hidden_layers());
-        let output = self.model.forward(&batch.input, hidden_layers)?;
+        let (output, recompute) = if self.gradient_checkpointing {
+            let (output, recompute) = self.model.forward_recomputed(&batch.input, hidden_layers)?;
+            (output, Some(recompute))
+        } else {
+            (self.model.forward(&batch.input, hidden_layers)?, None)
+        };
         let (positions, targets) = self.targets(batch)?;
         let hidden = output.last_hidden_state.flatten(0, 1).index_select(0, &positions); // [n, hidden]
         let llm = self.model.llm();
@@ -199,7 +212,7 @@ impl Student {
             anyhow::Ok((losses.mean(Kind::Float), losses.detach()))
         });
         let (distill, distill_blocks) = distill.transpose()?.unzip();
-        Ok(Losses { lm_sum, distill, distill_blocks })
+        Ok(Losses { lm_sum, distill, distill_blocks, recompute })
     }
 
     /// Per block what the teacher has at the image tokens and what the head makes of them there, each
@@ -244,7 +257,31 @@ impl Distill {
         }
         let weights = trained.pp("aux_vision");
         let heads = DistillHeads::load(pairs, llm.hidden_size, teacher.hidden_size(), config.pairing, &weights)?;
-        Ok(Self { teacher, heads, patch_size, mean: None })
+        Ok(Self { teacher, heads, patch_size, mean: None, cache: None })
+    }
+
+    /// The teacher, to be counted.
+    pub(crate) fn teacher(&self) -> &Teacher {
+        &self.teacher
+    }
+
+    /// How many heads there are.
+    pub(crate) fn num_heads(&self) -> usize {
+        self.heads.teacher_blocks().count()
+    }
+
+    /// Keeps the teacher's features in `folder`; the teacher was opened from `teacher`.
+    fn keep_features(&mut self, folder: &Path, teacher: &Path, device: Device, kind: Kind) -> Result<()> {
+        let blocks: Vec<usize> = self.heads.teacher_blocks().collect();
+        self.cache = Some(TeacherCache::open(folder, teacher, &blocks, device, kind)?);
+        Ok(())
+    }
+
+    /// Bytes that a picture of `height` x `width` takes in the cache; none without one.
+    pub(crate) fn cached_bytes(&self, height: i64, width: i64, kind: Kind) -> Option<u64> {
+        let patches = (height / self.teacher.patch_size()) * (width / self.teacher.patch_size());
+        let elements = self.num_heads() as u64 * patches as u64 * self.teacher.hidden_size() as u64;
+        self.cache.as_ref().map(|_| elements * kind.elt_size_in_bytes() as u64)
     }
 
     /// Measures what is always the same in the teacher's features, over pictures `[n, 3, height, width]`.
@@ -267,12 +304,30 @@ impl Distill {
     /// The outputs of the teacher's blocks that heads meet, on the student's grid, each
     /// `[pictures, patches, teacher_hidden]` in f32.
     fn features(&self, pixel_values: &Tensor) -> Vec<Tensor> {
-        let layers = self.heads.teacher_blocks().max().map_or(0, |block| block + 1);
-        let states = self.teacher.patch_states(pixel_values, layers);
+        let states = match &self.cache {
+            Some(cache) => cache.features(pixel_values, |pictures| self.look(pictures)),
+            None => self.look(pixel_values),
+        };
         let (_, _, height, width) = pixel_values.size4().expect("pixel_values is [batch, 3, height, width]");
         let grid = |patch_size| (height / patch_size, width / patch_size);
         let (from, to) = (grid(self.teacher.patch_size()), grid(self.patch_size));
-        self.heads.teacher_blocks().map(|block| resample(&states[block + 1].to_kind(Kind::Float), from, to)).collect()
+        states.iter().map(|state| resample(&state.to_kind(Kind::Float), from, to)).collect()
+    }
+
+    /// The same as the teacher computes it, on its own grid and in its kind: in parts where there is much to see.
+    fn look(&self, pixel_values: &Tensor) -> Vec<Tensor> {
+        let (_, _, height, width) = pixel_values.size4().expect("pixel_values is [batch, 3, height, width]");
+        let layers = self.heads.teacher_blocks().max().map_or(0, |block| block + 1);
+        let mut blocks: Vec<Vec<Tensor>> = self.heads.teacher_blocks().map(|_| Vec::new()).collect();
+        for part in pixel_values.split((MAX_TEACHER_PIXELS / (height * width)).max(1), 0) {
+            let states = self.teacher.patch_states(&part, layers);
+            for (parts, block) in blocks.iter_mut().zip(self.heads.teacher_blocks()) {
+                parts.push(states[block + 1].shallow_clone());
+            }
+        }
+        let whole =
+            |parts: Vec<Tensor>| if parts.len() == 1 { parts[0].shallow_clone() } else { Tensor::cat(&parts, 0) };
+        blocks.into_iter().map(whole).collect()
     }
 
     /// What the heads are to match, per block `[image tokens, teacher_hidden]`, in the order of the pictures.

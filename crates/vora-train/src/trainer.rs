@@ -9,8 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 use thiserror::Error;
 use vora_data::{Batch, Loader, LoaderConfig, Source};
-use vora_llm::Tokenizer;
-use vora_torch::runtime;
+use vora_llm::{Recompute, Tokenizer};
 use vora_torch::safetensors::{Checkpoint, save, write_bytes};
 
 use crate::block_maps::BlockMaps;
@@ -28,7 +27,7 @@ use crate::results::{TrainResults, machine, memory, peak_memory};
 use crate::schedule::Schedule;
 use crate::student::{DeviceBatch, Student};
 use crate::tree::Difference;
-use crate::{plot, samples, saved, vq};
+use crate::{plan, plot, samples, saved, vq};
 
 const CONFIG: &str = "config.yaml";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -120,14 +119,12 @@ impl Trainer {
             tracing::warn!("{key} has no effect here: {reason}");
         }
 
-        let kind = match (config.fp16, config.bf16) {
-            (true, _) => runtime::kind("f16", options.device).context("fp16")?,
-            (false, bf16) => runtime::kind(bf16.map_or("auto", |b| if b { "bf16" } else { "f32" }), options.device)?,
-        };
+        let (program, kind) = (memory().unwrap_or(0), config.kind(options.device)?);
         let mut student = Student::new(&config, options.device, kind, options.resolve)?;
         let maker = data::sample_maker(&config, &student)?;
         let training = data::training(&config, &maker)?;
         let held_out = data::held_out(&config, &maker)?;
+        plan::warn_if_short(&config, &student, &training, program);
 
         let mut optimizer = Optimizer::new(student.parameters(), config.optim())?;
         let mut ema = config.ema_decay.map(|decay| Ema::new(&student.parameters(), decay));
@@ -248,6 +245,7 @@ impl Trainer {
                 distill_blocks = Some(distill_blocks.map_or_else(|| blocks.shallow_clone(), |sum| sum + &blocks));
             }
             (if self.loss_scale.is_some() { loss * scale } else { loss }).backward();
+            losses.recompute.map_or(Ok(()), Recompute::backward)?;
         }
         if self.loss_scale.is_some() {
             self.optimizer.scale_gradient(scale.recip());
@@ -1113,6 +1111,30 @@ mod tests {
             let largest = a.abs().max().double_value(&[]).max(1e-6);
             let difference = (a - b).abs().max().double_value(&[]);
             assert!(difference < 1e-3 * largest, "{name}: {difference} of {largest}");
+        }
+    }
+
+    #[test]
+    fn layers_computed_anew_give_the_same_step() {
+        for model in ["seed=0", OTHER_SYSTEMS[1], OTHER_SYSTEMS[3]] {
+            let step = |checkpointing: &str| {
+                let folder = tempfile::tempdir().unwrap();
+                let mut trainer = trainer(config("smoke.yaml", folder.path(), &[model, "bf16=false", checkpointing]));
+                for (name, tensor) in trainer.parameters().iter().filter(|(name, _)| name.contains("lora_B")) {
+                    let _ = tch::no_grad(|| tensor.shallow_clone().fill_(0.01 + 1e-3 * (name.len() % 5) as f64));
+                }
+                let metrics = trainer.train_step().unwrap();
+                let gradients = trainer.parameters().into_iter().map(|(name, tensor)| (name, tensor.grad()));
+                (metrics, gradients.collect::<Vec<_>>())
+            };
+            let (kept, anew) = (step("gradient_checkpointing=false"), step("gradient_checkpointing=true"));
+            assert_eq!((kept.0.loss_lm, kept.0.loss_distill), (anew.0.loss_lm, anew.0.loss_distill), "{model}");
+            let largest = kept.1.iter().map(|(_, g)| g.abs().max().double_value(&[])).fold(0.0, f64::max);
+            for ((name, kept), (_, anew)) in kept.1.iter().zip(&anew.1) {
+                assert!(kept.defined() && anew.defined(), "{model}: no gradient reaches {name}");
+                let difference = (kept - anew).abs().max().double_value(&[]);
+                assert!(difference <= 1e-6 * largest, "{model}: {name} differs by {difference} of {largest}");
+            }
         }
     }
 

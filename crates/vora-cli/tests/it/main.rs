@@ -114,6 +114,22 @@ fn a_checkpoint_is_converted_and_told_of() {
 }
 
 #[test]
+fn a_plan_is_told_and_nothing_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = format!("output_dir={}", folder.path().join("run").display());
+    let plan = |more: &[&str]| {
+        let smoke = "crates/vora-train/recipes/smoke.yaml";
+        succeeded(&vora(&[&["train", "--config", smoke, "--plan", "--set", &run], more].concat()))
+    };
+    let said = plan(&[]);
+    assert!(said.contains("trained: adapters") && said.contains("measured on 4 steps"), "{said}");
+    let plan: serde_json::Value = serde_json::from_str(&plan(&["--json"])).unwrap();
+    assert!(plan["measured"]["peak_memory"].as_u64().unwrap() > plan["memory"]["masters"].as_u64().unwrap());
+    assert!(!folder.path().join("run").exists());
+    fails(&["train", "--config", "x.yaml", "--json"], 2, &["--plan"]);
+}
+
+#[test]
 fn from_training_to_an_answer() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");

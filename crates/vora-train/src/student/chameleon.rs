@@ -34,6 +34,7 @@ pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve:
         patch_size: vq.stride(),
         z_loss: section.z_loss(),
         is_whole: false,
+        gradient_checkpointing: config.gradient_checkpointing,
         trained: vec![(model.llm_prefix(), llm)],
         made: made.collect(),
         model: Box::new(model),

@@ -55,6 +55,7 @@ pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve:
         patch_size,
         z_loss: 0.0,
         is_whole: false,
+        gradient_checkpointing: config.gradient_checkpointing,
         made: Vec::new(),
     };
     if let Some(folder) = &section.pretrained {

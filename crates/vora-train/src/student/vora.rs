@@ -24,10 +24,9 @@ pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve:
     let (llm, image_size) = (&section.llm, section.image_size);
     let patch_size = section.patch_size.context("model.patch_size is missing")?;
     let llm_folder = resolve(llm).context("model.llm")?;
-    let open_teacher = |name: &String| {
-        resolve(name).and_then(|folder| Teacher::open(&folder, device, kind)).context("model.aux_vision")
-    };
-    let teacher = section.aux_vision.as_ref().map(open_teacher).transpose()?;
+    let teacher_folder = section.aux_vision.as_deref().map(resolve).transpose().context("model.aux_vision")?;
+    let open_teacher = |folder: &PathBuf| Teacher::open(folder, device, kind).context("model.aux_vision");
+    let teacher = teacher_folder.as_ref().map(open_teacher).transpose()?;
     if let Some(teacher) = &teacher {
         ensure!(
             image_size % teacher.patch_size() == 0,
@@ -85,7 +84,10 @@ pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve:
     let distill = teacher.map(|teacher| {
         Distill::new(teacher, usize::try_from(layers)?, llm_config, patch_size, &config.distill, &trained)
     });
-    let distill = distill.transpose()?;
+    let mut distill = distill.transpose()?;
+    if let (Some(distill), Some(folder), Some(cache)) = (&mut distill, &teacher_folder, config.teacher_cache()) {
+        distill.keep_features(cache, folder, device, kind).context("distill.cache")?;
+    }
     if let Some(pretrained) = &pretrained {
         pretrained.start(&trained.parameters()).context("model.pretrained")?;
     }
@@ -103,6 +105,7 @@ pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve:
         patch_size,
         z_loss: 0.0,
         is_whole,
+        gradient_checkpointing: config.gradient_checkpointing,
         trained: sources,
         made: Vec::new(),
     })
