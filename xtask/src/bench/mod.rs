@@ -1,9 +1,10 @@
 //! `cargo xtask bench`: the criterion benches, the comparison of whole trainings, Chameleon's drift of norms, what packing
-//! is worth, and images a second of the loader.
+//! is worth, images a second of the loader, and what a plan foretells.
 
 mod compare;
 mod data;
 mod drift;
+mod memory;
 
 use std::fs;
 use std::path::PathBuf;
@@ -61,6 +62,8 @@ Examples:
   cargo xtask bench drift -- --learning-rate 1e-2 --steps 300
   cargo xtask bench packing                      tokens/s and padding of samples in rows of their own and packed
   cargo xtask bench packing -- --batch-size 8 --row-len 1024
+  cargo xtask bench memory                       memory and time of a run, planned and taken, with and without checkpointing
+  cargo xtask bench memory -- --set max_steps=4
   cargo xtask bench data                         images/s of the loader against PyTorch's DataLoader
   cargo xtask bench data -- FOLDER --workers 2   on pictures of one's own";
 
@@ -68,7 +71,7 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// A file of benches/benches, without `.rs`, or data, drift or packing; all benches by default. With --train:
+    /// A file of benches/benches, without `.rs`, or data, drift, memory or packing; all benches by default. With --train:
     /// attention or systems
     #[arg(required_if_eq("train", "true"))]
     name: Option<String>,
@@ -107,7 +110,11 @@ pub fn run(args: &Args) -> Result<()> {
     if args.name.as_deref() == Some("packing") && !args.plot && args.out.is_none() {
         return packing(&args.args);
     }
-    ensure!(!args.plot && args.out.is_none(), "--plot and --out are for --train and for drift");
+    if args.name.as_deref() == Some("memory") && !args.plot {
+        let out = args.out.clone().unwrap_or_else(|| "runs/bench-memory".into());
+        return memory::run(&cmd::root().join(out), &args.args);
+    }
+    ensure!(!args.plot && args.out.is_none(), "--plot and --out are for --train and for drift, --out for memory too");
     if args.name.as_deref() == Some("data") {
         return data::run(&args.args);
     }
