@@ -24,7 +24,8 @@ Examples:
   vora train --config run.yaml --plan
 
 A run folder holds config.yaml, metrics.jsonl, loss.svg, eval.json, checkpoints/ and final/.
-SIGINT and SIGTERM save a checkpoint and stop; --resume goes on from it, bit for bit.")]
+SIGINT and SIGTERM save a checkpoint and stop; --resume goes on from it, bit for bit. A second SIGINT stops at once.
+SIGUSR1 saves a checkpoint and goes on.")]
 pub(crate) struct Args {
     /// The run file
     #[arg(long)]
@@ -52,6 +53,11 @@ static SIGNAL: AtomicI32 = AtomicI32::new(0);
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let stop = Arc::new(AtomicBool::new(false));
+    let save = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&save))?;
+    // Before the handler that sets the flag: the first SIGINT finds it unset, the second one leaves at once.
+    let interrupted = 128 + signal_hook::consts::SIGINT;
+    signal_hook::flag::register_conditional_shutdown(signal_hook::consts::SIGINT, interrupted, Arc::clone(&stop))?;
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         let flag = Arc::clone(&stop);
         // SAFETY: the handler only stores to atomics.
@@ -65,7 +71,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let config = TrainConfig::open(&args.config, &args.set)?;
     let device = runtime::device(&args.device)?;
     let folder = config.output_dir.clone();
-    let options = Options { device, resume: args.resume, resolve: &crate::hub::resolve, stop };
+    let options = Options { device, resume: args.resume, resolve: &crate::hub::resolve, stop, save };
     if args.plan {
         let plan = Plan::measure(&config, options)?;
         let text = if args.json { serde_json::to_string_pretty(&plan)? } else { plan.to_string() };

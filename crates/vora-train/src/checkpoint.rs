@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 use std::fs::{self, File, TryLockError};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
@@ -25,6 +27,12 @@ pub struct TrainerState {
     /// Samples from before that place that no step has had yet, as they wait for a batch of theirs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub samples_held: Vec<u64>,
+    /// Of the steps done, those that were skipped: the schedule is as many steps behind.
+    #[serde(default)]
+    pub skipped_steps: u64,
+    /// The last so many steps were skipped.
+    #[serde(default)]
+    pub skipped_in_a_row: u64,
     /// Seconds of work so far.
     pub seconds: f64,
     /// How far the loss is scaled, in f16.
@@ -123,13 +131,19 @@ impl RunFolder {
         self.path.join("checkpoints")
     }
 
+    /// Where the checkpoint of a step lies.
+    pub fn checkpoint(&self, step: u64) -> PathBuf {
+        self.checkpoints().join(format!("step-{step}"))
+    }
+
     /// Writes `checkpoints/step-N`: `write` fills a folder beside that place, which is checksummed, synced and
-    /// renamed. Then all but the newest `keep` checkpoints are removed. On an error nothing of it is left, and the
+    /// renamed. Then all but those that `keep` names are removed. On an error nothing of it is left, and the
     /// checkpoints before it are as they were.
-    pub fn save(&self, step: u64, keep: usize, write: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
-        let folder = self.checkpoints().join(format!("step-{step}"));
+    pub fn save(&self, step: u64, keep: Keep, write: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+        let folder = self.checkpoint(step);
         replace_folder(&folder, write)?;
-        for (_, old) in list(&self.path)?.into_iter().rev().skip(keep.max(1)) {
+        let old = list(&self.path)?.into_iter().rev().skip(keep.newest.max(1));
+        for (_, old) in old.filter(|(step, _)| keep.best != Some(*step)) {
             // First out of sight, so that no half-removed checkpoint is ever found.
             let gone = self.checkpoints().join(format!(".tmp-old-{}", name_of(&old)));
             fs::rename(&old, &gone).with_context(|| format!("cannot remove {}", old.display()))?;
@@ -143,6 +157,69 @@ impl RunFolder {
         let folder = self.path.join(name);
         replace_folder(&folder, write)?;
         Ok(folder)
+    }
+}
+
+/// Which checkpoints stay when another one is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Keep {
+    /// So many of the newest.
+    pub newest: usize,
+    /// And the one of this step.
+    pub best: Option<u64>,
+}
+
+/// Writes checkpoints on a thread of its own, one at a time, while the training goes on.
+///
+/// Dropped, it waits for the one that it is at.
+#[derive(Debug)]
+pub struct Saver {
+    run: Arc<RunFolder>,
+    writing: Option<JoinHandle<Result<PathBuf>>>,
+}
+
+impl Saver {
+    /// One that has nothing to do yet.
+    pub fn new(run: Arc<RunFolder>) -> Self {
+        Self { run, writing: None }
+    }
+
+    /// Begins what [`RunFolder::save`] does, after the one before is through; gives that one's folder.
+    ///
+    /// # Errors
+    /// Of the one before; then this one is not begun.
+    pub fn begin(
+        &mut self,
+        step: u64,
+        keep: Keep,
+        write: impl FnOnce(&Path) -> Result<()> + Send + 'static,
+    ) -> Result<Option<PathBuf>> {
+        let before = self.wait()?;
+        let run = Arc::clone(&self.run);
+        let thread = thread::Builder::new().name("checkpoint".to_owned());
+        self.writing =
+            Some(thread.spawn(move || run.save(step, keep, write)).context("cannot start a thread for a checkpoint")?);
+        Ok(before)
+    }
+
+    /// The folder of a save that has come to its end since the last call, and its error.
+    pub fn written(&mut self) -> Result<Option<PathBuf>> {
+        if self.writing.as_ref().is_some_and(JoinHandle::is_finished) { self.wait() } else { Ok(None) }
+    }
+
+    /// As [`Self::written`], but waits for a save that is not through.
+    pub fn wait(&mut self) -> Result<Option<PathBuf>> {
+        let Some(writing) = self.writing.take() else { return Ok(None) };
+        let written = writing.join().map_err(|_| anyhow!("the thread that writes a checkpoint panicked"))?;
+        written.map(Some)
+    }
+}
+
+impl Drop for Saver {
+    fn drop(&mut self) {
+        if let Err(error) = self.wait() {
+            tracing::warn!("{error:#}");
+        }
     }
 }
 
@@ -263,6 +340,8 @@ mod tests {
             step,
             samples_seen: step * 6,
             samples_held: vec![step],
+            skipped_steps: 0,
+            skipped_in_a_row: 0,
             seconds: 1.5,
             loss_scale: Some(LossScale::default()),
             seed: 1,
@@ -279,20 +358,63 @@ mod tests {
         }
     }
 
+    fn newest(newest: usize) -> Keep {
+        Keep { newest, best: None }
+    }
+
+    fn steps(run: &Path) -> Vec<u64> {
+        list(run).unwrap().into_iter().map(|(step, _)| step).collect()
+    }
+
+    #[test]
+    fn the_best_is_kept_beside_the_newest() {
+        let run = tempfile::tempdir().unwrap();
+        let folder = RunFolder::lock(run.path()).unwrap();
+        for step in 1..=5 {
+            folder.save(step, Keep { newest: 2, best: Some(2) }, fill(step)).unwrap();
+        }
+        assert_eq!(steps(run.path()), [2, 4, 5]);
+        folder.save(6, newest(2), fill(6)).unwrap();
+        assert_eq!(steps(run.path()), [5, 6]);
+    }
+
+    #[test]
+    fn a_save_goes_on_beside_and_the_next_waits_and_hears_of_its_error() {
+        let run = tempfile::tempdir().unwrap();
+        let mut saver = Saver::new(Arc::new(RunFolder::lock(run.path()).unwrap()));
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        let slow = move |folder: &Path| {
+            wait.recv()?;
+            fill(10)(folder)
+        };
+        assert_eq!(saver.begin(10, newest(3), slow).unwrap(), None);
+        assert_eq!(saver.written().unwrap(), None);
+        assert_eq!(steps(run.path()), [0; 0]);
+        go.send(()).unwrap();
+        let full = |_: &Path| Err(std::io::Error::from(std::io::ErrorKind::StorageFull).into());
+        assert_eq!(saver.begin(20, newest(3), full).unwrap(), Some(run.path().join("checkpoints/step-10")));
+        let error = format!("{:#}", saver.begin(30, newest(3), fill(30)).unwrap_err());
+        assert!(error.contains("step-20") && error.contains("no storage space"), "{error}");
+        assert_eq!(steps(run.path()), [10]);
+        saver.begin(40, newest(3), fill(40)).unwrap();
+        drop(saver);
+        assert_eq!(steps(run.path()), [10, 40]);
+        RunFolder::lock(run.path()).unwrap();
+    }
+
     #[test]
     fn the_newest_are_kept_and_found() {
         let run = tempfile::tempdir().unwrap();
         let folder = RunFolder::lock(run.path()).unwrap();
         assert!(latest(run.path()).unwrap().is_none());
         for step in [5, 10, 100, 20] {
-            folder.save(step, 2, fill(step)).unwrap();
+            folder.save(step, newest(2), fill(step)).unwrap();
         }
-        let steps: Vec<u64> = list(run.path()).unwrap().into_iter().map(|(step, _)| step).collect();
-        assert_eq!(steps, [20, 100]);
+        assert_eq!(steps(run.path()), [20, 100]);
         let last = latest(run.path()).unwrap().unwrap();
         assert_eq!(TrainerState::open(&last).unwrap(), state(100));
         // Saved again over itself.
-        folder.save(100, 2, fill(100)).unwrap();
+        folder.save(100, newest(2), fill(100)).unwrap();
         verify(&last).unwrap();
     }
 
@@ -300,8 +422,8 @@ mod tests {
     fn a_flipped_byte_in_any_file_is_named_and_the_one_before_is_used() {
         let run = tempfile::tempdir().unwrap();
         let folder = RunFolder::lock(run.path()).unwrap();
-        let before = folder.save(10, 3, fill(10)).unwrap();
-        let damaged = folder.save(20, 3, fill(20)).unwrap();
+        let before = folder.save(10, newest(3), fill(10)).unwrap();
+        let damaged = folder.save(20, newest(3), fill(20)).unwrap();
         for name in ["optimizer.safetensors", TrainerState::FILE, MANIFEST] {
             let path = damaged.join(name);
             let whole = fs::read(&path).unwrap();
@@ -330,7 +452,7 @@ mod tests {
     fn a_save_cut_short_leaves_the_one_before() {
         let run = tempfile::tempdir().unwrap();
         let folder = RunFolder::lock(run.path()).unwrap();
-        let before = folder.save(10, 3, fill(10)).unwrap();
+        let before = folder.save(10, newest(3), fill(10)).unwrap();
         // As kill -9 leaves it: a folder beside its place.
         let beside = run.path().join("checkpoints/.tmp-step-20");
         fs::create_dir(&beside).unwrap();
@@ -341,7 +463,7 @@ mod tests {
         assert!(!beside.exists());
         // As a full disk does it.
         let error = folder
-            .save(20, 1, |folder| {
+            .save(20, newest(1), |folder| {
                 fs::write(folder.join("optimizer.safetensors"), b"half")?;
                 Err(std::io::Error::from(std::io::ErrorKind::StorageFull).into())
             })

@@ -49,8 +49,15 @@ pub struct StepMetrics {
     /// Bytes of memory that the process holds, mapped weights included; absent where the system does not tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<u64>,
+    /// Steps so far whose loss or gradient was not finite, and that changed no weight.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub skipped_steps: u64,
     /// Seconds since the run began, pauses between runs left out.
     pub seconds: f64,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 /// An evaluation during a run.
@@ -62,12 +69,37 @@ pub struct EvalMetrics {
     pub eval: EvalReport,
 }
 
+/// Something that a step did which it should not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EventKind {
+    /// Its loss or gradient was not finite: no weight was changed, and it has no line of its own.
+    SkippedStep,
+    /// Its loss lies far above the last ones; it was taken like any other.
+    LossSpike,
+}
+
+/// An event, with what it happened on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventMetrics {
+    /// The step.
+    pub step: u64,
+    /// What happened.
+    pub event: EventKind,
+    /// The same in words, with its numbers.
+    pub message: String,
+    /// The ids of the samples that it happened on.
+    pub samples: Vec<String>,
+}
+
 /// One line of `metrics.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Line {
     /// A line with `eval` in it.
     Eval(EvalMetrics),
+    /// A line with `event` in it.
+    Event(EventMetrics),
     /// Any other line.
     Step(StepMetrics),
 }
@@ -78,6 +110,7 @@ impl Line {
     fn is_before(&self, step: u64) -> bool {
         match self {
             Self::Eval(eval) => eval.step < step,
+            Self::Event(event) => event.step <= step,
             Self::Step(metrics) => metrics.step <= step,
         }
     }
@@ -201,6 +234,7 @@ mod tests {
             too_long: 2,
             data_wait: 0.0,
             memory: None,
+            skipped_steps: 0,
             seconds: 1.0,
         })
     }
@@ -232,6 +266,19 @@ mod tests {
         let text = serde_json::to_string(&step(2)).unwrap();
         assert!(text.contains("\"loss_lm\":1.0") && !text.contains("baseline"), "{text}");
         assert_eq!(serde_json::from_str::<Line>(&text).unwrap(), step(2));
+    }
+
+    #[test]
+    fn an_event_is_told_from_a_step() {
+        let line = Line::Event(EventMetrics {
+            step: 3,
+            event: EventKind::SkippedStep,
+            message: "step 3 is not finite".into(),
+            samples: vec!["a".into()],
+        });
+        let text = serde_json::to_string(&line).unwrap();
+        assert!(text.contains(r#""event":"skipped_step""#), "{text}");
+        assert_eq!(serde_json::from_str::<Line>(&text).unwrap(), line);
     }
 
     #[test]

@@ -139,6 +139,7 @@ fn panels(lines: &[Line]) -> Vec<Panel> {
                 distill.extend(step.loss_distill.map(|y| (x, y)));
                 baseline.extend(step.baseline_distill.map(|y| (x, y)));
             }
+            Line::Event(_) => {}
             Line::Eval(eval) => {
                 for (split, kinds) in &eval.eval.0 {
                     let Some(all) = kinds.get("all") else { continue };
@@ -327,6 +328,7 @@ mod tests {
                 too_long: 0,
                 data_wait: 0.0,
                 memory: Some(1 << 30),
+                skipped_steps: 0,
                 seconds: x,
             }));
             if step % 100 == 0 {

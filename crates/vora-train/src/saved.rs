@@ -107,27 +107,67 @@ fn copy(tensors: &[(String, Tensor)], saved: &Weights) -> Result<()> {
     Ok(())
 }
 
-/// Writes everything trained into `folder`, with `config.json`, `preprocessor_config.json` and the tokenizer.
-pub fn write(student: &Student, folder: &Path) -> Result<()> {
-    let parts = Parts::of_student(student);
-    if let Some(lora) = student.model.lora() {
-        save_adapter(folder, lora, student.llm_name(), &parts.adapter)?;
+/// Everything trained as it was at one moment, copied to the host: it is written while the training goes on.
+pub struct Snapshot {
+    parts: Parts,
+    lora: Option<LoraConfig>,
+    llm_name: String,
+    llm_folder: PathBuf,
+    config: Value,
+    preprocessor: Value,
+    chat_template: Option<String>,
+}
+
+impl Snapshot {
+    /// Copies what `student` has by now.
+    pub fn of(student: &Student) -> Result<Self> {
+        let Parts { adapter, llm, vision, whole } = Parts::of_student(student);
+        Ok(Self {
+            parts: Parts {
+                adapter: on_host(adapter),
+                llm: on_host(llm),
+                vision: on_host(vision),
+                whole: on_host(whole),
+            },
+            lora: student.model.lora().cloned(),
+            llm_name: student.llm_name().to_owned(),
+            llm_folder: student.llm_folder().to_owned(),
+            config: student.model.config_json()?,
+            preprocessor: student.processor().to_json(),
+            chat_template: student.chat_template().map(str::to_owned),
+        })
     }
-    for (tensors, file) in [(&parts.llm, LLM), (&parts.vision, VISION), (&parts.whole, MODEL)] {
-        if !tensors.is_empty() {
-            save(&folder.join(file), tensors, &[])?;
+
+    /// Writes it into `folder`, with `config.json`, `preprocessor_config.json` and the tokenizer.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        if let Some(lora) = &self.lora {
+            save_adapter(folder, lora, &self.llm_name, &self.parts.adapter)?;
         }
+        let parts = &self.parts;
+        for (tensors, file) in [(&parts.llm, LLM), (&parts.vision, VISION), (&parts.whole, MODEL)] {
+            if !tensors.is_empty() {
+                save(&folder.join(file), tensors, &[])?;
+            }
+        }
+        write_json(&folder.join(CONFIG), &self.config)?;
+        write_json(&folder.join(PREPROCESSOR), &self.preprocessor)?;
+        if let Some(source) = &self.chat_template {
+            // Read before whatever else a folder says of templates.
+            write_bytes(&folder.join(CHAT_TEMPLATE), source.as_bytes())?;
+        }
+        let own_template = self.chat_template.is_some();
+        let names = TOKENIZER.into_iter().filter(|name| !(own_template && *name == CHAT_TEMPLATE));
+        copy_files(names, &self.llm_folder, folder)
     }
-    write_json(&folder.join(CONFIG), &student.model.config_json()?)?;
-    write_json(&folder.join(PREPROCESSOR), &student.processor().to_json())?;
-    if let Some(source) = student.chat_template() {
-        // Read before whatever else a folder says of templates.
-        write_bytes(&folder.join(CHAT_TEMPLATE), source.as_bytes())?;
-    }
-    let own_template = student.chat_template().is_some();
-    let names = TOKENIZER.into_iter().filter(|name| !(own_template && *name == CHAT_TEMPLATE));
-    copy_files(names, student.llm_folder(), folder)?;
-    Ok(())
+}
+
+/// Copies that no later step changes, in the memory of the host.
+pub fn on_host(tensors: Vec<(String, Tensor)>) -> Vec<(String, Tensor)> {
+    let copy = |tensor: Tensor| match tensor.device() {
+        Device::Cpu => tensor.detach().copy(),
+        _ => tensor.detach().to_device(Device::Cpu),
+    };
+    tensors.into_iter().map(|(name, tensor)| (name, copy(tensor))).collect()
 }
 
 /// Copies what stands beside a model's weights, tokenizer and image processor, from one of these folders to another.

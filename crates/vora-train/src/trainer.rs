@@ -14,14 +14,14 @@ use vora_torch::safetensors::{Checkpoint, save, write_bytes};
 
 use crate::block_maps::BlockMaps;
 use crate::board::Board;
-use crate::checkpoint::{self, RunFolder, TrainerState};
+use crate::checkpoint::{self, Keep, RunFolder, Saver, TrainerState};
 use crate::config::{Strategy, TrainConfig};
 use crate::data::{self, HeldOut};
 use crate::distill::TeacherMean;
 use crate::ema::{Ema, InPlace};
 use crate::eval::{self, EvalReport};
 use crate::loss_scale::LossScale;
-use crate::metrics::{EvalMetrics, Line, MetricsLog, Progress, SpikeDetector, StepMetrics};
+use crate::metrics::{EvalMetrics, EventKind, EventMetrics, Line, MetricsLog, Progress, SpikeDetector, StepMetrics};
 use crate::optim::Optimizer;
 use crate::results::{TrainResults, machine, memory, peak_memory};
 use crate::schedule::Schedule;
@@ -39,6 +39,9 @@ const RANDOM: &str =
 /// Held-out pictures of each split that are written for asking.
 const SAMPLES: u64 = 8;
 
+/// A run of as many skipped steps stops: then it is not a batch that is wrong.
+const MOST_SKIPPED_IN_A_ROW: u64 = 3;
+
 /// What a run needs that its file does not say.
 pub struct Options<'a> {
     /// Where to train.
@@ -49,6 +52,8 @@ pub struct Options<'a> {
     pub resolve: &'a dyn Fn(&str) -> Result<PathBuf>,
     /// Set by a signal: the run then saves a checkpoint and stops.
     pub stop: Arc<AtomicBool>,
+    /// Set by a signal: the run then saves a checkpoint, clears this and goes on.
+    pub save: Arc<AtomicBool>,
 }
 
 /// How a run came to its end.
@@ -63,11 +68,11 @@ pub enum Outcome {
     },
 }
 
-/// A step that was refused before it touched a weight.
-#[derive(Debug, Error, PartialEq)]
+/// A step that changed no weight. One is skipped; a run of them is the error that ends the training.
+#[derive(Debug, Clone, Error, PartialEq)]
 #[error(
     "step {step} is not finite (language loss {loss_lm}, distillation loss {loss_distill}, gradient norm {grad_norm}) \
-     on {}; the weights are still those of step {}", samples.join(", "), step - 1
+     on {}; no weight was changed", samples.join(", ")
 )]
 pub struct NotFinite {
     /// The step, counted from 1.
@@ -85,7 +90,8 @@ pub struct NotFinite {
 /// One run.
 pub struct Trainer {
     config: TrainConfig,
-    run: RunFolder,
+    run: Arc<RunFolder>,
+    saver: Saver,
     student: Student,
     optimizer: Optimizer,
     ema: Option<Ema>,
@@ -98,11 +104,14 @@ pub struct Trainer {
     board: Option<Board>,
     tokenizer: Arc<Tokenizer>,
     spikes: SpikeDetector,
-    step: u64,      // done so far
-    resumed: u64,   // done when this process began
-    truncated: u64, // samples in this process that lost turns
+    step: u64,             // done so far
+    skipped_steps: u64,    // of them
+    skipped_in_a_row: u64, // and the last of them
+    resumed: u64,          // done when this process began
+    truncated: u64,        // samples in this process that lost turns
     seconds: f64,
     stop: Arc<AtomicBool>,
+    save: Arc<AtomicBool>,
 }
 
 impl Trainer {
@@ -112,7 +121,7 @@ impl Trainer {
     /// Whatever does not fit, by name: a run folder in use or already full, a model that is missing, an adapter of
     /// another rank.
     pub fn new(config: TrainConfig, options: Options<'_>) -> Result<Self> {
-        let run = RunFolder::lock(&config.output_dir)?;
+        let run = Arc::new(RunFolder::lock(&config.output_dir)?);
         let last = last_checkpoint(&run, &config, options.resume)?;
         let state = last.as_deref().map(TrainerState::open).transpose()?;
         for (key, reason) in config.without_effect() {
@@ -137,6 +146,7 @@ impl Trainer {
 
         let (step, start) = state.as_ref().map_or((0, 0), |state| (state.step, state.samples_seen));
         let held = state.as_ref().map_or(Vec::new(), |state| state.samples_held.clone());
+        let skipped = state.as_ref().map_or((0, 0), |state| (state.skipped_steps, state.skipped_in_a_row));
         let schedule = config.schedule(max_steps(&config, training.as_ref())?);
         let loader = Loader::new(
             training.clone(),
@@ -157,6 +167,7 @@ impl Trainer {
         let yaml = config.to_yaml()?;
         write_bytes(&run.path().join(CONFIG), yaml.as_bytes())?;
         Ok(Self {
+            saver: Saver::new(run.clone()),
             student,
             optimizer,
             ema,
@@ -170,10 +181,13 @@ impl Trainer {
             tokenizer: maker.tokenizer.clone(),
             spikes: SpikeDetector::default(),
             step,
+            skipped_steps: skipped.0,
+            skipped_in_a_row: skipped.1,
             resumed: step,
             truncated: 0,
             seconds: state.map_or(0.0, |state| state.seconds),
             stop: options.stop,
+            save: options.save,
             run,
             config,
         })
@@ -194,16 +208,22 @@ impl Trainer {
         while self.step < self.schedule.max_steps && !self.is_stopped() {
             let metrics = self.train_step()?;
             progress.step(&metrics);
+            if let Some(folder) = self.saver.written()? {
+                progress.saved(&folder);
+            }
             let due = self.config.save_strategy == Strategy::Steps && self.step.is_multiple_of(self.config.save_steps);
-            if due {
-                self.save(progress)?;
+            // Among skipped steps the weights themselves may be what is wrong: the checkpoints before are the better ones.
+            let due = due && self.skipped_in_a_row == 0;
+            if due || self.save.swap(false, Ordering::Relaxed) {
+                self.begin_save(progress)?;
                 saved_at = self.step;
             }
             self.evaluate_if_due(progress)?;
         }
         if self.step > saved_at {
-            self.save(progress)?;
+            self.begin_save(progress)?;
         }
+        self.wait_for_save(progress)?;
         if self.is_stopped() {
             return Ok(Outcome::Stopped { step: self.step });
         }
@@ -214,8 +234,12 @@ impl Trainer {
     /// one batch, and AdamW. In f16 a gradient that overflows is left out, with its samples, and the next ones take its
     /// place.
     ///
+    /// A step whose loss or gradient is not finite is skipped: no weight and no running mean is touched, the data goes
+    /// on, and, as with HF's trainer where a scaler leaves a step out, it is counted as a step done while the learning
+    /// rate's schedule waits for the next one that is taken. Its numbers go into the log as an event.
+    ///
     /// # Errors
-    /// [`NotFinite`], before any weight or running mean is touched.
+    /// [`NotFinite`] at the third skipped step in a row.
     pub fn train_step(&mut self) -> Result<StepMetrics> {
         let start = Instant::now();
         let too_long_before = self.loader.num_too_long();
@@ -270,15 +294,18 @@ impl Trainer {
                 return self.train_step();
             }
         }
+        let factor = self.schedule.factor(self.step - self.skipped_steps);
         if !read.iter().all(|value| value.is_finite()) {
             let samples = self.culprits(&batches, &uploaded)?;
-            bail!(NotFinite { step, loss_lm, loss_distill, grad_norm, samples });
+            self.skip(NotFinite { step, loss_lm, loss_distill, grad_norm, samples })?;
+        } else {
+            self.optimizer.step(factor, grad_norm)?;
+            if let Some(ema) = &mut self.ema {
+                ema.update(self.optimizer.parameters());
+            }
+            self.skipped_in_a_row = 0;
         }
-        let factor = self.schedule.factor(self.step);
-        self.optimizer.step(factor, grad_norm)?;
-        if let Some(ema) = &mut self.ema {
-            ema.update(self.optimizer.parameters());
-        }
+        let is_skipped = self.skipped_in_a_row > 0;
         self.step = step;
 
         let seconds = start.elapsed().as_secs_f64();
@@ -287,11 +314,12 @@ impl Trainer {
         let num_slots: i64 = batches.iter().map(|batch| batch.batch * batch.seq).sum();
         let num_samples: usize = batches.iter().map(|batch| batch.samples.len()).sum();
         let loss = loss_lm + distill_weight * loss_distill;
-        if let Some(sigmas) = self.spikes.observe(loss) {
-            let ids = ids(&batches).join(", ");
-            tracing::warn!(
-                "step {step}: the loss, {loss:.4}, lies {sigmas:.1} standard deviations above the last ones, on {ids}"
-            );
+        if !is_skipped && let Some(sigmas) = self.spikes.observe(loss) {
+            let samples = ids(&batches);
+            let message =
+                format!("step {step}: the loss, {loss:.4}, lies {sigmas:.1} standard deviations above the last ones");
+            tracing::warn!("{message}, on {}", samples.join(", "));
+            self.metrics.write(&Line::Event(EventMetrics { step, event: EventKind::LossSpike, message, samples }))?;
         }
         let metrics = StepMetrics {
             step,
@@ -309,9 +337,13 @@ impl Trainer {
             too_long: self.loader.num_too_long() - too_long_before,
             data_wait,
             memory: memory(),
+            skipped_steps: self.skipped_steps,
             seconds: self.seconds,
         };
         self.truncated += metrics.truncated;
+        if is_skipped {
+            return Ok(metrics);
+        }
         if step.is_multiple_of(self.config.logging_steps) || step == self.schedule.max_steps {
             self.metrics.write(&Line::Step(metrics.clone()))?;
             if let Some(board) = &mut self.board {
@@ -319,6 +351,25 @@ impl Trainer {
             }
         }
         Ok(metrics)
+    }
+
+    /// Counts and tells of a step that is not finite.
+    fn skip(&mut self, refused: NotFinite) -> Result<()> {
+        self.skipped_steps += 1;
+        self.skipped_in_a_row += 1;
+        let message = refused.to_string();
+        tracing::warn!("skipped: {message}");
+        self.metrics.write(&Line::Event(EventMetrics {
+            step: refused.step,
+            event: EventKind::SkippedStep,
+            message,
+            samples: refused.samples.clone(),
+        }))?;
+        if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW {
+            let in_a_row = format!("{MOST_SKIPPED_IN_A_ROW} steps in a row were skipped");
+            return Err(anyhow::Error::new(refused).context(in_a_row));
+        }
+        Ok(())
     }
 
     /// Asks about every held-out split, seeing and blind; none where the run was told to stop meanwhile.
@@ -343,13 +394,30 @@ impl Trainer {
         self.student.parameters()
     }
 
-    /// Writes a checkpoint and draws the plot anew.
-    pub fn save(&self, progress: &mut dyn Progress) -> Result<PathBuf> {
+    /// Writes a checkpoint and waits until it is whole.
+    pub fn save(&mut self, progress: &mut dyn Progress) -> Result<()> {
+        self.begin_save(progress)?;
+        self.wait_for_save(progress)
+    }
+
+    fn wait_for_save(&mut self, progress: &mut dyn Progress) -> Result<()> {
+        if let Some(folder) = self.saver.wait()? {
+            progress.saved(&folder);
+        }
+        Ok(())
+    }
+
+    /// Copies all that a checkpoint holds, begins to write it, and draws the plot anew. A save that is still being
+    /// written is waited for.
+    fn begin_save(&mut self, progress: &mut dyn Progress) -> Result<()> {
+        self.wait_for_save(progress)?;
         let yaml = self.config.to_yaml()?;
         let state = TrainerState {
             step: self.step,
             samples_seen: self.loader.position(),
             samples_held: self.loader.held(),
+            skipped_steps: self.skipped_steps,
+            skipped_in_a_row: self.skipped_in_a_row,
             seconds: self.seconds,
             loss_scale: self.loss_scale,
             seed: self.config.seed,
@@ -357,27 +425,30 @@ impl Trainer {
             config_sha256: checkpoint::sha256(yaml.as_bytes()),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };
-        let folder = self.run.save(self.step, self.config.save_total_limit, |folder| {
-            saved::write(&self.student, folder)?;
-            save(&folder.join(OPTIMIZER), &self.optimizer.state(), &[])?;
-            if let Some(ema) = &self.ema {
-                save(&folder.join(EMA), &ema.state(), &[])?;
+        let snapshot = saved::Snapshot::of(&self.student)?;
+        let optimizer = saved::on_host(self.optimizer.state());
+        let mean = self.student.distill.as_ref().and_then(|d| d.mean()).map(|mean| saved::on_host(mean.state()));
+        let ema = self.ema.as_ref().map(|ema| saved::on_host(ema.state()));
+        let keep = Keep { newest: self.config.save_total_limit, best: None };
+        self.saver.begin(self.step, keep, move |folder| {
+            snapshot.write(folder)?;
+            save(&folder.join(OPTIMIZER), &optimizer, &[])?;
+            if let Some(ema) = ema {
+                save(&folder.join(EMA), &ema, &[])?;
             }
-            if let Some(mean) = self.student.distill.as_ref().and_then(|d| d.mean()) {
-                save(&folder.join(TEACHER_MEAN), &mean.state(), &[])?;
+            if let Some(mean) = mean {
+                save(&folder.join(TEACHER_MEAN), &mean, &[])?;
             }
             write_bytes(&folder.join(CONFIG), yaml.as_bytes())?;
             state.save(folder)
         })?;
-        self.plot()?;
-        progress.saved(&folder);
-        Ok(folder)
+        self.plot()
     }
 
     /// What is left to do once the last step is done and saved.
     fn finish(&mut self, progress: &mut dyn Progress) -> Result<Outcome> {
         let _averaged = self.averaged();
-        self.run.save_folder("final", |folder| saved::write(&self.student, folder))?;
+        self.run.save_folder("final", |folder| saved::Snapshot::of(&self.student)?.write(folder))?;
         self.results().save(self.run.path())?;
         let shown = samples::choose(&self.held_out, SAMPLES);
         samples::write(&self.run.path().join(samples::FOLDER), &shown, self.student.processor())?;
@@ -614,7 +685,8 @@ mod tests {
     }
 
     fn try_new(config: TrainConfig, resume: bool) -> Result<Trainer> {
-        let options = Options { device: Device::Cpu, resume, resolve: &resolve, stop: Arc::default() };
+        let options =
+            Options { device: Device::Cpu, resume, resolve: &resolve, stop: Arc::default(), save: Arc::default() };
         Trainer::new(config, options)
     }
 
@@ -641,7 +713,7 @@ mod tests {
         let lines = MetricsLog::read(&folder.join("metrics.jsonl")).unwrap();
         let step = |line| match line {
             Line::Step(s) => Some((s.step, s.loss_lm, s.loss_distill, s.grad_norm)),
-            Line::Eval(_) => None,
+            Line::Eval(_) | Line::Event(_) => None,
         };
         lines.into_iter().filter_map(step).collect()
     }
@@ -1152,21 +1224,63 @@ mod tests {
     }
 
     #[test]
-    fn a_loss_that_is_not_finite_touches_nothing_and_names_its_samples() {
+    fn a_step_that_is_not_finite_is_skipped_and_a_run_of_them_stops() {
         let folder = tempfile::tempdir().unwrap();
         let mut trainer = trainer(config("debug.yaml", folder.path(), &[]));
         trainer.train_step().unwrap();
         let (_, b) = trainer.parameters().into_iter().find(|(name, _)| name.contains("lora_B")).unwrap();
-        let _ = tch::no_grad(|| b.shallow_clone().fill_(f64::NAN));
+        let whole = b.detach().copy();
+        let fill = |value: &Tensor| tch::no_grad(|| b.shallow_clone().copy_(value));
+        let _ = fill(&whole.full_like(f64::NAN));
         let before = weights(&trainer);
-        let error = trainer.train_step().unwrap_err();
-        let refused = error.downcast_ref::<NotFinite>().unwrap();
-        assert_eq!((refused.step, refused.samples.len()), (2, 4));
-        assert!(error.to_string().contains("step 2 is not finite") && error.to_string().contains("train-4"), "{error}");
+        let skipped = trainer.train_step().unwrap();
+        assert!(skipped.loss.is_nan() && (skipped.step, skipped.skipped_steps) == (2, 1), "{skipped:?}");
         for ((name, before), (_, after)) in before.iter().zip(&weights(&trainer)) {
             assert!(before.allclose(after, 0.0, 0.0, true), "{name} was touched");
         }
-        assert_eq!(trainer.step(), 1);
+
+        // The schedule waits, the data goes on, and one good step ends the run of bad ones.
+        let _ = fill(&whole);
+        let rate = trainer.config.learning_rate * trainer.schedule.factor(1);
+        let taken = trainer.train_step().unwrap();
+        assert!(taken.loss.is_finite() && (taken.step, taken.skipped_steps, taken.lr) == (3, 1, rate), "{taken:?}");
+        assert_eq!(trainer.loader.position(), 12);
+        trainer.save(&mut Silent).unwrap();
+        drop(trainer);
+
+        let mut trainer = try_new(config("debug.yaml", folder.path(), &[]), true).unwrap();
+        assert_eq!((trainer.step, trainer.skipped_steps, trainer.skipped_in_a_row), (3, 1, 0));
+        let (_, b) = trainer.parameters().into_iter().find(|(name, _)| name.contains("lora_B")).unwrap();
+        let _ = tch::no_grad(|| b.shallow_clone().fill_(f64::NAN));
+        trainer.train_step().unwrap();
+        trainer.train_step().unwrap();
+        let error = trainer.train_step().unwrap_err();
+        let refused = error.downcast_ref::<NotFinite>().unwrap();
+        assert_eq!((refused.step, refused.samples.len()), (6, 4));
+        let error = format!("{error:#}");
+        assert!(
+            error.contains("3 steps in a row") && error.contains("step 6") && error.contains("train-20"),
+            "{error}"
+        );
+
+        let lines = MetricsLog::read(&folder.path().join("metrics.jsonl")).unwrap();
+        let told = lines.iter().filter_map(|line| if let Line::Event(event) = line { Some(event) } else { None });
+        let told: Vec<_> = told.map(|e| (e.step, e.event, e.samples.len())).collect();
+        assert_eq!(told, [2, 4, 5, 6].map(|step| (step, EventKind::SkippedStep, 4)));
+    }
+
+    #[test]
+    fn a_spike_is_logged_with_its_batch() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut trainer = trainer(config("debug.yaml", folder.path(), &[]));
+        for i in 0..128 {
+            trainer.spikes.observe(0.01 * f64::from(i % 7));
+        }
+        trainer.train_step().unwrap();
+        let lines = MetricsLog::read(&folder.path().join("metrics.jsonl")).unwrap();
+        let Line::Event(event) = &lines[0] else { panic!("the first line is the event: {lines:?}") };
+        assert_eq!((event.step, event.event, event.samples.len()), (1, EventKind::LossSpike, 4));
+        assert!(matches!(lines[1], Line::Step(_)));
     }
 
     #[test]
