@@ -104,7 +104,8 @@ fn trainer(folder: &Path, packing: bool, resume: bool) -> Trainer {
     let packing = format!("data.train.packing={packing}");
     let preprocess = "data.train.data_preprocess={max_seq_len: 230}";
     let config = config(&[&output_dir, &packing, preprocess, "bf16=false", "save_steps=100"]);
-    let options = Options { device: Device::Cpu, resume, resolve: &resolve, stop: Arc::default() };
+    let options =
+        Options { device: Device::Cpu, resume, resolve: &resolve, stop: Arc::default(), save: Arc::default() };
     Trainer::new(config, options).unwrap()
 }
 
@@ -127,7 +128,7 @@ fn a_packed_run_goes_on_where_it_stopped() {
     let lines = MetricsLog::read(&parts.path().join("metrics.jsonl")).unwrap();
     let logged = lines.iter().map(|line| match line {
         Line::Step(metrics) => metrics.padding_share,
-        Line::Eval(_) => panic!("no evaluation was made"),
+        Line::Eval(_) | Line::Event(_) => panic!("nothing but steps was logged"),
     });
     let logged: Vec<f64> = logged.collect();
     assert_eq!(logged.len(), expected.len());
