@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use vora_torch::safetensors::write_bytes;
 
+use crate::best::Best;
 use crate::loss_scale::LossScale;
 
 /// The checksums of a checkpoint's files, as `sha256sum` writes and checks them.
@@ -33,6 +34,9 @@ pub struct TrainerState {
     /// The last so many steps were skipped.
     #[serde(default)]
     pub skipped_in_a_row: u64,
+    /// The best checkpoint before this one, where the run looks for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub best: Option<Best>,
     /// Seconds of work so far.
     pub seconds: f64,
     /// How far the loss is scaled, in f16.
@@ -342,6 +346,7 @@ mod tests {
             samples_held: vec![step],
             skipped_steps: 0,
             skipped_in_a_row: 0,
+            best: None,
             seconds: 1.5,
             loss_scale: Some(LossScale::default()),
             seed: 1,

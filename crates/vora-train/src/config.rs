@@ -10,6 +10,7 @@ use serde_json::Value;
 use tch::{Device, Kind};
 use vora_torch::runtime;
 
+use crate::best::split_of;
 use crate::data_config::DataConfig;
 use crate::distill::Pairing;
 use crate::model_config::{ModelConfig, ModelType};
@@ -124,6 +125,16 @@ pub struct TrainConfig {
     /// How many checkpoints are kept.
     #[serde(default = "three")]
     pub save_total_limit: usize,
+    /// HF's: the number of an evaluation by which checkpoints are compared, as `eval_test_exact_match` for the split
+    /// `test`. The best one is kept beside the `save_total_limit` newest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metric_for_best_model: Option<String>,
+    /// Whether more of it is better; absent: yes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub greater_is_better: Option<bool>,
+    /// Whether `final/` is the best checkpoint in place of the last step.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub load_best_model_at_end: bool,
     /// When the model is evaluated during the run; it always is at its end.
     #[serde(default, alias = "eval_strategy")]
     pub evaluation_strategy: Strategy,
@@ -344,6 +355,7 @@ impl TrainConfig {
             "max_steps is {}, it must be at least 1, or -1 to leave it to num_train_epochs",
             self.max_steps
         );
+        self.validate_best()?;
         self.model.validate()?;
         ensure!(
             self.model.model_type != ModelType::Vora || self.model.aux_vision.is_some() || !self.distill.center,
@@ -359,6 +371,36 @@ impl TrainConfig {
             self.max_steps > 0 || !self.data.train.packing,
             "max_steps is -1, but with data.train.packing it shows only on the way how many samples a step takes: say \
              how many steps"
+        );
+        Ok(())
+    }
+
+    /// A best checkpoint needs evaluations of checkpoints.
+    fn validate_best(&self) -> Result<()> {
+        ensure!(
+            !self.load_best_model_at_end || self.ema_decay.is_none(),
+            "load_best_model_at_end and ema_decay are both set: the averaged weights are evaluated, and only those of the \
+             last step are known at the end"
+        );
+        let Some(metric) = &self.metric_for_best_model else {
+            ensure!(
+                !self.load_best_model_at_end,
+                "load_best_model_at_end is true, but metric_for_best_model does not say what is best"
+            );
+            return Ok(());
+        };
+        ensure!(
+            split_of(metric).is_some_and(|split| self.data.eval.contains_key(split)),
+            "metric_for_best_model is {metric}, it must be eval_SPLIT_exact_match, SPLIT being one of data.eval: {}",
+            self.data.eval.keys().map(String::as_str).collect::<Vec<_>>().join(", ")
+        );
+        ensure!(
+            [self.save_strategy, self.evaluation_strategy] == [Strategy::Steps; 2]
+                && self.save_steps.is_multiple_of(self.eval_steps),
+            "metric_for_best_model needs an evaluation of each checkpoint: save_strategy and evaluation_strategy must \
+             be steps, and save_steps ({}) a multiple of eval_steps ({})",
+            self.save_steps,
+            self.eval_steps
         );
         Ok(())
     }
@@ -382,6 +424,11 @@ impl TrainConfig {
                 "report_to",
                 self.report_to.as_deref().is_some_and(|to| !["none", "all", "tensorboard"].contains(&to)),
                 "TensorBoard's event files are written; none leaves them out",
+            ),
+            (
+                "greater_is_better",
+                self.greater_is_better.is_some() && self.metric_for_best_model.is_none(),
+                "metric_for_best_model does not say of what",
             ),
             ("wandb_project", self.wandb_project.is_some(), "metrics go to metrics.jsonl"),
             ("deepspeed", self.deepspeed.is_some(), "one process trains"),
@@ -730,6 +777,33 @@ data:
     fn a_run_computes_in_one_kind() {
         assert!(set(&["fp16=true", "bf16=false"]).unwrap().fp16);
         fails(set(&["fp16=true", "bf16=true"]), &["bf16 and fp16 are both true"]);
+    }
+
+    #[test]
+    fn a_best_checkpoint_needs_evaluations_of_checkpoints() {
+        let with = |lines: &str| {
+            let eval = "\ndata: { train: { scenes: { image_size: 56 } }, eval: { test: { split: test } } }";
+            let model = "\nmodel: { llm: x, patch_size: 14, image_size: 56, lora: { layers: 1, r: 1 } }";
+            TrainConfig::parse(&format!("output_dir: x\nmax_steps: 1\n{lines}{eval}{model}"), &[])
+        };
+        let metric = "metric_for_best_model: eval_test_exact_match\n";
+        let steps = "evaluation_strategy: steps\neval_steps: 50\nsave_steps: 100\n";
+        assert!(with(&format!("{metric}{steps}load_best_model_at_end: true")).is_ok());
+        fails(with(&format!("{metric}save_steps: 100")), &["needs an evaluation of each checkpoint"]);
+        fails(
+            with(&format!("{metric}{steps}").replace("save_steps: 100", "save_steps: 75")),
+            &["save_steps (75) a multiple of eval_steps (50)"],
+        );
+        fails(
+            with(&format!("{metric}{steps}load_best_model_at_end: true\nema_decay: 0.9")),
+            &["load_best_model_at_end and ema_decay are both set"],
+        );
+        fails(with("load_best_model_at_end: true"), &["metric_for_best_model does not say what is best"]);
+        for wrong in ["metric_for_best_model: eval_other_exact_match", "metric_for_best_model: loss"] {
+            fails(with(&format!("{wrong}\n{steps}")), &["one of data.eval: test"]);
+        }
+        let config = with("greater_is_better: true").unwrap();
+        assert!(config.without_effect().iter().any(|(key, _)| *key == "greater_is_better"));
     }
 
     #[test]

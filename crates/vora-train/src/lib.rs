@@ -33,6 +33,7 @@
 //! # }
 //! ```
 
+pub mod best;
 pub mod block_maps;
 pub mod board;
 pub mod checkpoint;

@@ -12,6 +12,7 @@ use vora_data::{Batch, Loader, LoaderConfig, Source};
 use vora_llm::{Recompute, Tokenizer};
 use vora_torch::safetensors::{Checkpoint, save, write_bytes};
 
+use crate::best::{self, Best};
 use crate::block_maps::BlockMaps;
 use crate::board::Board;
 use crate::checkpoint::{self, Keep, RunFolder, Saver, TrainerState};
@@ -107,8 +108,9 @@ pub struct Trainer {
     step: u64,             // done so far
     skipped_steps: u64,    // of them
     skipped_in_a_row: u64, // and the last of them
-    resumed: u64,          // done when this process began
-    truncated: u64,        // samples in this process that lost turns
+    best: Option<Best>,
+    resumed: u64,   // done when this process began
+    truncated: u64, // samples in this process that lost turns
     seconds: f64,
     stop: Arc<AtomicBool>,
     save: Arc<AtomicBool>,
@@ -183,6 +185,7 @@ impl Trainer {
             step,
             skipped_steps: skipped.0,
             skipped_in_a_row: skipped.1,
+            best: state.as_ref().and_then(|state| state.best),
             resumed: step,
             truncated: 0,
             seconds: state.map_or(0.0, |state| state.seconds),
@@ -418,6 +421,7 @@ impl Trainer {
             samples_held: self.loader.held(),
             skipped_steps: self.skipped_steps,
             skipped_in_a_row: self.skipped_in_a_row,
+            best: self.best,
             seconds: self.seconds,
             loss_scale: self.loss_scale,
             seed: self.config.seed,
@@ -429,7 +433,7 @@ impl Trainer {
         let optimizer = saved::on_host(self.optimizer.state());
         let mean = self.student.distill.as_ref().and_then(|d| d.mean()).map(|mean| saved::on_host(mean.state()));
         let ema = self.ema.as_ref().map(|ema| saved::on_host(ema.state()));
-        let keep = Keep { newest: self.config.save_total_limit, best: None };
+        let keep = Keep { newest: self.config.save_total_limit, best: self.best.map(|best| best.step) };
         self.saver.begin(self.step, keep, move |folder| {
             snapshot.write(folder)?;
             save(&folder.join(OPTIMIZER), &optimizer, &[])?;
@@ -448,7 +452,9 @@ impl Trainer {
     /// What is left to do once the last step is done and saved.
     fn finish(&mut self, progress: &mut dyn Progress) -> Result<Outcome> {
         let _averaged = self.averaged();
-        self.run.save_folder("final", |folder| saved::Snapshot::of(&self.student)?.write(folder))?;
+        if !self.config.load_best_model_at_end {
+            self.run.save_folder("final", |folder| saved::Snapshot::of(&self.student)?.write(folder))?;
+        }
         self.results().save(self.run.path())?;
         let shown = samples::choose(&self.held_out, SAMPLES);
         samples::write(&self.run.path().join(samples::FOLDER), &shown, self.student.processor())?;
@@ -462,12 +468,27 @@ impl Trainer {
         if self.truncated > 0 {
             tracing::warn!("{} samples lost turns at their end, to fit into max_seq_len", self.truncated);
         }
-        let Some(report) = self.evaluate(progress)? else {
+        let Some(mut report) = self.evaluate(progress)? else {
             return Ok(Outcome::Stopped { step: self.step });
         };
         if !report.0.is_empty() {
-            report.save(&self.run.path().join("eval.json"))?;
             self.log(&report, progress)?;
+        }
+        self.compare(&report)?;
+        if self.config.load_best_model_at_end {
+            if let Some(best) = self.best.filter(|best| best.step < self.step) {
+                let folder = self.run.checkpoint(best.step);
+                checkpoint::verify(&folder)?;
+                saved::read(&mut self.student, &folder)?;
+                let Some(of_best) = self.evaluate(progress)? else {
+                    return Ok(Outcome::Stopped { step: self.step });
+                };
+                report = of_best;
+            }
+            self.run.save_folder("final", |folder| saved::Snapshot::of(&self.student)?.write(folder))?;
+        }
+        if !report.0.is_empty() {
+            report.save(&self.run.path().join("eval.json"))?;
         }
         self.show()?;
         self.plot()?;
@@ -501,6 +522,9 @@ impl Trainer {
         let _averaged = self.averaged();
         if let Some(report) = self.evaluate(progress)? {
             self.log(&report, progress)?;
+            if self.step.is_multiple_of(self.config.save_steps) {
+                self.compare(&report)?;
+            }
             self.show()?;
             self.plot()?;
         }
@@ -514,6 +538,15 @@ impl Trainer {
             board.eval(&metrics)?;
         }
         self.metrics.write(&Line::Eval(metrics))
+    }
+
+    /// Takes this step's checkpoint for the best, where its evaluation says so.
+    fn compare(&mut self, report: &EvalReport) -> Result<()> {
+        if let Some(metric) = &self.config.metric_for_best_model {
+            let greater_is_better = self.config.greater_is_better.unwrap_or(true);
+            self.best = Best::better(self.best, self.step, best::value(report, metric)?, greater_is_better);
+        }
+        Ok(())
     }
 
     /// Shows what some held-out pictures look like from inside, and what is answered about them.
@@ -1281,6 +1314,53 @@ mod tests {
         let Line::Event(event) = &lines[0] else { panic!("the first line is the event: {lines:?}") };
         assert_eq!((event.step, event.event, event.samples.len()), (1, EventKind::LossSpike, 4));
         assert!(matches!(lines[1], Line::Step(_)));
+    }
+
+    #[test]
+    fn the_best_checkpoint_is_kept_and_becomes_the_final_model() {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = [
+            "metric_for_best_model=eval_test_exact_match",
+            "load_best_model_at_end=true",
+            "eval_steps=2",
+            "save_steps=2",
+            "save_total_limit=1",
+            "report_to=none",
+        ];
+        let mut trainer = trainer(config("smoke.yaml", folder.path(), &settings));
+        while trainer.step < 2 {
+            trainer.train_step().unwrap();
+        }
+        trainer.save(&mut Silent).unwrap();
+        let at_2: Vec<_> = trainer.parameters().into_iter().map(|(name, t)| (name, t.detach().copy())).collect();
+        // As if the evaluation had found all right there: nothing can be better.
+        trainer.best = Best::better(None, 2, 1.0, true);
+        trainer.train(&mut Silent).unwrap();
+        let steps: Vec<u64> = checkpoint::list(folder.path()).unwrap().into_iter().map(|(step, _)| step).collect();
+        assert_eq!(steps, [2, 8]);
+        assert_same(&at_2, &trainer.parameters());
+        let read = |path: &str| std::fs::read(folder.path().join(path).join("vision.safetensors")).unwrap();
+        assert!(read("final") == read("checkpoints/step-2") && read("final") != read("checkpoints/step-8"));
+        drop(trainer);
+        let resumed = try_new(config("smoke.yaml", folder.path(), &settings), true).unwrap();
+        assert_eq!((resumed.step, resumed.best), (8, Some(Best { step: 2, metric: 1.0 })));
+    }
+
+    #[test]
+    fn a_checkpoint_of_one_kind_goes_on_in_another() {
+        for (first, second) in [("bf16=true", "bf16=false"), ("bf16=false", "bf16=true")] {
+            let folder = tempfile::tempdir().unwrap();
+            let mut before = trainer(config("debug.yaml", folder.path(), &[first]));
+            for _ in 0..3 {
+                before.train_step().unwrap();
+            }
+            before.save(&mut Silent).unwrap();
+            let saved = weights(&before);
+            drop(before);
+            let mut after = try_new(config("debug.yaml", folder.path(), &[second]), true).unwrap();
+            assert_same(&saved, &weights(&after));
+            assert!(after.train_step().unwrap().loss.is_finite());
+        }
     }
 
     #[test]

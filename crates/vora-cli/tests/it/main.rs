@@ -2,6 +2,7 @@
 
 mod data;
 mod eval;
+mod faults;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
