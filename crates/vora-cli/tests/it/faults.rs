@@ -160,10 +160,12 @@ impl Run {
 
     fn train_in(&self, run: &Path, mut command: Command, more: &[&str]) -> Command {
         let quick = ["data.eval={}", "evaluation_strategy=no", "report_to=none", "distill.mean_over=2"];
+        // So that a part of a run has the rates of the whole.
+        let rate = "lr_scheduler_type=constant_with_warmup";
         let run = format!("output_dir={}", run.display());
         let steps = [format!("max_steps={STEPS}"), format!("save_steps={INTERVAL}")];
         command.args(["train", "--config", "crates/vora-train/recipes/smoke.yaml", "--resume"]);
-        let all = quick.into_iter().chain([&*run]).chain(steps.iter().map(String::as_str));
+        let all = quick.into_iter().chain([rate, &*run]).chain(steps.iter().map(String::as_str));
         for setting in all.chain(self.settings.iter().map(String::as_str)).chain(more.iter().copied()) {
             command.args(["--set", setting]);
         }
