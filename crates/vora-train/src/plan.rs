@@ -412,7 +412,13 @@ mod tests {
         overrides.push(format!("output_dir={}", run.display()));
         let config = TrainConfig::open(&recipe, &overrides).unwrap();
         let resolve = |name: &str| Ok::<PathBuf, anyhow::Error>(root.join("..").join(Path::new(name)));
-        let options = Options { device: Device::Cpu, resume: false, resolve: &resolve, stop: Arc::default() };
+        let options = Options {
+            device: Device::Cpu,
+            resume: false,
+            resolve: &resolve,
+            stop: Arc::default(),
+            save: Arc::default(),
+        };
         let plan = Plan::measure(&config, options).unwrap();
         assert!(!run.exists(), "a plan writes no run folder");
         plan

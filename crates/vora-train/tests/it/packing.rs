@@ -177,7 +177,8 @@ fn what_is_cut_or_left_out_for_its_length_is_counted() {
     let output_dir = format!("output_dir={}", folder.path().join("run").display());
     let overrides = [&output_dir, &data, "distill.center=false", "per_device_train_batch_size=1"];
     let config = config(&[&overrides[..], &["gradient_accumulation_steps=2", "shuffle=false"]].concat());
-    let options = Options { device: Device::Cpu, resume: false, resolve: &resolve, stop: Arc::default() };
+    let options =
+        Options { device: Device::Cpu, resume: false, resolve: &resolve, stop: Arc::default(), save: Arc::default() };
     let mut trainer = Trainer::new(config, options).unwrap();
     let counts: Vec<_> = (0..2).map(|_| trainer.train_step().unwrap()).map(|m| (m.truncated, m.too_long)).collect();
     assert_eq!(counts, [(1, 0), (1, 1)]);
