@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::TokenizedCaption;
-use super::ngrams::{Counts, count};
+use super::ngrams::{Counts, Ngrams, count};
 
 /// Standard deviation of the penalty on captions of another length.
 const SIGMA: f64 = 6.0;
@@ -42,8 +42,8 @@ fn similarity(candidate: &Counts<'_>, reference: &Counts<'_>, idf: &impl Fn(&[&s
     let length = |counts: &Counts<'_>| counts[1].values().sum::<u64>() as f64;
     let delta = length(candidate) - length(reference);
     let penalty = (-delta.powi(2) / (2.0 * SIGMA.powi(2))).exp();
-    let cosine = |(candidate, reference): (&HashMap<Vec<&str>, u64>, &HashMap<Vec<&str>, u64>)| {
-        let norm = |counts: &HashMap<Vec<&str>, u64>| {
+    let cosine = |(candidate, reference): (&Ngrams<'_>, &Ngrams<'_>)| {
+        let norm = |counts: &Ngrams<'_>| {
             counts.iter().map(|(ngram, &times)| (times as f64 * idf(ngram)).powi(2)).sum::<f64>().sqrt()
         };
         let common = |(ngram, &times): (&Vec<&str>, &u64)| {

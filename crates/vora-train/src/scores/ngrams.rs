@@ -2,8 +2,11 @@
 
 use std::collections::HashMap;
 
-/// How often each run of 1 to [`MAX_ORDER`](super::MAX_ORDER) words comes, by its length less one.
-pub(super) type Counts<'a> = [HashMap<Vec<&'a str>, u64>; super::MAX_ORDER];
+/// How often each run of so many words comes.
+pub(super) type Ngrams<'a> = HashMap<Vec<&'a str>, u64>;
+
+/// The n-grams of 1 to [`MAX_ORDER`](super::MAX_ORDER) words, by their length less one.
+pub(super) type Counts<'a> = [Ngrams<'a>; super::MAX_ORDER];
 
 /// Counts the n-grams of words with white space between them.
 pub(super) fn count(sentence: &str) -> Counts<'_> {
