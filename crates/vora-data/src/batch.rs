@@ -162,8 +162,8 @@ mod tests {
     #[test]
     fn packed_samples_stand_behind_each_other() {
         let none = IGNORE_INDEX;
-        let a = sample("a", &[1, 2, 3], &[none, 3, 9], &[1..3]);
-        let b = sample("b", &[4, 5], &[none, 6], &[1..2]);
+        let a = sample("a", &[1, 2, 3], &[none, 3, 9], &[1..2, 2..3]);
+        let b = sample("b", &[4, 5], &[5, 6], &[0..1, 1..2]);
         let c = sample("c", &[7, 8, 9, 10], &[none, 9, none, 11], &[1..2, 3..4]);
         let batch = collate_rows(vec![vec![a, b], vec![c]], 0);
         assert_eq!((batch.batch, batch.seq, batch.images.len()), (2, 5, 3));

@@ -492,7 +492,7 @@ mod tests {
         };
         if let Some(path) = std::env::var_os(SECOND) {
             let _held = open(Path::new(&path));
-            println!("\nready");
+            std::io::stdout().write_all(b"\nready\n").unwrap();
             std::io::stdin().read_line(&mut String::new()).unwrap();
             return;
         }

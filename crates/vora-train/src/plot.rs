@@ -77,6 +77,9 @@ pub fn charts(lines: &[Line]) -> Result<Vec<String>> {
     panels(lines).into_iter().chain(more_panels(lines)).map(chart).collect()
 }
 
+/// A number of a step, where it has one.
+type Number = fn(&StepMetrics) -> Option<f64>;
+
 /// What is measured beside losses and accuracies.
 fn more_panels(lines: &[Line]) -> Vec<Panel> {
     let steps = || lines.iter().filter_map(|line| if let Line::Step(step) = line { Some(step) } else { None });
@@ -95,15 +98,15 @@ fn more_panels(lines: &[Line]) -> Vec<Panel> {
     if blocks > 0 {
         panels.push(("cosine with the teacher, by block", None, (0..blocks).map(block).collect()));
     }
-    let others: [(&str, &str, &dyn Fn(&StepMetrics) -> Option<f64>); 5] = [
-        ("learning rate", "rate", &|step| Some(step.lr)),
-        ("norm of the gradient, before clipping", "norm", &|step| Some(step.grad_norm)),
-        ("tokens a second", "tokens/s", &|step| Some(step.tokens_per_second)),
-        ("milliseconds of waiting for data, a step", "ms", &|step| Some(step.data_wait * 1e3)),
-        ("memory in GiB", "GiB", &|step| step.memory.map(|bytes| bytes as f64 / f64::from(1 << 30))),
+    let others: [(&str, &str, Number); 5] = [
+        ("learning rate", "rate", |step| Some(step.lr)),
+        ("norm of the gradient, before clipping", "norm", |step| Some(step.grad_norm)),
+        ("tokens a second", "tokens/s", |step| Some(step.tokens_per_second)),
+        ("milliseconds of waiting for data, a step", "ms", |step| Some(step.data_wait * 1e3)),
+        ("memory in GiB", "GiB", |step| step.memory.map(|bytes| bytes as f64 / f64::from(1 << 30))),
     ];
     for (title, name, value) in others {
-        let points = of(value);
+        let points = of(&value);
         if !points.is_empty() {
             let curves = if name == "rate" {
                 vec![Curve::new(name, LANGUAGE, points)]

@@ -479,7 +479,7 @@ impl Trainer {
             if let Some(best) = self.best.filter(|best| best.step < self.step) {
                 let folder = self.run.checkpoint(best.step);
                 checkpoint::verify(&folder)?;
-                saved::read(&mut self.student, &folder)?;
+                saved::read(&self.student, &folder)?;
                 let Some(of_best) = self.evaluate(progress)? else {
                     return Ok(Outcome::Stopped { step: self.step });
                 };
@@ -1264,7 +1264,7 @@ mod tests {
         let (_, b) = trainer.parameters().into_iter().find(|(name, _)| name.contains("lora_B")).unwrap();
         let whole = b.detach().copy();
         let fill = |value: &Tensor| tch::no_grad(|| b.shallow_clone().copy_(value));
-        let _ = fill(&whole.full_like(f64::NAN));
+        fill(&whole.full_like(f64::NAN));
         let before = weights(&trainer);
         let skipped = trainer.train_step().unwrap();
         assert!(skipped.loss.is_nan() && (skipped.step, skipped.skipped_steps) == (2, 1), "{skipped:?}");
@@ -1273,7 +1273,7 @@ mod tests {
         }
 
         // The schedule waits, the data goes on, and one good step ends the run of bad ones.
-        let _ = fill(&whole);
+        fill(&whole);
         let rate = trainer.config.learning_rate * trainer.schedule.factor(1);
         let taken = trainer.train_step().unwrap();
         assert!(taken.loss.is_finite() && (taken.step, taken.skipped_steps, taken.lr) == (3, 1, rate), "{taken:?}");

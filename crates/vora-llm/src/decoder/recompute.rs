@@ -120,7 +120,9 @@ mod tests {
         let logits = llm.logits(&output.last_hidden_state).to_kind(Kind::Float);
         let loss = taps.fold(logits.logsumexp([-1i64].as_slice(), false).sum(Kind::Float), |sum, tap| sum + tap);
         loss.backward();
-        rest.map(|rest| rest.backward().unwrap());
+        if let Some(rest) = rest {
+            rest.backward().unwrap();
+        }
         let mut parameters = weights.parameters();
         parameters.extend(adapters.parameters());
         for (name, tensor) in llm.tensors().iter().filter(|_| !trained) {
