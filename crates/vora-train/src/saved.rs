@@ -200,12 +200,12 @@ pub fn start_from(student: &Student, folder: &Path) -> Result<()> {
     Parts { vision, ..Parts::default() }.fill_from(folder)
 }
 
-/// Whether a folder is one of [`write()`], and not that of a whole model.
+/// Whether a folder is one of [`Snapshot::write`], and not that of a whole model.
 pub fn is_saved(folder: &Path) -> bool {
     folder.join(VISION).exists()
 }
 
-/// Opens a model from a folder of [`write()`], its adapters still apart from the weights. `resolve` finds the folders
+/// Opens a model from a folder of [`Snapshot::write`], its adapters still apart from the weights. `resolve` finds the folders
 /// of LLM and encoder by the names that the run knew them by.
 ///
 /// # Errors
@@ -249,7 +249,7 @@ pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) ->
     Ok(model)
 }
 
-/// The teacher's heads in a folder of [`write()`], by their names there; a model that was merged has none.
+/// The teacher's heads in a folder of [`Snapshot::write`], by their names there; a model that was merged has none.
 pub(crate) fn heads(folder: &Path) -> Result<Vec<(String, Tensor)>> {
     let path = if is_whole(folder) { folder.to_owned() } else { folder.join(VISION) };
     let checkpoint = Checkpoint::open(&path)?;
@@ -286,7 +286,7 @@ fn expect(folder: &Path, lora: Option<&LoraConfig>) -> Result<()> {
     lora.map_or(Ok(()), |lora| AdapterFolder::open(folder)?.expect(lora))
 }
 
-/// The kind that the LLM of a folder of [`write()`] is stored in: its own folder's, or f32 where it was trained.
+/// The kind that the LLM of a folder of [`Snapshot::write`] is stored in: its own folder's, or f32 where it was trained.
 pub fn stored_kind(folder: &Path, resolve: &Resolve<'_>) -> Result<Kind> {
     let path = if is_whole(folder) { folder.to_owned() } else { llm_path(folder, &read_config(folder)?, resolve)? };
     let checkpoint = Checkpoint::open(&path)?;
