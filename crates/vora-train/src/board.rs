@@ -22,9 +22,10 @@ impl Board {
         let mut this = Self { events: EventWriter::open(run, step)? };
         // The checkpoint's own step is taken back as well, for the evaluation that followed it is made again.
         for line in MetricsLog::read(&run.join("metrics.jsonl"))? {
-            match line {
-                Line::Step(metrics) if metrics.step == step => this.step(&metrics)?,
-                _ => {}
+            if let Line::Step(metrics) = line
+                && metrics.step == step
+            {
+                this.step(&metrics)?;
             }
         }
         Ok(this)

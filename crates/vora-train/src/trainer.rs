@@ -25,6 +25,7 @@ use crate::loss_scale::LossScale;
 use crate::metrics::{EvalMetrics, EventKind, EventMetrics, Line, MetricsLog, Progress, SpikeDetector, StepMetrics};
 use crate::optim::Optimizer;
 use crate::results::{TrainResults, machine, memory, peak_memory};
+use crate::samples::Shown;
 use crate::schedule::Schedule;
 use crate::student::{DeviceBatch, Student};
 use crate::tree::Difference;
@@ -490,7 +491,7 @@ impl Trainer {
         if !report.0.is_empty() {
             report.save(&self.run.path().join("eval.json"))?;
         }
-        self.show()?;
+        self.show(&shown)?;
         self.plot()?;
         Ok(Outcome::Finished(report))
     }
@@ -525,7 +526,7 @@ impl Trainer {
             if self.step.is_multiple_of(self.config.save_steps) {
                 self.compare(&report)?;
             }
-            self.show()?;
+            self.show(&samples::choose(&self.held_out, SAMPLES))?;
             self.plot()?;
         }
         Ok(())
@@ -550,16 +551,15 @@ impl Trainer {
     }
 
     /// Shows what some held-out pictures look like from inside, and what is answered about them.
-    fn show(&mut self) -> Result<()> {
-        let shown = samples::choose(&self.held_out, SAMPLES);
-        let maps = BlockMaps::measure(&self.student, &shown)?;
+    fn show(&mut self, shown: &[Shown]) -> Result<()> {
+        let maps = BlockMaps::measure(&self.student, shown)?;
         if let Some(maps) = &maps {
             maps.save(self.run.path(), self.step)?;
         }
         if let Some(board) = &mut self.board {
             let batch_size = self.config.per_device_eval_batch_size;
-            let answers = samples::answers(&self.student, &self.tokenizer, &shown, batch_size)?;
-            board.samples(self.step, &shown, &answers, self.student.processor())?;
+            let answers = samples::answers(&self.student, &self.tokenizer, shown, batch_size)?;
+            board.samples(self.step, shown, &answers, self.student.processor())?;
             if let Some(maps) = &maps {
                 board.block_maps(self.step, maps)?;
             }
