@@ -269,7 +269,7 @@ fn train(variant: Variant, args: &Args, batches: &[Batch], device: Device, metri
             return Ok(());
         }
         optimizer.step(schedule.factor(step), grad_norm)?;
-        optimizer.zero_grad();
+        optimizer.zero_grad()?;
     }
     Ok(())
 }

@@ -6,11 +6,14 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/_foreach_zero.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/stack.h>
+#include <c10/core/CachingDeviceAllocator.h>
 
 #include <vector>
 
@@ -79,10 +82,38 @@ at::Tensor* vora_grad_norm(at::Tensor* const* grads, size_t n) {
   });
 }
 
+// All tensors times one number, in place; zeros where that is 0, whatever they hold.
+int vora_scale(at::Tensor* const* tensors, size_t n, double factor) {
+  return guard(-1, [&] {
+    at::NoGradGuard no_grad;
+    if (factor == 0.0) {
+      at::_foreach_zero_(list(tensors, n));
+    } else {
+      at::_foreach_mul_(list(tensors, n), factor);
+    }
+    return 0;
+  });
+}
+
 // The gradients of all leaves behind `tensor`, given that by `tensor`, added to what they have.
 int vora_backward(at::Tensor* tensor, at::Tensor* gradient) {
   return guard(-1, [&] {
     tensor->backward(*gradient);
+    return 0;
+  });
+}
+
+// What libtorch's allocator holds on a GPU, in bytes: allocated now, allocated at most, reserved now; and what the driver
+// says is free there.
+int vora_cuda_memory(int8_t index, uint64_t* allocated, uint64_t* peak, uint64_t* reserved, uint64_t* free) {
+  return guard(-1, [&] {
+    auto* allocator = c10::getDeviceAllocator(c10::kCUDA);
+    auto stats = allocator->getDeviceStats(index);
+    // The first of each array is the sum over small and large blocks.
+    *allocated = stats.allocated_bytes[0].current;
+    *peak = stats.allocated_bytes[0].peak;
+    *reserved = stats.reserved_bytes[0].current;
+    *free = allocator->getMemoryInfo(index).first;
     return 0;
   });
 }

@@ -32,7 +32,15 @@ unsafe extern "C" {
         eps: f64,
     ) -> i32;
     pub(crate) fn vora_grad_norm(grads: *const *const C_tensor, n: usize) -> *mut C_tensor;
+    pub(crate) fn vora_scale(tensors: *const *const C_tensor, n: usize, factor: f64) -> i32;
     pub(crate) fn vora_backward(tensor: *const C_tensor, gradient: *const C_tensor) -> i32;
+    pub(crate) fn vora_cuda_memory(
+        index: i8,
+        allocated: *mut u64,
+        peak: *mut u64,
+        reserved: *mut u64,
+        free: *mut u64,
+    ) -> i32;
     pub(crate) fn vora_cpu_has_bf16() -> i32;
     pub(crate) fn vora_rms_norm(x: *const C_tensor, weight: *const C_tensor, eps: f64) -> *mut C_tensor;
     pub(crate) fn vora_swiglu(gate: *const C_tensor, up: *const C_tensor) -> *mut C_tensor;

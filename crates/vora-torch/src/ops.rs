@@ -74,6 +74,16 @@ pub fn grad_norm(grads: &[Tensor]) -> Result<Tensor> {
     ffi::tensor(unsafe { ffi::vora_grad_norm(pointers.as_ptr(), pointers.len()) })
 }
 
+/// Multiplies all `tensors` by `factor`, in place and in one call; a factor of 0 makes zeros of whatever they hold.
+pub fn scale(tensors: &[Tensor], factor: f64) -> Result<()> {
+    if tensors.is_empty() {
+        return Ok(());
+    }
+    let pointers = ffi::pointers(tensors);
+    // SAFETY: a list of live tensors.
+    ffi::check(unsafe { ffi::vora_scale(pointers.as_ptr(), pointers.len(), factor) })
+}
+
 /// Adds to the gradients of all leaves behind `tensor` what follows from `gradient`, that by `tensor` itself.
 ///
 /// # Errors
@@ -99,6 +109,17 @@ mod tests {
         let v_hat = &v / (1.0 - a.beta2.powi(step));
         let p = p - m_hat / (v_hat.sqrt() + a.eps) * a.lr;
         [p, m, v]
+    }
+
+    #[test]
+    fn scaled_in_place() {
+        let tensors = [Tensor::from_slice(&[1f32, -2.0]), Tensor::from_slice(&[f32::NAN, 4.0])];
+        scale(&tensors, 0.5).unwrap();
+        assert_eq!(Vec::<f32>::try_from(&tensors[0]).unwrap(), [0.5, -1.0]);
+        assert_eq!(tensors[1].double_value(&[1]), 2.0);
+        scale(&tensors, 0.0).unwrap();
+        assert_eq!(Vec::<f32>::try_from(&tensors[1]).unwrap(), [0.0, 0.0]);
+        scale(&[], 2.0).unwrap();
     }
 
     #[test]

@@ -113,6 +113,36 @@ pub fn synchronize(device: Device) {
     }
 }
 
+/// Memory of a GPU as libtorch's allocator sees it, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct GpuMemory {
+    /// Held by tensors now (`torch.cuda.memory_allocated`).
+    pub allocated: u64,
+    /// Held by tensors at most so far (`torch.cuda.max_memory_allocated`).
+    pub peak_allocated: u64,
+    /// That this process may still take: free on the GPU, or kept by the allocator for the next tensors.
+    pub available: u64,
+}
+
+/// Memory of the GPU that `device` is; none for the CPU, and before the first tensor was made on a GPU.
+pub fn gpu_memory(device: Device) -> Option<GpuMemory> {
+    let Device::Cuda(index) = device else { return None };
+    let mut memory = GpuMemory::default();
+    let (mut reserved, mut free) = (0, 0);
+    // SAFETY: four numbers to write to; an index that no GPU has is an error of libtorch's.
+    let status = unsafe {
+        ffi::vora_cuda_memory(
+            i8::try_from(index).ok()?,
+            &mut memory.allocated,
+            &mut memory.peak_allocated,
+            &mut reserved,
+            &mut free,
+        )
+    };
+    memory.available = free + reserved.saturating_sub(memory.allocated);
+    (status == 0).then_some(memory)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -127,6 +157,20 @@ mod tests {
         }
         let error = device("cuda:4096").unwrap_err().to_string();
         assert!(error.contains("libtorch sees"), "{error}");
+    }
+
+    #[test]
+    fn memory_of_a_gpu() {
+        assert_eq!(gpu_memory(Device::Cpu), None);
+        let device = device("auto").unwrap();
+        if device == Device::Cpu {
+            return; // nothing more to see without a GPU
+        }
+        let held = tch::Tensor::zeros([1 << 20], (Kind::Float, device));
+        let memory = gpu_memory(device).unwrap();
+        assert!(memory.allocated >= 4 << 20 && memory.peak_allocated >= memory.allocated && memory.available > 0);
+        drop(held);
+        assert!(gpu_memory(device).unwrap().allocated < memory.allocated);
     }
 
     #[test]

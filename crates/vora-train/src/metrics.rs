@@ -46,7 +46,8 @@ pub struct StepMetrics {
     pub too_long: u64,
     /// Seconds that the step waited for data.
     pub data_wait: f64,
-    /// Bytes of memory that the process holds, mapped weights included; absent where the system does not tell.
+    /// Bytes of memory held: on the CPU the process's, mapped weights included; on a GPU its tensors' there. Absent where
+    /// the system does not tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<u64>,
     /// Steps so far whose loss or gradient was not finite, and that changed no weight.

@@ -111,20 +111,13 @@ impl Optimizer {
     }
 
     /// Forgets all gradients.
-    pub fn zero_grad(&mut self) {
-        for (_, tensor) in &mut self.parameters {
-            tensor.zero_grad();
-        }
+    pub fn zero_grad(&mut self) -> Result<()> {
+        ops::scale(&self.defined_gradients(), 0.0)
     }
 
     /// Multiplies the gradient by `factor`: what a [`LossScale`](crate::loss_scale::LossScale) multiplied it by, inverted.
-    pub fn scale_gradient(&mut self, factor: f64) {
-        for (_, tensor) in &self.parameters {
-            let mut gradient = tensor.grad();
-            if gradient.defined() {
-                let _ = gradient.g_mul_scalar_(factor);
-            }
-        }
+    pub fn scale_gradient(&mut self, factor: f64) -> Result<()> {
+        ops::scale(&self.defined_gradients(), factor)
     }
 
     /// The global 2-norm of the gradient, as a 0-dim f32 tensor where the parameters are: reading it is up to the
@@ -142,9 +135,7 @@ impl Optimizer {
         // As torch's clip_grad_norm_.
         let clip = max_grad_norm / (grad_norm + 1e-6);
         if max_grad_norm > 0.0 && clip < 1.0 {
-            for gradient in &gradients {
-                let _ = gradient.shallow_clone().g_mul_scalar_(clip);
-            }
+            ops::scale(&gradients, clip)?;
         }
         self.step += 1;
         for Group { learning_rate, weight_decay, members } in &self.groups {
@@ -162,6 +153,12 @@ impl Optimizer {
         Ok(())
     }
 
+    /// Those that a backward pass has made.
+    fn defined_gradients(&self) -> Vec<Tensor> {
+        self.parameters.iter().map(|(_, tensor)| tensor.grad()).filter(Tensor::defined).collect()
+    }
+
+    /// One for each parameter.
     fn gradients(&self) -> Vec<Tensor> {
         let gradient = |t: &Tensor| {
             let gradient = t.grad();
@@ -227,7 +224,7 @@ mod tests {
         let mut optimizer = Optimizer::new(vec![("x".to_owned(), x.shallow_clone())], config()).unwrap();
         let mut buffers = Vec::new();
         for _ in 0..3 {
-            optimizer.zero_grad();
+            optimizer.zero_grad().unwrap();
             x.square().sum(Kind::Float).backward();
             let norm = optimizer.grad_norm().unwrap().double_value(&[]);
             optimizer.step(1.0, norm).unwrap();
@@ -247,7 +244,7 @@ mod tests {
     /// Steps over the golden gradients, from `from` on.
     fn run(optimizer: &mut Optimizer, golden: &fixtures::Golden, steps: std::ops::Range<usize>) {
         for step in steps {
-            optimizer.zero_grad();
+            optimizer.zero_grad().unwrap();
             let loss = optimizer
                 .parameters()
                 .iter()

@@ -14,7 +14,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table};
 use serde::Serialize;
-use tch::{Device, Kind};
+use tch::Kind;
 use vora_data::{Loader, LoaderConfig, Source};
 
 use crate::config::TrainConfig;
@@ -76,7 +76,7 @@ pub struct BatchShape {
 /// Bytes by what they are for.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Memory {
-    /// The program with its libraries and the data workers, as it was when the counting began.
+    /// The program with its libraries and the data workers, as it was when the counting began; nothing of it on a GPU.
     pub program: u64,
     /// Weights of the model that are not trained, in the kind that they are computed with; on the CPU views of their
     /// files, shared with other processes, where those are of that kind.
@@ -104,8 +104,8 @@ pub struct Measured {
     pub steps: u32,
     /// Seconds a step, the mean.
     pub seconds_per_step: f64,
-    /// The most memory that the process held, in bytes; none where the system does not tell, or the run is not on the
-    /// CPU.
+    /// The most memory that was held, in bytes: by the process on the CPU, by its tensors on a GPU; none where the system
+    /// does not tell.
     pub peak_memory: Option<u64>,
 }
 
@@ -154,22 +154,24 @@ impl Plan {
         let mut config = config.clone();
         config.output_dir = folder.path().join("run");
         config.max_steps = i64::from(MEASURED_STEPS) + 1;
-        let on_cpu = options.device == Device::Cpu;
+        let device = options.device;
         let mut trainer = Trainer::new(config, Options { resume: false, ..options })?;
         trainer.train_step()?;
+        vora_torch::runtime::synchronize(device);
         let start = Instant::now();
         for _ in 0..MEASURED_STEPS {
             trainer.train_step()?;
         }
+        vora_torch::runtime::synchronize(device);
         let seconds_per_step = start.elapsed().as_secs_f64() / f64::from(MEASURED_STEPS);
-        let peak_memory = peak_memory().filter(|_| on_cpu);
+        let peak_memory = peak_memory(device);
         plan.measured = Some(Measured { steps: MEASURED_STEPS, seconds_per_step, peak_memory });
         Ok(plan)
     }
 
     /// Opens the model, counts, and closes it.
     fn open(config: &TrainConfig, options: &Options<'_>) -> Result<Self> {
-        let program = memory().unwrap_or(0);
+        let program = memory(options.device).unwrap_or(0);
         let student = Student::new(config, options.device, config.kind(options.device)?, options.resolve)?;
         let maker = data::sample_maker(config, &student)?;
         Self::count(config, &student, &data::training(config, &maker)?, program)
@@ -182,7 +184,7 @@ impl Plan {
         training: &Arc<dyn Source>,
         program: u64,
     ) -> Result<Self> {
-        let held = memory().unwrap_or(0);
+        let held = memory(student.device()).unwrap_or(0);
         let first = LoaderConfig {
             batch_size: config.per_device_train_batch_size,
             row_len: config.packed_row_len(),
@@ -215,8 +217,7 @@ impl Plan {
             bytes_per_picture,
             total: training.len().map(|samples| samples * pictures * bytes_per_picture / samples_in_batch.max(1)),
         });
-        let on_cpu = student.device() == Device::Cpu;
-        let available = available::available().filter(|_| on_cpu).map(|more| more + held);
+        let available = available::available(student.device()).map(|more| more + held);
         Ok(Self { parameters, batch, memory, measured: None, available, teacher_cache })
     }
 
@@ -402,6 +403,7 @@ fn mebibytes(bytes: u64) -> String {
 mod tests {
     use super::*;
     use std::path::{Path, PathBuf};
+    use tch::Device;
 
     fn measure(overrides: &[&str]) -> Plan {
         let root = fixtures::root();

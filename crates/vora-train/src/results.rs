@@ -4,6 +4,8 @@ use std::path::Path;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
+use tch::Device;
+use vora_torch::runtime::gpu_memory;
 use vora_torch::safetensors::write_bytes;
 
 /// The sums of a run.
@@ -17,8 +19,8 @@ pub struct TrainResults {
     pub train_steps_per_second: f64,
     /// Elements of everything trained, what only training needs (distillation heads) included.
     pub trained_parameters: u64,
-    /// The most memory that the last process of the run held at once, in bytes, mapped weights included; absent where
-    /// the system does not tell.
+    /// The most memory that the last process of the run held at once, in bytes: on the CPU all of it, mapped weights
+    /// included; on a GPU that of its tensors there. Absent where the system does not tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_memory: Option<u64>,
     /// The machine of that process, in words; absent in runs of an older version.
@@ -37,25 +39,32 @@ impl TrainResults {
 }
 
 /// The machine in words: its processor where the system tells it (Linux), threads, and the device of the tensors.
-pub fn machine(device: tch::Device) -> String {
+pub fn machine(device: Device) -> String {
     let cpus = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
     let model = model.map_or(std::env::consts::ARCH, |(_, name)| name.trim());
     let device = match device {
-        tch::Device::Cpu => "CPU".to_owned(),
+        Device::Cpu => "CPU".to_owned(),
         other => format!("{other:?}"),
     };
     format!("{model}, {} threads; tensors on {device}", tch::get_num_threads())
 }
 
-/// The process's largest resident size so far in bytes, where the system tells it (Linux).
-pub fn peak_memory() -> Option<u64> {
-    status("VmHWM:")
+/// The most memory so far in bytes: the process's resident size on the CPU, where the system tells it (Linux); what its
+/// tensors held on a GPU.
+pub fn peak_memory(device: Device) -> Option<u64> {
+    match device {
+        Device::Cpu => status("VmHWM:"),
+        _ => gpu_memory(device).map(|memory| memory.peak_allocated),
+    }
 }
 
-/// The process's resident size now in bytes, where the system tells it (Linux).
-pub fn memory() -> Option<u64> {
-    status("VmRSS:")
+/// Memory now, as [`peak_memory`] counts it.
+pub fn memory(device: Device) -> Option<u64> {
+    match device {
+        Device::Cpu => status("VmRSS:"),
+        _ => gpu_memory(device).map(|memory| memory.allocated),
+    }
 }
 
 /// A size in `/proc/self/status`.
@@ -72,9 +81,9 @@ mod tests {
     #[test]
     #[cfg(target_os = "linux")]
     fn peak_memory_grows_with_what_is_held() {
-        let before = peak_memory().unwrap();
+        let before = peak_memory(Device::Cpu).unwrap();
         let held = vec![1u8; 64 << 20];
-        let after = peak_memory().unwrap();
+        let after = peak_memory(Device::Cpu).unwrap();
         assert_eq!(held.iter().map(|&byte| u64::from(byte)).sum::<u64>(), 64 << 20);
         assert!(before > 1 << 20 && after >= before, "{before} {after}");
         assert!(after > 64 << 20, "{after}");
@@ -83,7 +92,7 @@ mod tests {
     #[test]
     #[cfg(target_os = "linux")]
     fn memory_is_below_its_peak() {
-        let (now, peak) = (memory().unwrap(), peak_memory().unwrap());
+        let (now, peak) = (memory(Device::Cpu).unwrap(), peak_memory(Device::Cpu).unwrap());
         assert!(now > 1 << 20 && now <= peak, "{now} {peak}");
     }
 }

@@ -131,7 +131,7 @@ impl Trainer {
             tracing::warn!("{key} has no effect here: {reason}");
         }
 
-        let (program, kind) = (memory().unwrap_or(0), config.kind(options.device)?);
+        let (program, kind) = (memory(options.device).unwrap_or(0), config.kind(options.device)?);
         let mut student = Student::new(&config, options.device, kind, options.resolve)?;
         let maker = data::sample_maker(&config, &student)?;
         let training = data::training(&config, &maker)?;
@@ -257,7 +257,7 @@ impl Trainer {
         let distill_weight = self.config.distill.weight_at(self.step, self.schedule.max_steps);
         let scale = self.loss_scale.map_or(1.0, |loss_scale| f64::from(loss_scale.scale));
 
-        self.optimizer.zero_grad();
+        self.optimizer.zero_grad()?;
         let zero = || Tensor::zeros([], (Kind::Float, device));
         let (mut loss_lm, mut loss_distill) = (zero(), zero());
         let mut distill_blocks: Option<Tensor> = None; // [blocks]
@@ -276,7 +276,7 @@ impl Trainer {
             losses.recompute.map_or(Ok(()), Recompute::backward)?;
         }
         if self.loss_scale.is_some() {
-            self.optimizer.scale_gradient(scale.recip());
+            self.optimizer.scale_gradient(scale.recip())?;
         }
 
         // The one place where the host waits for the device.
@@ -340,7 +340,7 @@ impl Trainer {
             truncated: batches.iter().flat_map(|batch| &batch.samples).filter(|s| s.cut_answers > 0).count() as u64,
             too_long: self.loader.num_too_long() - too_long_before,
             data_wait,
-            memory: memory(),
+            memory: memory(self.student.device()),
             skipped_steps: self.skipped_steps,
             seconds: self.seconds,
         };
@@ -507,7 +507,7 @@ impl Trainer {
             train_runtime: self.seconds,
             train_steps_per_second: self.step as f64 / self.seconds,
             trained_parameters: self.parameters().iter().map(|(_, tensor)| tensor.numel() as u64).sum(),
-            peak_memory: peak_memory(),
+            peak_memory: peak_memory(self.student.device()),
             machine: Some(machine(self.student.device())),
             version: Some(env!("CARGO_PKG_VERSION").to_owned()),
         }

@@ -62,7 +62,7 @@ pub(crate) fn train(
             return Ok(());
         }
         let pictures = pictures(training, &mut index, vq.batch_size)?;
-        optimizer.zero_grad();
+        optimizer.zero_grad()?;
         let pictures = Tensor::stack(&pictures, 0);
         let done = step as f64 / vq.steps as f64;
         let (loss, reconstruction) = if done < WITHOUT_CODES {

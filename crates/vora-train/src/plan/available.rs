@@ -2,11 +2,18 @@
 
 use std::path::Path;
 
+use tch::Device;
+use vora_torch::runtime::gpu_memory;
+
 use crate::results::status;
 
 /// Bytes that may still be taken: the least of what the machine has, what the cgroups above this process leave it, and
 /// what its limit of address space does. None where the system does not tell (Linux does).
-pub(super) fn available() -> Option<u64> {
+/// On a GPU what is free there.
+pub(super) fn available(device: Device) -> Option<u64> {
+    if device != Device::Cpu {
+        return gpu_memory(device).map(|memory| memory.available);
+    }
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let machine = mem_available(&read("/proc/meminfo"));
     let limit = address_space(&read("/proc/self/limits"));
@@ -48,7 +55,7 @@ mod tests {
         assert_eq!(address_space(limits), Some(4096));
         assert_eq!(address_space("Max address space         unlimited    unlimited    bytes\n"), None);
         #[cfg(target_os = "linux")]
-        assert!(available().unwrap() > 1 << 20);
+        assert!(available(Device::Cpu).unwrap() > 1 << 20);
     }
 
     #[test]
