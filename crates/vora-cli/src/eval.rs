@@ -13,14 +13,16 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use tch::{Device, Kind};
 use vora_infer::{Assistant, SamplingParams};
+use vora_llm::chat::Message;
 use vora_llm::{CausalLm, LlmConfig, Tokenizer};
 use vora_model::VisionLanguageModel;
 use vora_torch::safetensors::write_bytes;
 use vora_torch::{Weights, runtime};
 use vora_train::perplexity::{Perplexity, perplexity};
 use vora_train::saved;
+use vora_vision::RgbImage;
 
-use self::questions::QuestionSet;
+use self::questions::{Question, QuestionSet};
 use self::report::{Answered, Report};
 
 /// Score a model on held-out questions beside a blind control, or on a text.
@@ -69,6 +71,9 @@ pub(crate) struct Args {
     /// Tokens from one window to the next; else half a window
     #[arg(long, value_name = "TOKENS", conflicts_with = "data")]
     stride: Option<usize>,
+    /// Questions that are answered together
+    #[arg(long, value_name = "N", default_value_t = 8, conflicts_with = "text", value_parser = batch_size)]
+    batch_size: usize,
     /// Print JSON instead of a table
     #[arg(long)]
     json: bool,
@@ -197,7 +202,7 @@ fn on_questions(args: &Args, data: &str, folder: &Path, device: Device, kind: Ki
     let model = open(folder, device, kind)
         .with_context(|| format!("{} is asked about pictures, and must be a model that sees", args.model))?;
     let assistant = Assistant::new(model, folder)?;
-    let (answered, left_out) = answer(&assistant, set, args.max_tokens)?;
+    let (answered, left_out) = answer(&assistant, set, args.batch_size, args.max_tokens)?;
     let report = Report::new(task, &answered)?;
     let results = json!({
         "task": task.name(),
@@ -215,8 +220,20 @@ const NAMED: usize = 5;
 /// Questions between two lines off a terminal.
 const QUESTIONS_PER_LINE: usize = 25;
 
+/// A number of questions.
+fn batch_size(text: &str) -> Result<usize> {
+    let size: usize = text.parse()?;
+    ensure!(size > 0, "it must be at least 1");
+    Ok(size)
+}
+
 /// Asks every question, about its pictures and about others; what could not be asked is named.
-fn answer(assistant: &Assistant, mut set: QuestionSet, max_tokens: usize) -> Result<(Vec<Answered>, Vec<String>)> {
+fn answer(
+    assistant: &Assistant,
+    mut set: QuestionSet,
+    batch_size: usize,
+    max_tokens: usize,
+) -> Result<(Vec<Answered>, Vec<String>)> {
     let mut stderr = std::io::stderr();
     let is_terminal = stderr.is_terminal();
     let bar = ProgressBar::with_draw_target(
@@ -229,22 +246,33 @@ fn answer(assistant: &Assistant, mut set: QuestionSet, max_tokens: usize) -> Res
     let others = set.other_pictures();
     let questions = std::mem::take(&mut set.questions);
     let (total, mut answered, mut left_out) = (questions.len(), Vec::new(), std::mem::take(&mut set.left_out));
-    for (done, (question, other)) in (1..).zip(questions.into_iter().zip(others)) {
-        let reply = |pictures: &[String]| {
-            let pictures = set.decode(pictures)?;
-            let greedy = SamplingParams::default();
-            Ok::<_, anyhow::Error>(assistant.reply(&pictures, &question.messages, &greedy, max_tokens, |_| true)?.text)
-        };
-        match reply(&question.pictures) {
-            Ok(answer) => {
+    let mut pairs = questions.into_iter().zip(others);
+    let (mut done, mut told) = (0, 0);
+    loop {
+        let batch: Vec<(Question, Option<Vec<String>>)> = pairs.by_ref().take(batch_size).collect();
+        if batch.is_empty() {
+            break;
+        }
+        done += batch.len();
+        let seeing = replies(
+            assistant,
+            batch.iter().map(|(question, _)| decoded(&set, question, &question.pictures)),
+            max_tokens,
+        );
+        let blind = batch.iter().map(|(question, other)| {
+            other.as_ref().context("no other picture").and_then(|other| decoded(&set, question, other))
+        });
+        let blind = replies(assistant, blind, max_tokens);
+        for (((question, _), answer), blind) in batch.into_iter().zip(seeing).zip(blind) {
+            match answer {
                 // Other pictures that cannot be read are told of at their own question.
-                let blind = other.and_then(|other| reply(&other).ok());
-                answered.push(Answered { question, answer, blind });
+                Ok(answer) => answered.push(Answered { question, answer, blind: blind.ok() }),
+                Err(error) => left_out.push(format!("{}: {error:#}", question.id)),
             }
-            Err(error) => left_out.push(format!("{}: {error:#}", question.id)),
         }
         bar.set_position(done as u64);
-        if !is_terminal && (done % QUESTIONS_PER_LINE == 0 || done == total) {
+        if !is_terminal && (done >= told + QUESTIONS_PER_LINE || done == total) {
+            told = done;
             writeln!(stderr, "{done}/{total} questions")?;
         }
     }
@@ -254,4 +282,36 @@ fn answer(assistant: &Assistant, mut set: QuestionSet, max_tokens: usize) -> Res
     }
     ensure!(!answered.is_empty(), "no question could be asked; the first: {}", left_out[0]);
     Ok((answered, left_out))
+}
+
+/// A question's messages with the pictures that are shown with them.
+type Prompt<'a> = (Vec<RgbImage>, &'a [Message]);
+
+fn decoded<'a>(set: &QuestionSet, question: &'a Question, pictures: &[String]) -> Result<Prompt<'a>> {
+    Ok((set.decode(pictures)?, &question.messages))
+}
+
+/// The likeliest answer to each prompt that is there, all together; where that fails, each alone, so that an error is one
+/// prompt's own.
+fn replies<'a>(
+    assistant: &Assistant,
+    prompts: impl Iterator<Item = Result<Prompt<'a>>>,
+    max_tokens: usize,
+) -> Vec<Result<String>> {
+    let greedy = SamplingParams::default();
+    let prompts: Vec<Result<Prompt<'a>>> = prompts.collect();
+    let good = || prompts.iter().flatten().map(|(pictures, messages)| (pictures.as_slice(), *messages));
+    let together = assistant.reply_all(&good().collect::<Vec<_>>(), &greedy, max_tokens);
+    let mut answers: Vec<Result<String>> = match together {
+        Ok(answers) => answers.into_iter().map(|answer| Ok(answer.text)).collect(),
+        Err(_) => {
+            let alone = |(pictures, messages): (&[RgbImage], &[Message])| {
+                Ok(assistant.reply(pictures, messages, &greedy, max_tokens, |_| true)?.text)
+            };
+            good().map(alone).collect()
+        }
+    };
+    let mut answers = answers.drain(..);
+    let answer = |prompt: Result<Prompt<'a>>| prompt.and_then(|_| answers.next().context("an answer is missing")?);
+    prompts.into_iter().map(answer).collect()
 }

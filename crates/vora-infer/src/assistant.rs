@@ -9,7 +9,9 @@ use vora_llm::tokenizer::Tokenizer;
 use vora_model::{Input, VisionLanguageModel};
 use vora_vision::{ImageProcessor, RgbImage};
 
-use crate::{Constraint, Generated, OutputModality, Passage, SamplingParams, generate, generate_within, passages};
+use crate::{
+    Constraint, Generated, OutputModality, Passage, SamplingParams, generate, generate_batch, generate_within, passages,
+};
 
 /// A model with everything that stands between it and a person.
 #[derive(Debug)]
@@ -141,5 +143,25 @@ impl Assistant {
             text.push_str(&rest);
         }
         Ok(Answer { text, generated })
+    }
+
+    /// Answers several conversations, each with its pictures, together; otherwise as [`reply`](Self::reply).
+    ///
+    /// # Errors
+    /// As [`reply`](Self::reply), of any of them.
+    pub fn reply_all(
+        &self,
+        conversations: &[(&[RgbImage], &[Message])],
+        params: &SamplingParams,
+        max_new_tokens: usize,
+    ) -> Result<Vec<Answer>> {
+        let prompts =
+            conversations.iter().map(|(images, messages)| self.prompt(images, messages)).collect::<Result<_>>()?;
+        let input = Input::concat(prompts)?;
+        let stop = self.tokenizer.eos_ids();
+        let generated = generate_batch(&*self.model, &input, params, stop, max_new_tokens)?;
+        let answer =
+            |generated: Generated| Ok(Answer { text: self.tokenizer.decode(&generated.ids, true)?, generated });
+        generated.into_iter().map(answer).collect()
     }
 }

@@ -1,7 +1,8 @@
 //! The decoding loop: prefill once, then one token at a time from the cache.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use tch::Tensor;
+use vora_llm::{Modality, Span};
 use vora_model::{Input, VisionLanguageModel};
 
 use crate::constraint::Progress;
@@ -41,10 +42,27 @@ pub fn generate(
     params: &SamplingParams,
     stop: &[i64],
     max_new_tokens: usize,
-    on_token: impl FnMut(i64) -> bool,
+    mut on_token: impl FnMut(i64) -> bool,
 ) -> Result<Generated> {
     let words = model.as_chameleon().map(|chameleon| Constraint::new(OutputModality::Text, chameleon));
-    run(model, input, words.as_ref(), params, stop, max_new_tokens, on_token)
+    one(input, || run(model, input, words.as_ref(), params, stop, max_new_tokens, |_, token| on_token(token)))
+}
+
+/// As [`generate`], after each row of `input`, which go through the decoder together. Rows may differ in length; each
+/// has a sampler of its own with the same `params`, so that a row gets the tokens that it gets alone, as far as sums in
+/// another order allow.
+///
+/// # Errors
+/// As [`generate`], of any row.
+pub fn generate_batch(
+    model: &dyn VisionLanguageModel,
+    input: &Input,
+    params: &SamplingParams,
+    stop: &[i64],
+    max_new_tokens: usize,
+) -> Result<Vec<Generated>> {
+    let words = model.as_chameleon().map(|chameleon| Constraint::new(OutputModality::Text, chameleon));
+    run(model, input, words.as_ref(), params, stop, max_new_tokens, |_, _| true)
 }
 
 /// As [`generate`] with the constraint's model, of nothing but what the constraint allows.
@@ -57,9 +75,54 @@ pub fn generate_within(
     params: &SamplingParams,
     stop: &[i64],
     max_new_tokens: usize,
-    on_token: impl FnMut(i64) -> bool,
+    mut on_token: impl FnMut(i64) -> bool,
 ) -> Result<Generated> {
-    run(constraint.model(), input, Some(constraint), params, stop, max_new_tokens, on_token)
+    let model = constraint.model();
+    one(input, || run(model, input, Some(constraint), params, stop, max_new_tokens, |_, token| on_token(token)))
+}
+
+/// What the only row of `input` becomes.
+fn one(input: &Input, run: impl FnOnce() -> Result<Vec<Generated>>) -> Result<Generated> {
+    let rows = input.spans.rows.len();
+    ensure!(rows == 1, "one prompt at a time, not {rows}");
+    run()?.pop().context("a row became nothing")
+}
+
+/// A row of a batch while it is generated.
+struct Row<'a> {
+    sampler: Sampler,
+    progress: Option<Progress<'a>>,
+    ids: Vec<i64>,
+    max_new_tokens: usize,
+    prompt_tokens: i64,
+    finish_reason: Option<FinishReason>,
+}
+
+impl Row<'_> {
+    /// Takes the next token by its `logits` `[vocab]`, which `on_token` sees.
+    fn step(&mut self, logits: &Tensor, stop: &[i64], on_token: impl FnOnce(i64) -> bool) -> Result<()> {
+        if self.ids.len() == self.max_new_tokens {
+            self.finish_reason = Some(FinishReason::Length);
+            return Ok(());
+        }
+        let token = match &mut self.progress {
+            None => self.sampler.next_token(logits)?,
+            Some(progress) => progress.next_token(logits, self.max_new_tokens - self.ids.len(), &mut self.sampler)?,
+        };
+        if stop.contains(&token) {
+            self.finish_reason = Some(FinishReason::Stop);
+            return Ok(());
+        }
+        self.ids.push(token);
+        if !on_token(token) {
+            self.finish_reason = Some(FinishReason::Cancelled);
+        } else if self.progress.as_ref().is_some_and(Progress::is_finished) {
+            self.finish_reason = Some(FinishReason::Stop);
+        } else if self.ids.len() == self.max_new_tokens {
+            self.finish_reason = Some(FinishReason::Length);
+        }
+        Ok(())
+    }
 }
 
 fn run(
@@ -69,67 +132,77 @@ fn run(
     params: &SamplingParams,
     stop: &[i64],
     max_new_tokens: usize,
-    mut on_token: impl FnMut(i64) -> bool,
-) -> Result<Generated> {
-    ensure!(input.spans.rows.len() == 1, "one prompt at a time, not {}", input.spans.rows.len());
-    let prompt_tokens = input.spans.num_tokens();
+    mut on_token: impl FnMut(usize, i64) -> bool,
+) -> Result<Vec<Generated>> {
     let context = model.llm().config().max_position_embeddings;
-    ensure!(
-        prompt_tokens < context,
-        "the prompt has {prompt_tokens} tokens, the model's context is {context}: shorten the text or use fewer pictures"
-    );
-    let room = usize::try_from(context - prompt_tokens)?;
-    let max_new_tokens = max_new_tokens.min(room);
+    let row = |(prompt_tokens, words): (i64, Vec<i64>)| {
+        ensure!(
+            prompt_tokens < context,
+            "the prompt has {prompt_tokens} tokens, the model's context is {context}: shorten the text or use fewer pictures"
+        );
+        let max_new_tokens = max_new_tokens.min(usize::try_from(context - prompt_tokens)?);
+        Ok(Row {
+            sampler: Sampler::new(params.clone(), &words)?,
+            progress: constraint.map(|constraint| constraint.start(input, max_new_tokens)).transpose()?,
+            ids: Vec::new(),
+            max_new_tokens,
+            prompt_tokens,
+            finish_reason: None,
+        })
+    };
+    let mut rows: Vec<Row<'_>> = input.spans.row_lens().zip(words(input)?).map(row).collect::<Result<_>>()?;
     let device = input.input_ids.device();
 
     tch::no_grad(|| {
-        let mut sampler = Sampler::new(params.clone(), &words(input)?)?;
-        let mut progress = constraint.map(|constraint| constraint.start(input, max_new_tokens)).transpose()?;
-        let mut cache = model.llm().new_cache(1, prompt_tokens + max_new_tokens as i64)?;
+        let room = rows.iter().map(|row| row.max_new_tokens).max().unwrap_or(0);
+        let mut cache = model.llm().new_cache(input.spans.batch(), input.spans.seq() + room as i64)?;
         let plan = model.plan(&input.spans)?;
-        let mut logits = model.llm().prefill(&model.embed(input)?, &plan, &mut cache)?; // [1, vocab]
-        let mut ids = Vec::new();
-        let finish_reason = loop {
-            if ids.len() == max_new_tokens {
-                break FinishReason::Length;
+        let mut logits = model.llm().prefill(&model.embed(input)?, &plan, &mut cache)?; // [rows, vocab]
+        loop {
+            for (i, row) in rows.iter_mut().enumerate().filter(|(_, row)| row.finish_reason.is_none()) {
+                row.step(&logits.get(i as i64), stop, |token| on_token(i, token))?;
             }
-            let token = match &mut progress {
-                None => sampler.next_token(&logits.get(0))?,
-                Some(progress) => progress.next_token(&logits.get(0), max_new_tokens - ids.len(), &mut sampler)?,
-            };
-            if stop.contains(&token) {
-                break FinishReason::Stop;
+            if rows.iter().all(|row| row.finish_reason.is_some()) {
+                break;
             }
-            ids.push(token);
-            if !on_token(token) {
-                break FinishReason::Cancelled;
-            }
-            if progress.as_ref().is_some_and(Progress::is_finished) {
-                break FinishReason::Stop;
-            }
-            if ids.len() < max_new_tokens {
-                let token = Tensor::from_slice(&[token]).view([1, 1]).to_device(device);
-                logits = model.llm().decode_step(&token, &mut cache)?;
-            }
-        };
-        Ok(Generated { ids, finish_reason, prompt_tokens })
-    })
+            // A row that has ended goes on with some token, of which nothing is read.
+            let tokens: Vec<i64> = rows.iter().map(|row| row.ids.last().copied().unwrap_or(0)).collect();
+            let tokens = Tensor::from_slice(&tokens).unsqueeze(1).to_device(device); // [rows, 1]
+            logits = model.llm().decode_step(&tokens, &mut cache)?;
+        }
+        anyhow::Ok(())
+    })?;
+    let generated = |row: Row<'_>| Generated {
+        ids: row.ids,
+        finish_reason: row.finish_reason.unwrap_or(FinishReason::Length),
+        prompt_tokens: row.prompt_tokens,
+    };
+    Ok(rows.into_iter().map(generated).collect())
 }
 
-/// The ids of the prompt, without what stands at image places.
-fn words(input: &Input) -> Result<Vec<i64>> {
-    let mut ids = Vec::<i64>::try_from(input.input_ids.view([-1]))?;
-    for place in input.spans.image_positions().into_iter().rev() {
-        ids.remove(usize::try_from(place)?);
-    }
-    Ok(ids)
+/// The ids of each row's prompt, without what stands at image places and behind its end.
+fn words(input: &Input) -> Result<Vec<Vec<i64>>> {
+    let (ids, seq) = (Vec::<i64>::try_from(input.input_ids.view([-1]))?, usize::try_from(input.spans.seq())?);
+    let row = |(spans, ids): (&Vec<Span>, &[i64])| {
+        let mut words = Vec::new();
+        let mut start = 0;
+        for span in spans {
+            let end = start + span.len as usize;
+            if span.modality == Modality::Text {
+                words.extend_from_slice(&ids[start..end]);
+            }
+            start = end;
+        }
+        words
+    };
+    Ok(input.spans.rows.iter().zip(ids.chunks(seq.max(1))).map(row).collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use tch::{Device, Kind};
-    use vora_llm::{LlmConfig, Span, Spans};
+    use vora_llm::{LlmConfig, Spans};
     use vora_model::{Vora, VoraConfig};
     use vora_torch::Weights;
 
@@ -188,6 +261,31 @@ mod tests {
         assert_eq!(cancelled.unwrap().finish_reason, FinishReason::Cancelled);
         assert_eq!(seen, 2);
         assert_eq!(run(&SamplingParams::default(), &[], 100).ids.len(), 24 - 9, "up to the context's end");
+    }
+
+    #[test]
+    fn a_row_of_a_batch_gets_what_it_gets_alone() {
+        let text = |ids: &[i64]| Input {
+            input_ids: Tensor::from_slice(ids).unsqueeze(0),
+            pixel_values: Vec::new(),
+            spans: Spans::text(&[ids.len() as i64]),
+        };
+        let prompts = || vec![input(&[]), text(&[3, 1, 4, 1, 5]), input(&[2, 2, 6]), text(&[60; 20])];
+        let free = SamplingParams::default();
+        for params in [free.clone(), SamplingParams { repetition_penalty: 1.5, ..free }] {
+            let model = model();
+            // The last has room for four, and another ends at a token that it makes.
+            let stop = [generate(&model, &prompts()[1], &params, &[], 4, |_| true).unwrap().ids[3]];
+            let alone = |input: &Input| generate(&model, input, &params, &stop, 9, |_| true).unwrap();
+            let expected: Vec<Generated> = prompts().iter().map(alone).collect();
+            let batch = Input::concat(prompts()).unwrap();
+            assert_eq!(generate_batch(&model, &batch, &params, &stop, 9).unwrap(), expected, "{params:?}");
+            assert!(expected.iter().any(|row| row.finish_reason == FinishReason::Stop), "{expected:?}");
+            assert!(expected[3].ids.len() <= 4, "{expected:?}");
+        }
+        let two = Input::concat(vec![text(&[1]), text(&[2, 3])]).unwrap();
+        let error = generate(&model(), &two, &SamplingParams::default(), &[], 1, |_| true).unwrap_err();
+        assert_eq!(error.to_string(), "one prompt at a time, not 2");
     }
 
     #[test]

@@ -24,6 +24,6 @@ mod sampling;
 
 pub use assistant::{Answer, Assistant};
 pub use constraint::{Constraint, OutputModality};
-pub use generate::{FinishReason, Generated, generate, generate_within};
+pub use generate::{FinishReason, Generated, generate, generate_batch, generate_within};
 pub use passages::{Passage, passages};
 pub use sampling::{Sampler, SamplingParams};

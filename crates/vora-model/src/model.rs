@@ -185,6 +185,20 @@ impl Input {
         let pixel_values = pixel_values.into_iter().map(|p| p.to_device(device)).collect();
         Ok(Self { input_ids, pixel_values, spans: Spans { rows: vec![spans] } })
     }
+
+    /// Several of these as one, row behind row; shorter rows are padded at their end.
+    ///
+    /// # Errors
+    /// Where there are none, or they lie on several devices.
+    pub fn concat(inputs: Vec<Self>) -> Result<Self> {
+        let seq = inputs.iter().map(|input| input.spans.seq()).max().context("a batch of no prompts")?;
+        let padded = |input: &Self| input.input_ids.f_constant_pad_nd([0, seq - input.spans.seq()]);
+        let input_ids = Tensor::f_cat(&inputs.iter().map(padded).collect::<Result<Vec<_>, _>>()?, 0)?;
+        let (pixel_values, rows): (Vec<_>, Vec<_>) =
+            inputs.into_iter().map(|input| (input.pixel_values, input.spans.rows)).unzip();
+        let spans = Spans { rows: rows.into_iter().flatten().collect() };
+        Ok(Self { input_ids, pixel_values: pixel_values.into_iter().flatten().collect(), spans })
+    }
 }
 
 /// Puts a named adapter on the linear layers that `lora` asks for; its tensors stand at their layers' names below
