@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
+use vora_data::record::IMAGE_PLACE;
 use vora_data::{QuestionSpan, Sample, collate};
 use vora_llm::Tokenizer;
 use vora_torch::safetensors::write_bytes;
@@ -17,6 +18,9 @@ use crate::student::{DeviceBatch, Student};
 pub const FOLDER: &str = "samples";
 
 const QUESTIONS: &str = "questions.jsonl";
+
+/// Samples that are looked at for each that is chosen.
+const LOOKED_AT: u64 = 8;
 
 /// A line of `questions.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -63,18 +67,30 @@ impl Shown {
     }
 }
 
-/// The first `count` samples of each split that have one picture, with a question each, of whatever kind was asked
-/// least before it.
+/// The first `count` samples of each split that have one picture, another than those before, with a question each, of
+/// whatever kind was asked least before it. Of a split that asks much about each picture some more are looked at, but
+/// not all.
 pub fn choose(splits: &[HeldOut], count: u64) -> Vec<Shown> {
     let mut asked: BTreeMap<String, u64> = BTreeMap::new();
-    let mut shown = Vec::new();
-    for index in 0..count {
-        for split in splits.iter().filter(|split| index < split.samples) {
-            let Ok(sample) = split.source.sample(index) else { continue };
+    let mut shown: Vec<Shown> = Vec::new();
+    let mut next = vec![0; splits.len()];
+    for _ in 0..count {
+        for (split, next) in splits.iter().zip(&mut next) {
+            let last = split.samples.min(count * LOOKED_AT);
+            let of_another_picture = |index: u64| {
+                let sample = split.source.sample(index).ok()?;
+                let is_new = sample.images.len() == 1 && shown.iter().all(|s| s.picture() != &sample.images[0]);
+                (is_new && !sample.questions.is_empty()).then_some((index, sample))
+            };
+            let found = (*next..last).find_map(of_another_picture);
+            *next = found.as_ref().map_or(last, |(index, _)| index + 1);
+            let Some((index, mut sample)) = found else { continue };
             let asked_before = |question: &QuestionSpan| asked.get(&question.kind).copied().unwrap_or(0);
             let least = (0..sample.questions.len()).min_by_key(|i| asked_before(&sample.questions[*i]));
-            let (Some(question), [_]) = (least, sample.images.as_slice()) else { continue };
-            *asked.entry(sample.questions[question].kind.clone()).or_default() += 1;
+            let Some(question) = least else { continue };
+            let about = &mut sample.questions[question];
+            about.question = about.question.replace(IMAGE_PLACE, "").trim().to_owned(); // the picture stands beside it
+            *asked.entry(about.kind.clone()).or_default() += 1;
             shown.push(Shown { name: format!("{}-{index}", split.name), split: split.name.clone(), sample, question });
         }
     }
@@ -154,6 +170,8 @@ pub fn seen(pixels: &Pixels, processor: &ImageProcessor) -> RgbImage {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
+    use vora_data::Source;
     use vora_vision::{IMAGENET_DEFAULT, Resample};
 
     #[test]
@@ -162,6 +180,44 @@ mod tests {
         let processor = ImageProcessor::square(8, mean, std, Resample::Bicubic);
         let picture = RgbImage::from_fn(8, 8, |x, y| [(x * 30) as u8, (y * 30) as u8, 255].into());
         assert_eq!(seen(&processor.preprocess(&picture).unwrap(), &processor), picture);
+    }
+
+    /// Two samples about every picture of one shade, but one of each ten without a picture.
+    struct TwoOfEach;
+
+    impl Source for TwoOfEach {
+        fn len(&self) -> Option<u64> {
+            Some(100)
+        }
+
+        fn sample(&self, index: u64) -> Result<Sample> {
+            let pixels = Pixels { data: vec![(index / 2) as f32; 3], height: 1, width: 1 };
+            let [kind, question, answer] = ["turn", "<image>\nWhat?", "That."].map(str::to_owned);
+            Ok(Sample {
+                id: index.to_string(),
+                input_ids: vec![1],
+                targets: vec![2],
+                spans: Vec::new(),
+                images: if index % 10 == 3 { Vec::new() } else { vec![pixels] },
+                questions: vec![QuestionSpan { kind, question, answer, tokens: 0..1 }],
+                cut_answers: 0,
+            })
+        }
+    }
+
+    #[test]
+    fn every_sample_shows_another_picture() {
+        let split = |name: &str, samples| HeldOut { name: name.to_owned(), source: Arc::new(TwoOfEach), samples };
+        let names = |count| {
+            let shown = choose(&[split("a", 100), split("b", 15)], count);
+            shown.into_iter().map(|shown| shown.name).collect::<Vec<_>>()
+        };
+        // b has the same pictures, and goes on where a did not get yet.
+        assert_eq!(choose(&[split("a", 1)], 1)[0].question().question, "What?");
+        assert_eq!(names(2), ["a-0", "b-2", "a-4", "b-6"]);
+        let many = names(20);
+        let of_b = many.iter().filter(|name| name.starts_with('b')).count();
+        assert_eq!((many.len(), of_b), (24, 4), "{many:?}: b has eight pictures, of which a took every other");
     }
 
     #[test]

@@ -3,11 +3,12 @@
 //! A folder of these, a checkpoint or a run's `final/`, is a model without what stayed frozen: [`open`] puts the two
 //! together again. Of a VoRA all of whose weights were trained, it is the whole model, as `vora merge` would write it.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 use vora_llm::LlmConfig;
 use vora_lora::{AdapterFolder, LoraConfig, save_adapter};
@@ -157,8 +158,36 @@ impl Snapshot {
         }
         let own_template = self.chat_template.is_some();
         let names = TOKENIZER.into_iter().filter(|name| !(own_template && *name == CHAT_TEMPLATE));
-        copy_files(names, &self.llm_folder, folder)
+        copy_files(names, &self.llm_folder, folder)?;
+        match self.config["vocabulary_map"].as_object() {
+            Some(vocabulary) => name_tokens(&folder.join(TOKENIZER[0]), vocabulary),
+            None => Ok(()),
+        }
     }
+}
+
+/// Adds the tokens of a Chameleon's `vocabulary_map` to its `tokenizer.json`, those that the LLM's tokenizer has not, as
+/// special ones: HF's processor looks up `<image>` there, and text that is decoded leaves pictures out.
+fn name_tokens(tokenizer: &Path, vocabulary: &Map<String, Value>) -> Result<()> {
+    let read = || anyhow::Ok(serde_json::from_slice::<Value>(&fs::read(tokenizer)?)?);
+    let mut json = read().with_context(|| format!("cannot read {}", tokenizer.display()))?;
+    let added = json["added_tokens"].as_array().cloned().unwrap_or_default();
+    let known: HashSet<&str> = added.iter().filter_map(|token| token["content"].as_str()).collect();
+    let is_new = |name: &str| !known.contains(name) && json["model"]["vocab"].get(name).is_none();
+    let mut new: Vec<(&str, u64)> =
+        vocabulary.iter().filter_map(|(name, id)| Some((name.as_str(), id.as_u64()?))).collect();
+    new.retain(|(name, _)| is_new(name));
+    new.sort_unstable_by_key(|(_, id)| *id);
+    if new.is_empty() {
+        return Ok(());
+    }
+    let token = |(name, id): (&str, u64)| {
+        json!({"id": id, "content": name, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+            "special": true})
+    };
+    let tokens = added.iter().cloned().chain(new.into_iter().map(token)).collect();
+    json["added_tokens"] = Value::Array(tokens);
+    write_bytes(tokenizer, &serde_json::to_vec_pretty(&json)?)
 }
 
 /// Copies that no later step changes, in the memory of the host.
