@@ -65,7 +65,8 @@ fn scaled_dot_product(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>,
     let grouped = heads != kv_heads;
     let is_flash = mask.is_none() && q.kind() != Kind::Float; // the only one of CUDA's kernels that has groups
     if grouped && !is_flash && q.device().is_cuda() {
-        // Else libtorch would fall back to plain matrices: three times as slow on an H200, a causal call in f32.
+        // Else libtorch would fall back to plain matrices: on an H200 a causal call in f32 took 1.2 to 3.5 times what a
+        // call with a mask took.
         let (k, v) = (repeat_heads(k, heads / kv_heads), repeat_heads(v, heads / kv_heads));
         return Tensor::scaled_dot_product_attention(q, &k, &v, mask, dropout, causal, None, false);
     }

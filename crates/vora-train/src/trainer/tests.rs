@@ -35,6 +35,11 @@ fn weights(trainer: &Trainer) -> Vec<(String, Tensor)> {
     trainer.parameters().into_iter().chain(state).map(|(name, t)| (name, t.detach().copy())).collect()
 }
 
+/// The parameters whose names are wanted.
+fn named(trainer: &Trainer, is_wanted: impl Fn(&str) -> bool) -> Vec<(String, Tensor)> {
+    trainer.parameters().into_iter().filter(|(name, _)| is_wanted(name)).collect()
+}
+
 #[track_caller]
 fn assert_same(a: &[(String, Tensor)], b: &[(String, Tensor)]) {
     assert_eq!(a.len(), b.len());
@@ -175,11 +180,7 @@ fn the_second_stage_of_a_llava_starts_from_the_first() {
     let from = |folder: &Path| format!("model.pretrained={}", folder.display());
     let settings = [OTHER_SYSTEMS[2], &from(&first.path().join("final"))];
     let stage_2 = trainer(config("smoke.yaml", second.path(), &settings));
-    let projector = |trainer: &Trainer| {
-        let mut parameters = trainer.parameters();
-        parameters.retain(|(name, _)| name.starts_with("multi_modal_projector."));
-        parameters
-    };
+    let projector = |trainer: &Trainer| named(trainer, |name| name.starts_with("multi_modal_projector."));
     assert_eq!(projector(&stage_1).len(), 4);
     assert_same(&projector(&stage_1), &projector(&stage_2));
     drop(stage_2);
@@ -210,17 +211,9 @@ fn the_second_stage_of_a_vora_trains_all_weights_of_the_merged_first() {
     // A merged folder and the run it came from are the same start, but for the heads, which only the run has.
     let mut from_run = trainer(stage_2(other.path(), &trained, &[]));
     let from_merged = trainer(stage_2(second.path(), merged.path(), &[]));
-    let without_heads = |trainer: &Trainer| {
-        let mut parameters = trainer.parameters();
-        parameters.retain(|(name, _)| !name.starts_with("aux_vision."));
-        parameters
-    };
+    let without_heads = |trainer: &Trainer| named(trainer, |name| !name.starts_with("aux_vision."));
     assert_same(&without_heads(&from_run), &without_heads(&from_merged));
-    let heads = |trainer: &Trainer| {
-        let mut parameters = trainer.parameters();
-        parameters.retain(|(name, _)| name.starts_with("aux_vision.aux_layer_0."));
-        parameters
-    };
+    let heads = |trainer: &Trainer| named(trainer, |name| name.starts_with("aux_vision.aux_layer_0."));
     assert_eq!(heads(&stage_1).len(), 2);
     assert_same(&heads(&stage_1), &heads(&from_run));
 
