@@ -214,10 +214,9 @@ mod tests {
     /// Words, a picture, words, and what was generated so far.
     fn input(new: &[i64]) -> Input {
         let ids = [&[5, 6, 0, 0, 0, 0, 7, 8, 9], new].concat();
-        tch::manual_seed(1);
         Input {
             input_ids: Tensor::from_slice(&ids).unsqueeze(0),
-            pixel_values: vec![Tensor::randn([3, 8, 8], (Kind::Float, Device::Cpu))],
+            pixel_values: vec![fixtures::Random::new(1).normal([3, 8, 8])],
             spans: Spans { rows: vec![vec![Span::text(2), Span::image(2, 2), Span::text(3 + new.len() as i64)]] },
         }
     }

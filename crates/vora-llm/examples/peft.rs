@@ -39,6 +39,7 @@ fn load(folder: &Path) -> Result<CausalLm> {
 }
 
 /// A new adapter with `B` away from zero, as training leaves it.
+#[allow(clippy::disallowed_methods, reason = "nothing draws beside it")]
 fn make(llm_folder: &Path, folder: &Path) -> Result<()> {
     let config = LoraConfig {
         lora_alpha: Some(6.0),

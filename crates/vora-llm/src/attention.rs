@@ -213,8 +213,8 @@ mod tests {
 
     /// `q` [2, 4, seq, 8], `k` and `v` [2, 2, seq, 8]
     fn random_qkv(seq: i64) -> [Tensor; 3] {
-        tch::manual_seed(7);
-        [4, 2, 2].map(|heads| Tensor::randn([2, heads, seq, 8], F32).set_requires_grad(true))
+        let random = fixtures::Random::new(7);
+        [4, 2, 2].map(|heads| random.normal([2, heads, seq, 8]).set_requires_grad(true))
     }
 
     /// Output and gradients of one kernel; a plan whose rows are padded is compared up to `seq`.

@@ -560,10 +560,10 @@ mod tests {
     #[test]
     fn same_tokens_with_and_without_cache() {
         let llm = CausalLm::load(&LlmConfig::tiny(64), &Weights::random(3, Device::Cpu, Kind::Float)).unwrap();
-        tch::manual_seed(3);
+        let random = fixtures::Random::new(3);
         for mode in [VisionAttention::Bidirectional, VisionAttention::Causal] {
             let row = vec![Span::text(2), Span::image(2, 2), Span::text(3)];
-            let embeds = Tensor::randn([1, 9, 32], F32);
+            let embeds = random.normal([1, 9, 32]);
             let mut cache = llm.new_cache(1, 20).unwrap();
             let mut logits = llm.prefill(&embeds, &plan(vec![row.clone()], mode), &mut cache).unwrap();
             let mut whole = embeds;
@@ -647,7 +647,7 @@ mod tests {
         let rows = vec![vec![Span::text(2), Span::image(2, 2)]];
         let plan =
             AttentionPlan::new(&Spans { rows }, VisionAttention::Bidirectional, Device::Cpu, Kind::BFloat16).unwrap();
-        let embeds = Tensor::randn([1, 6, 32], F32).to_kind(Kind::BFloat16);
+        let embeds = fixtures::Random::new(1).normal([1, 6, 32]).to_kind(Kind::BFloat16);
         assert_eq!(llm.forward(&embeds, &plan, 0).last_hidden_state.kind(), Kind::BFloat16);
         let mut cache = llm.new_cache(1, 8).unwrap();
         let logits = llm.prefill(&embeds, &plan, &mut cache).unwrap();

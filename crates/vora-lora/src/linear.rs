@@ -302,9 +302,10 @@ mod tests {
             let alpha = (i % 2 == 1).then_some(1.5 * r as f64);
             linear.attach(&format!("adapter_{i}"), &config(r, alpha), &weights.pp(i)).unwrap();
         }
+        let random = fixtures::Random::new(3);
         for adapter in linear.adapters() {
-            let random = Tensor::randn(adapter.lora_b().size(), F32) * 0.2;
-            tch::no_grad(|| adapter.lora_b().shallow_clone().copy_(&random));
+            let b = random.normal(adapter.lora_b().size()) * 0.2;
+            tch::no_grad(|| adapter.lora_b().shallow_clone().copy_(&b));
         }
         linear
     }
@@ -355,19 +356,19 @@ mod tests {
 
     #[test]
     fn merged_is_forward_whatever_the_shape() {
-        tch::manual_seed(7);
+        let random = fixtures::Random::new(7);
         for (in_features, out_features, rs) in
             [(1, 1, &[1][..]), (3, 17, &[2]), (32, 5, &[8, 3]), (7, 64, &[5, 1, 2]), (48, 48, &[64])]
         {
             let mut linear = random_linear(in_features, out_features, rs, Kind::Float);
             for shape in [vec![in_features], vec![4, in_features], vec![2, 3, in_features], vec![2, 1, 2, in_features]]
             {
-                let x = Tensor::randn(&shape, F32);
+                let x = random.normal(&*shape);
                 let y = linear.forward(&x);
                 assert_eq!(y.size()[..shape.len() - 1], shape[..shape.len() - 1]);
                 assert_eq!(*y.size().last().unwrap(), out_features);
             }
-            let x = Tensor::randn([9, in_features], F32);
+            let x = random.normal([9, in_features]);
             let before = linear.forward(&x);
             linear.merge();
             assert_eq!(linear.adapters().count(), 0);
@@ -378,7 +379,7 @@ mod tests {
     #[test]
     fn only_a_and_b_are_trained_and_as_f32() {
         let linear = random_linear(16, 8, &[4], Kind::BFloat16);
-        let x = Tensor::randn([2, 3, 16], F32).to_kind(Kind::BFloat16);
+        let x = fixtures::Random::new(1).normal([2, 3, 16]).to_kind(Kind::BFloat16);
         let y = linear.forward(&x);
         assert_eq!(y.kind(), Kind::BFloat16);
         y.sum(Kind::Float).backward();
@@ -396,7 +397,7 @@ mod tests {
     fn a_new_adapter_changes_nothing_and_a_detached_one_leaves_nothing() {
         let weights = Weights::random(5, Device::Cpu, Kind::Float);
         let mut linear = Linear::load(&weights, 16, 8, false).unwrap();
-        let x = Tensor::randn([3, 16], F32);
+        let x = fixtures::Random::new(1).normal([3, 16]);
         let before = linear.forward(&x);
         linear.attach("sight", &config(4, None), &weights.pp("sight")).unwrap();
         assert!(linear.forward(&x).equal(&before));
@@ -409,7 +410,7 @@ mod tests {
 
     #[test]
     fn merging_never_writes_into_the_checkpoint() {
-        let base = Tensor::randn([8, 16], F32);
+        let base = fixtures::Random::new(1).normal([8, 16]);
         let tensors = [("weight".to_owned(), base.shallow_clone())];
         let weights = Weights::from_tensors(tensors, Device::Cpu, Kind::Float);
         let mut linear = Linear::load(&weights, 16, 8, false).unwrap();
@@ -424,15 +425,16 @@ mod tests {
     /// Of a linear whose own weight is trained, in f32 and under bf16 activations.
     #[test]
     fn a_trained_weight_stays_the_leaf_that_it_was() {
+        let random = fixtures::Random::new(2);
         for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 3e-2)] {
             let weights = Weights::random(2, Device::Cpu, kind).with_initializer_range(0.3);
             let mut linear = Linear::load(&weights.trained(), 16, 8, true).unwrap();
             linear.attach("a", &config(2, Some(3.0)), &weights.pp("a")).unwrap();
             let b = linear.adapters().next().unwrap().lora_b().shallow_clone();
-            tch::no_grad(|| b.shallow_clone().copy_(&(Tensor::randn(b.size(), F32) * 0.3)));
+            tch::no_grad(|| b.shallow_clone().copy_(&(random.normal(b.size()) * 0.3)));
             let names: Vec<String> = weights.parameters().into_iter().map(|(name, _)| name).collect();
             assert_eq!(names, ["weight", "bias", "a.lora_A.weight", "a.lora_B.weight"]);
-            let x = Tensor::randn([5, 16], F32).to_kind(kind);
+            let x = random.normal([5, 16]).to_kind(kind);
             let y = linear.forward(&x);
             assert_eq!(y.kind(), kind);
             y.sum(Kind::Float).backward();

@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -11,16 +12,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "guard.h"
 
-// One compiled version for each instruction set; the loader picks.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define CLONES
-#endif
 #if defined(__GNUC__)
 #define INLINE inline __attribute__((always_inline))
 #else
@@ -149,41 +145,61 @@ INLINE void rotate_heads(const T* x, int64_t stride, const float* cos, const flo
 }
 
 // The same for both kinds, each in one version an instruction set.
-CLONES void rms_forward_f32(const float* x, const float* w, float* y, float* r, int64_t rows, int64_t n, float eps) {
-  rms_forward(x, w, y, r, rows, n, eps);
+// Each kernel below is compiled for three instruction sets. The one that runs is the one that libtorch runs its own
+// kernels in, which ATEN_CPU_CAPABILITY forces: both change together.
+enum class Isa { plain, avx2, avx512 };
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define AVX2 __attribute__((target("avx2")))
+#define AVX512 __attribute__((target("avx512f")))
+
+Isa chosen_isa() {
+  const std::string libtorchs = at::get_cpu_capability();
+  __builtin_cpu_init();
+  if (libtorchs == "AVX512" && __builtin_cpu_supports("avx512f")) return Isa::avx512;
+  if ((libtorchs == "AVX512" || libtorchs == "AVX2") && __builtin_cpu_supports("avx2")) return Isa::avx2;
+  return Isa::plain;
 }
-CLONES void rms_forward_bf16(const bf16* x, const bf16* w, bf16* y, float* r, int64_t rows, int64_t n, float eps) {
-  rms_forward(x, w, y, r, rows, n, eps);
+#else
+#define AVX2
+#define AVX512
+
+Isa chosen_isa() { return Isa::plain; }
+#endif
+
+Isa isa() {
+  static const Isa chosen = chosen_isa();
+  return chosen;
 }
-CLONES void rms_backward_f32(const float* g, const float* x, const float* w, const float* r, float* dx, int64_t rows,
-                             int64_t n) {
-  rms_backward(g, x, w, r, dx, rows, n);
-}
-CLONES void rms_backward_bf16(const bf16* g, const bf16* x, const bf16* w, const float* r, bf16* dx, int64_t rows,
-                              int64_t n) {
-  rms_backward(g, x, w, r, dx, rows, n);
-}
-CLONES void swiglu_forward_f32(const float* gate, const float* up, float* y, int64_t n) {
-  swiglu_forward(gate, up, y, n);
-}
-CLONES void swiglu_forward_bf16(const bf16* gate, const bf16* up, bf16* y, int64_t n) {
-  swiglu_forward(gate, up, y, n);
-}
-CLONES void swiglu_backward_f32(const float* g, const float* gate, const float* up, float* dgate, float* dup,
-                                int64_t n) {
-  swiglu_backward(g, gate, up, dgate, dup, n);
-}
-CLONES void swiglu_backward_bf16(const bf16* g, const bf16* gate, const bf16* up, bf16* dgate, bf16* dup, int64_t n) {
-  swiglu_backward(g, gate, up, dgate, dup, n);
-}
-CLONES void rotate_f32(const float* x, int64_t stride, const float* cos, const float* sin, float turn, float* y,
-                       int64_t heads, int64_t half) {
-  rotate_heads(x, stride, cos, sin, turn, y, heads, half);
-}
-CLONES void rotate_bf16(const bf16* x, int64_t stride, const float* cos, const float* sin, float turn, bf16* y,
-                        int64_t heads, int64_t half) {
-  rotate_heads(x, stride, cos, sin, turn, y, heads, half);
-}
+
+// `NAME_f32` and `NAME_bf16`, which call `KERNEL` compiled for the instruction set in use.
+#define FOR_KIND(NAME, T, KERNEL, PARAMS, ARGS) \
+  void NAME##_plain PARAMS(T) { KERNEL ARGS; } \
+  AVX2 void NAME##_avx2 PARAMS(T) { KERNEL ARGS; } \
+  AVX512 void NAME##_avx512 PARAMS(T) { KERNEL ARGS; } \
+  void NAME PARAMS(T) { \
+    switch (isa()) { \
+      case Isa::avx512: return NAME##_avx512 ARGS; \
+      case Isa::avx2: return NAME##_avx2 ARGS; \
+      case Isa::plain: return NAME##_plain ARGS; \
+    } \
+  }
+#define FOR_EACH_KIND(NAME, KERNEL, PARAMS, ARGS) \
+  FOR_KIND(NAME##_f32, float, KERNEL, PARAMS, ARGS) \
+  FOR_KIND(NAME##_bf16, bf16, KERNEL, PARAMS, ARGS)
+
+#define RMS_FORWARD(T) (const T* x, const T* w, T* y, float* r, int64_t rows, int64_t n, float eps)
+#define RMS_BACKWARD(T) (const T* g, const T* x, const T* w, const float* r, T* dx, int64_t rows, int64_t n)
+#define SWIGLU_FORWARD(T) (const T* gate, const T* up, T* y, int64_t n)
+#define SWIGLU_BACKWARD(T) (const T* g, const T* gate, const T* up, T* dgate, T* dup, int64_t n)
+#define ROTATE(T) \
+  (const T* x, int64_t stride, const float* cos, const float* sin, float turn, T* y, int64_t heads, int64_t half)
+
+FOR_EACH_KIND(rms_forward, rms_forward, RMS_FORWARD, (x, w, y, r, rows, n, eps))
+FOR_EACH_KIND(rms_backward, rms_backward, RMS_BACKWARD, (g, x, w, r, dx, rows, n))
+FOR_EACH_KIND(swiglu_forward, swiglu_forward, SWIGLU_FORWARD, (gate, up, y, n))
+FOR_EACH_KIND(swiglu_backward, swiglu_backward, SWIGLU_BACKWARD, (g, gate, up, dgate, dup, n))
+FOR_EACH_KIND(rotate, rotate_heads, ROTATE, (x, stride, cos, sin, turn, y, heads, half))
 
 bool is_bf16(const at::Tensor& t) { return t.scalar_type() == at::kBFloat16; }
 

@@ -3,7 +3,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
-
+#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_foreach_mul.h>
@@ -118,12 +118,13 @@ int vora_cuda_memory(int8_t index, uint64_t* allocated, uint64_t* peak, uint64_t
   });
 }
 
-// 1 when bf16 matrix products run in hardware here (AVX512-BF16 or AMX), else 0.
+// 1 when bf16 matrix products run in hardware here (AVX512-BF16 or AMX), else 0, also where libtorch is held to an older
+// instruction set by ATEN_CPU_CAPABILITY.
 int vora_cpu_has_bf16() {
   return guard(0, [&] {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bf16") ? 1 : 0;
+    return at::get_cpu_capability() == "AVX512" && __builtin_cpu_supports("avx512bf16") ? 1 : 0;
 #else
     return 0;
 #endif

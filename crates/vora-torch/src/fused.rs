@@ -81,8 +81,8 @@ mod tests {
     /// Compares outputs and gradients of two functions of the same tensors, in f32 and in bf16.
     fn same(shapes: &[&[i64]], found: impl Fn(&[Tensor]) -> Tensor, expected: impl Fn(&[Tensor]) -> Tensor) {
         for (kind, tolerance) in [(Kind::Float, 2e-5), (Kind::BFloat16, 6e-2)] {
-            tch::manual_seed(1);
-            let values: Vec<Tensor> = shapes.iter().map(|s| (Tensor::randn(*s, F32) * 2).to_kind(kind)).collect();
+            let random = fixtures::Random::new(1);
+            let values: Vec<Tensor> = shapes.iter().map(|s| (random.normal(*s) * 2).to_kind(kind)).collect();
             let run = |f: &dyn Fn(&[Tensor]) -> Tensor, kind: Kind| {
                 let leaves: Vec<Tensor> =
                     values.iter().map(|t| t.to_kind(kind).copy().set_requires_grad(true)).collect();
@@ -107,7 +107,7 @@ mod tests {
             let hidden = [*shape.last().unwrap()];
             same(&[&shape, &hidden], |t| rms_norm(&t[0], &t[1], 1e-5), |t| plain::rms_norm(&t[0], &t[1], 1e-5));
         }
-        let strided = Tensor::randn([8, 5], F32).tr();
+        let strided = fixtures::Random::new(1).normal([8, 5]).tr();
         let weight = Tensor::ones([8], F32);
         fixtures::assert_close(&rms_norm(&strided, &weight, 0.0), &plain::rms_norm(&strided, &weight, 0.0));
         let empty = Tensor::zeros([0, 8], F32);
@@ -131,8 +131,9 @@ mod tests {
 
     #[test]
     fn rotate_is_what_it_says() {
+        let random = fixtures::Random::new(2);
         for (batch, seq, heads, head_dim) in [(2, 5, 3, 6), (2, 150, 9, 64)] {
-            let angles = Tensor::randn([batch, seq, head_dim / 2], F32);
+            let angles = random.normal([batch, seq, head_dim / 2]);
             let (cos, sin) = (angles.cos(), angles.sin());
             same(
                 &[&[batch, seq, heads, head_dim]],

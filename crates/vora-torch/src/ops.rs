@@ -96,9 +96,6 @@ pub fn backward(tensor: &Tensor, gradient: &Tensor) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::{Device, Kind};
-
-    const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
 
     /// AdamW from its formula, one tensor at a time.
     fn reference_step(p: &Tensor, g: &Tensor, m: &Tensor, v: &Tensor, step: i32, a: AdamW) -> [Tensor; 3] {
@@ -124,10 +121,10 @@ mod tests {
 
     #[test]
     fn fused_adamw_is_adamw() {
-        tch::manual_seed(1);
+        let random = fixtures::Random::new(1);
         let adamw = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.98, weight_decay: 0.1, eps: 1e-8 };
         let shapes: [&[i64]; 3] = [&[5, 7], &[3], &[2, 2, 2]];
-        let params: Vec<Tensor> = shapes.iter().map(|s| Tensor::randn(*s, F32)).collect();
+        let params: Vec<Tensor> = shapes.iter().map(|s| random.normal(*s)).collect();
         let zeros = || params.iter().map(Tensor::zeros_like).collect::<Vec<_>>();
         let (exp_avgs, exp_avg_sqs) = (zeros(), zeros());
         let steps: Vec<Tensor> = params.iter().map(|_| Tensor::from(0f32)).collect();
@@ -135,7 +132,7 @@ mod tests {
             params.iter().map(|p| [p.copy(), p.zeros_like(), p.zeros_like()]).collect();
 
         for step in 1..=4 {
-            let grads: Vec<Tensor> = shapes.iter().map(|s| Tensor::randn(*s, F32)).collect();
+            let grads: Vec<Tensor> = shapes.iter().map(|s| random.normal(*s)).collect();
             for s in &steps {
                 let _ = s.shallow_clone().fill_(f64::from(step));
             }

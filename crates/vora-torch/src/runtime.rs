@@ -4,7 +4,7 @@ use std::ffi::{CStr, CString};
 use std::path::PathBuf;
 use std::sync::Once;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tch::{Cuda, Device, Kind};
 
 use crate::ffi;
@@ -78,11 +78,20 @@ pub fn device(spec: &str) -> Result<Device> {
     }
 }
 
-/// The kind of frozen weights and activations: `auto` is bf16 where the hardware multiplies it, else f32.
+/// The kind of frozen weights and activations. `auto` is what `VORA_DTYPE` in the environment names; where it is not
+/// set, bf16 on hardware that multiplies it, else f32.
+///
+/// # Errors
+/// Where the name is unknown, or the device does not compute in it.
 pub fn kind(spec: &str, device: Device) -> Result<Kind> {
+    if spec == "auto" {
+        return match std::env::var("VORA_DTYPE") {
+            Ok(forced) if !forced.is_empty() && forced != "auto" => kind(&forced, device).context("VORA_DTYPE"),
+            _ => Ok(if has_bf16(device) { Kind::BFloat16 } else { Kind::Float }),
+        };
+    }
     Ok(match spec {
-        "auto" if has_bf16(device) => Kind::BFloat16,
-        "auto" | "f32" | "float32" => Kind::Float,
+        "f32" | "float32" => Kind::Float,
         "bf16" | "bfloat16" => Kind::BFloat16,
         "f16" | "float16" => {
             ensure!(device.is_cuda(), "dtype `{spec}` needs a GPU: libtorch has few f16 kernels for the CPU");

@@ -426,7 +426,7 @@ mod tests {
     fn what_is_stored_is_handed_out_as_it_lies_there() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.safetensors");
-        let half = Tensor::randn([4], (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
+        let half = fixtures::Random::new(1).normal([4]).to_kind(Kind::BFloat16);
         let tensors = ["a.x", "a.b.y", "ab.z"].map(|name| (name.to_owned(), half.shallow_clone()));
         save(&path, &tensors, &[]).unwrap();
         let in_file = Weights::open(&path, Device::Cpu, Kind::Float).unwrap();
@@ -445,7 +445,7 @@ mod tests {
     fn a_frozen_weight_of_the_files_kind_is_a_view() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.safetensors");
-        save(&path, &[("w".into(), Tensor::randn([8, 8], (Kind::Float, Device::Cpu)))], &[]).unwrap();
+        save(&path, &[("w".into(), fixtures::Random::new(1).normal([8, 8]))], &[]).unwrap();
         let weights = Weights::open(&path, Device::Cpu, Kind::Float).unwrap();
         let get = || weights.get("w", &[8, 8], Init::Required).unwrap();
         assert_eq!(get().data_ptr(), get().data_ptr());

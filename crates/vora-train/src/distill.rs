@@ -198,6 +198,7 @@ fn sum_over(pictures: &[Tensor], features: impl Fn(&Tensor) -> Result<Vec<Tensor
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fixtures::Random;
     use tch::Device;
 
     fn golden_losses(golden: &fixtures::Golden, pairing: Pairing) -> (Tensor, Vec<Tensor>, Weights) {
@@ -254,31 +255,31 @@ mod tests {
     }
 
     /// Features of one block that are a constant and some noise: `[n, patches, 8]`.
-    fn noisy(n: i64, noise: f64) -> Tensor {
+    fn noisy(random: &Random, n: i64, noise: f64) -> Tensor {
         let constant = Tensor::ones([1, 3, 8], (Kind::Float, Device::Cpu));
-        constant + Tensor::randn([n, 3, 8], (Kind::Float, Device::Cpu)) * noise
+        constant + random.normal([n, 3, 8]) * noise
     }
 
     #[test]
     fn the_baseline_is_what_a_constant_answer_reaches() {
-        tch::manual_seed(3);
+        let random = Random::new(3);
         let identity = |batch: &Tensor| Ok(vec![batch.shallow_clone()]);
-        let pictures = noisy(64, 0.5);
+        let pictures = noisy(&random, 64, 0.5);
         let mean = TeacherMean::measure(&pictures.split(16, 0), false, identity).unwrap();
-        let fresh = noisy(4096, 0.5);
+        let fresh = noisy(&random, 4096, 0.5);
         let constant = fresh.mean_dim([0i64].as_slice(), true, Kind::Float);
         let reached = 1.0 - Tensor::cosine_similarity(&fresh, &constant, -1, 1e-8).mean(Kind::Float).double_value(&[]);
         assert!((mean.baseline() - reached).abs() < 0.02, "{} {reached}", mean.baseline());
         // The same features twice: a constant answer is right.
-        let same = TeacherMean::measure(&[noisy(1, 0.5).expand([4, 3, 8], false)], false, identity).unwrap();
+        let same = TeacherMean::measure(&[noisy(&random, 1, 0.5).expand([4, 3, 8], false)], false, identity).unwrap();
         assert!(same.baseline().abs() < 1e-5, "{}", same.baseline());
     }
 
     #[test]
     fn centring_leaves_nothing_to_a_constant_answer() {
-        tch::manual_seed(4);
+        let random = Random::new(4);
         let identity = |batch: &Tensor| Ok(vec![batch.shallow_clone(), batch * 2.0]);
-        let pictures = noisy(256, 0.5);
+        let pictures = noisy(&random, 256, 0.5);
         let mean = TeacherMean::measure(&pictures.split(100, 0), true, identity).unwrap();
         assert!(mean.baseline() > 0.9, "{}", mean.baseline());
         let centred = mean.center(vec![pictures.shallow_clone(), &pictures * 2.0]).unwrap();
@@ -296,7 +297,8 @@ mod tests {
 
     #[test]
     fn one_picture_has_no_mean() {
-        let error = TeacherMean::measure(&[noisy(1, 1.0)], false, |b| Ok(vec![b.shallow_clone()])).unwrap_err();
+        let error = TeacherMean::measure(&[noisy(&Random::new(5), 1, 1.0)], false, |b| Ok(vec![b.shallow_clone()]))
+            .unwrap_err();
         assert!(error.to_string().contains("two pictures at least, there are 1"), "{error}");
     }
 }

@@ -433,7 +433,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let run = folder.path().join("run");
         let mut overrides: Vec<String> = overrides.iter().map(|&text| text.to_owned()).collect();
-        overrides.push(format!("output_dir={}", run.display()));
+        overrides.extend([format!("output_dir={}", run.display()), "bf16=false".to_owned()]);
         let config = TrainConfig::open(&recipe, &overrides).unwrap();
         let resolve = |name: &str| Ok::<PathBuf, anyhow::Error>(root.join("..").join(Path::new(name)));
         let options = Options {

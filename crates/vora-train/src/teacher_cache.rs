@@ -157,7 +157,7 @@ mod tests {
     #[test]
     fn a_hit_is_what_was_computed_bit_for_bit() {
         let folder = tempfile::tempdir().unwrap();
-        let pictures = Tensor::randn([3, 3, 4, 4], (Kind::Float, Device::Cpu));
+        let pictures = fixtures::Random::new(1).normal([3, 3, 4, 4]);
         let seen = RefCell::new(Vec::new());
         let expected = compute(&seen)(&pictures);
         seen.borrow_mut().clear();
@@ -178,7 +178,7 @@ mod tests {
     #[test]
     fn a_damaged_file_is_computed_again() {
         let folder = tempfile::tempdir().unwrap();
-        let pictures = Tensor::randn([2, 3, 4, 4], (Kind::Float, Device::Cpu));
+        let pictures = fixtures::Random::new(2).normal([2, 3, 4, 4]);
         let seen = RefCell::new(Vec::new());
         let cache = open(folder.path(), &[0, 1]);
         let expected = cache.features(&pictures, compute(&seen));
@@ -196,7 +196,7 @@ mod tests {
     #[test]
     fn a_disk_that_refuses_stops_nothing() {
         let folder = tempfile::tempdir().unwrap();
-        let pictures = Tensor::randn([2, 3, 4, 4], (Kind::Float, Device::Cpu));
+        let pictures = fixtures::Random::new(2).normal([2, 3, 4, 4]);
         let seen = RefCell::new(Vec::new());
         let cache = open(folder.path(), &[0, 1]);
         std::fs::remove_dir_all(&cache.folder).unwrap();

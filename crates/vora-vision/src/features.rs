@@ -112,7 +112,7 @@ mod tests {
     fn registers_are_left_out_with_the_class_token() {
         let config = Dinov2Config { num_register_tokens: 3, ..Dinov2Config::tiny() };
         let model = config.load(&Weights::random(0, Device::Cpu, Kind::Float)).unwrap();
-        let pixel_values = Tensor::randn([1, 3, 8, 8], (Kind::Float, Device::Cpu));
+        let pixel_values = fixtures::Random::new(1).normal([1, 3, 8, 8]);
         let found = model.features(&pixel_values, &FeatureSelection::default()).unwrap();
         assert!(found.equal(&model.hidden_states(&pixel_values)[2].narrow(1, 4, 4)));
     }

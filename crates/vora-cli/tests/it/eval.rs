@@ -19,8 +19,10 @@ fn run(folder: &Path, set: &[&str]) -> [String; 2] {
     [last, merged]
 }
 
+/// In f32, unless `args` name another dtype.
 fn eval(model: &str, args: &[&str]) -> Value {
-    let output = vora(&[&["eval", model, "--dtype", "f32", "--json"], args].concat());
+    let dtype = if args.contains(&"--dtype") { &[][..] } else { &["--dtype", "f32"] };
+    let output = vora(&[&["eval", model, "--json"], dtype, args].concat());
     serde_json::from_str(&succeeded(&output)).unwrap()
 }
 
@@ -41,7 +43,9 @@ fn exact_match_is_the_trainers() {
     let trainers = std::fs::read(folder.path().join("eval.json")).unwrap();
     let trainers: Value = serde_json::from_slice(&trainers).unwrap();
     for (model, split) in [(&last, "test"), (&last, "unseen"), (&merged, "test")] {
-        let found = eval(model, &["--data", &format!("scenes:{split}"), "--limit", "8", "--max-tokens", "24"]);
+        let data = format!("scenes:{split}");
+        let dtype = fixtures::dtype(); // that the run was trained in
+        let found = eval(model, &["--data", &data, "--limit", "8", "--max-tokens", "24", "--dtype", &dtype]);
         let kinds = trainers[split].as_object().unwrap();
         assert_eq!(found["scores"].as_object().unwrap().len(), kinds.len(), "{found}");
         for (kind, expected) in kinds {
@@ -138,25 +142,31 @@ fn short_answers(on_images: OnImages<'_>) {
     assert!(found["scores"]["all"]["blind_exact_match"].is_null(), "there is no other picture: {found}");
 }
 
-/// The same before and after merging, and for the plain LLM what the reference says.
+/// The same before and after merging, and for the plain LLM what the reference says. That the adapters act is seen on
+/// what they were taught: on answers, perplexity falls by a ninth in four steps; on other text it hardly moves.
 fn perplexity(last: &str, merged: &str, folder: &Path) {
     let golden = std::fs::read(workspace().join("fixtures/golden/perplexity.json")).unwrap();
     let golden: Value = serde_json::from_slice(&golden).unwrap();
-    let held_out = folder.join("held-out.txt");
-    std::fs::write(&held_out, golden["text"].as_str().unwrap()).unwrap();
-    let held_out = held_out.to_string_lossy();
-    let of = |model: &str| {
-        let found = eval(model, &["--task", "perplexity", "--text", &held_out, "--max-length", "64"]);
-        assert_eq!((&found["task"], &found["tokens"]), (&json!("perplexity"), &json!(218)), "{found}");
+    let answers = ["yes", "no", "red", "blue", "green", "circle", "two", "three", "top left"].join("\n");
+    let texts =
+        [("held-out.txt", golden["text"].as_str().unwrap(), 218), ("answers.txt", &vec![answers; 8].join("\n"), 254)];
+    for (name, text, _) in texts {
+        std::fs::write(folder.join(name), text).unwrap();
+    }
+    let perplexity = |model: &str, (name, _, tokens): (&str, &str, u64)| {
+        let text = folder.join(name).to_string_lossy().into_owned();
+        let found = eval(model, &["--task", "perplexity", "--text", &text, "--max-length", "64"]);
+        assert_eq!((&found["task"], &found["tokens"]), (&json!("perplexity"), &json!(tokens)), "{found}");
         found["perplexity"].as_f64().unwrap()
     };
     let case = &golden["cases"][2];
     assert_eq!((&case["max_length"], &case["stride"]), (&json!(64), &json!(32)));
-    let plain = of("fixtures/tiny/llm");
+    let llm = "fixtures/tiny/llm";
+    let plain = perplexity(llm, texts[0]);
     assert!((plain / case["perplexity"].as_f64().unwrap() - 1.0).abs() < 1e-5, "{plain}, expected {case}");
-    let [apart, merged] = [of(last), of(merged)];
+    let [plain, apart, merged] = [llm, last, merged].map(|model| perplexity(model, texts[1]));
     assert!((apart / merged - 1.0).abs() < 1e-3, "merging changed it: {apart}, {merged}");
-    assert!((apart / plain - 1.0).abs() > 1e-2, "the adapters do not act: {apart}, {plain}");
+    assert!(apart < 0.95 * plain, "the adapters taught nothing: {apart}, {plain}");
 }
 
 fn wrong(merged: &str, folder: &Path) {

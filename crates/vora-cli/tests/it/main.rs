@@ -7,13 +7,15 @@ mod faults;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+/// The program; runs that name no dtype compute in the tests'.
+fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vora"));
+    command.env("VORA_DTYPE", fixtures::dtype()).current_dir(workspace());
+    command
+}
+
 fn vora(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_vora"))
-        .args(args)
-        .current_dir(workspace())
-        .env("HF_HUB_CACHE", "no-such-cache")
-        .output()
-        .expect("vora starts")
+    program().args(args).env("HF_HUB_CACHE", "no-such-cache").output().expect("vora starts")
 }
 
 fn workspace() -> PathBuf {
@@ -240,9 +242,9 @@ fn a_killed_run_resumes_to_the_same_weights() {
     let folder = tempfile::tempdir().unwrap();
     let smoke = "crates/vora-train/recipes/smoke.yaml";
     let train = |run: &Path| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vora"));
+        let mut command = program();
         command.args(["train", "--config", smoke, "--set", "max_steps=24", "--set", "save_steps=2"]);
-        command.args(["--set", &format!("output_dir={}", run.display())]).current_dir(workspace());
+        command.args(["--set", &format!("output_dir={}", run.display())]);
         command
     };
     let whole = folder.path().join("whole");

@@ -11,10 +11,14 @@ fn resolve(name: &str) -> Result<PathBuf> {
     Ok(fixtures::root().parent().context("the workspace")?.join(name))
 }
 
-/// A recipe with the tiny models, in `folder`.
+/// A recipe with the tiny models, in `folder`. smoke.yaml names no dtype: it computes in the tests' unless `overrides`
+/// name another; debug.yaml is in f32.
 fn config(recipe: &str, folder: &Path, overrides: &[&str]) -> TrainConfig {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes").join(recipe);
     let mut all = vec![format!("output_dir={}", folder.display())];
+    if recipe == "smoke.yaml" {
+        all.push(format!("bf16={}", fixtures::dtype() == "bf16"));
+    }
     all.extend(overrides.iter().map(|&entry| entry.to_owned()));
     TrainConfig::open(&path, &all).unwrap()
 }
@@ -73,10 +77,19 @@ impl Progress for StopAfter {
 }
 
 #[test]
-fn a_run_leaves_everything() {
+fn a_run_in_f32_leaves_everything() {
+    leaves_everything("bf16=false", Kind::Float);
+}
+
+#[test]
+fn a_run_in_bf16_leaves_everything() {
+    leaves_everything("bf16=true", Kind::BFloat16);
+}
+
+fn leaves_everything(dtype: &str, kind: Kind) {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path();
-    let mut trainer = trainer(config("smoke.yaml", run, &[]));
+    let mut trainer = trainer(config("smoke.yaml", run, &[dtype]));
     let Outcome::Finished(report) = trainer.train(&mut Silent).unwrap() else { panic!("nobody stopped it") };
     assert_eq!(EvalReport::open(&run.join("eval.json")).unwrap(), report);
     for split in ["test", "unseen"] {
@@ -123,8 +136,8 @@ fn a_run_leaves_everything() {
         assert!(layout.pictures[0].cosines.iter().all(|cosine| cosine.abs() <= 1.0));
     }
 
-    // What lies in final/ is the model that was trained.
-    let model = saved::open(&run.join("final"), Device::Cpu, Kind::Float, &resolve).unwrap();
+    // What lies in final/ is the model that was trained, in the dtype it was trained in.
+    let model = saved::open(&run.join("final"), Device::Cpu, kind, &resolve).unwrap();
     let batch = DeviceBatch::new(&trainer.next_batches().unwrap()[0], Device::Cpu);
     let hidden =
         |model: &dyn VisionLanguageModel| tch::no_grad(|| model.forward(&batch.input, 0)).unwrap().last_hidden_state;

@@ -26,7 +26,7 @@ fn resolve(name: &str) -> Result<PathBuf> {
 
 fn config(overrides: &[&str]) -> TrainConfig {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/smoke.yaml");
-    let overrides: Vec<String> = overrides.iter().map(|&entry| entry.to_owned()).collect();
+    let overrides: Vec<String> = ["bf16=false"].iter().chain(overrides).map(|&entry| entry.to_owned()).collect();
     TrainConfig::open(&path, &overrides).unwrap()
 }
 

@@ -81,15 +81,13 @@ mod tests {
     use tch::Device;
     use vora_torch::Weights;
 
-    const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
-
     #[test]
     fn many_latents_are_looked_up_in_parts() {
-        tch::manual_seed(1);
+        let random = fixtures::Random::new(1);
         let config = VqConfig { num_embeddings: 1 << 16, embed_dim: 2, ..VqConfig::tiny() };
         let weights = Weights::random(3, Device::Cpu, Kind::Float);
         let quantizer = VectorQuantizer::load(&config, &Params::new(&weights, false)).unwrap();
-        let wanted = Tensor::randint_low(0, 1 << 16, [2, 75], (Kind::Int64, Device::Cpu)); // 64 fit at once
+        let wanted = random.integers(0, 1 << 16, [2, 75]); // 64 fit at once
         let latents = quantizer.lookup(&wanted, (5, 15));
         assert_eq!(latents.size(), [2, 2, 5, 15]);
         let found = quantizer.nearest(&(latents.shallow_clone() + 1e-6));
@@ -103,8 +101,8 @@ mod tests {
 
     #[test]
     fn gradients_go_where_the_paper_says() {
-        tch::manual_seed(2);
-        let leaf = || Tensor::randn([2, 3, 4, 5], F32).set_requires_grad(true);
+        let random = fixtures::Random::new(2);
+        let leaf = || random.normal([2, 3, 4, 5]).set_requires_grad(true);
         let (latents, quantized) = (leaf(), leaf());
         VectorQuantizer::loss(&latents, &quantized).backward();
         let gradient = (&quantized - &latents).detach() * (2.0 / 120.0);
@@ -114,7 +112,7 @@ mod tests {
         let (latents, quantized) = (leaf(), leaf());
         let through = VectorQuantizer::straight_through(&latents, &quantized);
         fixtures::assert_close_to(&through, &quantized, 1e-6);
-        let weight = Tensor::randn([2, 3, 4, 5], F32);
+        let weight = random.normal([2, 3, 4, 5]);
         (through * &weight).sum(Kind::Float).backward();
         fixtures::assert_close_to(&latents.grad(), &weight, 0.0);
         assert!(!quantized.grad().defined());
