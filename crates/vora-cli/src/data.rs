@@ -101,6 +101,8 @@ struct Shown {
     /// `[width, height]` of each picture.
     images: Vec<[usize; 2]>,
     files: Vec<PathBuf>,
+    /// What of the record was not taken as it stands.
+    notes: Vec<String>,
 }
 
 impl Show {
@@ -174,6 +176,7 @@ impl Shown {
             answers,
             images: sample.images.iter().map(|image| [image.width, image.height]).collect(),
             files,
+            notes: sample.notes.clone(),
         })
     }
 
@@ -203,6 +206,9 @@ impl Shown {
         }
         if !self.agree {
             text += "\nThe labels are not those of the answers.";
+        }
+        for note in &self.notes {
+            let _ = write!(text, "\nnote: {note}");
         }
         for file in &self.files {
             let _ = write!(text, "\npicture {}", file.display());

@@ -139,6 +139,7 @@ mod tests {
             images: vec![Pixels { data: vec![0.0; 3], height: 1, width: 1 }],
             questions: questions.iter().map(span).collect(),
             cut_answers: 0,
+            notes: Vec::new(),
         }
     }
 

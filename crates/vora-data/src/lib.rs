@@ -17,6 +17,7 @@
 
 pub mod batch;
 pub mod files;
+mod frames;
 pub mod loader;
 pub mod mix;
 mod pack;

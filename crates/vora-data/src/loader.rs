@@ -1,5 +1,6 @@
 //! Batches, made ahead of time by worker threads, in an order that does not depend on how many there are.
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
@@ -86,6 +87,7 @@ pub struct Loader {
     num_skipped: u64,
     num_too_long: u64,
     num_bad_in_a_row: u64,
+    noted: BTreeMap<String, u64>, // by what was noted, how often
     waited: Duration,
 }
 
@@ -120,6 +122,7 @@ impl Loader {
             num_skipped: 0,
             num_too_long: 0,
             num_bad_in_a_row: 0,
+            noted: BTreeMap::new(),
             waited: Duration::ZERO,
         })
     }
@@ -149,6 +152,22 @@ impl Loader {
         self.num_too_long
     }
 
+    /// What of good samples' records was not taken as it stands, and of how many so far.
+    pub fn noted(&self) -> &BTreeMap<String, u64> {
+        &self.noted
+    }
+
+    /// Counts a sample's notes, and tells of each at its 1st, 10th, 100th, .. time.
+    fn note(&mut self, sample: &Sample) {
+        for note in &sample.notes {
+            let count = self.noted.entry(note.clone()).or_default();
+            *count += 1;
+            if 10_u64.pow(count.ilog10()) == *count {
+                tracing::warn!("{note}: {count} records so far, the last is {}", sample.id);
+            }
+        }
+    }
+
     /// How long the caller had to wait for samples so far.
     pub fn waited(&self) -> Duration {
         self.waited
@@ -173,6 +192,7 @@ impl Loader {
             match sample {
                 Ok(sample) => {
                     self.num_bad_in_a_row = 0;
+                    self.note(&sample);
                     return Ok(Some((place, sample)));
                 }
                 Err(error) => {
@@ -427,6 +447,23 @@ mod tests {
                 assert_eq!(batches(&mut Loader::new(Arc::new(Lengths), resumed).unwrap(), 100), whole[stop..]);
             }
         }
+    }
+
+    #[test]
+    fn notes_are_counted() {
+        struct Noted;
+        impl Source for Noted {
+            fn len(&self) -> Option<u64> {
+                None
+            }
+            fn sample(&self, index: u64) -> Result<Sample> {
+                let sample = Numbers { len: None, bad: Vec::new() }.sample(index)?;
+                Ok(Sample { notes: vec!["odd".to_owned(); usize::from(index % 2 == 1)], ..sample })
+            }
+        }
+        let mut loader = Loader::new(Arc::new(Noted), LoaderConfig { batch_size: 6, ..Default::default() }).unwrap();
+        numbers(&mut loader, 2);
+        assert_eq!(loader.noted(), &BTreeMap::from([("odd".to_owned(), 6)]));
     }
 
     #[test]

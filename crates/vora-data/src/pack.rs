@@ -78,6 +78,7 @@ mod tests {
             images: Vec::new(),
             questions: Vec::new(),
             cut_answers: 0,
+            notes: Vec::new(),
         }
     }
 

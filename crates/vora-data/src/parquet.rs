@@ -11,7 +11,7 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
-use crate::record::{MAX_IMAGE_FILE, MAX_LINE, Record, RecordKeys};
+use crate::record::{MAX_LINE, MAX_RECORD, Record, RecordKeys};
 use crate::shards::{Entry, Shard, Take};
 
 /// No row group is larger, uncompressed: 4 GiB.
@@ -126,7 +126,7 @@ fn add_images(field: Field, images: &mut Vec<Vec<u8>>) -> Result<()> {
     match field {
         Field::Null => {}
         Field::Bytes(bytes) => {
-            ensure!(bytes.len() as u64 <= MAX_IMAGE_FILE, "an image has more than {} MiB", MAX_IMAGE_FILE >> 20);
+            ensure!(bytes.len() as u64 <= MAX_RECORD, "an image has more than {} MiB", MAX_RECORD >> 20);
             images.push(bytes.data().to_vec());
         }
         Field::Group(row) => {

@@ -1,7 +1,8 @@
 //! The conversation format: one JSON object a line or one array of them, images beside it.
 //!
 //! `{"id": .., "frames": ["a.jpg"], "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, ..]}`; LLaVA's
-//! `image` instead of `frames` is read too, and a turn may be `{"role": .., "content": ..}`, as the hub's chats are.
+//! `image` and the hub's `images` instead of `frames` are read too, and a turn may be `{"role": .., "content": ..}`, as
+//! the hub's chats are.
 //! Annotations are streamed once for the places of their records and then read one by one: a file may be larger than
 //! memory.
 
@@ -11,10 +12,14 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use vora_llm::{Message, Part};
+
+use crate::frames::{frame, frames, is_given, not_taken, picture_keys};
 
 /// What marks an image's place in a human turn.
 pub const IMAGE_PLACE: &str = "<image>";
@@ -22,19 +27,24 @@ pub const IMAGE_PLACE: &str = "<image>";
 /// No record's text is longer: 16 MiB.
 pub(crate) const MAX_LINE: u64 = 16 << 20;
 
-/// No image file is larger: 256 MiB.
-pub(crate) const MAX_IMAGE_FILE: u64 = 256 << 20;
+/// No record of a shard is larger, with its images: 64 MiB.
+pub(crate) const MAX_RECORD: u64 = 64 << 20;
+
+/// What some editors begin a UTF-8 file with.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// One conversation about some images, or about none.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
     /// The record's own, or `file:line` where it has none.
     pub id: String,
-    /// Image files, relative to the image folder.
+    /// Image files, relative to the image folder; or images themselves, as `data:` addresses.
     pub frames: Vec<String>,
     /// `user` and `assistant` by turns, after at most one `system`; the assistant has the last word. There are as many
     /// places for images as there are frames.
     pub messages: Vec<Message>,
+    /// What of it was not taken as it stands, in words: it is told and counted by whoever makes batches.
+    pub notes: Vec<String>,
 }
 
 /// What a record's own keys are called.
@@ -50,13 +60,6 @@ impl Default for RecordKeys {
     fn default() -> Self {
         Self { frames: "frames".to_owned(), conversations: "conversations".to_owned() }
     }
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Id {
-    Text(String),
-    Number(i64),
 }
 
 #[derive(Deserialize)]
@@ -78,13 +81,7 @@ struct RawTurn {
 #[serde(untagged)]
 enum RawText {
     Whole(String),
-    Parts(Vec<RawPart>),
-}
-
-#[derive(Deserialize)]
-struct RawPart {
-    r#type: String,
-    text: Option<String>,
+    Parts(Vec<Map<String, Value>>),
 }
 
 /// A question with its answer, as some of the hub's sets have them in `texts`.
@@ -101,73 +98,114 @@ impl Record {
     /// Says what is wrong, but not where: whoever has the line knows.
     pub fn parse(line: &[u8], keys: &RecordKeys) -> Result<Self> {
         let text = std::str::from_utf8(line).map_err(|e| anyhow!("not UTF-8 from byte {} on", e.valid_up_to()))?;
-        let mut object: Map<String, Value> = serde_json::from_str(text).map_err(|e| {
+        let object: Map<String, Value> = serde_json::from_str(text).map_err(|e| {
             let message = e.to_string();
             let what = message.rsplit_once(" at line").map_or(message.as_str(), |(what, _)| what);
             anyhow!("not a record: {what}, at column {}", e.column())
         })?;
-        let frames: Option<OneOrMore> = take(&mut object, &keys.frames)?;
-        let image: Option<OneOrMore> = take(&mut object, "image")?;
-        ensure!(frames.is_none() || image.is_none(), "it has both `{}` and `image`", keys.frames);
-        let frames = match frames.or(image) {
-            None => Vec::new(),
-            Some(OneOrMore::One(frame)) => vec![frame],
-            Some(OneOrMore::More(frames)) => frames,
-        };
-        let id = id(&mut object)?;
-        let raw = take(&mut object, &keys.conversations)?;
-        let raw = raw.with_context(|| format!("it lacks the key `{}`", keys.conversations))?;
-        Ok(Self { id, messages: messages(raw, frames.len())?, frames })
+        Self::read(object, keys, None)
     }
 
-    /// A record whose images came with it: what its own keys say of images is not looked at. Its words are a
-    /// conversation, under `keys.conversations` or `messages`, as JSON or as a string of JSON; or pairs under `texts`;
-    /// or a caption, under `caption` or `text`, the first where there are several.
-    pub(crate) fn with_images(mut object: Map<String, Value>, keys: &RecordKeys, num_images: usize) -> Result<Self> {
-        let id = id(&mut object)?;
-        let frames = (0..num_images).map(|idx| idx.to_string()).collect();
-        for key in [keys.conversations.as_str(), "messages"] {
-            if let Some(Value::String(text)) = object.get(key) {
-                let value =
-                    serde_json::from_str(text).map_err(|e| anyhow!("its `{key}` is a string, but no JSON: {e}"));
-                object.insert(key.to_owned(), value?);
+    /// A record whose images came with it: what its own keys say of images is not looked at.
+    pub(crate) fn with_images(object: Map<String, Value>, keys: &RecordKeys, num_images: usize) -> Result<Self> {
+        Self::read(object, keys, Some(num_images))
+    }
+
+    /// Its words are a conversation, under `keys.conversations` or `messages`, as JSON or as a string of JSON; or pairs
+    /// under `texts`; or a caption, under `caption` or `text`, the first where there are several.
+    fn read(mut object: Map<String, Value>, keys: &RecordKeys, beside: Option<usize>) -> Result<Self> {
+        for key in ["videos", "video"] {
+            ensure!(!object.get(key).is_some_and(is_given), "its `{key}` has a video, which is not read yet");
+        }
+        let id = id(&mut object);
+        let mut frames = match beside {
+            Some(num_images) => (0..num_images).map(|idx| idx.to_string()).collect(),
+            None => frames(&mut object, keys)?,
+        };
+        for key in picture_keys(keys) {
+            object.remove(key);
+        }
+        let mut notes = Vec::new();
+        let messages = match words(&mut object, keys)? {
+            Words::Turns(turns) => {
+                let (mut messages, named) = messages(turns)?;
+                if beside.is_none() && frames.is_empty() {
+                    frames = named;
+                }
+                if place_images(&mut messages, frames.len())? {
+                    notes.push(format!(
+                        "it has a picture and no mark `{IMAGE_PLACE}`: the picture stands before the first question"
+                    ));
+                }
+                messages
             }
-            if let Some(raw) = take(&mut object, key)? {
-                return Ok(Self { id, messages: messages(raw, num_images)?, frames });
+            Words::Caption(caption) => {
+                ensure!(!frames.is_empty(), "it has a caption, but no image");
+                let question = Message { role: "user".to_owned(), content: vec![Part::Image; frames.len()] };
+                vec![question, Message::new("assistant", &caption)]
             }
+        };
+        if beside.is_none_or(|num_images| num_images == 0) {
+            notes.extend(not_taken(&object, keys, frames.is_empty())?);
         }
-        if let Some(pairs) = take::<Vec<Pair>>(&mut object, "texts")? {
-            let turn = |from: &str, text| RawTurn { from: from.to_owned(), value: RawText::Whole(text) };
-            let pair = |pair: Pair| [turn("user", pair.user), turn("assistant", pair.assistant)];
-            return Ok(Self {
-                id,
-                messages: messages(pairs.into_iter().flat_map(pair).collect(), num_images)?,
-                frames,
-            });
-        }
-        for key in ["caption", "text"] {
-            let caption = match take(&mut object, key)? {
-                None => continue,
-                Some(OneOrMore::One(caption)) => caption,
-                Some(OneOrMore::More(captions)) => captions.into_iter().next().context("it has no caption")?,
-            };
-            ensure!(num_images > 0, "it has a caption, but no image");
-            let question = Message { role: "user".to_owned(), content: vec![Part::Image; num_images] };
-            return Ok(Self { id, messages: vec![question, Message::new("assistant", &caption)], frames });
-        }
-        bail!(
-            "it has neither a conversation under `{}` or `messages` nor `texts`, `caption` or `text`",
-            keys.conversations
-        )
+        Ok(Self { id, frames, messages, notes })
+    }
+
+    /// Whether it has a key under which words are read.
+    pub(crate) fn has_words(object: &Map<String, Value>, keys: &RecordKeys) -> bool {
+        let words = [keys.conversations.as_str(), "messages", "texts", "caption", "text"];
+        words.iter().any(|key| object.get(*key).is_some_and(|value| !value.is_null()))
+    }
+
+    /// How many pictures it names under the keys that are read.
+    pub(crate) fn num_named(object: &Map<String, Value>, keys: &RecordKeys) -> usize {
+        let count = |key: &str| match object.get(key) {
+            Some(Value::Array(list)) => list.iter().filter(|value| is_given(value)).count(),
+            Some(value) => usize::from(is_given(value)),
+            None => 0,
+        };
+        picture_keys(keys).into_iter().map(count).max().unwrap_or(0)
     }
 }
 
-fn id(object: &mut Map<String, Value>) -> Result<String> {
-    Ok(match take(object, "id")? {
-        Some(Id::Text(id)) => id,
-        Some(Id::Number(id)) => id.to_string(),
-        None => String::new(),
-    })
+/// What a record says.
+enum Words {
+    Turns(Vec<RawTurn>),
+    Caption(String),
+}
+
+fn words(object: &mut Map<String, Value>, keys: &RecordKeys) -> Result<Words> {
+    for key in [keys.conversations.as_str(), "messages"] {
+        if let Some(Value::String(text)) = object.get(key) {
+            let value = serde_json::from_str(text).map_err(|e| anyhow!("its `{key}` is a string, but no JSON: {e}"));
+            object.insert(key.to_owned(), value?);
+        }
+        if let Some(turns) = take(object, key)? {
+            return Ok(Words::Turns(turns));
+        }
+    }
+    if let Some(pairs) = take::<Vec<Pair>>(object, "texts")? {
+        let turn = |from: &str, text| RawTurn { from: from.to_owned(), value: RawText::Whole(text) };
+        let pair = |pair: Pair| [turn("user", pair.user), turn("assistant", pair.assistant)];
+        return Ok(Words::Turns(pairs.into_iter().flat_map(pair).collect()));
+    }
+    for key in ["caption", "text"] {
+        return Ok(Words::Caption(match take(object, key)? {
+            None => continue,
+            Some(OneOrMore::One(caption)) => caption,
+            Some(OneOrMore::More(captions)) => captions.into_iter().next().context("it has no caption")?,
+        }));
+    }
+    bail!("it has neither a conversation under `{}` or `messages` nor `texts`, `caption` or `text`", keys.conversations)
+}
+
+/// Its id as text, whatever its type; empty where it has none.
+fn id(object: &mut Map<String, Value>) -> String {
+    match object.remove("id") {
+        None | Some(Value::Null) => String::new(),
+        Some(Value::String(id)) => id,
+        Some(other) => other.to_string(),
+    }
 }
 
 /// The value of a key, if it is there and not null.
@@ -176,13 +214,14 @@ fn take<T: DeserializeOwned>(object: &mut Map<String, Value>, key: &str) -> Resu
     serde_json::from_value(value).map_err(|e| anyhow!("its `{key}` is not as expected: {e}"))
 }
 
-/// Checks the order of turns and gives each image its place.
-fn messages(raw: Vec<RawTurn>, num_images: usize) -> Result<Vec<Message>> {
+/// Checks the order of turns; with the pictures that parts of them name.
+fn messages(raw: Vec<RawTurn>) -> Result<(Vec<Message>, Vec<String>)> {
     let mut messages: Vec<Message> = Vec::with_capacity(raw.len());
+    let mut named = Vec::new();
     for RawTurn { from, value } in raw {
         let value = match value {
             RawText::Whole(text) => text,
-            RawText::Parts(parts) => parts.into_iter().map(RawPart::shown).collect::<Result<_>>()?,
+            RawText::Parts(parts) => parts.iter().map(|part| shown_part(part, &mut named)).collect::<Result<_>>()?,
         };
         let role = match from.as_str() {
             "system" => "system",
@@ -204,23 +243,40 @@ fn messages(raw: Vec<RawTurn>, num_images: usize) -> Result<Vec<Message>> {
         None => bail!("it has no conversation"),
         Some(message) => ensure!(message.role == "assistant", "the last question has no answer"),
     }
+    Ok((messages, named))
+}
+
+/// Gives each image its place; whether no question said where.
+fn place_images(messages: &mut [Message], num_images: usize) -> Result<bool> {
     let places = messages.iter().flat_map(|message| &message.content).filter(|part| **part == Part::Image).count();
     if places == 0 {
-        // No question says where: the images come before the first one.
+        // The images come before the first question.
         let first = messages.iter_mut().find(|message| message.role == "user").context("nobody asks")?;
         *first = Message::question_about(num_images, &shown(first));
     } else {
         ensure!(places == num_images, "{places} places `{IMAGE_PLACE}` in the questions, {num_images} images");
     }
-    Ok(messages)
+    Ok(places == 0 && num_images > 0)
 }
 
-impl RawPart {
-    fn shown(self) -> Result<String> {
-        match (self.r#type.as_str(), self.text) {
-            ("image", _) => Ok(IMAGE_PLACE.to_owned()),
-            ("text", Some(text)) => Ok(text),
-            (other, _) => bail!("a part of a turn is `{other}`, expected `image`, or `text` with its text"),
+/// A part of a turn as text, with [`IMAGE_PLACE`] for a picture, whose name goes to the `named` ones where it has one.
+fn shown_part(part: &Map<String, Value>, named: &mut Vec<String>) -> Result<String> {
+    let text = part.get("text").and_then(Value::as_str);
+    match (part.get("type").and_then(Value::as_str), text) {
+        (Some("image" | "image_url" | "input_image"), _) => {
+            let keys = ["image", "image_url", "path", "url", "bytes"];
+            match keys.iter().find_map(|key| Some((*key, part.get(*key)?)).filter(|(_, value)| is_given(value))) {
+                Some(("bytes", _)) => named.extend(frame(&Value::Object(part.clone()))?),
+                Some((_, value)) => named.extend(frame(value)?),
+                None => {}
+            }
+            Ok(IMAGE_PLACE.to_owned())
+        }
+        (Some("text" | "input_text" | "output_text") | None, Some(text)) => Ok(text.to_owned()),
+        (Some("video"), _) => bail!("a part of a turn is a `video`, which is not read yet"),
+        (other, _) => {
+            let other = other.unwrap_or("without a type");
+            bail!("a part of a turn is `{other}`, expected `image`, or `text` with its text")
         }
     }
 }
@@ -268,6 +324,7 @@ impl Conversations {
     /// Where either cannot be read, or an array is cut short.
     pub fn open(annotation: &Path, image_folder: &Path) -> Result<Self> {
         let shown = annotation.display();
+        ensure!(!annotation.exists() || annotation.is_file(), "cannot read {shown}: it is not a file");
         let file = File::open(annotation).with_context(|| format!("cannot read {shown}"))?;
         let image_folder = (!image_folder.as_os_str().is_empty()).then(|| {
             fs::canonicalize(image_folder)
@@ -283,11 +340,12 @@ impl Conversations {
             blank: Vec::new(),
         };
         let mut file = BufReader::with_capacity(1 << 20, file);
+        let start = skip_mark(&mut file).with_context(|| format!("cannot read {shown}"))?;
         found.is_array = is_array(&mut file).with_context(|| format!("cannot read {shown}"))?;
         if found.is_array {
-            found.find_elements(&mut file).with_context(|| format!("reading {shown}"))?;
+            found.find_elements(&mut file, start).with_context(|| format!("reading {shown}"))?;
         } else {
-            found.find_lines(&mut file).with_context(|| format!("reading {shown}"))?;
+            found.find_lines(&mut file, start).with_context(|| format!("reading {shown}"))?;
         }
         ensure!(!found.lines.is_empty(), "{shown} has no records");
         Ok(found)
@@ -299,8 +357,8 @@ impl Conversations {
         Self { keys, ..self }
     }
 
-    fn find_lines(&mut self, file: &mut impl BufRead) -> Result<()> {
-        let (mut start, mut at, mut blank) = (0_u64, 0_u64, true);
+    fn find_lines(&mut self, file: &mut impl BufRead, mut start: u64) -> Result<()> {
+        let (mut at, mut blank) = (start, true);
         loop {
             let chunk = file.fill_buf()?;
             if chunk.is_empty() {
@@ -324,8 +382,8 @@ impl Conversations {
     }
 
     /// The elements of one array, by its brackets and commas; what stands between them is read later.
-    fn find_elements(&mut self, file: &mut impl BufRead) -> Result<()> {
-        let (mut at, mut start, mut depth) = (0_u64, 0_u64, 0_usize);
+    fn find_elements(&mut self, file: &mut impl BufRead, mut start: u64) -> Result<()> {
+        let (mut at, mut depth) = (start, 0_usize);
         let (mut in_string, mut escaped, mut ended) = (false, false, false);
         loop {
             let chunk = file.fill_buf()?;
@@ -426,15 +484,15 @@ impl Conversations {
     ///
     /// # Errors
     /// Where the path leaves the image folder, by `..`, by its root or by a link; where the file is missing, no
-    /// ordinary file, or larger than an image may be.
+    /// ordinary file, or larger than an image may be. Links may lead to what lies beside the image folder, and to what
+    /// the hub's client keeps.
     pub fn image(&self, frame: &str) -> Result<Vec<u8>> {
+        if let Some(data) = frame.strip_prefix("data:") {
+            let (_, data) = data.split_once("base64,").context("an image is a `data:` address, but not of base64")?;
+            return BASE64.decode(data.trim()).context("an image is no base64");
+        }
         let path = self.image_path(frame)?;
-        let file = File::open(&path).with_context(|| format!("cannot read image `{frame}`"))?;
-        let mut bytes = Vec::new();
-        let len = file.take(MAX_IMAGE_FILE + 1).read_to_end(&mut bytes);
-        let len = len.with_context(|| format!("cannot read image `{frame}`"))? as u64;
-        ensure!(len <= MAX_IMAGE_FILE, "image `{frame}` has more than {} MiB", MAX_IMAGE_FILE >> 20);
-        Ok(bytes)
+        vora_vision::read_image(&path).with_context(|| format!("cannot read image `{frame}`"))
     }
 
     fn image_path(&self, frame: &str) -> Result<PathBuf> {
@@ -444,10 +502,33 @@ impl Conversations {
         let folder = folder.with_context(|| format!("image `{frame}` of a source without an image folder"))?;
         let path = fs::canonicalize(folder.join(frame))
             .with_context(|| format!("cannot read image `{frame}` in {}", folder.display()))?;
-        ensure!(path.starts_with(folder), "image `{frame}` is a link out of the image folder");
+        ensure!(
+            path.starts_with(folder) || is_beside(&path, folder) || is_blob(&path),
+            "image `{frame}` is a link out of the image folder"
+        );
         ensure!(path.is_file(), "image `{frame}` is not a file");
         Ok(path)
     }
+}
+
+/// Whether a file lies in the folder that the image folder lies in.
+fn is_beside(path: &Path, folder: &Path) -> bool {
+    folder.parent().is_some_and(|parent| parent.parent().is_some() && path.starts_with(parent))
+}
+
+/// Whether a file is one that the hub's client keeps: `datasets--owner--name/blobs/HASH`; its folders of snapshots are
+/// made of links to such.
+fn is_blob(path: &Path) -> bool {
+    let blobs = path.parent().filter(|blobs| blobs.ends_with("blobs"));
+    let repository = blobs.and_then(Path::parent).and_then(Path::file_name).and_then(|name| name.to_str());
+    repository.is_some_and(|name| ["datasets--", "models--", "spaces--"].iter().any(|kind| name.starts_with(kind)))
+}
+
+/// Goes past a byte-order mark; how many bytes that are.
+fn skip_mark(file: &mut impl BufRead) -> Result<u64> {
+    let len = if file.fill_buf()?.starts_with(BYTE_ORDER_MARK) { BYTE_ORDER_MARK.len() } else { 0 };
+    file.consume(len);
+    Ok(len as u64)
 }
 
 /// Whether the first byte that is no space opens an array. Looks for it in the first buffer alone: 1 MiB.
@@ -501,7 +582,7 @@ mod tests {
         says(r#"{"conversations": [{"from": "human", "value": "x"}]}"#, "the last question has no answer");
         says(r#"{"conversations": [{"from": "gpt", "value": "x"}]}"#, "turn 1 is from `gpt`, it is the user's");
         says(r#"{"conversations": [{"from": "robot", "value": "x"}]}"#, "a turn is from `robot`");
-        says(r#"{"id": "a"}"#, "it lacks the key `conversations`");
+        says(r#"{"id": "a"}"#, "neither a conversation under `conversations` or `messages` nor");
         says(
             r#"{"conversations": [{"from": "human"}]}"#,
             "its `conversations` is not as expected: missing field `value`",
@@ -643,15 +724,29 @@ mod tests {
         use std::os::unix::fs::symlink;
         let (folder, found) = file(&[GOOD.as_bytes()]);
         let found = found.unwrap();
+        let images = folder.path().join("one/images");
+        fs::create_dir_all(&images).unwrap();
+        let found = Conversations { image_folder: Some(fs::canonicalize(&images).unwrap()), ..found };
         let outside = tempfile::tempdir().unwrap();
         fs::write(outside.path().join("secret.png"), b"png").unwrap();
-        symlink(outside.path().join("secret.png"), folder.path().join("a.png")).unwrap();
-        symlink(outside.path(), folder.path().join("out")).unwrap();
-        symlink("data.jsonl", folder.path().join("b.png")).unwrap();
-        for frame in ["a.png", "out/secret.png"] {
+        symlink(outside.path().join("secret.png"), images.join("a.png")).unwrap();
+        symlink(outside.path(), images.join("out")).unwrap();
+        symlink(folder.path().join("data.jsonl"), images.join("up")).unwrap();
+        fs::write(images.join("whole.png"), b"png").unwrap();
+        symlink("whole.png", images.join("b.png")).unwrap();
+        // Beside the image folder, and as the hub's client keeps its files.
+        fs::write(folder.path().join("one/beside.png"), b"png").unwrap();
+        symlink("../beside.png", images.join("c.png")).unwrap();
+        let blobs = outside.path().join("datasets--owner--name/blobs");
+        fs::create_dir_all(&blobs).unwrap();
+        fs::write(blobs.join("0a1b"), b"png").unwrap();
+        symlink(blobs.join("0a1b"), images.join("d.png")).unwrap();
+        for frame in ["a.png", "out/secret.png", "up"] {
             let message = format!("{:#}", found.image(frame).unwrap_err());
             assert!(message.contains("a link out of the image folder"), "{message}");
         }
-        assert!(found.image("b.png").is_ok());
+        for frame in ["b.png", "c.png", "d.png"] {
+            assert_eq!(found.image(frame).unwrap(), b"png", "{frame}");
+        }
     }
 }

@@ -35,6 +35,8 @@ pub struct Sample {
     pub questions: Vec<QuestionSpan>,
     /// Answers at its end that were left out, with what was asked, as they would not fit.
     pub cut_answers: usize,
+    /// What of its record was not taken as it stands, in words.
+    pub notes: Vec<String>,
 }
 
 /// Why a sample cannot be made: not even its first answer fits, so nothing of it would be learned.
@@ -143,6 +145,7 @@ impl SampleMaker {
             images,
             questions: Vec::with_capacity(questions.len()),
             cut_answers: 0,
+            notes: Vec::new(),
         };
         for (branch, (chat, question)) in chats.iter().zip(questions).enumerate() {
             let answer = chat.only_answer()?;
@@ -296,6 +299,7 @@ impl Tokens {
             images,
             questions,
             cut_answers: 0,
+            notes: record.notes.clone(),
         })
     }
 }

@@ -93,7 +93,7 @@ impl Source for ConversationSource {
         let sample = || {
             let decode = |frame: &String| {
                 let image = vora_vision::decode_image(&self.conversations.image(frame)?);
-                image.with_context(|| format!("image `{frame}`"))
+                image.with_context(|| format!("image `{frame:.80}`"))
             };
             let images = record.frames.iter().map(decode).collect::<Result<Vec<_>>>()?;
             self.maker.conversation(&record, &images)
@@ -157,6 +157,7 @@ impl Source for Numbers {
             images: Vec::new(),
             questions: Vec::new(),
             cut_answers: 0,
+            notes: Vec::new(),
         })
     }
 }

@@ -241,6 +241,7 @@ mod tests {
             images: pictures.iter().map(|&p| Pixels { data: vec![p; 3], height: 1, width: 1 }).collect(),
             questions: vec![question; questions],
             cut_answers: 0,
+            notes: Vec::new(),
         }
     }
 

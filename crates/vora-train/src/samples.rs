@@ -201,6 +201,7 @@ mod tests {
                 images: if index % 10 == 3 { Vec::new() } else { vec![pixels] },
                 questions: vec![QuestionSpan { kind, question, answer, tokens: 0..1 }],
                 cut_answers: 0,
+                notes: Vec::new(),
             })
         }
     }

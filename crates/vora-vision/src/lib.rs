@@ -60,7 +60,7 @@ pub use self::dinov2::Dinov2Config;
 pub use self::encoder::{Encoder, Teacher};
 pub use self::encoder_config::EncoderConfig;
 pub use self::features::{FeatureSelection, VisionFeatureLayer, VisionFeatureSelectStrategy};
-pub use self::image::{ImageError, MAX_PIXELS, decode_image, open_image};
+pub use self::image::{ImageError, MAX_FILE, MAX_PIXELS, decode_image, is_image, open_image, read_image};
 pub use self::patch_embed::{PatchEmbed, PatchEmbedConfig, PositionTable};
 pub use self::preprocess::{IMAGENET_DEFAULT, IMAGENET_STANDARD, ImageProcessor, OPENAI_CLIP, Pixels, Size, stack};
 pub use self::resample::{Backend, Resample};
