@@ -156,6 +156,14 @@ mod tests {
             ("conversations.parquet", 5, ["r0", "r3"]),
             ("caption.parquet", 2, ["caption.parquet: row 1", "caption.parquet: row 2"]),
             ("json.parquet", 2, ["json.parquet: row 1", "json.parquet: row 2"]),
+            ("parts.parquet", 3, ["parts.parquet: row 1", "parts.parquet: row 3"]),
+            ("id-uint64.parquet", 2, ["1", "18446744073709551615"]),
+            ("id-double.parquet", 2, ["1.0", "2.5"]),
+            ("id-binary.parquet", 2, ["x", "ff01"]),
+            ("id-date.parquet", 2, ["1970-01-01", "1970-01-02"]),
+            ("codec-gzip.parquet", 2, ["row 1", "row 2"]),
+            ("codec-lz4.parquet", 2, ["row 1", "row 2"]),
+            ("codec-brotli.parquet", 2, ["row 1", "row 2"]),
             ("shard.tar", 4, ["train/0000", "train/0003"]),
             ("shard.tar.gz", 4, ["train/0000", "train/0003"]),
         ] {
@@ -173,6 +181,21 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn columns_that_are_not_read_are_refused_by_name() {
+        let error = format!("{:#}", open(golden("jpg.parquet")).err().unwrap());
+        assert!(error.contains("its column `jpg` holds pictures") && error.contains("`frames_key: jpg`"), "{error}");
+        let keys = RecordKeys { frames: "jpg".to_owned(), ..RecordKeys::default() };
+        let files = RecordFiles { keys, ..record_files(golden("jpg.parquet")) };
+        let sample = files.open(&Arc::new(sample::tests::tiny())).unwrap()[0].sample(1).unwrap();
+        check(&sample, 1);
+        assert_eq!(sample.images.len(), 1);
+        let videos = &open(golden("videos.parquet")).unwrap()[0];
+        assert!(videos.sample(0).unwrap().images.is_empty());
+        let error = format!("{:#}", videos.sample(1).unwrap_err());
+        assert!(error.contains("videos.parquet: row 2: its `videos` has a video"), "{error}");
     }
 
     #[test]

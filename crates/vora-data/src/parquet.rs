@@ -5,12 +5,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use parquet::basic::{ConvertedType, LogicalType, Type as PhysicalType};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
+use crate::frames::{is_picture_key, picture_keys};
 use crate::record::{MAX_LINE, MAX_RECORD, Record, RecordKeys};
 use crate::shards::{Entry, Shard, Take};
 
@@ -19,6 +21,9 @@ const MAX_ROW_GROUP: i64 = 4 << 30;
 
 /// Columns of words, beside the key of conversations.
 const WORDS: [&str; 4] = ["messages", "texts", "caption", "text"];
+
+/// Columns of videos, which are refused where they are not empty.
+const VIDEOS: [&str; 2] = ["videos", "video"];
 
 /// One row group of a parquet file.
 pub(crate) struct RowGroup {
@@ -42,6 +47,20 @@ pub(crate) fn row_groups(path: &Path, keys: &RecordKeys) -> Result<Vec<RowGroup>
             WORDS.map(|name| format!("`{name}`")).join(", "),
             columns.join(", ")
         );
+        let taken = |name: &str| picture_keys(keys).contains(&name);
+        for field in schema.get_fields() {
+            let name = field.name();
+            let is_picture = is_picture_key(name) && holds_bytes(field) || is_file(field) && !name.contains("audio");
+            if taken(name) || VIDEOS.contains(&name) || !is_picture {
+                continue;
+            }
+            ensure!(
+                columns.iter().any(|name| taken(name)),
+                "its column `{name}` holds pictures, but they are read from {}; `frames_key: {name}` reads it",
+                picture_keys(keys).iter().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ")
+            );
+            tracing::warn!("{}: its column `{name}` is not read", path.display());
+        }
         let mut first = 0;
         let group = |(group, metadata): (usize, &parquet::file::metadata::RowGroupMetaData)| {
             let rows = u64::try_from(metadata.num_rows()).context("a row group has a negative number of rows")?;
@@ -80,7 +99,7 @@ impl Shard for RowGroup {
             let group = reader.get_row_group(self.group)?;
             let rows = RowIter::from_row_group(Some(projection), &*group)?;
             for (row, number) in rows.zip(self.first + 1..).skip(usize::try_from(skip)?) {
-                if !take(self.entry(row?, number)) {
+                if !take(self.entry(row?, number, schema)) {
                     break;
                 }
             }
@@ -92,22 +111,37 @@ impl Shard for RowGroup {
 
 impl RowGroup {
     fn is_wanted(&self, column: &str) -> bool {
-        self.is_image(column) || column == "id" || column == self.keys.conversations || WORDS.contains(&column)
+        picture_keys(&self.keys).contains(&column)
+            || column == "id"
+            || column == self.keys.conversations
+            || WORDS.contains(&column)
+            || VIDEOS.contains(&column)
     }
 
-    fn is_image(&self, column: &str) -> bool {
-        [self.keys.frames.as_str(), "images", "image"].contains(&column)
-    }
-
-    fn entry(&self, row: Row, number: u64) -> Result<Entry> {
+    fn entry(&self, row: Row, number: u64, schema: &Type) -> Result<Entry> {
         let place = format!("{}: row {number}", self.path.display());
         let entry = || -> Result<_> {
             let (mut object, mut images) = (Map::new(), Vec::new());
+            let mut of: Option<String> = None; // the column that the images are of
             for (column, field) in row.into_columns() {
-                if self.is_image(&column) {
-                    add_images(field, &mut images).with_context(|| format!("its `{column}`"))?;
+                let shown = || format!("its `{column}`");
+                if picture_keys(&self.keys).contains(&column.as_str()) {
+                    let mut found = Vec::new();
+                    let mut left = MAX_RECORD;
+                    add_images(field, &mut found, &mut left).with_context(shown)?;
+                    if !found.is_empty() {
+                        if let Some(other) = of {
+                            bail!("it has both `{other}` and `{column}`");
+                        }
+                        (images, of) = (found, Some(column));
+                    }
+                } else if VIDEOS.contains(&column.as_str()) {
+                    object.insert(column, if is_given(&field) { Value::Bool(true) } else { Value::Null });
+                } else if column == "id" {
+                    object.insert(column, id(field));
                 } else {
-                    object.insert(column.clone(), value(field).with_context(|| format!("its `{column}`"))?);
+                    let value = value(field, child(schema, &column)).with_context(shown)?;
+                    object.insert(column, value);
                 }
             }
             let record = Record::with_images(object, &self.keys, images.len())?;
@@ -121,24 +155,26 @@ impl RowGroup {
     }
 }
 
-/// An image, or a list of them: bytes, or a struct with `bytes`.
-fn add_images(field: Field, images: &mut Vec<Vec<u8>>) -> Result<()> {
+/// An image, or a list of them: bytes, or a struct with `bytes`; a record may have `left` bytes of them.
+fn add_images(field: Field, images: &mut Vec<Vec<u8>>, left: &mut u64) -> Result<()> {
     match field {
         Field::Null => {}
         Field::Bytes(bytes) => {
-            ensure!(bytes.len() as u64 <= MAX_RECORD, "an image has more than {} MiB", MAX_RECORD >> 20);
+            let size = bytes.len() as u64;
+            ensure!(size <= *left, "a record's images have more than {} MiB", MAX_RECORD >> 20);
+            *left -= size;
             images.push(bytes.data().to_vec());
         }
         Field::Group(row) => {
             let bytes = row.into_columns().into_iter().find(|(name, _)| name == "bytes").map(|(_, field)| field);
             match bytes {
-                Some(bytes @ Field::Bytes(_)) => add_images(bytes, images)?,
+                Some(bytes @ Field::Bytes(_)) => add_images(bytes, images, left)?,
                 _ => bail!("an image has no bytes, only files that hold their images are read"),
             }
         }
         Field::ListInternal(list) => {
             for element in list.elements() {
-                add_images(element.clone(), images)?;
+                add_images(element.clone(), images, left)?;
             }
         }
         _ => bail!("an image is neither bytes nor a struct of bytes and path"),
@@ -146,21 +182,101 @@ fn add_images(field: Field, images: &mut Vec<Vec<u8>>) -> Result<()> {
     Ok(())
 }
 
-fn value(field: Field) -> Result<Value> {
+/// An id of any type, as text.
+fn id(field: Field) -> Value {
+    match field {
+        Field::Null => Value::Null,
+        Field::Str(text) => text.into(),
+        Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
+            Ok(text) => text.into(),
+            Err(_) => bytes.data().iter().map(|byte| format!("{byte:02x}")).collect::<String>().into(),
+        },
+        other => other.to_string().into(),
+    }
+}
+
+/// Whether a field says anything.
+fn is_given(field: &Field) -> bool {
+    match field {
+        Field::Null => false,
+        Field::ListInternal(list) => list.elements().iter().any(is_given),
+        _ => true,
+    }
+}
+
+/// A value as JSON; `ty` tells strings of JSON from others.
+fn value(field: Field, ty: Option<&Type>) -> Result<Value> {
     Ok(match field {
         Field::Null => Value::Null,
         Field::Bool(value) => value.into(),
+        Field::Byte(value) => value.into(),
+        Field::Short(value) => value.into(),
         Field::Int(value) => value.into(),
         Field::Long(value) => value.into(),
+        Field::UByte(value) => value.into(),
+        Field::UShort(value) => value.into(),
+        Field::UInt(value) => value.into(),
+        Field::ULong(value) => value.into(),
+        Field::Float(value) => value.into(),
+        Field::Double(value) => value.into(),
         Field::Str(text) => {
             ensure!(text.len() as u64 <= MAX_LINE, "a text has more than {} MiB", MAX_LINE >> 20);
+            if ty.is_some_and(is_json) {
+                return serde_json::from_str(&text).map_err(|error| anyhow!("a value of JSON is none: {error}"));
+            }
             text.into()
         }
+        Field::Bytes(bytes) => {
+            ensure!(bytes.len() as u64 <= MAX_LINE, "a text has more than {} MiB", MAX_LINE >> 20);
+            std::str::from_utf8(bytes.data()).context("a text is bytes, and not UTF-8")?.into()
+        }
         Field::Group(row) => {
-            let entry = |(name, field)| Ok((name, value(field)?));
+            let entry = |(name, field): (String, Field)| {
+                let value = value(field, ty.and_then(|ty| child(ty, &name)))?;
+                Ok((name, value))
+            };
             Value::Object(row.into_columns().into_iter().map(entry).collect::<Result<_>>()?)
         }
-        Field::ListInternal(list) => list.elements().iter().cloned().map(value).collect::<Result<_>>()?,
-        other => bail!("a value is of a type that is not read: {other:.40}"),
+        Field::ListInternal(list) => {
+            let element = ty.map(element);
+            list.elements().iter().map(|field| value(field.clone(), element)).collect::<Result<_>>()?
+        }
+        other => other.to_string().into(),
     })
+}
+
+fn child<'a>(ty: &'a Type, name: &str) -> Option<&'a Type> {
+    if ty.is_primitive() {
+        return None;
+    }
+    ty.get_fields().iter().find(|field| field.name() == name).map(|field| &**field)
+}
+
+/// What a list is of: `list` has one repeated field, which has one field in its turn where it is written in three levels.
+fn element(list: &Type) -> &Type {
+    let only = |ty: &'_ Type| !ty.is_primitive() && ty.get_fields().len() == 1;
+    if !only(list) || list.get_basic_info().converted_type() != ConvertedType::LIST {
+        return list;
+    }
+    let repeated = &*list.get_fields()[0];
+    if only(repeated) { &repeated.get_fields()[0] } else { repeated }
+}
+
+fn is_json(ty: &Type) -> bool {
+    let info = ty.get_basic_info();
+    info.logical_type_ref() == Some(&LogicalType::Json) || info.converted_type() == ConvertedType::JSON
+}
+
+/// Whether a column is of structs with `bytes` and `path`, or of lists of them, as the hub's files of pictures are.
+fn is_file(ty: &Type) -> bool {
+    let ty = element(ty);
+    child(ty, "bytes").is_some_and(holds_bytes) && child(ty, "path").is_some()
+}
+
+/// Whether a column is of bytes, of structs that have some, or of lists of either.
+fn holds_bytes(ty: &Type) -> bool {
+    if !ty.is_primitive() {
+        return ty.get_fields().iter().any(|field| holds_bytes(field));
+    }
+    ty.get_physical_type() == PhysicalType::BYTE_ARRAY && ty.get_basic_info().converted_type() == ConvertedType::NONE
 }

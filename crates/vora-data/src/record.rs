@@ -635,6 +635,26 @@ mod tests {
     }
 
     #[test]
+    fn a_mark_of_byte_order_is_skipped() {
+        let lines: [&[u8]; 4] = [b"\xef\xbb\xbf", GOOD.as_bytes(), b"\n", GOOD.as_bytes()];
+        let array: [&[u8]; 3] = [b"\xef\xbb\xbf[", GOOD.as_bytes(), b"]"];
+        for (pieces, len) in [(&lines[..], 2), (&array[..], 1)] {
+            let (_folder, found) = file(pieces);
+            let found = found.unwrap();
+            assert_eq!((found.len(), found.record(0).unwrap().id.as_str()), (len, "a"));
+        }
+    }
+
+    #[test]
+    fn a_record_may_hold_its_picture() {
+        let (_folder, found) = file(&[GOOD.replacen('{', r#"{"image": {"bytes": "cG5n"}, "#, 1).as_bytes()]);
+        let found = found.unwrap();
+        let record = found.record(0).unwrap();
+        assert_eq!(found.image(&record.frames[0]).unwrap(), b"png");
+        assert!(found.image("data:image/png,x").unwrap_err().to_string().contains("not of base64"));
+    }
+
+    #[test]
     fn turns_are_written_in_several_ways() {
         let object = |text: &str| serde_json::from_str::<Map<String, Value>>(text).unwrap();
         let read = |text: &str| Record::with_images(object(text), &RecordKeys::default(), 1).unwrap().messages;

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use anyhow::{Context, Result, anyhow};
+use vora_llm::Part;
 
 use crate::record::Record;
 use crate::sample::{Sample, SampleMaker};
@@ -16,8 +17,14 @@ use crate::source::Source;
 /// Records that are shuffled among each other, and read ahead; few in tests, which then have many windows.
 const WINDOW: u64 = if cfg!(test) { 16 } else { 512 };
 
-/// Windows that stay in memory: workers are not all in the same one.
-const WINDOWS: usize = 3;
+/// A window is cut before its records have more bytes than this; less in tests, which then cut some.
+const WINDOW_BYTES: u64 = if cfg!(test) { 1 << 20 } else { 64 << 20 };
+
+/// Full windows that stay in memory: workers are not all in the same one.
+const WINDOWS: u64 = 3;
+
+/// Bytes that stay in memory, beside the window that is being read: those of two large windows.
+const KEPT_BYTES: u64 = 2 * WINDOW_BYTES;
 
 /// A record with its images, undecoded.
 #[derive(Debug)]
@@ -29,6 +36,13 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
+    /// How much it holds.
+    fn size(&self) -> u64 {
+        let text = |part: &Part| if let Part::Text(text) = part { text.len() } else { 0 };
+        let words = self.record.messages.iter().flat_map(|message| &message.content).map(text).sum::<usize>();
+        (words + self.images.iter().map(Vec::len).sum::<usize>()) as u64
+    }
+
     pub(crate) fn sample(&self, maker: &SampleMaker) -> Result<Sample> {
         let sample = || {
             let decode = |(idx, image): (usize, &Vec<u8>)| {
@@ -54,7 +68,8 @@ pub(crate) trait Shard: Send + Sync {
     fn read(&self, skip: u64, take: &mut Take<'_>) -> Result<()>;
 }
 
-/// Shards one after the other. Shuffled, they come in random order, and so do records within windows of 512.
+/// Shards one after the other. Shuffled, they come in random order, and so do records within windows of 512, or of as
+/// many as have 64 MiB.
 pub struct ShardStream {
     shards: Arc<Vec<Box<dyn Shard>>>,
     maker: Arc<SampleMaker>,
@@ -93,12 +108,12 @@ impl Source for ShardStream {
     }
 }
 
-/// What the reading thread says.
-enum Said {
-    Entry(Result<Entry>),
-    /// A shard was read through and has so many records.
-    Len(usize, u64),
-    PassEnd,
+/// What the reading thread says: the next records of one pass, and shards that were read through meanwhile, with how
+/// many records they have.
+struct Said {
+    entries: Vec<Shared>,
+    bytes: u64,
+    lens: Vec<(usize, u64)>,
 }
 
 type Shared = Arc<std::result::Result<Entry, String>>;
@@ -107,6 +122,7 @@ type Shared = Arc<std::result::Result<Entry, String>>;
 struct Window {
     start: u64, // place in the walk
     entries: Vec<Shared>,
+    bytes: u64,
 }
 
 /// Where a walk stands.
@@ -143,9 +159,9 @@ impl Cursor {
             Some(len) if len > 0 => (place / len, place % len / WINDOW * WINDOW),
             _ => (0, 0),
         };
-        self.windows.push_back(Window { start: pass * len.unwrap_or(0) + skip, entries: Vec::new() });
+        self.windows.push_back(Window { start: pass * len.unwrap_or(0) + skip, entries: Vec::new(), bytes: 0 });
         self.seed = seed;
-        let (sender, said) = sync_channel(WINDOW as usize);
+        let (sender, said) = sync_channel(0); // the reader has one window ahead in its hands, and no more
         self.said = Some(said);
         let (shards, lens) = (shards.clone(), self.lens.clone());
         let thread = thread::Builder::new().name("shards".to_owned());
@@ -156,23 +172,21 @@ impl Cursor {
     fn read_window(&mut self) -> Result<()> {
         let start = self.windows.back().map_or(0, |window| window.start + window.entries.len() as u64);
         let said = self.said.as_ref().context("no shard is being read")?;
-        let mut entries = Vec::new();
-        while entries.len() < WINDOW as usize {
-            match said.recv() {
-                Ok(Said::Entry(entry)) => entries.push(Arc::new(entry.map_err(|error| format!("{error:#}")))),
-                Ok(Said::Len(shard, len)) => self.lens[shard] = Some(len),
-                Ok(Said::PassEnd) if entries.is_empty() => {} // the window before it was full
-                Ok(Said::PassEnd) => break,
-                Err(_) => {
-                    self.said = None;
-                    return Err(anyhow!("the shards have no records"));
-                }
-            }
+        let Ok(Said { entries, bytes, lens }) = said.recv() else {
+            self.said = None;
+            return Err(anyhow!("the shards have no records"));
+        };
+        for (shard, len) in lens {
+            self.lens[shard] = Some(len);
         }
-        if self.windows.len() == WINDOWS {
+        self.windows.push_back(Window { start, entries, bytes });
+        let too_much = |windows: &VecDeque<Window>| {
+            let records = windows.iter().map(|window| window.entries.len() as u64).sum::<u64>();
+            records > WINDOWS * WINDOW || windows.iter().map(|window| window.bytes).sum::<u64>() > KEPT_BYTES
+        };
+        while self.windows.len() > 2 && too_much(&self.windows) {
             self.windows.pop_front();
         }
-        self.windows.push_back(Window { start, entries });
         Ok(())
     }
 }
@@ -188,6 +202,36 @@ impl Window {
     }
 }
 
+/// Cuts a pass into windows and hands them over.
+struct Cutter<'a> {
+    sender: &'a SyncSender<Said>,
+    place: u64, // in the pass, of the next entry
+    next: Said,
+}
+
+impl Cutter<'_> {
+    /// False where nobody listens any more.
+    fn push(&mut self, entry: Result<Entry>) -> bool {
+        let size = entry.as_ref().map_or(0, Entry::size);
+        if self.next.bytes + size > WINDOW_BYTES && !self.cut() {
+            return false;
+        }
+        self.next.entries.push(Arc::new(entry.map_err(|error| format!("{error:#}"))));
+        self.next.bytes += size;
+        self.place += 1;
+        // Always at these places too, so that reading may begin there.
+        !self.place.is_multiple_of(WINDOW) || self.cut()
+    }
+
+    fn cut(&mut self) -> bool {
+        if self.next.entries.is_empty() {
+            return true;
+        }
+        let next = Said { entries: Vec::new(), bytes: 0, lens: Vec::new() };
+        self.sender.send(std::mem::replace(&mut self.next, next)).is_ok()
+    }
+}
+
 /// Reads pass after pass until nobody listens.
 fn read(
     shards: &[Box<dyn Shard>],
@@ -197,6 +241,7 @@ fn read(
     seed: Option<u64>,
     sender: &SyncSender<Said>,
 ) {
+    let mut cutter = Cutter { sender, place: skip, next: Said { entries: Vec::new(), bytes: 0, lens: Vec::new() } };
     for pass in first.. {
         let mut found = false;
         for turn in 0..shards.len() as u64 {
@@ -208,7 +253,7 @@ fn read(
             let (mut len, mut wanted) = (skip, true);
             let mut take = |entry| {
                 len += 1;
-                wanted = sender.send(Said::Entry(entry)).is_ok();
+                wanted = cutter.push(entry);
                 wanted
             };
             // The parquet crate may panic over a hostile file.
@@ -219,16 +264,18 @@ fn read(
             // One that promised more keeps its length, or the places behind it would be others.
             while wanted && lens[shard].is_some_and(|promised| len < promised) {
                 len += 1;
-                wanted = sender.send(Said::Entry(Err(anyhow!("left out with the rest of its shard")))).is_ok();
+                wanted = cutter.push(Err(anyhow!("left out with the rest of its shard")));
             }
-            if !wanted || sender.send(Said::Len(shard, len)).is_err() {
+            if !wanted {
                 return;
             }
+            cutter.next.lens.push((shard, len));
             (skip, found) = (0, found || len > 0);
         }
-        if !found || sender.send(Said::PassEnd).is_err() {
+        if !found || !cutter.cut() {
             return;
         }
+        cutter.place = 0;
     }
 }
 
@@ -244,6 +291,14 @@ mod tests {
         len: u64,
         known: bool,
         broken: bool,
+        bytes: usize, // that each holds
+    }
+
+    impl Counted {
+        /// An image that nobody decodes, as no test of large records makes samples.
+        fn images(&self) -> Vec<Vec<u8>> {
+            if self.bytes > 0 { vec![vec![0; self.bytes]] } else { Vec::new() }
+        }
     }
 
     impl Shard for Counted {
@@ -258,7 +313,7 @@ mod tests {
                     {{"from": "gpt", "value": "b"}}]}}"#
                 );
                 let record = Record::parse(line.as_bytes(), &crate::RecordKeys::default())?;
-                if !take(Ok(Entry { place: number.to_string(), record, images: Vec::new() })) {
+                if !take(Ok(Entry { place: number.to_string(), record, images: self.images() })) {
                     return Ok(());
                 }
             }
@@ -268,7 +323,9 @@ mod tests {
     }
 
     fn stream(known: bool, broken: bool) -> Arc<ShardStream> {
-        let shard = |first, len| Box::new(Counted { first, len, known, broken: broken && first > 0 }) as Box<dyn Shard>;
+        let shard = |first, len| {
+            Box::new(Counted { first, len, known, broken: broken && first > 0, bytes: 0 }) as Box<dyn Shard>
+        };
         let shards = vec![shard(0, 70), shard(70, 1), shard(71, 50), shard(121, 0)];
         Arc::new(ShardStream::new(shards, Arc::new(sample::tests::tiny())))
     }
@@ -319,8 +376,34 @@ mod tests {
     }
 
     #[test]
+    fn windows_are_cut_by_bytes_and_begin_again_at_their_places() {
+        let shard =
+            || Box::new(Counted { first: 0, len: 40, known: true, broken: false, bytes: 300 << 10 }) as Box<dyn Shard>;
+        let shards = Arc::new(vec![shard()]);
+        let walk = |places: &[u64]| {
+            let mut cursor = Cursor { lens: vec![Some(40)], ..Cursor::default() };
+            let entry = |place: &u64| {
+                let entry = cursor.entry(&shards, *place, Some(3)).unwrap();
+                let kept: u64 = cursor.windows.iter().map(|window| window.bytes).sum();
+                assert!(kept <= KEPT_BYTES && cursor.windows.iter().all(|window| window.bytes <= WINDOW_BYTES));
+                entry.as_ref().as_ref().unwrap().record.id.parse::<u64>().unwrap()
+            };
+            places.iter().map(entry).collect::<Vec<_>>()
+        };
+        let places: Vec<_> = (0..80).collect();
+        let whole = walk(&places);
+        let mut pass = whole[..40].to_vec();
+        assert!(pass[..3] != [0, 1, 2] || pass[3..6] != [3, 4, 5]); // three to a window, shuffled
+        pass.sort_unstable();
+        assert!(pass.into_iter().eq(0..40));
+        for start in [5, 17, 33, 39, 41, 77] {
+            assert_eq!(walk(&places[start..]), whole[start..], "from {start}");
+        }
+    }
+
+    #[test]
     fn shards_of_nothing_say_so() {
-        let shard = Counted { first: 0, len: 0, known: false, broken: false };
+        let shard = Counted { first: 0, len: 0, known: false, broken: false, bytes: 0 };
         let source = ShardStream::new(vec![Box::new(shard)], Arc::new(sample::tests::tiny()));
         assert_eq!(source.sample(0).unwrap_err().to_string(), "the shards have no records");
     }
