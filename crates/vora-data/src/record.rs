@@ -27,6 +27,9 @@ pub const IMAGE_PLACE: &str = "<image>";
 /// No record's text is longer: 16 MiB.
 pub(crate) const MAX_LINE: u64 = 16 << 20;
 
+/// What a record says is no longer, all of it: 1 MiB. Its tokens take some hundred times as much while they are made.
+const MAX_WORDS: usize = 1 << 20;
+
 /// No record of a shard is larger, with its images: 64 MiB.
 pub(crate) const MAX_RECORD: u64 = 64 << 20;
 
@@ -145,6 +148,8 @@ impl Record {
                 vec![question, Message::new("assistant", &caption)]
             }
         };
+        let len: usize = messages.iter().map(num_bytes).sum();
+        ensure!(len <= MAX_WORDS, "it says {len} bytes of text, at most {MAX_WORDS} are read");
         if beside.is_none_or(|num_images| num_images == 0) {
             notes.extend(not_taken(&object, keys, frames.is_empty())?);
         }
@@ -293,6 +298,11 @@ fn split_places(text: &str) -> Vec<Part> {
         }
     }
     parts
+}
+
+/// How much text a message has.
+pub(crate) fn num_bytes(message: &Message) -> usize {
+    message.content.iter().map(|part| if let Part::Text(text) = part { text.len() } else { 0 }).sum()
 }
 
 /// What a message says, with [`IMAGE_PLACE`] for its images.
@@ -632,6 +642,14 @@ mod tests {
                 error(index)
             );
         }
+    }
+
+    #[test]
+    fn what_a_record_says_has_a_limit() {
+        let line = GOOD.replace("Hi", &"x".repeat(MAX_WORDS - 2));
+        assert!(parse(&line).is_ok());
+        let message = parse(&line.replace("Ho", "Hop")).unwrap_err().to_string();
+        assert_eq!(message, "it says 1048577 bytes of text, at most 1048576 are read");
     }
 
     #[test]

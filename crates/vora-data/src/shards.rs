@@ -7,9 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use anyhow::{Context, Result, anyhow};
-use vora_llm::Part;
 
-use crate::record::Record;
+use crate::record::{Record, num_bytes};
 use crate::sample::{Sample, SampleMaker};
 use crate::shuffle::Shuffle;
 use crate::source::Source;
@@ -38,8 +37,7 @@ pub(crate) struct Entry {
 impl Entry {
     /// How much it holds.
     fn size(&self) -> u64 {
-        let text = |part: &Part| if let Part::Text(text) = part { text.len() } else { 0 };
-        let words = self.record.messages.iter().flat_map(|message| &message.content).map(text).sum::<usize>();
+        let words = self.record.messages.iter().map(num_bytes).sum::<usize>();
         (words + self.images.iter().map(Vec::len).sum::<usize>()) as u64
     }
 

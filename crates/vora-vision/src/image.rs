@@ -160,6 +160,7 @@ fn decode_as(bytes: &[u8], format: ImageFormat, name: &'static str) -> Result<Rg
         ImageFormat::Jpeg if is_progressive(bytes) => bytes.len() as u64 + 6 * pixels, // three coefficients of 16 bits
         ImageFormat::Jpeg => bytes.len() as u64,
         ImageFormat::WebP | ImageFormat::Gif => 2 * pixels,
+        ImageFormat::Tiff => decoder.total_bytes(), // a copy
         _ => 0,
     };
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);

@@ -3,6 +3,7 @@
 mod data;
 mod eval;
 mod faults;
+mod memory;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
