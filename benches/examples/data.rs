@@ -51,6 +51,7 @@ impl Source for Pictures {
             images: vec![image],
             questions: Vec::new(),
             cut_answers: 0,
+            notes: Vec::new(),
         })
     }
 }

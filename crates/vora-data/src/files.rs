@@ -192,6 +192,8 @@ mod tests {
         let sample = files.open(&Arc::new(sample::tests::tiny())).unwrap()[0].sample(1).unwrap();
         check(&sample, 1);
         assert_eq!(sample.images.len(), 1);
+        let error = format!("{:#}", open(golden("bomb.parquet")).err().unwrap());
+        assert!(error.contains("column `image.bytes` of row group 0 unpacks to 600 MiB from"), "{error}");
         let videos = &open(golden("videos.parquet")).unwrap()[0];
         assert!(videos.sample(0).unwrap().images.is_empty());
         let error = format!("{:#}", videos.sample(1).unwrap_err());

@@ -19,6 +19,11 @@ use crate::shards::{Entry, Shard, Take};
 /// No row group is larger, uncompressed: 4 GiB.
 const MAX_ROW_GROUP: i64 = 4 << 30;
 
+/// A column of a row group that is larger once it is unpacked, 512 MiB, is refused where it is so many times as large as
+/// packed: a few pages of that would fill the memory. Pictures hardly pack, and text by a fifth.
+const MAX_UNPACKED: i64 = 512 << 20;
+const MOST_UNPACKED: i64 = 32;
+
 /// Columns of words, beside the key of conversations.
 const WORDS: [&str; 4] = ["messages", "texts", "caption", "text"];
 
@@ -69,6 +74,15 @@ pub(crate) fn row_groups(path: &Path, keys: &RecordKeys) -> Result<Vec<RowGroup>
                 "row group {group} has more than {} GiB; write it with smaller ones",
                 MAX_ROW_GROUP >> 30
             );
+            for column in metadata.columns() {
+                let (packed, size) = (column.compressed_size(), column.uncompressed_size());
+                ensure!(
+                    size <= MAX_UNPACKED || size / MOST_UNPACKED <= packed,
+                    "column `{}` of row group {group} unpacks to {} MiB from {packed} bytes; write it with smaller row groups",
+                    column.column_path().string(),
+                    size >> 20
+                );
+            }
             let group = RowGroup { path: path.to_owned(), keys: keys.clone(), group, first, rows };
             first += rows;
             Ok(group)

@@ -323,7 +323,7 @@ pub struct Conversations {
     file: Mutex<File>,
     is_array: bool,
     lines: Vec<(u64, u32)>, // start, length of each record; a longer one than can be read has length u32::MAX
-    blank: Vec<usize>,      // how many records were found before each blank line
+    blank: Vec<(usize, usize)>, // runs of blank lines: how many records before it, blank lines up to its end
 }
 
 impl Conversations {
@@ -436,7 +436,11 @@ impl Conversations {
 
     fn add_line(&mut self, start: u64, end: u64, blank: bool) {
         if blank {
-            self.blank.push(self.lines.len());
+            let before = self.blank.last().map_or(0, |(_, count)| *count);
+            match self.blank.last_mut() {
+                Some((records, count)) if *records == self.lines.len() => *count += 1,
+                _ => self.blank.push((self.lines.len(), before + 1)),
+            }
         } else {
             self.lines.push((start, u32::try_from(end - start).unwrap_or(u32::MAX)));
         }
@@ -458,7 +462,8 @@ impl Conversations {
             return format!("{}: record {}", self.path.display(), index + 1);
         }
         let index = index as usize;
-        let line = 1 + index + self.blank.partition_point(|before| *before <= index);
+        let runs = self.blank.partition_point(|(records, _)| *records <= index);
+        let line = 1 + index + runs.checked_sub(1).map_or(0, |last| self.blank[last].1);
         format!("{}:{line}", self.path.display())
     }
 

@@ -1,5 +1,6 @@
 //! Records and scenes as token ids with places for images, and what is learned from them.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -93,8 +94,20 @@ impl SampleMaker {
     /// # Errors
     /// Where not even the first answer fits, or where images and patches do not go together.
     pub fn conversation(&self, record: &Record, images: &[RgbImage]) -> Result<Sample> {
+        self.decoded_conversation(record, images.len(), |idx| Ok(Cow::Borrowed(&images[idx])))
+    }
+
+    /// The same, of pictures that are decoded one after the other: only one at a time is in memory at its full size.
+    pub(crate) fn decoded_conversation<'a>(
+        &self,
+        record: &Record,
+        count: usize,
+        decode: impl Fn(usize) -> Result<Cow<'a, RgbImage>>,
+    ) -> Result<Sample> {
+        let pixels = |idx| self.pixels(idx, &*decode(idx)?);
+        let images = (0..count).map(pixels).collect::<Result<Vec<_>>>()?;
         let sample = || {
-            let mut images = self.pixels(images)?;
+            let mut images = images;
             let mut messages = record.messages.clone();
             let mut tokens = self.tokens(&messages, &images)?;
             let ends: Vec<_> = tokens.answers().map(|answer| answer.end).collect();
@@ -122,7 +135,7 @@ impl SampleMaker {
     pub fn packed(&self, id: String, picture: &RgbImage, questions: Vec<Question>) -> Result<Sample> {
         let sample = || {
             ensure!(!questions.is_empty(), "it has no questions");
-            let images = self.pixels(std::slice::from_ref(picture))?;
+            let images = vec![self.pixels(0, picture)?];
             let chats = questions
                 .iter()
                 .map(|question| {
@@ -167,19 +180,16 @@ impl SampleMaker {
         Ok(sample)
     }
 
-    fn pixels(&self, images: &[RgbImage]) -> Result<Vec<Pixels>> {
-        let pixels = |(idx, image): (usize, &RgbImage)| {
-            let pixels = self.processor.preprocess(image).with_context(|| format!("image {idx}"))?;
-            ensure!(
-                pixels.height % self.patch_size == 0 && pixels.width % self.patch_size == 0,
-                "image {idx} has {} x {} pixels once processed, which is no whole number of patches of {}",
-                pixels.width,
-                pixels.height,
-                self.patch_size
-            );
-            Ok(pixels)
-        };
-        images.iter().enumerate().map(pixels).collect()
+    fn pixels(&self, idx: usize, image: &RgbImage) -> Result<Pixels> {
+        let pixels = self.processor.preprocess(image).with_context(|| format!("image {idx}"))?;
+        ensure!(
+            pixels.height % self.patch_size == 0 && pixels.width % self.patch_size == 0,
+            "image {idx} has {} x {} pixels once processed, which is no whole number of patches of {}",
+            pixels.width,
+            pixels.height,
+            self.patch_size
+        );
+        Ok(pixels)
     }
 
     fn tokens(&self, messages: &[Message], images: &[Pixels]) -> Result<Tokens> {

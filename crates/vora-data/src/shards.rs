@@ -1,5 +1,6 @@
 //! Records in shards that are read from their start on: compressed tar files, row groups of parquet files.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -42,14 +43,12 @@ impl Entry {
     }
 
     pub(crate) fn sample(&self, maker: &SampleMaker) -> Result<Sample> {
-        let sample = || {
-            let decode = |(idx, image): (usize, &Vec<u8>)| {
-                vora_vision::decode_image(image).with_context(|| format!("image {idx}"))
-            };
-            let images = self.images.iter().enumerate().map(decode).collect::<Result<Vec<_>>>()?;
-            maker.conversation(&self.record, &images)
+        let decode = |idx: usize| {
+            let image = vora_vision::decode_image(&self.images[idx]);
+            image.map(Cow::Owned).with_context(|| format!("image {idx}"))
         };
-        sample().with_context(|| self.place.clone())
+        let sample = maker.decoded_conversation(&self.record, self.images.len(), decode);
+        sample.with_context(|| self.place.clone())
     }
 }
 

@@ -1,5 +1,6 @@
 //! Where samples come from.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -90,15 +91,13 @@ impl Source for ConversationSource {
 
     fn sample(&self, index: u64) -> Result<Sample> {
         let record = self.conversations.record(index)?;
-        let sample = || {
-            let decode = |frame: &String| {
-                let image = vora_vision::decode_image(&self.conversations.image(frame)?);
-                image.with_context(|| format!("image `{frame:.80}`"))
-            };
-            let images = record.frames.iter().map(decode).collect::<Result<Vec<_>>>()?;
-            self.maker.conversation(&record, &images)
+        let decode = |idx: usize| {
+            let frame = &record.frames[idx];
+            let image = vora_vision::decode_image(&self.conversations.image(frame)?);
+            image.map(Cow::Owned).with_context(|| format!("image `{frame:.80}`"))
         };
-        sample().with_context(|| self.conversations.place(index))
+        let sample = self.maker.decoded_conversation(&record, record.frames.len(), decode);
+        sample.with_context(|| self.conversations.place(index))
     }
 }
 
