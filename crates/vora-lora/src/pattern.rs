@@ -1,7 +1,7 @@
 //! Patterns over module paths, as PEFT matches them.
 
 use anyhow::{Context, Result};
-use regex::Regex;
+use fancy_regex::Regex;
 
 /// Whether the whole of `path`, or what follows one of its dots, matches `pattern`: PEFT's `get_pattern_key`, which
 /// decides by `re.match(rf"(.*\.)?({pattern})$", path)` about `rank_pattern` and `alpha_pattern`.
@@ -17,12 +17,12 @@ pub(crate) fn matches_end(pattern: &str, path: &str) -> Result<bool> {
         let fits = pattern.bytes().zip(tail.bytes()).all(|(p, c)| p == c || p == b'.');
         return Ok(fits && (head.is_empty() || head.ends_with('.')));
     }
-    Ok(compile(&format!(r"^(?:.*\.)?(?:{pattern})$"), pattern)?.is_match(path))
+    is_match(&compile(&format!(r"^(?:.*\.)?(?:{pattern})$"), pattern)?, path)
 }
 
-/// An expression that matches whole paths alone: `re.fullmatch`.
-pub(crate) fn whole(pattern: &str) -> Result<Regex> {
-    compile(&format!("^(?:{pattern})$"), pattern)
+/// Whether `pattern` matches the whole of `path`: `re.fullmatch`.
+pub(crate) fn matches_whole(pattern: &str, path: &str) -> Result<bool> {
+    is_match(&compile(&format!("^(?:{pattern})$"), pattern)?, path)
 }
 
 /// An expression with a group `idx` around the number of the layer, the first one in a path: PEFT's
@@ -32,6 +32,11 @@ pub(crate) fn layer_number(layers_pattern: Option<&str>) -> Result<Regex> {
         None => compile(r"^(?:.*?\.[^.]*\.(?P<idx>\d+)\.)", ""),
         Some(pattern) => compile(&format!(r"^(?:(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.)"), pattern),
     }
+}
+
+/// An error where the search goes back and forth for too long.
+fn is_match(expression: &Regex, path: &str) -> Result<bool> {
+    expression.is_match(path).with_context(|| format!("`{expression}` on {path}"))
 }
 
 fn compile(expression: &str, pattern: &str) -> Result<Regex> {
@@ -62,14 +67,40 @@ mod tests {
         ] {
             assert_eq!(matches_end(pattern, path).unwrap(), expected, "{pattern} on {path}");
         }
-        let error = matches_end("(?<!k)q_proj", "q_proj").unwrap_err().to_string();
-        assert_eq!(error, "`(?<!k)q_proj` is no regular expression that can be read here");
+        let error = matches_end("(q_proj", "q_proj").unwrap_err().to_string();
+        assert_eq!(error, "`(q_proj` is no regular expression that can be read here");
+    }
+
+    /// What LLaMA-Factory and ms-swift write, and the like; the expected values are those of Python's `re`.
+    #[test]
+    fn a_pattern_may_look_ahead_and_behind() {
+        let factory = r"^(?!.*(?:patch_embed|visual)).*(?:q_proj|v_proj).*";
+        let swift = r"^(language_model|model.language_model)(?=\.).*\.(q_proj|v_proj)$";
+        for (pattern, path, expected) in [
+            (factory, "model.layers.0.self_attn.q_proj", true),
+            (factory, "visual.blocks.0.q_proj", false),
+            (factory, "model.layers.0.self_attn.k_proj", false),
+            (swift, "model.language_model.layers.3.self_attn.v_proj", true),
+            (swift, "language_models.layers.3.self_attn.v_proj", false),
+            (r".*(?<!cross_attn)\.q_proj", "layers.0.self_attn.q_proj", true),
+            (r".*(?<!cross_attn)\.q_proj", "layers.0.cross_attn.q_proj", false),
+            (r".*(?<=self_attn\.)[qv]_proj\Z", "layers.0.self_attn.v_proj", true),
+            (r"(.)\1\.q", "aa.q", true),
+            (r"(.)\1\.q", "ab.q", false),
+            ("q_proj", "self_attn.q_proj", false),
+        ] {
+            assert_eq!(matches_whole(pattern, path).unwrap(), expected, "{pattern} on {path}");
+        }
+        assert!(matches_end(r"layers\.(?!0\.)\d+\..*", "model.layers.10.q_proj").unwrap());
+        assert!(!matches_end(r"layers\.(?!0\.)\d+\..*", "model.layers.0.q_proj").unwrap());
+        let slow = matches_whole("(?i)(a|b|ab)*(?>c)", &"ab".repeat(64)).unwrap_err().to_string();
+        assert!(slow.contains("on abab"), "{slow}");
     }
 
     #[test]
     fn the_first_number_is_the_layers() {
         let number = |pattern: Option<&str>, path: &str| {
-            let found = layer_number(pattern).unwrap().captures(path)?;
+            let found = layer_number(pattern).unwrap().captures(path).unwrap()?;
             Some(found.name("idx")?.as_str().to_owned())
         };
         assert_eq!(number(None, "model.layers.3.experts.0.up").as_deref(), Some("3"));

@@ -16,7 +16,7 @@ use vora_torch::weights::Weights;
 use crate::attach::{Visit, attach_all};
 use crate::config::names;
 use crate::linear::MAGNITUDE;
-use crate::pattern::{layer_number, matches_end, whole};
+use crate::pattern::{layer_number, matches_end, matches_whole};
 use crate::{LoraConfig, Rank};
 
 /// What PEFT puts before every tensor's name in the base model.
@@ -99,7 +99,7 @@ impl Modules {
     fn contains(&self, path: &str) -> Result<bool> {
         Ok(match self {
             Self::Expression(word) if word.eq_ignore_ascii_case("all-linear") => true,
-            Self::Expression(expression) => whole(expression)?.is_match(path),
+            Self::Expression(expression) => matches_whole(expression, path)?,
             Self::Names(list) => list.iter().any(|name| names(name, path)),
         })
     }
@@ -352,7 +352,7 @@ impl PeftConfig {
             patterns => patterns.iter().map(|pattern| Some(pattern.as_str()).filter(|p| !p.is_empty())).collect(),
         };
         for pattern in patterns {
-            if let Some(found) = layer_number(pattern)?.captures(path) {
+            if let Some(found) = layer_number(pattern)?.captures(path)? {
                 return Ok(found.name("idx").and_then(|idx| idx.as_str().parse().ok()));
             }
         }
@@ -827,7 +827,7 @@ mod tests {
             ("init_lora_weights", "pissa_niter_4".into(), "`init_lora_weights` is `pissa_niter_4`"),
             ("use_dora", true.into(), "q_proj.lora_magnitude_vector`, but `use_dora` is true"),
             ("rank_pattern", json(r#"{"q_proj": 3}"#), "q_proj.lora_A.weight` is [2, 8], but r is 3 in"),
-            ("rank_pattern", json(r#"{"(?!k)q_proj": 2}"#), "`rank_pattern`: `(?!k)q_proj` is no regular expression"),
+            ("rank_pattern", json(r#"{"(q_proj": 2}"#), "`rank_pattern`: `(q_proj` is no regular expression"),
             ("rank_pattern", json(r#"{"q_proj": 0}"#), "lora.r is 0 for model.layers.0.self_attn.q_proj"),
             ("target_modules", Value::Null, "`target_modules` is missing"),
             (

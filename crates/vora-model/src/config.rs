@@ -112,6 +112,11 @@ impl VoraConfig {
         };
         let trained_with = if published { PositionTable::FirstRows } else { PositionTable::Interpolated };
         json.insert("model_type".into(), llm_type);
+        // The published class is a `PretrainedConfig` of transformers 4.50.3, which ties where the key is absent and
+        // leaves a `true` out of what it writes.
+        if published {
+            json.entry("tie_word_embeddings").or_insert(Value::Bool(true));
+        }
         let vision = to_object(&keys)?;
         json.retain(|key, _| !vision.contains_key(key) && key != "lora" && key != "architectures");
         let llm: LlmConfig = serde_json::from_value(Value::Object(json))?;
@@ -185,6 +190,19 @@ mod tests {
         let config = VoraConfig::from_json(object(published)).unwrap();
         assert_eq!(config.llm.model_type, "qwen2");
         assert_eq!((config.image_size, config.vision_embedding_intermediate_size, &config.lora), (448, 1536, &None));
+        assert!(!config.llm.tie_word_embeddings);
+    }
+
+    #[test]
+    fn a_published_config_ties_where_it_says_nothing() {
+        let mut json = object(VoraConfig::new(LlmConfig::tiny(64), 12, 4, 8).to_json().unwrap());
+        json.remove("tie_word_embeddings");
+        let ties = |json: &Map<String, Value>| VoraConfig::from_json(json.clone()).unwrap().llm.tie_word_embeddings;
+        assert!(!ties(&json)); // ours always writes the key, and its LLM's class decides
+        json.remove("llm_model_type");
+        assert!(ties(&json));
+        json.insert("tie_word_embeddings".into(), json!(false));
+        assert!(!ties(&json));
     }
 
     #[test]

@@ -19,6 +19,7 @@ pub mod error;
 mod ffi;
 pub mod fused;
 pub mod gguf;
+pub mod notes;
 pub mod ops;
 pub mod rms_norm;
 pub mod runtime;

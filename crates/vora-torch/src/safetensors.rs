@@ -16,6 +16,7 @@ use serde::de::{Error, IgnoredAny, MapAccess, Visitor};
 use tch::{Device, Kind, Tensor};
 use vora_gguf::Llm;
 
+use crate::notes::tell_once;
 use crate::{error, ffi, gguf};
 
 /// The largest JSON that says where tensors lie: no honest one comes near it.
@@ -47,8 +48,8 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a `.safetensors` file, a folder with `model.safetensors` or `model.safetensors.index.json`, or the GGUF
-    /// file of a language model ([`gguf::find`]) under HF's names.
+    /// Opens a `.safetensors` file, a folder with `model.safetensors` or, where that is not there,
+    /// `model.safetensors.index.json`, or the GGUF file of a language model ([`gguf::find`]) under HF's names.
     ///
     /// Errors name the file and what is wrong with it; pickle files are refused by name.
     pub fn open(path: &Path) -> Result<Self> {
@@ -235,14 +236,24 @@ fn checkpoint_files(path: &Path) -> Result<Vec<PathBuf>> {
         refuse_pickle(path)?;
         return Ok(vec![path.to_owned()]);
     }
-    let index = path.join("model.safetensors.index.json");
+    let (single, index) = (path.join("model.safetensors"), path.join("model.safetensors.index.json"));
+    if single.exists() {
+        // What an earlier save in shards leaves: HF's `save_pretrained` removes the shards and keeps the index.
+        if index.exists() {
+            tell_once(format!(
+                "{} has model.safetensors and model.safetensors.index.json: the single file is read, as transformers \
+                 reads it; remove the one that is not meant",
+                path.display()
+            ));
+        }
+        return Ok(vec![single]);
+    }
     if index.exists() {
         return shards(path, &index);
     }
-    for name in ["model.safetensors", "adapter_model.safetensors"] {
-        if path.join(name).exists() {
-            return Ok(vec![path.join(name)]);
-        }
+    let adapter = path.join("adapter_model.safetensors");
+    if adapter.exists() {
+        return Ok(vec![adapter]);
     }
     if let Some(file) = gguf::find(path)? {
         return Ok(vec![file]);
@@ -727,6 +738,28 @@ mod tests {
         std::fs::write(folder.path().join("model.safetensors.index.json"), escape.to_string()).unwrap();
         let error = Checkpoint::open(folder.path()).unwrap_err().to_string();
         assert!(error.contains("names no file of this folder"), "{error}");
+    }
+
+    #[test]
+    fn a_single_file_goes_before_an_index() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, value: i64| {
+            let tensor = Tensor::full([2], value, (Kind::Int64, Device::Cpu));
+            save(&folder.path().join(name), &[("a".to_owned(), tensor)], &[]).unwrap();
+        };
+        let read = || Checkpoint::open(folder.path()).map(|c| c.tensor("a").unwrap().int64_value(&[0]));
+        let index = serde_json::json!({"weight_map": {"a": "model-00001-of-00001.safetensors"}});
+        std::fs::write(folder.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
+        write("model-00001-of-00001.safetensors", 1);
+        assert_eq!(read().unwrap(), 1);
+        write("model.safetensors", 2);
+        assert_eq!(read().unwrap(), 2);
+        std::fs::remove_file(folder.path().join("model-00001-of-00001.safetensors")).unwrap();
+        assert_eq!(read().unwrap(), 2);
+        std::fs::write(folder.path().join("model.safetensors.index.json"), "not JSON").unwrap();
+        assert_eq!(read().unwrap(), 2);
+        std::fs::remove_file(folder.path().join("model.safetensors")).unwrap();
+        read().unwrap_err();
     }
 
     #[test]

@@ -159,7 +159,7 @@ impl EncoderConfig {
     /// # Errors
     /// Names the file and what in it does not fit.
     pub fn processor(&self, folder: &Path) -> Result<ImageProcessor> {
-        let prepared = ["preprocessor_config.json", "processor_config.json"].iter().any(|f| folder.join(f).exists());
+        let prepared = ImageProcessor::is_stored(folder)?;
         if prepared { ImageProcessor::open(folder) } else { Ok(self.default_processor()) }
     }
 

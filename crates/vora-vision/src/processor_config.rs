@@ -1,29 +1,38 @@
 //! `preprocessor_config.json`: what it asks for, read and written.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use vora_torch::notes::tell_once;
 
 use crate::object::object;
 use crate::preprocess::{IMAGENET_STANDARD, ImageProcessor, OPENAI_CLIP, Size};
 use crate::resample::{Backend, Resample};
 
 impl ImageProcessor {
-    /// Reads `preprocessor_config.json` of a model folder, or the `image_processor` inside `processor_config.json`.
-    /// Where it does not name its class, that of the `model_type` in `config.json` is taken.
+    /// Reads the `image_processor` inside `processor_config.json` of a model folder, or, where there is none,
+    /// `preprocessor_config.json`. Where it does not name its class, that of the `model_type` in `config.json` is taken.
     ///
     /// # Errors
     /// Names the file, and the key that this crate cannot follow.
     pub fn open(folder: &Path) -> Result<Self> {
-        let alone = folder.join("preprocessor_config.json");
-        let path = if alone.exists() { alone } else { folder.join("processor_config.json") };
-        let bytes = std::fs::read(&path)
-            .with_context(|| format!("no preprocessor_config.json or processor_config.json in {}", folder.display()))?;
-        let json = serde_json::from_slice(&bytes).with_context(|| format!("{} is not JSON", path.display()))?;
+        let missing = || {
+            let folder = folder.display();
+            format!("no preprocessor_config.json in {folder}, and no processor_config.json with an `image_processor`")
+        };
+        let (path, json) = stored(folder)?.with_context(missing)?;
         Self::read(json, class_of_model(folder)).with_context(|| format!("in {}", path.display()))
+    }
+
+    /// Whether a folder says how its pictures are prepared.
+    ///
+    /// # Errors
+    /// Where a file that may say it cannot be read.
+    pub(crate) fn is_stored(folder: &Path) -> Result<bool> {
+        Ok(stored(folder)?.is_some())
     }
 
     /// From the object that such a file holds. Keys that it lacks are as its `image_processor_type` has them;
@@ -118,6 +127,34 @@ impl ImageProcessor {
         }
         json
     }
+}
+
+/// What a folder says of its image processor, and in which file: transformers looks into `processor_config.json` first.
+fn stored(folder: &Path) -> Result<Option<(PathBuf, Value)>> {
+    let read = |name: &str| -> Result<Option<(PathBuf, Value)>> {
+        let path = folder.join(name);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let json = serde_json::from_slice(&bytes).with_context(|| format!("{} is not JSON", path.display()))?;
+        Ok(Some((path, json)))
+    };
+    let nested = read("processor_config.json")?.and_then(|(path, mut json)| {
+        let nested = json.get_mut("image_processor").map(Value::take).filter(|nested| !nested.is_null());
+        nested.map(|nested| (path, nested))
+    });
+    let alone = read("preprocessor_config.json")?;
+    if let (Some((_, nested)), Some((_, alone))) = (&nested, &alone)
+        && nested != alone
+    {
+        tell_once(format!(
+            "{} has an image processor in processor_config.json and another in preprocessor_config.json: the first is \
+             taken, as transformers takes it",
+            folder.display()
+        ));
+    }
+    Ok(nested.or(alone))
 }
 
 /// The class of processors that Hugging Face takes for the model in a folder; `Bit` where it says nothing known.
@@ -355,6 +392,25 @@ mod tests {
     }
 
     #[test]
+    fn the_nested_processor_goes_before_the_file_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, json: Value| std::fs::write(folder.path().join(name), json.to_string()).unwrap();
+        let size = || ImageProcessor::open(folder.path()).unwrap().to_json()["size"].clone();
+        write("config.json", json!({"model_type": "siglip"}));
+        write("processor_config.json", json!({"processor_class": "LlavaProcessor", "size": 40}));
+        let error = ImageProcessor::open(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("no processor_config.json with an `image_processor`"), "{error}");
+        write("preprocessor_config.json", json!({"size": {"height": 28, "width": 28}}));
+        assert_eq!(size(), json!({"height": 28, "width": 28}));
+        write("processor_config.json", json!({"image_processor": null}));
+        assert_eq!(size(), json!({"height": 28, "width": 28}));
+        write("processor_config.json", json!({"image_processor": {"size": {"height": 42, "width": 42}}}));
+        assert_eq!(size(), json!({"height": 42, "width": 42}));
+        write("processor_config.json", json!({"image_processor": {}})); // all of it as the class has it
+        assert_eq!(size(), json!({"height": 224, "width": 224}));
+    }
+
+    #[test]
     fn keys_that_change_nothing_are_passed_over() {
         let read = |json: Value| ImageProcessor::from_json(json).unwrap().to_json();
         let uncropped = read(json!({"do_center_crop": false, "crop_size": {"shortest_edge": 3}}));
@@ -390,6 +446,6 @@ mod tests {
         assert!(refuse(json!({"crop_size": 0})).contains("crop_size is 0"));
         assert!(refuse(json!({"image_std": [0.0, 1.0, 1.0]})).contains("image_std"));
         let error = format!("{:#}", ImageProcessor::open(Path::new("nowhere")).unwrap_err());
-        assert!(error.contains("no preprocessor_config.json or processor_config.json in nowhere"), "{error}");
+        assert!(error.contains("no preprocessor_config.json in nowhere, and no processor_config.json with"), "{error}");
     }
 }
