@@ -63,8 +63,11 @@ pub(crate) struct Args {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Dtype {
+    #[value(alias = "fp32", alias = "float32")]
     F32,
+    #[value(alias = "bfloat16")]
     Bf16,
+    #[value(alias = "fp16", alias = "float16", alias = "half")]
     F16,
 }
 

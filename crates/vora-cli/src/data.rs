@@ -15,6 +15,10 @@ use vora_vision::RgbImage;
 
 /// Look at what a run learns from.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  vora data show crates/vora-train/recipes/scenes.yaml
+  vora data show run.yaml --index 17 --images shown")]
 pub(crate) struct Args {
     #[command(subcommand)]
     command: Command,

@@ -122,7 +122,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         (None, None) => anyhow::bail!("give --data or --text"),
     };
     results["model"] = args.model.as_str().into();
-    results["dtype"] = format!("{kind:?}").into();
+    results["dtype"] = runtime::name_of(kind).into();
     let mut out = std::io::stdout().lock();
     if args.json {
         writeln!(out, "{results:#}")?;

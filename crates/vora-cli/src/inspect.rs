@@ -55,14 +55,14 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         if name.contains("lora_A") {
             *adapters.entry(shape[0]).or_default() += 1;
         }
-        rows.push((name.to_owned(), format!("{kind:?}"), shape.to_vec(), parameters));
+        rows.push((name.to_owned(), vora_torch::runtime::name_of(kind), shape.to_vec(), parameters));
     }
 
     let mut out = std::io::stdout().lock();
     if args.json {
         let tensors: Vec<_> = rows
             .iter()
-            .map(|(name, kind, shape, n)| serde_json::json!({"name": name, "kind": kind, "shape": shape, "parameters": n}))
+            .map(|(name, kind, shape, n)| serde_json::json!({"name": name, "dtype": kind, "shape": shape, "parameters": n}))
             .collect();
         let adapters: Vec<_> = adapters.iter().map(|(r, n)| serde_json::json!({"r": r, "linear_layers": n})).collect();
         let json = serde_json::json!({"path": path, "groups": groups, "adapters": adapters, "tensors": tensors});
@@ -72,7 +72,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     writeln!(out, "{}", path.display())?;
     let mut table = Table::new();
     if args.tensors {
-        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(["tensor", "kind", "shape", "parameters"]);
+        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(["tensor", "dtype", "shape", "parameters"]);
         for (name, kind, shape, parameters) in rows {
             table.add_row([name, kind, format!("{shape:?}"), thousands(parameters)]);
         }

@@ -59,7 +59,32 @@ enum Command {
     Convert(convert::Args),
 }
 
+/// Rounds that an OpenMP thread waits awake for work. libgomp's own 300 000 starve the thread that is waited for where
+/// other processes want the cores; beside two of them a training step took some 25 times as long.
+const GOMP_SPINCOUNT: &str = "10000";
+
+/// libgomp reads its bound when it is loaded, which is before `main`: the program starts itself again with it, in the
+/// same process. A bound or a policy that the user set stays.
+#[cfg(target_os = "linux")]
+fn bound_spinning() {
+    use std::os::unix::process::CommandExt;
+    if ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"].iter().any(|name| std::env::var_os(name).is_some()) {
+        return;
+    }
+    if let Ok(program) = std::env::current_exe() {
+        let mut args = std::env::args_os();
+        let mut again = std::process::Command::new(program);
+        if let Some(name) = args.next() {
+            again.arg0(name);
+        }
+        // It returns only where it failed: then the work is done here, perhaps slower.
+        let _ = again.args(args).env("GOMP_SPINCOUNT", GOMP_SPINCOUNT).exec();
+    }
+}
+
 fn main() -> ExitCode {
+    #[cfg(target_os = "linux")]
+    bound_spinning();
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("VORA_LOG").unwrap_or_else(|_| "warn".into()))
         .with_writer(std::io::stderr)
@@ -79,11 +104,18 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(code) => code,
+        // Whoever reads our output has read enough, as `head` has: no fault, and nobody left to tell of it.
+        Err(error) if is_closed_pipe(&error) => ExitCode::from(141), // 128 + SIGPIPE
         Err(error) => {
             tell(&error);
             ExitCode::FAILURE
         }
     }
+}
+
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    let io = error.downcast_ref::<std::io::Error>();
+    io.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 /// `error: ...` on stderr, with its causes behind it; libtorch's frames are left out.

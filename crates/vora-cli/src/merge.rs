@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_llm::{ChatTemplate, Message, Tokenizer};
@@ -33,10 +33,11 @@ pub(crate) struct Args {
     /// Also write the LLM alone, without pictures, into this folder
     #[arg(long)]
     llm: Option<PathBuf>,
-    /// Ask about pictures before and after, and print how far the logits moved
+    /// Ask about pictures before and after, and print how far the logits moved; where the answers change, nothing is
+    /// written
     #[arg(long)]
     check: bool,
-    /// The kind of the merged weights: auto keeps what the LLM is stored in; bf16 or f32
+    /// The dtype of the merged weights: auto keeps what the LLM is stored in; bf16 or f32
     #[arg(long, default_value = "auto")]
     dtype: String,
 }
@@ -54,27 +55,51 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let mut model = saved::open(&args.trained, Device::Cpu, kind, &crate::hub::resolve)?;
     let prompts = if args.check { prompts(&args.trained, &*model)? } else { Vec::new() };
     let before = logits(&*model, &prompts)?;
-    model.merge()?;
+    model.merge().with_context(|| args.trained.display().to_string())?;
+    let mut out = std::io::stdout().lock();
+    if let (Some(before), Some(after)) = (before, logits(&*model, &prompts)?) {
+        check(&before, &after, kind, &mut out)?;
+    }
     model.save(&args.out)?;
     saved::copy_beside(&args.trained, &args.out)?;
     if let Some(llm) = &args.llm {
         model.save_llm(llm)?;
         saved::copy_beside(&args.trained, llm)?;
     }
-    let mut out = std::io::stdout().lock();
-    if let (Some(before), Some(after)) = (before, logits(&*model, &prompts)?) {
-        let largest = (&after - &before).abs().max().double_value(&[]);
-        let scale = before.abs().max().double_value(&[]);
-        let same = after.argmax(-1, false).eq_tensor(&before.argmax(-1, false)).sum(Kind::Int64).int64_value(&[]);
-        writeln!(
-            out,
-            "largest change in logits {largest:.2e}, of logits up to {scale:.1} ({kind:?} weights); the likeliest token \
-             is the same at {same} of {} places",
-            before.size()[0]
-        )?;
-    }
     writeln!(out, "merged model: {}", args.out.display())?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Of a hundred places, at so many the likeliest token must stay the same. Rounding in bf16 turns near ties.
+const SAME_OF_HUNDRED: i64 = 95;
+
+/// Says how far merging moved the logits, `[words, vocab]` both.
+///
+/// # Errors
+/// Where they are not finite, or the likeliest token is another one at too many places.
+fn check(before: &Tensor, after: &Tensor, kind: Kind, out: &mut impl Write) -> Result<()> {
+    for (logits, when) in [(before, "before"), (after, "after")] {
+        ensure!(
+            bool::try_from(logits.isfinite().all())?,
+            "--check: logits {when} merging are not finite; nothing was written"
+        );
+    }
+    let largest = (after - before).abs().max().double_value(&[]);
+    let scale = before.abs().max().double_value(&[]);
+    let same = after.argmax(-1, false).eq_tensor(&before.argmax(-1, false)).sum(Kind::Int64).int64_value(&[]);
+    let (places, dtype) = (before.size()[0], runtime::name_of(kind));
+    writeln!(
+        out,
+        "largest change in logits {largest:.2e}, of logits up to {scale:.1} ({dtype} weights); the likeliest token is the \
+         same at {same} of {places} places"
+    )?;
+    ensure!(
+        same * 100 >= places * SAME_OF_HUNDRED,
+        "--check: the likeliest token is another one at {} of {places} places; nothing was written. --dtype f32 keeps \
+         what rounding loses",
+        places - same
+    );
+    Ok(())
 }
 
 /// How many pictures `--check` asks about.
@@ -106,4 +131,28 @@ fn logits(model: &dyn VisionLanguageModel, prompts: &[Input]) -> Result<Option<T
         rows.push(tch::no_grad(|| model.llm().logits(&hidden).to_kind(Kind::Float)));
     }
     Ok((!rows.is_empty()).then(|| Tensor::cat(&rows, 0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_check_is_passed_or_an_error() {
+        let before = Tensor::eye(20, (Kind::Float, Device::Cpu)); // [words, vocab], each word's token another one
+        let told = |after: &Tensor| {
+            let mut out = Vec::new();
+            check(&before, after, Kind::Float, &mut out)
+                .map(|()| String::from_utf8(out).unwrap())
+                .map_err(|e| e.to_string())
+        };
+        let said = told(&(&before + 0.25)).unwrap();
+        assert!(said.contains("2.50e-1") && said.contains("(f32 weights)") && said.contains("20 of 20"), "{said}");
+        assert!(
+            told(&before.roll([1], [0])).unwrap_err().contains("another one at 20 of 20 places; nothing was written")
+        );
+        let nan = before.copy();
+        let _ = nan.get(3).fill_(f64::NAN);
+        assert!(told(&nan).unwrap_err().contains("after merging are not finite"));
+    }
 }

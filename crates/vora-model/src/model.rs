@@ -67,6 +67,9 @@ pub trait VisionLanguageModel: Debug {
     fn lora(&self) -> Option<&LoraConfig>;
 
     /// Folds every adapter into its layer's weight: in f32, rounded once. None is left.
+    ///
+    /// # Errors
+    /// Where an adapter holds a number that is not finite, by the name of its layer; nothing is merged then.
     fn merge(&mut self) -> Result<()>;
 
     /// What stands before the decoder's own names in the model's folder: `llm.` in `llm.model.layers.0…`.
@@ -207,8 +210,25 @@ pub(crate) fn attach(llm: &mut CausalLm, name: &str, lora: &LoraConfig, weights:
     attach_all(name, lora, &weights.pp("model.layers"), |visit| llm.linears_mut(visit)).map(drop)
 }
 
-/// Merges the adapters of every linear layer.
+/// Merges the adapters of every linear layer, or of none.
+///
+/// # Errors
+/// Where an adapter holds a number that is not finite: merged, it would reach every answer.
 pub(crate) fn merge_all(llm: &mut CausalLm) -> Result<()> {
+    llm.linears(&mut |layer_idx, name, linear| {
+        for adapter in linear.adapters() {
+            for (half, tensor) in [("lora_A", adapter.lora_a()), ("lora_B", adapter.lora_b())] {
+                let is_finite = bool::try_from(tensor.isfinite().all())?;
+                let of = adapter.name();
+                ensure!(
+                    is_finite,
+                    "layers.{layer_idx}.{name}: {half} of the adapter `{of}` has numbers that are not finite"
+                );
+            }
+        }
+        Ok(())
+    })
+    .context("cannot merge")?;
     llm.linears_mut(&mut |_, _, linear| {
         linear.merge();
         Ok(())

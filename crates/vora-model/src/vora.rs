@@ -161,6 +161,40 @@ mod tests {
         model
     }
 
+    #[test]
+    fn what_is_not_finite_is_not_merged() {
+        let mut model = adapted();
+        let hidden = |model: &Vora| tch::no_grad(|| model.forward(&input(), 0)).unwrap().last_hidden_state;
+        let before = hidden(&model);
+        let mut broken = None;
+        model
+            .llm
+            .linears_mut(&mut |_, name, linear| {
+                if name == "mlp.up_proj" && broken.is_none() {
+                    let b = linear.adapters().next().expect("an adapter").lora_b().shallow_clone();
+                    broken = Some(b.detach().copy());
+                    let _ = tch::no_grad(|| b.get(0).get(0).fill_(f64::NAN));
+                }
+                Ok(())
+            })
+            .unwrap();
+        let error = format!("{:#}", model.merge().unwrap_err());
+        assert!(error.contains("cannot merge: layers.0.mlp.up_proj: lora_B of the adapter"), "{error}");
+        // Nothing was merged: with the number mended the model is what it was.
+        model
+            .llm
+            .linears_mut(&mut |_, name, linear| {
+                if name == "mlp.up_proj"
+                    && let Some(b) = broken.take()
+                {
+                    tch::no_grad(|| linear.adapters().next().expect("still apart").lora_b().shallow_clone().copy_(&b));
+                }
+                Ok(())
+            })
+            .unwrap();
+        assert!(hidden(&model).equal(&before) && model.lora().is_some());
+    }
+
     fn input() -> Input {
         Input {
             input_ids: Tensor::arange(9, (Kind::Int64, Device::Cpu)).unsqueeze(0),

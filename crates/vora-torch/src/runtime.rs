@@ -91,14 +91,24 @@ pub fn kind(spec: &str, device: Device) -> Result<Kind> {
         };
     }
     Ok(match spec {
-        "f32" | "float32" => Kind::Float,
+        "f32" | "fp32" | "float32" | "float" => Kind::Float,
         "bf16" | "bfloat16" => Kind::BFloat16,
-        "f16" | "float16" => {
+        "f16" | "fp16" | "float16" | "half" => {
             ensure!(device.is_cuda(), "dtype `{spec}` needs a GPU: libtorch has few f16 kernels for the CPU");
             Kind::Half
         }
         _ => bail!("dtype `{spec}` is not one of auto, bf16, f32, f16"),
     })
+}
+
+/// A dtype by the name that [`kind`] takes: `f32`, `bf16`, `f16`; libtorch's own for the others.
+pub fn name_of(kind: Kind) -> String {
+    match kind {
+        Kind::Float => "f32".into(),
+        Kind::BFloat16 => "bf16".into(),
+        Kind::Half => "f16".into(),
+        other => format!("{other:?}"),
+    }
 }
 
 /// Whether bf16 matrix products run in hardware on `device`.
@@ -186,6 +196,13 @@ mod tests {
     fn kinds() {
         assert_eq!(kind("bf16", Device::Cpu).unwrap(), Kind::BFloat16);
         assert_eq!(kind("f32", Device::Cpu).unwrap(), Kind::Float);
+        for name in ["f32", "fp32", "float32", "bf16", "bfloat16"] {
+            let named = name_of(kind(name, Device::Cpu).unwrap());
+            assert!(
+                name.starts_with(&named[..1]) && kind(&named, Device::Cpu).unwrap() == kind(name, Device::Cpu).unwrap()
+            );
+        }
+        assert!(kind("half", Device::Cpu).unwrap_err().to_string().contains("needs a GPU"));
         assert!(kind("f16", Device::Cpu).unwrap_err().to_string().contains("needs a GPU"));
         assert!(kind("int4", Device::Cpu).unwrap_err().to_string().contains("not one of"));
     }

@@ -18,6 +18,10 @@ use crate::loss_scale::LossScale;
 /// The checksums of a checkpoint's files, as `sha256sum` writes and checks them.
 const MANIFEST: &str = "SHA256SUMS";
 
+/// What a run writes beside its checkpoints, its log and its events.
+const RESULTS: [&str; 7] =
+    ["final", "samples", "block_maps", "eval.json", "train_results.json", "loss.svg", "report.html"];
+
 /// Where a run stands: what a checkpoint holds beside its tensors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainerState {
@@ -123,10 +127,18 @@ impl RunFolder {
         &self.path
     }
 
-    /// Removes all checkpoints: a new run takes the folder.
+    /// Removes what the last run left here: a new run takes the folder. Files that no run writes stay.
     pub fn clear(&self) -> Result<()> {
-        for (_, folder) in list(&self.path)? {
-            fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+        let folders = list(&self.path)?.into_iter().map(|(_, folder)| folder);
+        let of_the_run = RESULTS.iter().map(|name| self.path.join(name));
+        for path in folders.chain(of_the_run) {
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            match removed {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(error).with_context(|| format!("cannot remove {}", path.display()));
+                }
+                _ => {}
+            }
         }
         Ok(())
     }
@@ -274,6 +286,11 @@ fn digest_of(path: &Path) -> Result<String> {
     let mut file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
     std::io::copy(&mut file, &mut digest).with_context(|| format!("cannot read {}", path.display()))?;
     Ok(hex(digest.finalize().as_slice()))
+}
+
+/// Whether a folder has checksums to compare with.
+pub(crate) fn has_checksums(folder: &Path) -> bool {
+    folder.join(MANIFEST).is_file()
 }
 
 /// Compares every file of a checkpoint with its checksum; the error names the first that differs.

@@ -17,6 +17,7 @@ use vora_torch::safetensors::{Checkpoint, save, write_bytes};
 use vora_torch::{Init, Weights};
 use vora_vision::Encoder;
 
+use crate::checkpoint;
 use crate::student::{Resolve, Student};
 use crate::vq::VQMODEL;
 
@@ -242,6 +243,9 @@ pub fn is_saved(folder: &Path) -> bool {
 pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Box<dyn VisionLanguageModel>> {
     let new = Weights::random(0, device, kind);
     let config = read_config(folder)?;
+    if checkpoint::has_checksums(folder) {
+        checkpoint::verify(folder)?;
+    }
     let model: Box<dyn VisionLanguageModel> = match config["model_type"].as_str() {
         Some("vora") if is_whole(folder) => return vora_model::open(folder, device, kind),
         Some("vora") => {

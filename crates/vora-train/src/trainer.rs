@@ -168,9 +168,13 @@ impl Trainer {
                 ..LoaderConfig::default()
             },
         )?;
+        let yaml = config.to_yaml()?;
+        // The last act of opening: whatever was wrong with the new run, the old one is still there.
+        if last.is_none() && !options.resume && config.overwrite_output_dir {
+            run.clear()?;
+        }
         let metrics = MetricsLog::open(&run.path().join("metrics.jsonl"), step)?;
         let board = config.reports_to_tensorboard().then(|| Board::open(run.path(), step)).transpose()?;
-        let yaml = config.to_yaml()?;
         write_bytes(&run.path().join(CONFIG), yaml.as_bytes())?;
         Ok(Self {
             saver: Saver::new(run.clone()),

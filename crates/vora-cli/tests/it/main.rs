@@ -48,10 +48,57 @@ fn fails(args: &[&str], code: i32, parts: &[&str]) {
 
 #[test]
 fn help_has_examples() {
-    for command in ["train", "merge", "ask", "eval", "report", "inspect", "convert"] {
+    for command in ["train", "data", "merge", "ask", "eval", "report", "inspect", "convert"] {
         let help = succeeded(&vora(&[command, "--help"]));
         assert!(help.contains("Examples:"), "{command}: {help}");
     }
+}
+
+#[test]
+fn a_reader_that_has_enough_is_no_error() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = program().args(["inspect", "fixtures/tiny/llm", "--tensors"]).stdout(writer).output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(141), "")); // 128 + SIGPIPE
+}
+
+/// libgomp reads how long it may wait when it is loaded: it has to stand in the environment that the program starts with.
+#[cfg(target_os = "linux")]
+#[test]
+fn waiting_is_bounded_unless_the_user_bounded_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = format!("output_dir={}", folder.path().display());
+    let environment = |set: Option<(&str, &str)>| {
+        let mut command = program();
+        command.env_remove("GOMP_SPINCOUNT").env_remove("OMP_WAIT_POLICY").envs(set);
+        command.args([
+            "train",
+            "--config",
+            "crates/vora-train/recipes/smoke.yaml",
+            "--set",
+            &run,
+            "--set",
+            "max_steps=9999",
+        ]);
+        let mut child = command.stderr(std::process::Stdio::null()).spawn().unwrap();
+        // By its first step it is what it stays.
+        let log = folder.path().join("metrics.jsonl");
+        while !log.exists() && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let environment = std::fs::read(format!("/proc/{}/environ", child.id())).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        std::fs::remove_file(log).unwrap();
+        let of = |name: &str| {
+            let entries = environment.split(|&byte| byte == 0).map(text);
+            entries.filter(|entry| entry.starts_with(name)).collect::<Vec<_>>()
+        };
+        [of("GOMP_SPINCOUNT="), of("OMP_WAIT_POLICY=")].concat()
+    };
+    assert_eq!(environment(None), ["GOMP_SPINCOUNT=10000"]);
+    assert_eq!(environment(Some(("GOMP_SPINCOUNT", "7"))), ["GOMP_SPINCOUNT=7"]);
+    assert_eq!(environment(Some(("OMP_WAIT_POLICY", "passive"))), ["OMP_WAIT_POLICY=passive"]);
 }
 
 #[test]

@@ -19,8 +19,9 @@ use crate::tree::Difference;
 pub(super) fn last_checkpoint(run: &RunFolder, config: &TrainConfig, resume: bool) -> Result<Option<PathBuf>> {
     if !resume {
         if config.overwrite_output_dir {
-            run.clear()?;
-        } else if let Some((step, _)) = checkpoint::list(run.path())?.last() {
+            return Ok(None); // the old run is cleared once all of the new one has been opened
+        }
+        if let Some((step, _)) = checkpoint::list(run.path())?.last() {
             bail!(
                 "{} already holds a run of {step} steps; go on with --resume, or choose another output_dir, or set \
                  overwrite_output_dir=true",

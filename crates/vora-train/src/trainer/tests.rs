@@ -680,9 +680,38 @@ fn a_run_is_not_written_over_by_mistake() {
     drop(first);
     let error = try_new(config("smoke.yaml", folder.path(), &overrides), false).err().unwrap().to_string();
     assert!(error.contains("already holds a run of 1 steps; go on with --resume"), "{error}");
+    // A new run that does not open leaves the old one whole; one that opens clears it, and keeps what is not a run's.
+    std::fs::write(folder.path().join("notes.txt"), "mine").unwrap();
+    let files =
+        || ["metrics.jsonl", "config.yaml", "loss.svg"].map(|name| std::fs::read(folder.path().join(name)).ok());
+    let before = files();
+    for wrong in ["model.llm=fixtures/nowhere", "model.lora.layers=5"] {
+        try_new(config("smoke.yaml", folder.path(), &["max_steps=1", wrong]), false).err().unwrap();
+        assert_eq!(checkpoint::list(folder.path()).unwrap().len(), 1, "{wrong}");
+        assert!(files() == before && folder.path().join("final/config.json").exists(), "{wrong}");
+    }
     let over = config("smoke.yaml", folder.path(), &["max_steps=1"]);
     assert_eq!(trainer(over).step(), 0);
     assert!(checkpoint::list(folder.path()).unwrap().is_empty());
+    for gone in ["final", "samples", "block_maps", "eval.json", "train_results.json", "loss.svg"] {
+        assert!(!folder.path().join(gone).exists(), "{gone}");
+    }
+    assert!(folder.path().join("notes.txt").exists());
+}
+
+#[test]
+fn a_damaged_model_is_not_opened() {
+    let folder = tempfile::tempdir().unwrap();
+    trainer(config("smoke.yaml", folder.path(), &["max_steps=1"])).train(&mut Silent).unwrap();
+    let last = folder.path().join("checkpoints/step-1");
+    let open = || saved::open(&last, Device::Cpu, Kind::Float, &resolve).map(drop);
+    open().unwrap();
+    let file = last.join("vision.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    let error = format!("{:#}", open().unwrap_err());
+    assert!(error.contains("checksum mismatch") && error.contains("vision.safetensors"), "{error}");
 }
 
 #[test]
