@@ -288,13 +288,24 @@ fn digest_of(path: &Path) -> Result<String> {
     Ok(hex(digest.finalize().as_slice()))
 }
 
-/// Whether a folder has checksums to compare with.
-pub(crate) fn has_checksums(folder: &Path) -> bool {
-    folder.join(MANIFEST).is_file()
-}
-
 /// Compares every file of a checkpoint with its checksum; the error names the first that differs.
 pub fn verify(folder: &Path) -> Result<()> {
+    let listed = verify_files(folder)?;
+    ensure!(
+        listed.iter().any(|name| name == TrainerState::FILE),
+        "{} is not a whole list of a checkpoint's files",
+        folder.join(MANIFEST).display()
+    );
+    Ok(())
+}
+
+/// Compares every file that a folder's checksums name, and returns their names; a folder without checksums has none. A
+/// run's `final/` has them too, without a trainer's state.
+pub(crate) fn verify_listed(folder: &Path) -> Result<Vec<String>> {
+    if folder.join(MANIFEST).is_file() { verify_files(folder) } else { Ok(Vec::new()) }
+}
+
+fn verify_files(folder: &Path) -> Result<Vec<String>> {
     let manifest = folder.join(MANIFEST);
     let text = fs::read(&manifest).with_context(|| format!("cannot read {}", manifest.display()))?;
     let text = String::from_utf8_lossy(&text);
@@ -307,14 +318,10 @@ pub fn verify(folder: &Path) -> Result<()> {
         let path = folder.join(name);
         let found = digest_of(&path)?;
         ensure!(found == expected, "checksum mismatch: {} has {found}, {MANIFEST} says {expected}", path.display());
-        listed.push(name);
+        listed.push(name.to_owned());
     }
-    ensure!(
-        listed.contains(&TrainerState::FILE) && text.ends_with('\n'),
-        "{} is not a whole list of a checkpoint's files",
-        manifest.display()
-    );
-    Ok(())
+    ensure!(text.ends_with('\n'), "{} is not a whole list of a checkpoint's files", manifest.display());
+    Ok(listed)
 }
 
 /// The checkpoints of a run by step, oldest first, unverified.

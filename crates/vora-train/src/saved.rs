@@ -243,9 +243,7 @@ pub fn is_saved(folder: &Path) -> bool {
 pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Box<dyn VisionLanguageModel>> {
     let new = Weights::random(0, device, kind);
     let config = read_config(folder)?;
-    if checkpoint::has_checksums(folder) {
-        checkpoint::verify(folder)?;
-    }
+    checkpoint::verify_listed(folder)?;
     let model: Box<dyn VisionLanguageModel> = match config["model_type"].as_str() {
         Some("vora") if is_whole(folder) => return vora_model::open(folder, device, kind),
         Some("vora") => {

@@ -703,15 +703,17 @@ fn a_run_is_not_written_over_by_mistake() {
 fn a_damaged_model_is_not_opened() {
     let folder = tempfile::tempdir().unwrap();
     trainer(config("smoke.yaml", folder.path(), &["max_steps=1"])).train(&mut Silent).unwrap();
-    let last = folder.path().join("checkpoints/step-1");
-    let open = || saved::open(&last, Device::Cpu, Kind::Float, &resolve).map(drop);
-    open().unwrap();
-    let file = last.join("vision.safetensors");
-    let mut bytes = std::fs::read(&file).unwrap();
-    *bytes.last_mut().unwrap() ^= 1;
-    std::fs::write(&file, bytes).unwrap();
-    let error = format!("{:#}", open().unwrap_err());
-    assert!(error.contains("checksum mismatch") && error.contains("vision.safetensors"), "{error}");
+    for name in ["checkpoints/step-1", "final"] {
+        let last = folder.path().join(name);
+        let open = || saved::open(&last, Device::Cpu, Kind::Float, &resolve).map(drop);
+        open().unwrap();
+        let file = last.join("vision.safetensors");
+        let mut bytes = std::fs::read(&file).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&file, bytes).unwrap();
+        let error = format!("{:#}", open().unwrap_err());
+        assert!(error.contains("checksum mismatch") && error.contains("vision.safetensors"), "{error}");
+    }
 }
 
 #[test]
