@@ -39,9 +39,10 @@ impl Assistant {
 
     /// A model that is open already, with what else lies in its folder.
     pub fn new(model: Box<dyn VisionLanguageModel>, folder: &Path) -> Result<Self> {
+        let rows = model.llm().config().vocab_size;
         Ok(Self {
             model,
-            tokenizer: Tokenizer::open(folder)?,
+            tokenizer: Tokenizer::open(folder)?.for_embedding(rows),
             chat: ChatTemplate::open(folder)?,
             processor: ImageProcessor::open(folder)?,
         })

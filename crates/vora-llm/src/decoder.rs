@@ -5,6 +5,7 @@ mod recompute;
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor, nn::Module};
 use vora_lora::Linear;
+use vora_torch::notes::tell_once;
 use vora_torch::rms_norm::RmsNorm;
 use vora_torch::weights::{Init, Weights};
 
@@ -223,7 +224,8 @@ pub struct CausalLm {
 }
 
 impl CausalLm {
-    /// Takes `model` and, where it is not tied to the embedding, `lm_head`. Chameleon's image tokenizer lies under
+    /// Takes `model` and, where it is not tied to the embedding, `lm_head`. Where the config ties them, but the
+    /// checkpoint has a head of other values, they are not tied, and [`CausalLm::config`] says so. Chameleon's image tokenizer lies under
     /// `model.vqmodel` in the same files and is left to others: pass a clone of the source to them, or allow those
     /// names when it finishes.
     ///
@@ -236,6 +238,8 @@ impl CausalLm {
     pub fn load(config: &LlmConfig, weights: &Weights) -> Result<Self> {
         config.validate()?;
         let weights = weights.with_initializer_range(config.init_std());
+        let mut config = config.clone();
+        config.tie_word_embeddings = config.tie_word_embeddings && !has_another_head(&weights)?;
         let head = weights.pp("lm_head");
         let lm_head = if config.tie_word_embeddings {
             head.ignore("weight"); // a second copy of the embedding, in some files
@@ -244,9 +248,9 @@ impl CausalLm {
             Some(head.get("weight", &[config.vocab_size, config.hidden_size], Init::Required)?)
         };
         Ok(Self {
-            model: Decoder::load(config, &weights.pp("model"))?,
+            model: Decoder::load(&config, &weights.pp("model"))?,
             lm_head,
-            config: config.clone(),
+            config,
             device: weights.device(),
             kind: weights.kind(),
         })
@@ -416,6 +420,24 @@ impl CausalLm {
     }
 }
 
+/// Whether a checkpoint has both an embedding and a head, which differ in the kind that they are loaded in.
+fn has_another_head(weights: &Weights) -> Result<bool> {
+    let stored = |module: &str| -> Result<Option<Tensor>> {
+        let tensors = weights.pp(module).stored()?;
+        Ok(tensors.into_iter().find_map(|(name, tensor)| (name == "weight").then(|| tensor.to_kind(weights.kind()))))
+    };
+    let (Some(head), Some(embedding)) = (stored("lm_head")?, stored("model.embed_tokens")?) else { return Ok(false) };
+    let differs = !head.equal(&embedding);
+    if differs {
+        tell_once(format!(
+            "{}: the config ties the head to the embedding, but lm_head.weight holds other values: they are not tied, as \
+             in transformers; `tie_word_embeddings: false` in config.json says the same",
+            weights.origin().display()
+        ));
+    }
+    Ok(differs)
+}
+
 #[cfg(test)]
 mod architectures;
 
@@ -468,6 +490,35 @@ mod tests {
         fixtures::assert_close_to(&logits, &golden["logits"], 2e-5);
         logits.square().mean(Kind::Float).backward();
         fixtures::assert_close_to(&inputs_embeds.grad(), &golden["grad_inputs_embeds"], 1e-5);
+    }
+
+    /// Measured with transformers 5.23: tied where the two are equal or one is missing, not tied where they differ.
+    #[test]
+    fn a_head_of_its_own_is_not_tied_whatever_the_config_says() {
+        let golden = fixtures::open("llama");
+        let tied = LlmConfig::tiny(64);
+        assert!(tied.tie_word_embeddings);
+        let untied = LlmConfig { tie_word_embeddings: false, ..tied.clone() };
+        let head = fixtures::Random::new(3).normal([64, 32]);
+        let load = |config: &LlmConfig, head: Option<&Tensor>| {
+            let mut tensors = llama(&golden).tensors();
+            tensors.retain(|(name, _)| name != "lm_head.weight");
+            tensors.extend(head.map(|head| ("lm_head.weight".to_owned(), head.shallow_clone())));
+            let weights = Weights::from_tensors(tensors, Device::Cpu, Kind::Float);
+            let llm = CausalLm::load(config, &weights).unwrap();
+            weights.finish().unwrap();
+            llm
+        };
+        let hidden = fixtures::Random::new(4).normal([3, 32]);
+        let other = load(&tied, Some(&head));
+        assert!(!other.config().tie_word_embeddings);
+        assert!(other.logits(&hidden).equal(&load(&untied, Some(&head)).logits(&hidden)));
+        assert!(other.tensors().iter().any(|(name, tensor)| name == "lm_head.weight" && tensor.equal(&head)));
+        let copy = llama(&golden).tensors().remove(0).1;
+        for same in [None, Some(&copy)] {
+            let llm = load(&tied, same);
+            assert!(llm.config().tie_word_embeddings && llm.logits(&hidden).equal(&hidden.matmul(&copy.tr())));
+        }
     }
 
     #[test]

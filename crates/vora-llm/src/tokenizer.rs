@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use std::collections::HashSet;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::json_files::{open_json, read_json};
@@ -32,6 +32,7 @@ pub struct Tokenizer {
     specials: Specials,
     image_id: u32,
     eos_ids: Vec<i64>,
+    embedding_rows: Option<i64>, // of the model that the ids are for, where that is known
 }
 
 impl Tokenizer {
@@ -77,7 +78,28 @@ impl Tokenizer {
             );
         }
         let image_id = inner.token_to_id(&IMAGE.to_string()).context("no room for the image's place")?;
-        Ok(Self { inner, specials, image_id, eos_ids: Vec::new() })
+        Ok(Self { inner, specials, image_id, eos_ids: Vec::new(), embedding_rows: None })
+    }
+
+    /// The same tokenizer for a model whose embedding has `rows` rows: where a text comes to a token beyond them,
+    /// encoding it is an error.
+    #[must_use]
+    pub fn for_embedding(mut self, rows: i64) -> Self {
+        self.embedding_rows = Some(rows);
+        self
+    }
+
+    /// An error that names the first of `ids` that lies beyond the model's embedding, and both sizes.
+    fn check_rows(&self, mut ids: impl Iterator<Item = i64>) -> Result<()> {
+        let Some(rows) = self.embedding_rows else { return Ok(()) };
+        let Some(id) = ids.find(|&id| id >= rows) else { return Ok(()) };
+        let token = u32::try_from(id).ok().and_then(|id| self.inner.id_to_token(id)).unwrap_or_default();
+        bail!(
+            "token `{}` has id {id}, but the model's embedding has {rows} rows, the tokenizer {} tokens: take the \
+             tokenizer and chat template that belong to the model, or resize its embedding",
+            self.specials.restore(&token, ACTIVE),
+            self.vocab_size()
+        )
     }
 
     /// The ids of plain text; the literal of a special token is text like any other. No token is added.
@@ -127,7 +149,9 @@ impl Tokenizer {
 
     fn ids(&self, text: &str) -> Result<Vec<i64>> {
         let encoding = self.inner.encode_fast(text, false).map_err(|e| anyhow!("encoding text: {e}"))?;
-        Ok(encoding.get_ids().iter().map(|&id| i64::from(id)).collect())
+        let ids: Vec<i64> = encoding.get_ids().iter().map(|&id| i64::from(id)).collect();
+        self.check_rows(ids.iter().copied())?;
+        Ok(ids)
     }
 
     fn checked(&self, id: i64) -> Result<u32> {
@@ -161,6 +185,7 @@ impl Tokenizer {
     pub(crate) fn encode_activated(&self, text: &str) -> Result<Vec<Token>> {
         let encoding = self.inner.encode(text, false).map_err(|e| anyhow!("encoding a conversation: {e}"))?;
         let ids = encoding.get_ids().iter().map(|&id| (id != self.image_id).then_some(i64::from(id)));
+        self.check_rows(ids.clone().flatten())?;
         Ok(ids.zip(encoding.get_offsets()).map(|(id, &(start, end))| Token { id, start, end }).collect())
     }
 }
@@ -509,6 +534,31 @@ mod tests {
         assert_eq!(Tokenizer::open(folder.path()).unwrap().eos_ids(), [2, 7]);
         fs::write(folder.path().join("generation_config.json"), r#"{"eos_token_id": [0, 2]}"#).unwrap();
         assert_eq!(Tokenizer::open(folder.path()).unwrap().eos_ids(), [0, 2]);
+    }
+
+    #[test]
+    fn a_token_beyond_the_embedding_is_refused_with_both_sizes() {
+        let text = fs::read(fixtures::root().join("tiny/tokenizer/tokenizer.json")).unwrap();
+        let mut json: Value = serde_json::from_slice(&text).unwrap();
+        for (id, content, special) in [(512, "<|user|>", true), (513, "<loc>", false)] {
+            let mut token = json["added_tokens"][0].clone();
+            (token["id"], token["content"], token["special"]) = (id.into(), content.into(), special.into());
+            json["added_tokens"].as_array_mut().unwrap().push(token);
+        }
+        let tokenizer = |rows| Tokenizer::parse(json.clone()).unwrap().for_embedding(rows);
+        assert_eq!(tokenizer(514).encode_template("<|user|><loc>").unwrap(), [512, 513]);
+        let small = tokenizer(512);
+        small.encode("a red ring <|user|>").unwrap(); // there, the special token is text
+        for (error, token, id) in [
+            (small.encode_template("a <|user|>").unwrap_err(), "<|user|>", 512),
+            (small.encode("a <loc>").unwrap_err(), "<loc>", 513),
+            (small.encode_activated(&small.activate("<|user|>")).err().unwrap(), "<|user|>", 512),
+        ] {
+            let expected = format!(
+                "token `{token}` has id {id}, but the model's embedding has 512 rows, the tokenizer 514 tokens"
+            );
+            assert!(error.to_string().starts_with(&expected), "{error}");
+        }
     }
 
     #[test]

@@ -417,6 +417,61 @@ mod tests {
         fixtures::assert_close_to(&f32s.tensor(&format!("{module}.weight")).unwrap(), &expected, 1e-6);
     }
 
+    /// An adapter's folder for the LLM in `base`, with these whole tensors beside the adapters.
+    fn adapter_with(path: &Path, base: &Path, whole: &[(&str, Tensor)]) {
+        let (random, lora) = (fixtures::Random::new(8), LoraConfig::new(3, 1));
+        let base = Checkpoint::open(base).unwrap();
+        let mut tensors = Vec::new();
+        for module in base.names().filter_map(|name| name.strip_suffix("_proj.weight")) {
+            if let [out, width] = base.info(&format!("{module}_proj.weight")).unwrap().1[..]
+                && module.starts_with("model.layers.0.")
+            {
+                tensors.push((format!("{module}_proj.lora_A.weight"), random.normal([3, width])));
+                tensors.push((format!("{module}_proj.lora_B.weight"), random.normal([out, 3])));
+            }
+        }
+        tensors.extend(whole.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.shallow_clone())));
+        fs::create_dir(path).unwrap();
+        save_adapter(path, &lora, "some/base", &tensors).unwrap();
+    }
+
+    #[test]
+    fn an_adapters_whole_tensors_fit_its_base_or_are_named() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        let base = CausalLm::load(&LlmConfig::tiny(64), &Weights::random(5, Device::Cpu, Kind::Float)).unwrap();
+        crate::folder::save_folder(&at("base"), &serde_json::to_value(base.config()).unwrap(), &base.tensors())
+            .unwrap();
+        let random = fixtures::Random::new(9);
+        let (embedding, head) = (random.normal([66, 32]), random.normal([66, 32]));
+
+        let strays = [("model.layers.7.mlp.norm.weight", head.copy()), ("visual.proj.weight", head.copy())];
+        adapter_with(&at("stray"), &at("base"), &strays);
+        let error = format!("{:#}", convert(&at("stray"), &at("out"), &ASIS, &at("base")).unwrap_err());
+        let named =
+            "another model?\n  base_model.model.model.layers.7.mlp.norm.weight\n  base_model.model.visual.proj.weight";
+        assert!(error.contains("fit nothing in its base") && error.ends_with(named), "{error}");
+        assert!(!at("out").exists());
+
+        // A larger vocabulary, and a head apart from the embedding although the base ties them.
+        let whole = [("model.embed_tokens.weight", embedding.copy()), ("lm_head.weight", head.copy())];
+        adapter_with(&at("both"), &at("base"), &whole);
+        convert(&at("both"), &at("merged"), &ASIS, &at("base")).unwrap();
+        let config = LlmConfig::open(&at("merged")).unwrap();
+        assert_eq!((config.vocab_size, config.tie_word_embeddings), (66, false));
+        let weights = Weights::open(&at("merged"), Device::Cpu, Kind::Float).unwrap();
+        let llm = CausalLm::load(&config, &weights).unwrap();
+        weights.finish().unwrap();
+        let hidden = random.normal([2, 32]);
+        assert!(llm.logits(&hidden).equal(&hidden.matmul(&head.tr())));
+
+        // The embedding alone: the head is tied to it still.
+        adapter_with(&at("embedding"), &at("base"), &whole[..1]);
+        convert(&at("embedding"), &at("tied"), &ASIS, &at("base")).unwrap();
+        let config = LlmConfig::open(&at("tied")).unwrap();
+        assert_eq!((config.vocab_size, config.tie_word_embeddings), (66, true));
+    }
+
     #[test]
     fn a_gguf_file_becomes_a_folder() {
         let root = tempfile::tempdir().unwrap();

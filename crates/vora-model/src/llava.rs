@@ -44,10 +44,12 @@ impl Llava {
     ///
     /// # Errors
     /// As [`Llava::load`].
-    pub fn assemble(config: LlavaConfig, llm: &Weights, vision_tower: Encoder, trained: &Weights) -> Result<Self> {
+    pub fn assemble(mut config: LlavaConfig, llm: &Weights, vision_tower: Encoder, trained: &Weights) -> Result<Self> {
+        let llm = CausalLm::load(&config.llm, llm)?;
+        config.llm = llm.config().clone(); // whether the head is tied is for the tensors to say
         config.features.hidden_state_indices(vision_tower.num_hidden_layers())?;
         let mut model = Self {
-            llm: CausalLm::load(&config.llm, llm)?,
+            llm,
             multi_modal_projector: MultiModalProjector::load(
                 &config,
                 vision_tower.hidden_size(),

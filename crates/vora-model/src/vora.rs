@@ -31,9 +31,11 @@ impl Vora {
 
     /// Builds a VoRA from an LLM's own folder: frozen weights from `llm`, everything trained (adapters and patch
     /// embedding) from `trained`.
-    pub fn assemble(config: VoraConfig, llm: &Weights, trained: &Weights) -> Result<Self> {
+    pub fn assemble(mut config: VoraConfig, llm: &Weights, trained: &Weights) -> Result<Self> {
+        let llm = CausalLm::load(&config.llm, llm)?;
+        config.llm = llm.config().clone(); // whether the head is tied is for the tensors to say
         let mut model = Self {
-            llm: CausalLm::load(&config.llm, llm)?,
+            llm,
             vision_embedding: PatchEmbed::load(&config.patch_embed(), &trained.pp("vision_embedding"))?
                 .with_rms_norm_eps(config.llm.rms_norm_eps)
                 .with_position_table(config.pos_embed),

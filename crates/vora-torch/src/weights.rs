@@ -252,7 +252,7 @@ impl Weights {
     }
 
     /// The file or folder behind this source, for messages.
-    fn origin(&self) -> PathBuf {
+    pub fn origin(&self) -> PathBuf {
         match &*self.source {
             Source::File(checkpoint) => checkpoint.path().to_owned(),
             Source::Tensors(_) => "tensors in memory".into(),

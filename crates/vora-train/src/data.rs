@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_data::{Chain, Mix, RecordFiles, RecordKeys, SampleMaker, SceneSource, Source};
 use vora_llm::tokenizer::special_tokens;
-use vora_llm::{ChatTemplate, Tokenizer};
+use vora_llm::{ChatTemplate, Message, Tokenizer};
 
 use crate::config::TrainConfig;
 use crate::data_config::{DataFetch, DataPath, DataPreprocess};
@@ -35,8 +35,16 @@ pub fn prepared_maker(config: &TrainConfig, preparation: Preparation) -> Result<
         Some(source) => ChatTemplate::new(source, special_tokens(llm)?, "model.chat_template")?,
         None => ChatTemplate::open(llm)?,
     };
+    let tokenizer = Tokenizer::open(llm)?;
+    // What a template writes into every conversation is refused now, not sample by sample.
+    let turns = [Message::new("user", "?"), Message::new("assistant", ".")];
+    let renders = chat.encode_chat(&tokenizer, &turns).is_ok();
+    let tokenizer = tokenizer.for_embedding(preparation.vocab_size);
+    if renders {
+        chat.encode_chat(&tokenizer, &turns).context("the chat template")?;
+    }
     Ok(Arc::new(SampleMaker {
-        tokenizer: Arc::new(Tokenizer::open(llm)?),
+        tokenizer: Arc::new(tokenizer),
         chat: Arc::new(chat),
         processor: preparation.processor,
         image_marks: preparation.image_marks,

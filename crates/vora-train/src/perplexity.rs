@@ -1,6 +1,6 @@
 //! Perplexity of a language model on a text, by sliding windows.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use serde::Serialize;
 use tch::Tensor;
 use vora_llm::{AttentionPlan, CausalLm, Spans, VisionAttention};
@@ -34,6 +34,13 @@ pub fn perplexity(llm: &CausalLm, input_ids: &[i64], max_length: usize, stride: 
     ensure!(input_ids.len() > 1, "the text has {} tokens, it takes two or more", input_ids.len());
     ensure!(max_length > 1, "a window of {max_length} tokens foretells nothing, it takes two or more");
     ensure!(max_length as i64 <= context, "a window has {max_length} tokens, the model's context is {context}");
+    let rows = llm.config().vocab_size;
+    if let Some(id) = input_ids.iter().find(|id| !(0..rows).contains(id)) {
+        bail!(
+            "the text has a token of id {id}, but the model's embedding has {rows} rows: take the tokenizer that belongs \
+             to the model, or resize its embedding"
+        );
+    }
     ensure!(stride > 0 && stride <= max_length, "stride is {stride}, it must lie in 1..={max_length}, the window");
     let (mut sum, mut tokens, mut scored) = (0.0, 0, 1); // the first token is foretold by nothing
     for begin in (0..input_ids.len()).step_by(stride) {
@@ -108,5 +115,6 @@ mod tests {
         assert!(error(&[1, 2], context + 1, 8).contains("the model's context is"));
         assert!(error(&[1, 2], 8, 9).contains("stride is 9, it must lie in 1..=8"));
         assert!(error(&[1, 2], 8, 0).contains("stride is 0"));
+        assert!(error(&[1, 512], 8, 8).contains("a token of id 512, but the model's embedding has 512 rows"));
     }
 }

@@ -16,6 +16,8 @@ use crate::student::{Resolve, Student};
 pub struct Preparation {
     /// Where tokenizer and chat template lie.
     pub llm_folder: PathBuf,
+    /// Rows of the embedding that tokens are looked up in.
+    pub vocab_size: i64,
     /// What pictures go through.
     pub processor: ImageProcessor,
     /// Side of what becomes one token of a picture, in pixels.
@@ -33,6 +35,7 @@ impl Preparation {
         let section = &config.model;
         let side = u32::try_from(section.image_size)?;
         let llm_folder = resolve(&section.llm).context("model.llm")?;
+        let llm = LlmConfig::open(&llm_folder).context("model.llm")?;
         let encoder = |name: &str| {
             let folder = resolve(name)?;
             let config = EncoderConfig::open(&folder)?;
@@ -53,17 +56,18 @@ impl Preparation {
             }
             ModelType::Chameleon => {
                 let vq = section.vqmodel.as_ref().context("model.vqmodel is missing")?.config(section.image_size);
-                let chameleon = Chameleon::config_over(&LlmConfig::open(&llm_folder)?, &vq).context("model.llm")?;
+                let chameleon = Chameleon::config_over(&llm, &vq).context("model.llm")?;
                 (chameleon_processor(side)?, vq.stride(), Some(Chameleon::image_marks_of(&chameleon)?))
             }
         };
-        Ok(Self { llm_folder, processor, patch_size, image_marks })
+        Ok(Self { llm_folder, vocab_size: llm.vocab_size, processor, patch_size, image_marks })
     }
 
     /// That of a student that is there.
     pub fn of(student: &Student) -> Self {
         Self {
             llm_folder: student.llm_folder().to_owned(),
+            vocab_size: student.model.llm().config().vocab_size,
             processor: student.processor().clone(),
             patch_size: student.patch_size(),
             image_marks: student.model.image_marks(),

@@ -122,10 +122,12 @@ pub(super) fn steps(source: &Source, to: Layout, kind: Option<Kind>) -> Result<V
     // What an adapter's folder has whole stands for what the base has.
     let mut seen = HashSet::new();
     let replaced = parts.extract_if(.., |part| !seen.insert(part.name.clone())).collect::<Vec<_>>();
+    let replaced_names: HashSet<String> = replaced.iter().map(|part| part.name.clone()).collect();
     for part in replaced {
         let (stored, shape) = info(&part)?;
         steps.push(Step::dropped(part, "the adapter's folder has its own", stored, shape));
     }
+    check_whole(source, &parts, &replaced_names)?;
     check_adapters(source, &parts, to)?;
     ensure!(
         to != Layout::Llm || source.lora.is_some() || parts.iter().all(|part| adapted(&part.name).is_none()),
@@ -184,6 +186,25 @@ impl Step {
 fn order(step: &Step) -> (bool, Vec<(Option<u64>, &str)>) {
     let name = step.to.as_ref().unwrap_or(&step.from[0].stored);
     (step.to.is_none(), name.split('.').map(|part| (part.parse().ok(), part)).collect())
+}
+
+/// An error where an adapter's folder has a tensor that is neither a part of an adapter nor one of its base's: all of
+/// them are named. A head stands also where the base's is its embedding.
+fn check_whole(source: &Source, parts: &[Part], of_base: &HashSet<String>) -> Result<()> {
+    if !matches!(source.layout, Layout::Peft | Layout::PeftLlm) {
+        return Ok(());
+    }
+    let fits = |part: &Part| {
+        let head = part.name.strip_prefix(LLM_PREFIX).unwrap_or(&part.name) == "lm_head.weight";
+        part.checkpoint != 0 || adapted(&part.name).is_some() || of_base.contains(&part.name) || head
+    };
+    let stray: Vec<&str> = parts.iter().filter(|part| !fits(part)).map(|part| part.stored.as_str()).collect();
+    ensure!(
+        stray.is_empty(),
+        "the adapter has tensors that fit nothing in its base; was it made for another model?\n  {}",
+        stray.join("\n  ")
+    );
+    Ok(())
 }
 
 /// An error where an adapter is half, of another shape than its weight, of another rank than it should be, or where

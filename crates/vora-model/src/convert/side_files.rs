@@ -154,6 +154,9 @@ fn config(source: &Source, to: Layout, steps: &[Step], kind: Option<Kind>) -> Re
     if source.layout.merges_into(to) {
         config.remove("lora");
     }
+    if source.layout == Layout::PeftLlm {
+        fit_vocabulary(&mut config, steps);
+    }
     if let Some(kind) = kind {
         set_dtype(&mut config, kind);
         for part in ["text_config", "vision_config"] {
@@ -163,6 +166,17 @@ fn config(source: &Source, to: Layout, steps: &[Step], kind: Option<Kind>) -> Re
         }
     }
     Ok(Some(config))
+}
+
+/// What an adapter's own embedding and head change: the size of the vocabulary, and whether the two are one.
+fn fit_vocabulary(config: &mut Map<String, Value>, steps: &[Step]) {
+    let written = |name: &str| steps.iter().find(|step| step.to.as_deref() == Some(name));
+    if let Some(embedding) = written("model.embed_tokens.weight").and_then(Step::info) {
+        config.insert("vocab_size".into(), embedding.shape[0].into());
+    }
+    if written("lm_head.weight").is_some_and(|head| head.from[0].checkpoint == 0) {
+        config.insert("tie_word_embeddings".into(), false.into());
+    }
 }
 
 /// Says the new kind where a config says one.

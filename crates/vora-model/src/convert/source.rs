@@ -133,10 +133,11 @@ impl Source {
         let mut parts = Vec::new();
         for (checkpoint, tensors) in self.checkpoints.iter().enumerate() {
             for stored in tensors.names() {
-                let in_base = stored.strip_prefix(PEFT_PREFIX).unwrap_or(stored);
+                // A head or embedding that is adapted lies whole beside its adapter, under the name of PEFT's wrapper.
+                let in_base = stored.strip_prefix(PEFT_PREFIX).unwrap_or(stored).replace(".base_layer.", ".");
                 let name = match self.layout {
                     Layout::Peft if checkpoint != 1 => format!("{LLM_PREFIX}{in_base}"),
-                    Layout::PeftLlm => in_base.to_owned(),
+                    Layout::PeftLlm => in_base,
                     _ => stored.to_owned(),
                 };
                 parts.push(Part { checkpoint, stored: stored.to_owned(), name });

@@ -183,3 +183,14 @@ fn what_is_cut_or_left_out_for_its_length_is_counted() {
     let counts: Vec<_> = (0..2).map(|_| trainer.train_step().unwrap()).map(|m| (m.truncated, m.too_long)).collect();
     assert_eq!(counts, [(1, 0), (1, 1)]);
 }
+
+#[test]
+fn a_template_with_a_token_beyond_the_embedding_is_refused_before_the_run() {
+    let config = config(&[SYSTEMS[0], "bf16=false"]);
+    let mut preparation = Preparation::open(&config, &resolve).unwrap();
+    assert_eq!(preparation.vocab_size, 512);
+    preparation.vocab_size = 1;
+    let error = format!("{:#}", data::prepared_maker(&config, preparation).unwrap_err());
+    assert!(error.starts_with("the chat template: token `<|im_"), "{error}");
+    assert!(error.contains("the model's embedding has 1 rows, the tokenizer 512 tokens"), "{error}");
+}
