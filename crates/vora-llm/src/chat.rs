@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Kwargs;
+use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 use serde::Serialize;
 
@@ -146,6 +146,10 @@ impl ChatTemplate {
         environment.set_fuel(Some(FUEL));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", to_json);
+        environment.add_filter("int", to_int);
+        environment.add_filter("wordcount", word_count);
+        environment.add_test("iterable", is_iterable);
+        environment.add_test("sequence", is_sequence);
         environment.add_function("raise_exception", |message: String| -> Result<String, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
@@ -195,10 +199,12 @@ impl ChatTemplate {
                 let found = text[at..].char_indices().find(|&(_, c)| tokenizer.is_special(c));
                 found.map(|(offset, c)| at + offset + c.len_utf8())
             };
-            // Where the turn is over: as it was when it was the last, else at the next special token.
-            let as_last = text.starts_with(&upto) && upto.len() >= prompt.len();
-            let limit = if as_last { Some(upto.len()) } else { special_after(prompt.len()) }.unwrap_or(text.len());
+            // Where the turn is over: where the conversation stops being what it was when this turn was the last, else
+            // at the next special token. What a template writes once, at the very end, is no part of an earlier turn.
             let answer = turn.content.trim();
+            let shared = shared_len(&text, &upto);
+            let as_last = shared >= prompt.len() && text[prompt.len()..shared].contains(answer);
+            let limit = if as_last { Some(shared) } else { special_after(prompt.len()) }.unwrap_or(text.len());
             let said = text[prompt.len()..limit].find(answer).with_context(|| {
                 format!("{}: the assistant's turn {turn_idx} is not rendered as it was given", self.origin)
             })?;
@@ -209,6 +215,13 @@ impl ChatTemplate {
                 _ if as_last => limit,
                 _ => answer_end,
             };
+            let asked = turns.get(turn_idx + 1).map(|next| next.content.trim()).filter(|asked| !asked.is_empty());
+            ensure!(
+                asked.is_none_or(|asked| as_last || !text[answer_end..end].contains(asked))
+                    && answers.last().is_none_or(|before: &Range<usize>| before.end <= prompt.len()),
+                "{}: where the assistant's answer in or before turn {turn_idx} ends cannot be told from what follows it",
+                self.origin
+            );
             answers.push(prompt.len()..end);
         }
         pieces(tokenizer, &text, &answers)
@@ -229,6 +242,11 @@ impl ChatTemplate {
         }
         anyhow::anyhow!("{}: {error}", self.origin)
     }
+}
+
+/// How many bytes two texts begin with in common, in whole characters.
+fn shared_len(a: &str, b: &str) -> usize {
+    a.chars().zip(b.chars()).take_while(|(x, y)| x == y).map(|(c, _)| c.len_utf8()).sum()
 }
 
 /// Messages with everything that came from outside made inert.
@@ -265,7 +283,7 @@ fn pieces(tokenizer: &Tokenizer, activated: &str, answers: &[Range<usize>]) -> R
         while ranges.peek().is_some_and(|r| r.end <= start) {
             ranges.next();
         }
-        let inside = ranges.peek().is_some_and(|r| r.start < end);
+        let inside = ranges.peek().is_some_and(|r| r.start < end && end <= r.end);
         match pieces.last_mut() {
             Some(Piece::Text { ids, supervised }) if *supervised == inside => ids.push(id),
             _ => pieces.push(Piece::Text { ids: vec![id], supervised: inside }),
@@ -295,6 +313,31 @@ fn without_generation_tags(source: &str) -> String {
     out + rest
 }
 
+/// Jinja2's `iterable`: strings, lists, mappings and the undefined, but not `none`.
+fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && value.try_iter().is_ok()
+}
+
+/// Jinja2's `sequence`: whatever has a length and items, so strings and mappings too.
+fn is_sequence(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::Undefined | ValueKind::Seq | ValueKind::String | ValueKind::Map)
+}
+
+/// Jinja2's `int`: what is not a number becomes `default`, which is 0 unless given.
+fn to_int(value: &Value, default: Option<i64>) -> i64 {
+    let whole = |number: f64| number.is_finite().then_some(number as i64);
+    let parsed = match value.as_str() {
+        Some(text) => text.trim().parse().ok().or_else(|| text.trim().parse().ok().and_then(whole)),
+        None => i64::try_from(value.clone()).ok().or_else(|| f64::try_from(value.clone()).ok().and_then(whole)),
+    };
+    parsed.unwrap_or(default.unwrap_or(0))
+}
+
+/// Jinja2's `wordcount`: runs of letters, digits and underscores.
+fn word_count(text: &str) -> usize {
+    text.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| !word.is_empty()).count()
+}
+
 /// HF's `tojson`: Python's `json.dumps` with its spaces, and without Jinja's HTML escapes.
 fn to_json(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
@@ -306,15 +349,19 @@ fn to_json(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
     let ascii: bool = kwargs.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
     let sorted: bool = kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
     kwargs.assert_all_used()?;
-    if sorted {
-        return Err(Error::new(ErrorKind::InvalidOperation, "tojson: sort_keys is not supported"));
-    }
     let default_item = if indent.is_some() { "," } else { ", " };
     let (item, key) = separators.unwrap_or_else(|| (default_item.to_owned(), ": ".to_owned()));
     let python = PythonJson { item, key, indent, ascii, depth: 0, empty: true };
     let mut out = Vec::new();
     let mut serializer = serde_json::Serializer::with_formatter(&mut out, python);
-    value.serialize(&mut serializer).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
+    let failed = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());
+    if sorted {
+        let mut json = serde_json::to_value(value).map_err(failed)?;
+        json.sort_all_objects();
+        json.serialize(&mut serializer).map_err(failed)?;
+    } else {
+        value.serialize(&mut serializer).map_err(failed)?;
+    }
     String::from_utf8(out).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))
 }
 
@@ -453,6 +500,16 @@ fn strftime(format: &str, seconds: u64) -> String {
             Some('M') => out.two(second / 60 % 60),
             Some('S') => out.two(second % 60),
             Some('%') => out.put('%'),
+            // glibc's `-`: no leading zero.
+            Some('-') => match chars.next() {
+                Some('d') => out.put(day),
+                Some('m') => out.put(month),
+                Some('H') => out.put(second / 3600),
+                Some('M') => out.put(second / 60 % 60),
+                Some('S') => out.put(second % 60),
+                Some(other) => out.put(format_args!("%-{other}")),
+                None => out.put("%-"),
+            },
             Some(other) => out.put(format_args!("%{other}")),
             None => out.put('%'),
         }
@@ -500,7 +557,6 @@ fn date(mut days: u64) -> (u64, u64, u64, u64) {
 mod tests {
     use super::*;
     use serde_json::Value as Json;
-    use std::time::Instant;
 
     fn golden() -> Json {
         let path = fixtures::root().join("golden/tokenizer_chat.json");
@@ -516,6 +572,14 @@ mod tests {
         let [bos, eos] = tokens.map(str::to_owned);
         let special_tokens = vec![("bos_token".to_owned(), bos), ("eos_token".to_owned(), eos)];
         ChatTemplate::new(golden()["templates"][name].as_str().unwrap(), special_tokens, name).unwrap()
+    }
+
+    /// The time that this thread has computed, in milliseconds: other programs' load is not in it.
+    fn thread_cpu_ms() -> i64 {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the pointer is to a timespec of our own.
+        assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) }, 0);
+        time.tv_sec * 1000 + time.tv_nsec / 1_000_000
     }
 
     fn inline(source: &str) -> ChatTemplate {
@@ -606,6 +670,26 @@ mod tests {
     }
 
     #[test]
+    fn one_eos_at_the_very_end_ends_no_earlier_answer() {
+        let turn = |role: &str, text: &str| Message::new(role, text);
+        let chat = [
+            turn("user", "One?"),
+            turn("assistant", "It is one."),
+            turn("user", "Two?"),
+            turn("assistant", "It is two."),
+        ];
+        let source = "{% for m in messages %}{{ '<' + m.role + '>\n' + m.content + '<end>\n' }}{% endfor %}\
+                      {% if add_generation_prompt %}{{ '<assistant>\n' }}{% else %}<|im_end|>{% endif %}";
+        let pieces = inline(source).encode_chat(&tiny(), &chat).unwrap();
+        assert_eq!(answers(&tiny(), &pieces), ["It is one.<end>\n", "It is two.<end>\n<|im_end|>"]);
+        let source = "{% for m in messages %}{{ m.role.upper() + ': ' + m.content + ' ' }}{% endfor %}\
+                      {% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% else %}<|im_end|>{% endif %}";
+        let found = answers(&tiny(), &inline(source).encode_chat(&tiny(), &chat).unwrap());
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert!(found[0].trim() == "It is one." && found[1].trim() == "It is two. <|im_end|>", "{found:?}");
+    }
+
+    #[test]
     fn earlier_answers_may_be_rendered_differently_but_not_dropped() {
         // As templates with reasoning do: the last turn shows an empty thought, those before it none.
         let source = "{% for m in messages %}<|im_start|>{{ m.role }}\n\
@@ -693,22 +777,21 @@ mod tests {
             "{% set s = 'x' * 500000 %}{% for i in range(100000) %}{% if 'y' in s %}{% endif %}{% endfor %}",
             deep.as_str(),
         ];
-        // A tenth of a second is the promise; unoptimised it is slower, and other builds may run beside this: the best of
-        // five, and far below the hours that these would take.
+        // A tenth of a second of this thread's own time is the promise; unoptimised it is slower, yet far below the hours
+        // that these would take.
         let allowed = if cfg!(debug_assertions) { 3000 } else { 500 };
         for source in sources {
             let attempt = || {
-                let started = Instant::now();
+                let started = thread_cpu_ms();
                 let done = ChatTemplate::new(source, Vec::new(), "hostile")
                     .and_then(|template| template.render(&[Message::new("user", "x")], true));
-                let elapsed = started.elapsed().as_millis();
+                let elapsed = thread_cpu_ms() - started;
                 let error = done.unwrap_err().to_string();
                 assert!(error.starts_with("hostile: "), "{error}");
                 elapsed
             };
-            let mut attempts = (0..5).map(|_| attempt());
             let start = &source[..source.len().min(80)];
-            assert!(attempts.any(|elapsed| elapsed < allowed), "longer than {allowed} ms: {start}");
+            assert!(attempt() < allowed, "longer than {allowed} ms: {start}");
         }
         let long = "x".repeat(MAX_TEMPLATE_LEN + 1);
         let error = ChatTemplate::new(&long, Vec::new(), "long").unwrap_err().to_string();
@@ -766,8 +849,35 @@ mod tests {
         assert_eq!(render("{{ 'é🙂' | tojson(ensure_ascii=true) }}"), r#""\u00e9\ud83d\ude42""#);
         assert_eq!(render("{{ [1, {}] | tojson(separators=(',', ':')) }}"), "[1,{}]");
         assert_eq!(render("{{ [[], {'a': [1]}] | tojson(indent=1) }}"), "[\n [],\n {\n  \"a\": [\n   1\n  ]\n }\n]");
-        let error = inline("{{ 1 | tojson(sort_keys=true) }}").render(&[], false).unwrap_err().to_string();
-        assert!(error.contains("sort_keys"), "{error}");
+        let sorted = render("{{ {'b': 1, 'a': [2, {'d': 1, 'c': 2}]} | tojson(sort_keys=true) }}");
+        assert_eq!(sorted, r#"{"a": [2, {"c": 2, "d": 1}], "b": 1}"#);
+    }
+
+    #[test]
+    fn tests_and_filters_are_jinja2s() {
+        // What transformers' own environment renders, `True` and `False` written as 1 and 0.
+        for (expression, expected) in [
+            ("(none is iterable) | int", "0"),
+            ("(tools is iterable) | int", "0"),
+            ("(x is iterable) | int", "1"),
+            ("({} is iterable) | int", "1"),
+            ("(3 is iterable) | int", "0"),
+            ("('a' is sequence) | int", "1"),
+            ("({} is sequence) | int", "1"),
+            ("(x is sequence) | int", "1"),
+            ("(none is sequence) | int", "0"),
+            ("(3 is sequence) | int", "0"),
+            ("'12' | int", "12"),
+            ("'x' | int", "0"),
+            ("'x' | int(7)", "7"),
+            ("3.7 | int", "3"),
+            ("'3.7' | int", "3"),
+            ("none | int", "0"),
+            ("'a b  c' | wordcount", "3"),
+        ] {
+            let rendered = inline(&format!("{{{{ {expression} }}}}")).render(&[], false).unwrap();
+            assert_eq!(rendered, expected, "{expression}");
+        }
     }
 
     #[test]
@@ -778,6 +888,7 @@ mod tests {
             "29 Feb 2024, Thursday February 24 100% %Q %"
         );
         assert_eq!(strftime("%F", 5), "%F");
+        assert_eq!(strftime("%-d.%-m. %-H:%-M:%-S %-Q %-", 5), "1.1. 0:0:5 %-Q %-");
         assert_eq!(strftime("%Y-%m-%d %j", 1_735_603_200), "2024-12-31 366");
         assert!(inline("{{ strftime_now('%Y') }}").render(&[], false).unwrap().starts_with("20"));
     }
