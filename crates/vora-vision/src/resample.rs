@@ -33,7 +33,8 @@ impl Resample {
     }
 }
 
-/// Whose arithmetic a picture goes through: results differ by up to 2 of 255.
+/// Whose arithmetic a picture goes through: results differ by up to 2 of 255, and by more where Pillow 13 resamples the
+/// columns of a tall picture before its rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Backend {
     /// torchvision's, which Hugging Face's processors use unless told otherwise.
@@ -43,7 +44,8 @@ pub enum Backend {
     Pillow,
 }
 
-/// Resamples interleaved RGB, first along rows, then along columns, rounding to bytes after each as both backends do.
+/// Resamples interleaved RGB, first along rows, then along columns (Pillow at times the other way round), rounding to
+/// bytes after each as both backends do.
 pub(crate) fn resize(
     bytes: &[u8],
     from: (u32, u32),
@@ -123,35 +125,50 @@ fn torchvision(bytes: &[u8], from: (u32, u32), to: (u32, u32), filter: Filter) -
     Ok(bytes)
 }
 
-/// Weights of 22 bits, as Pillow's `ImagingResample` has them for bytes.
+/// Weights of 22 bits, as Pillow's `ImagingResample` has them for bytes. Where the height loses more than twice the
+/// pixels that the width loses (or the width gains some), columns come before rows, since Pillow 13.
 fn pillow(bytes: &[u8], from: (u32, u32), to: (u32, u32), filter: Filter) -> Cow<'_, [u8]> {
-    let [from_height, from_width, height, width] = [from.0, from.1, to.0, to.1].map(|side| side as usize);
+    let ((from_height, from_width), (height, width)) = (from, to);
+    let lost = |from: u32, to: u32| i64::from(from) - i64::from(to);
+    let columns_first = height < from_height && lost(from_height, height) > 2 * lost(from_width, width);
     let mut bytes = Cow::Borrowed(bytes);
-    if width != from_width {
-        let taps = taps(from_width, width, filter);
-        let mut resized = Vec::with_capacity(3 * from_height * width);
-        for line in bytes.chunks_exact(3 * from_width) {
-            for tap in &taps {
-                let pixels = line[3 * tap.start..].chunks_exact(3);
-                let sums = weigh(tap, pixels.map(|pixel| [pixel[0], pixel[1], pixel[2]]));
-                resized.extend_from_slice(&sums);
-            }
-        }
-        bytes = Cow::Owned(resized);
+    if columns_first {
+        bytes = Cow::Owned(along_columns(&bytes, from_width, from_height, height, filter));
     }
-    if height != from_height {
-        let stride = 3 * width;
-        let mut resized = Vec::with_capacity(stride * height);
-        for tap in taps(from_height, height, filter) {
-            let lines = &bytes[stride * tap.start..];
-            for column in 0..width {
-                let pixels = lines.chunks_exact(stride).map(|line| [0, 1, 2].map(|c| line[3 * column + c]));
-                resized.extend_from_slice(&weigh(&tap, pixels));
-            }
-        }
-        bytes = Cow::Owned(resized);
+    if width != from_width {
+        bytes = Cow::Owned(along_rows(&bytes, from_width, width, filter));
+    }
+    if height != from_height && !columns_first {
+        bytes = Cow::Owned(along_columns(&bytes, width, from_height, height, filter));
     }
     bytes
+}
+
+/// Every row of `from` pixels with `to` pixels.
+fn along_rows(bytes: &[u8], from: u32, to: u32, filter: Filter) -> Vec<u8> {
+    let taps = taps(from as usize, to as usize, filter);
+    let mut resized = Vec::with_capacity(bytes.len() / from as usize * to as usize);
+    for line in bytes.chunks_exact(3 * from as usize) {
+        for tap in &taps {
+            let pixels = line[3 * tap.start..].chunks_exact(3);
+            resized.extend_from_slice(&weigh(tap, pixels.map(|pixel| [pixel[0], pixel[1], pixel[2]])));
+        }
+    }
+    resized
+}
+
+/// Every one of `width` columns of `from` pixels with `to` pixels.
+fn along_columns(bytes: &[u8], width: u32, from: u32, to: u32, filter: Filter) -> Vec<u8> {
+    let stride = 3 * width as usize;
+    let mut resized = Vec::with_capacity(stride * to as usize);
+    for tap in taps(from as usize, to as usize, filter) {
+        let lines = &bytes[stride * tap.start..];
+        for column in (0..stride).step_by(3) {
+            let pixels = lines.chunks_exact(stride).map(|line| [0, 1, 2].map(|c| line[column + c]));
+            resized.extend_from_slice(&weigh(&tap, pixels));
+        }
+    }
+    resized
 }
 
 /// The old pixels that a new one is made of.
