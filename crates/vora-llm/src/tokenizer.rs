@@ -23,6 +23,8 @@ const INERT: u32 = 0x10_8000;
 const MAX_SPECIAL_TOKENS: u32 = 0x7f00;
 /// The place of an image, a token that no model ever sees.
 pub(crate) const IMAGE: char = '\u{10fffd}';
+/// What a chat template writes for an image's place, found in somebody's text, on its way through the template.
+pub(crate) const INERT_IMAGE: char = '\u{10fffc}';
 
 /// A checkpoint's tokenizer. It adds no tokens on its own: what stands at the start or end of a sequence is the
 /// chat template's business, or the caller's.
@@ -33,6 +35,7 @@ pub struct Tokenizer {
     image_id: u32,
     eos_ids: Vec<i64>,
     embedding_rows: Option<i64>, // of the model that the ids are for, where that is known
+    begins_with_space: bool,     // it puts a space before what it encodes, as SentencePiece's models do
 }
 
 impl Tokenizer {
@@ -66,6 +69,7 @@ impl Tokenizer {
         }
         let specials = Specials::new(literals);
         rename(&mut json, &specials);
+        let begins_with_space = begins_with_space(&json);
 
         // Back to text, which the library's own parser wants.
         let inner = tokenizers::Tokenizer::from_bytes(serde_json::to_vec(&json)?).map_err(|e| anyhow!(e))?;
@@ -78,7 +82,7 @@ impl Tokenizer {
             );
         }
         let image_id = inner.token_to_id(&IMAGE.to_string()).context("no room for the image's place")?;
-        Ok(Self { inner, specials, image_id, eos_ids: Vec::new(), embedding_rows: None })
+        Ok(Self { inner, specials, image_id, eos_ids: Vec::new(), embedding_rows: None, begins_with_space })
     }
 
     /// The same tokenizer for a model whose embedding has `rows` rows: where a text comes to a token beyond them,
@@ -188,7 +192,42 @@ impl Tokenizer {
         self.check_rows(ids.clone().flatten())?;
         Ok(ids.zip(encoding.get_offsets()).map(|(id, &(start, end))| Token { id, start, end }).collect())
     }
+
+    /// The tokens of an activated and unprotected text that goes on after another one: what a model writes behind a
+    /// prompt. None of them reaches back into the prompt.
+    pub(crate) fn encode_continuation(&self, text: &str) -> Result<Vec<Token>> {
+        if !self.begins_with_space {
+            return self.encode_activated(text);
+        }
+        // The space goes before a character that no token joins with another one; all of it is left out.
+        let tokens = self.encode_activated(&format!("{BEFORE}{text}"))?;
+        let begin = BEFORE.len_utf8();
+        if tokens.iter().any(|token| token.start < begin && begin < token.end) {
+            return self.encode_activated(text);
+        }
+        let after = tokens.into_iter().filter(|token| token.end > begin);
+        Ok(after.map(|token| Token { start: token.start - begin, end: token.end - begin, ..token }).collect())
+    }
 }
+
+/// Whether a `tokenizer.json` puts a space before every text.
+fn begins_with_space(json: &Value) -> bool {
+    let steps = |key: &str, list: &str| -> Vec<Value> {
+        let step = &json[key];
+        step[list].as_array().cloned().unwrap_or_else(|| vec![step.clone()])
+    };
+    let normalizers = steps("normalizer", "normalizers");
+    let pre_tokenizers = steps("pre_tokenizer", "pretokenizers");
+    normalizers.iter().any(|step| step["type"] == "Prepend")
+        || pre_tokenizers.iter().any(|step| match step["type"].as_str() {
+            Some("Metaspace") => step["prepend_scheme"] != "never" && step["add_prefix_space"] != false,
+            Some("ByteLevel") => step["add_prefix_space"] == true,
+            _ => false,
+        })
+}
+
+/// No token has this character and another one.
+const BEFORE: char = '\u{10fffb}';
 
 /// A token and the bytes of the text that it stands for.
 pub(crate) struct Token {
