@@ -1,7 +1,7 @@
 //! `cargo xtask fixtures`: rebuilds the golden tensors in a Python environment of their own, or writes the table of how
 //! close to them everything is.
 
-mod table;
+pub mod table;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -48,10 +48,10 @@ pub fn python() -> Result<PathBuf> {
     environment(&cmd::root().join("fixtures/generate"))
 }
 
-/// The scripts of these names, or all; a name that starts with `_` is a module that scripts share.
-fn scripts(generate: &Path, names: &[String]) -> Result<Vec<PathBuf>> {
+/// The scripts of these names in a folder, or all; a name that starts with `_` is a module that scripts share.
+pub fn scripts(folder: &Path, names: &[String]) -> Result<Vec<PathBuf>> {
     let mut all = Vec::new();
-    for entry in fs::read_dir(generate).with_context(|| format!("cannot list {}", generate.display()))? {
+    for entry in fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))? {
         let path = entry?.path();
         let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
         if path.extension().is_some_and(|extension| extension == "py") && !stem.starts_with('_') {
@@ -61,7 +61,8 @@ fn scripts(generate: &Path, names: &[String]) -> Result<Vec<PathBuf>> {
     all.sort();
     let known = all.iter().map(|(stem, _)| stem.as_str()).collect::<Vec<_>>().join(", ");
     for name in names {
-        ensure!(all.iter().any(|(stem, _)| stem == name), "no script `{name}.py` in fixtures/generate; it has {known}");
+        let found = all.iter().any(|(stem, _)| stem == name);
+        ensure!(found, "no script `{name}.py` in {}; it has {known}", cmd::shown(folder));
     }
     all.retain(|(stem, _)| names.is_empty() || names.contains(stem));
     Ok(all.into_iter().map(|(_, path)| path).collect())
@@ -109,6 +110,6 @@ mod tests {
         assert_eq!(scripts(dir.path(), &[]).unwrap(), [dir.path().join("a.py"), dir.path().join("b.py")]);
         assert_eq!(scripts(dir.path(), &["b".into()]).unwrap(), [dir.path().join("b.py")]);
         let err = scripts(dir.path(), &["c".into()]).unwrap_err().to_string();
-        assert_eq!(err, "no script `c.py` in fixtures/generate; it has a, b");
+        assert_eq!(err, format!("no script `c.py` in {}; it has a, b", dir.path().display()));
     }
 }

@@ -7,6 +7,7 @@
 mod bench;
 mod check;
 mod cmd;
+mod compare;
 mod download;
 mod fixtures;
 mod setup;
@@ -49,6 +50,8 @@ enum Task {
     Bench(bench::Args),
     /// Rebuild the golden tensors in a Python environment of their own; `--table` says how close to them everything is
     Fixtures(fixtures::Args),
+    /// Ask the reference libraries and `vora` the same seeded questions at every border, outside CI
+    Compare(compare::Args),
 }
 
 fn main() -> ExitCode {
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Task::Check(args) => check::run(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Fixtures(args) => fixtures::run(&args),
+        Task::Compare(args) => compare::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -82,7 +86,7 @@ mod tests {
 
     #[test]
     fn usage_errors_exit_with_2() {
-        for wrong in [&["train", "--set", "lr"][..], &["bench", "--train"], &["setup", "--cuda", "--cpu"], &["tset"]] {
+        for wrong in [&["train", "--set", "lr"][..], &["bench", "--train"], &["setup", "--cuda", "--cpu"], &["tset"], &["compare", "--case", "1"]] {
             let err = Cli::try_parse_from(["cargo xtask"].iter().chain(wrong)).expect_err("must be refused");
             assert_eq!(err.exit_code(), 2, "{wrong:?}");
         }
