@@ -99,7 +99,10 @@ pub(crate) fn is_picture_key(key: &str) -> bool {
 }
 
 fn is_ending(ending: &str) -> bool {
-    let endings = ["jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jxl"];
+    let endings = [
+        "jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "avif", "heic",
+        "jxl",
+    ];
     endings.contains(&ending.to_lowercase().as_str())
 }
 
@@ -167,6 +170,7 @@ mod tests {
             ),
             (r#""picture": [{"bytes": "xx"}]"#, "its `picture` names a picture"),
             (r#""jpg": "a.jpg""#, "its `jpg` names a picture"),
+            (r#""img": "a.ppm""#, "its `img` names a picture"),
             (r#""image_url": "http://a.org/b.png?c=d""#, "its `image_url` names a picture"),
         ] {
             assert!(error(keys).contains(says), "{}", error(keys));

@@ -34,7 +34,7 @@ const MAX_WORDS: usize = 1 << 20;
 pub(crate) const MAX_RECORD: u64 = 64 << 20;
 
 /// What some editors begin a UTF-8 file with.
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+pub(crate) const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// One conversation about some images, or about none.
 #[derive(Debug, Clone, PartialEq, Eq)]

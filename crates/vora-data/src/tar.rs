@@ -17,7 +17,7 @@ use flate2::read::MultiGzDecoder;
 use serde_json::{Map, Value};
 use tar::{Archive, Entries, EntryType, PaxExtensions};
 
-use crate::record::{MAX_LINE, MAX_RECORD, Record, RecordKeys};
+use crate::record::{BYTE_ORDER_MARK, MAX_LINE, MAX_RECORD, Record, RecordKeys};
 use crate::sample::{Sample, SampleMaker};
 use crate::shards::{Entry, Shard, Take};
 use crate::source::Source;
@@ -119,6 +119,9 @@ impl Part {
         bytes.reserve_exact(size as usize - bytes.len());
         file.take(size - bytes.len() as u64).read_to_end(&mut bytes)?;
         ensure!(bytes.len() as u64 == size, "its .{suffix} is cut short");
+        if ending.is_words() && bytes.starts_with(BYTE_ORDER_MARK) {
+            bytes.drain(..BYTE_ORDER_MARK.len());
+        }
         Ok(make(bytes))
     }
 }
@@ -618,6 +621,9 @@ mod tests {
                 ("null.txt", json("A red one.\n")),
                 ("meta.json", talk("What?", "Whole.")),
                 ("meta.stats.json", json("{}")),
+                ("mark.json", [BYTE_ORDER_MARK, &talk("What?", "Marked.")].concat()),
+                ("words.txt", [BYTE_ORDER_MARK, b"Words."].concat()),
+                ("words.png", png(5)),
             ],
             &[
                 "record `frame`: 2 of its members are words, `frame.0001.json` to `frame.0002.json`: a record's name ends at",
@@ -628,6 +634,8 @@ mod tests {
                 "record `named`: it names 2 images, 1 lie beside it",
                 "null [4.0] A red one.",
                 "meta [] Whole.",
+                "mark [] Marked.",
+                "words [5.0] Words.",
             ],
         );
     }
