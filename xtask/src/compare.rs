@@ -130,7 +130,8 @@ fn table(found: &[Border]) -> Table {
 
 fn write(table: &Table, readme: &Path) -> Result<()> {
     let text = fs::read_to_string(readme).with_context(|| format!("cannot read {}", readme.display()))?;
-    let text = fixtures::table::between_marks(&text, MARKS, table).with_context(|| format!("in {}", readme.display()))?;
+    let text =
+        fixtures::table::between_marks(&text, MARKS, table).with_context(|| format!("in {}", readme.display()))?;
     fs::write(readme, text).with_context(|| format!("cannot write {}", readme.display()))
 }
 

@@ -86,7 +86,13 @@ mod tests {
 
     #[test]
     fn usage_errors_exit_with_2() {
-        for wrong in [&["train", "--set", "lr"][..], &["bench", "--train"], &["setup", "--cuda", "--cpu"], &["tset"], &["compare", "--case", "1"]] {
+        for wrong in [
+            &["train", "--set", "lr"][..],
+            &["bench", "--train"],
+            &["setup", "--cuda", "--cpu"],
+            &["tset"],
+            &["compare", "--case", "1"],
+        ] {
             let err = Cli::try_parse_from(["cargo xtask"].iter().chain(wrong)).expect_err("must be refused");
             assert_eq!(err.exit_code(), 2, "{wrong:?}");
         }

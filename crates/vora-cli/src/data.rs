@@ -74,6 +74,8 @@ struct Run {
     /// The tokens decoded; `[image ROWSxCOLS]` for a picture.
     text: String,
     tokens: usize,
+    /// The tokens; none for a picture.
+    ids: Vec<i64>,
     /// Whether the model learns to say them.
     learned: bool,
     branch: Option<i64>,
@@ -239,6 +241,7 @@ fn runs(sample: &Sample, maker: &SampleMaker) -> Result<Vec<Run>> {
             Modality::Image { rows, cols } => runs.push(Run {
                 text: format!("[image {rows}x{cols}]"),
                 tokens: span.len as usize,
+                ids: Vec::new(),
                 learned: false,
                 branch: span.branch,
             }),
@@ -252,7 +255,7 @@ fn runs(sample: &Sample, maker: &SampleMaker) -> Result<Vec<Run>> {
                 for run in tokens.chunk_by(|a, b| a.1 == b.1) {
                     let ids: Vec<i64> = run.iter().map(|(id, _)| *id).collect();
                     let text = decode(maker, &ids)?;
-                    runs.push(Run { text, tokens: ids.len(), learned: run[0].1, branch: span.branch });
+                    runs.push(Run { text, tokens: ids.len(), ids, learned: run[0].1, branch: span.branch });
                 }
             }
         }
