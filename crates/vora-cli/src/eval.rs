@@ -1,6 +1,7 @@
 //! `vora eval`: a model's scores on held-out questions, beside a blind control, or its perplexity on a text.
 
 mod questions;
+mod record;
 mod report;
 
 use std::io::{IsTerminal, Write};
@@ -37,8 +38,10 @@ Examples:
 MODEL is a folder that `vora merge` wrote, or a run's final/ or checkpoint, its adapters apart; for --text
 also a language model alone. The blind control asks the same questions about another picture.
 
-Data are JSON lines or one JSON array: conversations as for training, or `image`, `question` and `answer`
-or `answers`. A picture's captions are those of all its records, or their `captions`. By --task the scores:
+Data are JSON lines or one JSON array. A record names its pictures as for training (`frames`, `images` or
+`image`) and has a conversation, or `question` and `answer` or `answers`, or POPE's `text` and `label`, or
+`captions`. A picture's captions are those of all its records, or their `captions`. What most of the distinct
+questions are made for is the task, unless --task says. By --task the scores:
   exact       exact_match
   vqa         vqa_accuracy of VQAv2; with a single answer, a match once both are normalised
   yesno       accuracy, precision, recall, f1 and yes_share as POPE reports them
@@ -89,7 +92,7 @@ pub(crate) struct Args {
 }
 
 /// What is scored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 enum Task {
     Auto,
     Exact,
@@ -195,7 +198,20 @@ fn on_text(args: &Args, path: &Path, folder: &Path, device: Device, kind: Kind) 
 fn on_questions(args: &Args, data: &str, folder: &Path, device: Device, kind: Kind) -> Result<Found> {
     ensure!(args.task != Task::Perplexity, "perplexity is of a text: give --text instead of --data");
     let mut set = QuestionSet::open(data, args.images.as_deref(), args.limit)?;
-    let task = if args.task == Task::Auto { set.task() } else { args.task };
+    let mut stderr = std::io::stderr();
+    let mut task = args.task;
+    if task == Task::Auto {
+        let (found, why) = set.task()?;
+        writeln!(stderr, "task {}, {why}; --task sets another", found.name())?;
+        task = found;
+    }
+    if task == Task::Yesno {
+        set.questions.iter().try_for_each(|question| report::expects_yes(question).map(drop))?;
+    }
+    for (note, count) in &set.notes {
+        writeln!(stderr, "{count} records: {note}")?;
+    }
+    let notes = std::mem::take(&mut set.notes);
     if task == Task::Caption {
         set.gather_captions();
     }
@@ -210,6 +226,7 @@ fn on_questions(args: &Args, data: &str, folder: &Path, device: Device, kind: Ki
         "max_tokens": args.max_tokens,
         "scores": report.scores(),
         "left_out": left_out,
+        "notes": notes,
     });
     Ok((report.to_string(), results, Some(report.answers().into())))
 }

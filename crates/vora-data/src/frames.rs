@@ -1,5 +1,7 @@
 //! Which pictures a record of JSON names, and what looks like one and is not taken.
 
+use std::borrow::Cow;
+
 use anyhow::{Result, bail, ensure};
 use serde_json::{Map, Value};
 
@@ -47,6 +49,7 @@ pub(crate) fn frames(object: &mut Map<String, Value>, keys: &RecordKeys) -> Resu
 pub(crate) fn frame(value: &Value) -> Result<Option<String>> {
     match value {
         Value::Null => Ok(None),
+        Value::String(bytes) if is_base64_picture(bytes) => Ok(Some(format!("data:;base64,{bytes}"))),
         Value::String(name) => {
             ensure!(
                 name.starts_with("data:") || !name.contains("://"),
@@ -66,6 +69,15 @@ pub(crate) fn frame(value: &Value) -> Result<Option<String>> {
             }
         }
         _ => bail!("a picture is a name, or an object with `path` or `bytes`"),
+    }
+}
+
+/// A picture's name for people: of one that stands in the record itself only the beginning.
+pub fn short_name(frame: &str) -> Cow<'_, str> {
+    const SHOWN: usize = 80;
+    match frame.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{}… ({} characters)", &frame[..end], frame.chars().count()).into(),
+        None => frame.into(),
     }
 }
 
@@ -110,10 +122,7 @@ fn names_picture(value: &Value) -> bool {
     match value {
         Value::String(text) => {
             let ending = text.split('?').next().and_then(|name| name.rsplit_once('.')).map(|(_, ending)| ending);
-            text.starts_with("data:image")
-                || ending.is_some_and(is_ending)
-                // Base64 of PNG, JPEG, GIF and RIFF.
-                || ["iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR"].iter().any(|start| text.len() > 64 && text.starts_with(start))
+            text.starts_with("data:image") || ending.is_some_and(is_ending) || is_base64_picture(text)
         }
         Value::Array(list) => list.iter().any(names_picture),
         Value::Object(object) => {
@@ -122,6 +131,13 @@ fn names_picture(value: &Value) -> bool {
         }
         _ => false,
     }
+}
+
+/// Whether a text is the base64 of a PNG, JPEG, GIF or RIFF.
+fn is_base64_picture(text: &str) -> bool {
+    let starts = ["iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR"];
+    let is_base64 = |byte: u8| byte.is_ascii_alphanumeric() || b"+/=\r\n".contains(&byte);
+    text.len() > 64 && starts.iter().any(|start| text.starts_with(start)) && text.bytes().all(is_base64)
 }
 
 #[cfg(test)]
@@ -154,6 +170,23 @@ mod tests {
         let record = Record::parse(parts.as_bytes(), &RecordKeys::default()).unwrap();
         assert_eq!(record.frames, ["a.png", "data:image/png;base64,iVBORw0K"]);
         assert!(record.notes.is_empty());
+    }
+
+    #[test]
+    fn a_picture_may_stand_in_the_record_as_base64() {
+        let base64 = format!("/9j/{}==", "Ab+/".repeat(40));
+        for key in ["image", "images", "frames"] {
+            assert_eq!(parse(&format!(r#""{key}": "{base64}""#)).unwrap().frames, [format!("data:;base64,{base64}")]);
+        }
+        let path = format!("/9j/{}.jpg", "folder/".repeat(12));
+        assert_eq!(parse(&format!(r#""image": "{path}""#)).unwrap().frames, [path]);
+    }
+
+    #[test]
+    fn a_long_name_is_shown_by_its_beginning() {
+        assert_eq!(short_name("a/b.png"), "a/b.png");
+        let name = format!("data:;base64,{}", "é".repeat(1000));
+        assert_eq!(short_name(&name), format!("data:;base64,{}… (1013 characters)", "é".repeat(67)));
     }
 
     #[test]

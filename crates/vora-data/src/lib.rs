@@ -32,6 +32,7 @@ mod tar;
 
 pub use batch::{Batch, SampleInfo, Supervised, collate, collate_rows};
 pub use files::RecordFiles;
+pub use frames::short_name;
 pub use loader::{Loader, LoaderConfig};
 pub use mix::Mix;
 pub use pack::pack;

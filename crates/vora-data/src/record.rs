@@ -19,10 +19,13 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use vora_llm::{Message, Part};
 
-use crate::frames::{frame, frames, is_given, not_taken, picture_keys};
+use crate::frames::{frame, frames, is_given, not_taken, picture_keys, short_name};
 
 /// What marks an image's place in a human turn.
 pub const IMAGE_PLACE: &str = "<image>";
+
+/// What is noted of a record whose pictures have no place in its words.
+pub const NO_MARK: &str = "it has a picture and no mark `<image>`: the picture stands before the first question";
 
 /// No record's text is longer: 16 MiB.
 pub(crate) const MAX_LINE: u64 = 16 << 20;
@@ -136,9 +139,7 @@ impl Record {
                     frames = named;
                 }
                 if place_images(&mut messages, frames.len())? {
-                    notes.push(format!(
-                        "it has a picture and no mark `{IMAGE_PLACE}`: the picture stands before the first question"
-                    ));
+                    notes.push(NO_MARK.to_owned());
                 }
                 messages
             }
@@ -504,24 +505,37 @@ impl Conversations {
     pub fn image(&self, frame: &str) -> Result<Vec<u8>> {
         if let Some(data) = frame.strip_prefix("data:") {
             let (_, data) = data.split_once("base64,").context("an image is a `data:` address, but not of base64")?;
-            return BASE64.decode(data.trim()).context("an image is no base64");
+            let data: String = data.split_ascii_whitespace().collect(); // some break lines
+            return BASE64.decode(data).context("an image is no base64");
         }
         let path = self.image_path(frame)?;
-        vora_vision::read_image(&path).with_context(|| format!("cannot read image `{frame}`"))
+        vora_vision::read_image(&path).with_context(|| format!("cannot read image `{}`", short_name(frame)))
+    }
+
+    /// Whether a record's image is there: what [`Self::image`] says of its name, without reading the file.
+    ///
+    /// # Errors
+    /// Where the path leaves the image folder, or the file is missing or no ordinary one.
+    pub fn find_image(&self, frame: &str) -> Result<()> {
+        if !frame.starts_with("data:") {
+            self.image_path(frame)?;
+        }
+        Ok(())
     }
 
     fn image_path(&self, frame: &str) -> Result<PathBuf> {
+        let shown = short_name(frame);
         let inside = Path::new(frame).components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
-        ensure!(inside && !frame.is_empty(), "image `{frame}` does not lie in the image folder");
+        ensure!(inside && !frame.is_empty(), "image `{shown}` does not lie in the image folder");
         let folder = self.image_folder.as_ref();
-        let folder = folder.with_context(|| format!("image `{frame}` of a source without an image folder"))?;
+        let folder = folder.with_context(|| format!("image `{shown}` of a source without an image folder"))?;
         let path = fs::canonicalize(folder.join(frame))
-            .with_context(|| format!("cannot read image `{frame}` in {}", folder.display()))?;
+            .with_context(|| format!("cannot read image `{shown}` in {}", folder.display()))?;
         ensure!(
             path.starts_with(folder) || is_beside(&path, folder) || is_blob(&path),
-            "image `{frame}` is a link out of the image folder"
+            "image `{shown}` is a link out of the image folder"
         );
-        ensure!(path.is_file(), "image `{frame}` is not a file");
+        ensure!(path.is_file(), "image `{shown}` is not a file");
         Ok(path)
     }
 }

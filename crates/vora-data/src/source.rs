@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
+use crate::frames::short_name;
 use crate::record::Conversations;
 use crate::sample::{Sample, SampleMaker};
 use crate::scenes::Scenes;
@@ -94,7 +95,7 @@ impl Source for ConversationSource {
         let decode = |idx: usize| {
             let frame = &record.frames[idx];
             let image = vora_vision::decode_image(&self.conversations.image(frame)?);
-            image.map(Cow::Owned).with_context(|| format!("image `{frame:.80}`"))
+            image.map(Cow::Owned).with_context(|| format!("image `{}`", short_name(frame)))
         };
         let sample = self.maker.decoded_conversation(&record, record.frames.len(), decode);
         sample.with_context(|| self.conversations.place(index))

@@ -1,17 +1,16 @@
 //! What a model is asked: conversations of a file, or scenes, each question with the answers that are expected.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use serde::Deserialize;
-use serde_json::{Value, json};
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
-use vora_data::{Conversations, Record, RecordKeys};
+use vora_data::{Conversations, short_name};
 use vora_llm::{Message, Part};
 use vora_vision::RgbImage;
 
 use super::Task;
+use super::record::Asked;
 
 /// How many scenes are asked about unless `--limit` says.
 const SCENES: u64 = 100;
@@ -28,8 +27,10 @@ pub(super) struct Question {
     pub(super) pictures: Vec<String>,
     /// The answers that are expected.
     pub(super) references: Vec<String>,
-    captions: Vec<String>,
-    has_question_key: bool,
+    /// Captions of its pictures, where the data have them beside the answers.
+    pub(super) captions: Vec<String>,
+    /// Whether it stood under a key of its own, not in a conversation.
+    pub(super) has_question_key: bool,
 }
 
 impl Question {
@@ -45,6 +46,8 @@ pub(super) struct QuestionSet {
     pub(super) questions: Vec<Question>,
     /// What could not be read: where it is and why.
     pub(super) left_out: Vec<String>,
+    /// What of the records was not taken as it stands, and of how many.
+    pub(super) notes: BTreeMap<String, usize>,
     pictures: Pictures,
 }
 
@@ -52,26 +55,6 @@ pub(super) struct QuestionSet {
 enum Pictures {
     Files(Conversations),
     Scenes(Scenes),
-}
-
-/// The keys of a record beside those of a conversation.
-#[derive(Debug, Default, Deserialize)]
-struct Extra {
-    question: Option<String>,
-    answer: Option<String>,
-    #[serde(default)]
-    answers: Vec<Answer>,
-    #[serde(default)]
-    captions: Vec<String>,
-    kind: Option<String>,
-}
-
-/// One of several answers, as a string or as VQA has it.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Answer {
-    Text(String),
-    Given { answer: String },
 }
 
 impl QuestionSet {
@@ -105,20 +88,39 @@ impl QuestionSet {
                 });
             }
         }
-        Ok(Self { questions, left_out: Vec::new(), pictures: Pictures::Scenes(scenes) })
+        Ok(Self { questions, left_out: Vec::new(), notes: BTreeMap::new(), pictures: Pictures::Scenes(scenes) })
     }
 
     fn file(path: &Path, images: Option<&Path>, limit: Option<u64>) -> Result<Self> {
         let beside =
             path.parent().filter(|parent| !parent.as_os_str().is_empty()).map_or(PathBuf::from("."), Path::to_owned);
         let records = Conversations::open(path, images.unwrap_or(&beside))?;
-        let (mut questions, mut left_out) = (Vec::new(), Vec::new());
+        let (mut questions, mut left_out, mut missing) = (Vec::new(), Vec::new(), Vec::new());
+        let mut notes: BTreeMap<String, usize> = BTreeMap::new();
         for index in 0..records.len().min(limit.unwrap_or(u64::MAX)) {
-            let line = records.line(index);
-            match line.and_then(|line| read(&line, &records.place(index))) {
-                Ok(read) => questions.extend(read),
-                Err(error) => left_out.push(format!("{}: {error:#}", records.place(index))),
+            let place = records.place(index);
+            let asked = match records.line(index).and_then(|line| Asked::read(&line, &place)) {
+                Ok(asked) => asked,
+                Err(error) => {
+                    left_out.push(format!("{place}: {error:#}"));
+                    continue;
+                }
+            };
+            let pictures = asked.questions.last().map_or(&[][..], |question| &question.pictures); // it has all of them
+            if let Some(error) = pictures.iter().find_map(|picture| records.find_image(picture).err()) {
+                missing.push(format!("{place}: {error:#}"));
             }
+            for note in asked.notes {
+                *notes.entry(note).or_default() += 1;
+            }
+            questions.extend(asked.questions);
+        }
+        if let [first, ..] = missing.as_slice() {
+            bail!(
+                "{} records name a picture that is not there; the first: {first}; --images takes the folder that the \
+                 pictures are in",
+                missing.len()
+            );
         }
         ensure!(
             !questions.is_empty(),
@@ -126,26 +128,40 @@ impl QuestionSet {
             path.display(),
             left_out.first().map_or("none was read", String::as_str)
         );
-        Ok(Self { questions, left_out, pictures: Pictures::Files(records) })
+        Ok(Self { questions, left_out, notes, pictures: Pictures::Files(records) })
     }
 
-    /// The task that the data are made for.
+    /// The task that most of the distinct questions are made for, and how many of how many those are.
     ///
-    /// Captions where a record has `captions` or two ask the same of the same pictures, yes/no where no other answer is
-    /// expected, VQA where records have `question`, else exact match.
-    pub(super) fn task(&self) -> Task {
-        let is_yes_no = |text: &String| ["yes", "no"].contains(&text.trim().to_lowercase().as_str());
-        let asked: HashSet<_> = self.questions.iter().map(|question| (&question.pictures, question.text())).collect();
-        let is_file = matches!(self.pictures, Pictures::Files(_));
-        if is_file && (asked.len() < self.questions.len() || self.questions.iter().any(|q| !q.captions.is_empty())) {
-            Task::Caption
-        } else if self.questions.iter().all(|question| question.references.iter().all(is_yes_no)) {
-            Task::Yesno
-        } else if self.questions.iter().any(|question| question.has_question_key) {
-            Task::Vqa
-        } else {
-            Task::Exact
+    /// A question is made for captions where its record has some, where it has no words, or where it is asked several
+    /// times and every time another single answer is expected; for yes/no where nothing else is expected; for VQA where it
+    /// has a key of its own; else for exact match.
+    ///
+    /// # Errors
+    /// Where no task has the most of them.
+    pub(super) fn task(&self) -> Result<(Task, String)> {
+        if matches!(self.pictures, Pictures::Scenes(_)) {
+            return Ok((Task::Exact, "as all scenes".to_owned()));
         }
+        let mut distinct: HashMap<(&[String], String), Vec<&Question>> = HashMap::new();
+        for question in &self.questions {
+            distinct.entry((&question.pictures, question.text())).or_default().push(question);
+        }
+        let mut votes: BTreeMap<Task, usize> = BTreeMap::new();
+        for asked in distinct.values() {
+            *votes.entry(task_of(asked)).or_default() += 1;
+        }
+        let most = votes.values().copied().max().unwrap_or(0);
+        let won: Vec<Task> = votes.iter().filter(|(_, count)| **count == most).map(|(task, _)| *task).collect();
+        let [task] = won[..] else {
+            let names: Vec<_> = won.iter().map(|task| format!("`{}`", task.name())).collect();
+            bail!(
+                "as many of the {} distinct questions are made for {}: --task says what is scored",
+                distinct.len(),
+                names.join(" as for ")
+            );
+        };
+        Ok((task, format!("by {most} of {} distinct questions", distinct.len())))
     }
 
     /// Makes one question of all that are about the same pictures, the captions of any of them its references.
@@ -195,54 +211,34 @@ impl QuestionSet {
     /// Decodes pictures by their names in the data.
     pub(super) fn decode(&self, pictures: &[String]) -> Result<Vec<RgbImage>> {
         let decode = |name: &String| match &self.pictures {
-            Pictures::Files(records) => {
-                vora_vision::decode_image(&records.image(name)?).with_context(|| format!("image `{name}`"))
-            }
+            Pictures::Files(records) => vora_vision::decode_image(&records.image(name)?)
+                .with_context(|| format!("image `{}`", short_name(name))),
             Pictures::Scenes(scenes) => Ok(scenes.render(name.parse()?)),
         };
         pictures.iter().map(decode).collect()
     }
 }
 
-/// The questions of one record.
-fn read(line: &[u8], place: &str) -> Result<Vec<Question>> {
-    let (record, extra) = record(line)?;
-    let id = if record.id.is_empty() { place.to_owned() } else { record.id };
-    let has_question_key = extra.question.is_some();
-    let given: Vec<String> = extra
-        .answers
-        .into_iter()
-        .map(|answer| match answer {
-            Answer::Text(answer) | Answer::Given { answer } => answer,
-        })
-        .collect();
-    let mut questions = Vec::new();
-    let mut said: Vec<Message> = Vec::new();
-    for message in record.messages {
-        if message.role == "assistant" {
-            let places = said.iter().flat_map(|m| &m.content).filter(|part| **part == Part::Image).count();
-            questions.push(Question {
-                id: id.clone(),
-                kind: extra.kind.clone(),
-                messages: said.clone(),
-                pictures: record.frames[..places].to_vec(),
-                references: vec![text_of(&message)],
-                captions: extra.captions.clone(),
-                has_question_key,
-            });
-        }
-        said.push(message);
+/// What one question is made for, as often as it is asked.
+fn task_of(asked: &[&Question]) -> Task {
+    let is_yes_no = |text: &String| ["yes", "no"].contains(&text.trim().to_lowercase().as_str());
+    let has_captions = asked.iter().any(|question| !question.captions.is_empty()) || asked[0].text().is_empty();
+    let answers: HashSet<&[String]> = asked.iter().map(|question| question.references.as_slice()).collect();
+    if has_captions {
+        Task::Caption
+    } else if asked.iter().all(|question| question.references.iter().all(is_yes_no)) {
+        Task::Yesno
+    } else if answers.len() > 1 && answers.iter().all(|answer| answer.len() == 1) {
+        Task::Caption
+    } else if asked.iter().any(|question| question.has_question_key) {
+        Task::Vqa
+    } else {
+        Task::Exact
     }
-    if let [only] = questions.as_mut_slice()
-        && !given.is_empty()
-    {
-        only.references = given;
-    }
-    Ok(questions)
 }
 
 /// The words of a message without pictures.
-fn text_of(message: &Message) -> String {
+pub(super) fn text_of(message: &Message) -> String {
     let text = message.content.iter().filter_map(|part| match part {
         Part::Text(text) => Some(text.as_str()),
         Part::Image => None,
@@ -250,58 +246,86 @@ fn text_of(message: &Message) -> String {
     text.collect()
 }
 
-/// A record, and what it says besides; one without a conversation has one made of `question` and `answer`.
-fn record(line: &[u8]) -> Result<(Record, Extra)> {
-    let keys = RecordKeys::default();
-    let parsed = serde_json::from_slice::<Value>(line);
-    let (Ok(Value::Object(mut object)), true) = (parsed, std::str::from_utf8(line).is_ok()) else {
-        return Ok((Record::parse(line, &keys)?, Extra::default())); // which says what is wrong
-    };
-    let extra: Extra =
-        serde_json::from_value(Value::Object(object.clone())).context("one of its keys is not as expected")?;
-    if let (Some(question), false) = (&extra.question, object.contains_key(&keys.conversations)) {
-        let first = extra.answers.first().map(|answer| match answer {
-            Answer::Text(answer) | Answer::Given { answer } => answer,
-        });
-        let answer = extra.answer.as_ref().or(first).context("its `question` has neither `answer` nor `answers`")?;
-        let turns = json!([{"from": "human", "value": question}, {"from": "gpt", "value": answer}]);
-        object.insert(keys.conversations.clone(), turns);
-    }
-    Ok((Record::parse(&serde_json::to_vec(&object)?, &keys)?, extra))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn set(lines: &str) -> QuestionSet {
+    /// Of a folder with three pictures.
+    fn open(lines: &str) -> Result<QuestionSet> {
         let folder = tempfile::tempdir().unwrap();
+        for name in ["a", "b", "c"] {
+            std::fs::write(folder.path().join(name), name).unwrap();
+        }
         let path = folder.path().join("data.jsonl");
         std::fs::write(&path, lines).unwrap();
-        QuestionSet::open(&path.to_string_lossy(), None, None).unwrap()
+        QuestionSet::open(&path.to_string_lossy(), None, None)
     }
 
     #[test]
     fn the_blind_control_is_a_derangement() {
         let line = |frames: &str| format!(r#"{{"frames": {frames}, "question": "What?", "answer": "red"}}"#);
         let frames = [r#"["a"]"#, r#"["b"]"#, r#"["a"]"#, r#"["c"]"#, r#"["a", "b"]"#, "[]"];
-        let set = set(&frames.map(line).join("\n"));
+        let set = open(&frames.map(line).join("\n")).unwrap();
         let others: Vec<_> = set.other_pictures().into_iter().map(|other| other.map(|list| list.concat())).collect();
         let expected = [Some("b"), Some("c"), Some("b"), Some("a"), None, None];
         assert_eq!(others, expected.map(|other| other.map(str::to_owned)));
     }
 
+    fn turns(picture: &str, answer: &str, extra: &str) -> String {
+        let turns = r#""conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "#;
+        format!(r#"{{"image": "{picture}", {turns}"{answer}"}}]{extra}}}"#)
+    }
+
+    fn asked(picture: &str, answers: &str) -> String {
+        format!(r#"{{"images": ["{picture}"], "question": "What?", "answers": {answers}}}"#)
+    }
+
     #[test]
     fn the_data_say_what_the_task_is() {
-        let turns = |answer: &str, extra: &str| {
-            let turns = r#""conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "#;
-            format!(r#"{{"image": "a", {turns}"{answer}"}}]{extra}}}"#)
-        };
-        assert_eq!(set(&turns("red", "")).task(), Task::Exact);
-        assert_eq!(set(&turns("Yes", "")).task(), Task::Yesno);
-        assert_eq!(set(&turns("red", r#", "question": "What?""#)).task(), Task::Vqa);
-        assert_eq!(set(&turns("red", r#", "captions": ["a", "b"]"#)).task(), Task::Caption);
-        assert_eq!(set(&[turns("red", ""), turns("a ring", "")].join("\n")).task(), Task::Caption);
-        assert_eq!(QuestionSet::open("scenes:test", None, Some(3)).unwrap().task(), Task::Exact);
+        let task = |lines: &[String]| open(&lines.join("\n")).unwrap().task().unwrap().0;
+        assert_eq!(task(&[turns("a", "red", "")]), Task::Exact);
+        assert_eq!(task(&[turns("a", "Yes", "")]), Task::Yesno);
+        assert_eq!(task(&[turns("a", "red", r#", "question": "What?""#)]), Task::Vqa);
+        assert_eq!(task(&[turns("a", "red", r#", "captions": ["a", "b"]"#)]), Task::Caption);
+        assert_eq!(task(&[turns("a", "red", ""), turns("a", "a ring", "")]), Task::Caption);
+        assert_eq!(task(&[r#"{"image": "a", "caption": "A ring."}"#.to_owned()]), Task::Caption);
+        assert_eq!(QuestionSet::open("scenes:test", None, Some(3)).unwrap().task().unwrap().0, Task::Exact);
+    }
+
+    #[test]
+    fn the_majority_of_distinct_questions_decides() {
+        let task = |lines: &[String]| open(&lines.join("\n")).unwrap().task();
+        let vqa = ["a", "b", "c"].map(|picture| asked(picture, r#"["red", "rose"]"#));
+        let doubled = |lines: &[String]| [lines, &lines[..1]].concat();
+        let (found, by) = task(&doubled(&vqa)).unwrap();
+        assert_eq!((found, by.as_str()), (Task::Vqa, "by 3 of 3 distinct questions"));
+        let yes_no = ["a", "b", "c"].map(|picture| asked(picture, r#"["yes"]"#));
+        assert_eq!(task(&doubled(&yes_no)).unwrap().0, Task::Yesno);
+        // One that is asked twice with another answer each time does not outweigh the others either.
+        let other_answer = [&vqa[..], &[asked("a", r#""red""#), asked("a", r#""blue""#)]].concat();
+        assert_eq!(task(&other_answer).unwrap().0, Task::Vqa);
+        let captions = ["a", "b", "a", "b", "c"].iter().zip(["1", "2", "3", "4", "5"]);
+        let captions: Vec<_> = captions.map(|(picture, answer)| turns(picture, answer, "")).collect();
+        let (found, by) = task(&captions).unwrap();
+        assert_eq!((found, by.as_str()), (Task::Caption, "by 2 of 3 distinct questions"));
+
+        let error = task(&[yes_no[0].clone(), vqa[1].clone()]).unwrap_err().to_string();
+        assert!(error.contains("as many of the 2 distinct questions") && error.contains("--task"), "{error}");
+        assert!(error.contains("`vqa`") && error.contains("`yesno`"), "{error}");
+    }
+
+    #[test]
+    fn a_picture_that_is_not_there_is_an_error() {
+        let lines = [asked("a", r#""red""#), asked("nowhere.png", r#""red""#), asked("../x.png", r#""red""#)];
+        let error = format!("{:#}", open(&lines.join("\n")).unwrap_err());
+        assert!(error.starts_with("2 records name a picture that is not there"), "{error}");
+        assert!(
+            error.contains("data.jsonl:2: cannot read image `nowhere.png`") && error.contains("--images"),
+            "{error}"
+        );
+        let base64 = format!("iVBORw0KGgo{}", "A".repeat(5001));
+        let inline = open(&asked("a", r#""red""#).replace(r#""a""#, &format!(r#"{{"bytes": "{base64}"}}"#))).unwrap();
+        let error = format!("{:#}", inline.decode(&inline.questions[0].pictures).unwrap_err());
+        assert!(error.contains("image `data:;base64,iVBORw0KGgoAAA") && error.len() < 400, "{error}");
     }
 }

@@ -6,6 +6,7 @@ use std::fmt;
 use anyhow::{Result, bail};
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Map, Value, json};
+use vora_data::short_name;
 use vora_train::scores::{TokenizedCaption, YesNo, bleu, cider, exact_match, rouge_l, says_yes, vqa_accuracy};
 
 use super::Task;
@@ -70,7 +71,7 @@ impl Report {
             json!({
                 "id": question.id,
                 "kind": question.kind,
-                "pictures": question.pictures,
+                "pictures": question.pictures.iter().map(|name| short_name(name)).collect::<Vec<_>>(),
                 "question": question.text(),
                 "references": question.references,
                 "answer": answer,
@@ -150,7 +151,7 @@ fn score<'a>(task: Task, answers: impl Iterator<Item = (&'a str, &'a Question)>)
 }
 
 /// Whether the expected answer is yes.
-fn expects_yes(question: &Question) -> Result<bool> {
+pub(super) fn expects_yes(question: &Question) -> Result<bool> {
     match question.references.first().map(|reference| reference.trim().to_lowercase()).as_deref() {
         Some("yes") => Ok(true),
         Some("no") => Ok(false),

@@ -90,7 +90,6 @@ fn captions(on_images: OnImages<'_>, out: &str) {
         caption("b", "rgb.png", "Colours."),
         caption("b", "rgb.png", "unused"),
         caption("c", "palette.png", "A third."),
-        caption("d", "missing.png", "Nothing."),
         json!({"id": "e", "frames": ["one.png"]}),
     ];
     for record in &mut records[2..4] {
@@ -104,8 +103,8 @@ fn captions(on_images: OnImages<'_>, out: &str) {
         assert!(all[name].is_number() && all[format!("blind_{name}")].is_number(), "{name}: {all}");
     }
     let left_out = found["left_out"].to_string();
-    assert!(left_out.contains("captions.jsonl:7") && left_out.contains("`conversations`"), "{left_out}");
-    assert!(left_out.contains("missing.png") && found["left_out"].as_array().unwrap().len() == 2, "{left_out}");
+    assert!(left_out.contains("captions.jsonl:6") && left_out.contains("`conversations`"), "{left_out}");
+    assert_eq!(found["left_out"].as_array().unwrap().len(), 1, "{left_out}");
 
     let written: Value = serde_json::from_slice(&std::fs::read(out).unwrap()).unwrap();
     assert_eq!(written["scores"], found["scores"]);
@@ -132,6 +131,9 @@ fn short_answers(on_images: OnImages<'_>) {
     }
     let records: Vec<Value> =
         pictures.iter().map(|frame| asked(frame, json!([{"answer": "red"}, {"answer": "blue"}]))).collect();
+    let records = [&records[..], &records[..1]].concat(); // one is asked twice
+    let found = on_images("vqa-doubled.jsonl", &records, &[]);
+    assert_eq!((&found["task"], &found["scores"]["all"]["n"]), (&json!("vqa"), &json!(5)));
     let found = on_images("vqa.jsonl", &records, &["--limit", "3"]);
     assert_eq!((&found["task"], &found["scores"]["all"]["n"]), (&json!("vqa"), &json!(3)));
 
@@ -177,9 +179,11 @@ fn wrong(merged: &str, folder: &Path) {
     fails(&["eval", merged, "--data", "scenes:train"], 1, &["takes scenes:test or scenes:unseen"]);
     fails(&["eval", merged, "--data", &data, "--task", "perplexity"], 1, &["give --text instead of --data"]);
     fails(&["eval", merged, "--text", &data, "--task", "vqa"], 1, &["no vqa: give --data"]);
-    fails(&["eval", "fixtures/tiny/llm", "--data", &data], 1, &["must be a model that sees", "model_type"]);
+    let images = ["--images", "fixtures/images"];
+    let blind = [&["eval", "fixtures/tiny/llm", "--data", &data], &images[..]].concat();
+    fails(&blind, 1, &["must be a model that sees", "model_type"]);
     // The pictures do not lie beside the data.
-    fails(&["eval", merged, "--data", &data], 1, &["no question could be asked", "photo.jpg"]);
+    fails(&["eval", merged, "--data", &data], 1, &["4 records name a picture that is not there", "photo.jpg"]);
     let output = vora(&["eval", merged, "--data", "scenes:test", "--limit", "2", "--task", "yesno"]);
     assert!(text(&output.stderr).contains("not yes or no: choose another --task"), "{}", text(&output.stderr));
 }
