@@ -17,8 +17,8 @@ use ureq::{
     http::{HeaderMap, Response, StatusCode},
     tls::{PemItem, RootCerts, TlsConfig, parse_pem},
 };
+use vora_hub::{Cache, Repo};
 
-use super::cache::{Cache, Repo};
 use super::note;
 use super::partial::{FileInfo, Partial};
 

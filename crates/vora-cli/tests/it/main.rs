@@ -124,6 +124,38 @@ fn errors_name_what_is_wrong() {
     fails(&["inspect", &path("picture.png")], 1, &["picture.png", "not a whole safetensors file"]);
 }
 
+/// By the variables that Python's client reads, as `cargo xtask download` does.
+#[test]
+fn models_are_found_in_the_hubs_cache() {
+    let folder = tempfile::tempdir().unwrap();
+    for (repo, file) in [("models--tiny", "config.json"), ("models--org--adapter", "adapter_config.json")] {
+        let repo = folder.path().join("hub").join(repo);
+        std::fs::create_dir_all(repo.join("snapshots/abc")).unwrap();
+        std::fs::create_dir_all(repo.join("refs")).unwrap();
+        std::fs::write(repo.join("refs/main"), "abc").unwrap();
+        std::fs::write(repo.join("snapshots/abc").join(file), "{}").unwrap();
+        let llm = workspace().join("fixtures/tiny/llm/model.safetensors");
+        std::fs::copy(llm, repo.join("snapshots/abc/model.safetensors")).unwrap();
+    }
+    let inspect = |name: &str, vars: &[(&str, &str)]| {
+        let mut command = program();
+        for name in ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"] {
+            command.env_remove(name);
+        }
+        command.args(["inspect", name]).env("BASE", folder.path()).envs(vars.iter().copied()).output().unwrap()
+    };
+    let base = folder.path().to_str().unwrap();
+    for vars in [&[("HUGGINGFACE_HUB_CACHE", "$BASE/hub")][..], &[("HF_HOME", "~"), ("HOME", base)]] {
+        for name in ["tiny", "org/adapter"] {
+            assert!(succeeded(&inspect(name, vars)).contains("model.layers"), "{name}");
+        }
+    }
+    let said = text(&inspect("tiny", &[("HF_HOME", "/no-such-folder")]).stderr);
+    assert!(said.contains("`tiny` is no folder, and it is not in the cache /no-such-folder/hub"), "{said}");
+    let said = text(&inspect("../tiny", &[("HF_HOME", base)]).stderr);
+    assert!(said.contains("`../tiny` is not a model's name on the hub"), "{said}");
+}
+
 #[test]
 fn a_checkpoint_is_converted_and_told_of() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,58 +1,59 @@
 //! The cache folder of the hub's own clients: `models--ORG--NAME/{blobs,refs,snapshots}`, shared with Python.
 
-use std::{
-    env,
-    ffi::OsString,
-    fs::{self, File},
-    io::Write as _,
-    path::{Path, PathBuf},
-};
+use std::env;
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-/// The cache's root: `HF_HUB_CACHE`, else `HF_HOME/hub`, else `~/.cache/huggingface/hub`.
+use crate::environment;
+
+/// A cache.
 #[derive(Debug, Clone)]
-pub(crate) struct Cache {
+pub struct Cache {
     root: PathBuf,
 }
 
 impl Cache {
-    pub(crate) fn at(root: impl Into<PathBuf>) -> Self {
+    /// The cache in this folder.
+    pub fn at(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into() }
     }
 
-    pub(crate) fn from_env() -> Result<Self> {
-        Self::from_vars(|name| env::var_os(name).filter(|value| !value.is_empty()))
+    /// The cache that Python's client would use here: `HF_HUB_CACHE`, else `HUGGINGFACE_HUB_CACHE`, else `HF_HOME/hub`, else
+    /// `~/.cache/huggingface/hub`.
+    ///
+    /// # Errors
+    /// Where none of these is set and no home folder is known.
+    pub fn from_env() -> Result<Self> {
+        environment::root(|name| env::var_os(name), env::home_dir()).map(Self::at)
     }
 
-    fn from_vars(var: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
-        let home = var("HOME").or_else(|| var("USERPROFILE")).map(PathBuf::from);
-        let path = |name: &str| {
-            let path = PathBuf::from(var(name)?);
-            Some(match (path.strip_prefix("~"), &home) {
-                (Ok(rest), Some(home)) => home.join(rest),
-                _ => path,
-            })
-        };
-        let root = path("HF_HUB_CACHE")
-            .or_else(|| path("HUGGINGFACE_HUB_CACHE"))
-            .or_else(|| Some(path("HF_HOME")?.join("hub")))
-            .or_else(|| Some(path("XDG_CACHE_HOME")?.join("huggingface/hub")))
-            .or_else(|| Some(home.clone()?.join(".cache/huggingface/hub")));
-        root.map(Self::at).context("no home folder is known; HF_HOME or --cache says where weights go")
+    /// The cache's folder.
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
-    /// The folder of one model; `name` is `ORG/NAME`.
-    pub(crate) fn repo(&self, name: &str) -> Result<Repo> {
+    /// The place of one model, by its name on the hub: `NAME` or `ORGANISATION/NAME`.
+    ///
+    /// # Errors
+    /// Where no model can have such a name.
+    pub fn repo(&self, name: &str) -> Result<Repo> {
         let fits = |part: &str| {
             let legal = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-            !part.is_empty() && part.chars().all(legal) && !part.starts_with(['-', '.']) && !part.contains("..")
+            (1..=96).contains(&part.len())
+                && part.chars().all(legal)
+                && !part.starts_with(['-', '.'])
+                && !part.ends_with(['-', '.'])
         };
-        match name.split_once('/') {
-            Some((org, model)) if fits(org) && fits(model) => {}
-            _ => bail!("`{name}` is not a model's name; it must read ORG/NAME, see --list"),
-        }
+        let is_name = name.split('/').count() <= 2
+            && name.split('/').all(fits)
+            && !name.contains("--")
+            && !name.contains("..")
+            && !name.ends_with(".git");
+        ensure!(is_name, "`{name}` is not a model's name on the hub: NAME or ORGANISATION/NAME, such as `gpt2`");
         let folder = format!("models--{}", name.replace('/', "--"));
         Ok(Repo { folder: self.root.join(&folder), locks: self.root.join(".locks").join(folder) })
     }
@@ -60,25 +61,35 @@ impl Cache {
 
 /// One model in the cache.
 #[derive(Debug)]
-pub(crate) struct Repo {
-    pub(crate) folder: PathBuf,
+pub struct Repo {
+    folder: PathBuf,
     locks: PathBuf,
 }
 
 impl Repo {
-    pub(crate) fn snapshot(&self, revision: &str) -> PathBuf {
+    /// Where all of it lies.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Where the files of one revision are shown.
+    pub fn snapshot(&self, revision: &str) -> PathBuf {
         self.folder.join("snapshots").join(revision)
     }
 
     /// The revision that `main` was when it was fetched.
-    pub(crate) fn main(&self) -> Option<String> {
+    pub fn main(&self) -> Option<String> {
         let revision = fs::read_to_string(self.folder.join("refs/main")).ok()?;
         let revision = revision.trim();
         let is_a_name = !revision.is_empty() && !revision.contains(['/', '\\']) && !revision.starts_with('.');
         is_a_name.then(|| revision.to_owned())
     }
 
-    pub(crate) fn set_main(&self, revision: &str) -> Result<()> {
+    /// Says which revision `main` is.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub fn set_main(&self, revision: &str) -> Result<()> {
         let refs = self.folder.join("refs");
         fs::create_dir_all(&refs).with_context(|| format!("cannot create {}", refs.display()))?;
         let write = || {
@@ -91,12 +102,15 @@ impl Repo {
     }
 
     /// Where the bytes of a file with this `etag` lie.
-    pub(crate) fn blob(&self, etag: &str) -> PathBuf {
+    pub fn blob(&self, etag: &str) -> PathBuf {
         self.folder.join("blobs").join(etag)
     }
 
     /// Shows the blob `etag` as `file` of the snapshot `revision`: a relative link, a copy where there are no links.
-    pub(crate) fn link(&self, revision: &str, file: &str, etag: &str) -> Result<()> {
+    ///
+    /// # Errors
+    /// Where the snapshot cannot be written.
+    pub fn link(&self, revision: &str, file: &str, etag: &str) -> Result<()> {
         let snapshot = self.snapshot(revision);
         fs::create_dir_all(&snapshot).with_context(|| format!("cannot create {}", snapshot.display()))?;
         let make = |new: &Path| {
@@ -112,7 +126,10 @@ impl Repo {
     }
 
     /// Waits for the lock named `name`, which Python's client takes as well, and holds it until the file is dropped.
-    pub(crate) fn lock(&self, name: &str) -> Result<File> {
+    ///
+    /// # Errors
+    /// Where there can be no such file.
+    pub fn lock(&self, name: &str) -> Result<File> {
         let path = self.locks.join(format!("{name}.lock"));
         let open = || {
             fs::create_dir_all(&self.locks)?;
@@ -124,8 +141,11 @@ impl Repo {
     }
 }
 
-/// What a folder needs before a model can be built from it.
-pub(crate) fn check_complete(folder: &Path, files: &[&str]) -> Result<()> {
+/// Whether a folder has what a model is built from: `config.json`, `files`, and all weights.
+///
+/// # Errors
+/// Names the first file that is missing.
+pub fn check_complete(folder: &Path, files: &[&str]) -> Result<()> {
     for file in ["config.json"].iter().chain(files) {
         ensure!(folder.join(file).is_file(), "{} has no {file}", folder.display());
     }
@@ -148,31 +168,36 @@ pub(crate) fn check_complete(folder: &Path, files: &[&str]) -> Result<()> {
 mod tests {
     use super::*;
 
-    fn root(vars: &[(&str, &str)]) -> PathBuf {
-        let var = |name: &str| vars.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value));
-        Cache::from_vars(var).unwrap().root
-    }
-
-    #[test]
-    fn the_root_is_where_python_has_it() {
-        let mut vars = vec![("HOME", "/home/me")];
-        assert_eq!(root(&vars), Path::new("/home/me/.cache/huggingface/hub"));
-        vars.push(("XDG_CACHE_HOME", "/xdg"));
-        assert_eq!(root(&vars), Path::new("/xdg/huggingface/hub"));
-        vars.push(("HF_HOME", "~/hf"));
-        assert_eq!(root(&vars), Path::new("/home/me/hf/hub"));
-        vars.push(("HF_HUB_CACHE", "/weights"));
-        assert_eq!(root(&vars), Path::new("/weights"));
-        assert!(Cache::from_vars(|_| None).unwrap_err().to_string().contains("HF_HOME or --cache"));
-    }
-
     #[test]
     fn names_cannot_leave_the_cache() {
         let cache = Cache::at("/c");
         assert_eq!(cache.repo("a/b-1.5_x").unwrap().folder, Path::new("/c/models--a--b-1.5_x"));
-        for name in ["x", "a/b/c", "../b", "a/..", "a/b..c", "/b", "a/", "a/b c", "a/-b", "a\\b/c", ""] {
+        assert_eq!(cache.repo("gpt2").unwrap().folder, Path::new("/c/models--gpt2"));
+        let long = "a".repeat(97);
+        for name in [
+            long.as_str(),
+            "a--b",
+            "a.git",
+            "a-",
+            "~",
+            "..",
+            ".",
+            "./x",
+            "/x",
+            "x/",
+            "a/b/c",
+            "../b",
+            "a/..",
+            "a/b..c",
+            "/b",
+            "a/",
+            "a/b c",
+            "a/-b",
+            "a\\b/c",
+            "",
+        ] {
             let error = cache.repo(name).unwrap_err().to_string();
-            assert!(error.contains("must read ORG/NAME"), "{name}: {error}");
+            assert!(error.contains("NAME or ORGANISATION/NAME"), "{name}: {error}");
         }
         let folder = tempfile::tempdir().unwrap();
         let repo = Cache::at(folder.path()).repo("a/b").unwrap();
