@@ -115,7 +115,7 @@ impl Show {
     fn run(&self) -> Result<ExitCode> {
         let config = TrainConfig::open(&self.config, &self.set)?;
         let preparation = Preparation::open(&config, &crate::hub::resolve)?;
-        let maker = data::prepared_maker(&config, preparation)?;
+        let maker = data::sample_maker(&config, &preparation)?;
         let source = data::training(&config, &maker)?;
         let terminal = std::io::stdout().is_terminal();
         let colour = terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());

@@ -133,6 +133,11 @@ impl Attention {
         self.output(&attend_dropping(&q, &k, &v, plan, self.dropout))
     }
 
+    /// Whether it drops anything in training.
+    pub(crate) fn drops(&self) -> bool {
+        self.dropout > 0.0
+    }
+
     /// `q k^T / sqrt(head_dim)`, before mask and softmax: `[batch, seq, hidden]` -> `[batch, heads, seq, seq]`
     pub fn logits(&self, x: &Tensor, cos_sin: &CosSin) -> Tensor {
         let [q, k, _] = self.project(x, cos_sin);

@@ -1,5 +1,6 @@
 //! The decoder: layers of attention and MLP around a residual stream, and the head that turns it into logits.
 
+mod dropout;
 mod recompute;
 
 use anyhow::{Result, ensure};
@@ -17,6 +18,7 @@ use crate::mlp::Mlp;
 use crate::rotary::{CosSin, Rotary};
 use crate::spans::AttentionPlan;
 
+pub use dropout::DropoutSeed;
 pub use recompute::Recompute;
 
 /// `h = x + self_attn(input_layernorm(x))`, then `h + mlp(post_attention_layernorm(h))`; with `swin_norm`, each norm
@@ -52,8 +54,11 @@ impl DecoderLayer {
         self.around(x, 0.0, |x| self.self_attn.forward(x, cos_sin, plan))
     }
 
-    /// As [`DecoderLayer::forward`], without what dropout takes.
-    pub fn forward_train(&self, x: &Tensor, cos_sin: &CosSin, plan: &AttentionPlan) -> Tensor {
+    /// As [`DecoderLayer::forward`], without what dropout takes, which `seed` decides.
+    pub fn forward_train(&self, x: &Tensor, cos_sin: &CosSin, plan: &AttentionPlan, seed: DropoutSeed) -> Tensor {
+        if self.dropout > 0.0 || self.self_attn.drops() {
+            seed.begin();
+        }
         self.around(x, self.dropout, |x| self.self_attn.forward_train(x, cos_sin, plan))
     }
 
@@ -174,12 +179,20 @@ impl Decoder {
 
     /// `[batch, seq, hidden]` -> [`Output`] with `hidden_states[0..=hidden_layers]`
     pub fn forward(&self, inputs_embeds: &Tensor, plan: &AttentionPlan, hidden_layers: usize) -> Output {
-        self.through(inputs_embeds, plan, hidden_layers, DecoderLayer::forward)
+        self.through(inputs_embeds, plan, hidden_layers, |_, layer, x, cos_sin, plan| layer.forward(x, cos_sin, plan))
     }
 
     /// As [`Decoder::forward`], with dropout.
-    pub fn forward_train(&self, inputs_embeds: &Tensor, plan: &AttentionPlan, hidden_layers: usize) -> Output {
-        self.through(inputs_embeds, plan, hidden_layers, DecoderLayer::forward_train)
+    pub fn forward_train(
+        &self,
+        inputs_embeds: &Tensor,
+        plan: &AttentionPlan,
+        hidden_layers: usize,
+        seed: DropoutSeed,
+    ) -> Output {
+        self.through(inputs_embeds, plan, hidden_layers, |layer_idx, layer, x, cos_sin, plan| {
+            layer.forward_train(x, cos_sin, plan, seed.at(layer_idx as u64))
+        })
     }
 
     /// Through all layers, by either of their forwards.
@@ -188,14 +201,14 @@ impl Decoder {
         inputs_embeds: &Tensor,
         plan: &AttentionPlan,
         hidden_layers: usize,
-        forward: impl Fn(&DecoderLayer, &Tensor, &CosSin, &AttentionPlan) -> Tensor,
+        forward: impl Fn(usize, &DecoderLayer, &Tensor, &CosSin, &AttentionPlan) -> Tensor,
     ) -> Output {
         let cos_sin = self.rotary.cos_sin(plan.position_ids(), plan.num_positions());
         let plans = self.plans(plan);
         let mut hidden_states = vec![inputs_embeds.shallow_clone()];
         let mut x = inputs_embeds.shallow_clone(); // [batch, seq, hidden]
         for (layer_idx, layer) in self.layers.iter().enumerate() {
-            x = forward(layer, &x, &cos_sin, plans.by(layer));
+            x = forward(layer_idx, layer, &x, &cos_sin, plans.by(layer));
             if layer_idx < hidden_layers.min(self.layers.len() - 1) {
                 hidden_states.push(x.shallow_clone());
             }
@@ -281,21 +294,29 @@ impl CausalLm {
         self.model.forward(inputs_embeds, plan, hidden_layers)
     }
 
-    /// As [`CausalLm::forward`], with the config's `attention_dropout` and `dropout`; libtorch's generator decides what
-    /// is dropped. Everything else that this type computes drops nothing.
-    pub fn forward_train(&self, inputs_embeds: &Tensor, plan: &AttentionPlan, hidden_layers: usize) -> Output {
-        self.model.forward_train(inputs_embeds, plan, hidden_layers)
+    /// As [`CausalLm::forward`], with the config's `attention_dropout` and `dropout`; `seed` decides what is dropped. It
+    /// is set in libtorch's generator, the process's one, where the config has either. Beside this and
+    /// [`CausalLm::forward_recomputed`] nothing that this type computes drops anything.
+    pub fn forward_train(
+        &self,
+        inputs_embeds: &Tensor,
+        plan: &AttentionPlan,
+        hidden_layers: usize,
+        seed: DropoutSeed,
+    ) -> Output {
+        self.model.forward_train(inputs_embeds, plan, hidden_layers, seed)
     }
 
-    /// As [`CausalLm::forward`], in little memory: what goes into each layer is kept, nothing from inside it. A loss over
+    /// As [`CausalLm::forward_train`], in little memory: what goes into each layer is kept, nothing from inside it. A loss over
     /// the output goes backward by its own `backward`, then by [`Recompute::backward`], at the cost of a second forward.
     pub fn forward_recomputed(
         &self,
         inputs_embeds: &Tensor,
         plan: AttentionPlan,
         hidden_layers: usize,
+        seed: DropoutSeed,
     ) -> (Output, Recompute<'_>) {
-        self.model.forward_recomputed(inputs_embeds, plan, hidden_layers)
+        self.model.forward_recomputed(inputs_embeds, plan, hidden_layers, seed)
     }
 
     /// What every layer's attention puts into its softmax, without the mask: from the `hidden_states` of a forward with

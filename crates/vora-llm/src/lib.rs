@@ -37,7 +37,7 @@ pub mod tokenizer;
 pub use attention::attend;
 pub use chat::{ChatTemplate, Message, Part, Piece};
 pub use config::LlmConfig;
-pub use decoder::{CausalLm, Output, Recompute};
+pub use decoder::{CausalLm, DropoutSeed, Output, Recompute};
 pub use kv_cache::KvCache;
 pub use spans::{AttentionPlan, KernelChoice, Modality, Span, Spans, VisionAttention};
 pub use tokenizer::{TokenStream, Tokenizer};

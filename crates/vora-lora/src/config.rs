@@ -240,5 +240,8 @@ mod tests {
         }
         let error = parse(r#"{"layers": 2, "rank": 4}"#).unwrap_err().to_string();
         assert!(error.contains("unknown field `rank`, expected one of"), "{error}");
+        // PEFT's dropout of what goes into an adapter: not done here, and not taken silently.
+        let error = parse(r#"{"layers": 2, "r": 4, "lora_dropout": 0.1}"#).unwrap_err().to_string();
+        assert!(error.contains("unknown field `lora_dropout`"), "{error}");
     }
 }

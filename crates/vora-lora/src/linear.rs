@@ -60,9 +60,15 @@ impl Adapter {
         self.magnitude.as_ref()
     }
 
+    /// All of it, by the names that its tensors have beside the linear's own on disk.
+    pub fn tensors(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        let pair = [("lora_A.weight", &self.lora_a), ("lora_B.weight", &self.lora_b)];
+        pair.into_iter().chain(self.magnitude.as_ref().map(|magnitude| (MAGNITUDE, magnitude)))
+    }
+
     /// Number of elements of `A`, `B` and the magnitude.
     pub fn num_parameters(&self) -> usize {
-        self.lora_a.numel() + self.lora_b.numel() + self.magnitude.as_ref().map_or(0, Tensor::numel)
+        self.tensors().map(|(_, tensor)| tensor.numel()).sum()
     }
 
     /// What it adds to `weight` `[out, in]`, f32, without a graph.

@@ -171,6 +171,17 @@ impl Chameleon {
         self.vocabulary.img2bpe(&self.vqmodel.encode(pixel_values)?)
     }
 
+    /// The same for pictures of several sizes, one behind the other: each `[3, height, width]`, together `[tokens]`.
+    /// Those of one size that follow each other go through the image tokenizer together.
+    ///
+    /// # Errors
+    /// As [`Chameleon::image_token_ids`].
+    pub fn image_tokens(&self, pixel_values: &[Tensor]) -> Result<Tensor> {
+        let groups = pixel_values.chunk_by(|a, b| a.size() == b.size());
+        let tokens = groups.map(|group| Ok(self.image_token_ids(&Tensor::stack(group, 0))?.flatten(0, 1)));
+        Ok(Tensor::f_cat(&tokens.collect::<Result<Vec<_>>>()?, 0)?)
+    }
+
     /// The pictures of image tokens that fill [`Chameleon::drawn_grid`], `[n, tokens]`.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use tch::Tensor;
 use vora_llm::chat::Piece;
-use vora_llm::{AttentionPlan, CausalLm, Output, Recompute, Span, Spans, VisionAttention};
+use vora_llm::{AttentionPlan, CausalLm, Output, Span, Spans, VisionAttention};
 use vora_lora::{LoraConfig, attach_all};
 use vora_torch::weights::Weights;
 
@@ -146,12 +146,6 @@ pub trait VisionLanguageModel: Debug {
         let plan = self.plan(&input.spans)?;
         Ok(self.llm().forward(&self.embed(input)?, &plan, hidden_layers))
     }
-
-    /// As [`forward`](Self::forward), with activation checkpointing: see [`CausalLm::forward_recomputed`].
-    fn forward_recomputed(&self, input: &Input, hidden_layers: usize) -> Result<(Output, Recompute<'_>)> {
-        let plan = self.plan(&input.spans)?;
-        Ok(self.llm().forward_recomputed(&self.embed(input)?, plan, hidden_layers))
-    }
 }
 
 impl Input {
@@ -217,12 +211,13 @@ pub(crate) fn attach(llm: &mut CausalLm, name: &str, lora: &LoraConfig, weights:
 pub(crate) fn merge_all(llm: &mut CausalLm) -> Result<()> {
     llm.linears(&mut |layer_idx, name, linear| {
         for adapter in linear.adapters() {
-            for (half, tensor) in [("lora_A", adapter.lora_a()), ("lora_B", adapter.lora_b())] {
+            for (part, tensor) in adapter.tensors() {
+                let part = part.trim_end_matches(".weight");
                 let is_finite = bool::try_from(tensor.isfinite().all())?;
                 let of = adapter.name();
                 ensure!(
                     is_finite,
-                    "layers.{layer_idx}.{name}: {half} of the adapter `{of}` has numbers that are not finite"
+                    "layers.{layer_idx}.{name}: {part} of the adapter `{of}` has numbers that are not finite"
                 );
             }
         }

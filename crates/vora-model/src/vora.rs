@@ -127,9 +127,10 @@ impl VisionLanguageModel for Vora {
         let mut tensors: Vec<_> = llm.chain(vision).collect();
         self.llm.linears(&mut |layer_idx, module, linear| {
             for adapter in linear.adapters() {
-                let path = format!("llm.model.layers.{layer_idx}.{module}");
-                tensors.push((format!("{path}.lora_A.weight"), adapter.lora_a().shallow_clone()));
-                tensors.push((format!("{path}.lora_B.weight"), adapter.lora_b().shallow_clone()));
+                let named = |(name, tensor): (&str, &Tensor)| {
+                    (format!("llm.model.layers.{layer_idx}.{module}.{name}"), tensor.shallow_clone())
+                };
+                tensors.extend(adapter.tensors().map(named));
             }
             Ok(())
         })?;
@@ -230,6 +231,35 @@ mod tests {
         let weights = Weights::open(&folder.path().join("llm"), Device::Cpu, Kind::Float).unwrap();
         CausalLm::load(&LlmConfig::open(&folder.path().join("llm")).unwrap(), &weights).unwrap();
         weights.finish().unwrap();
+    }
+
+    /// DoRA's lengths of rows lie beside the pair that they belong to.
+    #[test]
+    fn a_magnitude_is_saved_with_its_adapter() {
+        let plain = adapted();
+        let mut tensors = plain.tensors().unwrap();
+        let name = "llm.model.layers.0.mlp.up_proj.lora_magnitude_vector";
+        let rows = plain.config().llm.intermediate_size;
+        tensors.push((name.to_owned(), Tensor::linspace(0.5, 2.0, rows, CPU)));
+        let weights = Weights::from_tensors(tensors, Device::Cpu, Kind::Float);
+        let mut dora = Vora::load(plain.config().clone(), &weights).unwrap();
+        weights.finish().unwrap();
+        let expected = logits(&dora);
+        assert!((&expected - logits(&plain)).abs().max().double_value(&[]) > 1e-2);
+        let folder = tempfile::tempdir().unwrap();
+        dora.save(folder.path()).unwrap();
+        assert!(logits(&Vora::open(folder.path(), Device::Cpu, Kind::Float).unwrap()).equal(&expected));
+
+        dora.llm
+            .linears(&mut |_, _, linear| {
+                for magnitude in linear.adapters().filter_map(|adapter| adapter.magnitude()) {
+                    let _ = tch::no_grad(|| magnitude.get(0).fill_(f64::NAN));
+                }
+                Ok(())
+            })
+            .unwrap();
+        let error = format!("{:#}", dora.merge().unwrap_err());
+        assert!(error.contains("layers.0.mlp.up_proj: lora_magnitude_vector of the adapter"), "{error}");
     }
 
     #[test]

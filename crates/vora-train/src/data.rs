@@ -11,7 +11,6 @@ use vora_llm::{ChatTemplate, Message, Tokenizer};
 use crate::config::TrainConfig;
 use crate::data_config::{DataFetch, DataPath, DataPreprocess};
 use crate::preparation::Preparation;
-use crate::student::Student;
 
 /// A held-out split.
 pub struct HeldOut {
@@ -23,13 +22,8 @@ pub struct HeldOut {
     pub samples: u64,
 }
 
-/// What makes samples for this student.
-pub fn sample_maker(config: &TrainConfig, student: &Student) -> Result<Arc<SampleMaker>> {
-    prepared_maker(config, Preparation::of(student))
-}
-
-/// What makes samples for a student that need not be there.
-pub fn prepared_maker(config: &TrainConfig, preparation: Preparation) -> Result<Arc<SampleMaker>> {
+/// What makes samples for a run.
+pub fn sample_maker(config: &TrainConfig, preparation: &Preparation) -> Result<Arc<SampleMaker>> {
     let llm = preparation.llm_folder.as_path();
     let chat = match &config.model.chat_template {
         Some(source) => ChatTemplate::new(source, special_tokens(llm)?, "model.chat_template")?,
@@ -46,7 +40,7 @@ pub fn prepared_maker(config: &TrainConfig, preparation: Preparation) -> Result<
     Ok(Arc::new(SampleMaker {
         tokenizer: Arc::new(tokenizer),
         chat: Arc::new(chat),
-        processor: preparation.processor,
+        processor: preparation.processor.clone(),
         image_marks: preparation.image_marks,
         patch_size: usize::try_from(preparation.patch_size)?,
         max_length: preprocess(config).max_seq_len,

@@ -89,7 +89,7 @@ pub struct DataPath {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataPreprocess {
-    /// A record's key for its pictures.
+    /// A record's key for its pictures; those under `images` or `image` are read as well.
     pub frames_key: String,
     /// A record's key for its conversation.
     pub label_key: String,

@@ -196,7 +196,7 @@ impl Plan {
     fn open(config: &TrainConfig, options: &Options<'_>) -> Result<Self> {
         let program = memory(options.device).unwrap_or(0);
         let student = Student::new(config, options.device, config.kind(options.device)?, options.resolve)?;
-        let maker = data::sample_maker(config, &student)?;
+        let maker = data::sample_maker(config, student.preparation())?;
         Self::count(config, &student, &data::training(config, &maker)?, program)
     }
 

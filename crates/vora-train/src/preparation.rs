@@ -1,4 +1,5 @@
-//! What becomes of records before a model sees them, known from the models' configs without their weights.
+//! What becomes of records before a model sees them, known from the models' configs without their weights: training,
+//! a run's `samples/` and `vora data show` all ask here.
 
 use std::path::PathBuf;
 
@@ -9,7 +10,7 @@ use vora_vision::{EncoderConfig, IMAGENET_DEFAULT, ImageProcessor, Resample, cha
 
 use crate::config::TrainConfig;
 use crate::model_config::ModelType;
-use crate::student::{Resolve, Student};
+use crate::student::Resolve;
 
 /// What makes a model's input out of words and pictures.
 #[derive(Debug, Clone)]
@@ -27,7 +28,7 @@ pub struct Preparation {
 }
 
 impl Preparation {
-    /// That of the run's student, which is not opened for it.
+    /// That of a run; its models are not opened for it.
     ///
     /// # Errors
     /// Names the key, and the file, that does not fit.
@@ -43,9 +44,15 @@ impl Preparation {
         };
         let (processor, patch_size, image_marks) = match section.model_type {
             ModelType::Vora => {
-                let processor = match &section.aux_vision {
-                    Some(teacher) => encoder(teacher).context("model.aux_vision")?.0,
-                    None => ImageProcessor::square(side, IMAGENET_DEFAULT.0, IMAGENET_DEFAULT.1, Resample::Bicubic),
+                let processor = match (&section.aux_vision, &section.pretrained) {
+                    (Some(teacher), _) => encoder(teacher).context("model.aux_vision")?.0,
+                    (None, Some(folder)) => {
+                        let open = || anyhow::Ok(ImageProcessor::open(&resolve(folder)?)?.at(side));
+                        open().context("model.pretrained")?
+                    }
+                    (None, None) => {
+                        ImageProcessor::square(side, IMAGENET_DEFAULT.0, IMAGENET_DEFAULT.1, Resample::Bicubic)
+                    }
                 };
                 (processor, section.patch_size.context("model.patch_size is missing")?, None)
             }
@@ -61,16 +68,5 @@ impl Preparation {
             }
         };
         Ok(Self { llm_folder, vocab_size: llm.vocab_size, processor, patch_size, image_marks })
-    }
-
-    /// That of a student that is there.
-    pub fn of(student: &Student) -> Self {
-        Self {
-            llm_folder: student.llm_folder().to_owned(),
-            vocab_size: student.model.llm().config().vocab_size,
-            processor: student.processor().clone(),
-            patch_size: student.patch_size(),
-            image_marks: student.model.image_marks(),
-        }
     }
 }

@@ -133,9 +133,9 @@ impl Snapshot {
             },
             lora: student.model.lora().cloned(),
             llm_name: student.llm_name().to_owned(),
-            llm_folder: student.llm_folder().to_owned(),
+            llm_folder: student.preparation().llm_folder.clone(),
             config: student.model.config_json()?,
-            preprocessor: student.processor().to_json(),
+            preprocessor: student.preparation().processor.to_json(),
             chat_template: student.chat_template().map(str::to_owned),
         })
     }

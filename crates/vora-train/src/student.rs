@@ -10,15 +10,16 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_data::Batch;
-use vora_llm::{LlmConfig, Recompute};
+use vora_llm::{DropoutSeed, LlmConfig, Recompute};
 use vora_model::{Input, VisionLanguageModel};
 use vora_torch::Weights;
-use vora_vision::{ImageProcessor, Teacher};
+use vora_vision::Teacher;
 
 use crate::config::{DistillConfig, TrainConfig};
 use crate::distill::{DistillHeads, TeacherMean, resample};
 use crate::loss::cross_entropy_and_z_loss;
 use crate::model_config::ModelType;
+use crate::preparation::Preparation;
 use crate::teacher_cache::TeacherCache;
 
 /// Logits that exist at once while the loss is computed: 256 MiB of f32.
@@ -94,10 +95,8 @@ pub struct Student {
     /// The teacher's side; none where the run has no teacher.
     pub distill: Option<Distill>,
     llm_name: String,
-    llm_folder: PathBuf,
+    preparation: Preparation,
     chat_template: Option<String>,
-    processor: ImageProcessor,
-    patch_size: i64,
     z_loss: f64,
     is_whole: bool,
     gradient_checkpointing: bool,
@@ -114,10 +113,11 @@ impl Student {
     /// # Errors
     /// Names the key, and the file, that does not fit.
     pub fn new(config: &TrainConfig, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Self> {
+        let preparation = Preparation::open(config, resolve)?;
         match config.model.model_type {
-            ModelType::Vora => vora::student(config, device, kind, resolve),
-            ModelType::Llava => llava::student(config, device, kind, resolve),
-            ModelType::Chameleon => chameleon::student(config, device, kind, resolve),
+            ModelType::Vora => vora::student(config, preparation, device, kind, resolve),
+            ModelType::Llava => llava::student(config, preparation, device, kind, resolve),
+            ModelType::Chameleon => chameleon::student(config, preparation, device, kind),
         }
     }
 
@@ -126,9 +126,9 @@ impl Student {
         &self.llm_name
     }
 
-    /// Where the frozen LLM lies.
-    pub fn llm_folder(&self) -> &Path {
-        &self.llm_folder
+    /// What makes its input out of words and pictures.
+    pub fn preparation(&self) -> &Preparation {
+        &self.preparation
     }
 
     /// Whether every weight of the model is trained: a VoRA in its second stage.
@@ -139,16 +139,6 @@ impl Student {
     /// What stands in place of the LLM's own chat template.
     pub fn chat_template(&self) -> Option<&str> {
         self.chat_template.as_deref()
-    }
-
-    /// What pictures go through.
-    pub fn processor(&self) -> &ImageProcessor {
-        &self.processor
-    }
-
-    /// Side of what becomes one token of a picture, in pixels.
-    pub fn patch_size(&self) -> i64 {
-        self.patch_size
     }
 
     /// Where the tensors are.
@@ -176,33 +166,39 @@ impl Student {
         batch.targets.size()[0] + if writes_pictures { batch.num_image_tokens() } else { 0 }
     }
 
-    /// The places in `batch * seq` that are learned to predict from, and the right tokens.
-    fn targets(&self, batch: &DeviceBatch) -> Result<(Tensor, Tensor)> {
-        let words = (batch.positions.shallow_clone(), batch.targets.shallow_clone());
+    /// What goes into the decoder, `[batch, seq, hidden]`, the places in `batch * seq` that are learned to predict from,
+    /// and the right tokens.
+    fn learned(&self, batch: &DeviceBatch) -> Result<(Tensor, Tensor, Tensor)> {
+        let (positions, targets) = (batch.positions.shallow_clone(), batch.targets.shallow_clone());
         let Some(chameleon) = self.model.as_chameleon().filter(|_| batch.num_image_tokens() > 0) else {
-            return Ok(words);
+            return Ok((self.model.embed(&batch.input)?, positions, targets));
         };
-        let pictures = batch.input.pixel_values.iter();
-        let tokens = pictures.map(|picture| Ok(chameleon.image_token_ids(&picture.unsqueeze(0))?.flatten(0, 1)));
-        let image_tokens = Tensor::cat(&tokens.collect::<Result<Vec<_>>>()?, 0);
+        // Pictures are encoded once: their tokens are read, and are learned to be written.
+        let tokens = chameleon.image_tokens(&batch.input.pixel_values)?; // [image tokens]
+        let (made, places) = (tokens.size()[0], batch.num_image_tokens());
+        ensure!(made == places, "the pictures make {made} tokens, the text has places for {places}");
+        let input_ids = &batch.input.input_ids;
+        let input_ids = input_ids.flatten(0, 1).index_copy(0, &batch.image_places, &tokens).view_as(input_ids);
         // A picture's first token follows the mark that begins it.
         let before = &batch.image_places - 1;
-        Ok((Tensor::cat(&[words.0, before], 0), Tensor::cat(&[words.1, image_tokens], 0)))
+        let (positions, targets) = (Tensor::cat(&[positions, before], 0), Tensor::cat(&[targets, tokens], 0));
+        Ok((self.model.llm().embed(&input_ids), positions, targets))
     }
 
-    /// One forward pass: both losses, as sums and means that micro-batches can be put together from.
-    pub fn losses(&self, batch: &DeviceBatch) -> Result<Losses<'_>> {
+    /// One forward pass: both losses, as sums and means that micro-batches can be put together from. `seed` decides what
+    /// the LLM's dropout drops, where its config has one.
+    pub fn losses(&self, batch: &DeviceBatch, seed: DropoutSeed) -> Result<Losses<'_>> {
         let distill = self.distill.as_ref().filter(|_| batch.num_image_tokens() > 0);
         let hidden_layers = distill.map_or(0, |distill| distill.heads.hidden_layers());
+        let (inputs_embeds, positions, targets) = self.learned(batch)?;
+        let (llm, plan) = (self.model.llm(), self.model.plan(&batch.input.spans)?);
         let (output, recompute) = if self.gradient_checkpointing {
-            let (output, recompute) = self.model.forward_recomputed(&batch.input, hidden_layers)?;
+            let (output, recompute) = llm.forward_recomputed(&inputs_embeds, plan, hidden_layers, seed);
             (output, Some(recompute))
         } else {
-            (self.model.forward(&batch.input, hidden_layers)?, None)
+            (llm.forward_train(&inputs_embeds, &plan, hidden_layers, seed), None)
         };
-        let (positions, targets) = self.targets(batch)?;
         let hidden = output.last_hidden_state.flatten(0, 1).index_select(0, &positions); // [n, hidden]
-        let llm = self.model.llm();
         // The gradient of a head that is trained comes from all rows at once.
         let chunk = if llm.trains_head() { i64::MAX } else { (MAX_LOGITS / llm.config().vocab_size).max(1) };
         let lm_sum = cross_entropy_and_z_loss(&hidden, &targets, chunk, self.z_loss, |rows| llm.logits(rows));

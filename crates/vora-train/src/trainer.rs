@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 use thiserror::Error;
 use vora_data::{Batch, Loader, LoaderConfig, Source};
-use vora_llm::{Recompute, Tokenizer};
+use vora_llm::{DropoutSeed, Recompute, Tokenizer};
 use vora_torch::safetensors::{save, write_bytes};
 
 use crate::best::{self, Best};
@@ -38,8 +38,8 @@ const CONFIG: &str = "config.yaml";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const EMA: &str = "ema.safetensors";
 const TEACHER_MEAN: &str = "teacher_mean.safetensors";
-const RANDOM: &str =
-    "scenes: ChaCha8 of (seed, split, index); order: Feistel network of SplitMix64; new weights: by seed and name";
+const RANDOM: &str = "scenes: ChaCha8 of (seed, split, index); order: Feistel network of SplitMix64; new weights: by seed and name; \
+     dropout: libtorch's generator by (seed, step, micro-batch, layer)";
 
 /// Held-out pictures of each split that are written for asking.
 const SAMPLES: u64 = 8;
@@ -136,7 +136,7 @@ impl Trainer {
 
         let (program, kind) = (memory(options.device).unwrap_or(0), config.kind(options.device)?);
         let mut student = Student::new(&config, options.device, kind, options.resolve)?;
-        let maker = data::sample_maker(&config, &student)?;
+        let maker = data::sample_maker(&config, student.preparation())?;
         let training = data::training(&config, &maker)?;
         let held_out = data::held_out(&config, &maker)?;
         plan::warn_if_short(&config, &student, &training, program);
@@ -170,7 +170,7 @@ impl Trainer {
         )?;
         let yaml = config.to_yaml()?;
         // The last act of opening: whatever was wrong with the new run, the old one is still there.
-        if last.is_none() && !options.resume && config.overwrite_output_dir {
+        if !options.resume && config.overwrite_output_dir {
             run.clear()?;
         }
         let metrics = MetricsLog::open(&run.path().join("metrics.jsonl"), step)?;
@@ -268,8 +268,9 @@ impl Trainer {
         let zero = || Tensor::zeros([], (Kind::Float, device));
         let (mut loss_lm, mut loss_distill) = (zero(), zero());
         let mut distill_blocks: Option<Tensor> = None; // [blocks]
-        for batch in &uploaded {
-            let losses = self.student.losses(batch)?;
+        let seed = DropoutSeed::new(self.config.seed).at(self.step);
+        for (number, batch) in uploaded.iter().enumerate() {
+            let losses = self.student.losses(batch, seed.at(number as u64))?;
             let mut loss = losses.lm_sum / num_targets;
             loss_lm += loss.detach();
             let share = batch.num_image_tokens() as f64 / num_image_tokens;
@@ -465,7 +466,7 @@ impl Trainer {
         }
         self.results().save(self.run.path())?;
         let shown = samples::choose(&self.held_out, SAMPLES);
-        samples::write(&self.run.path().join(samples::FOLDER), &shown, self.student.processor())?;
+        samples::write(&self.run.path().join(samples::FOLDER), &shown, &self.student.preparation().processor)?;
         if self.loader.num_skipped() > 0 {
             tracing::warn!(
                 "{} bad records were left out, {} of them as not even their first answer fits into max_seq_len",
@@ -566,7 +567,7 @@ impl Trainer {
         if let Some(board) = &mut self.board {
             let batch_size = self.config.per_device_eval_batch_size;
             let answers = samples::answers(&self.student, &self.tokenizer, shown, batch_size)?;
-            board.samples(self.step, shown, &answers, self.student.processor())?;
+            board.samples(self.step, shown, &answers, &self.student.preparation().processor)?;
             if let Some(maps) = &maps {
                 board.block_maps(self.step, maps)?;
             }

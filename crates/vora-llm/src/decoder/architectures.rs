@@ -225,8 +225,8 @@ fn a_published_chameleon_has_its_image_tokenizer_beside() {
 }
 
 #[test]
-#[allow(clippy::disallowed_methods, reason = "dropout draws from libtorch's generator; no other test here does")]
-fn dropout_acts_in_training_alone() {
+fn dropout_acts_in_training_alone_and_by_its_seed() {
+    let _generator = crate::decoder::dropout::GENERATOR.lock().unwrap();
     for case in chameleons() {
         for (attention_dropout, dropout) in [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5)] {
             let config =
@@ -235,10 +235,7 @@ fn dropout_acts_in_training_alone() {
             let llm = CausalLm::load(&config, &weights).unwrap();
             assert_close_to(&case.logits(&llm), case.get("logits"), 2e-5);
             let (embeds, plan) = (llm.embed(&case.golden["input_ids"]), text(&[10, 10], Kind::Float));
-            let train = |seed| {
-                tch::manual_seed(seed);
-                llm.forward_train(&embeds, &plan, 1)
-            };
+            let train = |seed| llm.forward_train(&embeds, &plan, 1, DropoutSeed::new(seed));
             let (first, again, other) = (train(1), train(1), train(2));
             assert!(first.last_hidden_state.equal(&again.last_hidden_state));
             let drops = attention_dropout + dropout > 0.0;

@@ -6,7 +6,7 @@ use tch::Tensor;
 use tch::nn::Module;
 use vora_torch::ops;
 
-use super::{Decoder, Output, Shared};
+use super::{Decoder, DropoutSeed, Output, Shared};
 use crate::rotary::CosSin;
 use crate::spans::AttentionPlan;
 
@@ -22,15 +22,17 @@ pub struct Recompute<'a> {
     cos_sin: CosSin,
     plan: AttentionPlan,
     windowed: Option<AttentionPlan>,
+    seed: DropoutSeed,
 }
 
 impl Decoder {
-    /// As [`Decoder::forward`], with leaves for hidden states, and what goes backward from them.
+    /// As [`Decoder::forward_train`], with leaves for hidden states, and what goes backward from them.
     pub(super) fn forward_recomputed(
         &self,
         inputs_embeds: &Tensor,
         plan: AttentionPlan,
         hidden_layers: usize,
+        seed: DropoutSeed,
     ) -> (Output, Recompute<'_>) {
         let cos_sin = self.rotary.cos_sin(plan.position_ids(), plan.num_positions());
         let windowed = self.plans(&plan).windowed;
@@ -39,7 +41,9 @@ impl Decoder {
         let mut states = vec![leaf(inputs_embeds.shallow_clone(), inputs_embeds.requires_grad())];
         let shared = Shared { full: &plan, windowed };
         for (layer_idx, layer) in self.layers.iter().enumerate() {
-            let y = tch::no_grad(|| layer.forward(&states[layer_idx], &cos_sin, shared.by(layer)));
+            let forward =
+                || layer.forward_train(&states[layer_idx], &cos_sin, shared.by(layer), seed.at(layer_idx as u64));
+            let y = tch::no_grad(forward);
             states.push(leaf(y, true));
         }
         let windowed = shared.windowed;
@@ -52,7 +56,7 @@ impl Decoder {
         }
         let output = Output { last_hidden_state, before_norm, hidden_states };
         let inputs_embeds = inputs_embeds.shallow_clone();
-        (output, Recompute { decoder: self, inputs_embeds, states, cos_sin, plan, windowed })
+        (output, Recompute { decoder: self, inputs_embeds, states, cos_sin, plan, windowed, seed })
     }
 }
 
@@ -63,12 +67,12 @@ impl Recompute<'_> {
     /// # Errors
     /// What libtorch says of it.
     pub fn backward(self) -> Result<()> {
-        let Self { decoder, inputs_embeds, mut states, cos_sin, plan, windowed } = self;
+        let Self { decoder, inputs_embeds, mut states, cos_sin, plan, windowed, seed } = self;
         let shared = Shared { full: &plan, windowed };
-        for layer in decoder.layers.iter().rev() {
+        for (layer_idx, layer) in decoder.layers.iter().enumerate().rev() {
             let (gradient, input) = (states.pop().map(|state| state.grad()), states.last());
             let (Some(gradient), Some(input)) = (gradient.filter(Tensor::defined), input) else { continue };
-            let y = layer.forward(input, &cos_sin, shared.by(layer));
+            let y = layer.forward_train(input, &cos_sin, shared.by(layer), seed.at(layer_idx as u64));
             if y.requires_grad() {
                 ops::backward(&y, &gradient)?;
             }
@@ -90,6 +94,8 @@ mod tests {
     use vora_lora::{LoraConfig, attach_all};
     use vora_torch::weights::{Init, Weights};
 
+    const SEED: DropoutSeed = DropoutSeed::new(7);
+
     /// Values of a loss with a tap at every hidden state, and its gradients by name: by embeddings, adapters and,
     /// where they are trained, weights.
     fn gradients(config: &LlmConfig, kind: Kind, trained: bool, recomputed: bool) -> (f64, Vec<(String, Tensor)>) {
@@ -109,10 +115,10 @@ mod tests {
         let plan = AttentionPlan::with_kernel(&spans, VisionAttention::Bidirectional, Device::Cpu, kind, choice);
         let (layers, plan, inputs_embeds) = (config.num_hidden_layers, plan.unwrap(), embeds.to_kind(kind) * 1.5);
         let (output, rest) = if recomputed {
-            let (output, rest) = llm.forward_recomputed(&inputs_embeds, plan, layers);
+            let (output, rest) = llm.forward_recomputed(&inputs_embeds, plan, layers, SEED);
             (output, Some(rest))
         } else {
-            (llm.forward(&inputs_embeds, &plan, layers), None)
+            (llm.forward_train(&inputs_embeds, &plan, layers, SEED), None)
         };
         assert_eq!(output.hidden_states.len(), layers + 1);
         let taps = output.hidden_states.iter().enumerate();
@@ -138,8 +144,10 @@ mod tests {
     #[test]
     fn gradients_are_those_of_a_forward_that_keeps_everything() {
         let tiny = LlmConfig::tiny(32);
+        let _generator = crate::decoder::dropout::GENERATOR.lock().unwrap();
+        let dropping = LlmConfig { attention_dropout: Some(0.3), dropout: Some(0.2), ..LlmConfig::tiny(32) };
         let windows = LlmConfig { model_type: "mistral".into(), sliding_window: Some(4), ..LlmConfig::tiny(32) };
-        for (config, trained) in [(&tiny, false), (&windows, false), (&tiny, true)] {
+        for (config, trained) in [(&tiny, false), (&windows, false), (&tiny, true), (&dropping, false)] {
             let kept = gradients(config, Kind::Float, trained, false);
             let recomputed = gradients(config, Kind::Float, trained, true);
             assert_eq!(kept.0, recomputed.0);
@@ -169,7 +177,7 @@ mod tests {
         let embeds = llm.embed(&Tensor::from_slice(&[1i64, 2, 3]).unsqueeze(0)).set_requires_grad(true);
         let plan =
             || AttentionPlan::new(&Spans::text(&[3]), VisionAttention::Causal, Device::Cpu, Kind::Float).unwrap();
-        let (output, rest) = llm.forward_recomputed(&embeds, plan(), 1);
+        let (output, rest) = llm.forward_recomputed(&embeds, plan(), 1, SEED);
         output.hidden_states[1].square().sum(Kind::Float).backward();
         rest.backward().unwrap();
         let found = embeds.grad().copy();
@@ -178,7 +186,7 @@ mod tests {
         fixtures::assert_close_to(&found, &embeds.grad(), 1e-6);
 
         let frozen = embeds.detach();
-        let (output, rest) = llm.forward_recomputed(&frozen, plan(), 0);
+        let (output, rest) = llm.forward_recomputed(&frozen, plan(), 0, SEED);
         output.last_hidden_state.sum(Kind::Float).backward();
         rest.backward().unwrap();
         assert!(!frozen.grad().defined());

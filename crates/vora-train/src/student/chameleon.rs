@@ -6,32 +6,30 @@ use vora_llm::LlmConfig;
 use vora_model::{Chameleon, VisionLanguageModel};
 use vora_torch::Weights;
 use vora_torch::safetensors::Checkpoint;
-use vora_vision::chameleon_processor;
 
-use super::{Resolve, Student};
+use super::Student;
 use crate::config::TrainConfig;
+use crate::preparation::Preparation;
 use crate::vq::VQMODEL;
 
 /// Opens the LLM, widens its vocabulary, and puts a new image tokenizer before it.
-pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Student> {
+pub(super) fn student(config: &TrainConfig, preparation: Preparation, device: Device, kind: Kind) -> Result<Student> {
     let section = &config.model;
     let vq = section.vqmodel.as_ref().context("model.vqmodel is missing")?.config(section.image_size);
-    let llm_folder = resolve(&section.llm).context("model.llm")?;
-    let llm_config = LlmConfig::open(&llm_folder)?;
+    let llm_folder = &preparation.llm_folder;
+    let llm_config = LlmConfig::open(llm_folder)?;
     let chameleon = Chameleon::config_over(&llm_config, &vq).context("model.llm")?;
 
     let new = Weights::random(config.seed, device, kind);
-    let llm = Weights::from_tensors(widened(&Checkpoint::open(&llm_folder)?, &chameleon, &new)?, device, kind);
+    let llm = Weights::from_tensors(widened(&Checkpoint::open(llm_folder)?, &chameleon, &new)?, device, kind);
     let model = Chameleon::assemble(&chameleon, &llm.trained(), &new.pp(VQMODEL))?;
     llm.finish().with_context(|| format!("loading the LLM in {}", llm_folder.display()))?;
     let made = model.vqmodel().tensors().into_iter().map(|(name, tensor)| (format!("{VQMODEL}.{name}"), tensor));
     Ok(Student {
         distill: None,
         llm_name: section.llm.clone(),
-        llm_folder,
+        preparation,
         chat_template: section.chat_template.clone(),
-        processor: chameleon_processor(u32::try_from(section.image_size)?)?,
-        patch_size: vq.stride(),
         z_loss: section.z_loss(),
         is_whole: false,
         gradient_checkpointing: config.gradient_checkpointing,

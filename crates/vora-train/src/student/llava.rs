@@ -11,19 +11,25 @@ use vora_vision::Encoder;
 
 use super::{Resolve, Student};
 use crate::config::TrainConfig;
+use crate::preparation::Preparation;
 use crate::saved;
 
 /// Opens LLM and encoder and puts a new projection, and adapters where asked for, between and on them.
-pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Student> {
+pub(super) fn student(
+    config: &TrainConfig,
+    preparation: Preparation,
+    device: Device,
+    kind: Kind,
+    resolve: &Resolve<'_>,
+) -> Result<Student> {
     let section = &config.model;
     let tower = section.vision_tower.as_ref().context("model.vision_tower is missing")?;
-    let llm_folder = resolve(&section.llm).context("model.llm")?;
+    let llm_folder = &preparation.llm_folder;
     let tower_folder = resolve(tower).context("model.vision_tower")?;
     let encoder = Encoder::open(&tower_folder, device, kind).context("model.vision_tower")?;
-    let side = u32::try_from(section.image_size)?;
-    let (processor, patch_size) = (encoder.processor().at(side), encoder.patch_size());
+    let patch_size = preparation.patch_size;
 
-    let mut llava = LlavaConfig::new(LlmConfig::open(&llm_folder)?, &tower_folder)?;
+    let mut llava = LlavaConfig::new(LlmConfig::open(llm_folder)?, &tower_folder)?;
     llava.llm_name.clone_from(&section.llm);
     llava.mm_vision_tower.clone_from(tower);
     llava.mm_projector_type = section.mm_projector_type.unwrap_or_default();
@@ -32,7 +38,7 @@ pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve:
     }
     llava.lora.clone_from(&section.lora);
 
-    let llm = Weights::open(&llm_folder, device, kind)?;
+    let llm = Weights::open(llm_folder, device, kind)?;
     let source = if section.freezes_llm() { llm.clone() } else { llm.trained() };
     let trained = Weights::random(config.seed, device, kind);
     let model = Llava::assemble(llava, &source, encoder, &trained)?;
@@ -49,10 +55,8 @@ pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve:
         model: Box::new(model),
         distill: None,
         llm_name: section.llm.clone(),
-        llm_folder,
+        preparation,
         chat_template: section.chat_template.clone(),
-        processor,
-        patch_size,
         z_loss: 0.0,
         is_whole: false,
         gradient_checkpointing: config.gradient_checkpointing,

@@ -8,22 +8,29 @@ use tch::{Device, Kind, Tensor};
 use vora_llm::LlmConfig;
 use vora_model::{VisionLanguageModel, Vora, VoraConfig};
 use vora_torch::Weights;
-use vora_vision::{IMAGENET_DEFAULT, ImageProcessor, Resample, Teacher};
+use vora_vision::Teacher;
 
 use super::{Distill, Resolve, Student};
 use crate::config::TrainConfig;
 use crate::model_config::ModelConfig;
+use crate::preparation::Preparation;
 use crate::saved;
 
 /// Channels of the patch embedding where nothing says otherwise, as in the published model.
 const EMBED_DIM: i64 = 1536;
 
 /// Opens LLM and teacher, and what was trained before; makes what is new: adapters, patch embedding, heads.
-pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Student> {
+pub(super) fn student(
+    config: &TrainConfig,
+    preparation: Preparation,
+    device: Device,
+    kind: Kind,
+    resolve: &Resolve<'_>,
+) -> Result<Student> {
     let section = &config.model;
     let (llm, image_size) = (&section.llm, section.image_size);
-    let patch_size = section.patch_size.context("model.patch_size is missing")?;
-    let llm_folder = resolve(llm).context("model.llm")?;
+    let patch_size = preparation.patch_size;
+    let llm_folder = &preparation.llm_folder;
     let teacher_folder = section.aux_vision.as_deref().map(resolve).transpose().context("model.aux_vision")?;
     let open_teacher = |folder: &PathBuf| Teacher::open(folder, device, kind).context("model.aux_vision");
     let teacher = teacher_folder.as_ref().map(open_teacher).transpose()?;
@@ -34,7 +41,7 @@ pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve:
             teacher.patch_size()
         );
     }
-    let llm_config = LlmConfig::open(&llm_folder)?;
+    let llm_config = LlmConfig::open(llm_folder)?;
     let open_pretrained = |name: &String| Pretrained::open(name, section, &llm_config, resolve);
     let pretrained = section.pretrained.as_ref().map(open_pretrained).transpose().context("model.pretrained")?;
     let before = pretrained.as_ref().map(|pretrained| &pretrained.config);
@@ -64,19 +71,13 @@ pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve:
     let is_whole = !section.freezes_llm();
     let weights = match &pretrained {
         Some(pretrained) if is_whole => Weights::from_tensors(pretrained.llm(), device, kind),
-        _ => Weights::open(&llm_folder, device, kind)?,
+        _ => Weights::open(llm_folder, device, kind)?,
     };
     let source = if is_whole { weights.trained() } else { weights.clone() };
     let trained = Weights::random(config.seed, device, kind);
     let model = Vora::assemble(vora, &source, &trained)?;
     weights.finish().with_context(|| format!("loading the LLM in {}", llm_folder.display()))?;
 
-    let side = u32::try_from(image_size)?;
-    let processor = match (&teacher, &pretrained) {
-        (Some(teacher), _) => teacher.processor().at(side),
-        (None, Some(pretrained)) => ImageProcessor::open(&pretrained.folder).context("model.pretrained")?.at(side),
-        (None, None) => ImageProcessor::square(side, IMAGENET_DEFAULT.0, IMAGENET_DEFAULT.1, Resample::Bicubic),
-    };
     if let (Some(teacher), true, None) = (&teacher, section.starts_from_teacher(), &pretrained) {
         model.vision_embedding().start_from_teacher(teacher, word_embedding_rms(&model))?;
     }
@@ -99,10 +100,8 @@ pub(super) fn student(config: &TrainConfig, device: Device, kind: Kind, resolve:
         model: Box::new(model),
         distill,
         llm_name: llm.clone(),
-        llm_folder,
+        preparation,
         chat_template: section.chat_template.clone(),
-        processor,
-        patch_size,
         z_loss: 0.0,
         is_whole,
         gradient_checkpointing: config.gradient_checkpointing,

@@ -3,8 +3,10 @@ use std::path::Path;
 use super::*;
 use vora_model::VisionLanguageModel;
 use vora_torch::safetensors::Checkpoint;
+use vora_vision::ImageProcessor;
 
 use crate::metrics::Silent;
+use crate::preparation::Preparation;
 use crate::tensorboard;
 
 fn resolve(name: &str) -> Result<PathBuf> {
@@ -74,6 +76,55 @@ impl Progress for StopAfter {
     fn evaluating(&mut self, _: usize, _: usize) {}
     fn evaluated(&mut self, _: &EvalMetrics) {}
     fn saved(&mut self, _: &Path) {}
+}
+
+/// What a run learns from, what it shows of held-out records, and what is shown of a run that is not there: the same.
+#[test]
+fn one_preparation_serves_training_samples_and_show() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    // A teacher with a processor of its own, which the second stage knows from the first alone.
+    std::fs::create_dir(path("teacher")).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(fixtures::root().join("tiny/dinov2").join(file), path("teacher").join(file)).unwrap();
+    }
+    let own = r#"{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.4, 0.3], "resample": 2}"#;
+    std::fs::write(path("teacher/preprocessor_config.json"), own).unwrap();
+    let teacher = format!("model.aux_vision={}", path("teacher").display());
+    trainer(config("smoke.yaml", &path("first"), &[&teacher, "max_steps=1"])).train(&mut Silent).unwrap();
+
+    let data = fixtures::root().join("tiny/data");
+    let files = format!(
+        "{{data_fetch: {{data_paths: [{{anno_path: {}, image_folder: {}}}]}}}}",
+        data.join("conversations.jsonl").display(),
+        data.join("images").display()
+    );
+    let model = format!(
+        "model={{llm: fixtures/tiny/llm, patch_size: 14, image_size: 56, lora: {{layers: 2, r: 4}}, pretrained: {}}}",
+        path("first/final").display()
+    );
+    let [train, held_out] = ["train", "eval.same"].map(|name| format!("data.{name}={files}"));
+    let set = [&*model, &train, "data.eval={}", &held_out, "distill={}", "max_steps=1"];
+    let second = config("smoke.yaml", &path("second"), &set);
+    let mut run = trainer(second.clone());
+    run.train(&mut Silent).unwrap();
+
+    let shown = data::sample_maker(&second, &Preparation::open(&second, &resolve).unwrap()).unwrap();
+    let shown = data::training(&second, &shown).unwrap();
+    let processor = ImageProcessor::open(&path("first/final")).unwrap();
+    assert_eq!(processor.mean_std(), ([0.1, 0.2, 0.3], [0.5, 0.4, 0.3]));
+    let asked = samples::read(&path("second/samples")).unwrap();
+    assert_eq!(asked.len(), 4);
+    for (index, asked) in (0..4).zip(asked) {
+        let trained = run.training.sample(index).unwrap();
+        assert_eq!(shown.sample(index).unwrap(), trained);
+        assert_eq!(run.held_out[0].source.sample(index).unwrap(), trained);
+        let picture = vora_vision::open_image(&data.join(format!("images/{index}.png"))).unwrap();
+        assert_eq!(trained.images, [processor.preprocess(&picture).unwrap()]);
+        let written = vora_vision::open_image(&path("second/samples").join(&asked.image)).unwrap();
+        assert_eq!(written, samples::seen(&trained.images[0], &processor));
+        assert_eq!(format!("<image>\n{}", asked.question), trained.questions[0].question);
+    }
 }
 
 #[test]
@@ -432,6 +483,53 @@ fn a_stopped_run_goes_on_bit_for_bit() {
     let mut fourth = try_new(config("debug.yaml", parts.path(), &[]), true).unwrap();
     assert!(matches!(fourth.train(&mut Silent).unwrap(), Outcome::Finished(_)));
     assert_same(&weights(&uninterrupted), &weights(&fourth));
+}
+
+/// What an LLM's config says of dropout is used, by the run's seed and the step. All in one test: dropout draws from
+/// libtorch's generator, which is the process's, and nothing else here does.
+#[test]
+fn dropout_is_the_runs_own_and_goes_on_bit_for_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let llm = folder.path().join("llm");
+    std::fs::create_dir(&llm).unwrap();
+    for entry in std::fs::read_dir(fixtures::root().join("tiny/llm")).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, llm.join(path.file_name().unwrap())).unwrap();
+    }
+    let written = std::fs::read(llm.join("config.json")).unwrap();
+    let drops = |attention_dropout: f64, dropout: f64| {
+        let mut config: serde_json::Value = serde_json::from_slice(&written).unwrap();
+        (config["attention_dropout"], config["dropout"]) = (attention_dropout.into(), dropout.into());
+        std::fs::write(llm.join("config.json"), config.to_string()).unwrap();
+    };
+    let llm = format!("model.llm={}", llm.display());
+    let chameleon = "model={type: chameleon, llm: x, image_size: 56, vqmodel: {steps: 1, batch_size: 2}}";
+    let of = |name: &str, set: &[&str]| {
+        let set = [set, &[&llm, "bf16=false", "save_strategy=no"]].concat();
+        config("smoke.yaml", &folder.path().join(name), &set)
+    };
+    let steps =
+        |trainer: &mut Trainer, count| (0..count).map(|_| trainer.train_step().unwrap().loss_lm).collect::<Vec<f64>>();
+    for (system, set) in [("vora", &[][..]), ("chameleon", &[chameleon])] {
+        let run = |name: &str, more: &[&str]| trainer(of(&format!("{system}-{name}"), &[set, more].concat()));
+        drops(0.0, 0.0);
+        let kept = steps(&mut run("kept", &[]), 1);
+        for (attention_dropout, dropout) in [(0.3, 0.0), (0.0, 0.3)] {
+            drops(attention_dropout, dropout);
+            assert_ne!(steps(&mut run("dropping", &[]), 1), kept, "{system}");
+        }
+        drops(0.2, 0.1);
+        let mut whole = run("whole", &[]);
+        let expected = steps(&mut whole, 4);
+        assert_eq!(steps(&mut run("anew", &["gradient_checkpointing=true"]), 1), expected[..1]);
+        let mut first = run("parts", &[]);
+        assert_eq!(steps(&mut first, 2), expected[..2], "{system}: one seed gave two runs");
+        first.save(&mut Silent).unwrap();
+        drop(first);
+        let mut second = try_new(of(&format!("{system}-parts"), set), true).unwrap();
+        assert_eq!(steps(&mut second, 2), expected[2..]);
+        assert_same(&weights(&whole), &weights(&second));
+    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_data::{Batch, Record, RecordKeys, Sample, SampleMaker, collate, pack};
+use vora_llm::DropoutSeed;
 use vora_train::metrics::{Line, MetricsLog, StepMetrics};
 use vora_train::preparation::Preparation;
 use vora_train::student::{DeviceBatch, Student};
@@ -60,7 +61,7 @@ fn samples(maker: &SampleMaker) -> Vec<Sample> {
 fn learned(config: &TrainConfig, batch: &Batch) -> (f64, Option<f64>, Vec<(String, Tensor)>) {
     let student = Student::new(config, Device::Cpu, Kind::Float, &resolve).unwrap();
     let uploaded = DeviceBatch::new(batch, Device::Cpu);
-    let losses = student.losses(&uploaded).unwrap();
+    let losses = student.losses(&uploaded, DropoutSeed::new(0)).unwrap();
     let lm = losses.lm_sum / student.num_targets(&uploaded) as f64;
     let total = losses.distill.as_ref().map_or_else(|| lm.shallow_clone(), |distill| &lm + distill);
     total.backward();
@@ -74,10 +75,10 @@ fn packed_rows_have_the_loss_and_the_gradient_of_rows_with_one_sample() {
     for (number, system) in SYSTEMS.iter().enumerate() {
         let config = config(&[system, "bf16=false"]);
         let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
-        let samples = samples(&data::sample_maker(&config, &student).unwrap());
+        let samples = samples(&data::sample_maker(&config, student.preparation()).unwrap());
         // Without the student's weights they are the same.
         let preparation = Preparation::open(&config, &resolve).unwrap();
-        assert_eq!(self::samples(&data::prepared_maker(&config, preparation).unwrap()), samples);
+        assert_eq!(self::samples(&data::sample_maker(&config, &preparation).unwrap()), samples);
         let longest = samples.iter().map(|sample| sample.input_ids.len()).max().unwrap();
         let packed = pack(samples.clone(), 4, 2 * longest, 0);
         let alone = collate(samples, 0);
@@ -97,6 +98,29 @@ fn packed_rows_have_the_loss_and_the_gradient_of_rows_with_one_sample() {
             assert!(name == other && apart < 1e-5 * largest.max(1.0), "{system}, {name}: {apart} of {largest}");
         }
     }
+}
+
+/// A Chameleon's pictures are encoded once a step, and what is read there is what is learned to be written.
+#[test]
+fn a_chameleon_reads_and_writes_the_tokens_of_its_pictures() {
+    let config = config(&[&SYSTEMS[2].replace("image_size: 56", "image_size: 56, z_loss: 0")]);
+    let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
+    let batch = collate(samples(&data::sample_maker(&config, student.preparation()).unwrap()), 0);
+    let batch = DeviceBatch::new(&batch, Device::Cpu);
+    let found = tch::no_grad(|| student.losses(&batch, DropoutSeed::new(0)).unwrap().lm_sum);
+
+    let chameleon = student.model.as_chameleon().unwrap();
+    let tokens = batch.input.pixel_values.iter().map(|picture| chameleon.image_token_ids(&picture.unsqueeze(0)));
+    let tokens = Tensor::cat(&tokens.map(|ids| ids.unwrap().flatten(0, 1)).collect::<Vec<_>>(), 0);
+    let places = Tensor::cat(&[&batch.positions, &(&batch.image_places - 1)], 0);
+    let targets = Tensor::cat(&[&batch.targets, &tokens], 0);
+    let output = tch::no_grad(|| student.model.forward(&batch.input, 0)).unwrap();
+    let hidden = output.last_hidden_state.flatten(0, 1).index_select(0, &places);
+    let log_probs = student.model.llm().logits(&hidden).to_kind(Kind::Float).log_softmax(-1, Kind::Float);
+    let expected = -log_probs.gather(1, &targets.unsqueeze(1), false).sum(Kind::Float);
+    assert_eq!(targets.size()[0], student.num_targets(&batch));
+    let (found, expected) = (found.double_value(&[]), expected.double_value(&[]));
+    assert!((found / expected - 1.0).abs() < 1e-5, "{found}, expected {expected}");
 }
 
 fn trainer(folder: &Path, packing: bool, resume: bool) -> Trainer {
@@ -190,7 +214,7 @@ fn a_template_with_a_token_beyond_the_embedding_is_refused_before_the_run() {
     let mut preparation = Preparation::open(&config, &resolve).unwrap();
     assert_eq!(preparation.vocab_size, 512);
     preparation.vocab_size = 1;
-    let error = format!("{:#}", data::prepared_maker(&config, preparation).unwrap_err());
+    let error = format!("{:#}", data::sample_maker(&config, &preparation).unwrap_err());
     assert!(error.starts_with("the chat template: token `<|im_"), "{error}");
     assert!(error.contains("the model's embedding has 1 rows, the tokenizer 512 tokens"), "{error}");
 }
