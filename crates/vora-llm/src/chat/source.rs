@@ -104,6 +104,11 @@ fn expression(text: &str, closer: &str, out: &mut String) -> usize {
         at += token.len();
         let is_test = std::mem::take(&mut after_is);
         match token {
+            _ if first && token.starts_with(is_word) => {
+                out.push_str(token); // a statement's name
+                *level = fresh(out);
+                first = false;
+            }
             "%" => {
                 end_right_side(level, out);
                 out.insert_str(level.product, &format!("{MODULO}("));
@@ -149,11 +154,6 @@ fn expression(text: &str, closer: &str, out: &mut String) -> usize {
                     level.product = out.len();
                 }
                 after_is = is_test;
-            }
-            _ if first && token.starts_with(is_word) => {
-                out.push_str(token); // a statement's name
-                *level = fresh(out);
-                first = false;
             }
             _ => {
                 out.push_str(token);
@@ -283,6 +283,9 @@ mod tests {
             ("{% if x != (i % 2 == 0) %}", "{% if x != (python_modulo(i ,  2 )== 0) %}"),
             ("{{ a - b % c }}", "{{ a - python_modulo(b ,  c )}}"),
             ("{{ x if not 1e-5 % 2 else y }}", "{{ x if not python_modulo(1e-5 ,  2 )else y }}"),
+            ("{% if i.j % 2 %}", "{% if python_modulo(i.j ,  2 )%}"),
+            ("{%-elif i.j % 2-%}", "{%-elif python_modulo(i.j ,  2)-%}"),
+            ("{% set x = i.j % 2 %}", "{% set x = python_modulo(i.j ,  2 )%}"),
             ("{% if a -%}%{%- endif %}", "{% if a -%}%{%- endif %}"),
             ("{{ {'a': {'b': 5 % 3}} }}", "{{ {'a': {'b': python_modulo(5 ,  3)}} }}"),
             (
