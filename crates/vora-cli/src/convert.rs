@@ -21,12 +21,15 @@ Layouts, and what they become:
   vora-unmerged        a VoRA, adapters beside the weights  vora-unmerged, vora, peft, frozen-llm
   peft                 a VoRA's adapter: a run's final/     vora-unmerged, vora
   peft-llm             a plain language model's adapter     llm, with the adapter merged
+  peft-llava           a LLaVA's adapter                    llava, llava-transformers5, with the adapter merged
   llava                LLaVA, language_model.model...       llava, llava-transformers5, llm
   llava-transformers5  LLaVA, model.language_model...       llava, llava-transformers5, llm
   safetensors          any others                           safetensors
 
 What SRC is, its files say. frozen-llm is the LLM as it was below the adapters. Without --to the layout stays, and
-files and kinds change alone. Nothing is computed but merged adapters: what is kept or renamed keeps its bytes.
+files and kinds change alone. Nothing is computed but merged adapters: what is kept or renamed keeps its bytes. A
+tokenizer, chat template or image processor in an adapter's own folder goes before its base's. What was written is
+opened once, or nothing is kept.
 
 Examples:
   vora convert model-Q8_0.gguf model --dtype bf16

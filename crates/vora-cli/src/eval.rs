@@ -160,7 +160,7 @@ fn on_text(args: &Args, path: &Path, folder: &Path, device: Device, kind: Kind) 
         args.task.name()
     );
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let input_ids = Tokenizer::open(folder)?.encode(&text)?;
+    let input_ids = Tokenizer::open(folder)?.encode_whole(&text)?;
     let measure = |llm: &CausalLm| {
         let context = usize::try_from(llm.config().max_position_embeddings)?;
         let max_length = args.max_length.unwrap_or(context.min(1024));

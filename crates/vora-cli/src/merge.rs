@@ -108,7 +108,8 @@ const PICTURES: u64 = 8;
 /// Questions about pictures, just as `vora ask` would put them.
 fn prompts(trained: &Path, model: &dyn VisionLanguageModel) -> Result<Vec<Input>> {
     let scenes = Scenes::new(ScenesConfig::default(), Split::Test)?;
-    let (tokenizer, chat) = (Tokenizer::open(trained)?, ChatTemplate::open(trained)?);
+    let (tokenizer, chat) =
+        (Tokenizer::open(trained)?.for_processor(model.has_processor()), ChatTemplate::open(trained)?);
     let processor = ImageProcessor::open(trained)?;
     let pieces = chat.encode_prompt(&tokenizer, &[Message::question_about(1, "What is in the picture?")])?;
     (0..PICTURES)

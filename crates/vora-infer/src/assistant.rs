@@ -39,10 +39,10 @@ impl Assistant {
 
     /// A model that is open already, with what else lies in its folder.
     pub fn new(model: Box<dyn VisionLanguageModel>, folder: &Path) -> Result<Self> {
-        let rows = model.llm().config().vocab_size;
+        let (rows, has_processor) = (model.llm().config().vocab_size, model.has_processor());
         Ok(Self {
             model,
-            tokenizer: Tokenizer::open(folder)?.for_embedding(rows),
+            tokenizer: Tokenizer::open(folder)?.for_embedding(rows).for_processor(has_processor),
             chat: ChatTemplate::open(folder)?,
             processor: ImageProcessor::open(folder)?,
         })

@@ -226,6 +226,12 @@ impl Decoder {
     }
 }
 
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// The last norm, as a decoder without a head has it in its file.
+const BARE_NORM: &str = "norm.weight";
+
 /// A decoder with its head.
 #[derive(Debug)]
 pub struct CausalLm {
@@ -238,9 +244,10 @@ pub struct CausalLm {
 
 impl CausalLm {
     /// Takes `model` and, where it is not tied to the embedding, `lm_head`. Where the config ties them, but the
-    /// checkpoint has a head of other values, they are not tied, and [`CausalLm::config`] says so. Chameleon's image tokenizer lies under
-    /// `model.vqmodel` in the same files and is left to others: pass a clone of the source to them, or allow those
-    /// names when it finishes.
+    /// checkpoint has a head of other values, they are not tied, and [`CausalLm::config`] says so. As in HF, either of
+    /// two that are tied stands for both, and names may lack their `model.`: a file saved without the head. Chameleon's
+    /// image tokenizer lies under `model.vqmodel` in the same files and is left to others: pass a clone of the source to
+    /// them, or allow those names when it finishes.
     ///
     /// With [`Weights::trained`] every weight is trained. A source of new weights starts them as HF's `_init_weights`
     /// does: matrices normal with the config's `initializer_range`, norms one, biases zero. HF differs at the padding
@@ -252,6 +259,14 @@ impl CausalLm {
         config.validate()?;
         let weights = weights.with_initializer_range(config.init_std());
         let mut config = config.clone();
+        if weights.contains(BARE_NORM) && !weights.contains(&format!("model.{BARE_NORM}")) {
+            for name in weights.names().iter().filter(|name| !name.starts_with("lm_head.")) {
+                weights.alias(&format!("model.{name}"), name);
+            }
+        }
+        if config.tie_word_embeddings && !weights.contains(EMBEDDING) && weights.contains(HEAD) {
+            weights.alias(EMBEDDING, HEAD);
+        }
         config.tie_word_embeddings = config.tie_word_embeddings && !has_another_head(&weights)?;
         let head = weights.pp("lm_head");
         let lm_head = if config.tie_word_embeddings {
@@ -443,11 +458,8 @@ impl CausalLm {
 
 /// Whether a checkpoint has both an embedding and a head, which differ in the kind that they are loaded in.
 fn has_another_head(weights: &Weights) -> Result<bool> {
-    let stored = |module: &str| -> Result<Option<Tensor>> {
-        let tensors = weights.pp(module).stored()?;
-        Ok(tensors.into_iter().find_map(|(name, tensor)| (name == "weight").then(|| tensor.to_kind(weights.kind()))))
-    };
-    let (Some(head), Some(embedding)) = (stored("lm_head")?, stored("model.embed_tokens")?) else { return Ok(false) };
+    let stored = |name: &str| anyhow::Ok(weights.stored_tensor(name)?.map(|tensor| tensor.to_kind(weights.kind())));
+    let (Some(head), Some(embedding)) = (stored(HEAD)?, stored(EMBEDDING)?) else { return Ok(false) };
     let differs = !head.equal(&embedding);
     if differs {
         tell_once(format!(
@@ -511,6 +523,36 @@ mod tests {
         fixtures::assert_close_to(&logits, &golden["logits"], 2e-5);
         logits.square().mean(Kind::Float).backward();
         fixtures::assert_close_to(&inputs_embeds.grad(), &golden["grad_inputs_embeds"], 1e-5);
+    }
+
+    /// As `LlamaModel.save_pretrained` writes it, and a tied model of which safetensors kept the head's name.
+    #[test]
+    fn names_without_their_prefix_and_a_head_alone_are_read() {
+        let golden = fixtures::open("llama");
+        let config = LlmConfig::tiny(64);
+        let whole = llama(&golden).tensors();
+        let hidden = fixtures::Random::new(4).normal([3, 32]);
+        let expected = llama(&golden).logits(&hidden);
+        let bare = |name: &str| name.strip_prefix("model.").unwrap_or(name).to_owned();
+        let as_head = |name: String| if name.ends_with("embed_tokens.weight") { HEAD.to_owned() } else { name };
+        let renames: [&dyn Fn(&str) -> String; 3] =
+            [&bare, &|name| as_head(name.to_owned()), &|name| as_head(bare(name))];
+        for (rename, trained) in renames.iter().flat_map(|rename| [(rename, false), (rename, true)]) {
+            let tensors = whole.iter().map(|(name, tensor)| (format!("llm.{}", rename(name)), tensor.copy()));
+            let weights = Weights::from_tensors(tensors, Device::Cpu, Kind::Float);
+            let source = if trained { weights.trained() } else { weights.clone() };
+            let llm = CausalLm::load(&config, &source.pp("llm")).unwrap();
+            weights.finish().unwrap();
+            assert!(llm.config().tie_word_embeddings && llm.logits(&hidden).equal(&expected));
+            let parameters = weights.parameters(); // by the names that they have in every other file
+            assert!(parameters.iter().all(|(name, _)| name.starts_with("llm.model.")), "{parameters:?}");
+        }
+        // Where nothing is tied, an embedding that is missing is told.
+        let untied = LlmConfig { tie_word_embeddings: false, ..config };
+        let tensors = whole.iter().map(|(name, tensor)| (as_head(name.clone()), tensor.copy()));
+        let weights = Weights::from_tensors(tensors, Device::Cpu, Kind::Float);
+        CausalLm::load(&untied, &weights).unwrap();
+        assert!(weights.finish().unwrap_err().to_string().contains("missing    model.embed_tokens.weight"));
     }
 
     /// Measured with transformers 5.23: tied where the two are equal or one is missing, not tied where they differ.

@@ -4,15 +4,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use vora_torch::gguf;
 
-/// A JSON file of the folder `path`, else what the GGUF file that `path` is or holds says of the same, else `Null`.
-pub(crate) fn read_json(path: &Path, file: &str) -> Result<Value> {
+/// A JSON file of the folder `path`, else what the GGUF file that `path` is or holds says of the same, else the default.
+pub(crate) fn read_json<T: DeserializeOwned + Default>(path: &Path, file: &str) -> Result<T> {
     let json = path.join(file);
     if json.exists() {
         let text = fs::read(&json).with_context(|| format!("cannot read {}", json.display()))?;
-        return serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", json.display()));
+        return serde_json::from_slice(&text)
+            .with_context(|| format!("{} is not JSON as it should be", json.display()));
     }
     let found = match file {
         "config.json" => gguf::config(path)?.map(Value::Object),
@@ -23,12 +25,12 @@ pub(crate) fn read_json(path: &Path, file: &str) -> Result<Value> {
         }
         _ => None,
     };
-    Ok(found.unwrap_or_default())
+    found.map_or_else(|| Ok(T::default()), |found| Ok(serde_json::from_value(found)?))
 }
 
 /// [`read_json`] of a file that must be there, and where it was read, for errors.
 pub(crate) fn open_json(path: &Path, file: &str) -> Result<(Value, PathBuf)> {
-    let json = read_json(path, file)?;
+    let json: Value = read_json(path, file)?;
     ensure!(!json.is_null(), "cannot read {}: there is no such file, nor a GGUF file", path.join(file).display());
     Ok((json, origin(path, file)))
 }

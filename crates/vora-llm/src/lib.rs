@@ -22,6 +22,7 @@
 //! # }
 //! ```
 
+mod added_tokens;
 pub mod attention;
 pub mod chat;
 pub mod config;

@@ -10,8 +10,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
+use tokenizers::{Encoding, PostProcessor, PostProcessorWrapper};
 
+use crate::added_tokens::AddedTokens;
 use crate::json_files::{open_json, read_json};
+
+pub use crate::added_tokens::special_tokens;
 
 /// Characters from here on are this module's own; in text that comes from outside they become U+FFFD.
 const RESERVED: char = '\u{100000}';
@@ -26,27 +30,65 @@ pub(crate) const IMAGE: char = '\u{10fffd}';
 /// What a chat template writes for an image's place, found in somebody's text, on its way through the template.
 pub(crate) const INERT_IMAGE: char = '\u{10fffc}';
 
-/// A checkpoint's tokenizer. It adds no tokens on its own: what stands at the start or end of a sequence is the
-/// chat template's business, or the caller's.
+/// A checkpoint's tokenizer. It adds no tokens on its own but in [`Tokenizer::encode_whole`] and, once it is
+/// [`for_processor`](Tokenizer::for_processor), around conversations: what stands at the start or end of a sequence is
+/// otherwise the chat template's business, or the caller's.
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     specials: Specials,
     image_id: u32,
+    around: Around,
+    bos: Option<String>, // by its private name
+    for_processor: bool,
     eos_ids: Vec<i64>,
     embedding_rows: Option<i64>, // of the model that the ids are for, where that is known
     begins_with_space: bool,     // it puts a space before what it encodes, as SentencePiece's models do
 }
 
+/// The tokens that a tokenizer's post-processor puts around a text.
+#[derive(Debug, Default)]
+struct Around {
+    before: Vec<i64>,
+    after: Vec<i64>,
+}
+
+impl Around {
+    fn of(post_processor: &Value) -> Result<Self> {
+        const TEXT: u32 = u32::MAX;
+        if post_processor.is_null() {
+            return Ok(Self::default());
+        }
+        let processor: PostProcessorWrapper = serde_json::from_value(post_processor.clone())?;
+        let text = Encoding::from_tokens(vec![tokenizers::Token::new(TEXT, String::new(), (0, 0))], 0);
+        let whole = processor.process(text, None, true).map_err(|e| anyhow!(e))?;
+        let mut parts = whole.get_ids().split(|&id| id == TEXT);
+        let mut next = || parts.next().map(|ids| ids.iter().map(|&id| i64::from(id)).collect());
+        match (next(), next(), next()) {
+            (Some(before), Some(after), None) => Ok(Self { before, after }),
+            _ => bail!("its template has the text not just once"),
+        }
+    }
+}
+
 impl Tokenizer {
-    /// Reads `tokenizer.json` of a checkpoint folder, and who ends a sequence from the files beside it; or both from
-    /// the metadata of a GGUF file: `path` is one, or a folder with one and no such files.
+    /// Reads `tokenizer.json` of a checkpoint folder, and from the files beside it the tokens that it lacks and those
+    /// that end a sequence; or all of it from the metadata of a GGUF file: `path` is one, or a folder with one and no
+    /// such files.
     ///
     /// Errors name the file.
     pub fn open(path: &Path) -> Result<Self> {
-        let (json, origin) = open_json(path, "tokenizer.json")?;
-        let mut tokenizer = Self::parse(json).with_context(|| format!("reading {}", origin.display()))?;
-        tokenizer.eos_ids = eos_ids(path, &tokenizer)?;
+        let (mut json, origin) = open_json(path, "tokenizer.json")?;
+        let added = AddedTokens::open(path)?;
+        let parse = |json: &mut Value| {
+            added.add_to(json)?;
+            Self::parse(json.take())
+        };
+        let mut tokenizer = parse(&mut json).with_context(|| format!("reading {}", origin.display()))?;
+        let named = added.named();
+        let token = |name: &str| named.iter().find_map(|(key, token)| (key == name).then_some(token.as_str()));
+        tokenizer.bos = token("bos_token").map(|token| tokenizer.name(token).into_owned());
+        tokenizer.eos_ids = eos_ids(path, token("eos_token").and_then(|token| tokenizer.token_to_id(token)))?;
         Ok(tokenizer)
     }
 
@@ -67,6 +109,7 @@ impl Tokenizer {
             };
             ids.push((name, id));
         }
+        let around = Around::of(&json["post_processor"]).context("post_processor")?;
         let specials = Specials::new(literals);
         rename(&mut json, &specials);
         let begins_with_space = begins_with_space(&json);
@@ -82,7 +125,25 @@ impl Tokenizer {
             );
         }
         let image_id = inner.token_to_id(&IMAGE.to_string()).context("no room for the image's place")?;
-        Ok(Self { inner, specials, image_id, eos_ids: Vec::new(), embedding_rows: None, begins_with_space })
+        Ok(Self {
+            inner,
+            specials,
+            image_id,
+            around,
+            bos: None,
+            for_processor: false,
+            eos_ids: Vec::new(),
+            embedding_rows: None,
+            begins_with_space,
+        })
+    }
+
+    /// The same tokenizer for a model whose conversations come through one of HF's processors, as LLaVA's do: they get
+    /// the post-processor's tokens around them, unless they begin with `bos_token` already.
+    #[must_use]
+    pub fn for_processor(mut self, for_processor: bool) -> Self {
+        self.for_processor = for_processor;
+        self
     }
 
     /// The same tokenizer for a model whose embedding has `rows` rows: where a text comes to a token beyond them,
@@ -111,17 +172,25 @@ impl Tokenizer {
         self.ids(&without_reserved(text))
     }
 
+    /// The ids of a text that is whole, with the tokens that the post-processor puts around it (`<s>`, where it is
+    /// Llama's): HF's `tokenizer(text)`. The literal of a special token is text like any other.
+    pub fn encode_whole(&self, text: &str) -> Result<Vec<i64>> {
+        let ids = [self.around.before.clone(), self.encode(text)?, self.around.after.clone()].concat();
+        self.check_rows(ids.iter().copied())?;
+        Ok(ids)
+    }
+
     /// The ids of text in which the literals of special tokens stand for these tokens, as a template's author means
     /// them; never for text that comes from a user. No token is added.
     pub fn encode_template(&self, text: &str) -> Result<Vec<i64>> {
         self.ids(&self.specials.replace(&without_reserved(text), ACTIVE))
     }
 
-    /// The text of `ids`; special tokens are left out or shown as their literals.
-    ///
-    /// An error where an id is none of the vocabulary's.
+    /// The text of `ids`; special tokens are left out or shown as their literals. An id without a token is left out:
+    /// a model's embedding may have more rows than there are tokens.
     pub fn decode(&self, ids: &[i64], skip_special: bool) -> Result<String> {
-        let ids = ids.iter().map(|&id| self.checked(id)).collect::<Result<Vec<u32>>>()?;
+        let ids = ids.iter().filter_map(|&id| u32::try_from(id).ok()).filter(|&id| id != self.image_id);
+        let ids: Vec<u32> = ids.collect();
         let text = self.inner.decode(&ids, skip_special).map_err(|e| anyhow!("decoding: {e}"))?;
         Ok(self.specials.restore(&text, ACTIVE).into_owned())
     }
@@ -133,11 +202,16 @@ impl Tokenizer {
 
     /// The id of one token by its literal, special or not.
     pub fn token_to_id(&self, token: &str) -> Option<i64> {
-        let name = match self.specials.literals.iter().position(|literal| literal == token) {
-            Some(k) => Cow::Owned(mark(ACTIVE, k).ok()?.to_string()),
+        self.inner.token_to_id(&self.name(token)).map(i64::from)
+    }
+
+    /// The name that a token goes by here.
+    fn name<'a>(&self, token: &'a str) -> Cow<'a, str> {
+        let special = self.specials.literals.iter().position(|literal| literal == token);
+        match special.and_then(|k| mark(ACTIVE, k).ok()) {
+            Some(mark) => mark.to_string().into(),
             None => without_reserved(token),
-        };
-        self.inner.token_to_id(&name).map(i64::from)
+        }
     }
 
     /// The tokens that end a sequence: those of `generation_config.json` (or `config.json`) and the `eos_token` of
@@ -156,13 +230,6 @@ impl Tokenizer {
         let ids: Vec<i64> = encoding.get_ids().iter().map(|&id| i64::from(id)).collect();
         self.check_rows(ids.iter().copied())?;
         Ok(ids)
-    }
-
-    fn checked(&self, id: i64) -> Result<u32> {
-        u32::try_from(id)
-            .ok()
-            .filter(|&id| id != self.image_id && self.inner.id_to_token(id).is_some())
-            .with_context(|| format!("id {id} is not in the vocabulary of {} tokens", self.vocab_size()))
     }
 
     /// Somebody's text on its way into a chat template: literals of special tokens are hidden until it is rendered.
@@ -191,6 +258,18 @@ impl Tokenizer {
         let ids = encoding.get_ids().iter().map(|&id| (id != self.image_id).then_some(i64::from(id)));
         self.check_rows(ids.clone().flatten())?;
         Ok(ids.zip(encoding.get_offsets()).map(|(id, &(start, end))| Token { id, start, end }).collect())
+    }
+
+    /// The tokens that go before and after those of a whole conversation, activated and unprotected.
+    pub(crate) fn around(&self, conversation: &str) -> Result<[Vec<Token>; 2]> {
+        let begins = self.bos.as_ref().is_some_and(|bos| conversation.starts_with(bos));
+        if !self.for_processor || begins {
+            return Ok([Vec::new(), Vec::new()]);
+        }
+        let Around { before, after } = &self.around;
+        self.check_rows(before.iter().chain(after).copied())?;
+        let tokens = |ids: &[i64], at| ids.iter().map(|&id| Token { id: Some(id), start: at, end: at }).collect();
+        Ok([tokens(before, 0), tokens(after, conversation.len())])
     }
 
     /// The tokens of an activated and unprotected text that goes on after another one: what a model writes behind a
@@ -415,25 +494,10 @@ fn rename(json: &mut Value, specials: &Specials) {
     json["added_tokens"] = added.into();
 }
 
-/// `bos_token`, `eos_token` and so on, from `tokenizer_config.json` and, for what it lacks, `special_tokens_map.json`;
-/// or from the metadata of a GGUF file.
-pub fn special_tokens(path: &Path) -> Result<Vec<(String, String)>> {
-    let mut found: Vec<(String, String)> = Vec::new();
-    for file in ["tokenizer_config.json", "special_tokens_map.json"] {
-        let Value::Object(map) = read_json(path, file)? else { continue };
-        for (key, value) in map {
-            let token = value.as_str().or_else(|| value["content"].as_str());
-            if let Some(token) = token.filter(|_| key.ends_with("_token") && found.iter().all(|(k, _)| *k != key)) {
-                found.push((key, token.to_owned()));
-            }
-        }
-    }
-    Ok(found)
-}
-
-fn eos_ids(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<i64>> {
+/// The ids in the config files, and `named`, that of `eos_token`.
+fn eos_ids(path: &Path, named: Option<i64>) -> Result<Vec<i64>> {
     let ids = |file| -> Result<Vec<i64>> {
-        let value = read_json(path, file)?["eos_token_id"].take();
+        let value = read_json::<Value>(path, file)?["eos_token_id"].take();
         Ok(match value {
             Value::Array(ids) => ids.iter().filter_map(Value::as_i64).collect(),
             id => id.as_i64().into_iter().collect(),
@@ -443,8 +507,7 @@ fn eos_ids(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<i64>> {
     if found.is_empty() {
         found = ids("config.json")?;
     }
-    let named = special_tokens(path)?.into_iter().find(|(key, _)| key == "eos_token");
-    found.extend(named.and_then(|(_, token)| tokenizer.token_to_id(&token)));
+    found.extend(named);
     found.sort_unstable();
     found.dedup();
     Ok(found)
@@ -455,6 +518,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::{ChatTemplate, Message, Piece};
 
     fn golden() -> Value {
         let path = fixtures::root().join("golden/tokenizer_chat.json");
@@ -557,10 +621,69 @@ mod tests {
         assert_eq!(tokenizer.token_to_id("<|im_end|>"), Some(2));
         assert_eq!(tokenizer.eos_ids(), [2]);
         assert_eq!(tokenizer.token_to_id("nonsense"), None);
+    }
+
+    #[test]
+    fn an_id_without_a_token_is_left_out_of_the_text() {
+        let tokenizer = tiny();
+        let ids = tokenizer.encode("a red ring").unwrap();
         for id in [-1, 512, 513, 1 << 40] {
-            let error = tokenizer.decode(&[3, id], true).unwrap_err().to_string();
-            assert!(error.contains(&format!("id {id} is not in the vocabulary of 512 tokens")), "{error}");
+            let with: Vec<i64> = ids.iter().flat_map(|&known| [id, known, id]).collect();
+            assert_eq!(tokenizer.decode(&with, true).unwrap(), "a red ring");
+            let mut stream = tokenizer.stream(true);
+            let mut text: String = with.iter().filter_map(|&id| stream.push(id).unwrap()).collect();
+            text += &stream.finish().unwrap();
+            assert_eq!(text, "a red ring");
         }
+    }
+
+    /// The tiny tokenizer with a post-processor that begins a text with `<|im_start|>` and ends it with `<|endoftext|>`.
+    fn around(folder: &Path) -> Tokenizer {
+        for file in ["tokenizer.json", "tokenizer_config.json"] {
+            fs::copy(fixtures::root().join("tiny/tokenizer").join(file), folder.join(file)).unwrap();
+        }
+        let mut json: Value = serde_json::from_slice(&fs::read(folder.join("tokenizer.json")).unwrap()).unwrap();
+        json["post_processor"] =
+            json!({"type": "BertProcessing", "cls": ["<|im_start|>", 1], "sep": ["<|endoftext|>", 0]});
+        fs::write(folder.join("tokenizer.json"), json.to_string()).unwrap();
+        Tokenizer::open(folder).unwrap()
+    }
+
+    #[test]
+    fn a_conversation_gets_the_post_processors_tokens_where_a_processor_feeds_the_model() {
+        let folder = tempfile::tempdir().unwrap();
+        let plain = around(folder.path());
+        let turns = [Message::new("user", "a red ring")];
+        let prompt = |tokenizer: &Tokenizer, template: &str| {
+            let chat = ChatTemplate::new(template, special_tokens(folder.path()).unwrap(), "test").unwrap();
+            match &chat.encode_prompt(tokenizer, &turns).unwrap()[..] {
+                [Piece::Text { ids, supervised: false }] => ids.clone(),
+                other => panic!("{other:?}"),
+            }
+        };
+        let (bare, with_bos) = ("{{ messages[0].content }}", "{{ bos_token + messages[0].content }}");
+        let ids = plain.encode("a red ring").unwrap();
+        assert_eq!(prompt(&plain, bare), ids);
+        let fed = around(folder.path()).for_processor(true);
+        assert_eq!(prompt(&fed, bare), [&[1], &ids[..], &[0]].concat());
+        assert_eq!(prompt(&fed, with_bos), [&[1], &ids[..]].concat());
+        // What somebody writes is no beginning.
+        assert_eq!(prompt(&fed, "{{ '' + messages[0].content }}").len(), ids.len() + 2);
+        let said = [Message::new("user", "<|im_start|>")];
+        let chat = ChatTemplate::new(bare, special_tokens(folder.path()).unwrap(), "test").unwrap();
+        let pieces = chat.encode_prompt(&fed, &said).unwrap();
+        assert!(matches!(&pieces[..], [Piece::Text { ids, .. }] if ids[0] == 1 && ids.len() > 3), "{pieces:?}");
+
+        // In a whole conversation none of them is learned.
+        let turns = [Message::new("user", "a red ring?"), Message::new("assistant", "yes")];
+        let template = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}{% endif %}";
+        let chat = ChatTemplate::new(template, Vec::new(), "test").unwrap();
+        let pieces = chat.encode_chat(&fed, &turns).unwrap();
+        let around = |piece: Option<&Piece>, id| matches!(piece, Some(Piece::Text { ids, supervised: false }) if ids.contains(&id));
+        assert!(pieces.len() == 3 && around(pieces.first(), 1) && around(pieces.last(), 0), "{pieces:?}");
+        assert_eq!(fed.encode_whole("a red ring").unwrap(), [&[1], &ids[..], &[0]].concat());
+        let error = fed.for_embedding(1).encode_whole("").unwrap_err().to_string();
+        assert!(error.starts_with("token `<|im_start|>` has id 1, but the model's embedding has 1 rows"), "{error}");
     }
 
     #[test]

@@ -221,6 +221,11 @@ impl VisionLanguageModel for Chameleon {
         self.llm.embed(&ids)
     }
 
+    /// `ChameleonProcessor`.
+    fn has_processor(&self) -> bool {
+        true
+    }
+
     /// `<racm3:break>` and `<eoss>`, as Hugging Face's `ChameleonProcessor` writes them.
     fn image_marks(&self) -> Option<(i64, i64)> {
         Some((self.begin_image_id, self.end_image_id))

@@ -3,6 +3,7 @@
 //! A [`Conversion`] is planned from the headers of the files; its [`Report`] says what becomes of every tensor before
 //! anything is written. What is kept or renamed keeps its bytes unless another kind is asked for.
 
+mod head;
 mod layout;
 mod plan;
 mod report;
@@ -12,10 +13,14 @@ mod source;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use tch::{Kind, Tensor};
-use vora_lora::{LoraConfig, merge_state_dict, save_adapter};
-use vora_torch::safetensors::{Info, save_each, write_folder_atomically};
+use tch::{Device, Kind, Tensor};
+use vora_llm::{CausalLm, LlmConfig};
+use vora_lora::{AdapterFolder, LoraConfig, merge_state_dict, save_adapter};
+use vora_torch::Weights;
+use vora_torch::safetensors::{Checkpoint, Info, save_each, write_folder_atomically};
 use vora_torch::shards::Shards;
+
+use crate::{Llava, Vora, VoraConfig};
 
 pub use layout::Layout;
 pub use report::{Change, FileReport, Report, ShardReport, TensorReport};
@@ -66,8 +71,14 @@ impl Conversion {
     /// them are named.
     pub fn plan(source: &Path, options: &Options, resolve: &dyn Fn(&str) -> Result<PathBuf>) -> Result<Self> {
         let mut source = Source::open(source)?;
-        let to = source.layout.target(options.to).with_context(|| source.path.display().to_string())?;
-        source.add_base(resolve)?;
+        if source.layout == Layout::PeftLlm {
+            source.add_base(resolve)?; // which says what it can become
+        }
+        let asked = options.to.or(source.base_layout);
+        let to = source.layout.target(asked).with_context(|| source.path.display().to_string())?;
+        if source.layout == Layout::Peft {
+            source.add_base(resolve)?;
+        }
         let in_source = || format!("converting {} from {} to {to}", source.path.display(), source.layout);
         let steps = plan::steps(&source, to, options.kind).with_context(in_source)?;
         let side_files = side_files::plan(&source, to, &steps, options.kind).with_context(in_source)?;
@@ -97,11 +108,11 @@ impl Conversion {
         }
     }
 
-    /// Writes the folder `destination`, which appears whole or not at all.
+    /// Writes the folder `destination`, which appears whole or not at all, and only if it can be opened.
     ///
     /// # Errors
-    /// Where it is there already and not empty, a file cannot be written, or a number is beyond the largest of the kind
-    /// asked for.
+    /// Where it is there already and not empty, a file cannot be written, a number is beyond the largest of the kind
+    /// asked for, or config and tensors make no model that opens here.
     pub fn write(&self, destination: &Path) -> Result<()> {
         write_folder_atomically(destination, |folder| {
             match &self.output {
@@ -115,8 +126,31 @@ impl Conversion {
                     save_each(&folder.join(VISION), &self.infos_in(VISION), &[], |name| self.tensor(name))?;
                 }
             }
-            self.side_files.iter().try_for_each(|file| file.write(folder))
+            self.side_files.iter().try_for_each(|file| file.write(folder))?;
+            self.open_again(folder).context("what was written does not open, and is not kept")
         })
+    }
+
+    /// Opens what was written, its weights as views of the files.
+    fn open_again(&self, folder: &Path) -> Result<()> {
+        let kind = side_files::most_bytes(&self.steps).unwrap_or(Kind::Float);
+        match self.to {
+            Layout::Llm | Layout::FrozenLlm => {
+                let weights = Weights::open(folder, Device::Cpu, kind)?;
+                CausalLm::load(&LlmConfig::open(folder)?, &weights)?;
+                weights.finish()
+            }
+            Layout::Vora | Layout::VoraUnmerged => Vora::open(folder, Device::Cpu, kind).map(drop),
+            Layout::Llava | Layout::LlavaTransformers5 => Llava::open(folder, Device::Cpu, kind).map(drop),
+            Layout::Peft => {
+                AdapterFolder::open(folder)?;
+                VoraConfig::open(folder)?;
+                Checkpoint::open(&folder.join(VISION)).map(drop)
+            }
+            Layout::Safetensors | Layout::Gguf | Layout::PeftLlm | Layout::PeftLlava => {
+                Checkpoint::open(folder).map(drop)
+            }
+        }
     }
 
     /// The tensors of one of the two files of an adapter.
@@ -167,19 +201,18 @@ impl Conversion {
 }
 
 #[cfg(test)]
+mod peft_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use std::collections::BTreeMap;
     use std::fs;
 
     use serde_json::{Value, json};
-    use tch::Device;
-    use vora_llm::{CausalLm, LlmConfig};
-    use vora_lora::AdapterFolder;
-    use vora_torch::Weights;
-    use vora_torch::safetensors::{Checkpoint, save};
+    use vora_torch::safetensors::save;
 
-    use crate::{VisionLanguageModel, Vora, VoraConfig};
+    use crate::VisionLanguageModel;
 
     const ASIS: Options = Options { to: None, kind: None, max_shard_size: 5_000_000_000 };
 
@@ -255,11 +288,10 @@ mod tests {
             "vision_tower.vision_model.embeddings.class_embedding",
             "multi_modal_projector.linear_1.bias",
         ];
-        folder(&published, &json!({"model_type": "llava", "text_config": {"dtype": "float32"}}), &names);
-        let report = convert(&published, &modules, &to(Layout::LlavaTransformers5), root.path()).unwrap();
-        assert_eq!((report.from, report.to), (Layout::Llava, Layout::LlavaTransformers5));
-        assert!(report.tensors.iter().all(|tensor| tensor.change == Change::Renamed));
-        let written: Vec<&str> = report.tensors.iter().filter_map(|tensor| tensor.to.as_deref()).collect();
+        let order = root.path().join("order");
+        folder(&order, &json!({"model_type": "llava", "text_config": {"dtype": "float32"}}), &names);
+        let order = Conversion::plan(&order, &to(Layout::LlavaTransformers5), &|_| unreachable!()).unwrap().report();
+        let written: Vec<&str> = order.tensors.iter().filter_map(|tensor| tensor.to.as_deref()).collect();
         let expected = [
             "lm_head.weight",
             "model.language_model.embed_tokens.weight",
@@ -269,34 +301,42 @@ mod tests {
             "model.vision_tower.vision_model.embeddings.class_embedding",
         ];
         assert_eq!(written, expected);
-        assert_eq!(read(&modules)["lm_head.weight"], read(&published)["language_model.lm_head.weight"]);
+
+        let configs = fs::read(fixtures::root().join("golden/llava.json")).unwrap();
+        let configs: Value = serde_json::from_slice(&configs).unwrap();
+        let tensors = fixtures::open("llava").under("clip.weights.");
+        crate::folder::save_folder(&published, &configs["clip"], &tensors).unwrap();
+        let report = convert(&published, &modules, &to(Layout::LlavaTransformers5), root.path()).unwrap();
+        assert_eq!((report.from, report.to), (Layout::Llava, Layout::LlavaTransformers5));
+        assert!(report.tensors.iter().all(|tensor| tensor.change == Change::Renamed));
+        let norm = [
+            &read(&modules)["model.language_model.norm.weight"],
+            &read(&published)["language_model.model.norm.weight"],
+        ];
+        assert_eq!(norm[0], norm[1]);
         let report = convert(&modules, &back, &to(Layout::Llava), root.path()).unwrap();
         assert_eq!(report.from, Layout::LlavaTransformers5);
         assert_eq!(read(&back), read(&published));
-        for name in ["config.json", "README.md"] {
-            assert_eq!(fs::read(back.join(name)).unwrap(), fs::read(published.join(name)).unwrap());
-        }
+        assert_eq!(fs::read(back.join("config.json")).unwrap(), fs::read(published.join("config.json")).unwrap());
 
         // Its language model alone, which is the same from either.
-        let text_config = json!({"model_type": "qwen2", "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 11,
-            "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 9});
+        let text_config = configs["clip"]["text_config"].clone();
         for source in [&published, &modules] {
-            write_json(&source.join("config.json"), &json!({"model_type": "llava", "text_config": text_config}));
             fs::write(source.join("preprocessor_config.json"), "{}").unwrap();
             fs::write(source.join("tokenizer.json"), "{}").unwrap();
         }
         let [llm, same] = ["llm", "same"].map(|name| root.path().join(name));
         let report = convert(&published, &llm, &to(Layout::Llm), root.path()).unwrap();
         let dropped: Vec<_> = report.tensors.iter().filter(|tensor| tensor.to.is_none()).collect();
-        assert!(dropped.len() == 2 && dropped.iter().all(|tensor| tensor.why == Some("it sees")));
+        assert!(dropped.len() > 2 && dropped.iter().all(|tensor| tensor.why == Some("it sees")));
         convert(&modules, &same, &to(Layout::Llm), root.path()).unwrap();
         assert_eq!(read(&llm), read(&same));
-        assert_eq!(read(&llm).len(), 4);
-        let up_proj = "model.layers.2.mlp.up_proj.weight";
+        assert_eq!(read(&llm).len() + dropped.len(), tensors.len());
+        let up_proj = "model.layers.1.mlp.up_proj.weight";
         assert_eq!(read(&llm)[up_proj], read(&published)[&format!("language_model.{up_proj}")]);
         let config = LlmConfig::open(&llm).unwrap();
-        assert_eq!((config.model_type.as_str(), config.hidden_size), ("qwen2", 8));
-        assert_eq!(config.extra["architectures"], json!(["Qwen2ForCausalLM"]));
+        assert_eq!(config.hidden_size, text_config["hidden_size"]);
+        assert_eq!(config.extra["architectures"], json!(["LlamaForCausalLM"]));
         assert!(llm.join("tokenizer.json").exists() && !llm.join("preprocessor_config.json").exists());
         let with_adapters = root.path().join("with-adapters");
         folder(

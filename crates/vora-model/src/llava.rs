@@ -118,6 +118,11 @@ impl VisionLanguageModel for Llava {
         VisionAttention::Causal
     }
 
+    /// `LlavaProcessor`.
+    fn has_processor(&self) -> bool {
+        true
+    }
+
     /// The encoder's grid of patches, or one row of all tokens where others stand before the patches.
     ///
     /// # Errors
@@ -342,6 +347,59 @@ mod tests {
             fixtures::assert_close_to(&features, &golden[&format!("{name}.image_features")], 1e-5);
             let expected = told(&golden[&format!("{name}.logits")], &input);
             fixtures::assert_close_to(&logits(&model, &input), &expected, 1e-5);
+        }
+    }
+
+    #[test]
+    fn the_head_is_tied_where_either_flag_says_so_and_the_tensors_agree() {
+        let golden = fixtures::open("llava");
+        let weights = golden.under("clip.weights.");
+        let tensor = |name: &str| weights.iter().find_map(|(n, t)| (n == name).then(|| t.copy())).unwrap();
+        let embedding = tensor("language_model.model.embed_tokens.weight");
+        let other = fixtures::Random::new(4).normal(embedding.size());
+        let hidden = fixtures::Random::new(5).normal([2, embedding.size()[1]]);
+        let root = tempfile::tempdir().unwrap();
+        let (yes, no) = (Some(true), Some(false));
+        // At the top, in text_config, and what transformers 5.23.0 makes of it.
+        for (top, text, ties) in [
+            (None, None, false),
+            (None, yes, true),
+            (None, no, false),
+            (yes, None, true),
+            (yes, yes, true),
+            (yes, no, true),
+            (no, None, false),
+            (no, yes, true),
+            (no, no, false),
+        ] {
+            for head in [Some(&embedding), Some(&other), None] {
+                let mut config = json("clip");
+                for (place, flag) in [("", top), ("text_config", text)] {
+                    let keys = if place.is_empty() { &mut config } else { &mut config[place] };
+                    let keys = keys.as_object_mut().unwrap();
+                    keys.remove("tie_word_embeddings");
+                    keys.extend(flag.map(|flag| ("tie_word_embeddings".to_owned(), flag.into())));
+                }
+                let mut tensors: Vec<(String, Tensor)> = golden.under("clip.weights.").into_iter().collect();
+                tensors.retain(|(name, _)| name != "language_model.lm_head.weight");
+                tensors.extend(head.map(|head| ("language_model.lm_head.weight".to_owned(), head.copy())));
+                let folder = root.path().join("llava");
+                save_folder(&folder, &config, &tensors).unwrap();
+                let found = Llava::open(&folder, Device::Cpu, Kind::Float);
+                let what =
+                    format!("top {top:?}, text_config {text:?}, head {:?}", head.map(|head| head.equal(&embedding)));
+                let Some(head) = head.or(ties.then_some(&embedding)) else {
+                    let error = format!("{:#}", found.unwrap_err());
+                    assert!(error.contains("missing    language_model.lm_head.weight"), "{what}: {error}");
+                    continue;
+                };
+                let model = found.unwrap();
+                assert_eq!(model.llm().config().tie_word_embeddings, ties && head.equal(&embedding), "{what}");
+                assert!(model.llm().logits(&hidden).equal(&hidden.linear::<&Tensor>(head, None)), "{what}");
+                let written = model.config_json().unwrap();
+                let written = [&written, &written["text_config"]].map(|keys| keys["tie_word_embeddings"].clone());
+                assert_eq!(written, [json!(ties && head.equal(&embedding)), json!(ties && head.equal(&embedding))]);
+            }
         }
     }
 

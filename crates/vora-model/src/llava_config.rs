@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use vora_llm::LlmConfig;
 use vora_lora::LoraConfig;
+use vora_torch::notes::tell_once;
 use vora_vision::{EncoderConfig, FeatureSelection, VisionFeatureSelectStrategy};
 
 use crate::config::lora_or_empty;
@@ -38,7 +39,7 @@ struct Keys {
     #[serde(flatten)]
     features: FeatureSelection,
     #[serde(default)]
-    tie_word_embeddings: bool,
+    tie_word_embeddings: Option<bool>,
     #[serde(default)]
     mm_projector_type: MmProjectorType,
     #[serde(default)]
@@ -125,6 +126,17 @@ impl LlavaConfig {
     /// Names the file and the key.
     pub fn open(folder: &Path) -> Result<Self> {
         let json = read_config(folder)?;
+        let ties = |config: &Map<String, Value>| config.get("tie_word_embeddings").and_then(Value::as_bool);
+        let text = json.get("text_config").and_then(Value::as_object).and_then(ties);
+        if let (Some(top), Some(text)) = (ties(&json), text)
+            && top != text
+        {
+            tell_once(format!(
+                "{}: tie_word_embeddings is {top} at the top of config.json and {text} in text_config: the head is tied \
+                 where either says so, as in transformers",
+                folder.display()
+            ));
+        }
         Self::from_json(json).with_context(|| format!("in {}", folder.join("config.json").display()))
     }
 
@@ -142,7 +154,8 @@ impl LlavaConfig {
         text_config = with_model_type(text_config, "llama").context("text_config")?;
         fill(&mut text_config);
         let mut llm: LlmConfig = serde_json::from_value(text_config).context("text_config")?;
-        llm.tie_word_embeddings |= keys.tie_word_embeddings;
+        // As in transformers, either place ties them.
+        llm.tie_word_embeddings |= keys.tie_word_embeddings.unwrap_or(false);
         llm.validate().context("text_config")?;
         let config = Self {
             llm,
@@ -168,7 +181,7 @@ impl LlavaConfig {
             projector_hidden_act: gelu(),
             multimodal_projector_bias: self.multimodal_projector_bias,
             features: self.features.clone(),
-            tie_word_embeddings: self.llm.tie_word_embeddings,
+            tie_word_embeddings: Some(self.llm.tie_word_embeddings),
             mm_projector_type: self.mm_projector_type,
             mm_vision_tower: self.mm_vision_tower.clone(),
             llm: self.llm_name.clone(),

@@ -48,6 +48,12 @@ pub trait VisionLanguageModel: Debug {
     /// Where [`image_grid`](Self::image_grid) refuses the size; [`embed`](Self::embed) asks it first.
     fn image_features(&self, pixel_values: &Tensor) -> Tensor;
 
+    /// Whether conversations come to it through a processor of Hugging Face's, which puts the first and last tokens of
+    /// the tokenizer's post-processor around them; see [`Tokenizer::for_processor`](vora_llm::Tokenizer::for_processor).
+    fn has_processor(&self) -> bool {
+        false
+    }
+
     /// The tokens that stand before and behind every picture, for models that have some.
     fn image_marks(&self) -> Option<(i64, i64)> {
         None

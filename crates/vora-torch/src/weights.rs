@@ -35,7 +35,11 @@ pub enum Init {
     Required,
 }
 
-/// What does not fit between a checkpoint and the model that reads it, in one list.
+/// How many names of each kind a mismatch shows.
+const NAMED: usize = 10;
+
+/// What does not fit between a checkpoint and the model that reads it, in one list; shown, the first ten of each kind
+/// and how many there are.
 #[derive(Debug, Error, PartialEq)]
 pub struct Mismatch {
     /// Where the weights came from.
@@ -51,14 +55,20 @@ pub struct Mismatch {
 impl Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} does not fit this model:", self.path.display())?;
-        for name in &self.missing {
-            write!(f, "\n  missing    {name}")?;
-        }
-        for name in &self.unexpected {
-            write!(f, "\n  unexpected {name}")?;
-        }
-        for (name, found, expected) in &self.misshapen {
-            write!(f, "\n  misshapen  {name} is {found:?}, the model expects {expected:?}")?;
+        let misshapen: Vec<String> = self
+            .misshapen
+            .iter()
+            .map(|(name, found, expected)| format!("{name} is {found:?}, the model expects {expected:?}"))
+            .collect();
+        for (what, lines) in
+            [("missing   ", &self.missing), ("unexpected", &self.unexpected), ("misshapen ", &misshapen)]
+        {
+            for line in lines.iter().take(NAMED) {
+                write!(f, "\n  {what} {line}")?;
+            }
+            if lines.len() > NAMED {
+                write!(f, "\n  {what} and {} more, {} in all", lines.len() - NAMED, lines.len())?;
+            }
         }
         Ok(())
     }
@@ -79,6 +89,7 @@ struct Ledger {
     asked: BTreeMap<String, ()>,
     missing: Vec<String>,
     misshapen: Vec<(String, Vec<i64>, Vec<i64>)>,
+    aliases: HashMap<String, String>, // names in the checkpoint, by those that are asked for
 }
 
 /// A source of weights and a place in its tree of names; clones share the source.
@@ -155,9 +166,20 @@ impl Weights {
         self.kind
     }
 
+    /// Takes the tensor that the checkpoint has as `stored` where `name` is asked for; both names go on from here.
+    pub fn alias(&self, name: &str, stored: &str) {
+        self.ledger().aliases.insert(self.full_name(name), self.full_name(stored));
+    }
+
+    /// The name that the checkpoint has a tensor under.
+    fn stored_name(&self, name: &str) -> String {
+        let name = self.full_name(name);
+        self.ledger().aliases.get(&name).cloned().unwrap_or(name)
+    }
+
     /// Whether the checkpoint has this tensor; a source of new weights has every one.
     pub fn contains(&self, name: &str) -> bool {
-        let name = self.full_name(name);
+        let name = self.stored_name(name);
         match &*self.source {
             Source::File(checkpoint) => checkpoint.info(&name).is_some(),
             Source::Tensors(tensors) => tensors.contains_key(&name),
@@ -167,7 +189,7 @@ impl Weights {
 
     /// The shape that a tensor has in the checkpoint.
     pub fn shape(&self, name: &str) -> Option<Vec<i64>> {
-        let name = self.full_name(name);
+        let name = self.stored_name(name);
         match &*self.source {
             Source::File(checkpoint) => checkpoint.info(&name).map(|(_, shape)| shape.to_vec()),
             Source::Tensors(tensors) => tensors.get(&name).map(Tensor::size),
@@ -175,25 +197,40 @@ impl Weights {
         }
     }
 
+    /// The names of all tensors that the checkpoint has below this place, from here on; a source of new weights has none.
+    pub fn names(&self) -> Vec<String> {
+        let below = if self.path.is_empty() { String::new() } else { format!("{}.", self.path) };
+        let own = |name: &str| name.strip_prefix(&below).map(str::to_owned);
+        let mut names: Vec<String> = match &*self.source {
+            Source::File(checkpoint) => checkpoint.names().filter_map(own).collect(),
+            Source::Tensors(tensors) => tensors.keys().filter_map(|name| own(name)).collect(),
+            Source::New { .. } => Vec::new(),
+        };
+        names.sort();
+        names
+    }
+
+    /// A tensor as it lies in the checkpoint, in its own kind; it does not count as asked for. A source of new weights
+    /// has none.
+    pub fn stored_tensor(&self, name: &str) -> Result<Option<Tensor>> {
+        let name = self.stored_name(name);
+        match &*self.source {
+            Source::File(checkpoint) => checkpoint.info(&name).map(|_| checkpoint.tensor(&name)).transpose(),
+            Source::Tensors(tensors) => Ok(tensors.get(&name).map(Tensor::shallow_clone)),
+            Source::New { .. } => Ok(None),
+        }
+    }
+
     /// Every tensor that the checkpoint has below this place, by its name from here on, as it lies there: in its own
     /// kind, from a file as a view of the mapped memory. None of them counts as asked for. A source of new weights has
     /// none.
     pub fn stored(&self) -> Result<Vec<(String, Tensor)>> {
-        let below = if self.path.is_empty() { String::new() } else { format!("{}.", self.path) };
-        let mut stored: Vec<(String, Tensor)> = match &*self.source {
-            Source::File(checkpoint) => {
-                let names = checkpoint.names().filter_map(|name| Some((name, name.strip_prefix(&below)?)));
-                names.map(|(name, own)| Ok((own.to_owned(), checkpoint.tensor(name)?))).collect::<Result<_>>()?
+        let mut stored = Vec::new();
+        for name in self.names() {
+            if let Some(tensor) = self.stored_tensor(&name)? {
+                stored.push((name, tensor));
             }
-            Source::Tensors(tensors) => {
-                let own = |(name, tensor): (&String, &Tensor)| {
-                    Some((name.strip_prefix(&below)?.to_owned(), tensor.shallow_clone()))
-                };
-                tensors.iter().filter_map(own).collect()
-            }
-            Source::New { .. } => Vec::new(),
-        };
-        stored.sort_by(|a, b| a.0.cmp(&b.0));
+        }
         Ok(stored)
     }
 
@@ -271,7 +308,7 @@ impl Weights {
     /// The tensor of that name on the CPU (or where it already is), or a stand-in when it is missing or misshapen. Only
     /// a file's is in `kind`.
     fn find(&self, name: &str, shape: &[i64], init: Init, kind: Kind) -> Result<Tensor> {
-        let name = self.full_name(name);
+        let name = self.stored_name(name);
         self.ledger().asked.insert(name.clone(), ());
         let found = match &*self.source {
             Source::New { seed } => {
@@ -365,6 +402,34 @@ mod tests {
         assert!(text.contains("misshapen  b.weight is [4], the model expects [5]"), "{text}");
         let weights = Weights::open(&path, Device::Cpu, Kind::Float).unwrap();
         weights.finish_allowing(|_| true).unwrap();
+    }
+
+    #[test]
+    fn a_long_list_is_shown_by_ten_names_and_a_count() {
+        let weights = Weights::from_tensors([], Device::Cpu, Kind::Float);
+        for idx in 0..12 {
+            let _ = weights.get(&format!("{idx:02}.weight"), &[1], Init::Required).unwrap();
+        }
+        let error = weights.finish().unwrap_err();
+        let lines: Vec<String> = error.to_string().lines().map(str::to_owned).collect();
+        assert_eq!(
+            (lines.len(), &*lines[10], &*lines[11]),
+            (12, "  missing    09.weight", "  missing    and 2 more, 12 in all")
+        );
+        assert_eq!(error.downcast_ref::<Mismatch>().unwrap().missing.len(), 12);
+    }
+
+    #[test]
+    fn an_alias_stands_for_a_name_of_the_checkpoint() {
+        let value = fixtures::Random::new(1).normal([2]);
+        let weights = Weights::from_tensors([("llm.norm".to_owned(), value.copy())], Device::Cpu, Kind::Float);
+        let llm = weights.pp("llm");
+        assert!(!llm.contains("model.norm"));
+        llm.alias("model.norm", "norm");
+        assert!(llm.contains("model.norm") && llm.pp("model").shape("norm") == Some(vec![2]));
+        assert!(llm.pp("model").parameter("norm", &[2], Init::Required).unwrap().equal(&value));
+        weights.finish().unwrap();
+        assert_eq!(weights.parameters()[0].0, "llm.model.norm");
     }
 
     #[test]

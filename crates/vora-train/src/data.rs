@@ -29,7 +29,7 @@ pub fn sample_maker(config: &TrainConfig, preparation: &Preparation) -> Result<A
         Some(source) => ChatTemplate::new(source, special_tokens(llm)?, "model.chat_template")?,
         None => ChatTemplate::open(llm)?,
     };
-    let tokenizer = Tokenizer::open(llm)?;
+    let tokenizer = Tokenizer::open(llm)?.for_processor(preparation.has_processor);
     // What a template writes into every conversation is refused now, not sample by sample.
     let turns = [Message::new("user", "?"), Message::new("assistant", ".")];
     let renders = chat.encode_chat(&tokenizer, &turns).is_ok();

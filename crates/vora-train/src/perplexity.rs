@@ -24,8 +24,9 @@ pub struct Perplexity {
 /// `exp(mean(-log p(token | what stands before it in its window)))` over the tokens of a text.
 ///
 /// Windows of at most `max_length` tokens begin every `stride` tokens; each scores those that none before it has, as in
-/// Hugging Face's page on perplexity. That page weighs every window by one token less than it scores; here each token
-/// counts once.
+/// Hugging Face's page on perplexity, which takes the ids of
+/// [`Tokenizer::encode_whole`](vora_llm::Tokenizer::encode_whole). That page weighs every window by one token less than
+/// it scores; here each token counts once.
 ///
 /// # Errors
 /// Where there are less than two tokens, the window is longer than the model's context, or windows would leave gaps.

@@ -25,6 +25,8 @@ pub struct Preparation {
     pub patch_size: i64,
     /// The tokens before and behind every picture.
     pub image_marks: Option<(i64, i64)>,
+    /// Whether conversations get the tokens of the tokenizer's post-processor around them.
+    pub has_processor: bool,
 }
 
 impl Preparation {
@@ -67,6 +69,7 @@ impl Preparation {
                 (chameleon_processor(side)?, vq.stride(), Some(Chameleon::image_marks_of(&chameleon)?))
             }
         };
-        Ok(Self { llm_folder, vocab_size: llm.vocab_size, processor, patch_size, image_marks })
+        let has_processor = section.model_type != ModelType::Vora;
+        Ok(Self { llm_folder, vocab_size: llm.vocab_size, processor, patch_size, image_marks, has_processor })
     }
 }

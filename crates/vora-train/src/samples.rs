@@ -147,8 +147,7 @@ pub fn answers(student: &Student, tokenizer: &Tokenizer, shown: &[Shown], batch_
 fn begun(likeliest: &[i64], right: &[i64], tokenizer: &Tokenizer) -> Result<String> {
     let wrong = likeliest.iter().zip(right).position(|(found, right)| found != right);
     let said = wrong.map_or(likeliest, |wrong| &likeliest[..=wrong]);
-    // A wrong token may be none of the vocabulary's: models have rows to spare.
-    let text = tokenizer.decode(said, true).or_else(|_| tokenizer.decode(&said[..said.len() - 1], true))?;
+    let text = tokenizer.decode(said, true)?;
     let goes_on = wrong.is_some_and(|wrong| !tokenizer.eos_ids().contains(&likeliest[wrong]));
     Ok(if goes_on { format!("{} …", text.trim()) } else { text.trim().to_owned() })
 }

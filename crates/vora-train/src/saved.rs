@@ -37,10 +37,11 @@ const PREPROCESSOR: &str = "preprocessor_config.json";
 const CHAT_TEMPLATE: &str = "chat_template.jinja";
 
 /// The files that a tokenizer and its chat template consist of.
-const TOKENIZER: [&str; 6] = [
+const TOKENIZER: [&str; 7] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     CHAT_TEMPLATE,
     "chat_template.json",
     "generation_config.json",
@@ -321,7 +322,9 @@ fn expect(folder: &Path, lora: Option<&LoraConfig>) -> Result<()> {
 pub fn stored_kind(folder: &Path, resolve: &Resolve<'_>) -> Result<Kind> {
     let path = if is_whole(folder) { folder.to_owned() } else { llm_path(folder, &read_config(folder)?, resolve)? };
     let checkpoint = Checkpoint::open(&path)?;
-    let norm = ["model.norm.weight", "llm.model.norm.weight"].into_iter().find_map(|name| checkpoint.info(name));
+    let norm = ["model.norm.weight", "llm.model.norm.weight", "norm.weight"]
+        .into_iter()
+        .find_map(|name| checkpoint.info(name));
     let kind = norm.map(|(kind, _)| kind);
     kind.with_context(|| format!("{} has no model.norm.weight", path.display()))
 }

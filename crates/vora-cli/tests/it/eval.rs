@@ -166,6 +166,21 @@ fn perplexity(last: &str, merged: &str, folder: &Path) {
     let llm = "fixtures/tiny/llm";
     let plain = perplexity(llm, texts[0]);
     assert!((plain / case["perplexity"].as_f64().unwrap() - 1.0).abs() < 1e-5, "{plain}, expected {case}");
+    // A tokenizer that begins every text with a token, as Llama's do.
+    let with_first = folder.join("with-first");
+    std::fs::create_dir(&with_first).unwrap();
+    for file in std::fs::read_dir(workspace().join(llm)).unwrap() {
+        let file = file.unwrap();
+        std::fs::write(with_first.join(file.file_name()), std::fs::read(file.path()).unwrap()).unwrap();
+    }
+    let path = with_first.join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let case = &golden["first_token"];
+    tokenizer["post_processor"] = case["post_processor"].clone();
+    std::fs::write(&path, tokenizer.to_string()).unwrap();
+    let found = perplexity(&with_first.to_string_lossy(), (texts[0].0, texts[0].1, case["tokens"].as_u64().unwrap()));
+    assert!((found / case["perplexity"].as_f64().unwrap() - 1.0).abs() < 1e-5, "{found}, expected {case}");
+
     let [plain, apart, merged] = [llm, last, merged].map(|model| perplexity(model, texts[1]));
     assert!((apart / merged - 1.0).abs() < 1e-3, "merging changed it: {apart}, {merged}");
     assert!(apart < 0.95 * plain, "the adapters taught nothing: {apart}, {plain}");

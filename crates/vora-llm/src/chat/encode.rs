@@ -124,7 +124,7 @@ impl<'a> Passage<'a> {
         // token has the end of one and the beginning of the other.
         let begins: Vec<usize> = ranges.iter().map(|range| range.start).filter(|&begin| begin > 0).collect();
         let ends = begins.iter().copied().chain([text.len()]);
-        let mut tokens = Vec::new();
+        let [mut tokens, after] = self.tokenizer.around(&text)?;
         for (begin, end) in [0].into_iter().chain(begins.iter().copied()).zip(ends) {
             let encoded = match begin {
                 0 => self.tokenizer.encode_activated(&text[..end])?,
@@ -132,6 +132,7 @@ impl<'a> Passage<'a> {
             };
             tokens.extend(encoded.into_iter().map(|t| Token { start: t.start + begin, end: t.end + begin, ..t }));
         }
+        tokens.extend(after);
 
         let mut pieces: Vec<Piece> = Vec::new();
         let mut ranges = ranges.iter().peekable();

@@ -39,7 +39,7 @@ impl ChatTemplate {
     pub fn open(path: &Path) -> Result<Self> {
         let (source, origin) = find(path)?;
         let mut template = Self::new(&source, tokenizer::special_tokens(path)?, origin)?;
-        if let Some(token) = read_json(path, "processor_config.json")?["image_token"].as_str() {
+        if let Some(token) = read_json::<serde_json::Value>(path, "processor_config.json")?["image_token"].as_str() {
             template.image_token = Some(token.to_owned());
         }
         Ok(template)
@@ -100,7 +100,7 @@ fn find(path: &Path) -> Result<(String, String)> {
         return Ok((source, jinja.display().to_string()));
     }
     for file in ["chat_template.json", "tokenizer_config.json"] {
-        let (json, origin) = (read_json(path, file)?, origin(path, file));
+        let (json, origin) = (read_json::<serde_json::Value>(path, file)?, origin(path, file));
         let source = match &json["chat_template"] {
             serde_json::Value::Null => continue,
             serde_json::Value::String(source) => Some(source.as_str()),

@@ -309,7 +309,7 @@ fn templates_are_found_in_their_order() {
     write("special_tokens_map.json", r#"{"bos_token": "<x>", "eos_token": "</s>"}"#);
     assert_eq!(rendered().unwrap(), "json </s>");
     write("chat_template.jinja", "jinja {{ bos_token }}");
-    assert_eq!(rendered().unwrap(), "jinja <s>");
+    assert_eq!(rendered().unwrap(), "jinja <x>"); // where tokenizer_config.json lists no added tokens
 }
 
 #[test]

@@ -23,6 +23,8 @@ pub enum Layout {
     Peft,
     /// The adapter of a plain language model, in PEFT's layout.
     PeftLlm,
+    /// The adapter of a LLaVA, in PEFT's layout, under the names of either of its classes.
+    PeftLlava,
     /// LLaVA under the names of the published checkpoints: `language_model.model…`, `vision_tower…`.
     Llava,
     /// LLaVA under the names that its modules have in transformers 5: `model.language_model…`, `lm_head`.
@@ -31,12 +33,14 @@ pub enum Layout {
     Safetensors,
 }
 
-use Layout::{FrozenLlm, Gguf, Llava, LlavaTransformers5, Llm, Peft, PeftLlm, Safetensors, Vora, VoraUnmerged};
+use Layout::{
+    FrozenLlm, Gguf, Llava, LlavaTransformers5, Llm, Peft, PeftLlava, PeftLlm, Safetensors, Vora, VoraUnmerged,
+};
 
 impl Layout {
     /// All of them.
-    pub const ALL: [Self; 10] =
-        [Gguf, Llm, FrozenLlm, Vora, VoraUnmerged, Peft, PeftLlm, Llava, LlavaTransformers5, Safetensors];
+    pub const ALL: [Self; 11] =
+        [Gguf, Llm, FrozenLlm, Vora, VoraUnmerged, Peft, PeftLlm, PeftLlava, Llava, LlavaTransformers5, Safetensors];
 
     /// The name that it is asked for by.
     pub fn name(self) -> &'static str {
@@ -48,6 +52,7 @@ impl Layout {
             VoraUnmerged => "vora-unmerged",
             Peft => "peft",
             PeftLlm => "peft-llm",
+            PeftLlava => "peft-llava",
             Llava => "llava",
             LlavaTransformers5 => "llava-transformers5",
             Safetensors => "safetensors",
@@ -61,6 +66,7 @@ impl Layout {
             Vora => &[Vora, Llm],
             VoraUnmerged => &[VoraUnmerged, Vora, Peft, FrozenLlm],
             Peft => &[VoraUnmerged, Vora],
+            PeftLlava => &[Llava, LlavaTransformers5],
             Llava | LlavaTransformers5 => &[Llava, LlavaTransformers5, Llm],
             Safetensors => &[Safetensors],
         }
@@ -83,12 +89,12 @@ impl Layout {
 
     /// Whether it is more than a language model.
     pub(super) fn sees(self) -> bool {
-        matches!(self, Vora | VoraUnmerged | Peft | Llava | LlavaTransformers5)
+        matches!(self, Vora | VoraUnmerged | Peft | PeftLlava | Llava | LlavaTransformers5)
     }
 
     /// Whether adapters are folded into their weights on the way.
     pub(super) fn merges_into(self, to: Self) -> bool {
-        matches!((self, to), (VoraUnmerged | Peft, Vora) | (PeftLlm, Llm))
+        matches!((self, to), (VoraUnmerged | Peft, Vora) | (PeftLlm, Llm) | (PeftLlava, Llava | LlavaTransformers5))
     }
 }
 

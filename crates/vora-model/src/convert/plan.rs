@@ -7,8 +7,9 @@ use tch::Kind;
 use vora_torch::safetensors::Info;
 
 use super::Layout;
+use super::head;
 use super::report::{Change, TensorReport, dtype};
-use super::source::{LLM_PREFIX, PEFT_PREFIX, Part, Source};
+use super::source::{LLAVA, LLM_PREFIX, PEFT_PREFIX, Part, Source, is_original};
 
 /// One tensor to write, or to drop.
 #[derive(Debug)]
@@ -49,14 +50,6 @@ enum Fate {
     Unknown,
 }
 
-/// LLaVA's names: those of the published checkpoints, and those of its modules in transformers 5.
-const LLAVA: [(&str, &str); 4] = [
-    ("language_model.lm_head.", "lm_head."),
-    ("language_model.model.", "model.language_model."),
-    ("vision_tower.", "model.vision_tower."),
-    ("multi_modal_projector.", "model.multi_modal_projector."),
-];
-
 /// What stands before the names of a LLaVA that are not its LLM's.
 const LLAVA_SIGHT: [&str; 2] = ["vision_tower.", "multi_modal_projector."];
 
@@ -71,7 +64,7 @@ fn fate(from: Layout, to: Layout, name: &str) -> Fate {
         renamed.map_or(Fate::Unknown, Fate::To)
     };
     match (from, to) {
-        (Layout::Llava, Layout::LlavaTransformers5) => prefixed(LLAVA),
+        (Layout::Llava | Layout::PeftLlava, Layout::LlavaTransformers5) => prefixed(LLAVA),
         (Layout::LlavaTransformers5, Layout::Llava) => prefixed(LLAVA.map(|(published, module)| (module, published))),
         (Layout::Llava | Layout::LlavaTransformers5, Layout::Llm) => match llm_of_llava(from, name) {
             Some(name) => Fate::To(name),
@@ -119,6 +112,12 @@ pub(super) fn steps(source: &Source, to: Layout, kind: Option<Kind>) -> Result<V
         let found = source.checkpoints[part.checkpoint].info(&part.stored).context("a tensor of this checkpoint")?;
         anyhow::Ok((found.0, found.1.to_vec()))
     };
+    if source.is_foreign_adapter() {
+        for part in parts.extract_if(.., |part| is_original(part)).collect::<Vec<_>>() {
+            let (stored, shape) = info(&part)?;
+            steps.push(Step::dropped(part, "the base as it was", stored, shape));
+        }
+    }
     // What an adapter's folder has whole stands for what the base has.
     let mut seen = HashSet::new();
     let replaced = parts.extract_if(.., |part| !seen.insert(part.name.clone())).collect::<Vec<_>>();
@@ -128,6 +127,10 @@ pub(super) fn steps(source: &Source, to: Layout, kind: Option<Kind>) -> Result<V
         steps.push(Step::dropped(part, "the adapter's folder has its own", stored, shape));
     }
     check_whole(source, &parts, &replaced_names)?;
+    for (part, why) in head::settle(source, &mut parts)? {
+        let (stored, shape) = info(&part)?;
+        steps.push(Step::dropped(part, why, stored, shape));
+    }
     check_adapters(source, &parts, to)?;
     ensure!(
         to != Layout::Llm || source.lora.is_some() || parts.iter().all(|part| adapted(&part.name).is_none()),
@@ -191,11 +194,11 @@ fn order(step: &Step) -> (bool, Vec<(Option<u64>, &str)>) {
 /// An error where an adapter's folder has a tensor that is neither a part of an adapter nor one of its base's: all of
 /// them are named. A head stands also where the base's is its embedding.
 fn check_whole(source: &Source, parts: &[Part], of_base: &HashSet<String>) -> Result<()> {
-    if !matches!(source.layout, Layout::Peft | Layout::PeftLlm) {
+    if source.layout != Layout::Peft && !source.is_foreign_adapter() {
         return Ok(());
     }
     let fits = |part: &Part| {
-        let head = part.name.strip_prefix(LLM_PREFIX).unwrap_or(&part.name) == "lm_head.weight";
+        let head = part.name.strip_prefix(source.llm_prefix()) == Some("lm_head.weight");
         part.checkpoint != 0 || adapted(&part.name).is_some() || of_base.contains(&part.name) || head
     };
     let stray: Vec<&str> = parts.iter().filter(|part| !fits(part)).map(|part| part.stored.as_str()).collect();

@@ -7,12 +7,13 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use tch::Kind;
 use vora_torch::gguf;
+use vora_torch::notes::tell_once;
 use vora_torch::safetensors::write_bytes;
 
 use super::Layout;
 use super::plan::Step;
 use super::report::{Change, FileReport, dtype};
-use super::source::Source;
+use super::source::{Source, read_object};
 use crate::LlavaConfig;
 
 const CONFIG: &str = "config.json";
@@ -20,8 +21,8 @@ const CONFIG: &str = "config.json";
 /// What tells how pictures become pixels.
 const PROCESSOR: [&str; 3] = ["preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"];
 
-/// The files that a tokenizer, its chat template and its defaults consist of.
-const TOKENIZER: [&str; 10] = [
+/// The files that a tokenizer consists of.
+const TOKENIZER: [&str; 7] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -29,10 +30,10 @@ const TOKENIZER: [&str; 10] = [
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
 ];
+
+/// The files of a chat template, which go before the one in `tokenizer_config.json`.
+const TEMPLATE: [&str; 2] = ["chat_template.jinja", "chat_template.json"];
 
 /// A file beside the tensors.
 #[derive(Debug)]
@@ -85,7 +86,12 @@ pub(super) fn plan(source: &Source, to: Layout, steps: &[Step], kind: Option<Kin
             files.push(SideFile::new(CONFIG, &config)?);
         }
     }
-    if let Some((tokenizer, tokenizer_config)) = source.gguf().map_or(Ok(None), gguf::tokenizer)? {
+    let own = own_files(source, folder)?;
+    files.extend(own.files);
+    let is_taken = |name: &str| own.takes.contains(&name);
+    if let Some((tokenizer, tokenizer_config)) =
+        source.gguf().filter(|_| !is_taken("tokenizer.json")).map_or(Ok(None), gguf::tokenizer)?
+    {
         let content = Some(Content::New(serde_json::to_vec(&tokenizer)?));
         files.push(SideFile { name: "tokenizer.json".to_owned(), content });
         files.push(SideFile::new("tokenizer_config.json", &tokenizer_config)?);
@@ -100,12 +106,66 @@ pub(super) fn plan(source: &Source, to: Layout, steps: &[Step], kind: Option<Kin
         }
     }
     names.sort();
-    names.retain(|name| !is_weights(name) && files.iter().all(|file| file.name != *name));
+    names.retain(|name| !is_weights(name) && !is_taken(name) && files.iter().all(|file| file.name != *name));
     for name in names {
         let content = carried(source.layout, to, &name).then(|| Content::Copy(folder.join(&name)));
         files.push(SideFile { name, content });
     }
     Ok(files)
+}
+
+/// What the folder of an adapter has itself of tokenizer, chat template and image processor.
+#[derive(Default)]
+struct OwnFiles {
+    files: Vec<SideFile>,
+    /// The names of files that the base's folder has no say in.
+    takes: Vec<&'static str>,
+}
+
+impl OwnFiles {
+    /// Takes those of `names` that are in `folder`.
+    fn take(&mut self, folder: &Path, names: &[&'static str]) {
+        self.takes.extend(names);
+        for name in names.iter().filter(|name| folder.join(name).is_file()) {
+            let content = Some(Content::Copy(folder.join(name)));
+            self.files.push(SideFile { name: (*name).to_owned(), content });
+        }
+    }
+}
+
+/// What an adapter's folder has goes before what lies in its base's, `base`: a tokenizer as a whole, a chat template, an
+/// image processor.
+fn own_files(source: &Source, base: Option<&Path>) -> Result<OwnFiles> {
+    let mut own = OwnFiles::default();
+    if !source.is_foreign_adapter() {
+        return Ok(own);
+    }
+    let folder = source.path.as_path();
+    let has = |names: &[&str]| names.iter().any(|name| folder.join(name).is_file());
+    let template_in = |folder: &Path| -> Result<Option<Value>> {
+        Ok(read_object(&folder.join("tokenizer_config.json"))?.and_then(|mut config| config.remove("chat_template")))
+    };
+    let own_tokenizer = has(&TOKENIZER[..1]);
+    if own_tokenizer {
+        own.take(folder, &TOKENIZER);
+        let of_base = base.map(|base| base.join(TOKENIZER[0])).filter(|path| path.is_file());
+        if of_base.is_some_and(|path| fs::read(path).ok() != fs::read(folder.join(TOKENIZER[0])).ok()) {
+            tell_once(format!("{} has a tokenizer of its own: it is taken, not that of the base", folder.display()));
+        }
+    }
+    if has(&TEMPLATE) || (own_tokenizer && template_in(folder)?.is_some()) {
+        own.take(folder, &TEMPLATE);
+    } else if own_tokenizer
+        && let Some(base) = base.filter(|base| TEMPLATE.iter().all(|name| !base.join(name).is_file()))
+        && let Some(Value::String(template)) = template_in(base)?
+    {
+        let content = Some(Content::New(template.into_bytes()));
+        own.files.push(SideFile { name: TEMPLATE[0].to_owned(), content });
+    }
+    if source.layout == Layout::PeftLlava && has(&PROCESSOR) {
+        own.take(folder, &PROCESSOR);
+    }
+    Ok(own)
 }
 
 /// Whether a file holds tensors, or says where they lie.
@@ -116,10 +176,12 @@ fn is_weights(name: &str) -> bool {
 
 /// Whether a file of the source says anything about the new checkpoint.
 fn carried(from: Layout, to: Layout, name: &str) -> bool {
-    let (tokenizer, processor) = (TOKENIZER.contains(&name), PROCESSOR.contains(&name));
+    let tokenizer = TOKENIZER.iter().chain(&TEMPLATE).chain(&["generation_config.json"]).any(|known| *known == name);
+    let processor = PROCESSOR.contains(&name);
     match (from, to) {
         (Layout::Peft, _) => tokenizer || processor || name == CONFIG,
         (Layout::PeftLlm, _) => tokenizer || name == CONFIG,
+        (Layout::PeftLlava, _) => tokenizer || processor || name == CONFIG,
         // The published folders bring the code of their model with them.
         (_, Layout::Llm | Layout::FrozenLlm) if from.sees() => !processor && !name.ends_with(".py"),
         _ => true,
@@ -154,8 +216,8 @@ fn config(source: &Source, to: Layout, steps: &[Step], kind: Option<Kind>) -> Re
     if source.layout.merges_into(to) {
         config.remove("lora");
     }
-    if source.layout == Layout::PeftLlm {
-        fit_vocabulary(&mut config, steps);
+    if source.is_foreign_adapter() {
+        fit_vocabulary(&mut config, steps, source.llm_prefix(), source.checkpoints.len() - 1);
     }
     if let Some(kind) = kind {
         set_dtype(&mut config, kind);
@@ -169,13 +231,28 @@ fn config(source: &Source, to: Layout, steps: &[Step], kind: Option<Kind>) -> Re
 }
 
 /// What an adapter's own embedding and head change: the size of the vocabulary, and whether the two are one.
-fn fit_vocabulary(config: &mut Map<String, Value>, steps: &[Step]) {
-    let written = |name: &str| steps.iter().find(|step| step.to.as_deref() == Some(name));
-    if let Some(embedding) = written("model.embed_tokens.weight").and_then(Step::info) {
-        config.insert("vocab_size".into(), embedding.shape[0].into());
+fn fit_vocabulary(config: &mut Map<String, Value>, steps: &[Step], llm_prefix: &str, base: usize) {
+    let written = |name: &str| {
+        let name = format!("{llm_prefix}{name}.weight");
+        steps.iter().filter(|step| step.to.is_some()).find(|step| step.from[0].name == name)
+    };
+    let (embedding, head) = (written("model.embed_tokens"), written("lm_head"));
+    let mut set = |key: &str, value: Value| {
+        // A LLaVA says it of its LLM, and may say it again at its top.
+        if let Some(Value::Object(text)) = config.get_mut("text_config") {
+            text.insert(key.to_owned(), value.clone());
+            if !config.contains_key(key) {
+                return;
+            }
+        }
+        config.insert(key.to_owned(), value);
+    };
+    if let Some(embedding) = embedding.and_then(Step::info) {
+        set("vocab_size", embedding.shape[0].into());
     }
-    if written("lm_head.weight").is_some_and(|head| head.from[0].checkpoint == 0) {
-        config.insert("tie_word_embeddings".into(), false.into());
+    let is_new = |step: &Step| step.from[0].checkpoint != base || step.from.len() > 1;
+    if head.is_some_and(|head| is_new(head) || embedding.is_some_and(is_new)) {
+        set("tie_word_embeddings", false.into());
     }
 }
 
@@ -189,7 +266,7 @@ fn set_dtype(config: &mut Map<String, Value>, kind: Kind) {
 }
 
 /// The kind that most of what is written has.
-fn most_bytes(steps: &[Step]) -> Option<Kind> {
+pub(super) fn most_bytes(steps: &[Step]) -> Option<Kind> {
     let bytes = |kind: Kind| -> u64 {
         steps.iter().filter_map(Step::info).filter(|info| info.kind == kind).map(|info| info.num_bytes()).sum()
     };

@@ -21,13 +21,22 @@ pub(super) const VISION: &str = "vision.safetensors";
 /// What stands before the decoder's names in a VoRA's folder.
 pub(super) const LLM_PREFIX: &str = "llm.";
 
+/// LLaVA's names: those of the published checkpoints, and those of its modules in transformers 5.
+pub(super) const LLAVA: [(&str, &str); 4] = [
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model.language_model."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+];
+
 /// A tensor of one of the source's checkpoints.
 #[derive(Debug, Clone)]
 pub(super) struct Part {
     pub(super) checkpoint: usize,
     /// Its name in the file.
     pub(super) stored: String,
-    /// Its name in the whole model: that of a VoRA's folder where the source is the adapter of one.
+    /// Its name in the whole model: that of a VoRA's folder where the source is the adapter of one, and a LLaVA's published
+    /// one where it is the adapter of that.
     pub(super) name: String,
 }
 
@@ -36,6 +45,8 @@ pub(super) struct Part {
 pub(super) struct Source {
     pub(super) path: PathBuf,
     pub(super) layout: Layout,
+    /// That of the model below an adapter, where there are several.
+    pub(super) base_layout: Option<Layout>,
     /// An adapter has three: itself, what sees, and its base.
     pub(super) checkpoints: Vec<Checkpoint>,
     pub(super) config: Option<Map<String, Value>>,
@@ -54,20 +65,11 @@ impl Source {
             return Self::open_adapter(path, config, vora);
         }
         let checkpoint = Checkpoint::open(path)?;
-        let has = |part: &str| checkpoint.names().any(|name| name.starts_with(part));
         let layout = match model_type {
             _ if gguf::find(path)?.is_some() => Layout::Gguf,
             Some("vora") if checkpoint.names().any(|name| name.contains(".lora_")) => Layout::VoraUnmerged,
             Some("vora") => Layout::Vora,
-            Some("llava") => match (has("language_model."), has("model.language_model.")) {
-                (true, false) => Layout::Llava,
-                (false, true) => Layout::LlavaTransformers5,
-                _ => bail!(
-                    "{} is a LLaVA, but its tensors begin neither all with `language_model.` nor all with \
-                     `model.language_model.`",
-                    path.display()
-                ),
-            },
+            Some("llava") => llava_layout(&checkpoint)?,
             Some(known) if known != "chameleon" && MODEL_TYPES.contains(&known) => Layout::Llm,
             _ => Layout::Safetensors,
         };
@@ -77,7 +79,7 @@ impl Source {
             "{} has adapters beside its weights, but no `lora` in config.json, which says their scaling",
             path.display()
         );
-        Ok(Self { path: path.to_owned(), layout, checkpoints: vec![checkpoint], config, vora, lora })
+        Ok(Self { path: path.to_owned(), layout, base_layout: None, checkpoints: vec![checkpoint], config, vora, lora })
     }
 
     fn open_adapter(path: &Path, config: Option<Map<String, Value>>, vora: Option<VoraConfig>) -> Result<Self> {
@@ -92,7 +94,7 @@ impl Source {
             Layout::PeftLlm
         };
         let lora = Some(adapter.config().clone());
-        Ok(Self { path: path.to_owned(), layout, checkpoints, config, vora, lora })
+        Ok(Self { path: path.to_owned(), layout, base_layout: None, checkpoints, config, vora, lora })
     }
 
     /// Opens the model below an adapter as the last checkpoint.
@@ -110,14 +112,46 @@ impl Source {
             self.config =
                 gguf::config(&base)?.map_or_else(|| read_object(&base.join("config.json")), |c| Ok(Some(c)))?;
         }
-        self.checkpoints.push(Checkpoint::open(&base).with_context(doing)?);
+        let base = Checkpoint::open(&base).with_context(doing)?;
+        if self.layout == Layout::PeftLlm && self.model_type() == Some("llava") {
+            self.layout = Layout::PeftLlava;
+            self.base_layout = Some(llava_layout(&base)?);
+            let (published, lora) =
+                (published_in(&base), self.lora.as_mut().context("an adapter has a configuration")?);
+            let path = |module: String| {
+                let weight = published(&format!("{module}.weight"));
+                weight.strip_suffix(".weight").unwrap_or(&module).to_owned()
+            };
+            lora.rank_pattern = std::mem::take(&mut lora.rank_pattern).into_iter().map(|(m, r)| (path(m), r)).collect();
+            lora.alpha_pattern =
+                std::mem::take(&mut lora.alpha_pattern).into_iter().map(|(m, a)| (path(m), a)).collect();
+        }
+        self.checkpoints.push(base);
         Ok(())
+    }
+
+    fn model_type(&self) -> Option<&str> {
+        self.config.as_ref()?.get("model_type")?.as_str()
+    }
+
+    /// Whether it is an adapter that other tools than this one made, for a model of theirs.
+    pub(super) fn is_foreign_adapter(&self) -> bool {
+        matches!(self.layout, Layout::PeftLlm | Layout::PeftLlava)
+    }
+
+    /// What stands before the decoder's names in [`Part::name`].
+    pub(super) fn llm_prefix(&self) -> &'static str {
+        match self.layout {
+            Layout::Peft | Layout::Vora | Layout::VoraUnmerged => LLM_PREFIX,
+            Layout::PeftLlava => "language_model.",
+            _ => "",
+        }
     }
 
     /// The folder that config and tokenizer lie in: the base's, where the adapter of a plain LLM comes without.
     pub(super) fn side_folder(&self) -> Option<&Path> {
         match self.layout {
-            Layout::PeftLlm => self.checkpoints.last().map(Checkpoint::path),
+            Layout::PeftLlm | Layout::PeftLlava => self.checkpoints.last().map(Checkpoint::path),
             _ => Some(&self.path),
         }
     }
@@ -131,13 +165,24 @@ impl Source {
     /// All tensors, those of an adapter before those of its base.
     pub(super) fn parts(&self) -> Vec<Part> {
         let mut parts = Vec::new();
+        let base = self.checkpoints.last();
+        let published = base.map(published_in);
+        // A base that was saved without its head lacks the beginning of its names.
+        let is_bare =
+            base.is_some_and(|base| base.info("norm.weight").is_some() && base.info("model.norm.weight").is_none());
         for (checkpoint, tensors) in self.checkpoints.iter().enumerate() {
             for stored in tensors.names() {
-                // A head or embedding that is adapted lies whole beside its adapter, under the name of PEFT's wrapper.
-                let in_base = stored.strip_prefix(PEFT_PREFIX).unwrap_or(stored).replace(".base_layer.", ".");
+                // A head or embedding that is adapted lies whole beside its adapter, under the name of PEFT's wrapper; one
+                // of another size under that of another wrapper, and under its own.
+                let in_base = stored.strip_prefix(PEFT_PREFIX).unwrap_or(stored);
+                let in_base = in_base.replace(".base_layer.", ".").replace(".modules_to_save.", ".");
                 let name = match self.layout {
                     Layout::Peft if checkpoint != 1 => format!("{LLM_PREFIX}{in_base}"),
+                    Layout::PeftLlm if is_bare && checkpoint > 0 && !in_base.starts_with("lm_head.") => {
+                        format!("model.{in_base}")
+                    }
                     Layout::PeftLlm => in_base,
+                    Layout::PeftLlava => published.as_ref().map_or(in_base.clone(), |published| published(&in_base)),
                     _ => stored.to_owned(),
                 };
                 parts.push(Part { checkpoint, stored: stored.to_owned(), name });
@@ -145,6 +190,42 @@ impl Source {
         }
         parts
     }
+}
+
+fn llava_layout(checkpoint: &Checkpoint) -> Result<Layout> {
+    let has = |part: &str| checkpoint.names().any(|name| name.starts_with(part));
+    match (has("language_model."), has("model.language_model.")) {
+        (true, false) => Ok(Layout::Llava),
+        (false, true) => Ok(Layout::LlavaTransformers5),
+        _ => bail!(
+            "{} is a LLaVA, but its tensors begin neither all with `language_model.` nor all with \
+             `model.language_model.`",
+            checkpoint.path().display()
+        ),
+    }
+}
+
+/// From a LLaVA's names, whichever of its classes gave them, to the published ones; with the `vision_model` between the
+/// encoder and its layers where this checkpoint has it.
+fn published_in(checkpoint: &Checkpoint) -> impl Fn(&str) -> String + use<> {
+    let has_vision_model = checkpoint.names().any(|name| name.contains("vision_tower.vision_model."));
+    move |name| {
+        let renamed =
+            LLAVA.iter().find_map(|(published, module)| Some(format!("{published}{}", name.strip_prefix(module)?)));
+        let name = renamed.unwrap_or_else(|| name.to_owned());
+        let Some(in_tower) = name.strip_prefix("vision_tower.") else { return name };
+        let in_tower = in_tower.strip_prefix("vision_model.").unwrap_or(in_tower);
+        if has_vision_model {
+            format!("vision_tower.vision_model.{in_tower}")
+        } else {
+            format!("vision_tower.{in_tower}")
+        }
+    }
+}
+
+/// Whether a tensor of an adapter's file is what PEFT's wrapper of a module that is saved whole keeps of the base.
+pub(super) fn is_original(part: &Part) -> bool {
+    part.checkpoint == 0 && part.stored.contains(".original_module.")
 }
 
 /// The JSON object in a file; none where there is no such file.

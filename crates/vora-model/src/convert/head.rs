@@ -1,0 +1,91 @@
+//! Whether the head of a model with an adapter of others merged into it is its own, or its embedding still.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use vora_llm::LlmConfig;
+use vora_torch::notes::tell_once;
+
+use super::Layout;
+use super::source::{Part, Source, read_object};
+use crate::LlavaConfig;
+
+/// Makes `parts` those of the model that PEFT's `merge_and_unload().save_pretrained()` writes, where the base ties its
+/// head to its embedding and the adapter has one of them or both; gives the parts that are dropped for it, and why.
+///
+/// # Errors
+/// Where the adapter adapts a head that is the embedding: PEFT then merges it into both, which is another model than the
+/// one that was trained.
+pub(super) fn settle(source: &Source, parts: &mut Vec<Part>) -> Result<Vec<(Part, &'static str)>> {
+    if !source.is_foreign_adapter() || !ties(source)? {
+        return Ok(Vec::new());
+    }
+    let [head, embedding] =
+        ["lm_head", "model.embed_tokens"].map(|name| format!("{}{name}.weight", source.llm_prefix()));
+    let adapter_of_head = format!("{}lm_head.lora_A.weight", source.llm_prefix());
+    let find = |name: &str| parts.iter().find(|part| part.name == name).cloned();
+    let tensor = |part: &Part| source.checkpoints[part.checkpoint].tensor(&part.stored);
+    let in_base = |name: &str| source.parts().into_iter().find(|part| part.checkpoint > 0 && part.name == name);
+    let Some(base) = in_base(&embedding) else { return Ok(Vec::new()) };
+    if let Some(other) = in_base(&head)
+        && !tensor(&other)?.equal(&tensor(&base)?)
+    {
+        return Ok(Vec::new()); // not tied, whatever the config says
+    }
+    let is_own = |part: &Option<Part>| part.as_ref().is_some_and(|part| part.checkpoint == 0);
+    let (found_head, found_embedding) = (find(&head), find(&embedding));
+    let own_embedding = is_own(&found_embedding);
+    let is_adapted = find(&adapter_of_head).is_some();
+    ensure!(
+        !is_adapted || own_embedding,
+        "the adapter has LoRA on lm_head, which the base ties to its embedding: merged, it would change the embedding as \
+         well. Save the base with a head of its own (`tie_word_embeddings: false` and an lm_head.weight) and give that \
+         as --base"
+    );
+    let is_tied = if is_adapted {
+        false
+    } else if let (Some(head), Some(embedding), true) = (&found_head, &found_embedding, is_own(&found_head)) {
+        tensor(head)?.equal(&tensor(embedding)?)
+    } else if own_embedding {
+        stays_tied(source, found_embedding.as_ref().context("an embedding")?, &base)?
+    } else {
+        return Ok(Vec::new()); // neither is the adapter's
+    };
+    if is_tied {
+        let dropped = parts.extract_if(.., |part| part.name == head);
+        return Ok(dropped.map(|part| (part, "it is tied to the embedding")).collect());
+    }
+    if found_head.is_none() {
+        // The head is what the embedding was.
+        parts.push(Part { name: head, ..base });
+    }
+    Ok(Vec::new())
+}
+
+/// Whether the base's head is its embedding by what its config says.
+fn ties(source: &Source) -> Result<bool> {
+    let config = source.config.clone().context("an adapter's base has a config.json")?;
+    Ok(if source.layout == Layout::PeftLlava {
+        LlavaConfig::from_json(config)?.llm.tie_word_embeddings
+    } else {
+        serde_json::from_value::<LlmConfig>(Value::Object(config))?.tie_word_embeddings
+    })
+}
+
+/// Whether the head follows an embedding that the adapter has alone. With PEFT's `ensure_weight_tying` it does, else the
+/// head stays what it was; of a vocabulary of another size there is no such head.
+fn stays_tied(source: &Source, own: &Part, base: &Part) -> Result<bool> {
+    let config = read_object(&source.path.join("adapter_config.json"))?.unwrap_or_default();
+    if config.get("ensure_weight_tying").and_then(Value::as_bool) == Some(true) {
+        return Ok(true);
+    }
+    let shape = |part: &Part| source.checkpoints[part.checkpoint].info(&part.stored).map(|(_, shape)| shape.to_vec());
+    let (own, base) = (shape(own), shape(base));
+    if own != base {
+        tell_once(format!(
+            "{}: the embedding is {own:?}, that of the base {base:?}, and there is no lm_head for it: the head stays tied to \
+             the new embedding",
+            source.path.display()
+        ));
+    }
+    Ok(own != base)
+}
