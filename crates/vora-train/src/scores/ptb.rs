@@ -117,7 +117,7 @@ fn take_word<'a>(text: &'a str, tokens: &mut Vec<String>) -> &'a str {
             ',' | ':' => joins(char::is_ascii_digit),
             '\'' => !joins(char::is_ascii_digit) && after.is_some_and(char::is_alphanumeric),
             '-' => after.is_some_and(|c| c.is_alphanumeric() || c == '\''),
-            '.' => after.is_some_and(char::is_alphanumeric) || (after != Some('.') && keeps_stop(&text[..at])),
+            '.' => after.is_some_and(char::is_alphanumeric) || keeps_stop(&text[..at]),
             _ => true,
         };
         if at > 0 && !inside {
