@@ -28,7 +28,7 @@ pub enum MmProjectorType {
 /// The keys of `LlavaConfig` beside `text_config` and `vision_config`, then the original code's, then ours.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Keys {
-    #[serde(default = "default_image_token_index", alias = "image_token_id")]
+    #[serde(default = "default_image_token_index")]
     image_token_index: i64,
     #[serde(default = "default_image_seq_length")]
     image_seq_length: i64,
@@ -147,6 +147,10 @@ impl LlavaConfig {
         let mut text_config = half("text_config").unwrap_or_else(|| json!({}));
         let vision_config = half("vision_config").unwrap_or_else(clip_large_336);
         let vision_config = with_model_type(vision_config, "clip_vision_model").context("vision_config")?;
+        // transformers knows both names of it; where both stand, it takes this one.
+        if let Some(id) = half("image_token_id") {
+            json.insert("image_token_index".to_owned(), id);
+        }
         let keys: Keys = serde_json::from_value(Value::Object(json))?;
         let act = &keys.projector_hidden_act;
         ensure!(act == "gelu", "projector_hidden_act is `{act}`, known is gelu");
@@ -316,6 +320,8 @@ mod tests {
 
     #[test]
     fn what_is_absent_is_as_in_hugging_faces_classes() {
+        let both = json!({"model_type": "llava", "image_token_index": 5, "image_token_id": 7});
+        assert_eq!(read(both).unwrap().image_token_index, 7);
         let config = read(json!({"model_type": "llava", "image_token_id": 7})).unwrap();
         assert_eq!((config.llm.vocab_size, config.llm.max_position_embeddings), (32_000, 2048));
         assert_eq!(config.image_token_index, 7);

@@ -254,7 +254,8 @@ impl Weights {
 
     /// Takes a name for known that the model has no use for, so that [`Weights::finish`] lets it pass.
     pub fn ignore(&self, name: &str) {
-        self.ledger().asked.insert(self.full_name(name), ());
+        let name = self.stored_name(name);
+        self.ledger().asked.insert(name, ());
     }
 
     /// All trained tensors handed out so far, by full name, in the order of their making.
