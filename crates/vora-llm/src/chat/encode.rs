@@ -144,7 +144,11 @@ impl<'a> Passage<'a> {
             while ranges.peek().is_some_and(|r| r.end <= start) {
                 ranges.next();
             }
-            let inside = ranges.peek().is_some_and(|r| r.start <= start && start < end && end <= r.end);
+            // A token that ends a turn may take the space after it along (`rstrip`): it is learned all the same.
+            let is_learned = |r: &&Range<usize>| {
+                r.start <= start && start < end.min(r.end) && text[r.end.min(end)..end].trim().is_empty()
+            };
+            let inside = ranges.peek().is_some_and(is_learned);
             match pieces.last_mut() {
                 Some(Piece::Text { ids, supervised }) if *supervised == inside => ids.push(id),
                 _ => pieces.push(Piece::Text { ids: vec![id], supervised: inside }),

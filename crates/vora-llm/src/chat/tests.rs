@@ -430,10 +430,27 @@ fn answers_of_templates_that_take_parts_are_learned() {
     }
 }
 
+fn tiny_json() -> Json {
+    let path = fixtures::root().join("tiny/tokenizer/tokenizer.json");
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+/// Phi-3's tokens take along the space after them: its `<|end|>` before a line end is one token with it.
+#[test]
+fn an_end_that_takes_space_along_is_learned() {
+    let mut json = tiny_json();
+    for token in json["added_tokens"].as_array_mut().unwrap() {
+        token["rstrip"] = true.into();
+    }
+    let tokenizer = opened(&json);
+    let chat = messages(&golden()["chats"][2]);
+    let pieces = template("chatml").encode_chat(&tokenizer, &chat).unwrap();
+    assert_eq!(answers(&tokenizer, &pieces), ["\ntwo <|im_end|>", "At the top left.<|im_end|>"]);
+}
+
 /// The tiny tokenizer with a token for two line ends, as most have one.
 fn with_double_line_end() -> Tokenizer {
-    let path = fixtures::root().join("tiny/tokenizer/tokenizer.json");
-    let mut json: Json = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let mut json = tiny_json();
     let pair = match json["model"]["merges"][0] {
         Json::String(_) => Json::from("\u{10a} \u{10a}"),
         _ => Json::from(vec!["\u{10a}", "\u{10a}"]),
