@@ -13,6 +13,7 @@ use clap::Parser;
 use tch::Device;
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_data::{Batch, Record, RecordKeys, Sample, SampleMaker, collate, pack};
+use vora_llm::DropoutSeed;
 use vora_torch::runtime;
 use vora_train::student::{DeviceBatch, Student};
 use vora_train::{TrainConfig, data};
@@ -62,7 +63,7 @@ fn main() -> Result<()> {
     )?;
     let llm = args.llm.clone();
     let student = Student::new(&config, device, kind, &move |_| Ok(llm.clone()))?;
-    let maker = data::sample_maker(&config, &student)?;
+    let maker = data::sample_maker(&config, student.preparation())?;
     let samples = samples(&maker, args.samples)?;
     let longest = samples.iter().map(|sample| sample.input_ids.len()).max().unwrap_or_default();
     ensure!(longest <= args.row_len, "--row-len is {}, the longest sample has {longest} tokens", args.row_len);
@@ -120,7 +121,7 @@ impl Layout {
     fn pass(&self, student: &Student, device: Device) -> Result<f64> {
         let start = Instant::now();
         for batch in &self.batches {
-            let losses = student.losses(&DeviceBatch::new(batch, device))?;
+            let losses = student.losses(&DeviceBatch::new(batch, device), DropoutSeed::new(0))?;
             losses.lm_sum.backward();
             for (_, parameter) in student.parameters() {
                 let mut gradient = parameter.grad();
