@@ -27,6 +27,9 @@ pub const IMAGE_PLACE: &str = "<image>";
 /// What is noted of a record whose pictures have no place in its words.
 pub const NO_MARK: &str = "it has a picture and no mark `<image>`: the picture stands before the first question";
 
+/// What marks the place of all of a record's images in its first question, as the published code has it.
+const VIDEO_PLACE: &str = "<video>";
+
 /// No record's text is longer: 16 MiB.
 pub(crate) const MAX_LINE: u64 = 16 << 20;
 
@@ -124,6 +127,8 @@ impl Record {
             ensure!(!object.get(key).is_some_and(is_given), "its `{key}` has a video, which is not read yet");
         }
         let id = id(&mut object);
+        let given = |key: &str| object.get(key).is_some_and(|value| !value.is_null());
+        let is_text_only = beside.is_none() && !picture_keys(keys).into_iter().any(given);
         let mut frames = match beside {
             Some(num_images) => (0..num_images).map(|idx| idx.to_string()).collect(),
             None => frames(&mut object, keys)?,
@@ -134,13 +139,14 @@ impl Record {
         let mut notes = Vec::new();
         let messages = match words(&mut object, keys)? {
             Words::Turns(turns) => {
-                let (mut messages, named) = messages(turns)?;
+                let (mut messages, named, has_picture_parts) = messages(turns)?;
                 if beside.is_none() && frames.is_empty() {
                     frames = named;
                 }
-                if place_images(&mut messages, frames.len())? {
-                    notes.push(NO_MARK.to_owned());
+                if frames.is_empty() && is_text_only && !has_picture_parts {
+                    notes.extend(read_marks_as_words(&mut messages));
                 }
+                notes.extend(place_images(&mut messages, frames.len())?);
                 messages
             }
             Words::Caption(caption) => {
@@ -220,11 +226,15 @@ fn take<T: DeserializeOwned>(object: &mut Map<String, Value>, key: &str) -> Resu
     serde_json::from_value(value).map_err(|e| anyhow!("its `{key}` is not as expected: {e}"))
 }
 
-/// Checks the order of turns; with the pictures that parts of them name.
-fn messages(raw: Vec<RawTurn>) -> Result<(Vec<Message>, Vec<String>)> {
+/// Checks the order of turns; with the pictures that parts of them name, and whether a part is one at all.
+fn messages(raw: Vec<RawTurn>) -> Result<(Vec<Message>, Vec<String>, bool)> {
     let mut messages: Vec<Message> = Vec::with_capacity(raw.len());
     let mut named = Vec::new();
+    let mut has_picture_parts = false;
     for RawTurn { from, value } in raw {
+        if let RawText::Parts(parts) = &value {
+            has_picture_parts |= parts.iter().any(|part| is_picture_part(part));
+        }
         let value = match value {
             RawText::Whole(text) => text,
             RawText::Parts(parts) => parts.iter().map(|part| shown_part(part, &mut named)).collect::<Result<_>>()?,
@@ -249,27 +259,57 @@ fn messages(raw: Vec<RawTurn>) -> Result<(Vec<Message>, Vec<String>)> {
         None => bail!("it has no conversation"),
         Some(message) => ensure!(message.role == "assistant", "the last question has no answer"),
     }
-    Ok((messages, named))
+    Ok((messages, named, has_picture_parts))
 }
 
-/// Gives each image its place; whether no question said where.
-fn place_images(messages: &mut [Message], num_images: usize) -> Result<bool> {
-    let places = messages.iter().flat_map(|message| &message.content).filter(|part| **part == Part::Image).count();
-    if places == 0 {
-        // The images come before the first question.
-        let first = messages.iter_mut().find(|message| message.role == "user").context("nobody asks")?;
-        *first = Message::question_about(num_images, &shown(first));
-    } else {
-        ensure!(places == num_images, "{places} places `{IMAGE_PLACE}` in the questions, {num_images} images");
+/// Takes the marks of a record without pictures for words, as the published code does; what is told of that.
+fn read_marks_as_words(messages: &mut [Message]) -> Option<String> {
+    let mut found = false;
+    for message in messages {
+        if message.content.contains(&Part::Image) {
+            message.content = vec![Part::Text(shown(message))];
+            found = true;
+        }
     }
-    Ok(places == 0 && num_images > 0)
+    found.then(|| format!("it has a mark `{IMAGE_PLACE}` and no picture: the mark is read as words"))
+}
+
+/// Gives each image its place, as the published code does: where the first question says [`VIDEO_PLACE`], else where
+/// questions have marks, else before the first question. Several images without marks of their own are frames of a
+/// video, each behind its second. What is told of it, where no question said where.
+fn place_images(messages: &mut [Message], num_images: usize) -> Result<Option<String>> {
+    let num_places = |messages: &[Message]| {
+        messages.iter().flat_map(|message| &message.content).filter(|part| **part == Part::Image).count()
+    };
+    let marked = num_places(messages);
+    let first = messages.iter_mut().find(|message| message.role == "user").context("nobody asks")?;
+    let question = shown(first);
+    let has_video = num_images > 0 && question.contains(VIDEO_PLACE);
+    let all = || match num_images {
+        1 => IMAGE_PLACE.to_owned(),
+        _ => (1..=num_images).map(|second| format!("{second}s: {IMAGE_PLACE}; ")).collect::<String>() + "\n",
+    };
+    if has_video {
+        first.content = split_places(&question.replace(VIDEO_PLACE, &all()));
+    } else if marked == 0 && num_images > 0 {
+        first.content = split_places(&(all() + &question));
+        return Ok(Some(NO_MARK.to_owned()));
+    }
+    let places = num_places(messages);
+    ensure!(places == num_images, "{places} places `{IMAGE_PLACE}` in the questions, {num_images} images");
+    Ok(None)
+}
+
+/// Whether a part of a turn is a picture.
+fn is_picture_part(part: &Map<String, Value>) -> bool {
+    matches!(part.get("type").and_then(Value::as_str), Some("image" | "image_url" | "input_image"))
 }
 
 /// A part of a turn as text, with [`IMAGE_PLACE`] for a picture, whose name goes to the `named` ones where it has one.
 fn shown_part(part: &Map<String, Value>, named: &mut Vec<String>) -> Result<String> {
     let text = part.get("text").and_then(Value::as_str);
     match (part.get("type").and_then(Value::as_str), text) {
-        (Some("image" | "image_url" | "input_image"), _) => {
+        _ if is_picture_part(part) => {
             let keys = ["image", "image_url", "path", "url", "bytes"];
             match keys.iter().find_map(|key| Some((*key, part.get(*key)?)).filter(|(_, value)| is_given(value))) {
                 Some(("bytes", _)) => named.extend(frame(&Value::Object(part.clone()))?),
@@ -594,8 +634,33 @@ mod tests {
         assert_eq!(record.messages[0].content, [text("x"), Part::Image, text("y"), Part::Image]);
         assert_eq!(record.messages[1].content, [text("<image>")]); // an answer has no places
         let record = parse(&conversation(r#""id": 7, "image": "a.png", "width": 3"#, "What?")).unwrap();
-        assert_eq!(record.messages[0].content, [Part::Image, text("\nWhat?")]);
+        assert_eq!(record.messages[0].content, [Part::Image, text("What?")]);
         assert_eq!((record.id.as_str(), record.frames), ("7", vec!["a.png".to_owned()]));
+    }
+
+    #[test]
+    fn frames_of_a_video_stand_behind_their_seconds() {
+        let content = |frames: &str, question: &str| {
+            let record = parse(&conversation(frames, question)).unwrap();
+            (record.messages[0].content.clone(), record.notes.len())
+        };
+        let (one, two) = (r#""frames": ["a"]"#, r#""frames": ["a", "b"]"#);
+        let seconds =
+            |behind: &str| vec![text("1s: "), Part::Image, text("; 2s: "), Part::Image, text(&format!("; \n{behind}"))];
+        assert_eq!(content(one, "See <video>?"), (vec![text("See "), Part::Image, text("?")], 0));
+        assert_eq!(content(two, "<video>What?"), (seconds("What?"), 0));
+        assert_eq!(content(two, "What?"), (seconds("What?"), 1));
+        // Without a frame it is a word.
+        assert_eq!(content(r#""id": 1"#, "See <video>?"), (vec![text("See <video>?")], 0));
+    }
+
+    #[test]
+    fn a_mark_in_a_record_of_text_alone_is_a_word() {
+        for keys in [r#""id": 1"#, r#""frames": null"#] {
+            let record = parse(&conversation(keys, "What does <image> mean in HTML?")).unwrap();
+            assert_eq!(record.messages[0].content, [text("What does <image> mean in HTML?")]);
+            assert_eq!(record.notes, ["it has a mark `<image>` and no picture: the mark is read as words"]);
+        }
     }
 
     #[test]
@@ -605,6 +670,9 @@ mod tests {
             assert!(message.contains(text), "`{message}` lacks `{text}`");
         };
         says(&conversation(r#""frames": []"#, "<image>"), "1 places `<image>` in the questions, 0 images");
+        let part = r#"{"messages": [{"role": "user", "content": [{"type": "image"}, {"text": "What?"}]},
+            {"role": "assistant", "content": "A cat."}]}"#;
+        says(part, "1 places `<image>` in the questions, 0 images");
         says(&conversation(r#""frames": ["a", "b"]"#, "<image>"), "1 places `<image>` in the questions, 2 images");
         says(&conversation(r#""frames": ["a"], "image": "b""#, "x"), "both `frames` and `image`");
         says(r#"{"conversations": []}"#, "no conversation");

@@ -17,7 +17,8 @@ pub enum VisionAttention {
     /// several are one block, as in the published VoRA code. A folder's config says it by a key of its own.
     #[serde(skip)]
     BidirectionalFused,
-    /// Only the earlier ones, like text.
+    /// Only the earlier ones, like text; the published code calls it `default`.
+    #[serde(alias = "default")]
     Causal,
 }
 

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use vora_torch::weights::Weights;
 
-use crate::config::names;
+use crate::config::{ALL_LAYERS, names};
 use crate::pattern::matches_end;
 use crate::{Linear, LoraConfig};
 
@@ -25,12 +25,13 @@ pub fn attach_all(
     linears: impl FnOnce(&mut Visit<'_>) -> Result<()>,
 ) -> Result<usize> {
     config.validate()?;
+    let most = config.layers;
     let mut num_layers = 0;
     let mut modules: Vec<String> = Vec::new(); // of the layers that may carry adapters
     let (mut paths, mut adapted): (Vec<String>, Vec<String>) = (Vec::new(), Vec::new()); // of their linears
     linears(&mut |layer_idx, module, linear| {
         num_layers = num_layers.max(layer_idx as i64 + 1);
-        if layer_idx as i64 >= config.layers {
+        if layer_idx as i64 >= most {
             return Ok(());
         }
         if !modules.iter().any(|known| known == module) {
@@ -44,7 +45,7 @@ pub fn attach_all(
         paths.push(weights.path().to_owned());
         Ok(())
     })?;
-    ensure!(config.layers <= num_layers, "lora.layers is {}, the model has {num_layers} layers", config.layers);
+    ensure!(most <= num_layers || most == ALL_LAYERS, "lora.layers is {most}, the model has {num_layers} layers");
     let unmatched: Vec<&str> = config
         .target_modules
         .iter()

@@ -11,7 +11,8 @@ use crate::pattern::matches_end;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoraConfig {
-    /// How many layers get adapters, counted from the first.
+    /// How many layers get adapters, counted from the first; absent, or `all` in a file: [`ALL_LAYERS`].
+    #[serde(default = "all_layers", with = "layers")]
     pub layers: i64,
     /// The rank: rows of `A`, columns of `B`.
     pub r: i64,
@@ -52,6 +53,40 @@ impl Rank {
     }
 }
 
+/// As many layers as the model has: [`LoraConfig::over`] says how many those are.
+pub const ALL_LAYERS: i64 = i64::MAX;
+
+fn all_layers() -> i64 {
+    ALL_LAYERS
+}
+
+/// A number of layers, or the published code's word for every one.
+mod layers {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    use super::ALL_LAYERS;
+
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Layers {
+        Number(i64),
+        Word(String),
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
+        match Layers::deserialize(deserializer) {
+            Ok(Layers::Number(layers)) => Ok(layers),
+            Ok(Layers::Word(word)) if word.eq_ignore_ascii_case("all") => Ok(ALL_LAYERS),
+            _ => Err(D::Error::custom("`layers` is neither a number of layers nor `all`")),
+        }
+    }
+
+    pub(super) fn serialize<S: Serializer>(layers: &i64, serializer: S) -> Result<S::Ok, S::Error> {
+        if *layers == ALL_LAYERS { serializer.serialize_str("all") } else { serializer.serialize_i64(*layers) }
+    }
+}
+
 /// The seven linears of a Llama block, as VoRA adapts them.
 fn every_linear() -> Vec<String> {
     let (attention, mlp) = (["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]);
@@ -71,6 +106,23 @@ impl LoraConfig {
             alpha_pattern: BTreeMap::new(),
             use_rslora: false,
         }
+    }
+
+    /// The same over a model of so many layers: [`ALL_LAYERS`] become a number.
+    #[must_use]
+    pub fn over(&self, num_hidden_layers: usize) -> Self {
+        let layers = if self.layers == ALL_LAYERS { num_hidden_layers as i64 } else { self.layers };
+        Self { layers, ..self.clone() }
+    }
+
+    /// Whether this and another ask for the same adapters: the order of targets says nothing.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let sorted = |config: &Self| {
+            let mut config = config.clone();
+            config.target_modules.sort();
+            config
+        };
+        sorted(self) == sorted(other)
     }
 
     /// What `B A` is multiplied with where no pattern says otherwise: `lora_alpha / r`, or 1.
@@ -174,6 +226,21 @@ mod tests {
         // What says nothing new is not written.
         let written = serde_json::to_value(LoraConfig::new(4, 2)).unwrap();
         assert_eq!(written.as_object().unwrap().len(), 3, "{written}");
+    }
+
+    #[test]
+    fn all_layers_are_as_many_as_the_model_has() {
+        for json in [r#"{"layers": "all", "r": 4}"#, r#"{"layers": "ALL", "r": 4}"#, r#"{"r": 4}"#] {
+            let config = parse(json).unwrap();
+            config.validate().unwrap();
+            assert_eq!((config.layers, config.over(7).layers), (ALL_LAYERS, 7));
+            assert_eq!(serde_json::to_value(&config).unwrap()["layers"], "all");
+        }
+        assert_eq!(parse(r#"{"layers": 2, "r": 4}"#).unwrap().over(7).layers, 2);
+        for wrong in [r#"{"layers": "some", "r": 4}"#, r#"{"layers": 1.5, "r": 4}"#] {
+            let error = parse(wrong).unwrap_err().to_string();
+            assert!(error.contains("`layers` is neither a number of layers nor `all`"), "{error}");
+        }
     }
 
     #[test]

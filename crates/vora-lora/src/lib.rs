@@ -36,7 +36,7 @@ mod peft;
 mod state_dict;
 
 pub use attach::{Visit, attach_all};
-pub use config::{LoraConfig, Rank};
+pub use config::{ALL_LAYERS, LoraConfig, Rank};
 pub use linear::{Adapter, Linear};
 pub use peft::{AdapterFolder, save_adapter};
 pub use state_dict::merge_state_dict;

@@ -156,6 +156,15 @@ impl Linear {
         Ok(())
     }
 
+    /// Gives it this bias, `[out_features]`, as the published VoRA code gives one to each layer with adapters.
+    ///
+    /// # Panics
+    /// Where it has one already, or the bias is of another shape.
+    pub fn set_bias(&mut self, bias: Tensor) {
+        assert!(self.bias.is_none() && bias.size() == [self.out_features()], "a bias {:?}", bias.size());
+        self.bias = Some(bias);
+    }
+
     /// Takes the adapter `name` off again.
     pub fn detach(&mut self, name: &str) -> Result<Adapter> {
         Ok(self.adapters.remove(self.position(name)?))
@@ -196,8 +205,15 @@ impl Linear {
         Ok(self.adapters[self.position(name)?].delta_weight(&self.weight))
     }
 
-    /// Folds every adapter into the weight: summed in f32, rounded once to the weight's kind. None is left.
+    /// Folds every adapter into the weight: summed in f32, rounded once to the weight's kind. None is left, and a bias
+    /// that was trained beside them has the weight's kind.
     pub fn merge(&mut self) {
+        if let Some(bias) = &self.bias
+            && bias.requires_grad()
+            && !self.weight.requires_grad()
+        {
+            self.bias = Some(bias.detach().to_kind(self.weight.kind()));
+        }
         let adapters = std::mem::take(&mut self.adapters);
         let deltas: Vec<Tensor> = adapters.iter().map(|adapter| adapter.delta_weight(&self.weight)).collect();
         self.add(deltas);

@@ -11,8 +11,8 @@ use vora_vision::{PatchEmbedConfig, PositionTable};
 
 use crate::folder::{read_config, to_object};
 
-/// The keys that the published VoRA code adds to the LLM's own (its `VoRAConfig`), and `fuse_adjacent_images` and
-/// `pos_embed`, which say what that code does without asking.
+/// The keys that the published VoRA code adds to the LLM's own (its `VoRAConfig`), and `fuse_adjacent_images`,
+/// `pos_embed` and `lora_layer_bias`, which say what that code does without asking.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct VisionKeys {
     #[serde(default)]
@@ -30,9 +30,17 @@ struct VisionKeys {
     pos_embed: Option<PositionTable>,
     #[serde(default)]
     aux_vision: String,
+    #[serde(default)]
+    lora_layer_bias: Option<bool>,
     #[serde(default, deserialize_with = "lora_or_empty", skip_serializing_if = "Option::is_none")]
     lora: Option<LoraConfig>,
 }
+
+/// The keys of `lora` that the published code follows. It takes any other without a word: an alpha changes nothing there.
+const PUBLISHED_LORA: [&str; 3] = ["layers", "r", "target_modules"];
+
+/// The rank that the published code takes where `lora` names none.
+const PUBLISHED_RANK: i64 = 1024;
 
 /// The published name of the patch embedding: conv, RMSNorm, positions, projection.
 fn aimv2_embedding() -> String {
@@ -70,6 +78,9 @@ pub struct VoraConfig {
     pub pos_embed: PositionTable,
     /// The adapters that are attached; none once merged.
     pub lora: Option<LoraConfig>,
+    /// Whose linears have a trained bias of their own, where the LLM has none: those that this asks adapters for. The
+    /// published code's layers with adapters have one, and keep it when they are merged.
+    pub biases: Option<LoraConfig>,
 }
 
 impl VoraConfig {
@@ -85,12 +96,13 @@ impl VoraConfig {
             vision_attention: VisionAttention::Bidirectional,
             pos_embed: PositionTable::Interpolated,
             lora: None,
+            biases: None,
         }
     }
 
     /// Reads `config.json` of a VoRA folder, ours or a published one. A published one, known by having no key
     /// `llm_model_type`, was trained with adjacent pictures fused and position rows taken flat, and has both unless its
-    /// keys say otherwise.
+    /// keys say otherwise; and its layers with adapters have biases. An `r` below 0 there says that adapters were merged.
     pub fn open(folder: &Path) -> Result<Self> {
         let json = read_config(folder)?;
         Self::from_json(json).with_context(|| format!("in {}", folder.join("config.json").display()))
@@ -99,11 +111,17 @@ impl VoraConfig {
     fn from_json(mut json: Map<String, Value>) -> Result<Self> {
         let model_type = json.get("model_type").and_then(Value::as_str).unwrap_or_default();
         ensure!(model_type == "vora", "model_type is `{model_type}`, a VoRA folder says `vora`");
-        let keys: VisionKeys = serde_json::from_value(Value::Object(json.clone()))?;
-        // The published config keeps the LLM's keys but not its type; only Qwen2 was published.
         let llm_type = json.remove("llm_model_type");
         let published = llm_type.is_none();
-        let llm_type = llm_type.unwrap_or_else(|| json!("qwen2"));
+        let llm_type = llm_type.unwrap_or_else(|| json!(published_llm_type(&json)));
+        if let Some(Value::Object(lora)) = json.get_mut("lora")
+            && published
+            && !lora.is_empty()
+        {
+            lora.retain(|key, _| PUBLISHED_LORA.contains(&key.as_str()));
+            lora.entry("r").or_insert(PUBLISHED_RANK.into());
+        }
+        let keys: VisionKeys = serde_json::from_value(Value::Object(json.clone()))?;
         let vision_attention = match keys.vision_attention_mask {
             VisionAttention::Bidirectional if keys.fuse_adjacent_images.unwrap_or(published) => {
                 VisionAttention::BidirectionalFused
@@ -121,6 +139,8 @@ impl VoraConfig {
         json.retain(|key, _| !vision.contains_key(key) && key != "lora" && key != "architectures");
         let llm: LlmConfig = serde_json::from_value(Value::Object(json))?;
         llm.validate()?;
+        let adapted = keys.lora.map(|lora| lora.over(llm.num_hidden_layers));
+        let biases = adapted.clone().filter(|_| keys.lora_layer_bias.unwrap_or(published));
         Ok(Self {
             llm,
             llm_name: keys.llm,
@@ -130,7 +150,8 @@ impl VoraConfig {
             image_size: keys.image_size,
             vision_attention,
             pos_embed: keys.pos_embed.unwrap_or(trained_with),
-            lora: keys.lora,
+            lora: adapted.filter(|lora| lora.r >= 0),
+            biases,
         })
     }
 
@@ -138,6 +159,7 @@ impl VoraConfig {
     pub fn to_json(&self) -> Result<Value> {
         let mut json = to_object(&self.llm)?;
         let llm_type = json.remove("model_type").unwrap_or_default();
+        keep_auto_map(&mut json, |_| false);
         let fused = self.vision_attention == VisionAttention::BidirectionalFused;
         let keys = VisionKeys {
             llm: self.llm_name.clone(),
@@ -149,13 +171,31 @@ impl VoraConfig {
             fuse_adjacent_images: Some(fused),
             pos_embed: Some(self.pos_embed),
             aux_vision: self.aux_vision.clone(),
-            lora: self.lora.clone(),
+            lora_layer_bias: self.biases.is_some().then_some(true),
+            lora: self.lora.clone().or_else(|| Some(LoraConfig { r: MERGED, ..self.biases.clone()? })),
         };
         json.extend(to_object(&keys)?);
         json.insert("model_type".into(), json!("vora"));
         json.insert("llm_model_type".into(), llm_type);
         json.insert("architectures".into(), json!(["VoRAForCausalLM"]));
         Ok(Value::Object(json))
+    }
+
+    /// Whether this name of the LLM's is a bias that only [`VoraConfig::biases`] puts there.
+    pub fn has_layer_bias(&self, name: &str) -> bool {
+        let Some(adapted) = &self.biases else { return false };
+        let Some(path) = name.strip_suffix(".bias") else { return false };
+        let parts = path.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+        let Some((Ok(layer), module)) = parts.map(|(layer, module)| (layer.parse::<i64>(), module)) else {
+            return false;
+        };
+        let (of_qkv, of_o) = self.llm.attention_biases();
+        let own = match module {
+            "self_attn.q_proj" | "self_attn.k_proj" | "self_attn.v_proj" => of_qkv,
+            "self_attn.o_proj" => of_o,
+            _ => self.llm.mlp_bias,
+        };
+        layer < adapted.layers && adapted.targets(path) && !own
     }
 
     /// The patch embedding of these sizes.
@@ -166,6 +206,39 @@ impl VoraConfig {
             embed_dim: self.vision_embedding_intermediate_size,
             hidden_size: self.llm.hidden_size,
         }
+    }
+}
+
+/// The `r` of layers whose adapters were merged and whose biases are left.
+pub(crate) const MERGED: i64 = -1;
+
+/// The type of the LLM in a published config, which keeps the LLM's keys but not its type: by the keys that only its
+/// class writes.
+fn published_llm_type(json: &Map<String, Value>) -> &'static str {
+    let has = |key: &str| json.contains_key(key);
+    match () {
+        () if has("use_sliding_window") || has("max_window_layers") => {
+            if has("attention_bias") {
+                "qwen3"
+            } else {
+                "qwen2"
+            }
+        }
+        () if has("mlp_bias") || has("pretraining_tp") => "llama",
+        () if has("sliding_window") => "mistral",
+        () => "qwen2", // the only one that was published
+    }
+}
+
+/// Takes from `auto_map` what names Python files that are not `there`; a class in a repository of the hub stays.
+pub(crate) fn keep_auto_map(config: &mut Map<String, Value>, there: impl Fn(&str) -> bool) {
+    let Some(Value::Object(map)) = config.get_mut("auto_map") else { return };
+    map.retain(|_, class| {
+        let module = class.as_str().and_then(|class| class.split_once('.')).map(|(module, _)| module);
+        module.is_some_and(|module| module.contains("--") || there(&format!("{module}.py")))
+    });
+    if map.is_empty() {
+        config.remove("auto_map");
     }
 }
 

@@ -6,6 +6,7 @@
 mod head;
 mod layout;
 mod plan;
+mod published;
 mod report;
 mod side_files;
 mod source;
@@ -170,9 +171,13 @@ impl Conversion {
                 None => checkpoint.tensor(&part.stored),
             }
         };
-        if step.from.len() == 1 {
-            let tensor = read(0, Some(step.kind))?;
-            return self.checked(name, tensor, || read(0, None));
+        match step.from.len() {
+            0 => return Ok(Tensor::zeros(&step.shape, (step.kind, tch::Device::Cpu))),
+            1 => {
+                let tensor = step.fitted(read(0, Some(step.kind))?);
+                return self.checked(name, tensor, || read(0, None));
+            }
+            _ => {}
         }
         // Rounded once: where another kind is asked for, the sum stays in f32 until then.
         let weight = read(0, self.kind.map(|_| Kind::Float))?;
@@ -409,9 +414,19 @@ mod tests {
 
         let report = convert(&adapter, &back, &to(Layout::VoraUnmerged), &llm).unwrap();
         assert_eq!(report.from, Layout::Peft);
-        assert_eq!(read(&back), read(&whole));
-        assert_eq!(fs::read(back.join("config.json")).unwrap(), fs::read(whole.join("config.json")).unwrap());
-        Vora::open(&back, Device::Cpu, Kind::BFloat16).unwrap();
+        // All but what the published code has otherwise: adapters are scaled, and each of their linears has a bias.
+        let (mut back_tensors, mut tensors) = (read(&back), read(&whole));
+        for tensors in [&mut back_tensors, &mut tensors] {
+            tensors.retain(|name, _| !name.contains("lora_B") && !(name.contains("_proj") && name.ends_with(".bias")));
+        }
+        assert_eq!(back_tensors, tensors);
+        let b = |folder: &Path| {
+            Checkpoint::open(folder).unwrap().tensor("llm.model.layers.0.mlp.up_proj.lora_B.weight").unwrap()
+        };
+        fixtures::assert_close_to(&b(&back), &(b(&whole) * (5.0 / 3.0)), 1e-6);
+        let opened = Vora::open(&back, Device::Cpu, Kind::BFloat16).unwrap();
+        assert_eq!(opened.config().lora, Some(LoraConfig::new(3, 1)));
+        assert!(opened.config().biases.is_some());
     }
 
     #[test]

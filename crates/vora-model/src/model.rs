@@ -227,6 +227,12 @@ pub(crate) fn merge_all(llm: &mut CausalLm) -> Result<()> {
                 );
             }
         }
+        if let Some(bias) = linear.bias() {
+            ensure!(
+                bool::try_from(bias.isfinite().all())?,
+                "layers.{layer_idx}.{name}: the bias has numbers that are not finite"
+            );
+        }
         Ok(())
     })
     .context("cannot merge")?;

@@ -2,17 +2,18 @@
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use serde_json::Value;
 use tch::nn::Module;
 use tch::{Device, Kind, Tensor};
 use vora_llm::{CausalLm, VisionAttention};
 use vora_lora::LoraConfig;
-use vora_torch::weights::Weights;
+use vora_torch::weights::{Init, Weights};
 use vora_vision::PatchEmbed;
 
 use crate::VoraConfig;
-use crate::model::{VisionLanguageModel, attach, merge_all};
+use crate::folder::save_folder;
+use crate::model::{VisionLanguageModel, attach, ensure_merged, merge_all};
 
 /// An LLM with eyes: a decoder whose first blocks may carry adapters, and one patch embedding.
 #[derive(Debug)]
@@ -31,8 +32,8 @@ impl Vora {
 
     /// Builds a VoRA from an LLM's own folder: frozen weights from `llm`, everything trained (adapters and patch
     /// embedding) from `trained`.
-    pub fn assemble(mut config: VoraConfig, llm: &Weights, trained: &Weights) -> Result<Self> {
-        let llm = CausalLm::load(&config.llm, llm)?;
+    pub fn assemble(mut config: VoraConfig, llm_weights: &Weights, trained: &Weights) -> Result<Self> {
+        let llm = CausalLm::load(&config.llm, llm_weights)?;
         config.llm = llm.config().clone(); // whether the head is tied is for the tensors to say
         let mut model = Self {
             llm,
@@ -44,7 +45,41 @@ impl Vora {
         if let Some(lora) = model.config.lora.clone() {
             model.attach("default", &lora, &trained.pp("llm"))?;
         }
+        model.attach_biases(llm_weights, &trained.pp("llm"))?;
         Ok(model)
+    }
+
+    /// Puts the biases of the config on the linears that have none: frozen ones where the weights' source has them and
+    /// no adapter is apart from them, else trained ones. A folder in which no layer has one is one without them.
+    fn attach_biases(&mut self, llm: &Weights, trained: &Weights) -> Result<()> {
+        if self.config.biases.is_none() {
+            return Ok(());
+        }
+        let is_merged = self.config.lora.is_none();
+        let mut wanted = Vec::new();
+        self.llm.linears(&mut |layer_idx, module, _| {
+            let path = format!("model.layers.{layer_idx}.{module}");
+            wanted.extend(self.config.has_layer_bias(&format!("{path}.bias")).then_some(path));
+            Ok(())
+        })?;
+        let has = |weights: &Weights| wanted.iter().any(|path| weights.pp(path).contains("bias"));
+        if !has(llm) && !has(trained) {
+            self.config.biases = None;
+            return Ok(());
+        }
+        let from_llm = is_merged && has(llm);
+        self.llm.linears_mut(&mut |layer_idx, module, linear| {
+            let path = format!("model.layers.{layer_idx}.{module}");
+            if wanted.contains(&path) {
+                let shape = [linear.out_features()];
+                linear.set_bias(if from_llm {
+                    llm.pp(&path).get("bias", &shape, Init::Zeros)?
+                } else {
+                    trained.pp(&path).parameter("bias", &shape, Init::Zeros)?
+                });
+            }
+            Ok(())
+        })
     }
 
     /// Opens a folder that [`Vora::save`](VisionLanguageModel::save) wrote, merged or not.
@@ -117,6 +152,18 @@ impl VisionLanguageModel for Vora {
 
     fn config_json(&self) -> Result<Value> {
         self.config.to_json()
+    }
+
+    /// # Errors
+    /// Where adapters are still apart from the weights, and where layers have biases that no such LLM has.
+    fn save_llm(&self, folder: &Path) -> Result<()> {
+        ensure_merged(&self.llm)?;
+        ensure!(
+            self.config.biases.is_none(),
+            "the LLM has biases from layers with adapters, for which a {} has no place; it runs as a VoRA",
+            self.config.llm.model_type
+        );
+        save_folder(folder, &serde_json::to_value(self.llm.config())?, &self.llm.tensors())
     }
 
     /// The layout of the published VoRA models, with adapters beside their weights.

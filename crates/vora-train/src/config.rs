@@ -9,9 +9,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Kind};
 use vora_torch::runtime;
+use vora_vision::PositionTable;
 
 use crate::best::split_of;
-use crate::data_config::DataConfig;
+use crate::data_config::{DataConfig, DataPreprocess, VqaProcessorParams};
 use crate::distill::Pairing;
 use crate::model_config::{ModelConfig, ModelType};
 use crate::optim::{LearningRates, OptimConfig};
@@ -170,8 +171,9 @@ pub struct DistillConfig {
     /// adapted block, or each of an LLM that is trained whole, meets the teacher's of the same number.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blocks: Option<BTreeMap<usize, usize>>,
-    /// Which of the student's hidden states meet the teacher's blocks.
-    pub pairing: Pairing,
+    /// Which hidden states of student and teacher meet; absent: `output`, and `input` in a published recipe.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pairing: Option<Pairing>,
     /// Whether each position's mean is taken out of the teacher's features.
     pub center: bool,
     /// Pictures over which that mean, and the baseline of the loss, are measured before the first step.
@@ -189,7 +191,7 @@ impl Default for DistillConfig {
             weight: 1.0,
             weight_schedule: None,
             blocks: None,
-            pairing: Pairing::Output,
+            pairing: None,
             center: false,
             mean_over: 128,
             cache: None,
@@ -286,9 +288,21 @@ impl TrainConfig {
     /// As [`Self::open`], from text. Errors in the text carry line and column; one in an override names it.
     pub fn parse(text: &str, overrides: &[String]) -> Result<Self> {
         let as_written = from_yaml::<Self>(text);
-        let config = if overrides.is_empty() { as_written? } else { overridden(text, as_written, overrides)? };
+        let mut config = if overrides.is_empty() { as_written? } else { overridden(text, as_written, overrides)? };
+        config.settle();
         config.validate()?;
         Ok(config)
+    }
+
+    /// Says what a file leaves to the code that it was written for: a published recipe, known by keys of the published
+    /// code's data processor, trains as the released code does.
+    fn settle(&mut self) {
+        let published = self.data.train.data_preprocess.as_ref().is_some_and(DataPreprocess::is_published);
+        self.distill.pairing.get_or_insert(if published { Pairing::Input } else { Pairing::Output });
+        if published && self.model.model_type == ModelType::Vora {
+            self.model.fuse_adjacent_images.get_or_insert(true);
+            self.model.pos_embed.get_or_insert(PositionTable::FirstRows);
+        }
     }
 
     /// The run file with everything in it that was left to defaults.
@@ -405,6 +419,12 @@ impl TrainConfig {
         Ok(())
     }
 
+    /// What stands in place of the LLM's own chat template.
+    pub fn chat_template(&self) -> Option<String> {
+        let params = self.data.train.data_preprocess.as_ref().and_then(|p| p.vqa_processor_params.as_ref());
+        self.model.chat_template.clone().or_else(|| params.map(VqaProcessorParams::chat_template))
+    }
+
     /// Whether TensorBoard's event files are written.
     pub fn reports_to_tensorboard(&self) -> bool {
         self.report_to.as_deref() != Some("none")
@@ -440,8 +460,13 @@ impl TrainConfig {
             ),
             (
                 "data_preprocess.vqa_processor_params",
-                preprocess.is_some_and(|p| p.vqa_processor_params.is_some()),
-                "the LLM's own chat template is used",
+                preprocess.is_some_and(|p| p.vqa_processor_params.is_some()) && self.model.chat_template.is_some(),
+                "model.chat_template is used",
+            ),
+            (
+                "model.reuse_aux_vision_embedding_layers",
+                self.model.reuse_aux_vision_embedding_layers.is_some() && self.model.aux_vision.is_none(),
+                "model.aux_vision names no teacher",
             ),
             (
                 "data_preprocess.num_segments",
@@ -450,13 +475,9 @@ impl TrainConfig {
             ),
             (
                 "distill",
-                self.model.model_type != ModelType::Vora && self.distill != DistillConfig::default(),
+                self.model.model_type != ModelType::Vora
+                    && self.distill != DistillConfig { pairing: Some(Pairing::Output), ..DistillConfig::default() },
                 "only a VoRA has a teacher",
-            ),
-            (
-                "data_preprocess.frames_ops",
-                preprocess.is_some_and(|p| p.frames_ops.is_some()),
-                "pictures go through the teacher's own processor",
             ),
         ];
         let kwargs = self.lr_scheduler_kwargs.without_effect(self.lr_scheduler_type);
@@ -538,73 +559,13 @@ mod tests {
     use super::*;
     use vora_llm::VisionAttention;
 
-    /// The keys and values of the recipe that pretrained the published model.
-    const PUBLISHED: &str = r#"
-bf16: True
-seed: 42
-num_train_epochs: 1
-per_device_train_batch_size: 8  # 8 GPUs
-per_device_eval_batch_size: 4
-gradient_accumulation_steps: 4
-evaluation_strategy: "no"
-save_strategy: "steps"
-save_steps: 10000
-learning_rate: 0.0002
-weight_decay: 0.
-warmup_steps: 100
-lr_scheduler_type: "constant_with_warmup"
-logging_steps: 1
-tf32: True
-shuffle: True
-gradient_checkpointing: true
-dataloader_num_workers: 4
-report_to: wandb
-output_dir: ./output/pretrain_I8M
-wandb_project: VoRA
-run_name: pretrain_I8M
-deepspeed: ./configs/deepspeed/zero2.json
-model:
-  llm: Qwen/Qwen2.5-7B-Instruct
-  vision_embedding: "AIMv2Embedding"
-  patch_size: 14
-  image_size: 448
-  aux_vision: apple/aimv2-huge-patch14-448
-  reuse_aux_vision_embedding_layers: "preprocessor"
-  lora:
-    layers: 24
-    r: 1024
-    target_modules: [
-        "self_attn.q_proj",
-        "mlp.down_proj",
-    ]
-data:
-  train:
-    data_fetch:
-      data_paths: [
-        {
-          "anno_path": "{data_root}/annotations/VoRA-Recap-8M.json", # modify here
-          "image_folder": "{data_root}/VoRA-Recap-8M"
-        },
-        {
-          "anno_path": "{data_root}/annotations/VoRA-TextQA-Mixed.json",
-          "image_folder": ""
-        },
-      ]
-    data_preprocess:
-      frames_key: frames
-      label_key: conversations
-      tokenizer: Qwen/Qwen2.5-7B-Instruct
-      max_seq_len: 2048
-      max_prompt_len: 2048
-      vqa_processor_params:
-        system_message: "<|im_start|>system\nYou are a helpful assistant.<|im_end|>"
-        roles: ["\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"]
-      num_segments: 1
-      frames_ops:
-        PILExpand2Square: {}
-        HFImageTransform:
-          path: apple/aimv2-huge-patch14-448
-"#;
+    /// One of the recipes that the published code comes with, with the keys and values that it has there.
+    fn published(name: &str) -> String {
+        let path = fixtures::root().join("published_recipes").join(format!("{name}.yaml"));
+        std::fs::read_to_string(path).unwrap()
+    }
+
+    const RECIPES: [&str; 4] = ["pretrain_I8M", "pretrain_I30M_T6M", "pretrain_debug", "finetuning"];
 
     const SMALL: &str = "\
 output_dir: runs/x
@@ -635,34 +596,95 @@ data:
     }
 
     #[test]
-    fn a_published_recipe_loads_as_it_is() {
-        let config = TrainConfig::parse(PUBLISHED, &[]).unwrap();
-        assert_eq!((config.bf16, config.max_steps, config.learning_rate), (Some(true), -1, 2e-4));
-        let lora = config.model.lora.as_ref().unwrap();
-        assert_eq!((lora.r, lora.layers), (1024, 24));
-        assert!(config.model.starts_from_teacher());
+    fn the_published_recipes_load_as_they_are() {
+        for name in RECIPES {
+            let config = TrainConfig::parse(&published(name), &[]).unwrap();
+            assert_eq!((config.bf16, config.max_steps, config.seed), (Some(true), -1, 42));
+            assert!(config.gradient_checkpointing);
+            // They train as the released code does.
+            assert_eq!(config.distill.pairing, Some(Pairing::Input));
+            let model = &config.model;
+            assert_eq!((model.fuse_adjacent_images, model.pos_embed), (Some(true), Some(PositionTable::FirstRows)));
+            let lora = model.lora.as_ref().unwrap();
+            assert_eq!((lora.layers, lora.target_modules.len()), (24, 7));
+            let preprocess = config.data.train.data_preprocess.as_ref().unwrap();
+            let ops = preprocess.frames_ops.as_ref().unwrap();
+            assert!(ops.path().ends_with("aimv2-huge-patch14-448") && ops.background_color() == Some([0; 3]));
+            // Nothing of the conversation or the pictures is without effect.
+            let noted: Vec<&str> = config.without_effect().iter().map(|(key, _)| *key).collect();
+            let expected = [
+                "tf32",
+                "report_to",
+                "wandb_project",
+                "deepspeed",
+                "data_preprocess.tokenizer",
+                "data_preprocess.max_prompt_len",
+            ];
+            assert_eq!(noted, expected, "{name}");
+        }
+        let config = TrainConfig::parse(&published("pretrain_I8M"), &[]).unwrap();
+        assert!(config.model.starts_from_teacher() && config.model.adapters().unwrap().r == 1024);
         assert_eq!(config.schedule(1000).factor(50), 0.5);
+        let config = TrainConfig::parse(&published("pretrain_I30M_T6M"), &[]).unwrap();
         let sources = &config.data.train.data_fetch.as_ref().unwrap().data_paths;
-        assert_eq!((sources.len(), sources[1].image_folder.as_os_str().is_empty()), (2, true));
-        let noted: Vec<&str> = config.without_effect().iter().map(|(key, _)| *key).collect();
-        assert!(config.gradient_checkpointing && !noted.contains(&"gradient_checkpointing"));
-        assert!(noted.contains(&"deepspeed") && noted.contains(&"data_preprocess.frames_ops"), "{noted:?}");
-        // The fine-tuning recipe goes on with the adapters, without a teacher.
-        let without_teacher = PUBLISHED
-            .replace("  aux_vision: apple/aimv2-huge-patch14-448\n", "")
-            .replace("  reuse_aux_vision_embedding_layers: \"preprocessor\"\n", "");
-        let text = without_teacher.replace("model:\n", "model:\n  pretrained: \"{your_pretrained_model}\"\n");
-        let model = TrainConfig::parse(&text, &[]).unwrap().model;
-        assert_eq!((model.pretrained.as_deref(), model.aux_vision), (Some("{your_pretrained_model}"), None));
-        // The paper's second stage trains all weights of the merged model.
+        assert_eq!((sources.len(), sources[2].image_folder.as_os_str().is_empty()), (3, true));
+        // An `r` of -1 attaches nothing, and the paper's second stage is another section.
+        let tuning = published("finetuning");
+        let model = TrainConfig::parse(&tuning, &[]).unwrap().model;
+        assert_eq!((model.pretrained.as_deref(), model.aux_vision.as_deref()), (Some("{your_pretrained_model}"), None));
+        assert!(model.lora.as_ref().unwrap().r == -1 && model.adapters().is_none() && model.freezes_llm());
         let all = ["model.lora=null".to_owned(), "model.freeze_llm=false".to_owned()];
-        assert!(!TrainConfig::parse(&text, &all).unwrap().model.freezes_llm());
+        assert!(!TrainConfig::parse(&tuning, &all).unwrap().model.freezes_llm());
+    }
+
+    #[test]
+    fn keys_that_the_published_code_has_are_read_as_it_reads_them() {
+        let with = |entries: &[&str]| {
+            let entries: Vec<String> = entries.iter().map(|&entry| entry.to_owned()).collect();
+            TrainConfig::parse(&published("pretrain_I8M"), &entries)
+        };
+        let config =
+            with(&["model.lora.layers=all", "model.vision_attention_mask=default", "model.skip_aux_cls=true"]).unwrap();
+        assert_eq!(config.model.lora.as_ref().unwrap().layers, vora_lora::ALL_LAYERS);
+        assert_eq!(
+            (config.model.vision_attention, config.model.skip_aux_cls),
+            (Some(VisionAttention::Causal), Some(true))
+        );
+        assert_eq!(TrainConfig::parse(&config.to_yaml().unwrap(), &[]).unwrap(), config);
+        // An empty name is none, and without a teacher nothing starts from one.
+        let config = with(&["model.aux_vision=''", "model.pretrained=''"]).unwrap();
+        assert_eq!((&config.model.aux_vision, &config.model.pretrained), (&None, &None));
+        assert!(!config.model.starts_from_teacher());
+        let noted = config.without_effect();
+        assert!(noted.iter().any(|(key, _)| *key == "model.reuse_aux_vision_embedding_layers"), "{noted:?}");
+        // What such a recipe leaves to the released code can be said.
+        let config =
+            with(&["distill.pairing=output", "model.fuse_adjacent_images=false", "model.pos_embed=interpolate"])
+                .unwrap();
+        assert_eq!((config.distill.pairing, config.model.fuse_adjacent_images), (Some(Pairing::Output), Some(false)));
+        assert_eq!(config.model.pos_embed, Some(PositionTable::Interpolated));
+        // Other runs are ours.
+        let config = set(&[]).unwrap();
+        assert_eq!((config.distill.pairing, config.model.fuse_adjacent_images), (Some(Pairing::Output), None));
+        fails(with(&["model.skip_aux_cls=true", "model.aux_vision=''"]), &["model.skip_aux_cls is true"]);
+        fails(with(&["model.lora.layers=most"]), &["`layers` is neither a number of layers nor `all`"]);
+        fails(set(&["model.lora.r=-1"]), &["model.lora.r is below 0", "model.pretrained names no model"]);
+        let step = "data.train.data_preprocess.frames_ops={RandomCrop: {size: 3}, HFImageTransform: {path: x}}";
+        fails(with(&[step]), &["unknown field `RandomCrop`, expected `PILExpand2Square` or `HFImageTransform`"]);
+        let ops = |ops: &str| {
+            let config = with(&[&format!("data.train.data_preprocess.frames_ops={ops}")]).unwrap();
+            let ops = config.data.train.data_preprocess.unwrap().frames_ops.unwrap();
+            (ops.path().to_owned(), ops.background_color())
+        };
+        assert_eq!(ops("some/model"), ("some/model".to_owned(), None));
+        let colored = "{PILExpand2Square: {background_color: [1, 2, 3]}, HFImageTransform: {path: x}}";
+        assert_eq!(ops(colored), ("x".to_owned(), Some([1, 2, 3])));
     }
 
     #[test]
     fn a_resolved_file_is_the_same_run() {
-        for text in [PUBLISHED, SMALL] {
-            let config = TrainConfig::parse(text, &[]).unwrap();
+        for text in RECIPES.map(published).into_iter().chain([SMALL.to_owned()]) {
+            let config = TrainConfig::parse(&text, &[]).unwrap();
             let yaml = config.to_yaml().unwrap();
             assert_eq!(TrainConfig::parse(&yaml, &[]).unwrap(), config, "{yaml}");
         }
@@ -712,7 +734,7 @@ data:
             ("model.lora.r=0", "model.lora.r is 0, it must be at least 1"),
             ("model.image_size=50", "model.image_size is 50, it must be a multiple of model.patch_size, 14"),
             ("model.vision_embedding=CLIP", "model.vision_embedding is `CLIP`"),
-            ("model.reuse_aux_vision_embedding_layers=preprocessor", "model.aux_vision names no teacher"),
+            ("model.background_color=[1, 2]", "background_color"),
             ("data.train.scenes.image_size=84", "data.train.scenes.image_size is 84, model.image_size is 56"),
             ("data.train.scenes=null", "data.train has neither `scenes` nor `data_fetch`"),
             ("max_steps=-1", "scenes never end"),
@@ -754,9 +776,9 @@ data:
             (config.model.vision_attention, config.save_strategy),
             (Some(VisionAttention::Causal), Strategy::No)
         );
-        let list = ["data.train.data_fetch.data_paths.1.image_folder=pictures".to_owned()];
-        let config = TrainConfig::parse(PUBLISHED, &list).unwrap();
-        assert_eq!(config.data.train.data_fetch.unwrap().data_paths[1].image_folder, Path::new("pictures"));
+        let list = ["data.train.data_fetch.data_paths.2.image_folder=pictures".to_owned()];
+        let config = TrainConfig::parse(&published("pretrain_I30M_T6M"), &list).unwrap();
+        assert_eq!(config.data.train.data_fetch.unwrap().data_paths[2].image_folder, Path::new("pictures"));
     }
 
     #[test]

@@ -25,8 +25,8 @@ pub struct HeldOut {
 /// What makes samples for a run.
 pub fn sample_maker(config: &TrainConfig, preparation: &Preparation) -> Result<Arc<SampleMaker>> {
     let llm = preparation.llm_folder.as_path();
-    let chat = match &config.model.chat_template {
-        Some(source) => ChatTemplate::new(source, special_tokens(llm)?, "model.chat_template")?,
+    let chat = match config.chat_template() {
+        Some(source) => ChatTemplate::new(&source, special_tokens(llm)?, "the run file's chat template")?,
         None => ChatTemplate::open(llm)?,
     };
     let tokenizer = Tokenizer::open(llm)?.for_processor(preparation.has_processor);

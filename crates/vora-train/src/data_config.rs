@@ -1,10 +1,13 @@
 //! The run file's `data`: what is learned from, and what is asked afterwards.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 
 use anyhow::{Result, anyhow, bail, ensure};
-use serde::{Deserialize, Serialize};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use vora_data::scenes::{ScenesConfig, Split};
 
 /// The data: what is learned from, and what is asked afterwards.
@@ -101,15 +104,16 @@ pub struct DataPreprocess {
     /// Without effect: one limit serves.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_prompt_len: Option<usize>,
-    /// Without effect: turns are written as the LLM's own chat template writes them.
+    /// How turns are written, where `model.chat_template` does not say it; absent: as the LLM's own chat template
+    /// writes them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vqa_processor_params: Option<VqaProcessorParams>,
     /// Without effect: one frame a picture.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub num_segments: Option<usize>,
-    /// Without effect: pictures go through the processor that lies beside the teacher.
+    /// What pictures go through; absent: the processor of `model.pretrained`, or that of the teacher.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub frames_ops: Option<BTreeMap<String, BTreeMap<String, String>>>,
+    pub frames_ops: Option<FramesOps>,
 }
 
 impl Default for DataPreprocess {
@@ -127,14 +131,143 @@ impl Default for DataPreprocess {
     }
 }
 
-/// The published recipes' way to write a chat template.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+impl DataPreprocess {
+    /// Whether it has keys that only recipes for the published code have.
+    pub(crate) fn is_published(&self) -> bool {
+        self.vqa_processor_params.is_some() || self.frames_ops.is_some()
+    }
+}
+
+/// The published recipes' way to write a chat template; what a recipe leaves out is as their code has it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct VqaProcessorParams {
-    /// What a conversation begins with.
+    /// What a conversation begins with, before the system message.
+    pub system_start: String,
+    /// What follows the system message.
+    pub system_end: String,
+    /// The system message of conversations without one.
+    #[serde(deserialize_with = "text_or_null")]
     pub system_message: String,
-    /// What stands before each turn.
-    pub roles: Vec<String>,
+    /// What stands before a question, and between it and its answer.
+    pub roles: [String; 2],
+}
+
+fn text_or_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+impl Default for VqaProcessorParams {
+    fn default() -> Self {
+        let roles = ["\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"];
+        Self {
+            system_start: "<|im_start|>system\n".to_owned(),
+            system_end: "<|im_end|>".to_owned(),
+            system_message: String::new(),
+            roles: roles.map(str::to_owned),
+        }
+    }
+}
+
+impl VqaProcessorParams {
+    /// The same as a chat template (Jinja). An answer ends with the tokenizer's eos token.
+    pub fn chat_template(&self) -> String {
+        let quoted = |text: &str| {
+            let escaped = text.replace('\\', "\\\\").replace('\'', "\\'").replace('\n', "\\n").replace('\r', "\\r");
+            format!("'{escaped}'")
+        };
+        let [question, answer] = &self.roles;
+        let [start, end, system, question, answer] =
+            [&self.system_start, &self.system_end, &self.system_message, question, answer].map(|text| quoted(text));
+        format!(
+            "{{%- if messages and messages[0]['role'] == 'system' %}}\
+             {{%- set system = messages[0]['content'] %}}{{%- set turns = messages[1:] %}}\
+             {{%- else %}}{{%- set system = {system} %}}{{%- set turns = messages %}}{{%- endif %}}\
+             {{{{- {start} + system + {end} }}}}\
+             {{%- for turn in turns %}}\
+             {{%- if turn['role'] == 'user' %}}{{{{- {question} + turn['content'] + {answer} }}}}\
+             {{%- else %}}{{{{- turn['content'] + eos_token }}}}{{%- endif %}}\
+             {{%- endfor %}}"
+        )
+    }
+}
+
+/// What the published recipes' pictures go through: a processor by its folder or name alone, or these by turns.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum FramesOps {
+    /// A folder of a vision model, or a name on the hub: its own processor.
+    Processor(String),
+    /// Steps by name.
+    Steps(Steps),
+}
+
+/// The steps that are known.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Steps {
+    /// Bars make a square of a picture.
+    #[serde(default, rename = "PILExpand2Square", skip_serializing_if = "Option::is_none")]
+    pub expand2square: Option<Expand2Square>,
+    /// A vision model's own processor.
+    #[serde(rename = "HFImageTransform")]
+    pub transform: HfImageTransform,
+}
+
+/// The colour of the bars.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Expand2Square {
+    /// Red, green and blue from 0 to 255.
+    pub background_color: [u8; 3],
+}
+
+/// Whose processor it is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HfImageTransform {
+    /// A folder of a vision model, or a name on the hub.
+    pub path: String,
+}
+
+impl<'de> Deserialize<'de> for FramesOps {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = FramesOps;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a vision model's folder or name, or `PILExpand2Square` and `HFImageTransform`")
+            }
+
+            fn visit_str<E: de::Error>(self, path: &str) -> Result<FramesOps, E> {
+                Ok(FramesOps::Processor(path.to_owned()))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<FramesOps, A::Error> {
+                Steps::deserialize(MapAccessDeserializer::new(map)).map(FramesOps::Steps)
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
+impl FramesOps {
+    /// Whose processor pictures go through.
+    pub fn path(&self) -> &str {
+        match self {
+            Self::Processor(path) => path,
+            Self::Steps(steps) => &steps.transform.path,
+        }
+    }
+
+    /// The colour of the bars that make squares of pictures before; none where there are none.
+    pub fn background_color(&self) -> Option<[u8; 3]> {
+        match self {
+            Self::Processor(_) => None,
+            Self::Steps(steps) => steps.expand2square.as_ref().map(|expand| expand.background_color),
+        }
+    }
 }
 
 fn two_hundred() -> usize {
@@ -226,7 +359,64 @@ impl DataFetch {
 
 #[cfg(test)]
 mod tests {
+    use vora_llm::{ChatTemplate, Message, Part, Piece, Tokenizer};
+
     use super::*;
+
+    /// Text that the model reads, and in brackets what it learns to say.
+    fn chat(params: &VqaProcessorParams, messages: &[Message]) -> String {
+        let folder = fixtures::root().join("tiny/tokenizer");
+        let tokenizer = Tokenizer::open(&folder).unwrap();
+        let special = vora_llm::tokenizer::special_tokens(&folder).unwrap();
+        let chat = ChatTemplate::new(&params.chat_template(), special, "a recipe").unwrap();
+        let text = |pieces: Vec<Piece>| -> String {
+            let piece = |piece: Piece| match piece {
+                Piece::Image => "#".to_owned(),
+                Piece::Text { ids, supervised } => {
+                    let text = tokenizer.decode(&ids, false).unwrap();
+                    if supervised { format!("[{text}]") } else { text }
+                }
+            };
+            pieces.into_iter().map(piece).collect()
+        };
+        let (last, before) = messages.split_last().unwrap();
+        assert_eq!(last.role, "assistant");
+        // What is asked is what was learned from, up to the answer.
+        let (whole, prompt) = (chat.encode_chat(&tokenizer, messages), chat.encode_prompt(&tokenizer, before));
+        let (whole, prompt) = (text(whole.unwrap()), text(prompt.unwrap()));
+        assert_eq!(whole.rsplit_once('[').unwrap().0.replace(['[', ']'], ""), prompt);
+        whole
+    }
+
+    #[test]
+    fn a_recipes_system_message_and_roles_are_used() {
+        let question =
+            |text: &str| Message { role: "user".to_owned(), content: vec![Part::Image, Part::Text(text.to_owned())] };
+        let turns = [
+            question("\nWhat?"),
+            Message::new("assistant", "A cat."),
+            Message::new("user", "Why?"),
+            Message::new("assistant", "It is."),
+        ];
+        let params: VqaProcessorParams =
+            crate::tree::from_yaml("system_message: You are a helpful assistant.").unwrap();
+        let expected = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n#\nWhat?<|im_end|>\n\
+                        <|im_start|>assistant\n[A cat.<|im_end|>]\n<|im_start|>user\nWhy?<|im_end|>\n\
+                        <|im_start|>assistant\n[It is.<|im_end|>]";
+        assert_eq!(chat(&params, &turns), expected);
+        let own = [&[Message::new("system", "Be brief.")], &turns[..2]].concat();
+        assert!(chat(&params, &own).starts_with("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n#"));
+        let none: VqaProcessorParams = crate::tree::from_yaml("system_message: null").unwrap();
+        assert!(chat(&none, &turns[..2]).starts_with("<|im_start|>system\n<|im_end|>\n<|im_start|>user"));
+        // Whatever characters they are made of.
+        let params = VqaProcessorParams {
+            system_start: "a'\\\"".to_owned(),
+            system_end: "{{ b }}\n".to_owned(),
+            system_message: "{% c %}".to_owned(),
+            roles: ["Q: ".to_owned(), "\nA:\n".to_owned()],
+        };
+        assert_eq!(chat(&params, &turns[2..]), "a'\\\"{% c %}{{ b }}\nQ: Why?\nA:\n[It is.<|im_end|>]");
+    }
 
     fn validate(yaml: &str) -> Result<()> {
         let config: DataConfig = crate::tree::from_yaml(yaml)?;

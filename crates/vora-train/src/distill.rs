@@ -8,15 +8,16 @@ use vora_torch::rms_norm::RmsNorm;
 use vora_torch::safetensors::Checkpoint;
 use vora_torch::weights::{Init, Weights};
 
-/// Which hidden state of the student meets the output of the teacher's block `i`.
+/// Which hidden states of student and teacher meet in the head of block `i`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Pairing {
-    /// The output of the student's block `i`, as the VoRA paper has it: every adapted block is supervised.
+    /// The outputs of both blocks `i`, as the VoRA paper has it: every adapted block is supervised.
     #[default]
     Output,
-    /// What goes into the student's block `i`, as the released code has it: the first head reads the patch embedding,
-    /// and the last adapted block is not supervised.
+    /// Number `i` of what either class calls its hidden states, as the released code has it: of the student what goes
+    /// into block `i`, so that the first head reads the patch embedding; of the teacher the same, or the output of its
+    /// block `i` for AIMv2 in Apple's own layout, whose hidden states begin there.
     Input,
 }
 

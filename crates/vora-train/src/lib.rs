@@ -49,6 +49,7 @@ pub mod metrics;
 pub mod model_config;
 pub mod optim;
 pub mod perplexity;
+mod pictures;
 pub mod plan;
 pub mod plot;
 pub mod preparation;

@@ -1,11 +1,11 @@
 //! The run file's `model`: which way a language model gets to see, and what it is made of.
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use vora_llm::VisionAttention;
 use vora_lora::LoraConfig;
 use vora_model::MmProjectorType;
-use vora_vision::{VisionFeatureLayer, VqConfig};
+use vora_vision::{PositionTable, VisionFeatureLayer, VqConfig};
 
 /// The three ways that are compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -63,13 +63,23 @@ pub struct ModelConfig {
     pub chat_template: Option<String>,
     /// Side of a picture, in pixels.
     pub image_size: i64,
-    /// The adapters. A VoRA has some; a LLaVA may.
+    /// What becomes of a picture that is not square. Absent: what `model.pretrained` or a published recipe's
+    /// `frames_ops` does with it, else `pad`. It is stored in the model's folder, and evaluations and answers see the
+    /// same pixels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_aspect_ratio: Option<ImageAspectRatio>,
+    /// The colour that `pad` pads with, red, green and blue from 0 to 255; absent: the mean that pictures are normalised
+    /// with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub background_color: Option<[u8; 3]>,
+    /// The adapters. A VoRA has some; a LLaVA may. An `r` below 0 attaches none, as in the published recipe for
+    /// fine-tuning: of the LLM only the biases are trained that a published model's adapted layers have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<LoraConfig>,
     /// What to start from in place of new weights. For a LLaVA a run's `final/`, whose projector is taken. For a VoRA a
     /// run's `final/` or a merged folder: with `lora` its adapters and patch embedding, without it and with
     /// `freeze_llm: false` all its weights, merged.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
     pub pretrained: Option<String>,
 
     /// VoRA: the kind of patch embedding; there is one.
@@ -82,14 +92,28 @@ pub struct ModelConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub patch_size: Option<i64>,
     /// VoRA: the teacher, a folder or a name on the hub. Absent: no distillation.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
     pub aux_vision: Option<String>,
-    /// VoRA: `preprocessor`: the patch embedding starts as the teacher's.
+    /// VoRA: whether the teacher has a class token that no patch of the student's meets; absent: as the teacher is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skip_aux_cls: Option<bool>,
+    /// VoRA: `preprocessor`: the patch embedding starts as the teacher's.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
     pub reuse_aux_vision_embedding_layers: Option<String>,
+    /// VoRA: how it starts as the teacher's. Absent: `scaled`, and `copied` in a published recipe whose teacher it fits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reuse_aux_vision_start: Option<TeacherStart>,
     /// VoRA: whether the tokens of a picture see each other in both directions; absent: they do.
     #[serde(default, alias = "vision_attention_mask", skip_serializing_if = "Option::is_none")]
     pub vision_attention: Option<VisionAttention>,
+    /// VoRA: whether pictures right beside each other see each other too, as in the released code; absent: as in
+    /// `model.pretrained`, else not, but in a published recipe.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fuse_adjacent_images: Option<bool>,
+    /// VoRA: which rows of the position table a picture of another size gets: `interpolate`, or `first_rows` as in the
+    /// released code; absent: as in `model.pretrained`, else `interpolate`, but in a published recipe.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pos_embed: Option<PositionTable>,
 
     /// LLaVA: the encoder, a folder or a name on the hub.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -111,6 +135,34 @@ pub struct ModelConfig {
     /// Chameleon: the coefficient of z-loss; absent: 1e-5.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub z_loss: Option<f64>,
+}
+
+/// What becomes of a picture that is not square.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageAspectRatio {
+    /// Bars make it a square.
+    Pad,
+    /// It is resized to a square, whatever its proportions.
+    Squash,
+    /// What lies beyond a square in its middle is cut off.
+    Crop,
+}
+
+/// How a patch embedding starts as the teacher's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TeacherStart {
+    /// Convolution and positions are the teacher's, brought to the sizes of patches, grid and word embeddings.
+    Scaled,
+    /// Every tensor of the teacher's `preprocessor` is taken as it is, as in the released code: for AIMv2 in Apple's own
+    /// layout, of the same sizes.
+    Copied,
+}
+
+/// A name; none where it is empty, as the published code has it.
+fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    Ok(Option::<String>::deserialize(deserializer)?.filter(|name| !name.is_empty()))
 }
 
 /// An image tokenizer and its training; the keys of its sizes are those of HF's `ChameleonVQVAEConfig`.
@@ -189,9 +241,14 @@ impl ModelConfig {
             let value = value.unwrap_or(1);
             ensure!(value >= 1, "model.{key} is {value}, it must be at least 1");
         }
-        if let Some(lora) = &self.lora {
+        if let Some(lora) = self.adapters() {
             lora.validate().map_err(|error| anyhow!("model.{error}"))?;
         }
+        ensure!(
+            self.background_color.is_none()
+                || self.image_aspect_ratio.is_none_or(|ratio| ratio == ImageAspectRatio::Pad),
+            "model.background_color is given, but model.image_aspect_ratio does not pad"
+        );
         match self.model_type {
             ModelType::Vora => self.validate_vora(),
             ModelType::Llava => self.validate_llava(),
@@ -205,8 +262,12 @@ impl ModelConfig {
             ("vision_embedding_intermediate_size", self.vision_embedding_intermediate_size.is_some(), ModelType::Vora),
             ("patch_size", self.patch_size.is_some(), ModelType::Vora),
             ("aux_vision", self.aux_vision.is_some(), ModelType::Vora),
+            ("skip_aux_cls", self.skip_aux_cls.is_some(), ModelType::Vora),
             ("reuse_aux_vision_embedding_layers", self.reuse_aux_vision_embedding_layers.is_some(), ModelType::Vora),
+            ("reuse_aux_vision_start", self.reuse_aux_vision_start.is_some(), ModelType::Vora),
             ("vision_attention", self.vision_attention.is_some(), ModelType::Vora),
+            ("fuse_adjacent_images", self.fuse_adjacent_images.is_some(), ModelType::Vora),
+            ("pos_embed", self.pos_embed.is_some(), ModelType::Vora),
             ("vision_tower", self.vision_tower.is_some(), ModelType::Llava),
             ("mm_projector_type", self.mm_projector_type.is_some(), ModelType::Llava),
             ("vision_feature_layer", self.vision_feature_layer.is_some(), ModelType::Llava),
@@ -231,8 +292,13 @@ impl ModelConfig {
             image_size % patch_size == 0,
             "model.image_size is {image_size}, it must be a multiple of model.patch_size, {patch_size}"
         );
+        let is_tuned = self.lora.as_ref().is_some_and(|lora| lora.r < 0);
         ensure!(
-            self.lora.is_some() || !self.freezes_llm(),
+            !is_tuned || self.pretrained.is_some(),
+            "model.lora.r is below 0, which attaches no adapters, but model.pretrained names no model to go on from"
+        );
+        ensure!(
+            self.adapters().is_some() || is_tuned || !self.freezes_llm(),
             "model.lora is missing, a VoRA learns to see by its adapters; or set model.freeze_llm=false to train all weights"
         );
         self.refuse_adapters_on_trained_weights()?;
@@ -242,15 +308,12 @@ impl ModelConfig {
                 "model.vision_embedding is `{kind}`, the one there is is called `{VISION_EMBEDDING}`"
             );
         }
+        ensure!(
+            self.skip_aux_cls != Some(true) || self.aux_vision.is_some(),
+            "model.skip_aux_cls is true, but model.aux_vision names no teacher"
+        );
         match self.reuse_aux_vision_embedding_layers.as_deref() {
-            None | Some("") => Ok(()),
-            Some("preprocessor") => {
-                ensure!(
-                    self.aux_vision.is_some(),
-                    "model.reuse_aux_vision_embedding_layers is `preprocessor`, but model.aux_vision names no teacher"
-                );
-                Ok(())
-            }
+            None | Some("preprocessor") => Ok(()),
             Some(other) => {
                 bail!("model.reuse_aux_vision_embedding_layers is `{other}`, it must be `preprocessor` or absent")
             }
@@ -296,9 +359,14 @@ impl ModelConfig {
         }
     }
 
-    /// Whether the patch embedding starts as the teacher's.
+    /// Whether the patch embedding starts as the teacher's; without a teacher nothing does.
     pub fn starts_from_teacher(&self) -> bool {
-        self.reuse_aux_vision_embedding_layers.as_deref() == Some("preprocessor")
+        self.aux_vision.is_some() && self.reuse_aux_vision_embedding_layers.as_deref() == Some("preprocessor")
+    }
+
+    /// The adapters that are attached; none where `lora` has an `r` below 0.
+    pub fn adapters(&self) -> Option<&LoraConfig> {
+        self.lora.as_ref().filter(|lora| lora.r >= 0)
     }
 
     /// Whether the LLM's own weights stay as they are.

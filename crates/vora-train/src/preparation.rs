@@ -10,6 +10,7 @@ use vora_vision::{EncoderConfig, IMAGENET_DEFAULT, ImageProcessor, Resample, cha
 
 use crate::config::TrainConfig;
 use crate::model_config::ModelType;
+use crate::pictures;
 use crate::student::Resolve;
 
 /// What makes a model's input out of words and pictures.
@@ -42,19 +43,13 @@ impl Preparation {
         let encoder = |name: &str| {
             let folder = resolve(name)?;
             let config = EncoderConfig::open(&folder)?;
-            anyhow::Ok((config.processor(&folder)?.at(side), config.patch_size()))
+            anyhow::Ok((config.processor(&folder)?, config.patch_size()))
         };
-        let (processor, patch_size, image_marks) = match section.model_type {
+        let (own, patch_size, image_marks) = match section.model_type {
             ModelType::Vora => {
-                let processor = match (&section.aux_vision, &section.pretrained) {
-                    (Some(teacher), _) => encoder(teacher).context("model.aux_vision")?.0,
-                    (None, Some(folder)) => {
-                        let open = || anyhow::Ok(ImageProcessor::open(&resolve(folder)?)?.at(side));
-                        open().context("model.pretrained")?
-                    }
-                    (None, None) => {
-                        ImageProcessor::square(side, IMAGENET_DEFAULT.0, IMAGENET_DEFAULT.1, Resample::Bicubic)
-                    }
+                let processor = match &section.aux_vision {
+                    Some(teacher) => encoder(teacher).context("model.aux_vision")?.0,
+                    None => ImageProcessor::square(side, IMAGENET_DEFAULT.0, IMAGENET_DEFAULT.1, Resample::Bicubic),
                 };
                 (processor, section.patch_size.context("model.patch_size is missing")?, None)
             }
@@ -69,6 +64,8 @@ impl Preparation {
                 (chameleon_processor(side)?, vq.stride(), Some(Chameleon::image_marks_of(&chameleon)?))
             }
         };
+        let pretrained = section.pretrained.as_deref().map(resolve).transpose().context("model.pretrained")?;
+        let processor = pictures::processor(config, &own, pretrained.as_deref(), resolve)?;
         let has_processor = section.model_type != ModelType::Vora;
         Ok(Self { llm_folder, vocab_size: llm.vocab_size, processor, patch_size, image_marks, has_processor })
     }

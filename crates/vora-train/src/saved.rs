@@ -15,7 +15,7 @@ use vora_lora::{AdapterFolder, LoraConfig, save_adapter};
 use vora_model::{Chameleon, Llava, LlavaConfig, VisionLanguageModel, Vora, VoraConfig};
 use vora_torch::safetensors::{Checkpoint, save, write_bytes};
 use vora_torch::{Init, Weights};
-use vora_vision::Encoder;
+use vora_vision::{Encoder, ImageProcessor};
 
 use crate::checkpoint;
 use crate::student::{Resolve, Student};
@@ -58,14 +58,16 @@ struct Parts {
 
 impl Parts {
     /// Everything that a run made or trained.
-    fn of_student(student: &Student) -> Self {
+    fn of_student(student: &Student) -> Result<Self> {
         if student.is_whole() {
-            return Self { whole: student.parameters(), ..Self::default() };
+            let heads = student.parameters().into_iter().filter(|(name, _)| name.starts_with("aux_vision."));
+            let whole = student.model.tensors()?.into_iter().chain(heads).collect();
+            return Ok(Self { whole, ..Self::default() });
         }
         let made = student.made().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
         let mut parts = Self::of(student.parameters(), student.model.llm_prefix());
         parts.vision.extend(made);
-        parts
+        Ok(parts)
     }
 
     /// Parts what stands in a model's folder, its LLM behind `llm_prefix`; the LLM's names lose it.
@@ -77,6 +79,12 @@ impl Parts {
                 Some(name) => parts.llm.push((name, tensor)),
                 None => parts.vision.push((name, tensor)),
             }
+        }
+        // An LLM that is trained has weights among what is trained. Biases alone are those of a published model's adapted
+        // layers, for which neither PEFT nor the LLM's own layout has a place: they go with what sees.
+        if parts.llm.iter().all(|(name, _)| name.ends_with(".bias")) {
+            let biases = parts.llm.drain(..).map(|(name, tensor)| (format!("{llm_prefix}{name}"), tensor));
+            parts.vision.extend(biases);
         }
         parts
     }
@@ -124,7 +132,7 @@ pub struct Snapshot {
 impl Snapshot {
     /// Copies what `student` has by now.
     pub fn of(student: &Student) -> Result<Self> {
-        let Parts { adapter, llm, vision, whole } = Parts::of_student(student);
+        let Parts { adapter, llm, vision, whole } = Parts::of_student(student)?;
         Ok(Self {
             parts: Parts {
                 adapter: on_host(adapter),
@@ -201,9 +209,14 @@ pub fn on_host(tensors: Vec<(String, Tensor)>) -> Vec<(String, Tensor)> {
     tensors.into_iter().map(|(name, tensor)| (name, copy(tensor))).collect()
 }
 
-/// Copies what stands beside a model's weights, tokenizer and image processor, from one of these folders to another.
+/// Takes what stands beside a model's weights from one of these folders to another: the tokenizer's files as they are,
+/// and the image processor as it is read there, as other files of the folder may say something of it too.
 pub fn copy_beside(from: &Path, to: &Path) -> Result<()> {
-    copy_files(TOKENIZER.into_iter().chain([PREPROCESSOR]), from, to)
+    copy_files(TOKENIZER.into_iter(), from, to)?;
+    if ImageProcessor::is_stored(from)? {
+        write_json(&to.join(PREPROCESSOR), &ImageProcessor::open(from)?.to_json())?;
+    }
+    Ok(())
 }
 
 /// Copies those of the named files that `from` has.
@@ -221,7 +234,7 @@ fn copy_files(names: impl Iterator<Item = &'static str>, from: &Path, to: &Path)
 /// Reads everything trained from `folder` back into a student made by the same configuration.
 pub fn read(student: &Student, folder: &Path) -> Result<()> {
     expect(folder, student.model.lora())?;
-    Parts::of_student(student).fill_from(folder)
+    Parts::of_student(student)?.fill_from(folder)
 }
 
 /// Starts what sees from what another run trained, in `folder`, its `final/`: LLaVA's second stage from its first.

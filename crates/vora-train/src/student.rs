@@ -16,7 +16,7 @@ use vora_torch::Weights;
 use vora_vision::Teacher;
 
 use crate::config::{DistillConfig, TrainConfig};
-use crate::distill::{DistillHeads, TeacherMean, resample};
+use crate::distill::{DistillHeads, Pairing, TeacherMean, resample};
 use crate::loss::cross_entropy_and_z_loss;
 use crate::model_config::ModelType;
 use crate::preparation::Preparation;
@@ -82,7 +82,8 @@ pub struct Losses<'a> {
 pub struct Distill {
     teacher: Teacher,
     heads: DistillHeads,
-    patch_size: i64, // the student's
+    states: Vec<usize>, // which of the teacher's each head meets, 0 being what goes into its first block
+    patch_size: i64,    // the student's
     mean: Option<TeacherMean>,
     cache: Option<TeacherCache>,
 }
@@ -131,7 +132,8 @@ impl Student {
         &self.preparation
     }
 
-    /// Whether every weight of the model is trained: a VoRA in its second stage.
+    /// Whether what is saved is the whole model: a VoRA without adapters, all of whose weights are trained, or which goes
+    /// on from a merged one.
     pub fn is_whole(&self) -> bool {
         self.is_whole
     }
@@ -240,6 +242,12 @@ impl Distill {
         trained: &Weights,
     ) -> Result<Self> {
         let (students, teachers) = (llm.num_hidden_layers, teacher.num_hidden_layers());
+        let pairing = config.pairing.unwrap_or_default();
+        // The released code has a head for each of the teacher's blocks, however many layers are adapted.
+        let (first, layers) = match pairing {
+            Pairing::Output => (1, layers),
+            Pairing::Input => (teacher.first_hidden_state(), students),
+        };
         let pairs = match &config.blocks {
             Some(blocks) => blocks.iter().map(|(student, teacher)| (*student, *teacher)).collect(),
             None => (0..layers.min(teachers)).map(|block| (block, block)).collect::<Vec<_>>(),
@@ -252,8 +260,9 @@ impl Distill {
             );
         }
         let weights = trained.pp("aux_vision");
-        let heads = DistillHeads::load(pairs, llm.hidden_size, teacher.hidden_size(), config.pairing, &weights)?;
-        Ok(Self { teacher, heads, patch_size, mean: None, cache: None })
+        let heads = DistillHeads::load(pairs, llm.hidden_size, teacher.hidden_size(), pairing, &weights)?;
+        let states = heads.teacher_blocks().map(|block| block + first).collect();
+        Ok(Self { teacher, heads, states, patch_size, mean: None, cache: None })
     }
 
     /// The teacher, to be counted.
@@ -263,13 +272,12 @@ impl Distill {
 
     /// How many heads there are.
     pub(crate) fn num_heads(&self) -> usize {
-        self.heads.teacher_blocks().count()
+        self.states.len()
     }
 
     /// Keeps the teacher's features in `folder`; the teacher was opened from `teacher`.
     fn keep_features(&mut self, folder: &Path, teacher: &Path, device: Device, kind: Kind) -> Result<()> {
-        let blocks: Vec<usize> = self.heads.teacher_blocks().collect();
-        self.cache = Some(TeacherCache::open(folder, teacher, &blocks, device, kind)?);
+        self.cache = Some(TeacherCache::open(folder, teacher, &self.states, device, kind)?);
         Ok(())
     }
 
@@ -313,12 +321,12 @@ impl Distill {
     /// The same as the teacher computes it, on its own grid and in its kind: in parts where there is much to see.
     fn look(&self, pixel_values: &Tensor) -> Vec<Tensor> {
         let (_, _, height, width) = pixel_values.size4().expect("pixel_values is [batch, 3, height, width]");
-        let layers = self.heads.teacher_blocks().max().map_or(0, |block| block + 1);
-        let mut blocks: Vec<Vec<Tensor>> = self.heads.teacher_blocks().map(|_| Vec::new()).collect();
+        let layers = self.states.iter().copied().max().unwrap_or(0);
+        let mut blocks: Vec<Vec<Tensor>> = self.states.iter().map(|_| Vec::new()).collect();
         for part in pixel_values.split((MAX_TEACHER_PIXELS / (height * width)).max(1), 0) {
             let states = self.teacher.patch_states(&part, layers);
-            for (parts, block) in blocks.iter_mut().zip(self.heads.teacher_blocks()) {
-                parts.push(states[block + 1].shallow_clone());
+            for (parts, &state) in blocks.iter_mut().zip(&self.states) {
+                parts.push(states[state].shallow_clone());
             }
         }
         let whole =
@@ -329,7 +337,7 @@ impl Distill {
     /// What the heads are to match, per block `[image tokens, teacher_hidden]`, in the order of the pictures.
     fn targets(&self, pixel_values: &[Tensor]) -> Result<Vec<Tensor>> {
         tch::no_grad(|| {
-            let mut blocks: Vec<Vec<Tensor>> = self.heads.teacher_blocks().map(|_| Vec::new()).collect();
+            let mut blocks: Vec<Vec<Tensor>> = self.states.iter().map(|_| Vec::new()).collect();
             for group in pixel_values.chunk_by(|a, b| a.size() == b.size()) {
                 let mut features = self.features(&Tensor::stack(group, 0));
                 if let Some(mean) = &self.mean {

@@ -22,14 +22,15 @@ pub struct TeacherCache {
 }
 
 impl TeacherCache {
-    /// A cache below `folder` for `blocks` of the teacher in `teacher`; reads all of its weights once, to know them again.
+    /// A cache below `folder` for these hidden states of the teacher in `teacher`; reads all of its weights once, to know
+    /// them again.
     ///
     /// # Errors
     /// Where the teacher cannot be read, or a folder cannot be made.
-    pub fn open(folder: &Path, teacher: &Path, blocks: &[usize], device: Device, kind: Kind) -> Result<Self> {
+    pub fn open(folder: &Path, teacher: &Path, states: &[usize], device: Device, kind: Kind) -> Result<Self> {
         let place = if device.is_cuda() { "cuda" } else { "cpu" };
         let mut hash = Sha256::new();
-        hash.update(format!("blocks {blocks:?}, {kind:?}, {place}\n"));
+        hash.update(format!("states {states:?}, {kind:?}, {place}\n"));
         for file in identity_files(teacher)? {
             let what = || format!("cannot read {}", file.display());
             std::io::copy(&mut File::open(&file).with_context(what)?, &mut hash).with_context(what)?;

@@ -215,8 +215,10 @@ impl Aimv2VisionConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::encoder::Encoder;
     use crate::encoder_config::EncoderConfig;
     use crate::golden::{json, load, matches_reference, rounds_as_the_reference};
+    use crate::patch_embed::{PatchEmbed, PatchEmbedConfig};
     use serde_json::Value;
     use std::collections::BTreeMap;
     use tch::{Device, Kind, Tensor};
@@ -298,5 +300,37 @@ mod tests {
             }
             fixtures::assert_close_to(&model.last_hidden_state(&states[3]), &golden["native.last_hidden_state"], 2e-5);
         }
+    }
+
+    #[test]
+    fn a_students_patch_embedding_is_a_copy_of_apples() {
+        let golden = fixtures::open("aimv2");
+        let mut config = json("aimv2")["vision_config"].clone();
+        for (key, value) in
+            [("model_type", Value::from("aimv2")), ("use_bias", true.into()), ("is_native", false.into())]
+        {
+            config[key] = value;
+        }
+        let config = EncoderConfig::from_json(&config).unwrap();
+        let stored = as_apple_has_it(&golden, "weights.vision_model.");
+        let tensors = stored.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
+        let teacher = Encoder::load(&config, &Weights::from_tensors(tensors, Device::Cpu, Kind::Float)).unwrap();
+        assert_eq!(teacher.first_hidden_state(), 1); // Apple's hidden states begin behind the first block
+        let (patch_size, embed_dim) = (teacher.patch_size(), teacher.hidden_size());
+        let side = (config.num_patches() as f64).sqrt() as i64;
+        let sizes = PatchEmbedConfig { patch_size, image_size: side * patch_size, embed_dim, hidden_size: 10 };
+        let new = Weights::random(3, Device::Cpu, Kind::Float);
+        let embed = PatchEmbed::load(&sizes, &new).unwrap();
+        let before = embed.tensors().into_iter().find(|(name, _)| name == "out_proj.weight").unwrap().1.copy();
+        embed.copy_from_teacher(&teacher).unwrap();
+        for (name, tensor) in embed.tensors() {
+            match stored.iter().find(|(other, _)| *other == format!("preprocessor.{name}")) {
+                Some((_, expected)) => assert!(tensor.equal(expected), "{name}"),
+                None => assert!(name == "out_proj.weight" && tensor.equal(&before), "{name}"),
+            }
+        }
+        let small = PatchEmbed::load(&PatchEmbedConfig { embed_dim: 12, ..sizes }, &new.pp("small")).unwrap();
+        let error = small.copy_from_teacher(&teacher).unwrap_err().to_string();
+        assert!(error.contains("it cannot be copied"), "{error}");
     }
 }

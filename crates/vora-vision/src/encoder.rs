@@ -19,6 +19,9 @@ pub struct Encoder {
     tensors: Vec<(String, Tensor)>,
 }
 
+/// What the names of a patch embedding begin with in Apple's own layout.
+const APPLES_PREPROCESSOR: &str = "preprocessor.";
+
 /// An encoder whose hidden states a student learns to predict, block by block.
 pub type Teacher = Encoder;
 
@@ -69,6 +72,20 @@ impl Encoder {
     /// vision model alone has for them; on the CPU, in the kind they are stored in. None of a model that is in no file.
     pub fn tensors(&self) -> &[(String, Tensor)] {
         &self.tensors
+    }
+
+    /// The place among [`Encoder::patch_states`] of what its own class calls the first hidden state: what goes into the
+    /// first block, or for AIMv2 in Apple's own layout what comes out of it.
+    pub fn first_hidden_state(&self) -> usize {
+        usize::from(self.tensors.iter().any(|(name, _)| name.contains(APPLES_PREPROCESSOR)))
+    }
+
+    /// The tensors that AIMv2 in Apple's own layout makes patches with, by their names there; none of any other.
+    pub fn preprocessor(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.tensors.iter().filter_map(|(name, tensor)| {
+            let at = name.find(APPLES_PREPROCESSOR)?;
+            Some((&name[at + APPLES_PREPROCESSOR.len()..], tensor))
+        })
     }
 
     /// Channels of its hidden states.
@@ -137,6 +154,7 @@ mod tests {
         assert_eq!(encoder.processor().mean_std().0, [0.1, 0.2, 0.3]);
         assert_eq!(encoder.processor().output_size(90, 60), (32, 32));
         assert!(encoder.patchifier().bias.is_none());
+        assert!(encoder.first_hidden_state() == 0 && encoder.preprocessor().next().is_none());
         assert_eq!(encoder.patchifier().positions.size(), [16, 16]);
         let states = encoder.patch_states(&golden["native.pixel_values"], 2);
         assert_eq!(states.len(), 3);

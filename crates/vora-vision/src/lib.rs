@@ -62,7 +62,9 @@ pub use self::encoder_config::EncoderConfig;
 pub use self::features::{FeatureSelection, VisionFeatureLayer, VisionFeatureSelectStrategy};
 pub use self::image::{ImageError, MAX_FILE, MAX_PIXELS, decode_image, is_image, open_image, read_image};
 pub use self::patch_embed::{PatchEmbed, PatchEmbedConfig, PositionTable};
-pub use self::preprocess::{IMAGENET_DEFAULT, IMAGENET_STANDARD, ImageProcessor, OPENAI_CLIP, Pixels, Size, stack};
+pub use self::preprocess::{
+    Aspect, IMAGENET_DEFAULT, IMAGENET_STANDARD, ImageProcessor, OPENAI_CLIP, Pixels, Size, stack,
+};
 pub use self::resample::{Backend, Resample};
 pub use self::siglip::SiglipVisionConfig;
 pub use self::siglip2::Siglip2VisionConfig;

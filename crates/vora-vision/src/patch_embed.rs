@@ -162,6 +162,30 @@ impl PatchEmbed {
         Ok(())
     }
 
+    /// Takes every tensor that the teacher's own patch embedding has of these names, as the released VoRA code does with
+    /// AIMv2 in Apple's layout: convolution, norm and positions, but not the projection.
+    ///
+    /// # Errors
+    /// Where the teacher has no such tensors, or one is of another shape.
+    pub fn copy_from_teacher(&self, teacher: &Teacher) -> Result<()> {
+        ensure!(
+            teacher.preprocessor().next().is_some(),
+            "only AIMv2 in Apple's own layout has a patch embedding to copy"
+        );
+        let mine = self.tensors();
+        for (name, tensor) in teacher.preprocessor() {
+            let Some((_, mine)) = mine.iter().find(|(known, _)| known == name) else { continue };
+            ensure!(
+                mine.size() == tensor.size(),
+                "`{name}` is {:?}, the teacher's {:?}: it cannot be copied",
+                mine.size(),
+                tensor.size()
+            );
+            tch::no_grad(|| mine.shallow_clone().copy_(tensor));
+        }
+        Ok(())
+    }
+
     /// `[1, patches, embed_dim]`
     fn positions(&self, rows: i64, columns: i64) -> Tensor {
         let table = self.pos_embed.squeeze_dim(0);

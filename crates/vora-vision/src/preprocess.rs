@@ -73,7 +73,18 @@ pub enum Size {
     },
 }
 
-/// Resize, crop, rescale and normalise: what a `preprocessor_config.json` describes.
+/// What becomes of a picture that is not square where a model takes squares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Aspect {
+    /// Bars of this colour make it a square, then it is resized: all of it is there, in its own proportions.
+    Pad([u8; 3]),
+    /// It is resized to a square, whatever its proportions.
+    Squash,
+    /// Its shorter side is resized, and what lies beyond a square in the middle is cut off.
+    Crop,
+}
+
+/// Pad, resize, crop, rescale and normalise: what a `preprocessor_config.json` describes.
 #[derive(Debug, Clone)]
 pub struct ImageProcessor {
     pub(crate) backend: Backend,
@@ -82,7 +93,8 @@ pub struct ImageProcessor {
     pub(crate) crop_size: Option<(u32, u32)>, // height, width
     pub(crate) rescale_factor: Option<f64>,
     pub(crate) mean_std: Option<([f64; 3], [f64; 3])>,
-    table: Vec<[f32; 256]>, // one a channel: the value of each byte
+    pub(crate) pad: Option<[u8; 3]>, // the colour of the bars that make a square of every picture, before all else
+    table: Vec<[f32; 256]>,          // one a channel: the value of each byte
 }
 
 impl ImageProcessor {
@@ -108,13 +120,20 @@ impl ImageProcessor {
         mean_std: Option<([f64; 3], [f64; 3])>,
     ) -> Self {
         let table = (0..3).map(|channel| byte_values(backend, rescale_factor, mean_std, channel)).collect();
-        Self { backend, size, resample, crop_size, rescale_factor, mean_std, table }
+        Self { backend, size, resample, crop_size, rescale_factor, mean_std, pad: None, table }
+    }
+
+    /// The same processor with bars of this colour around pictures that are not square, or without any.
+    #[must_use]
+    pub(crate) fn with_pad(self, pad: Option<[u8; 3]>) -> Self {
+        Self { pad, ..self }
     }
 
     /// The same processor with another backend's arithmetic.
     #[must_use]
     pub fn with_backend(&self, backend: Backend) -> Self {
-        Self::new(backend, self.size, self.resample, self.crop_size, self.rescale_factor, self.mean_std)
+        let (rescale_factor, mean_std) = (self.rescale_factor, self.mean_std);
+        Self::new(backend, self.size, self.resample, self.crop_size, rescale_factor, mean_std).with_pad(self.pad)
     }
 
     /// The channels' mean and standard deviation; 0 and 1 where pictures are not normalised.
@@ -122,19 +141,41 @@ impl ImageProcessor {
         self.mean_std.unwrap_or(([0.0; 3], [1.0; 3]))
     }
 
-    /// The same processor for pictures of `image_size` x `image_size`: same channels and sampling, no crop.
+    /// The colour that normalisation brings nearest to 0, as bars have it in Hugging Face's `LlavaImageProcessor`.
+    pub fn mean_color(&self) -> [u8; 3] {
+        let factor = self.rescale_factor.unwrap_or(1.0);
+        self.mean_std().0.map(|mean| (mean / factor) as u8)
+    }
+
+    /// What becomes of a picture that is not square.
+    pub fn aspect(&self) -> Aspect {
+        match (self.pad, self.size, self.crop_size) {
+            (Some(color), ..) => Aspect::Pad(color),
+            (None, Some(Size::ShortestEdge(_)), Some(_)) => Aspect::Crop,
+            _ => Aspect::Squash,
+        }
+    }
+
+    /// The same processor for squares of `image_size` x `image_size`: same channels and sampling.
     #[must_use]
-    pub fn at(&self, image_size: u32) -> Self {
-        let size = Some(Size::Exact { height: image_size, width: image_size });
-        Self::new(self.backend, size, self.resample, None, self.rescale_factor, self.mean_std)
+    pub fn square_of(&self, image_size: u32, aspect: Aspect) -> Self {
+        let exact = Size::Exact { height: image_size, width: image_size };
+        let (size, crop_size, pad) = match aspect {
+            Aspect::Pad(color) => (exact, None, Some(color)),
+            Aspect::Squash => (exact, None, None),
+            Aspect::Crop => (Size::ShortestEdge(image_size), Some((image_size, image_size)), None),
+        };
+        let (rescale_factor, mean_std) = (self.rescale_factor, self.mean_std);
+        Self::new(self.backend, Some(size), self.resample, crop_size, rescale_factor, mean_std).with_pad(pad)
     }
 
     /// The height and width of what comes out for a picture of that height and width.
     pub fn output_size(&self, height: u32, width: u32) -> (u32, u32) {
+        let (height, width) = self.padded(height, width);
         self.crop_size.unwrap_or_else(|| self.resized(height, width))
     }
 
-    /// Resizes, crops (filling up with black where the picture is smaller), rescales and normalises.
+    /// Pads, resizes, crops (filling up with black where the picture is smaller), rescales and normalises.
     ///
     /// # Errors
     /// Where the picture has no pixels, or resizing would make more than [`MAX_PIXELS`] of them, as for a picture one
@@ -142,14 +183,53 @@ impl ImageProcessor {
     pub fn preprocess(&self, image: &RgbImage) -> Result<Pixels> {
         let (from_height, from_width) = (image.height(), image.width());
         ensure!(from_height > 0 && from_width > 0, "a picture of {from_width} x {from_height} pixels shows nothing");
-        let (height, width) = self.resized(from_height, from_width);
-        let most = u64::from(width) * u64::from(height.max(from_height));
+        let (padded_height, padded_width) = self.padded(from_height, from_width);
+        let (height, width) = self.resized(padded_height, padded_width);
+        let most = u64::from(width) * u64::from(height.max(padded_height));
         ensure!(
             most <= MAX_PIXELS,
             "a picture of {from_width} x {from_height} pixels would be resized to {width} x {height}, over the limit"
         );
-        let bytes = resize(image.as_raw(), (from_height, from_width), (height, width), self.resample, self.backend)?;
+        let from = (from_height, from_width);
+        let bytes = match self.pad.filter(|_| from_height != from_width) {
+            Some(color) => self.pad_and_resize(image, color, (height, width))?.into(),
+            None => resize(image.as_raw(), from, (height, width), self.resample, self.backend)?,
+        };
         Ok(self.crop_and_normalise(&bytes, height as usize, width as usize))
+    }
+
+    /// The height and width of the square that a picture is put into, its own where it is put into none.
+    fn padded(&self, height: u32, width: u32) -> (u32, u32) {
+        let side = height.max(width);
+        if self.pad.is_some() { (side, side) } else { (height, width) }
+    }
+
+    /// A picture in the middle of a square, an odd pixel below it or to its right, and the square resized. The square of
+    /// a sliver is far larger than the sliver: it is made some rows at a time, each of which is narrow at once.
+    fn pad_and_resize(&self, image: &RgbImage, color: [u8; 3], to: (u32, u32)) -> Result<Vec<u8>> {
+        const ROWS: u32 = 64;
+        let (width, height) = image.dimensions();
+        let side = height.max(width);
+        let (above, before) = ((side - height) / 2, (side - width) / 2);
+        let line = 3 * side as usize;
+        let narrow = |rows: &[u8]| -> Result<Vec<u8>> {
+            let num_rows = u32::try_from(rows.len() / line)?;
+            Ok(resize(rows, (num_rows, side), (num_rows, to.1), self.resample, self.backend)?.into_owned())
+        };
+        let empty = color.repeat(side as usize);
+        let bar = narrow(&empty)?;
+        let mut narrowed = bar.repeat(above as usize); // [side, width of `to`]
+        for first in (0..height).step_by(ROWS as usize) {
+            let last = (first + ROWS).min(height);
+            let mut rows = empty.repeat((last - first) as usize);
+            for (row, y) in rows.chunks_exact_mut(line).zip(first..last) {
+                let from = &image.as_raw()[3 * y as usize * width as usize..][..3 * width as usize];
+                row[3 * before as usize..][..from.len()].copy_from_slice(from);
+            }
+            narrowed.extend(narrow(&rows)?);
+        }
+        narrowed.extend(bar.repeat((side - height - above) as usize));
+        Ok(resize(&narrowed, (side, to.1), to, self.resample, self.backend)?.into_owned())
     }
 
     fn resized(&self, height: u32, width: u32) -> (u32, u32) {
@@ -316,11 +396,60 @@ mod tests {
         let processor = ImageProcessor::square(28, mean, std, Resample::Bicubic);
         let pixels = processor.preprocess(&image).unwrap();
         assert_eq!((pixels.height, pixels.width, pixels.data.len()), (28, 28, 3 * 28 * 28));
-        let small = processor.at(14).preprocess(&image).unwrap();
+        let small = processor.square_of(14, Aspect::Squash).preprocess(&image).unwrap();
         assert_eq!(stack(&[pixels.clone(), pixels.clone()]).unwrap().size(), [2, 3, 28, 28]);
         let error = stack(&[pixels, small]).unwrap_err().to_string();
         assert_eq!(error, "pictures of 28 x 28 and 14 x 14 pixels do not stack");
         assert!(stack(&[]).is_err());
+    }
+
+    /// A picture of one colour with a frame of another.
+    fn framed(height: u32, width: u32) -> RgbImage {
+        RgbImage::from_fn(width, height, |x, y| {
+            let is_edge = x == 0 || y == 0 || x + 1 == width || y + 1 == height;
+            if is_edge { [200, 10, 30].into() } else { [40, 90, 250].into() }
+        })
+    }
+
+    #[test]
+    fn a_picture_that_is_not_square_is_padded_squashed_or_cropped() {
+        let (mean, std) = OPENAI_CLIP;
+        let base = ImageProcessor::square(8, mean, std, Resample::Bicubic);
+        let black = Aspect::Pad([0; 3]);
+        for backend in [Backend::Torchvision, Backend::Pillow] {
+            let base = base.with_backend(backend);
+            for (height, width) in [(7, 20), (20, 7), (12, 13), (13, 12), (300, 2), (9, 9)] {
+                let picture = framed(height, width);
+                let side = height.max(width);
+                // In three steps that are each simple.
+                let mut square = RgbImage::new(side, side);
+                let (above, before) = ((side - height) / 2, (side - width) / 2);
+                for (x, y, pixel) in picture.enumerate_pixels() {
+                    square.put_pixel(before + x, above + y, *pixel);
+                }
+                let pixels = |aspect: Aspect| base.square_of(8, aspect).preprocess(&picture).unwrap();
+                assert_eq!(pixels(black), base.preprocess(&square).unwrap(), "{height} x {width}");
+                assert_eq!(pixels(Aspect::Squash), base.preprocess(&picture).unwrap());
+                let all = [black, Aspect::Pad([9, 8, 7]), Aspect::Squash, Aspect::Crop];
+                for (idx, aspect) in all.into_iter().enumerate() {
+                    let processor = base.square_of(8, aspect);
+                    assert_eq!((processor.aspect(), processor.output_size(height, width)), (aspect, (8, 8)));
+                    let again = ImageProcessor::from_json(processor.to_json()).unwrap();
+                    assert_eq!(again.aspect(), aspect);
+                    assert_eq!(again.preprocess(&picture).unwrap(), pixels(aspect));
+                    for other in &all[..idx] {
+                        let is_same = pixels(*other) == pixels(aspect);
+                        assert!(is_same == (height == width) || height.abs_diff(width) == 1, "{other:?} {aspect:?}");
+                    }
+                }
+            }
+        }
+        // Bars of the mean are what Hugging Face's own class makes, and need no key of ours.
+        let padded = base.square_of(8, Aspect::Pad(base.mean_color())).to_json();
+        assert_eq!((&padded["image_processor_type"], &padded["do_pad"]), (&json!("LlavaImageProcessor"), &json!(true)));
+        assert_eq!(padded.get("background_color"), None);
+        assert_eq!(base.mean_color(), [122, 116, 104]);
+        assert_eq!(base.square_of(8, black).to_json()["background_color"], json!([0, 0, 0]));
     }
 
     #[test]

@@ -24,14 +24,17 @@ impl ImageProcessor {
             format!("no preprocessor_config.json in {folder}, and no processor_config.json with an `image_processor`")
         };
         let (path, json) = stored(folder)?.with_context(missing)?;
-        Self::read(json, class_of_model(folder)).with_context(|| format!("in {}", path.display()))
+        let processor = Self::read(json, class_of_model(folder)).with_context(|| format!("in {}", path.display()))?;
+        // What the published VoRA code does before its processor sees a picture, in training and in its own `processing_vora`.
+        let pads = processor.pad.is_none() && is_published_vora(folder);
+        Ok(if pads { processor.with_pad(Some([0; 3])) } else { processor })
     }
 
     /// Whether a folder says how its pictures are prepared.
     ///
     /// # Errors
     /// Where a file that may say it cannot be read.
-    pub(crate) fn is_stored(folder: &Path) -> Result<bool> {
+    pub fn is_stored(folder: &Path) -> Result<bool> {
         Ok(stored(folder)?.is_some())
     }
 
@@ -72,10 +75,10 @@ impl ImageProcessor {
         let crop_size = do_center_crop.then(|| keys.crop_size(&class)).transpose()?;
         let rescale_factor =
             keys.do_rescale.unwrap_or(true).then(|| keys.rescale_factor.unwrap_or(class.rescale_factor));
-        let mean_std = keys.do_normalize.unwrap_or(true).then(|| {
-            let (mean, std) = class.mean_std;
-            (keys.image_mean.map_or(mean, Channels::values), keys.image_std.map_or(std, Channels::values))
-        });
+        let (mean, std) = class.mean_std;
+        let (mean, std) =
+            (keys.image_mean.map_or(mean, Channels::values), keys.image_std.map_or(std, Channels::values));
+        let mean_std = keys.do_normalize.unwrap_or(true).then_some((mean, std));
         if let Some(factor) = rescale_factor {
             ensure!(factor > 0.0, "rescale_factor is {factor}, it must be above 0");
         }
@@ -84,15 +87,18 @@ impl ImageProcessor {
         }
         // Pictures of a batch are padded to one size behind all else; these have one.
         let alike = crop_size.is_some() || matches!(size, Some(Size::Exact { .. }));
+        let do_pad = keys.do_pad.unwrap_or(false);
         ensure!(
-            !keys.do_pad.unwrap_or(false) || (alike && keys.pad_size.is_none() && !class.pads_to_square),
-            "do_pad is true, padding is not supported"
+            !do_pad || class.pads_to_square || (alike && keys.pad_size.is_none()),
+            "do_pad is true, only LlavaImageProcessor's padding to a square is supported"
         );
-        Ok(Self::new(backend, size, resample, crop_size, rescale_factor, mean_std))
+        let pad = (do_pad && class.pads_to_square).then(|| keys.background_color.unwrap_or(mean.map(mean_byte)));
+        Ok(Self::new(backend, size, resample, crop_size, rescale_factor, mean_std).with_pad(pad))
     }
 
     /// The object that [`ImageProcessor::from_json`] and Hugging Face's `AutoImageProcessor` read. The latter takes the
-    /// backend from its caller, not from the file.
+    /// backend from its caller, not from the file; and it pads to squares in the colour of the mean, so that another
+    /// one has a key of ours, `background_color`.
     pub fn to_json(&self) -> Value {
         let (image_mean, image_std) = self.mean_std();
         let mut json = json!({
@@ -118,6 +124,13 @@ impl ImageProcessor {
         }
         if let Some((height, width)) = self.crop_size {
             json["crop_size"] = json!({"height": height, "width": width});
+        }
+        if let Some(color) = self.pad {
+            json["image_processor_type"] = json!("LlavaImageProcessor");
+            json["do_pad"] = json!(true);
+            if color != image_mean.map(mean_byte) {
+                json["background_color"] = json!(color);
+            }
         }
         if let Some(factor) = self.rescale_factor {
             json["rescale_factor"] = json!(factor);
@@ -155,6 +168,24 @@ fn stored(folder: &Path) -> Result<Option<(PathBuf, Value)>> {
         ));
     }
     Ok(nested.or(alone))
+}
+
+/// The byte that `LlavaImageProcessor` pads with.
+fn mean_byte(mean: f64) -> u8 {
+    (mean * 255.0) as u8
+}
+
+/// Whether a folder is one of the published VoRA code's: by its config, which does not say the type of its LLM, or by
+/// the processor that came with it.
+fn is_published_vora(folder: &Path) -> bool {
+    let read = |name: &str| -> Option<Value> { serde_json::from_slice(&std::fs::read(folder.join(name)).ok()?).ok() };
+    let by_config = read("config.json")
+        .is_some_and(|config| config["model_type"] == "vora" && config.get("llm_model_type").is_none());
+    let by_processor = read("processor_config.json").is_some_and(|config| {
+        let class = config["auto_map"]["AutoProcessor"].as_str();
+        class.is_some_and(|class| class.ends_with("processing_vora.VoRAProcesser"))
+    });
+    by_config || by_processor
 }
 
 /// The class of processors that Hugging Face takes for the model in a folder; `Bit` where it says nothing known.
@@ -205,6 +236,7 @@ struct Keys {
     max_num_patches: Option<u32>,
     do_pad: Option<bool>,
     pad_size: Option<Value>,
+    background_color: Option<[u8; 3]>,
     data_format: Option<String>,
 }
 
@@ -345,6 +377,7 @@ impl Class {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::preprocess::Aspect;
 
     #[test]
     fn what_a_file_leaves_out_is_as_its_class_has_it() {
@@ -411,6 +444,23 @@ mod tests {
     }
 
     #[test]
+    fn published_folders_pad_with_black() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, json: Value| std::fs::write(folder.path().join(name), json.to_string()).unwrap();
+        let aspect = || ImageProcessor::open(folder.path()).unwrap().aspect();
+        // As its generation files have it, which are copied beside a model.
+        write("preprocessor_config.json", json!({"feature_extractor_type": "CLIPFeatureExtractor", "size": 224}));
+        write("config.json", json!({"model_type": "vora", "llm": "Qwen/Qwen2.5-7B-Instruct"}));
+        assert_eq!(aspect(), Aspect::Pad([0; 3]));
+        write("config.json", json!({"model_type": "vora", "llm_model_type": "qwen2"}));
+        assert_eq!(aspect(), Aspect::Crop);
+        write("processor_config.json", json!({"auto_map": {"AutoProcessor": "processing_vora.VoRAProcesser"}}));
+        assert_eq!(aspect(), Aspect::Pad([0; 3]));
+        write("preprocessor_config.json", json!({"image_processor_type": "LlavaImageProcessor", "do_pad": true}));
+        assert_eq!(aspect(), Aspect::Pad([122, 116, 104]));
+    }
+
+    #[test]
     fn keys_that_change_nothing_are_passed_over() {
         let read = |json: Value| ImageProcessor::from_json(json).unwrap().to_json();
         let uncropped = read(json!({"do_center_crop": false, "crop_size": {"shortest_edge": 3}}));
@@ -433,8 +483,8 @@ mod tests {
         assert!(refuse(json!({"do_resize": "yes"})).contains("`do_resize`: invalid type: string"));
         assert!(refuse(json!({"do_pad": true, "do_center_crop": false})).contains("do_pad is true"));
         assert!(refuse(json!({"do_pad": true, "pad_size": {"height": 9, "width": 9}})).contains("do_pad is true"));
-        let squared = json!({"image_processor_type": "LlavaImageProcessor", "do_pad": true});
-        assert!(refuse(squared).contains("do_pad is true"));
+        let squared = json!({"image_processor_type": "LlavaImageProcessor", "do_pad": true, "background_color": 3});
+        assert!(refuse(squared).contains("background_color"));
         assert!(refuse(json!({"use_square_size": true})).contains("use_square_size"));
         assert!(refuse(json!({"data_format": "channels_last"})).contains("data_format is `channels_last`"));
         assert!(refuse(json!({"backend": "jax"})).contains("backend is `jax`"));

@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use anyhow::{Context, Result, bail, ensure};
-use tch::Kind;
+use tch::{Kind, Tensor};
 use vora_torch::safetensors::Info;
 
 use super::Layout;
 use super::head;
+use super::published;
 use super::report::{Change, TensorReport, dtype};
 use super::source::{LLAVA, LLM_PREFIX, PEFT_PREFIX, Part, Source, is_original};
 
@@ -21,7 +22,8 @@ pub(super) struct Step {
     why: Option<&'static str>,
     stored_kind: Kind,
     pub(super) kind: Kind,
-    shape: Vec<i64>,
+    pub(super) shape: Vec<i64>,
+    scaling: f64, // what it is multiplied with
 }
 
 impl Step {
@@ -41,6 +43,31 @@ impl Step {
             shape: self.shape.clone(),
         }
     }
+
+    /// A new tensor of zeros.
+    pub(super) fn zeros(name: String, kind: Kind, shape: Vec<i64>) -> Self {
+        let change = Change::Made;
+        Self { from: Vec::new(), to: Some(name), change, why: None, stored_kind: kind, kind, shape, scaling: 1.0 }
+    }
+
+    /// Multiplies it, and makes it `len` long in one of its dimensions.
+    pub(super) fn fit(&mut self, scaling: f64, dim: usize, len: i64) {
+        if scaling != 1.0 || self.shape[dim] != len {
+            (self.scaling, self.shape[dim], self.change) = (scaling, len, Change::Made);
+        }
+    }
+
+    /// What was read, multiplied and filled up with zeros.
+    pub(super) fn fitted(&self, tensor: Tensor) -> Tensor {
+        let tensor = if self.scaling == 1.0 { tensor } else { (tensor * self.scaling).to_kind(self.kind) };
+        let size = tensor.size();
+        if size == self.shape {
+            return tensor;
+        }
+        // From the last dimension to the first: nothing before, the rest behind.
+        let behind = size.iter().zip(&self.shape).rev().flat_map(|(from, to)| [0, to - from]);
+        tensor.constant_pad_nd(behind.collect::<Vec<_>>())
+    }
 }
 
 /// What a rule says of a name.
@@ -56,7 +83,8 @@ const LLAVA_SIGHT: [&str; 2] = ["vision_tower.", "multi_modal_projector."];
 /// What stands before the names of a VoRA that are not its LLM's.
 const SIGHT: [&str; 2] = ["vision_embedding.", "aux_vision."];
 
-fn fate(from: Layout, to: Layout, name: &str) -> Fate {
+/// `has_bias` says of the LLM's own names which are biases that only a layer with adapters has.
+fn fate(from: Layout, to: Layout, name: &str, has_bias: impl Fn(&str) -> bool) -> Fate {
     let sees = SIGHT.iter().any(|prefix| name.starts_with(prefix));
     let in_llm = name.strip_prefix(LLM_PREFIX);
     let prefixed = |pairs: [(&str, &str); 4]| {
@@ -75,12 +103,15 @@ fn fate(from: Layout, to: Layout, name: &str) -> Fate {
         },
         (Layout::Vora, Layout::Llm) | (Layout::VoraUnmerged, Layout::FrozenLlm) => match in_llm {
             Some(name) if adapted(name).is_some() => Fate::Dropped("an adapter"),
+            Some(name) if has_bias(name) => Fate::Dropped("the bias of a layer with adapters"),
             Some(name) => Fate::To(name.to_owned()),
             None if sees => Fate::Dropped("it sees"),
             None => Fate::Unknown,
         },
         (Layout::VoraUnmerged, Layout::Peft) => match in_llm {
             Some(in_base) if adapted(in_base).is_some() => Fate::To(format!("{PEFT_PREFIX}{in_base}")),
+            // No model of PEFT's has a place for it: it goes with what sees.
+            Some(in_base) if has_bias(in_base) => Fate::To(name.to_owned()),
             Some(_) => Fate::Dropped("frozen: it stays with the LLM"),
             None if sees => Fate::To(name.to_owned()),
             None => Fate::Unknown,
@@ -145,11 +176,15 @@ pub(super) fn steps(source: &Source, to: Layout, kind: Option<Kind>) -> Result<V
             folded.entry(format!("{module}.weight")).or_default().push(part);
         }
     }
+    let has_bias = |name: &str| source.vora.as_ref().is_some_and(|vora| vora.has_layer_bias(name));
+    if (source.layout, to) == (Layout::Vora, Layout::Llm) {
+        refuse_biases(&parts, has_bias)?;
+    }
     let mut unknown = Vec::new();
     for part in parts {
         let (stored, shape) = info(&part)?;
         let is_real = matches!(stored, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16);
-        let name = match fate(source.layout, to, &part.name) {
+        let name = match fate(source.layout, to, &part.name, has_bias) {
             Fate::To(name) => name,
             Fate::Dropped(why) => {
                 steps.push(Step::dropped(part, why, stored, shape));
@@ -168,7 +203,10 @@ pub(super) fn steps(source: &Source, to: Layout, kind: Option<Kind>) -> Result<V
         };
         let kind = kind.filter(|_| is_real).unwrap_or(stored);
         let from = std::iter::once(part).chain(adapter).collect();
-        steps.push(Step { from, to: Some(name), change, why: None, stored_kind: stored, kind, shape });
+        steps.push(Step { from, to: Some(name), change, why: None, stored_kind: stored, kind, shape, scaling: 1.0 });
+    }
+    if to == Layout::VoraUnmerged {
+        published::complete(&mut steps, source)?;
     }
     ensure!(unknown.is_empty(), "no part of {} is named\n  {}", source.layout, unknown.join("\n  "));
     steps.sort_by(|a, b| order(a).cmp(&order(b)));
@@ -181,13 +219,27 @@ pub(super) fn steps(source: &Source, to: Layout, kind: Option<Kind>) -> Result<V
 
 impl Step {
     fn dropped(part: Part, why: &'static str, kind: Kind, shape: Vec<i64>) -> Self {
-        Self { from: vec![part], to: None, change: Change::Dropped, why: Some(why), stored_kind: kind, kind, shape }
+        let (from, change) = (vec![part], Change::Dropped);
+        Self { from, to: None, change, why: Some(why), stored_kind: kind, kind, shape, scaling: 1.0 }
     }
+}
+
+/// An error where an LLM would lose biases that no layer of its own has.
+fn refuse_biases(parts: &[Part], has_bias: impl Fn(&str) -> bool) -> Result<()> {
+    let lost = parts.iter().filter(|part| part.name.strip_prefix(LLM_PREFIX).is_some_and(&has_bias));
+    let lost: Vec<&str> = lost.map(|part| part.stored.as_str()).collect();
+    ensure!(
+        lost.is_empty(),
+        "the LLM has {} biases from layers with adapters, as {}, for which its own layout has no place; it runs as `vora`",
+        lost.len(),
+        lost[0]
+    );
+    Ok(())
 }
 
 /// What is written before what is dropped, and layer 2 before layer 10.
 fn order(step: &Step) -> (bool, Vec<(Option<u64>, &str)>) {
-    let name = step.to.as_ref().unwrap_or(&step.from[0].stored);
+    let name = step.to.as_ref().unwrap_or_else(|| &step.from[0].stored);
     (step.to.is_none(), name.split('.').map(|part| (part.parse().ok(), part)).collect())
 }
 

@@ -6,15 +6,17 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use tch::Kind;
+use vora_lora::LoraConfig;
 use vora_torch::gguf;
 use vora_torch::notes::tell_once;
 use vora_torch::safetensors::write_bytes;
 
-use super::Layout;
 use super::plan::Step;
 use super::report::{Change, FileReport, dtype};
-use super::source::{Source, read_object};
+use super::source::{LLM_PREFIX, Source, read_object};
+use super::{Layout, published};
 use crate::LlavaConfig;
+use crate::config::{MERGED, keep_auto_map};
 
 const CONFIG: &str = "config.json";
 
@@ -202,7 +204,7 @@ fn config(source: &Source, to: Layout, steps: &[Step], kind: Option<Kind>) -> Re
         _ => None,
     };
     if let Some(mut config) = made {
-        config.remove("auto_map");
+        keep_auto_map(&mut config, |_| false);
         if let Some(class) = config.get("model_type").and_then(Value::as_str).and_then(architecture) {
             config.insert("architectures".into(), json!([class]));
         }
@@ -214,8 +216,22 @@ fn config(source: &Source, to: Layout, steps: &[Step], kind: Option<Kind>) -> Re
     }
     let Some(mut config) = source.config.clone() else { return Ok(None) };
     if source.layout.merges_into(to) {
-        config.remove("lora");
+        let biased = source.vora.as_ref().filter(|vora| {
+            let mut written = steps.iter().filter_map(|step| step.to.as_deref()?.strip_prefix(LLM_PREFIX));
+            written.any(|name| vora.has_layer_bias(name))
+        });
+        match biased.and_then(|vora| vora.biases.clone()) {
+            Some(biases) => drop(config.insert("lora".into(), json!(LoraConfig { r: MERGED, ..biases }))),
+            None => drop(config.remove("lora")),
+        }
     }
+    if to == Layout::VoraUnmerged {
+        published::set_config(&mut config, source, steps)?;
+    }
+    let folder = source.side_folder();
+    keep_auto_map(&mut config, |file| {
+        carried(source.layout, to, file) && folder.is_some_and(|folder| folder.join(file).exists())
+    });
     if source.is_foreign_adapter() {
         fit_vocabulary(&mut config, steps, source.llm_prefix(), source.checkpoints.len() - 1);
     }

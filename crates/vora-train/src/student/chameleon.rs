@@ -29,7 +29,7 @@ pub(super) fn student(config: &TrainConfig, preparation: Preparation, device: De
         distill: None,
         llm_name: section.llm.clone(),
         preparation,
-        chat_template: section.chat_template.clone(),
+        chat_template: config.chat_template(),
         z_loss: section.z_loss(),
         is_whole: false,
         gradient_checkpointing: config.gradient_checkpointing,

@@ -1,7 +1,5 @@
 //! A LLaVA to train: a new projection from a frozen encoder into an LLM that is frozen, adapted or trained whole.
 
-use std::path::Path;
-
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind};
 use vora_llm::LlmConfig;
@@ -36,7 +34,7 @@ pub(super) fn student(
     if let Some(layer) = &section.vision_feature_layer {
         llava.features.vision_feature_layer = layer.clone();
     }
-    llava.lora.clone_from(&section.lora);
+    llava.lora = section.lora.as_ref().map(|lora| lora.over(llava.llm.num_hidden_layers));
 
     let llm = Weights::open(llm_folder, device, kind)?;
     let source = if section.freezes_llm() { llm.clone() } else { llm.trained() };
@@ -56,14 +54,14 @@ pub(super) fn student(
         distill: None,
         llm_name: section.llm.clone(),
         preparation,
-        chat_template: section.chat_template.clone(),
+        chat_template: config.chat_template(),
         z_loss: 0.0,
         is_whole: false,
         gradient_checkpointing: config.gradient_checkpointing,
         made: Vec::new(),
     };
-    if let Some(folder) = &section.pretrained {
-        saved::start_from(&student, Path::new(folder)).context("model.pretrained")?;
+    if let Some(name) = &section.pretrained {
+        resolve(name).and_then(|folder| saved::start_from(&student, &folder)).context("model.pretrained")?;
     }
     Ok(student)
 }

@@ -5,14 +5,15 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
-use vora_llm::LlmConfig;
+use vora_llm::{LlmConfig, VisionAttention};
 use vora_model::{VisionLanguageModel, Vora, VoraConfig};
 use vora_torch::Weights;
-use vora_vision::Teacher;
+use vora_vision::{EncoderConfig, Teacher};
 
 use super::{Distill, Resolve, Student};
 use crate::config::TrainConfig;
-use crate::model_config::ModelConfig;
+use crate::data_config::DataPreprocess;
+use crate::model_config::{ModelConfig, TeacherStart};
 use crate::preparation::Preparation;
 use crate::saved;
 
@@ -41,6 +42,13 @@ pub(super) fn student(
             teacher.patch_size()
         );
     }
+    if let (Some(folder), Some(true)) = (&teacher_folder, section.skip_aux_cls) {
+        ensure!(
+            EncoderConfig::open(folder)?.num_prefix_tokens() > 0,
+            "model.skip_aux_cls is true, but the teacher {} has no class token: its first patch would be skipped",
+            folder.display()
+        );
+    }
     let llm_config = LlmConfig::open(llm_folder)?;
     let open_pretrained = |name: &String| Pretrained::open(name, section, &llm_config, resolve);
     let pretrained = section.pretrained.as_ref().map(open_pretrained).transpose().context("model.pretrained")?;
@@ -52,10 +60,8 @@ pub(super) fn student(
         .unwrap_or(EMBED_DIM);
 
     let mut vora = VoraConfig::new(llm_config, embed_dim, patch_size, image_size);
-    let layers = match &section.lora {
-        Some(lora) => lora.layers,
-        None => vora.llm.num_hidden_layers as i64,
-    };
+    let lora = section.adapters().map(|lora| lora.over(vora.llm.num_hidden_layers));
+    let layers = lora.as_ref().map_or(vora.llm.num_hidden_layers as i64, |lora| lora.layers);
     ensure!(
         layers <= vora.llm.num_hidden_layers as i64,
         "model.lora.layers is {layers}, {llm} has {} layers",
@@ -65,12 +71,23 @@ pub(super) fn student(
     vora.aux_vision = section.aux_vision.clone().unwrap_or_default();
     if let Some(before) = before {
         (vora.vision_attention, vora.pos_embed) = (before.vision_attention, before.pos_embed);
+        vora.biases.clone_from(&before.biases);
     }
     vora.vision_attention = section.vision_attention.unwrap_or(vora.vision_attention);
-    vora.lora.clone_from(&section.lora);
+    vora.vision_attention = match (vora.vision_attention, section.fuse_adjacent_images) {
+        (VisionAttention::Bidirectional, Some(true)) => VisionAttention::BidirectionalFused,
+        (VisionAttention::BidirectionalFused, Some(false)) => VisionAttention::Bidirectional,
+        (attention, _) => attention,
+    };
+    vora.pos_embed = section.pos_embed.unwrap_or(vora.pos_embed);
+    vora.lora.clone_from(&lora);
     let is_whole = !section.freezes_llm();
     let weights = match &pretrained {
-        Some(pretrained) if is_whole => Weights::from_tensors(pretrained.llm(), device, kind),
+        Some(pretrained) if lora.is_none() => {
+            // Biases of adapted layers are trained, whether or not the rest of the LLM is.
+            let is_trained = |name: &str| is_whole || !pretrained.config.has_layer_bias(name);
+            Weights::from_tensors(pretrained.llm().filter(|(name, _)| is_trained(name)), device, kind)
+        }
         _ => Weights::open(llm_folder, device, kind)?,
     };
     let source = if is_whole { weights.trained() } else { weights.clone() };
@@ -79,7 +96,14 @@ pub(super) fn student(
     weights.finish().with_context(|| format!("loading the LLM in {}", llm_folder.display()))?;
 
     if let (Some(teacher), true, None) = (&teacher, section.starts_from_teacher(), &pretrained) {
-        model.vision_embedding().start_from_teacher(teacher, word_embedding_rms(&model))?;
+        let embedding = model.vision_embedding();
+        let is_published = config.data.train.data_preprocess.as_ref().is_some_and(DataPreprocess::is_published);
+        let fits = teacher.preprocessor().next().is_some();
+        let unsaid = if is_published && fits { TeacherStart::Copied } else { TeacherStart::Scaled };
+        match section.reuse_aux_vision_start.unwrap_or(unsaid) {
+            TeacherStart::Scaled => embedding.start_from_teacher(teacher, word_embedding_rms(&model))?,
+            TeacherStart::Copied => embedding.copy_from_teacher(teacher).context("model.reuse_aux_vision_start")?,
+        }
     }
     let llm_config = &model.config().llm;
     let distill = teacher.map(|teacher| {
@@ -101,9 +125,9 @@ pub(super) fn student(
         distill,
         llm_name: llm.clone(),
         preparation,
-        chat_template: section.chat_template.clone(),
+        chat_template: config.chat_template(),
         z_loss: 0.0,
-        is_whole,
+        is_whole: lora.is_none(),
         gradient_checkpointing: config.gradient_checkpointing,
         trained: sources,
         made: Vec::new(),
@@ -121,12 +145,13 @@ impl Pretrained {
     /// Opens it, with its adapters merged where the run has none.
     fn open(name: &str, section: &ModelConfig, llm: &LlmConfig, resolve: &Resolve<'_>) -> Result<Self> {
         let folder = resolve(name)?;
-        let config = VoraConfig::open(&folder)?;
+        let mut config = VoraConfig::open(&folder)?;
         let mut model = saved::open(&folder, Device::Cpu, Kind::Float, resolve)?;
-        match (&section.lora, &config.lora) {
+        match (section.adapters(), &config.lora) {
             (None, _) => model.merge()?,
             (Some(lora), Some(before)) => {
-                ensure!(lora == before, "the adapters of {name} are {before:?}, those of model.lora {lora:?}");
+                let same = lora.over(llm.num_hidden_layers).is_same(before);
+                ensure!(same, "the adapters of {name} are {before:?}, those of model.lora {lora:?}");
             }
             (Some(_), None) => bail!(
                 "{name} is merged, it has no adapters to go on with; leave model.lora out and set model.freeze_llm=false \
@@ -141,7 +166,12 @@ impl Pretrained {
         ] {
             ensure!(ours == theirs, "{key} is {ours}, {name} was trained with {theirs}");
         }
-        Ok(Self { tensors: model.tensors()?, folder, config })
+        // Whether layers have biases of their own is for the folder's tensors to say.
+        let tensors = model.tensors()?;
+        let has_biases =
+            tensors.iter().any(|(name, _)| name.strip_prefix("llm.").is_some_and(|n| config.has_layer_bias(n)));
+        config.biases = config.biases.filter(|_| has_biases);
+        Ok(Self { tensors, folder, config })
     }
 
     /// The LLM's tensors by its own names.
