@@ -26,7 +26,8 @@ Layouts, and what they become:
   llava-transformers5  LLaVA, model.language_model...       llava, llava-transformers5, llm
   safetensors          any others                           safetensors
 
-What SRC is, its files say. frozen-llm is the LLM as it was below the adapters. Without --to the layout stays, and
+What SRC is, its files say. vora-unmerged is written as the published VoRA code reads it: one rank, no alpha, and a
+bias beside every adapter. frozen-llm is the LLM as it was below the adapters. Without --to the layout stays, and
 files and kinds change alone. Nothing is computed but merged adapters: what is kept or renamed keeps its bytes. A
 tokenizer, chat template or image processor in an adapter's own folder goes before its base's. What was written is
 opened once, or nothing is kept.

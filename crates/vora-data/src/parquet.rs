@@ -137,9 +137,11 @@ impl RowGroup {
         let entry = || -> Result<_> {
             let (mut object, mut images) = (Map::new(), Vec::new());
             let mut of: Option<String> = None; // the column that the images are of
+            let mut is_text_only = true;
             for (column, field) in row.into_columns() {
                 let shown = || format!("its `{column}`");
                 if picture_keys(&self.keys).contains(&column.as_str()) {
+                    is_text_only &= matches!(field, Field::Null);
                     let mut found = Vec::new();
                     let mut left = MAX_RECORD;
                     add_images(field, &mut found, &mut left).with_context(shown)?;
@@ -158,7 +160,10 @@ impl RowGroup {
                     object.insert(column, value);
                 }
             }
-            let record = Record::with_images(object, &self.keys, images.len())?;
+            let record = match is_text_only {
+                true => Record::of_words(object, &self.keys)?,
+                false => Record::with_images(object, &self.keys, images.len())?,
+            };
             Ok((record, images))
         };
         let (mut record, images) = entry().with_context(|| place.clone())?;

@@ -112,23 +112,33 @@ impl Record {
             let what = message.rsplit_once(" at line").map_or(message.as_str(), |(what, _)| what);
             anyhow!("not a record: {what}, at column {}", e.column())
         })?;
-        Self::read(object, keys, None)
+        Self::read(object, keys, None, false)
     }
 
     /// A record whose images came with it: what its own keys say of images is not looked at.
     pub(crate) fn with_images(object: Map<String, Value>, keys: &RecordKeys, num_images: usize) -> Result<Self> {
-        Self::read(object, keys, Some(num_images))
+        Self::read(object, keys, Some(num_images), false)
+    }
+
+    /// A record that has no place for images: a mark in it is a word.
+    pub(crate) fn of_words(object: Map<String, Value>, keys: &RecordKeys) -> Result<Self> {
+        Self::read(object, keys, Some(0), true)
     }
 
     /// Its words are a conversation, under `keys.conversations` or `messages`, as JSON or as a string of JSON; or pairs
     /// under `texts`; or a caption, under `caption` or `text`, the first where there are several.
-    fn read(mut object: Map<String, Value>, keys: &RecordKeys, beside: Option<usize>) -> Result<Self> {
+    fn read(
+        mut object: Map<String, Value>,
+        keys: &RecordKeys,
+        beside: Option<usize>,
+        mut is_text_only: bool,
+    ) -> Result<Self> {
         for key in ["videos", "video"] {
             ensure!(!object.get(key).is_some_and(is_given), "its `{key}` has a video, which is not read yet");
         }
         let id = id(&mut object);
         let given = |key: &str| object.get(key).is_some_and(|value| !value.is_null());
-        let is_text_only = beside.is_none() && !picture_keys(keys).into_iter().any(given);
+        is_text_only |= beside.is_none() && !picture_keys(keys).into_iter().any(given);
         let mut frames = match beside {
             Some(num_images) => (0..num_images).map(|idx| idx.to_string()).collect(),
             None => frames(&mut object, keys)?,

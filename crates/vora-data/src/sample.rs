@@ -410,7 +410,7 @@ pub(crate) mod tests {
             let span = packed.spans[trunk.len() + branch];
             assert_eq!(span.branch, Some(branch as i64));
             let end = start + span.len as usize;
-            let record = record(&[&question.question, &question.answer], 1);
+            let record = record(&[&format!("<image>\n{}", question.question), &question.answer], 1);
             let alone = maker.conversation(&record, &[picture()]).unwrap();
             let row = [&packed.input_ids[..trunk_len], &packed.input_ids[start..end]].concat();
             assert_eq!(row, alone.input_ids);

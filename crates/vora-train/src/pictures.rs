@@ -104,7 +104,7 @@ mod tests {
                 let key = aspect.map(|aspect| format!("model.image_aspect_ratio={aspect}"));
                 let config = config(&[&[way], key.as_deref().as_slice()].concat());
                 let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
-                let trained = see(student.processor()); // what evaluations during the run see too
+                let trained = see(&student.preparation().processor); // what evaluations during the run see too
                 assert_eq!(see(&Preparation::open(&config, &resolve).unwrap().processor), trained);
                 let (run, merged) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
                 Snapshot::of(&student).unwrap().write(run.path()).unwrap();
@@ -136,8 +136,8 @@ mod tests {
             let config = config(&[&[from.as_str()], more].concat());
             let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
             let shown = Preparation::open(&config, &resolve).unwrap().processor;
-            assert_eq!(shown.to_json(), student.processor().to_json());
-            student.processor().aspect()
+            assert_eq!(shown.to_json(), student.preparation().processor.to_json());
+            student.preparation().processor.aspect()
         };
         assert_eq!(aspect(&[]), Aspect::Crop);
         assert_eq!(aspect(&["model.aux_vision=null", "distill.center=false"]), Aspect::Crop);
@@ -150,7 +150,7 @@ mod tests {
         let aspect = |ops: &str| {
             let config = config(&[&format!("data.train.data_preprocess={{frames_ops: {ops}}}")]);
             let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
-            student.processor().aspect()
+            student.preparation().processor.aspect()
         };
         let transform = "HFImageTransform: {path: fixtures/tiny/dinov2}";
         assert_eq!(aspect(&format!("{{PILExpand2Square: {{}}, {transform}}}")), Aspect::Pad([0; 3]));

@@ -10,8 +10,8 @@ use vora_vision::{EncoderConfig, IMAGENET_DEFAULT, ImageProcessor, Resample, cha
 
 use crate::config::TrainConfig;
 use crate::model_config::ModelType;
-use crate::pictures;
 use crate::student::Resolve;
+use crate::{pictures, saved};
 
 /// What makes a model's input out of words and pictures.
 #[derive(Debug, Clone)]
@@ -65,6 +65,9 @@ impl Preparation {
             }
         };
         let pretrained = section.pretrained.as_deref().map(resolve).transpose().context("model.pretrained")?;
+        if section.model_type == ModelType::Llava {
+            pretrained.as_deref().map_or(Ok(()), saved::ensure_saved).context("model.pretrained")?;
+        }
         let processor = pictures::processor(config, &own, pretrained.as_deref(), resolve)?;
         let has_processor = section.model_type != ModelType::Vora;
         Ok(Self { llm_folder, vocab_size: llm.vocab_size, processor, patch_size, image_marks, has_processor })

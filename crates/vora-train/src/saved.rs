@@ -240,8 +240,13 @@ pub fn read(student: &Student, folder: &Path) -> Result<()> {
 /// Starts what sees from what another run trained, in `folder`, its `final/`: LLaVA's second stage from its first.
 pub fn start_from(student: &Student, folder: &Path) -> Result<()> {
     let Parts { vision, .. } = Parts::of(student.parameters(), student.model.llm_prefix());
-    ensure!(folder.join(VISION).exists(), "{} has no {VISION}; it takes a run's final/", folder.display());
     Parts { vision, ..Parts::default() }.fill_from(folder)
+}
+
+/// An error where a folder is none that [`start_from`] can take.
+pub(crate) fn ensure_saved(folder: &Path) -> Result<()> {
+    ensure!(is_saved(folder), "{} has no {VISION}; it takes a run's final/", folder.display());
+    Ok(())
 }
 
 /// Whether a folder is one of [`Snapshot::write`], and not that of a whole model.

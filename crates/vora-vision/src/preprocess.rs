@@ -439,7 +439,9 @@ mod tests {
                     assert_eq!(again.preprocess(&picture).unwrap(), pixels(aspect));
                     for other in &all[..idx] {
                         let is_same = pixels(*other) == pixels(aspect);
-                        assert!(is_same == (height == width) || height.abs_diff(width) == 1, "{other:?} {aspect:?}");
+                        // A sliver is all frame, and of one pixel more or less nothing need be seen.
+                        let may_be_same = height.min(width) < 7 || height.abs_diff(width) == 1;
+                        assert!(may_be_same || is_same == (height == width), "{other:?} {aspect:?}");
                     }
                 }
             }

@@ -157,6 +157,22 @@ fn models_are_found_in_the_hubs_cache() {
 }
 
 #[test]
+fn an_official_folder_is_merged_and_converted() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let official = "fixtures/golden/official/unmerged";
+    succeeded(&vora(&["merge", official, "--out", &path("merged")]));
+    succeeded(&vora(&["convert", official, &path("converted"), "--to", "vora"]));
+    for name in ["merged", "converted"] {
+        let config = std::fs::read(folder.path().join(name).join("config.json")).unwrap();
+        let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+        assert_eq!(config["lora"]["r"], -1, "{name}"); // its biases are left
+        assert!(config.get("auto_map").is_none(), "{name} names Python files that are not in it");
+    }
+    fails(&["convert", &path("merged"), &path("llm"), "--to", "llm"], 1, &["8 biases", "it runs as `vora`"]);
+}
+
+#[test]
 fn a_checkpoint_is_converted_and_told_of() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();

@@ -250,7 +250,7 @@ fn the_second_stage_of_a_llava_starts_from_the_first() {
     drop(stage_2);
     let wrong = config("smoke.yaml", second.path(), &[OTHER_SYSTEMS[0], &from(Path::new("nowhere"))]);
     let error = format!("{:#}", try_new(wrong, false).err().unwrap());
-    assert!(error.contains("model.pretrained: nowhere has no vision.safetensors"), "{error}");
+    assert!(error.contains("model.pretrained: ") && error.contains("nowhere has no vision.safetensors"), "{error}");
 }
 
 const STAGE_2: [&str; 4] =

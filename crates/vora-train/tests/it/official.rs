@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
-use vora_llm::{Span, Spans, VisionAttention};
+use vora_llm::{DropoutSeed, Span, Spans, VisionAttention};
 use vora_lora::LoraConfig;
 use vora_model::convert::{Conversion, Layout, Options};
 use vora_model::{Input, VisionLanguageModel, Vora};
@@ -272,7 +272,7 @@ fn an_official_folder_is_trained_on_as_its_own_code_does() {
     let mut optimizer = Optimizer::new(student.parameters(), config.optim()).unwrap();
     for step in 0..4 {
         optimizer.zero_grad().unwrap();
-        let losses = student.losses(&batch).unwrap();
+        let losses = student.losses(&batch, DropoutSeed::new(0)).unwrap();
         let lm = losses.lm_sum / student.num_targets(&batch) as f64;
         let distill = losses.distill.unwrap();
         if step == 0 {
