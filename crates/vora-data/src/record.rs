@@ -243,7 +243,7 @@ fn messages(raw: Vec<RawTurn>) -> Result<(Vec<Message>, Vec<String>, bool)> {
     let mut has_picture_parts = false;
     for RawTurn { from, value } in raw {
         if let RawText::Parts(parts) = &value {
-            has_picture_parts |= parts.iter().any(|part| is_picture_part(part));
+            has_picture_parts |= parts.iter().any(is_picture_part);
         }
         let value = match value {
             RawText::Whole(text) => text,

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use vora_llm::LlmConfig;
 use vora_model::Chameleon;
 use vora_vision::{EncoderConfig, IMAGENET_DEFAULT, ImageProcessor, Resample, chameleon_processor};
@@ -65,8 +65,13 @@ impl Preparation {
             }
         };
         let pretrained = section.pretrained.as_deref().map(resolve).transpose().context("model.pretrained")?;
-        if section.model_type == ModelType::Llava {
-            pretrained.as_deref().map_or(Ok(()), saved::ensure_saved).context("model.pretrained")?;
+        if let Some(folder) = &pretrained {
+            if section.model_type == ModelType::Llava {
+                saved::ensure_saved(folder).context("model.pretrained")?;
+            } else {
+                let file = folder.join("config.json");
+                ensure!(file.is_file(), "model.pretrained: there is no {}", file.display());
+            }
         }
         let processor = pictures::processor(config, &own, pretrained.as_deref(), resolve)?;
         let has_processor = section.model_type != ModelType::Vora;

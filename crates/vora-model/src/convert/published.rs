@@ -22,6 +22,9 @@ fn place(name: &str) -> Option<(i64, &str, &'static str)> {
     module.ends_with("_proj").then_some((layer.parse().ok()?, module, part))
 }
 
+/// Dtype and shape of a linear layer's tensors, by their names in it.
+type Parts = BTreeMap<&'static str, (Kind, Vec<i64>)>;
+
 /// Brings adapters into that form: `B` is scaled, smaller ranks are filled up with zeros, and what is missing is zero.
 /// A DoRA stays as it is, the published code has no place for its lengths.
 pub(super) fn complete(steps: &mut Vec<Step>, source: &Source) -> Result<()> {
@@ -30,7 +33,7 @@ pub(super) fn complete(steps: &mut Vec<Step>, source: &Source) -> Result<()> {
     if steps.iter().filter_map(written).any(|name| name.ends_with(".lora_magnitude_vector")) {
         return Ok(());
     }
-    let mut shapes: BTreeMap<(i64, String), BTreeMap<&'static str, (Kind, Vec<i64>)>> = BTreeMap::new();
+    let mut shapes: BTreeMap<(i64, String), Parts> = BTreeMap::new();
     for info in steps.iter().filter_map(Step::info) {
         if let Some((layer, module, part)) = place(&info.name) {
             shapes.entry((layer, module.to_owned())).or_default().insert(part, (info.kind, info.shape));

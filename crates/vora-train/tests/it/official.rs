@@ -58,9 +58,8 @@ fn rows(logits: &Tensor) -> Tensor {
 /// The same of the official code.
 fn says_the_same(model: &dyn VisionLanguageModel, golden: &fixtures::Golden, case: &str) {
     let whole = &golden[&format!("{case}.logits")];
-    for row in 0..2 {
-        let (from, len) = (if row == 0 { 0 } else { WORDS[0] }, WORDS[row]);
-        let expected = whole.get(row as i64).narrow(0, 0, len);
+    for (row, from, len) in [(0, 0, WORDS[0]), (1, WORDS[0], WORDS[1])] {
+        let expected = whole.get(row).narrow(0, 0, len);
         fixtures::assert_close_to(&logits(model, golden).narrow(0, from, len), &expected, 1e-4);
     }
 }
