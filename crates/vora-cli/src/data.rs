@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use vora_data::{IGNORE_INDEX, Sample, SampleMaker};
-use vora_llm::{Modality, Span};
+use vora_llm::{Message, Modality, Piece, Span};
 use vora_train::preparation::Preparation;
 use vora_train::{TrainConfig, data, samples};
 use vora_vision::RgbImage;
@@ -157,12 +157,27 @@ impl Show {
     }
 }
 
+/// The words with which the template ends an answer, where no token does; they are learned with it.
+fn turn_end(maker: &SampleMaker) -> String {
+    let chat = [Message::new("user", "?"), Message::new("assistant", "x")];
+    let learned = |piece: Piece| match piece {
+        Piece::Text { ids, supervised: true } => ids,
+        _ => Vec::new(),
+    };
+    let pieces = maker.chat.encode_chat(&maker.tokenizer, &chat).unwrap_or_default();
+    let ids: Vec<i64> = pieces.into_iter().flat_map(learned).collect();
+    let said = maker.tokenizer.decode(&ids, true).unwrap_or_default();
+    said.trim().strip_prefix('x').unwrap_or_default().to_owned()
+}
+
 impl Shown {
     fn new(index: u64, sample: &Sample, maker: &SampleMaker, files: Vec<PathBuf>) -> Result<Self> {
         let decode = |ids: &[i64], skip_special| maker.tokenizer.decode(ids, skip_special);
+        let end = turn_end(maker);
         let answers = sample.questions.iter().map(|asked| {
             let labels = decode(&sample.targets[asked.tokens.clone()], true)?;
-            let agree = labels.trim() == asked.answer.trim();
+            let said = labels.trim();
+            let agree = [said, said.strip_suffix(&end).unwrap_or(said)].iter().any(|s| s.trim() == asked.answer.trim());
             let (kind, question, answer) = (asked.kind.clone(), asked.question.clone(), asked.answer.clone());
             anyhow::Ok(Answer { kind, question, answer, labels, agree })
         });

@@ -36,6 +36,24 @@ fn a_conversation_is_shown_as_it_is_learned() {
 }
 
 #[test]
+fn words_that_end_an_answer_are_no_difference() {
+    // One token that ends a text, at the very end; each turn before it ends in words.
+    let template = "{% for m in messages %}{{ '<' + m.role + '>\\n' + m.content + '<end>\\n' }}\
+                    {% endfor %}{% if add_generation_prompt %}{{ '<assistant>\\n' }}{% else %}{{ eos_token }}{% endif %}";
+    let template = format!("model.chat_template={}", serde_json::json!(template));
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("two.jsonl");
+    let turn = |from: &str, value: &str| format!("{{\"from\": \"{from}\", \"value\": \"{value}\"}}");
+    let turns = [turn("human", "One?"), turn("gpt", "It is one."), turn("human", "Two?"), turn("gpt", "\\nIt is two.")];
+    std::fs::write(&path, format!("{{\"conversations\": [{}]}}\n", turns.join(", "))).unwrap();
+    let data = format!("data={{train: {{data_fetch: {{data_paths: [{{anno_path: '{}'}}]}}}}}}", path.display());
+    let sample = shown(&["--set", &data, "--set", &template]).remove(0);
+    let answers: Vec<_> = sample["answers"].as_array().unwrap().iter().map(|answer| &answer["labels"]).collect();
+    assert_eq!(answers, ["It is one.<end>\n", "\nIt is two.<end>\n"]);
+    assert_eq!(sample["agree"], true, "{sample}");
+}
+
+#[test]
 fn every_kind_of_model_has_its_samples_shown() {
     let systems = [
         ("model.lora.r=4", false),

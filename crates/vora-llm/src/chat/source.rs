@@ -3,11 +3,17 @@
 //! `a % b` becomes a call, as `%` formats strings there; `{% generation %}` a scope; strings are spelled out, as escapes
 //! that Python does not know keep their backslash; line ends are `\n`. All else, raw blocks and comments too, stays.
 
+use anyhow::{Result, ensure};
+
 /// The function that stands for `%`.
 pub(super) const MODULO: &str = "python_modulo";
 
 /// The same template for our engine.
-pub(super) fn adapted(source: &str) -> String {
+///
+/// # Errors
+/// Where a loop is left from inside a scope of its own, which the engine does not survive.
+pub(super) fn adapted(source: &str) -> Result<String> {
+    let mut blocks = Blocks::default();
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let (mut out, mut rest) = (String::with_capacity(source.len()), source.as_str());
     while let Some(at) = rest.find('{') {
@@ -19,6 +25,7 @@ pub(super) fn adapted(source: &str) -> String {
             "{%" if tag_name(inside) == "raw" => raw_len(inside),
             "{%" => {
                 let body = body(inside);
+                blocks.enter(body)?;
                 out.push_str(&inside[..inside.len() - body.len()]);
                 let len = match generation(body) {
                     Some((stand_in, len)) => {
@@ -41,7 +48,38 @@ pub(super) fn adapted(source: &str) -> String {
         out.push_str(&inside[..len]);
         rest = &inside[len..];
     }
-    out + rest
+    Ok(out + rest)
+}
+
+/// The loops and scopes around a place, the outermost first.
+#[derive(Default)]
+struct Blocks<'a>(Vec<&'a str>);
+
+impl<'a> Blocks<'a> {
+    /// Goes past a tag.
+    fn enter(&mut self, body: &'a str) -> Result<()> {
+        let name = tag_name(body);
+        match name {
+            "for" | "with" | "generation" | "filter" | "call" | "macro" => self.0.push(name),
+            "set" => {
+                let target = body[name.len()..].trim_start().trim_start_matches(is_word).trim_start();
+                if ["|", "%}", "-%}", "+%}"].iter().any(|begin| target.starts_with(begin)) {
+                    self.0.push(name); // it has a body
+                }
+            }
+            "break" | "continue" => ensure!(
+                self.0.last().is_none_or(|block| *block == "for"),
+                "`{name}` stands inside `{}`, which is not supported: put it outside, or use `if` in its place",
+                self.0.last().copied().unwrap_or_default()
+            ),
+            _ => {
+                if self.0.last().is_some_and(|block| name.strip_prefix("end") == Some(block)) {
+                    self.0.pop();
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A tag's words, without the mark that strips what stands before it.
@@ -293,25 +331,38 @@ mod tests {
                 "{{ '%}' }}{# 5 % 2 #}{% raw %}{{ 5 % 2 }}{% endraw %}",
             ),
         ] {
-            assert_eq!(adapted(source), expected, "{source}");
+            assert_eq!(adapted(source).unwrap(), expected, "{source}");
         }
     }
 
     #[test]
     fn generation_tags_keep_their_whitespace_control() {
         let tags = "a {%- generation -%} b {% endgeneration %} {% generation_x %} {%";
-        assert_eq!(adapted(tags), "a {%- with -%} b {% endwith %} {% generation_x %} {%");
+        assert_eq!(adapted(tags).unwrap(), "a {%- with -%} b {% endwith %} {% generation_x %} {%");
         let inert = "{# {% generation %} #}{{ '{% generation %}' }}{% raw %}{% generation %}{%- endraw %}";
-        assert_eq!(adapted(inert), inert);
+        assert_eq!(adapted(inert).unwrap(), inert);
     }
 
     #[test]
     fn strings_are_spelled_as_python_reads_them() {
         let source = r"{{ '\d\/\x41\u00e9\n\'' }}";
-        assert_eq!(adapted(source), "{{ '\\\\d\\\\/A\u{e9}\n\\'' }}");
-        assert_eq!(adapted("a\r\nb\rc{{ 'x\r\n' }}"), "a\nb\nc{{ 'x\n' }}");
+        assert_eq!(adapted(source).unwrap(), "{{ '\\\\d\\\\/A\u{e9}\n\\'' }}");
+        assert_eq!(adapted("a\r\nb\rc{{ 'x\r\n' }}").unwrap(), "a\nb\nc{{ 'x\n' }}");
         for unfinished in ["{{ 'a", "{{ a % ", "{% raw %}", "{#", "{", "{{ '\\", "{% if ("] {
-            adapted(unfinished); // whatever it is, the engine says so
+            adapted(unfinished).unwrap(); // whatever it is, the engine says so
         }
+    }
+
+    #[test]
+    fn a_loop_is_not_left_from_inside_a_scope() {
+        for inside in ["with x = 1", "generation", "filter upper", "set x", "set x | upper"] {
+            let source = format!("{{% for m in [1] %}}{{%- {inside} -%}}{{% break %}}");
+            let error = adapted(&source).unwrap_err().to_string();
+            let name = tag_name(inside);
+            assert!(error.contains(&format!("`break` stands inside `{name}`")), "{error}");
+        }
+        let fine =
+            "{% set x = 1 %}{% with %}{% for m in [1] %}{% set x %}{% endset %}{% if m %}{% continue %}{% endif %}";
+        assert_eq!(adapted(fine).unwrap(), fine);
     }
 }

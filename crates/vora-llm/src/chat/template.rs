@@ -56,7 +56,7 @@ impl ChatTemplate {
         );
         let mut environment = environment()?;
         environment
-            .add_template_owned("chat_template", adapted(source))
+            .add_template_owned("chat_template", adapted(source).with_context(|| format!("{origin}: syntax error"))?)
             .map_err(|e| anyhow::anyhow!("{origin}: {e}"))?;
         let image_token = special_tokens.iter().find(|(key, _)| key == "image_token").map(|(_, token)| token.clone());
         Ok(Self { environment, origin, special_tokens, image_token, forms: OnceLock::new() })
