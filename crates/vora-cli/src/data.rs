@@ -157,9 +157,9 @@ impl Show {
     }
 }
 
-/// The words with which the template ends an answer, where no token does; they are learned with it.
-fn turn_end(maker: &SampleMaker) -> String {
-    let chat = [Message::new("user", "?"), Message::new("assistant", "x")];
+/// The words that the template puts before and after an answer, where no token does; they are learned with it.
+fn frame(maker: &SampleMaker) -> (String, String) {
+    let chat = [Message::new("user", "?"), Message::new("assistant", "probing")];
     let learned = |piece: Piece| match piece {
         Piece::Text { ids, supervised: true } => ids,
         _ => Vec::new(),
@@ -167,17 +167,20 @@ fn turn_end(maker: &SampleMaker) -> String {
     let pieces = maker.chat.encode_chat(&maker.tokenizer, &chat).unwrap_or_default();
     let ids: Vec<i64> = pieces.into_iter().flat_map(learned).collect();
     let said = maker.tokenizer.decode(&ids, true).unwrap_or_default();
-    said.trim().strip_prefix('x').unwrap_or_default().to_owned()
+    let (before, after) = said.trim().split_once("probing").unwrap_or_default();
+    (before.to_owned(), after.to_owned())
 }
 
 impl Shown {
     fn new(index: u64, sample: &Sample, maker: &SampleMaker, files: Vec<PathBuf>) -> Result<Self> {
         let decode = |ids: &[i64], skip_special| maker.tokenizer.decode(ids, skip_special);
-        let end = turn_end(maker);
+        let (before, after) = frame(maker);
         let answers = sample.questions.iter().map(|asked| {
             let labels = decode(&sample.targets[asked.tokens.clone()], true)?;
             let said = labels.trim();
-            let agree = [said, said.strip_suffix(&end).unwrap_or(said)].iter().any(|s| s.trim() == asked.answer.trim());
+            let unframed = said.strip_prefix(&before).unwrap_or(said);
+            let unframed = unframed.strip_suffix(&after).unwrap_or(unframed).trim();
+            let agree = said == asked.answer.trim() || unframed == asked.answer.trim();
             let (kind, question, answer) = (asked.kind.clone(), asked.question.clone(), asked.answer.clone());
             anyhow::Ok(Answer { kind, question, answer, labels, agree })
         });
