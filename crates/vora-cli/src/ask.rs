@@ -13,10 +13,11 @@ use vora_torch::runtime;
 #[command(after_help = "\
 Examples:
   vora ask runs/scenes/merged picture.png \"What color is the circle?\"
+  vora ask runs/scenes/final picture.png \"What color is the circle?\"
   vora ask runs/scenes/merged one.jpg two.jpg \"What differs?\" --temperature 0.7 --top-p 0.9 --seed 1
   vora ask runs/scenes-chameleon/merged \"A red ring.\" --write image --images-to drawn")]
 pub(crate) struct Args {
-    /// The folder that `vora merge` wrote
+    /// The folder that `vora merge` wrote, a run's final/ or checkpoint, or a model's name in the hub's cache
     model: String,
     /// Pictures, then the question
     #[arg(required = true, value_name = "IMAGE… QUESTION")]
@@ -78,7 +79,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let images = pictures.iter().map(|path| vora_vision::open_image(path.as_ref())).collect::<Result<Vec<_>>>()?;
     let device = runtime::device(&args.device)?;
     let kind = runtime::kind(&args.dtype, device)?;
-    let assistant = Assistant::open(&crate::hub::resolve(&args.model)?, device, kind)?;
+    let assistant = Assistant::open(&crate::hub::resolve(&args.model)?, device, kind, &crate::hub::resolve)?;
 
     let mut out = std::io::stdout();
     let modality = match args.write {

@@ -16,11 +16,9 @@ use tch::{Device, Kind};
 use vora_infer::{Assistant, SamplingParams};
 use vora_llm::chat::Message;
 use vora_llm::{CausalLm, LlmConfig, Tokenizer};
-use vora_model::VisionLanguageModel;
 use vora_torch::safetensors::write_bytes;
 use vora_torch::{Weights, runtime};
 use vora_train::perplexity::{Perplexity, perplexity};
-use vora_train::saved;
 use vora_vision::RgbImage;
 
 use self::questions::{Question, QuestionSet};
@@ -141,15 +139,6 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A model that sees, merged or with its adapters apart.
-fn open(folder: &Path, device: Device, kind: Kind) -> Result<Box<dyn VisionLanguageModel>> {
-    if saved::is_saved(folder) {
-        saved::open(folder, device, kind, &crate::hub::resolve)
-    } else {
-        vora_model::open(folder, device, kind)
-    }
-}
-
 /// A table, its JSON, and what else goes into a file.
 type Found = (String, Value, Option<Value>);
 
@@ -169,7 +158,7 @@ fn on_text(args: &Args, path: &Path, folder: &Path, device: Device, kind: Kind) 
         Ok::<_, anyhow::Error>((found, max_length, stride))
     };
     let (found, max_length, stride) = if vora_model::is_vision_language_model(folder)? {
-        measure(open(folder, device, kind)?.llm())?
+        measure(vora_model::open(folder, device, kind, &crate::hub::resolve)?.llm())?
     } else {
         let weights = Weights::open(folder, device, kind)?;
         let llm = CausalLm::load(&LlmConfig::open(folder)?, &weights)?;
@@ -215,7 +204,7 @@ fn on_questions(args: &Args, data: &str, folder: &Path, device: Device, kind: Ki
     if task == Task::Caption {
         set.gather_captions();
     }
-    let model = open(folder, device, kind)
+    let model = vora_model::open(folder, device, kind, &crate::hub::resolve)
         .with_context(|| format!("{} is asked about pictures, and must be a model that sees", args.model))?;
     let assistant = Assistant::new(model, folder)?;
     let (answered, left_out) = answer(&assistant, set, args.batch_size, args.max_tokens)?;

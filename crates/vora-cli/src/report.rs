@@ -9,7 +9,7 @@ use vora_infer::{Assistant, SamplingParams};
 use vora_torch::runtime;
 use vora_torch::safetensors::write_bytes;
 use vora_train::report::{Answers, html};
-use vora_train::{samples, saved};
+use vora_train::samples;
 
 /// Tokens of an answer at most.
 const MAX_NEW_TOKENS: usize = 64;
@@ -59,7 +59,7 @@ fn answers(run: &Path, device: &str) -> Result<Answers> {
     ensure!(trained.exists(), "there is no {}: the run is not done", trained.display());
     let questions = samples::read(&folder)?;
     let device = runtime::device(device)?;
-    let model = saved::open(&trained, device, runtime::kind("auto", device)?, &crate::hub::resolve)?;
+    let model = vora_model::open(&trained, device, runtime::kind("auto", device)?, &crate::hub::resolve)?;
     let assistant = Assistant::new(model, &trained)?;
     let greedy = SamplingParams::default();
     let ask = |question: samples::Question| {

@@ -1,4 +1,4 @@
-//! A merged folder made ready to answer: model, tokenizer, chat template, image processor.
+//! A model's folder made ready to answer: model, tokenizer, chat template, image processor.
 
 use std::path::Path;
 
@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use tch::{Device, Kind};
 use vora_llm::chat::{ChatTemplate, Message};
 use vora_llm::tokenizer::Tokenizer;
+use vora_model::trained::Resolve;
 use vora_model::{Input, VisionLanguageModel};
 use vora_vision::{ImageProcessor, RgbImage};
 
@@ -32,9 +33,10 @@ pub struct Answer {
 }
 
 impl Assistant {
-    /// Opens a folder that `vora merge` wrote: weights, `tokenizer.json`, chat template, `preprocessor_config.json`.
-    pub fn open(folder: &Path, device: Device, kind: Kind) -> Result<Self> {
-        Self::new(vora_model::open(folder, device, kind)?, folder)
+    /// Opens a folder that `vora merge` wrote, or a run's `final/` or checkpoint: weights, `tokenizer.json`, chat template,
+    /// `preprocessor_config.json`. `resolve` finds the models that a run left where they were; see [`vora_model::open`].
+    pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Self> {
+        Self::new(vora_model::open(folder, device, kind, resolve)?, folder)
     }
 
     /// A model that is open already, with what else lies in its folder.

@@ -1,7 +1,7 @@
 //! Generation: a prompt with pictures goes through the decoder once, then one token at a time comes out, from a KV
 //! cache, greedy or sampled, streamed as text; what a Chameleon writes can be kept to words, to a picture, or to whole
-//! pictures among words. It cannot train, knows no HTTP, and loads nothing but the folder that
-//! `vora merge` wrote.
+//! pictures among words. It cannot train, knows no HTTP, and loads nothing but model folders, merged
+//! or a run's.
 //!
 //! ```
 //! use tch::Tensor;

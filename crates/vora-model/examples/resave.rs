@@ -9,5 +9,6 @@ use tch::{Device, Kind};
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [folder, out] = arguments.as_slice() else { bail!("usage: resave FOLDER OUT") };
-    vora_model::open(Path::new(folder), Device::Cpu, Kind::Float)?.save(Path::new(out))
+    let resolve = |name: &str| Ok(name.into());
+    vora_model::open(Path::new(folder), Device::Cpu, Kind::Float, &resolve)?.save(Path::new(out))
 }

@@ -25,6 +25,9 @@ const END_IMAGE: &str = "<eoss>";
 /// The name of the token that holds a picture's places in a prompt (Hugging Face's `image_token`).
 const IMAGE: &str = "<image>";
 
+/// Where the image tokenizer lies in a Chameleon's files.
+pub const VQMODEL: &str = "model.vqmodel";
+
 /// A decoder over words and image codes, and the image tokenizer.
 #[derive(Debug)]
 pub struct Chameleon {
@@ -43,7 +46,7 @@ impl Chameleon {
     /// Names the key of `config` that is missing or does not fit the others; tensors that do not fit are told by
     /// [`Weights::finish`].
     pub fn load(config: &LlmConfig, weights: &Weights) -> Result<Self> {
-        Self::assemble(config, weights, &weights.pp("model.vqmodel"))
+        Self::assemble(config, weights, &weights.pp(VQMODEL))
     }
 
     /// The config of a Chameleon that starts from an LLM of Llama's kind: behind its vocabulary a token for each code of

@@ -6,16 +6,25 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
+use vora_torch::checksums;
 use vora_torch::safetensors::{save, write_bytes};
 
+use crate::trained::{self, Resolve};
 use crate::{Chameleon, Llava, VisionLanguageModel, Vora};
 
-/// Opens the folder of a model of any kind known here, by the `model_type` in its `config.json`.
+/// Opens the folder of a model of any kind known here, by the `model_type` in its `config.json`: a whole one, merged or
+/// published, or what a run trained (its `final/`, or a checkpoint), whose adapters then stay apart from the weights.
+/// `resolve` finds the folders of LLM and encoder by the names that such a run knew them by. Checksums that a folder has
+/// are compared.
 ///
 /// # Errors
 /// Names the file, and what in it does not fit.
-pub fn open(folder: &Path, device: Device, kind: Kind) -> Result<Box<dyn VisionLanguageModel>> {
+pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Box<dyn VisionLanguageModel>> {
     let json = read_config(folder)?;
+    checksums::verify(folder)?;
+    if trained::is_part(folder) {
+        return trained::open(folder, &json, device, kind, resolve);
+    }
     Ok(match json.get("model_type").and_then(Value::as_str) {
         Some("vora") => Box::new(Vora::open(folder, device, kind)?),
         Some("llava") => Box::new(Llava::open(folder, device, kind)?),
@@ -73,7 +82,8 @@ mod tests {
     #[test]
     fn a_folder_is_opened_by_its_model_type() {
         let root = tempfile::tempdir().unwrap();
-        let open = |name: &str| open(&root.path().join(name), Device::Cpu, Kind::Float);
+        let nowhere = |name: &str| bail!("{name} is nowhere");
+        let open = |name: &str| open(&root.path().join(name), Device::Cpu, Kind::Float, &nowhere);
         let config = VoraConfig::new(LlmConfig::tiny(64), 12, 4, 8);
         let vora = Vora::load(config, &Weights::random(0, Device::Cpu, Kind::Float)).unwrap();
         vora.save(&root.path().join("vora")).unwrap();

@@ -34,9 +34,10 @@ mod folder;
 mod llava;
 mod llava_config;
 mod model;
+pub mod trained;
 mod vora;
 
-pub use chameleon::Chameleon;
+pub use chameleon::{Chameleon, VQMODEL};
 pub use chameleon_vocabulary::{VocabularyMapping, image_token_name};
 pub use config::VoraConfig;
 pub use folder::{is_vision_language_model, open};

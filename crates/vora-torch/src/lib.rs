@@ -19,6 +19,7 @@
 //! # }
 //! ```
 
+pub mod checksums;
 pub mod error;
 mod ffi;
 pub mod fused;

@@ -10,13 +10,11 @@ use std::thread::{self, JoinHandle};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use vora_torch::checksums::{self, MANIFEST};
 use vora_torch::safetensors::write_bytes;
 
 use crate::best::Best;
 use crate::loss_scale::LossScale;
-
-/// The checksums of a checkpoint's files, as `sha256sum` writes and checks them.
-const MANIFEST: &str = "SHA256SUMS";
 
 /// What a run writes beside its checkpoints, its log and its events.
 const RESULTS: [&str; 7] =
@@ -250,7 +248,7 @@ fn replace_folder(folder: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
     let written = fs::create_dir_all(&beside)
         .map_err(anyhow::Error::from)
         .and_then(|()| write(&beside))
-        .and_then(|()| write_manifest(&beside));
+        .and_then(|()| checksums::write(&beside));
     if let Err(error) = written {
         // What was written is worth nothing; a full disk gets its space back.
         let _ = fs::remove_dir_all(&beside);
@@ -271,58 +269,15 @@ fn name_of(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-fn write_manifest(folder: &Path) -> Result<()> {
-    let mut lines = Vec::new();
-    for entry in fs::read_dir(folder)? {
-        let path = entry?.path();
-        lines.push(format!("{}  {}\n", digest_of(&path)?, name_of(&path)));
-    }
-    lines.sort_by(|a, b| a[64..].cmp(&b[64..]));
-    write_bytes(&folder.join(MANIFEST), lines.concat().as_bytes())
-}
-
-fn digest_of(path: &Path) -> Result<String> {
-    let mut digest = Sha256::new();
-    let mut file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-    std::io::copy(&mut file, &mut digest).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(hex(digest.finalize().as_slice()))
-}
-
 /// Compares every file of a checkpoint with its checksum; the error names the first that differs.
 pub fn verify(folder: &Path) -> Result<()> {
-    let listed = verify_files(folder)?;
+    let listed = checksums::verify(folder)?;
     ensure!(
         listed.iter().any(|name| name == TrainerState::FILE),
         "{} is not a whole list of a checkpoint's files",
         folder.join(MANIFEST).display()
     );
     Ok(())
-}
-
-/// Compares every file that a folder's checksums name, where it has checksums. A run's `final/` has them too, without a
-/// trainer's state.
-pub(crate) fn verify_listed(folder: &Path) -> Result<()> {
-    if folder.join(MANIFEST).is_file() { verify_files(folder).map(drop) } else { Ok(()) }
-}
-
-/// Compares every file that a folder's checksums name; their names.
-fn verify_files(folder: &Path) -> Result<Vec<String>> {
-    let manifest = folder.join(MANIFEST);
-    let text = fs::read(&manifest).with_context(|| format!("cannot read {}", manifest.display()))?;
-    let text = String::from_utf8_lossy(&text);
-    let mut listed = Vec::new();
-    for line in text.lines() {
-        let (expected, name) = line
-            .split_once("  ")
-            .ok_or_else(|| anyhow!("{} has a line that is no checksum: `{line}`", manifest.display()))?;
-        ensure!(!name.contains(['/', '\\']), "{} names a file outside: `{name}`", manifest.display());
-        let path = folder.join(name);
-        let found = digest_of(&path)?;
-        ensure!(found == expected, "checksum mismatch: {} has {found}, {MANIFEST} says {expected}", path.display());
-        listed.push(name.to_owned());
-    }
-    ensure!(text.ends_with('\n'), "{} is not a whole list of a checkpoint's files", manifest.display());
-    Ok(listed)
 }
 
 /// The checkpoints of a run by step, oldest first, unverified.

@@ -1,34 +1,21 @@
 //! What was trained, on disk: the adapter as PEFT has it, an LLM trained whole, what sees, and what they belong to.
 //!
-//! A folder of these, a checkpoint or a run's `final/`, is a model without what stayed frozen: [`open`] puts the two
-//! together again. Of a VoRA all of whose weights were trained, it is the whole model, as `vora merge` would write it.
+//! A folder of these, a checkpoint or a run's `final/`, is a model without what stayed frozen: [`vora_model::open`] puts
+//! the two together again. Of a VoRA all of whose weights were trained, it is the whole model, as `vora merge` would write it.
 
 use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
-use vora_llm::LlmConfig;
-use vora_lora::{AdapterFolder, LoraConfig, save_adapter};
-use vora_model::{Chameleon, Llava, LlavaConfig, VisionLanguageModel, Vora, VoraConfig};
+use vora_lora::{LoraConfig, save_adapter};
+use vora_model::trained::{self, LLM, MODEL, Parts, VISION};
 use vora_torch::safetensors::{Checkpoint, save, write_bytes};
-use vora_torch::{Init, Weights};
-use vora_vision::{Encoder, ImageProcessor};
+use vora_vision::ImageProcessor;
 
-use crate::checkpoint;
 use crate::student::{Resolve, Student};
-use crate::vq::VQMODEL;
-
-/// What sees, by its names in the model's folder: patch embedding and heads, projection, or image tokenizer.
-const VISION: &str = "vision.safetensors";
-
-/// The LLM, by its own names, where its weights were trained.
-const LLM: &str = "llm.safetensors";
-
-/// A model all of whose weights were trained: then the folder is a plain one, which runs by itself.
-const MODEL: &str = "model.safetensors";
 
 const CONFIG: &str = "config.json";
 
@@ -47,75 +34,17 @@ const TOKENIZER: [&str; 7] = [
     "generation_config.json",
 ];
 
-/// Named tensors, parted by the file that they go into.
-#[derive(Debug, Default)]
-struct Parts {
-    adapter: Vec<(String, Tensor)>,
-    llm: Vec<(String, Tensor)>,
-    vision: Vec<(String, Tensor)>,
-    whole: Vec<(String, Tensor)>,
-}
-
-impl Parts {
-    /// Everything that a run made or trained.
-    fn of_student(student: &Student) -> Result<Self> {
-        if student.is_whole() {
-            let heads = student.parameters().into_iter().filter(|(name, _)| name.starts_with("aux_vision."));
-            let whole = student.model.tensors()?.into_iter().chain(heads).collect();
-            return Ok(Self { whole, ..Self::default() });
-        }
-        let made = student.made().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
-        let mut parts = Self::of(student.parameters(), student.model.llm_prefix());
-        parts.vision.extend(made);
-        Ok(parts)
+/// Everything that a run made or trained.
+fn parts_of(student: &Student) -> Result<Parts> {
+    if student.is_whole() {
+        let heads = student.parameters().into_iter().filter(|(name, _)| name.starts_with("aux_vision."));
+        let whole = student.model.tensors()?.into_iter().chain(heads).collect();
+        return Ok(Parts { whole, ..Parts::default() });
     }
-
-    /// Parts what stands in a model's folder, its LLM behind `llm_prefix`; the LLM's names lose it.
-    fn of(parameters: Vec<(String, Tensor)>, llm_prefix: &str) -> Self {
-        let mut parts = Self::default();
-        for (name, tensor) in parameters {
-            match name.strip_prefix(llm_prefix).map(str::to_owned) {
-                Some(name) if name.contains(".lora_") => parts.adapter.push((name, tensor)),
-                Some(name) => parts.llm.push((name, tensor)),
-                None => parts.vision.push((name, tensor)),
-            }
-        }
-        // An LLM that is trained has weights among what is trained. Biases alone are those of a published model's adapted
-        // layers, for which neither PEFT nor the LLM's own layout has a place: they go with what sees.
-        if parts.llm.iter().all(|(name, _)| name.ends_with(".bias")) {
-            let biases = parts.llm.drain(..).map(|(name, tensor)| (format!("{llm_prefix}{name}"), tensor));
-            parts.vision.extend(biases);
-        }
-        parts
-    }
-
-    /// Copies the values in `folder` into these tensors, in place; every one must be there in its shape, and nothing
-    /// there may be of no use but the teacher's heads.
-    fn fill_from(&self, folder: &Path) -> Result<()> {
-        if !self.adapter.is_empty() {
-            let saved = AdapterFolder::open(folder)?.weights(Device::Cpu, Kind::Float)?;
-            copy(&self.adapter, &saved)?;
-            saved.finish()?;
-        }
-        for (tensors, file) in [(&self.llm, LLM), (&self.vision, VISION), (&self.whole, MODEL)] {
-            if !tensors.is_empty() {
-                let saved = Weights::open(&folder.join(file), Device::Cpu, Kind::Float)?;
-                copy(tensors, &saved)?;
-                // A model that is not in training has no heads.
-                saved.finish_allowing(|name| name.starts_with("aux_vision."))?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Copies saved values in place; what is missing or misshapen is told by the source's `finish`.
-fn copy(tensors: &[(String, Tensor)], saved: &Weights) -> Result<()> {
-    for (name, tensor) in tensors {
-        let value = saved.get(name, &tensor.size(), Init::Required)?;
-        tch::no_grad(|| tensor.shallow_clone().copy_(&value));
-    }
-    Ok(())
+    let made = student.made().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
+    let mut parts = Parts::of(student.parameters(), student.model.llm_prefix());
+    parts.vision.extend(made);
+    Ok(parts)
 }
 
 /// Everything trained as it was at one moment, copied to the host: it is written while the training goes on.
@@ -132,7 +61,7 @@ pub struct Snapshot {
 impl Snapshot {
     /// Copies what `student` has by now.
     pub fn of(student: &Student) -> Result<Self> {
-        let Parts { adapter, llm, vision, whole } = Parts::of_student(student)?;
+        let Parts { adapter, llm, vision, whole } = parts_of(student)?;
         Ok(Self {
             parts: Parts {
                 adapter: on_host(adapter),
@@ -233,8 +162,8 @@ fn copy_files(names: impl Iterator<Item = &'static str>, from: &Path, to: &Path)
 
 /// Reads everything trained from `folder` back into a student made by the same configuration.
 pub fn read(student: &Student, folder: &Path) -> Result<()> {
-    expect(folder, student.model.lora())?;
-    Parts::of_student(student)?.fill_from(folder)
+    trained::expect(folder, student.model.lora())?;
+    parts_of(student)?.fill_from(folder)
 }
 
 /// Starts what sees from what another run trained, in `folder`, its `final/`: LLaVA's second stage from its first.
@@ -245,58 +174,8 @@ pub fn start_from(student: &Student, folder: &Path) -> Result<()> {
 
 /// An error where a folder is none that [`start_from`] can take.
 pub(crate) fn ensure_saved(folder: &Path) -> Result<()> {
-    ensure!(is_saved(folder), "{} has no {VISION}; it takes a run's final/", folder.display());
+    ensure!(trained::is_part(folder), "{} has no {VISION}; it takes a run's final/", folder.display());
     Ok(())
-}
-
-/// Whether a folder is one of [`Snapshot::write`], and not that of a whole model.
-pub fn is_saved(folder: &Path) -> bool {
-    folder.join(VISION).exists()
-}
-
-/// Opens a model from a folder of [`Snapshot::write`], its adapters still apart from the weights. `resolve` finds the folders
-/// of LLM and encoder by the names that the run knew them by.
-///
-/// # Errors
-/// Names the file, and what in it does not fit.
-pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Box<dyn VisionLanguageModel>> {
-    let new = Weights::random(0, device, kind);
-    let config = read_config(folder)?;
-    checkpoint::verify_listed(folder)?;
-    let model: Box<dyn VisionLanguageModel> = match config["model_type"].as_str() {
-        Some("vora") if is_whole(folder) => return vora_model::open(folder, device, kind),
-        Some("vora") => {
-            let llm = Weights::open(&llm_path(folder, &config, resolve)?, device, kind)?;
-            let model = Vora::assemble(VoraConfig::open(folder)?, &llm, &new)?;
-            llm.finish().with_context(|| format!("loading the LLM of {}", folder.display()))?;
-            Box::new(model)
-        }
-        Some("llava") => {
-            let llm = Weights::open(&llm_path(folder, &config, resolve)?, device, kind)?;
-            let config = LlavaConfig::open(folder)?;
-            let encoder = resolve(&config.mm_vision_tower)
-                .and_then(|tower| Encoder::open(&tower, device, kind))
-                .with_context(|| format!("the encoder of {}", folder.display()))?;
-            let model = Llava::assemble(config, &llm, encoder, &new)?;
-            llm.finish().with_context(|| format!("loading the LLM of {}", folder.display()))?;
-            Box::new(model)
-        }
-        Some("chameleon") => {
-            let (llm, vision) = (folder.join(LLM), folder.join(VISION));
-            let (llm, vision) = (Weights::open(&llm, device, kind)?, Weights::open(&vision, device, kind)?);
-            let model = Chameleon::assemble(&LlmConfig::open(folder)?, &llm, &vision.pp(VQMODEL))?;
-            llm.finish()?;
-            vision.finish()?;
-            return Ok(Box::new(model));
-        }
-        other => {
-            let path = folder.join(CONFIG);
-            bail!("{}: model_type is {other:?}, what is trained here is `vora`, `llava` or `chameleon`", path.display())
-        }
-    };
-    expect(folder, model.lora())?;
-    Parts::of(new.parameters(), model.llm_prefix()).fill_from(folder)?;
-    Ok(model)
 }
 
 /// The teacher's heads in a folder of [`Snapshot::write`], by their names there; a model that was merged has none.
@@ -312,39 +191,25 @@ fn is_whole(folder: &Path) -> bool {
     [MODEL, "model.safetensors.index.json"].iter().any(|file| folder.join(file).exists())
 }
 
-/// What `config.json` says.
-fn read_config(folder: &Path) -> Result<Value> {
-    let path = folder.join(CONFIG);
-    let bytes = fs::read(&path).with_context(|| {
-        format!("cannot read {}; what was trained lies in a run's final/ and its checkpoints", path.display())
-    })?;
-    serde_json::from_slice(&bytes).with_context(|| format!("{} is not JSON", path.display()))
-}
-
-/// Where the LLM's weights lie: those that were trained, else the folder that the run took it from.
-fn llm_path(folder: &Path, config: &Value, resolve: &Resolve<'_>) -> Result<PathBuf> {
-    let trained = folder.join(LLM);
-    if trained.exists() {
-        return Ok(trained);
-    }
-    let name = config["llm"].as_str().with_context(|| format!("{CONFIG} of {} has no `llm`", folder.display()))?;
-    resolve(name).with_context(|| format!("the LLM of {}", folder.display()))
-}
-
-/// Whether the folder's adapter, where there must be one, is of this configuration.
-fn expect(folder: &Path, lora: Option<&LoraConfig>) -> Result<()> {
-    lora.map_or(Ok(()), |lora| AdapterFolder::open(folder)?.expect(lora))
-}
-
 /// The kind that the LLM of a folder of [`Snapshot::write`] is stored in: its own folder's, or f32 where it was trained.
 pub fn stored_kind(folder: &Path, resolve: &Resolve<'_>) -> Result<Kind> {
-    let path = if is_whole(folder) { folder.to_owned() } else { llm_path(folder, &read_config(folder)?, resolve)? };
+    let path =
+        if is_whole(folder) { folder.to_owned() } else { trained::llm_path(folder, &read_config(folder)?, resolve)? };
     let checkpoint = Checkpoint::open(&path)?;
     let norm = ["model.norm.weight", "llm.model.norm.weight", "norm.weight"]
         .into_iter()
         .find_map(|name| checkpoint.info(name));
     let kind = norm.map(|(kind, _)| kind);
     kind.with_context(|| format!("{} has no model.norm.weight", path.display()))
+}
+
+/// What `config.json` says.
+fn read_config(folder: &Path) -> Result<Map<String, Value>> {
+    let path = folder.join(CONFIG);
+    let bytes = fs::read(&path).with_context(|| {
+        format!("cannot read {}; what was trained lies in a run's final/ and its checkpoints", path.display())
+    })?;
+    serde_json::from_slice(&bytes).with_context(|| format!("{} is not a JSON object", path.display()))
 }
 
 fn write_json(path: &Path, json: &Value) -> Result<()> {

@@ -5,7 +5,7 @@ mod chameleon;
 mod llava;
 mod vora;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
@@ -21,6 +21,8 @@ use crate::loss::cross_entropy_and_z_loss;
 use crate::model_config::ModelType;
 use crate::preparation::Preparation;
 use crate::teacher_cache::TeacherCache;
+
+pub use vora_model::trained::Resolve;
 
 /// Logits that exist at once while the loss is computed: 256 MiB of f32.
 pub(crate) const MAX_LOGITS: i64 = 64 << 20;
@@ -104,9 +106,6 @@ pub struct Student {
     trained: Vec<(&'static str, Weights)>, // sources that handed out parameters, and where in the folder they stand
     made: Vec<(String, Tensor)>,
 }
-
-/// Finds the folder of a model by its name in a run file.
-pub type Resolve<'a> = dyn Fn(&str) -> Result<PathBuf> + 'a;
 
 impl Student {
     /// Opens what `config.model` names and makes what it trains.

@@ -14,8 +14,7 @@ use crate::optim::{LearningRates, OptimConfig, Optimizer};
 use crate::schedule::{Curve, Schedule, SchedulerKwargs};
 use crate::student::Student;
 
-/// The name of the image tokenizer in a Chameleon folder.
-pub(crate) const VQMODEL: &str = "model.vqmodel";
+pub(crate) use vora_model::VQMODEL;
 
 /// Bad records in a row that end the search for a picture.
 const MAX_BAD_RECORDS: u64 = 100;

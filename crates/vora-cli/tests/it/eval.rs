@@ -73,7 +73,26 @@ fn a_model_is_scored() {
     captions(&on_images, &path("captions.json").to_string_lossy());
     short_answers(&on_images);
     perplexity(&last, &merged, folder.path());
+    asked([&last, &merged], &images, folder.path());
     wrong(&merged, folder.path());
+}
+
+/// `vora ask` opens what `vora eval` opens, merged or with the adapters apart, and answers the same.
+fn asked(models: [&str; 2], images: &str, folder: &Path) {
+    let record = json!({"image": "rgb.png", "question": "Is it red?", "answers": ["yes"]});
+    let data = write_lines(&folder.join("asked.jsonl"), &[record]);
+    let picture = Path::new(images).join("rgb.png");
+    let out = folder.join("asked.json");
+    for model in models {
+        let out = out.to_string_lossy();
+        eval(model, &["--data", &data, "--images", images, "--max-tokens", "6", "--out", &out]);
+        let evaluated: Value = serde_json::from_slice(&std::fs::read(&*out).unwrap()).unwrap();
+        let picture = picture.to_string_lossy();
+        let args = ["ask", model, &picture, "Is it red?", "--max-new-tokens", "6", "--dtype", "f32", "--json"];
+        let asked: Value = serde_json::from_str(&succeeded(&vora(&args))).unwrap();
+        let answer = |value: &Value| value["answer"].as_str().unwrap().trim().to_owned();
+        assert_eq!(answer(&asked), answer(&evaluated["answers"][0]), "{model}");
+    }
 }
 
 type OnImages<'a> = &'a dyn Fn(&str, &[Value], &[&str]) -> Value;

@@ -16,8 +16,7 @@ use crate::VoraConfig;
 pub(super) const ADAPTER: &str = "adapter_model.safetensors";
 /// What PEFT puts before every tensor's name in the base model.
 pub(super) const PEFT_PREFIX: &str = "base_model.model.";
-/// What sees, in the folder of a VoRA's adapter.
-pub(super) const VISION: &str = "vision.safetensors";
+pub(super) use crate::trained::VISION;
 /// What stands before the decoder's names in a VoRA's folder.
 pub(super) const LLM_PREFIX: &str = "llm.";
 

@@ -146,7 +146,7 @@ impl Pretrained {
     fn open(name: &str, section: &ModelConfig, llm: &LlmConfig, resolve: &Resolve<'_>) -> Result<Self> {
         let folder = resolve(name)?;
         let mut config = VoraConfig::open(&folder)?;
-        let mut model = saved::open(&folder, Device::Cpu, Kind::Float, resolve)?;
+        let mut model = vora_model::open(&folder, Device::Cpu, Kind::Float, resolve)?;
         match (section.adapters(), &config.lora) {
             (None, _) => model.merge()?,
             (Some(lora), Some(before)) => {

@@ -188,7 +188,7 @@ fn leaves_everything(dtype: &str, kind: Kind) {
     }
 
     // What lies in final/ is the model that was trained, in the dtype it was trained in.
-    let model = saved::open(&run.join("final"), Device::Cpu, kind, &resolve).unwrap();
+    let model = vora_model::open(&run.join("final"), Device::Cpu, kind, &resolve).unwrap();
     let batch = DeviceBatch::new(&trainer.next_batches().unwrap()[0], Device::Cpu);
     let hidden =
         |model: &dyn VisionLanguageModel| tch::no_grad(|| model.forward(&batch.input, 0)).unwrap().last_hidden_state;
@@ -227,7 +227,7 @@ fn the_other_systems_are_trained_resumed_and_opened_again() {
         assert_same(uninterrupted.student.made(), second.student.made());
         assert_eq!(losses(whole.path()), losses(parts.path()));
 
-        let opened = saved::open(&whole.path().join("final"), Device::Cpu, Kind::Float, &resolve).unwrap();
+        let opened = vora_model::open(&whole.path().join("final"), Device::Cpu, Kind::Float, &resolve).unwrap();
         let batch = DeviceBatch::new(&uninterrupted.next_batches().unwrap()[0], Device::Cpu);
         let hidden = |model: &dyn VisionLanguageModel| {
             tch::no_grad(|| model.forward(&batch.input, 0)).unwrap().last_hidden_state
@@ -262,7 +262,7 @@ fn the_second_stage_of_a_vora_trains_all_weights_of_the_merged_first() {
     let mut stage_1 = trainer(config("smoke.yaml", first.path(), &["bf16=false", "max_steps=3"]));
     stage_1.train(&mut Silent).unwrap();
     let trained = first.path().join("final");
-    let mut model = saved::open(&trained, Device::Cpu, Kind::Float, &resolve).unwrap();
+    let mut model = vora_model::open(&trained, Device::Cpu, Kind::Float, &resolve).unwrap();
     model.merge().unwrap();
     model.save(merged.path()).unwrap();
     saved::copy_beside(&trained, merged.path()).unwrap();
@@ -316,8 +316,12 @@ fn the_second_stage_of_a_vora_trains_all_weights_of_the_merged_first() {
     let hidden =
         |model: &dyn VisionLanguageModel| tch::no_grad(|| model.forward(&batch.input, 0)).unwrap().last_hidden_state;
     let expected = hidden(&*whole.student.model);
-    fixtures::assert_close_to(&hidden(&*vora_model::open(&last, Device::Cpu, Kind::Float).unwrap()), &expected, 0.0);
-    let mut opened = saved::open(&last, Device::Cpu, Kind::Float, &resolve).unwrap();
+    fixtures::assert_close_to(
+        &hidden(&*vora_model::open(&last, Device::Cpu, Kind::Float, &resolve).unwrap()),
+        &expected,
+        0.0,
+    );
+    let mut opened = vora_model::open(&last, Device::Cpu, Kind::Float, &resolve).unwrap();
     opened.merge().unwrap();
     fixtures::assert_close_to(&hidden(&*opened), &expected, 0.0);
     assert_eq!(saved::stored_kind(&last, &resolve).unwrap(), Kind::Float);
@@ -803,7 +807,7 @@ fn a_damaged_model_is_not_opened() {
     trainer(config("smoke.yaml", folder.path(), &["max_steps=1"])).train(&mut Silent).unwrap();
     for name in ["checkpoints/step-1", "final"] {
         let last = folder.path().join(name);
-        let open = || saved::open(&last, Device::Cpu, Kind::Float, &resolve).map(drop);
+        let open = || vora_model::open(&last, Device::Cpu, Kind::Float, &resolve).map(drop);
         open().unwrap();
         let file = last.join("vision.safetensors");
         let mut bytes = std::fs::read(&file).unwrap();

@@ -142,7 +142,7 @@ fn official_folders_are_converted_with_their_biases() {
     convert(&at("adapter"), &at("back"), Layout::VoraUnmerged, &at("llm")).unwrap();
     says_the_same(&open(&at("back")), &golden, "unmerged");
     assert_eq!(biases(&open(&at("back"))).len(), 8);
-    let opened = saved::open(&at("adapter"), Device::Cpu, Kind::Float, &|_| Ok(at("llm"))).unwrap();
+    let opened = vora_model::open(&at("adapter"), Device::Cpu, Kind::Float, &|_| Ok(at("llm"))).unwrap();
     says_the_same(&*opened, &golden, "unmerged");
 
     let error = format!("{:#}", convert(&at("merged"), &at("x"), Layout::Llm, root.path()).unwrap_err());
@@ -301,7 +301,7 @@ fn an_official_folder_is_trained_on_as_its_own_code_does() {
     let out = root.path().join("final");
     fs::create_dir(&out).unwrap();
     Snapshot::of(&student).unwrap().write(&out).unwrap();
-    let opened = saved::open(&out, Device::Cpu, Kind::Float, &|name| Ok(PathBuf::from(name))).unwrap();
+    let opened = vora_model::open(&out, Device::Cpu, Kind::Float, &|name| Ok(PathBuf::from(name))).unwrap();
     fixtures::assert_close_to(&logits(&*opened, &golden), &logits(&*student.model, &golden), 1e-6);
     assert_eq!(biases(&*opened).len(), 8);
 }
