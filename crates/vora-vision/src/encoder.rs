@@ -63,7 +63,7 @@ impl Encoder {
         &self.model
     }
 
-    /// How its pictures are prepared; [`ImageProcessor::at`] gives the same for another size.
+    /// How its pictures are prepared; [`ImageProcessor::square_of`] gives the same at another size.
     pub fn processor(&self) -> &ImageProcessor {
         &self.processor
     }
