@@ -121,6 +121,7 @@ impl Show {
         let colour = terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
         let mut out = std::io::stdout().lock();
         let mut all_agree = true;
+        let frame = frame(&maker);
         let end = source.len().unwrap_or(u64::MAX);
         anyhow::ensure!(self.index < end, "--index is {}, the data has {end} samples, counted from 0", self.index);
         for index in self.index..end.min(self.index.saturating_add(self.count)) {
@@ -140,7 +141,7 @@ impl Show {
                 Some(folder) => write_pictures(folder, index, &pictures)?,
                 None => Vec::new(),
             };
-            let shown = Shown::new(index, &sample, &maker, files)?;
+            let shown = Shown::new(index, &sample, &maker, &frame, files)?;
             all_agree &= shown.agree;
             if self.json {
                 writeln!(out, "{}", serde_json::to_string(&shown)?)?;
@@ -172,14 +173,19 @@ fn frame(maker: &SampleMaker) -> (String, String) {
 }
 
 impl Shown {
-    fn new(index: u64, sample: &Sample, maker: &SampleMaker, files: Vec<PathBuf>) -> Result<Self> {
+    fn new(
+        index: u64,
+        sample: &Sample,
+        maker: &SampleMaker,
+        (before, after): &(String, String),
+        files: Vec<PathBuf>,
+    ) -> Result<Self> {
         let decode = |ids: &[i64], skip_special| maker.tokenizer.decode(ids, skip_special);
-        let (before, after) = frame(maker);
         let answers = sample.questions.iter().map(|asked| {
             let labels = decode(&sample.targets[asked.tokens.clone()], true)?;
             let said = labels.trim();
-            let unframed = said.strip_prefix(&before).unwrap_or(said);
-            let unframed = unframed.strip_suffix(&after).unwrap_or(unframed).trim();
+            let unframed = said.strip_prefix(before.as_str()).unwrap_or(said);
+            let unframed = unframed.strip_suffix(after.as_str()).unwrap_or(unframed).trim();
             let agree = said == asked.answer.trim() || unframed == asked.answer.trim();
             let (kind, question, answer) = (asked.kind.clone(), asked.question.clone(), asked.answer.clone());
             anyhow::Ok(Answer { kind, question, answer, labels, agree })
