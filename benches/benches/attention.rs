@@ -9,7 +9,8 @@ use std::time::Duration;
 use anyhow::Result;
 use criterion::{BenchmarkId, Criterion, Throughput};
 use tch::{Device, Kind, Tensor};
-use vora_llm::{AttentionPlan, Span, Spans, VisionAttention, attend};
+use vora_llm::{AttentionPlan, VisionAttention, attend};
+use vora_text::{Span, Spans};
 use vora_torch::runtime;
 
 const BATCH: i64 = 4;

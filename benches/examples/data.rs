@@ -10,7 +10,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use vora_data::{Loader, LoaderConfig, Sample, Source};
-use vora_vision::{IMAGENET_DEFAULT, ImageProcessor, Resample, open_image, stack};
+use vora_image::{IMAGENET_DEFAULT, ImageProcessor, Resample, open_image};
+use vora_vision::stack;
 
 /// Prints images a second
 #[derive(Debug, Parser)]

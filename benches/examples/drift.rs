@@ -22,11 +22,13 @@ use clap::Parser;
 use serde::Serialize;
 use tch::{Device, Kind, Reduction, Tensor};
 use vora_data::scenes::{QuestionKind, Scenes, ScenesConfig, Split};
-use vora_llm::{AttentionPlan, CausalLm, LlmConfig, Output, Spans, VisionAttention};
-use vora_torch::{Weights, runtime};
-use vora_train::loss::cross_entropy_and_z_loss;
-use vora_train::optim::{LearningRates, OptimConfig, Optimizer};
-use vora_train::schedule::{Curve, Schedule, SchedulerKwargs};
+use vora_llm::{AttentionPlan, CausalLm, LlmConfig, Output, VisionAttention};
+use vora_text::Spans;
+use vora_torch::loss::cross_entropy_and_z_loss;
+use vora_torch::runtime;
+use vora_torch::weights::Weights;
+use vora_train::step::optim::{LearningRates, OptimConfig, Optimizer};
+use vora_train::step::schedule::{Curve, Schedule, SchedulerKwargs};
 
 const PATCH: u32 = 7;
 const LEVELS: i64 = 4;

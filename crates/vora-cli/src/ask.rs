@@ -76,7 +76,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     params.validate()?;
     let Some((question, pictures)) = args.rest.split_last() else { anyhow::bail!("no question given") };
     ensure!(!PathBuf::from(question).is_file(), "the last argument, {question}, is a file: put the question after it");
-    let images = pictures.iter().map(|path| vora_vision::open_image(path.as_ref())).collect::<Result<Vec<_>>>()?;
+    let images = pictures.iter().map(|path| vora_image::open_image(path.as_ref())).collect::<Result<Vec<_>>>()?;
     let device = runtime::device(&args.device)?;
     let kind = runtime::kind(&args.dtype, device)?;
     let assistant = Assistant::open(&crate::hub::resolve(&args.model)?, device, kind, &crate::hub::resolve)?;

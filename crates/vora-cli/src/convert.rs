@@ -8,8 +8,8 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 use comfy_table::{Table, presets};
 use tch::Kind;
+use vora_files::ensure_vacant;
 use vora_model::convert::{Change, Conversion, Layout, Options, Report};
-use vora_torch::safetensors::ensure_vacant;
 
 /// Write a checkpoint in another layout, kind, or number of files.
 #[derive(Debug, clap::Args)]

@@ -8,10 +8,11 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use vora_data::{IGNORE_INDEX, Sample, SampleMaker};
-use vora_llm::{Message, Modality, Piece, Span};
-use vora_train::preparation::Preparation;
-use vora_train::{TrainConfig, data, samples};
-use vora_vision::RgbImage;
+use vora_image::RgbImage;
+use vora_text::{Message, Modality, Piece, Span};
+use vora_train::data::Preparation;
+use vora_train::observe::samples;
+use vora_train::{TrainConfig, data};
 
 /// Look at what a run learns from.
 #[derive(Debug, clap::Args)]

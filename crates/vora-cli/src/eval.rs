@@ -1,28 +1,22 @@
 //! `vora eval`: a model's scores on held-out questions, beside a blind control, or its perplexity on a text.
 
-mod questions;
-mod record;
-mod report;
-
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
+use clap::builder::PossibleValuesParser;
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use tch::{Device, Kind};
-use vora_infer::{Assistant, SamplingParams};
-use vora_llm::chat::Message;
-use vora_llm::{CausalLm, LlmConfig, Tokenizer};
-use vora_torch::safetensors::write_bytes;
-use vora_torch::{Weights, runtime};
-use vora_train::perplexity::{Perplexity, perplexity};
-use vora_vision::RgbImage;
-
-use self::questions::{Question, QuestionSet};
-use self::report::{Answered, Report};
+use vora_eval::{Answered, Perplexity, QuestionSet, Report, Task, answer, perplexity};
+use vora_files::write_bytes;
+use vora_infer::Assistant;
+use vora_llm::{CausalLm, LlmConfig};
+use vora_text::Tokenizer;
+use vora_torch::runtime;
+use vora_torch::weights::Weights;
 
 /// Score a model on held-out questions beside a blind control, or on a text.
 #[derive(Debug, clap::Args)]
@@ -58,8 +52,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
     /// What is scored; auto goes by the data
-    #[arg(long, value_enum, default_value_t = Task::Auto)]
-    task: Task,
+    #[arg(long, default_value = AUTO, value_parser = tasks())]
+    task: String,
     /// Tokens of an answer at most
     #[arg(long, default_value_t = 64, conflicts_with = "text")]
     max_tokens: usize,
@@ -89,28 +83,15 @@ pub(crate) struct Args {
     dtype: String,
 }
 
-/// What is scored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
-enum Task {
-    Auto,
-    Exact,
-    Vqa,
-    Yesno,
-    Caption,
-    Perplexity,
-}
+/// The task that goes by the data.
+const AUTO: &str = "auto";
+/// The task of a text.
+const PERPLEXITY: &str = "perplexity";
 
-impl Task {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Exact => "exact",
-            Self::Vqa => "vqa",
-            Self::Yesno => "yesno",
-            Self::Caption => "caption",
-            Self::Perplexity => "perplexity",
-        }
-    }
+/// The names that `--task` takes.
+fn tasks() -> impl clap::builder::TypedValueParser<Value = String> {
+    let names = [AUTO].into_iter().chain(Task::ALL.map(Task::name)).chain([PERPLEXITY]);
+    PossibleValuesParser::new(names.collect::<Vec<_>>())
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
@@ -144,9 +125,9 @@ type Found = (String, Value, Option<Value>);
 
 fn on_text(args: &Args, path: &Path, folder: &Path, device: Device, kind: Kind) -> Result<Found> {
     ensure!(
-        [Task::Auto, Task::Perplexity].contains(&args.task),
+        [AUTO, PERPLEXITY].contains(&args.task.as_str()),
         "--text has a perplexity and no {}: give --data",
-        args.task.name()
+        args.task
     );
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let input_ids = Tokenizer::open(folder)?.encode_whole(&text)?;
@@ -173,7 +154,7 @@ fn on_text(args: &Args, path: &Path, folder: &Path, device: Device, kind: Kind) 
         column.set_cell_alignment(CellAlignment::Right);
     }
     let results = json!({
-        "task": Task::Perplexity.name(),
+        "task": PERPLEXITY,
         "text": path,
         "perplexity": perplexity,
         "loss": loss,
@@ -185,29 +166,24 @@ fn on_text(args: &Args, path: &Path, folder: &Path, device: Device, kind: Kind) 
 }
 
 fn on_questions(args: &Args, data: &str, folder: &Path, device: Device, kind: Kind) -> Result<Found> {
-    ensure!(args.task != Task::Perplexity, "perplexity is of a text: give --text instead of --data");
+    ensure!(args.task != PERPLEXITY, "perplexity is of a text: give --text instead of --data");
     let mut set = QuestionSet::open(data, args.images.as_deref(), args.limit)?;
     let mut stderr = std::io::stderr();
-    let mut task = args.task;
-    if task == Task::Auto {
+    let task = if args.task == AUTO {
         let (found, why) = set.task()?;
         writeln!(stderr, "task {}, {why}; --task sets another", found.name())?;
-        task = found;
-    }
-    if task == Task::Yesno {
-        set.questions.iter().try_for_each(|question| report::expects_yes(question).map(drop))?;
-    }
+        found
+    } else {
+        args.task.parse()?
+    };
+    set.prepare(task)?;
     for (note, count) in &set.notes {
         writeln!(stderr, "{count} records: {note}")?;
-    }
-    let notes = std::mem::take(&mut set.notes);
-    if task == Task::Caption {
-        set.gather_captions();
     }
     let model = vora_model::open(folder, device, kind, &crate::hub::resolve)
         .with_context(|| format!("{} is asked about pictures, and must be a model that sees", args.model))?;
     let assistant = Assistant::new(model, folder)?;
-    let (answered, left_out) = answer(&assistant, set, args.batch_size, args.max_tokens)?;
+    let (answered, left_out) = answers(&assistant, &set, args.batch_size, args.max_tokens)?;
     let report = Report::new(task, &answered)?;
     let results = json!({
         "task": task.name(),
@@ -215,7 +191,7 @@ fn on_questions(args: &Args, data: &str, folder: &Path, device: Device, kind: Ki
         "max_tokens": args.max_tokens,
         "scores": report.scores(),
         "left_out": left_out,
-        "notes": notes,
+        "notes": set.notes,
     });
     Ok((report.to_string(), results, Some(report.answers().into())))
 }
@@ -233,91 +209,33 @@ fn batch_size(text: &str) -> Result<usize> {
     Ok(size)
 }
 
-/// Asks every question, about its pictures and about others; what could not be asked is named.
-fn answer(
+/// The answers to every question, with a progress bar; what was left out is named.
+fn answers(
     assistant: &Assistant,
-    mut set: QuestionSet,
+    set: &QuestionSet,
     batch_size: usize,
     max_tokens: usize,
 ) -> Result<(Vec<Answered>, Vec<String>)> {
     let mut stderr = std::io::stderr();
     let is_terminal = stderr.is_terminal();
-    let bar = ProgressBar::with_draw_target(
-        Some(set.questions.len() as u64),
-        if is_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() },
-    );
+    let total = set.questions.len();
+    let target = if is_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    let bar = ProgressBar::with_draw_target(Some(total as u64), target);
     if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} {eta} left") {
         bar.set_style(style);
     }
-    let others = set.other_pictures();
-    let questions = std::mem::take(&mut set.questions);
-    let (total, mut answered, mut left_out) = (questions.len(), Vec::new(), std::mem::take(&mut set.left_out));
-    let mut pairs = questions.into_iter().zip(others);
-    let (mut done, mut told) = (0, 0);
-    loop {
-        let batch: Vec<(Question, Option<Vec<String>>)> = pairs.by_ref().take(batch_size).collect();
-        if batch.is_empty() {
-            break;
-        }
-        done += batch.len();
-        let seeing = replies(
-            assistant,
-            batch.iter().map(|(question, _)| decoded(&set, question, &question.pictures)),
-            max_tokens,
-        );
-        let blind = batch.iter().map(|(question, other)| {
-            other.as_ref().context("no other picture").and_then(|other| decoded(&set, question, other))
-        });
-        let blind = replies(assistant, blind, max_tokens);
-        for (((question, _), answer), blind) in batch.into_iter().zip(seeing).zip(blind) {
-            match answer {
-                // Other pictures that cannot be read are told of at their own question.
-                Ok(answer) => answered.push(Answered { question, answer, blind: blind.ok() }),
-                Err(error) => left_out.push(format!("{}: {error:#}", question.id)),
-            }
-        }
+    let mut told = 0;
+    let (answered, left_out) = answer(assistant, set, batch_size, max_tokens, &mut |done| {
         bar.set_position(done as u64);
         if !is_terminal && (done >= told + QUESTIONS_PER_LINE || done == total) {
             told = done;
-            writeln!(stderr, "{done}/{total} questions")?;
+            let _ = writeln!(std::io::stderr(), "{done}/{total} questions"); // a closed stderr is no reason to stop
         }
-    }
+    });
     bar.finish_and_clear();
     if !left_out.is_empty() {
         writeln!(stderr, "{} left out: {}", left_out.len(), left_out[..left_out.len().min(NAMED)].join("; "))?;
     }
     ensure!(!answered.is_empty(), "no question could be asked; the first: {}", left_out[0]);
     Ok((answered, left_out))
-}
-
-/// A question's messages with the pictures that are shown with them.
-type Prompt<'a> = (Vec<RgbImage>, &'a [Message]);
-
-fn decoded<'a>(set: &QuestionSet, question: &'a Question, pictures: &[String]) -> Result<Prompt<'a>> {
-    Ok((set.decode(pictures)?, &question.messages))
-}
-
-/// The likeliest answer to each prompt that is there, all together; where that fails, each alone, so that an error is one
-/// prompt's own.
-fn replies<'a>(
-    assistant: &Assistant,
-    prompts: impl Iterator<Item = Result<Prompt<'a>>>,
-    max_tokens: usize,
-) -> Vec<Result<String>> {
-    let greedy = SamplingParams::default();
-    let prompts: Vec<Result<Prompt<'a>>> = prompts.collect();
-    let good = || prompts.iter().flatten().map(|(pictures, messages)| (pictures.as_slice(), *messages));
-    let together = assistant.reply_all(&good().collect::<Vec<_>>(), &greedy, max_tokens);
-    let mut answers: Vec<Result<String>> = match together {
-        Ok(answers) => answers.into_iter().map(|answer| Ok(answer.text)).collect(),
-        Err(_) => {
-            let alone = |(pictures, messages): (&[RgbImage], &[Message])| {
-                Ok(assistant.reply(pictures, messages, &greedy, max_tokens, |_| true)?.text)
-            };
-            good().map(alone).collect()
-        }
-    };
-    let mut answers = answers.drain(..);
-    let answer = |prompt: Result<Prompt<'a>>| prompt.and_then(|_| answers.next().context("an answer is missing")?);
-    prompts.into_iter().map(answer).collect()
 }

@@ -7,11 +7,11 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
-use vora_llm::{ChatTemplate, Message, Tokenizer};
+use vora_image::ImageProcessor;
 use vora_model::{Input, VisionLanguageModel};
+use vora_model::{beside, trained};
+use vora_text::{ChatTemplate, Message, Tokenizer};
 use vora_torch::runtime;
-use vora_train::saved;
-use vora_vision::ImageProcessor;
 
 /// Fold trained adapters into the weights and write a checkpoint folder.
 #[derive(Debug, clap::Args)]
@@ -44,7 +44,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let kind = match args.dtype.as_str() {
-        "auto" => saved::stored_kind(&args.trained, &crate::hub::resolve)?,
+        "auto" => trained::stored_kind(&args.trained, &crate::hub::resolve)?,
         other => runtime::kind(other, Device::Cpu)?,
     };
     ensure!(
@@ -61,10 +61,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         check(&before, &after, kind, &mut out)?;
     }
     model.save(&args.out)?;
-    saved::copy_beside(&args.trained, &args.out)?;
+    beside::copy_beside(&args.trained, &args.out)?;
     if let Some(llm) = &args.llm {
         model.save_llm(llm)?;
-        saved::copy_beside(&args.trained, llm)?;
+        beside::copy_beside(&args.trained, llm)?;
     }
     writeln!(out, "merged model: {}", args.out.display())?;
     Ok(ExitCode::SUCCESS)
@@ -114,7 +114,7 @@ fn prompts(trained: &Path, model: &dyn VisionLanguageModel) -> Result<Vec<Input>
     let pieces = chat.encode_prompt(&tokenizer, &[Message::question_about(1, "What is in the picture?")])?;
     (0..PICTURES)
         .map(|index| {
-            let picture = processor.preprocess(&scenes.render(index))?.to_tensor();
+            let picture = vora_vision::pixel_values(&processor.preprocess(&scenes.render(index))?);
             Input::prompt(&pieces, vec![picture], model)
         })
         .collect()

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
+use vora_files::write_bytes;
 use vora_infer::{Assistant, SamplingParams};
+use vora_run::report::{Answers, html};
+use vora_run::samples;
 use vora_torch::runtime;
-use vora_torch::safetensors::write_bytes;
-use vora_train::report::{Answers, html};
-use vora_train::samples;
 
 /// Tokens of an answer at most.
 const MAX_NEW_TOKENS: usize = 64;
@@ -63,7 +63,7 @@ fn answers(run: &Path, device: &str) -> Result<Answers> {
     let assistant = Assistant::new(model, &trained)?;
     let greedy = SamplingParams::default();
     let ask = |question: samples::Question| {
-        let picture = vora_vision::open_image(&folder.join(&question.image))?;
+        let picture = vora_image::open_image(&folder.join(&question.image))?;
         let answer = assistant
             .ask(&[picture], &question.question, &greedy, MAX_NEW_TOKENS, |_| true)
             .with_context(|| format!("asking about {}", question.image))?;

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use vora_llm::Spans;
-use vora_vision::Pixels;
+use vora_image::Pixels;
+use vora_text::Spans;
 
 use crate::sample::{IGNORE_INDEX, QuestionSpan, Sample};
 
@@ -120,7 +120,7 @@ impl Batch {
 
 #[cfg(test)]
 mod tests {
-    use vora_llm::Span;
+    use vora_text::Span;
 
     use super::*;
 

@@ -15,19 +15,19 @@
 //! # }
 //! ```
 
-pub mod batch;
-pub mod files;
+mod batch;
+mod files;
 mod frames;
-pub mod loader;
-pub mod mix;
+mod loader;
+mod mix;
 mod pack;
 mod parquet;
-pub mod record;
-pub mod sample;
+mod record;
+mod sample;
 pub mod scenes;
-pub mod shards;
+mod shards;
 mod shuffle;
-pub mod source;
+mod source;
 mod tar;
 
 pub use batch::{Batch, SampleInfo, Supervised, collate, collate_rows};
@@ -36,6 +36,6 @@ pub use frames::short_name;
 pub use loader::{Loader, LoaderConfig};
 pub use mix::Mix;
 pub use pack::pack;
-pub use record::{Conversations, Record, RecordKeys};
+pub use record::{Conversations, IMAGE_PLACE, NO_MARK, Record, RecordKeys};
 pub use sample::{IGNORE_INDEX, QuestionSpan, Sample, SampleMaker, TooLong};
 pub use source::{Chain, ConversationSource, SceneSource, Source};

@@ -373,7 +373,7 @@ mod tests {
         fn sample(&self, index: u64) -> Result<Sample> {
             let mut sample = Numbers { len: None, bad: vec![7, 8] }.sample(index)?;
             if index.is_multiple_of(3) {
-                sample.images.push(vora_vision::Pixels { data: vec![0.0; 3], height: 1, width: 1 });
+                sample.images.push(vora_image::Pixels { data: vec![0.0; 3], height: 1, width: 1 });
             }
             Ok(sample)
         }
@@ -419,7 +419,7 @@ mod tests {
                 Ok(Sample {
                     input_ids: vec![index as i64; len],
                     targets: vec![0; len],
-                    spans: vec![vora_llm::Span::text(len as i64)],
+                    spans: vec![vora_text::Span::text(len as i64)],
                     ..sample
                 })
             }

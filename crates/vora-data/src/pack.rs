@@ -65,7 +65,7 @@ pub fn pack(samples: Vec<Sample>, num_rows: usize, row_len: usize, pad_id: i64) 
 
 #[cfg(test)]
 mod tests {
-    use vora_llm::Span;
+    use vora_text::Span;
 
     use super::*;
 

@@ -17,7 +17,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use vora_llm::{Message, Part};
+use vora_text::{Message, Part};
 
 use crate::frames::{frame, frames, is_given, not_taken, picture_keys, short_name};
 
@@ -559,7 +559,7 @@ impl Conversations {
             return BASE64.decode(data).context("an image is no base64");
         }
         let path = self.image_path(frame)?;
-        vora_vision::read_image(&path).with_context(|| format!("cannot read image `{}`", short_name(frame)))
+        vora_image::read_image(&path).with_context(|| format!("cannot read image `{}`", short_name(frame)))
     }
 
     /// Whether a record's image is there: what [`Self::image`] says of its name, without reading the file.

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use thiserror::Error;
-use vora_llm::{ChatTemplate, Message, Modality, Part, Piece, Span, Tokenizer};
-use vora_vision::{ImageProcessor, Pixels, RgbImage};
+use vora_image::{ImageProcessor, Pixels, RgbImage};
+use vora_text::{ChatTemplate, Message, Modality, Part, Piece, Span, Tokenizer};
 
 use crate::record::{Record, shown};
 use crate::scenes::Question;
@@ -317,7 +317,7 @@ impl Tokens {
 #[cfg(test)]
 pub(crate) mod tests {
     use image::Rgb;
-    use vora_vision::{IMAGENET_DEFAULT, Resample};
+    use vora_image::{IMAGENET_DEFAULT, Resample};
 
     use super::*;
     use crate::record::RecordKeys;
@@ -421,7 +421,7 @@ pub(crate) mod tests {
             start = end;
         }
         assert_eq!(start, packed.input_ids.len());
-        vora_llm::Spans { rows: vec![packed.spans] }.validate().unwrap();
+        vora_text::Spans { rows: vec![packed.spans] }.validate().unwrap();
     }
 
     #[test]

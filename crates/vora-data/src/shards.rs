@@ -44,7 +44,7 @@ impl Entry {
 
     pub(crate) fn sample(&self, maker: &SampleMaker) -> Result<Sample> {
         let decode = |idx: usize| {
-            let image = vora_vision::decode_image(&self.images[idx]);
+            let image = vora_image::decode_image(&self.images[idx]);
             image.map(Cow::Owned).with_context(|| format!("image {idx}"))
         };
         let sample = maker.decoded_conversation(&self.record, self.images.len(), decode);

@@ -94,7 +94,7 @@ impl Source for ConversationSource {
         let record = self.conversations.record(index)?;
         let decode = |idx: usize| {
             let frame = &record.frames[idx];
-            let image = vora_vision::decode_image(&self.conversations.image(frame)?);
+            let image = vora_image::decode_image(&self.conversations.image(frame)?);
             image.map(Cow::Owned).with_context(|| format!("image `{}`", short_name(frame)))
         };
         let sample = self.maker.decoded_conversation(&record, record.frames.len(), decode);
@@ -153,7 +153,7 @@ impl Source for Numbers {
             id: index.to_string(),
             input_ids: vec![index as i64],
             targets: vec![0],
-            spans: vec![vora_llm::Span::text(1)],
+            spans: vec![vora_text::Span::text(1)],
             images: Vec::new(),
             questions: Vec::new(),
             cut_answers: 0,

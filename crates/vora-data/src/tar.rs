@@ -99,7 +99,7 @@ impl Part {
         let mut bytes = Vec::new();
         file.by_ref().take(size.min(16)).read_to_end(&mut bytes)?;
         let ending = match Ending::of(suffix) {
-            Ending::Other if vora_vision::is_image(&bytes) => Ending::Image,
+            Ending::Other if vora_image::is_image(&bytes) => Ending::Image,
             ending => ending,
         };
         let (most, make): (u64, fn(Vec<u8>) -> Self) = match ending {
@@ -499,7 +499,7 @@ mod tests {
             Ok(sample) => sample,
             Err(error) => return format!("{error:#}"),
         };
-        let number = |pixels: &vora_vision::Pixels| ((pixels.data[0] * 0.229 + 0.485) * 255.0 / 20.0).round();
+        let number = |pixels: &vora_image::Pixels| ((pixels.data[0] * 0.229 + 0.485) * 255.0 / 20.0).round();
         format!(
             "{} {:?} {}",
             sample.id,

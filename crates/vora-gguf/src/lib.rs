@@ -1,5 +1,5 @@
 //! GGUF, llama.cpp's one-file format: metadata and tensors, and the language model in it under the names and with the
-//! `config.json` that HF has for it. Pure Rust over bytes that the caller read or mapped; it writes no file, computes
+//! `config.json` that HF has for it. Pure Rust over bytes that the caller read or mapped, or over a [`folder`]; it writes no file, computes
 //! with no tensor, and links no libtorch.
 //!
 //! ```
@@ -22,6 +22,7 @@
 
 mod config;
 mod file;
+pub mod folder;
 mod kind;
 mod llm;
 mod tokenizer;

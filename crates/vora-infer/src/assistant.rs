@@ -4,11 +4,11 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use tch::{Device, Kind};
-use vora_llm::chat::{ChatTemplate, Message};
-use vora_llm::tokenizer::Tokenizer;
+use vora_image::{ImageProcessor, RgbImage};
 use vora_model::trained::Resolve;
 use vora_model::{Input, VisionLanguageModel};
-use vora_vision::{ImageProcessor, RgbImage};
+use vora_text::Tokenizer;
+use vora_text::{ChatTemplate, Message};
 
 use crate::{
     Constraint, Generated, OutputModality, Passage, SamplingParams, generate, generate_batch, generate_within, passages,
@@ -85,7 +85,11 @@ impl Assistant {
         let pixel_values = images
             .iter()
             .enumerate()
-            .map(|(i, image)| Ok(self.processor.preprocess(image).with_context(|| format!("picture {i}"))?.to_tensor()))
+            .map(|(i, image)| {
+                Ok(vora_vision::pixel_values(
+                    &self.processor.preprocess(image).with_context(|| format!("picture {i}"))?,
+                ))
+            })
             .collect::<Result<Vec<_>>>()?;
         Input::prompt(&pieces, pixel_values, &*self.model)
     }

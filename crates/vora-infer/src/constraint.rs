@@ -159,8 +159,9 @@ mod tests {
 
     use fixtures::Golden;
     use tch::Device;
-    use vora_llm::{LlmConfig, Span, Spans};
-    use vora_torch::Weights;
+    use vora_llm::LlmConfig;
+    use vora_text::{Span, Spans};
+    use vora_torch::weights::Weights;
     use vora_vision::VqModel;
 
     use crate::{FinishReason, Generated, Passage, SamplingParams, generate, generate_within, passages};

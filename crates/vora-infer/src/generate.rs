@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 use tch::Tensor;
-use vora_llm::{Modality, Span};
 use vora_model::{Input, VisionLanguageModel};
+use vora_text::{Modality, Span};
 
 use crate::constraint::Progress;
 use crate::{Constraint, OutputModality, Sampler, SamplingParams};
@@ -202,9 +202,10 @@ fn words(input: &Input) -> Result<Vec<Vec<i64>>> {
 mod tests {
     use super::*;
     use tch::{Device, Kind};
-    use vora_llm::{LlmConfig, Spans};
+    use vora_llm::LlmConfig;
     use vora_model::{Vora, VoraConfig};
-    use vora_torch::Weights;
+    use vora_text::Spans;
+    use vora_torch::weights::Weights;
 
     fn model() -> Vora {
         let config = VoraConfig::new(LlmConfig { max_position_embeddings: 24, ..LlmConfig::tiny(64) }, 12, 4, 8);

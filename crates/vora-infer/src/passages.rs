@@ -2,8 +2,8 @@
 
 use anyhow::{Result, ensure};
 use tch::Tensor;
+use vora_image::RgbImage;
 use vora_model::Chameleon;
-use vora_vision::RgbImage;
 
 /// A stretch of what was generated.
 #[derive(Debug, Clone, PartialEq)]

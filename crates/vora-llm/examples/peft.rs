@@ -6,9 +6,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
-use vora_llm::{AttentionPlan, CausalLm, LlmConfig, Spans, VisionAttention};
+use vora_llm::{AttentionPlan, CausalLm, LlmConfig, VisionAttention};
 use vora_lora::{AdapterFolder, LoraConfig, attach_all, save_adapter};
-use vora_torch::Weights;
+use vora_text::Spans;
+use vora_torch::weights::Weights;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

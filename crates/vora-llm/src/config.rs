@@ -7,8 +7,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use crate::head_norm::QkNorm;
-use crate::json_files::open_json;
 use crate::rotary::RopeScaling;
+use vora_gguf::folder::open_json;
 
 /// The `model_type`s whose blocks are these: RMS norm, rotary positions, grouped-query attention, SwiGLU. SmolLM and
 /// SmolLM2 are `llama`, Qwen2.5 is `qwen2`.
@@ -534,6 +534,22 @@ mod tests {
 
     fn parse(text: &str) -> LlmConfig {
         serde_json::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn a_gguf_file_alone_has_a_config() {
+        let golden = |name: &str| fixtures::root().join("golden").join(name);
+        let error = format!("{:#}", LlmConfig::open(&golden("gguf_kinds.gguf")).unwrap_err());
+        assert!(error.contains("gguf_kinds.gguf: general.architecture is `test`, known are llama"), "{error}");
+        let error = format!("{:#}", LlmConfig::open(&golden("none.gguf")).unwrap_err());
+        assert!(error.contains("cannot read") && error.contains("none.gguf"), "{error}");
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::copy(golden("gguf_qwen3.gguf"), folder.path().join("model.gguf")).unwrap();
+        assert_eq!(LlmConfig::open(folder.path()).unwrap().model_type, "qwen3");
+        // What lies beside it goes first.
+        let json = serde_json::to_string(&LlmConfig::tiny(8)).unwrap();
+        std::fs::write(folder.path().join("config.json"), json).unwrap();
+        assert_eq!(LlmConfig::open(folder.path()).unwrap(), LlmConfig::tiny(8));
     }
 
     #[test]

@@ -5,18 +5,18 @@ mod recompute;
 
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor, nn::Module};
+use vora_files::tell_once;
 use vora_lora::Linear;
-use vora_torch::notes::tell_once;
 use vora_torch::rms_norm::RmsNorm;
 use vora_torch::weights::{Init, Weights};
 
 use crate::attention::Attention;
+use crate::attention::AttentionPlan;
 use crate::config::LlmConfig;
 use crate::head_norm::HeadNorm;
 use crate::kv_cache::KvCache;
 use crate::mlp::Mlp;
 use crate::rotary::{CosSin, Rotary};
-use crate::spans::AttentionPlan;
 
 pub use dropout::DropoutSeed;
 pub use recompute::Recompute;
@@ -483,7 +483,8 @@ mod tests {
     use fixtures::Golden;
     use vora_lora::LoraConfig;
 
-    use crate::spans::{Span, Spans, VisionAttention};
+    use crate::VisionAttention;
+    use vora_text::{Span, Spans};
 
     const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
 

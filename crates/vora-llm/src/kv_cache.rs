@@ -3,8 +3,8 @@
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
+use crate::attention::AttentionPlan;
 use crate::config::LlmConfig;
-use crate::spans::AttentionPlan;
 
 /// Keys and values of every layer for a batch of sequences, in memory taken once.
 ///
@@ -185,7 +185,8 @@ impl LayerCache {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spans::{Span, Spans, VisionAttention};
+    use crate::VisionAttention;
+    use vora_text::{Span, Spans};
 
     const F32: (Device, Kind) = (Device::Cpu, Kind::Float);
 

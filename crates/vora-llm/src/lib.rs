@@ -4,8 +4,9 @@
 //!
 //! ```
 //! use tch::{Device, Kind, Tensor};
-//! use vora_llm::{AttentionPlan, CausalLm, LlmConfig, Span, Spans, VisionAttention};
-//! use vora_torch::Weights;
+//! use vora_llm::{AttentionPlan, CausalLm, LlmConfig, VisionAttention};
+//! use vora_text::{Span, Spans};
+//! use vora_torch::weights::Weights;
 //!
 //! # fn main() -> anyhow::Result<()> {
 //! let weights = Weights::random(42, Device::Cpu, Kind::Float);
@@ -22,23 +23,18 @@
 //! # }
 //! ```
 
-mod added_tokens;
-pub mod attention;
-pub mod chat;
-pub mod config;
-pub mod decoder;
-pub mod head_norm;
-mod json_files;
-pub mod kv_cache;
-pub mod mlp;
-pub mod rotary;
-pub mod spans;
-pub mod tokenizer;
+mod attention;
+mod config;
+mod decoder;
+mod head_norm;
+mod kv_cache;
+mod mlp;
+mod rotary;
 
-pub use attention::attend;
-pub use chat::{ChatTemplate, Message, Part, Piece};
-pub use config::LlmConfig;
-pub use decoder::{CausalLm, DropoutSeed, Output, Recompute};
+pub use attention::{Attention, AttentionPlan, KernelChoice, VisionAttention, attend};
+pub use config::{LlmConfig, MODEL_TYPES, RopeParameters, TokenIds};
+pub use decoder::{CausalLm, Decoder, DecoderLayer, DropoutSeed, Output, Recompute};
+pub use head_norm::{HeadNorm, QkNorm};
 pub use kv_cache::KvCache;
-pub use spans::{AttentionPlan, KernelChoice, Modality, Span, Spans, VisionAttention};
-pub use tokenizer::{TokenStream, Tokenizer};
+pub use mlp::Mlp;
+pub use rotary::{CosSin, RopeScaling, Rotary};

@@ -9,7 +9,7 @@ use vora_torch::fused;
 use crate::config::{LlmConfig, RopeParameters};
 
 /// The rope types that a config may name.
-pub const ROPE_TYPES: [&str; 6] = ["default", "linear", "dynamic", "llama3", "yarn", "longrope"];
+pub(crate) const ROPE_TYPES: [&str; 6] = ["default", "linear", "dynamic", "llama3", "yarn", "longrope"];
 
 /// How the frequencies of positions are scaled to reach beyond the trained length.
 #[derive(Debug, Clone, PartialEq)]

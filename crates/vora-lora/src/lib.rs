@@ -6,7 +6,7 @@
 //! ```
 //! use tch::{Device, Kind, Tensor, nn::Module};
 //! use vora_lora::{Linear, LoraConfig};
-//! use vora_torch::Weights;
+//! use vora_torch::weights::Weights;
 //!
 //! # fn main() -> anyhow::Result<()> {
 //! let weights = Weights::random(42, Device::Cpu, Kind::Float);

@@ -10,7 +10,8 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
-use vora_torch::safetensors::{Checkpoint, save, write_bytes};
+use vora_files::write_bytes;
+use vora_torch::safetensors::{Checkpoint, save};
 use vora_torch::weights::Weights;
 
 use crate::attach::{Visit, attach_all};
@@ -492,7 +493,7 @@ mod tests {
     use crate::Linear;
     use fixtures::{Golden, assert_close, assert_close_to};
     use tch::nn::Module;
-    use vora_torch::Init;
+    use vora_torch::weights::Init;
 
     fn peft_folder() -> PathBuf {
         fixtures::root().join("golden/lora_peft")

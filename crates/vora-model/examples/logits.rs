@@ -7,8 +7,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use tch::{Device, Kind};
-use vora_llm::Piece;
 use vora_model::{Input, VisionLanguageModel, Vora};
+use vora_text::Piece;
 use vora_torch::safetensors::Checkpoint;
 
 fn main() -> Result<()> {

@@ -10,10 +10,11 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
+use vora_image::RgbImage;
 use vora_llm::{CausalLm, LlmConfig, VisionAttention};
 use vora_lora::LoraConfig;
 use vora_torch::weights::Weights;
-use vora_vision::{RgbImage, VqConfig, VqModel, to_images};
+use vora_vision::{VqConfig, VqModel, to_images};
 
 use crate::chameleon_vocabulary::{VocabularyMapping, image_token_name};
 use crate::model::{VisionLanguageModel, attach, ensure_merged, merge_all};
@@ -287,8 +288,8 @@ mod tests {
     use std::collections::BTreeMap;
 
     use fixtures::Golden;
-    use vora_llm::chat::Piece;
-    use vora_llm::{Span, Spans};
+    use vora_text::Piece;
+    use vora_text::{Span, Spans};
     use vora_torch::safetensors::save;
 
     use crate::Input;

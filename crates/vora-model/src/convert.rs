@@ -15,11 +15,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
+use vora_files::write_folder_atomically;
 use vora_llm::{CausalLm, LlmConfig};
 use vora_lora::{AdapterFolder, LoraConfig, merge_state_dict, save_adapter};
-use vora_torch::Weights;
-use vora_torch::safetensors::{Checkpoint, Info, save_each, write_folder_atomically};
+use vora_torch::safetensors::{Checkpoint, Info, save_each};
 use vora_torch::shards::Shards;
+use vora_torch::weights::Weights;
 
 use crate::{Llava, Vora, VoraConfig};
 

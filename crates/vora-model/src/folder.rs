@@ -6,8 +6,9 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
-use vora_torch::checksums;
-use vora_torch::safetensors::{save, write_bytes};
+use vora_files::checksums;
+use vora_files::write_bytes;
+use vora_torch::safetensors::save;
 
 use crate::trained::{self, Resolve};
 use crate::{Chameleon, Llava, VisionLanguageModel, Vora};
@@ -75,7 +76,7 @@ mod tests {
     use super::*;
     use serde_json::json;
     use vora_llm::LlmConfig;
-    use vora_torch::Weights;
+    use vora_torch::weights::Weights;
 
     use crate::VoraConfig;
 

@@ -8,9 +8,10 @@
 //!
 //! ```
 //! use tch::{Device, Kind, Tensor};
-//! use vora_llm::{LlmConfig, Span, Spans};
+//! use vora_llm::LlmConfig;
+//! use vora_text::{Span, Spans};
 //! use vora_model::{Input, VisionLanguageModel, Vora, VoraConfig};
-//! use vora_torch::Weights;
+//! use vora_torch::weights::Weights;
 //!
 //! # fn main() -> anyhow::Result<()> {
 //! let config = VoraConfig::new(LlmConfig::tiny(64), 32, 14, 28); // 28 px: 2 x 2 patches of 14
@@ -26,6 +27,7 @@
 //! # }
 //! ```
 
+pub mod beside;
 mod chameleon;
 mod chameleon_vocabulary;
 mod config;

@@ -284,7 +284,8 @@ mod tests {
     use std::collections::BTreeMap;
 
     use fixtures::Golden;
-    use vora_llm::{LlmConfig, Span, Spans};
+    use vora_llm::LlmConfig;
+    use vora_text::{Span, Spans};
     use vora_torch::safetensors::save;
     use vora_vision::EncoderConfig;
 

@@ -5,9 +5,9 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use vora_files::tell_once;
 use vora_llm::LlmConfig;
 use vora_lora::LoraConfig;
-use vora_torch::notes::tell_once;
 use vora_vision::{EncoderConfig, FeatureSelection, VisionFeatureSelectStrategy};
 
 use crate::config::lora_or_empty;

@@ -6,9 +6,10 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use tch::Tensor;
-use vora_llm::chat::Piece;
-use vora_llm::{AttentionPlan, CausalLm, Output, Span, Spans, VisionAttention};
+use vora_llm::{AttentionPlan, CausalLm, Output, VisionAttention};
 use vora_lora::{LoraConfig, attach_all};
+use vora_text::Piece;
+use vora_text::{Span, Spans};
 use vora_torch::weights::Weights;
 
 use crate::Chameleon;
@@ -49,7 +50,7 @@ pub trait VisionLanguageModel: Debug {
     fn image_features(&self, pixel_values: &Tensor) -> Tensor;
 
     /// Whether conversations come to it through a processor of Hugging Face's, which puts the first and last tokens of
-    /// the tokenizer's post-processor around them; see [`Tokenizer::for_processor`](vora_llm::Tokenizer::for_processor).
+    /// the tokenizer's post-processor around them; see [`Tokenizer::for_processor`](vora_text::Tokenizer::for_processor).
     fn has_processor(&self) -> bool {
         false
     }

@@ -9,7 +9,8 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 use vora_llm::LlmConfig;
 use vora_lora::{AdapterFolder, LoraConfig};
-use vora_torch::{Init, Weights};
+use vora_torch::safetensors::Checkpoint;
+use vora_torch::weights::{Init, Weights};
 use vora_vision::Encoder;
 
 use crate::chameleon::VQMODEL;
@@ -94,6 +95,26 @@ fn copy(tensors: &[(String, Tensor)], saved: &Weights) -> Result<()> {
 /// Whether a folder has a part of a model, and not all of it.
 pub fn is_part(folder: &Path) -> bool {
     folder.join(VISION).exists()
+}
+
+/// Whether a folder has all of a model's weights, in one file or in several.
+pub fn is_whole(folder: &Path) -> bool {
+    [MODEL, "model.safetensors.index.json"].iter().any(|file| folder.join(file).exists())
+}
+
+/// The kind that the LLM of a such a folder is stored in: its own folder's, or f32 where it was trained.
+pub fn stored_kind(folder: &Path, resolve: &Resolve<'_>) -> Result<Kind> {
+    let path = if is_whole(folder) {
+        folder.to_owned()
+    } else {
+        llm_path(folder, &crate::folder::read_config(folder)?, resolve)?
+    };
+    let checkpoint = Checkpoint::open(&path)?;
+    let norm = ["model.norm.weight", "llm.model.norm.weight", "norm.weight"]
+        .into_iter()
+        .find_map(|name| checkpoint.info(name));
+    let kind = norm.map(|(kind, _)| kind);
+    kind.with_context(|| format!("{} has no model.norm.weight", path.display()))
 }
 
 /// Opens such a folder, whose config is `config`, its adapters still apart from the weights.

@@ -188,8 +188,9 @@ impl VisionLanguageModel for Vora {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vora_llm::chat::Piece;
-    use vora_llm::{LlmConfig, Span, Spans};
+    use vora_llm::LlmConfig;
+    use vora_text::Piece;
+    use vora_text::{Span, Spans};
     use vora_torch::safetensors::save;
     use vora_vision::PositionTable;
 

@@ -1,17 +1,15 @@
-//! A language model's GGUF file beside the safetensors of others: its tensors in libtorch's kinds, and what HF's JSON
-//! files would say.
+//! A language model's GGUF file beside the safetensors of others: its tensors in libtorch's dtypes.
 //!
-//! [`Weights::open`](crate::Weights::open) and [`Checkpoint::open`](crate::safetensors::Checkpoint::open) take such a
+//! [`Weights::open`](crate::weights::Weights::open) and [`Checkpoint::open`](crate::safetensors::Checkpoint::open) take such a
 //! file or its folder as they take safetensors.
 
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use half::{bf16, f16};
 use memmap2::{MmapMut, MmapOptions};
-use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 use vora_gguf::{Gguf, Llm, TensorKind};
 
@@ -25,55 +23,6 @@ impl AsRef<[u8]> for Mapped {
     fn as_ref(&self) -> &[u8] {
         &self.0
     }
-}
-
-/// The GGUF file that `path` is, or the only one in a folder that has no safetensors; none where neither is so.
-///
-/// # Errors
-/// Where a folder has several: which one is meant is for the caller to say.
-pub fn find(path: &Path) -> Result<Option<PathBuf>> {
-    let is_gguf = |path: &Path| path.extension().is_some_and(|extension| extension == "gguf");
-    if !path.is_dir() {
-        return Ok(is_gguf(path).then(|| path.to_owned()));
-    }
-    let mut found = Vec::new();
-    for entry in fs::read_dir(path).with_context(|| format!("cannot list {}", path.display()))? {
-        let file = entry.with_context(|| format!("cannot list {}", path.display()))?.path();
-        if file.extension().is_some_and(|extension| extension == "safetensors") {
-            return Ok(None);
-        }
-        if is_gguf(&file) {
-            found.push(file);
-        }
-    }
-    found.sort();
-    if let [first, second, ..] = found.as_slice() {
-        let names = [first, second].map(|file| file.file_name().unwrap_or_default().display().to_string());
-        bail!("{} has several GGUF files ({}, ..): name the file", path.display(), names.join(", "));
-    }
-    Ok(found.pop())
-}
-
-/// HF's `config.json` of the GGUF file that `path` is or holds, see [`find`]; none where there is no such file.
-///
-/// # Errors
-/// Names the file, and the metadata that is missing or cannot be said in HF's keys.
-pub fn config(path: &Path) -> Result<Option<Map<String, Value>>> {
-    read(path, Llm::config)
-}
-
-/// HF's `tokenizer.json` and `tokenizer_config.json` (with the chat template in it), as [`config`].
-///
-/// # Errors
-/// Names the file, and the metadata that is missing, or a tokenizer that is no byte-level BPE of a known splitting.
-pub fn tokenizer(path: &Path) -> Result<Option<(Value, Map<String, Value>)>> {
-    read(path, |model| Ok((model.tokenizer()?, model.tokenizer_config()?)))
-}
-
-fn read<T>(path: &Path, what: impl FnOnce(&Llm<Mapped>) -> Result<T>) -> Result<Option<T>> {
-    let Some(path) = find(path)? else { return Ok(None) };
-    let model = open(&map(&path)?).with_context(|| format!("reading {}", path.display()))?;
-    what(&model).map(Some).with_context(|| format!("in {}", path.display()))
 }
 
 /// Maps a file into memory: privately and writable, so that a view which libtorch writes to by mistake never changes
@@ -128,6 +77,11 @@ fn fill<T: Copy>(model: &Llm<Mapped>, name: &str, tensor: &Tensor, convert: impl
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::path::PathBuf;
+
+    use vora_gguf::folder;
+
     use super::*;
     use crate::safetensors::{Checkpoint, save};
     use crate::weights::{Init, Mismatch, Weights};
@@ -192,33 +146,33 @@ mod tests {
 
     #[test]
     fn a_folder_with_one_file_is_that_file() {
-        let folder = tempfile::tempdir().unwrap();
-        let error = Checkpoint::open(folder.path()).unwrap_err().to_string();
+        let dir = tempfile::tempdir().unwrap();
+        let error = Checkpoint::open(dir.path()).unwrap_err().to_string();
         assert!(error.contains("nor a .gguf file"), "{error}");
-        assert!(config(folder.path()).unwrap().is_none());
-        fs::copy(golden("gguf_qwen3.gguf"), folder.path().join("model.gguf")).unwrap();
-        assert_eq!(Checkpoint::open(folder.path()).unwrap().names().count(), 24);
-        assert_eq!(config(folder.path()).unwrap().unwrap()["head_dim"], 16);
-        assert_eq!(config(&folder.path().join("model.gguf")).unwrap().unwrap()["model_type"], "qwen3");
-        let error = format!("{:#}", tokenizer(folder.path()).unwrap_err());
+        assert!(folder::config(dir.path()).unwrap().is_none());
+        fs::copy(golden("gguf_qwen3.gguf"), dir.path().join("model.gguf")).unwrap();
+        assert_eq!(Checkpoint::open(dir.path()).unwrap().names().count(), 24);
+        assert_eq!(folder::config(dir.path()).unwrap().unwrap()["head_dim"], 16);
+        assert_eq!(folder::config(&dir.path().join("model.gguf")).unwrap().unwrap()["model_type"], "qwen3");
+        let error = format!("{:#}", folder::tokenizer(dir.path()).unwrap_err());
         assert!(error.contains("model.gguf: there is no metadata `tokenizer.ggml.model`"), "{error}");
-        let (json, keys) = tokenizer(&golden("gguf_file.gguf")).unwrap().unwrap();
+        let (json, keys) = folder::tokenizer(&golden("gguf_file.gguf")).unwrap().unwrap();
         assert_eq!((&json["model"]["type"], &keys["eos_token"]), (&"BPE".into(), &"<|im_end|>".into()));
 
-        fs::write(folder.path().join("other.gguf"), "").unwrap();
-        let error = Checkpoint::open(folder.path()).unwrap_err().to_string();
+        fs::write(dir.path().join("other.gguf"), "").unwrap();
+        let error = Checkpoint::open(dir.path()).unwrap_err().to_string();
         assert!(error.contains("several GGUF files (model.gguf, other.gguf, ..)"), "{error}");
         // Safetensors go first.
         let tensor = Tensor::zeros([1], (Kind::Float, Device::Cpu));
-        save(&folder.path().join("model.safetensors"), &[("w".into(), tensor)], &[]).unwrap();
-        assert_eq!(Checkpoint::open(folder.path()).unwrap().names().count(), 1);
-        assert!(config(folder.path()).unwrap().is_none());
+        save(&dir.path().join("model.safetensors"), &[("w".into(), tensor)], &[]).unwrap();
+        assert_eq!(Checkpoint::open(dir.path()).unwrap().names().count(), 1);
+        assert!(folder::config(dir.path()).unwrap().is_none());
     }
 
     #[test]
     fn a_file_cut_at_each_kib_is_refused_by_name() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("cut.gguf");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cut.gguf");
         let whole = fs::read(golden("gguf_llama.gguf")).unwrap();
         for len in (0..whole.len()).step_by(1024) {
             fs::write(&path, &whole[..len]).unwrap();

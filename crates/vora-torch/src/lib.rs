@@ -19,17 +19,15 @@
 //! # }
 //! ```
 
-pub mod checksums;
 pub mod error;
 mod ffi;
 pub mod fused;
-pub mod gguf;
-pub mod notes;
+mod gguf;
+pub mod loss;
+pub mod memory;
 pub mod ops;
 pub mod rms_norm;
 pub mod runtime;
 pub mod safetensors;
 pub mod shards;
 pub mod weights;
-
-pub use weights::{Init, Weights};

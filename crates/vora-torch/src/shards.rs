@@ -5,8 +5,9 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 use tch::Tensor;
+use vora_files::write_bytes;
 
-use crate::safetensors::{Info, save_each, write_bytes};
+use crate::safetensors::{Info, save_each};
 
 /// Which file each tensor of a checkpoint goes into.
 #[derive(Debug)]

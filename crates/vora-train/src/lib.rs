@@ -33,38 +33,14 @@
 //! # }
 //! ```
 
-pub mod best;
-pub mod block_maps;
-pub mod board;
-pub mod checkpoint;
 pub mod config;
 pub mod data;
-pub mod data_config;
-pub mod distill;
-pub mod ema;
-pub mod eval;
-pub mod loss;
-pub mod loss_scale;
-pub mod metrics;
-pub mod model_config;
-pub mod optim;
-pub mod perplexity;
-mod pictures;
-pub mod plan;
-pub mod plot;
-pub mod preparation;
-pub mod report;
-pub mod results;
-pub mod samples;
-pub mod saved;
-pub mod schedule;
-pub mod scores;
+pub mod observe;
+pub mod run;
+pub mod step;
 pub mod student;
-pub mod teacher_cache;
-pub mod tensorboard;
-pub mod trainer;
-pub mod tree;
-mod vq;
 
-pub use config::TrainConfig;
-pub use trainer::{NotFinite, Options, Outcome, Trainer};
+pub use config::run::TrainConfig;
+pub use run::plan::Plan;
+pub use run::progress::{Progress, Silent};
+pub use run::trainer::{NotFinite, Options, Outcome, Trainer};

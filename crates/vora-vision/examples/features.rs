@@ -9,7 +9,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
-use vora_vision::{Encoder, FeatureSelection, open_image, stack};
+use vora_image::open_image;
+use vora_vision::{Encoder, FeatureSelection, stack};
 
 #[expect(clippy::print_stdout, reason = "what an example shows")]
 fn main() -> Result<()> {

@@ -5,9 +5,10 @@ use std::env;
 
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
-use vora_torch::Weights;
+use vora_image::{RgbImage, chameleon_processor};
 use vora_torch::ops::{AdamW, fused_adamw};
-use vora_vision::{RgbImage, VqConfig, VqModel, chameleon_processor, stack, to_images};
+use vora_torch::weights::Weights;
+use vora_vision::{VqConfig, VqModel, stack, to_images};
 
 const STEPS: usize = 100;
 const SIDE: u32 = 24;

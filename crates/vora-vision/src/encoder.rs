@@ -4,11 +4,11 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
+use vora_image::ImageProcessor;
 use vora_torch::weights::Weights;
 
 use crate::encoder_config::EncoderConfig;
 use crate::features::FeatureSelection;
-use crate::preprocess::ImageProcessor;
 use crate::vision_transformer::{Patchifier, VisionTransformer};
 
 /// A frozen vision transformer of any family, and what its pictures go through.

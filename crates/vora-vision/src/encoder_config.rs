@@ -6,14 +6,13 @@ use anyhow::{Context, Result, bail};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use tch::Tensor;
+use vora_files::object;
+use vora_image::{IMAGENET_DEFAULT, IMAGENET_STANDARD, ImageProcessor, OPENAI_CLIP, Resample};
 use vora_torch::weights::Weights;
 
 use crate::aimv2::Aimv2VisionConfig;
 use crate::clip::ClipVisionConfig;
 use crate::dinov2::Dinov2Config;
-use crate::object::object;
-use crate::preprocess::{IMAGENET_DEFAULT, IMAGENET_STANDARD, ImageProcessor, OPENAI_CLIP};
-use crate::resample::Resample;
 use crate::siglip::SiglipVisionConfig;
 use crate::siglip2::Siglip2VisionConfig;
 use crate::vision_transformer::VisionTransformer;

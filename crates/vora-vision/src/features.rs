@@ -79,7 +79,7 @@ mod tests {
     use super::*;
     use serde_json::json;
     use tch::{Device, Kind, Tensor};
-    use vora_torch::Weights;
+    use vora_torch::weights::Weights;
 
     use crate::dinov2::Dinov2Config;
     use crate::golden::load;

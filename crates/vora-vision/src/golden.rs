@@ -1,7 +1,7 @@
 //! How the tests of every family compare an encoder with Hugging Face's.
 
 use tch::{Device, Kind, Tensor};
-use vora_torch::Weights;
+use vora_torch::weights::Weights;
 
 use crate::encoder_config::EncoderConfig;
 use crate::vision_transformer::VisionTransformer;

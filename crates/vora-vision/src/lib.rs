@@ -5,8 +5,9 @@
 //!
 //! ```
 //! use tch::{Device, Kind, nn::Module};
-//! use vora_torch::Weights;
-//! use vora_vision::{IMAGENET_DEFAULT, ImageProcessor, PatchEmbed, PatchEmbedConfig, Resample, RgbImage, stack};
+//! use vora_torch::weights::Weights;
+//! use vora_image::{IMAGENET_DEFAULT, ImageProcessor, Resample, RgbImage};
+//! use vora_vision::{PatchEmbed, PatchEmbedConfig, stack};
 //!
 //! # fn main() -> anyhow::Result<()> {
 //! let picture = RgbImage::from_fn(90, 60, |x, y| [x as u8, y as u8, 128].into()); // or decode_image(&bytes)?
@@ -20,10 +21,7 @@
 //! # }
 //! ```
 
-mod image;
-mod preprocess;
-mod processor_config;
-mod resample;
+mod pixels;
 
 mod patch_embed;
 mod patchify;
@@ -49,7 +47,6 @@ mod block;
 mod embeddings;
 mod layers;
 mod mlp;
-mod object;
 mod sizes;
 
 mod vq;
@@ -60,15 +57,10 @@ pub use self::dinov2::Dinov2Config;
 pub use self::encoder::{Encoder, Teacher};
 pub use self::encoder_config::EncoderConfig;
 pub use self::features::{FeatureSelection, VisionFeatureLayer, VisionFeatureSelectStrategy};
-pub use self::image::{ImageError, MAX_FILE, MAX_PIXELS, decode_image, is_image, open_image, read_image};
 pub use self::patch_embed::{PatchEmbed, PatchEmbedConfig, PositionTable};
-pub use self::preprocess::{
-    Aspect, IMAGENET_DEFAULT, IMAGENET_STANDARD, ImageProcessor, OPENAI_CLIP, Pixels, Size, stack,
-};
-pub use self::resample::{Backend, Resample};
+pub use self::pixels::{pixel_values, stack};
 pub use self::siglip::SiglipVisionConfig;
 pub use self::siglip2::Siglip2VisionConfig;
 pub use self::vision_transformer::{Patchifier, VisionTransformer};
 pub use self::vit::VitConfig;
-pub use self::vq::{VqConfig, VqLosses, VqModel, chameleon_processor, to_images};
-pub use ::image::RgbImage;
+pub use self::vq::{VqConfig, VqLosses, VqModel, to_images};

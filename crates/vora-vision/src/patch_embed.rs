@@ -223,9 +223,8 @@ fn rms(x: &Tensor) -> f64 {
 mod tests {
     use super::*;
     use crate::dinov2::Dinov2Config;
-    use crate::preprocess::{IMAGENET_DEFAULT, ImageProcessor};
-    use crate::resample::Resample;
     use tch::Device;
+    use vora_image::{IMAGENET_DEFAULT, ImageProcessor, Resample};
 
     const CONFIG: PatchEmbedConfig = PatchEmbedConfig { patch_size: 4, image_size: 16, embed_dim: 12, hidden_size: 10 };
 

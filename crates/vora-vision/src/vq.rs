@@ -19,7 +19,7 @@ use tch::{Device, Kind, Reduction, Tensor, nn::Module};
 use vora_torch::weights::Weights;
 
 pub use self::config::VqConfig;
-pub use self::pixels::{chameleon_processor, to_images};
+pub use self::pixels::to_images;
 
 use self::blocks::Conv2d;
 use self::decoder::Decoder;

@@ -25,7 +25,7 @@ fn a_conversation_is_shown_as_it_is_learned() {
         assert!(said.contains(part), "no `{part}` in\n{said}");
     }
     assert!(!said.contains('\x1b'), "{said}");
-    let picture = vora_vision::open_image(&folder.path().join("0-0.png")).unwrap();
+    let picture = vora_image::open_image(&folder.path().join("0-0.png")).unwrap();
     assert_eq!(picture.dimensions(), (56, 56));
     // What is cut to fit loses whole turns.
     let cut = format!("{}, data_preprocess: {{max_seq_len: 60}}}}}}", CONVERSATIONS.strip_suffix("}}").unwrap());

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use vora_train::checkpoint;
-use vora_train::metrics::{EventKind, Line, MetricsLog};
+use vora_run::metrics::{EventKind, Line, MetricsLog};
+use vora_train::run::checkpoint;
 
 use crate::{program, succeeded, text, trained, workspace};
 

@@ -7,7 +7,8 @@ use vora_lora::LoraConfig;
 use vora_torch::safetensors::save;
 
 use super::*;
-use crate::spans::{Span, Spans, VisionAttention};
+use crate::VisionAttention;
+use vora_text::{Span, Spans};
 
 /// One case of a golden file.
 struct Case {
@@ -248,5 +249,20 @@ fn dropout_acts_in_training_alone_and_by_its_seed() {
                 assert!((kept.double_value(&[]) - 0.25).abs() < 0.06, "{kept:?}");
             }
         }
+    }
+}
+
+#[test]
+fn a_gguf_file_alone_is_a_decoder() {
+    let golden_logits = fixtures::open("gguf_logits");
+    for architecture in ["llama", "qwen2", "qwen3"] {
+        let path = fixtures::root().join(format!("golden/gguf_{architecture}.gguf"));
+        let weights = Weights::open(&path, Device::Cpu, Kind::Float).unwrap();
+        let llm = CausalLm::load(&LlmConfig::open(&path).unwrap(), &weights).unwrap();
+        weights.finish().unwrap();
+        let plan = AttentionPlan::new(&Spans::text(&[24]), VisionAttention::Causal, Device::Cpu, Kind::Float);
+        let output = llm.forward(&llm.embed(&golden_logits["input_ids"]), &plan.unwrap(), 0);
+        let expected = &golden_logits[&format!("{architecture}.logits")];
+        fixtures::assert_close_to(&llm.logits(&output.last_hidden_state), expected, 2e-5);
     }
 }

@@ -7,8 +7,8 @@ use tch::nn::Module;
 use vora_torch::ops;
 
 use super::{Decoder, DropoutSeed, Output, Shared};
+use crate::attention::AttentionPlan;
 use crate::rotary::CosSin;
-use crate::spans::AttentionPlan;
 
 /// What is left to do once a loss over a [`CausalLm::forward_recomputed`](super::CausalLm::forward_recomputed) has gone
 /// backward: the layers, last to first.
@@ -87,11 +87,12 @@ impl Recompute<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::VisionAttention;
     use crate::decoder::CausalLm;
-    use crate::spans::{Span, Spans, VisionAttention};
     use crate::{KernelChoice, LlmConfig};
     use tch::{Device, Kind};
     use vora_lora::{LoraConfig, attach_all};
+    use vora_text::{Span, Spans};
     use vora_torch::weights::{Init, Weights};
 
     const SEED: DropoutSeed = DropoutSeed::new(7);

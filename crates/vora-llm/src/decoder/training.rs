@@ -6,7 +6,8 @@ use fixtures::{Golden, assert_close_to};
 use tch::Reduction;
 
 use super::*;
-use crate::spans::{Spans, VisionAttention};
+use crate::VisionAttention;
+use vora_text::Spans;
 
 fn cases() -> BTreeMap<String, LlmConfig> {
     let path = fixtures::root().join("golden/llm_gradients.json");

@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use vora_files::tell_once;
 use vora_llm::LlmConfig;
-use vora_torch::notes::tell_once;
 
 use super::Layout;
 use super::source::{Part, Source, read_object};

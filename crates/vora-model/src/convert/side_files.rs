@@ -6,10 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use tch::Kind;
+use vora_files::tell_once;
+use vora_files::write_bytes;
 use vora_lora::LoraConfig;
-use vora_torch::gguf;
-use vora_torch::notes::tell_once;
-use vora_torch::safetensors::write_bytes;
 
 use super::plan::Step;
 use super::report::{Change, FileReport, dtype};
@@ -92,7 +91,7 @@ pub(super) fn plan(source: &Source, to: Layout, steps: &[Step], kind: Option<Kin
     files.extend(own.files);
     let is_taken = |name: &str| own.takes.contains(&name);
     if let Some((tokenizer, tokenizer_config)) =
-        source.gguf().filter(|_| !is_taken("tokenizer.json")).map_or(Ok(None), gguf::tokenizer)?
+        source.gguf().filter(|_| !is_taken("tokenizer.json")).map_or(Ok(None), vora_gguf::folder::tokenizer)?
     {
         let content = Some(Content::New(serde_json::to_vec(&tokenizer)?));
         files.push(SideFile { name: "tokenizer.json".to_owned(), content });
@@ -193,7 +192,7 @@ fn carried(from: Layout, to: Layout, name: &str) -> bool {
 /// `config.json` of the new checkpoint, where the source has one or something to make it of.
 fn config(source: &Source, to: Layout, steps: &[Step], kind: Option<Kind>) -> Result<Option<Map<String, Value>>> {
     let made = match (source.layout, to) {
-        (Layout::Gguf, _) => source.gguf().map_or(Ok(None), gguf::config)?,
+        (Layout::Gguf, _) => source.gguf().map_or(Ok(None), vora_gguf::folder::config)?,
         (Layout::Vora | Layout::VoraUnmerged, Layout::Llm | Layout::FrozenLlm) => {
             let vora = source.vora.as_ref().context("a VoRA has a config.json")?;
             serde_json::to_value(&vora.llm)?.as_object().cloned()

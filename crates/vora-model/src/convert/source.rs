@@ -4,9 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value};
-use vora_llm::config::MODEL_TYPES;
+use vora_llm::MODEL_TYPES;
 use vora_lora::{AdapterFolder, LoraConfig};
-use vora_torch::gguf;
 use vora_torch::safetensors::Checkpoint;
 
 use super::Layout;
@@ -65,7 +64,7 @@ impl Source {
         }
         let checkpoint = Checkpoint::open(path)?;
         let layout = match model_type {
-            _ if gguf::find(path)?.is_some() => Layout::Gguf,
+            _ if vora_gguf::folder::find(path)?.is_some() => Layout::Gguf,
             Some("vora") if checkpoint.names().any(|name| name.contains(".lora_")) => Layout::VoraUnmerged,
             Some("vora") => Layout::Vora,
             Some("llava") => llava_layout(&checkpoint)?,
@@ -108,8 +107,8 @@ impl Source {
         let doing = || format!("the model below the adapter {}", self.path.display());
         let base = resolve(&name).with_context(doing)?;
         if self.layout == Layout::PeftLlm {
-            self.config =
-                gguf::config(&base)?.map_or_else(|| read_object(&base.join("config.json")), |c| Ok(Some(c)))?;
+            self.config = vora_gguf::folder::config(&base)?
+                .map_or_else(|| read_object(&base.join("config.json")), |c| Ok(Some(c)))?;
         }
         let base = Checkpoint::open(&base).with_context(doing)?;
         if self.layout == Layout::PeftLlm && self.model_type() == Some("llava") {
@@ -158,7 +157,8 @@ impl Source {
     /// The GGUF file or its folder, where config and tokenizer come out of one.
     pub(super) fn gguf(&self) -> Option<&Path> {
         let from_weights = matches!(self.layout, Layout::Gguf | Layout::PeftLlm);
-        self.side_folder().filter(|path| from_weights && gguf::find(path).is_ok_and(|found| found.is_some()))
+        self.side_folder()
+            .filter(|path| from_weights && vora_gguf::folder::find(path).is_ok_and(|found| found.is_some()))
     }
 
     /// All tensors, those of an adapter before those of its base.

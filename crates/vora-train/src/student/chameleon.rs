@@ -3,14 +3,13 @@
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_llm::LlmConfig;
-use vora_model::{Chameleon, VisionLanguageModel};
-use vora_torch::Weights;
+use vora_model::{Chameleon, VQMODEL, VisionLanguageModel};
 use vora_torch::safetensors::Checkpoint;
+use vora_torch::weights::Weights;
 
 use super::Student;
-use crate::config::TrainConfig;
-use crate::preparation::Preparation;
-use crate::vq::VQMODEL;
+use crate::config::run::TrainConfig;
+use crate::data::Preparation;
 
 /// Opens the LLM, widens its vocabulary, and puts a new image tokenizer before it.
 pub(super) fn student(config: &TrainConfig, preparation: Preparation, device: Device, kind: Kind) -> Result<Student> {
@@ -46,7 +45,7 @@ fn widened(llm: &Checkpoint, config: &LlmConfig, new: &Weights) -> Result<Vec<(S
         let (rows, columns) = old.size2()?;
         let added = config.vocab_size - rows;
         ensure!(added > 0, "`{name}` has {rows} rows, the vocabulary with image tokens {}", config.vocab_size);
-        let normal = vora_torch::Init::Normal { std: 1.0 };
+        let normal = vora_torch::weights::Init::Normal { std: 1.0 };
         let noise = new.pp(name).get("image_tokens", &[added, columns], normal)?.to_kind(Kind::Float);
         let mean = old.mean_dim([0i64].as_slice(), true, Kind::Float); // [1, hidden]
         let spread = old.std_dim([0i64].as_slice(), true, true);

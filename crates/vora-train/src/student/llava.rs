@@ -4,13 +4,14 @@ use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind};
 use vora_llm::LlmConfig;
 use vora_model::{Llava, LlavaConfig, VisionLanguageModel};
-use vora_torch::Weights;
+use vora_torch::weights::Weights;
 use vora_vision::Encoder;
 
-use super::{Resolve, Student};
-use crate::config::TrainConfig;
-use crate::preparation::Preparation;
-use crate::saved;
+use vora_model::trained::Resolve;
+
+use super::{Student, parts};
+use crate::config::run::TrainConfig;
+use crate::data::Preparation;
 
 /// Opens LLM and encoder and puts a new projection, and adapters where asked for, between and on them.
 pub(super) fn student(
@@ -61,7 +62,7 @@ pub(super) fn student(
         made: Vec::new(),
     };
     if let Some(name) = &section.pretrained {
-        resolve(name).and_then(|folder| saved::start_from(&student, &folder)).context("model.pretrained")?;
+        resolve(name).and_then(|folder| parts::start_from(&student, &folder)).context("model.pretrained")?;
     }
     Ok(student)
 }

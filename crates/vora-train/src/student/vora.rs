@@ -7,15 +7,16 @@ use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_llm::{LlmConfig, VisionAttention};
 use vora_model::{VisionLanguageModel, Vora, VoraConfig};
-use vora_torch::Weights;
+use vora_torch::weights::Weights;
 use vora_vision::{EncoderConfig, Teacher};
 
-use super::{Distill, Resolve, Student};
-use crate::config::TrainConfig;
-use crate::data_config::DataPreprocess;
-use crate::model_config::{ModelConfig, TeacherStart};
-use crate::preparation::Preparation;
-use crate::saved;
+use vora_model::trained::Resolve;
+
+use super::{Distill, Student, parts};
+use crate::config::data::DataPreprocess;
+use crate::config::model::{ModelConfig, TeacherStart};
+use crate::config::run::TrainConfig;
+use crate::data::Preparation;
 
 /// Channels of the patch embedding where nothing says otherwise, as in the published model.
 const EMBED_DIM: i64 = 1536;
@@ -181,7 +182,7 @@ impl Pretrained {
 
     /// Puts its values into the parameters of its names. The teacher's heads are new where it has none that fit.
     fn start(&self, parameters: &[(String, Tensor)]) -> Result<()> {
-        let heads = saved::heads(&self.folder)?;
+        let heads = parts::heads(&self.folder)?;
         for (name, parameter) in parameters {
             let found = self.tensors.iter().chain(&heads).find(|(other, _)| other == name);
             match found {

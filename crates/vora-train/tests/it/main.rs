@@ -5,12 +5,14 @@ mod packing;
 
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
-use vora_llm::{LlmConfig, Span, Spans};
+use vora_llm::LlmConfig;
 use vora_lora::LoraConfig;
 use vora_model::{Input, VisionLanguageModel, Vora, VoraConfig};
-use vora_torch::Weights;
-use vora_train::distill::{DistillHeads, Pairing};
-use vora_train::loss::cross_entropy;
+use vora_text::{Span, Spans};
+use vora_torch::loss::cross_entropy;
+use vora_torch::weights::Weights;
+use vora_train::config::distill::Pairing;
+use vora_train::student::heads::DistillHeads;
 use vora_vision::Dinov2Config;
 
 const ADAPTED: i64 = 2;

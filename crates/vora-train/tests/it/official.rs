@@ -6,14 +6,15 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
-use vora_llm::{DropoutSeed, Span, Spans, VisionAttention};
+use vora_llm::{DropoutSeed, VisionAttention};
 use vora_lora::LoraConfig;
 use vora_model::convert::{Conversion, Layout, Options};
 use vora_model::{Input, VisionLanguageModel, Vora};
+use vora_text::{Span, Spans};
 use vora_torch::safetensors::{Checkpoint, save};
 use vora_train::TrainConfig;
-use vora_train::optim::Optimizer;
-use vora_train::saved::{self, Snapshot};
+use vora_train::run::snapshot::Snapshot;
+use vora_train::step::optim::Optimizer;
 use vora_train::student::{DeviceBatch, Student};
 use vora_vision::PositionTable;
 
@@ -350,5 +351,5 @@ fn without_a_rank_a_merged_official_folder_is_tuned_as_released() {
     fs::create_dir(&out).unwrap();
     Snapshot::of(&student).unwrap().write(&out).unwrap();
     says_the_same(&open(&out), &golden, "merged");
-    saved::read(&student, &out).unwrap();
+    vora_train::student::parts::read(&student, &out).unwrap();
 }

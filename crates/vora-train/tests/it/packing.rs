@@ -8,8 +8,8 @@ use tch::{Device, Kind, Tensor};
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_data::{Batch, Record, RecordKeys, Sample, SampleMaker, collate, pack};
 use vora_llm::DropoutSeed;
-use vora_train::metrics::{Line, MetricsLog, StepMetrics};
-use vora_train::preparation::Preparation;
+use vora_run::metrics::{Line, MetricsLog, StepMetrics};
+use vora_train::data::Preparation;
 use vora_train::student::{DeviceBatch, Student};
 use vora_train::{Options, TrainConfig, Trainer, data};
 
@@ -144,7 +144,7 @@ fn a_packed_run_goes_on_where_it_stopped() {
     let expected = steps(&mut trainer(whole.path(), true, false), 6);
     let mut first = trainer(parts.path(), true, false);
     assert_eq!(steps(&mut first, 3), expected[..3]);
-    first.save(&mut vora_train::metrics::Silent).unwrap();
+    first.save(&mut vora_train::Silent).unwrap();
     drop(first);
     assert_eq!(steps(&mut trainer(parts.path(), true, true), 3), expected[3..]);
 

@@ -1,27 +1,8 @@
-//! Pictures as Chameleon's tokenizer takes and gives them.
+//! Pictures as Chameleon's tokenizer gives them.
 
 use anyhow::{Context, Result, ensure};
 use image::RgbImage;
-use serde_json::json;
 use tch::{Kind, Tensor};
-
-use crate::preprocess::ImageProcessor;
-
-/// Hugging Face's `ChameleonImageProcessor` for pictures of `image_size` x `image_size` pixels; Chameleon's are 512.
-///
-/// The shorter side is resized to `image_size` by Lanczos, the middle cut out, and a byte becomes `0.0078 byte - 1`
-/// (the public code of Chameleon has `byte / 127.5 - 1`, which is at most 0.011 more). Of Pillow's resizing, which
-/// Hugging Face's slow processor has, less than one sample in a hundred differs, by one or two steps of a byte.
-///
-/// # Errors
-/// Where `image_size` is 0.
-pub fn chameleon_processor(image_size: u32) -> Result<ImageProcessor> {
-    ImageProcessor::from_json(json!({
-        "image_processor_type": "ChameleonImageProcessor",
-        "size": {"shortest_edge": image_size},
-        "crop_size": {"height": image_size, "width": image_size},
-    }))
-}
 
 /// Pictures from what [`super::VqModel::decode`] gives: `[batch, 3, height, width]` in [-1, 1], what lies outside is
 /// clamped. Rounds to the nearest byte, where the public code of Chameleon rounds down.
@@ -48,24 +29,6 @@ pub fn to_images(pixel_values: &Tensor) -> Result<Vec<RgbImage>> {
 mod tests {
     use super::*;
     use tch::Device;
-
-    #[test]
-    fn equals_hugging_face_on_the_same_bytes() {
-        let golden = fixtures::open("vq");
-        for (name, image_size) in [("shrunk", 32), ("enlarged", 64)] {
-            let decoded = &golden[&format!("processor.{name}.bytes")]; // [height, width, 3], as Pillow decodes it
-            let (height, width, _) = decoded.size3().unwrap();
-            let bytes = Vec::<u8>::try_from(decoded.flatten(0, -1)).unwrap();
-            let image = RgbImage::from_raw(width as u32, height as u32, bytes).unwrap();
-            let found = chameleon_processor(image_size).unwrap().preprocess(&image).unwrap().to_tensor();
-            let expected = &golden[&format!("processor.{name}.pixel_values")];
-            // Two steps of a byte: Pillow's weights have more bits.
-            fixtures::assert_close_to(&found, expected, 2.0 * 0.0078 + 1e-6);
-            let others = (found - expected).abs().gt(1e-6).to_kind(Kind::Float).mean(Kind::Float).double_value(&[]);
-            assert!(others < 0.01, "{name}: {others} of the samples differ");
-        }
-        assert!(chameleon_processor(0).is_err());
-    }
 
     #[test]
     fn pictures_come_back() {

@@ -79,7 +79,7 @@ impl VectorQuantizer {
 mod tests {
     use super::*;
     use tch::Device;
-    use vora_torch::Weights;
+    use vora_torch::weights::Weights;
 
     #[test]
     fn many_latents_are_looked_up_in_parts() {

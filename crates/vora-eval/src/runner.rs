@@ -1,0 +1,79 @@
+//! Asks a model every question of a set, about its pictures and about others.
+
+use anyhow::{Context, Result};
+use vora_image::RgbImage;
+use vora_infer::{Assistant, SamplingParams};
+use vora_text::Message;
+
+use crate::blind::other_pictures;
+use crate::question::Question;
+use crate::question_set::QuestionSet;
+use crate::report::Answered;
+
+/// Asks every question, `batch_size` together, for at most `max_tokens` tokens each: once about its pictures, once about
+/// other ones. What could not be asked is named, behind what the set itself left out. `progress` is told how many
+/// questions are done.
+///
+/// # Panics
+/// Where `batch_size` is 0.
+pub fn answer(
+    assistant: &Assistant,
+    set: &QuestionSet,
+    batch_size: usize,
+    max_tokens: usize,
+    progress: &mut dyn FnMut(usize),
+) -> (Vec<Answered>, Vec<String>) {
+    let others = other_pictures(set.questions.iter().map(|question| question.pictures.as_slice()));
+    let (mut answered, mut left_out) = (Vec::new(), set.left_out.clone());
+    let mut done = 0;
+    for (questions, others) in set.questions.chunks(batch_size).zip(others.chunks(batch_size)) {
+        done += questions.len();
+        let seeing = questions.iter().map(|question| decoded(set, question, &question.pictures));
+        let seeing = replies(assistant, seeing, max_tokens);
+        let blind = questions.iter().zip(others).map(|(question, other)| {
+            other.as_ref().context("no other picture").and_then(|other| decoded(set, question, other))
+        });
+        let blind = replies(assistant, blind, max_tokens);
+        for ((question, answer), blind) in questions.iter().zip(seeing).zip(blind) {
+            match answer {
+                // Other pictures that cannot be read are told of at their own question.
+                Ok(answer) => answered.push(Answered { question: question.clone(), answer, blind: blind.ok() }),
+                Err(error) => left_out.push(format!("{}: {error:#}", question.id)),
+            }
+        }
+        progress(done);
+    }
+    (answered, left_out)
+}
+
+/// A question's messages with the pictures that are shown with them.
+type Prompt<'a> = (Vec<RgbImage>, &'a [Message]);
+
+fn decoded<'a>(set: &QuestionSet, question: &'a Question, pictures: &[String]) -> Result<Prompt<'a>> {
+    Ok((set.decode(pictures)?, &question.messages))
+}
+
+/// The likeliest answer to each prompt that is there, all together; where that fails, each alone, so that an error is one
+/// prompt's own.
+fn replies<'a>(
+    assistant: &Assistant,
+    prompts: impl Iterator<Item = Result<Prompt<'a>>>,
+    max_tokens: usize,
+) -> Vec<Result<String>> {
+    let greedy = SamplingParams::default();
+    let prompts: Vec<Result<Prompt<'a>>> = prompts.collect();
+    let good = || prompts.iter().flatten().map(|(pictures, messages)| (pictures.as_slice(), *messages));
+    let together = assistant.reply_all(&good().collect::<Vec<_>>(), &greedy, max_tokens);
+    let mut answers: Vec<Result<String>> = match together {
+        Ok(answers) => answers.into_iter().map(|answer| Ok(answer.text)).collect(),
+        Err(_) => {
+            let alone = |(pictures, messages): (&[RgbImage], &[Message])| {
+                Ok(assistant.reply(pictures, messages, &greedy, max_tokens, |_| true)?.text)
+            };
+            good().map(alone).collect()
+        }
+    };
+    let mut answers = answers.drain(..);
+    let answer = |prompt: Result<Prompt<'a>>| prompt.and_then(|_| answers.next().context("an answer is missing")?);
+    prompts.into_iter().map(answer).collect()
+}

@@ -1,0 +1,13 @@
+//! Attention over spans: which tokens may attend to which, the plan that a batch's layers share, the kernels, the layer.
+
+mod attend;
+mod layer;
+mod mask;
+mod mode;
+mod plan;
+mod segments;
+
+pub use attend::attend;
+pub use layer::Attention;
+pub use mode::VisionAttention;
+pub use plan::{AttentionPlan, KernelChoice};

@@ -1,0 +1,24 @@
+//! A run folder as files, for whoever writes one and whoever reads it: `metrics.jsonl`, `eval.json`,
+//! `train_results.json`, samples, block maps, TensorBoard's events, plots, and all of it as one HTML page. It trains
+//! nothing and links no libtorch.
+//!
+//! ```
+//! use vora_run::metrics::{Line, MetricsLog};
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! let folder = tempfile::tempdir()?;
+//! let path = folder.path().join("metrics.jsonl");
+//! std::fs::write(&path, r#"{"step": 3, "eval": {}}"#)?;
+//! assert!(matches!(MetricsLog::read(&path)?[..], [Line::Eval(_)]));
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod block_maps;
+pub mod eval;
+pub mod metrics;
+pub mod plot;
+pub mod report;
+pub mod results;
+pub mod samples;
+pub mod tensorboard;

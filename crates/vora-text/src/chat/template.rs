@@ -1,0 +1,122 @@
+//! A checkpoint's chat template: found, read, rendered.
+
+use std::fmt::Display;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, bail, ensure};
+use minijinja::{Environment, Error, ErrorKind, Value, context};
+
+use super::Message;
+use super::content::{ContentForms, Turn};
+use super::jinja::environment;
+use super::source::adapted;
+use crate::added_tokens::special_tokens;
+use vora_gguf::folder::{origin, read_json};
+
+/// The longest template that is parsed, in bytes; the longest in use have some tens of thousands.
+pub(super) const MAX_TEMPLATE_LEN: usize = 1 << 18;
+
+/// A checkpoint's chat template, rendered as `apply_chat_template` of HF transformers renders it.
+///
+/// Content is handed over as the template takes it: a string, or a list of parts where it takes no string or shows
+/// pictures that are parts.
+///
+/// Templates are other people's programs: one that runs for too long or writes too much ends in an error.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    pub(super) origin: String,
+    special_tokens: Vec<(String, String)>, // bos_token, eos_token, ..
+    image_token: Option<String>,
+    forms: OnceLock<ContentForms>,
+}
+
+impl ChatTemplate {
+    /// Reads `chat_template.jinja`, else `chat_template.json`, else `chat_template` of `tokenizer_config.json`, else
+    /// `tokenizer.chat_template` of the GGUF file that `path` is or holds; in a list of named templates the one called
+    /// `default` is meant.
+    pub fn open(path: &Path) -> Result<Self> {
+        let (source, origin) = find(path)?;
+        let mut template = Self::new(&source, special_tokens(path)?, origin)?;
+        if let Some(token) = read_json::<serde_json::Value>(path, "processor_config.json")?["image_token"].as_str() {
+            template.image_token = Some(token.to_owned());
+        }
+        Ok(template)
+    }
+
+    /// A template from its source; `special_tokens` are the variables `bos_token`, `eos_token` and so on that it may
+    /// use, `origin` is where errors say it came from.
+    pub fn new(source: &str, special_tokens: Vec<(String, String)>, origin: impl Display) -> Result<Self> {
+        let origin = origin.to_string();
+        ensure!(
+            source.len() <= MAX_TEMPLATE_LEN,
+            "{origin}: a chat template of {} bytes; at most {MAX_TEMPLATE_LEN} are allowed",
+            source.len()
+        );
+        let mut environment = environment()?;
+        environment
+            .add_template_owned("chat_template", adapted(source).with_context(|| format!("{origin}: syntax error"))?)
+            .map_err(|e| anyhow::anyhow!("{origin}: {e}"))?;
+        let image_token = special_tokens.iter().find(|(key, _)| key == "image_token").map(|(_, token)| token.clone());
+        Ok(Self { environment, origin, special_tokens, image_token, forms: OnceLock::new() })
+    }
+
+    /// The conversation as text; images are what the template writes for them, `<image>` where it takes strings. With
+    /// `add_generation_prompt` it ends where the assistant's answer begins.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let turns: Vec<Turn> = messages.iter().map(|m| self.forms().turn(m, "<image>", str::to_owned)).collect();
+        self.render_turns(&turns, add_generation_prompt)
+    }
+
+    /// What the template takes as content.
+    pub(super) fn forms(&self) -> &ContentForms {
+        let render = |turns: &[Turn], prompt: bool| self.try_render(turns, prompt);
+        self.forms.get_or_init(|| ContentForms::of(render, self.image_token.as_deref()))
+    }
+
+    pub(super) fn render_turns(&self, turns: &[Turn], add_generation_prompt: bool) -> Result<String> {
+        self.try_render(turns, add_generation_prompt).map_err(|error| {
+            if error.kind() == ErrorKind::OutOfFuel {
+                return anyhow::anyhow!("{}: the chat template runs for too long or writes too much", self.origin);
+            }
+            anyhow::anyhow!("{}: {error}", self.origin)
+        })
+    }
+
+    fn try_render(&self, turns: &[Turn], add_generation_prompt: bool) -> Result<String, Error> {
+        let special_tokens = Value::from_pairs(self.special_tokens.iter().map(|(k, v)| (k.as_str(), v.as_str())));
+        let template = self.environment.get_template("chat_template")?;
+        let messages: Vec<Value> = turns.iter().map(Turn::to_value).collect();
+        template.render(context! { messages, add_generation_prompt, tools => (), documents => (), ..special_tokens })
+    }
+}
+
+/// A checkpoint's template and where it stands.
+fn find(path: &Path) -> Result<(String, String)> {
+    let jinja = path.join("chat_template.jinja");
+    if jinja.exists() {
+        let source = std::fs::read_to_string(&jinja).with_context(|| format!("cannot read {}", jinja.display()))?;
+        return Ok((source, jinja.display().to_string()));
+    }
+    for file in ["chat_template.json", "tokenizer_config.json"] {
+        let (json, origin) = (read_json::<serde_json::Value>(path, file)?, origin(path, file));
+        let source = match &json["chat_template"] {
+            serde_json::Value::Null => continue,
+            serde_json::Value::String(source) => Some(source.as_str()),
+            serde_json::Value::Array(named) => {
+                named.iter().find(|t| t["name"] == "default").and_then(|t| t["template"].as_str())
+            }
+            _ => None,
+        };
+        let source = source.with_context(|| {
+            format!("{}: `chat_template` is neither a string nor a list with a `default`", origin.display())
+        })?;
+        return Ok((source.to_owned(), origin.display().to_string()));
+    }
+    bail!(
+        "{} has no chat template: neither chat_template.jinja nor chat_template.json, nor `chat_template` in \
+         tokenizer_config.json, nor `tokenizer.chat_template` in a GGUF file",
+        path.display()
+    )
+}

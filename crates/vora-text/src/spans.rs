@@ -1,0 +1,178 @@
+//! Which tokens of a row are text and which are an image, and what they belong to.
+
+use anyhow::{Result, bail, ensure};
+
+/// What the tokens of a span are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Modality {
+    /// Word pieces.
+    Text,
+    /// Patches of one image, row by row.
+    Image {
+        /// Patches from top to bottom.
+        rows: i64,
+        /// Patches from left to right.
+        cols: i64,
+    },
+}
+
+/// A run of tokens of one modality.
+///
+/// A token sees the earlier tokens of its own document that lie on the trunk (`branch` none) or on its own branch:
+/// several questions can share one image prefix in a single row without seeing each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// What its tokens are.
+    pub modality: Modality,
+    /// How many they are; an image has `rows * cols`.
+    pub len: i64,
+    /// Which of the documents packed into the row it belongs to; positions of each start at 0.
+    pub document: i64,
+    /// Which branch of the document it lies on. All branches come after the trunk, and positions on each go on from
+    /// the trunk's end.
+    pub branch: Option<i64>,
+}
+
+impl Span {
+    /// Text on the trunk of document 0.
+    pub fn text(len: i64) -> Self {
+        Self { modality: Modality::Text, len, document: 0, branch: None }
+    }
+
+    /// An image on the trunk of document 0.
+    pub fn image(rows: i64, cols: i64) -> Self {
+        Self { modality: Modality::Image { rows, cols }, len: rows * cols, document: 0, branch: None }
+    }
+
+    /// The same span in another document of the row.
+    pub fn in_document(self, document: i64) -> Self {
+        Self { document, ..self }
+    }
+
+    /// The same span on a branch of its document.
+    pub fn on_branch(self, branch: i64) -> Self {
+        Self { branch: Some(branch), ..self }
+    }
+
+    /// Whether its tokens are an image's.
+    pub fn is_image(&self) -> bool {
+        matches!(self.modality, Modality::Image { .. })
+    }
+}
+
+/// The spans of every row of a batch, in order; rows shorter than the longest are padded at their end.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Spans {
+    /// One list a row.
+    pub rows: Vec<Vec<Span>>,
+}
+
+impl Spans {
+    /// Rows of nothing but text, of these lengths.
+    pub fn text(lens: &[i64]) -> Self {
+        Self { rows: lens.iter().map(|&len| vec![Span::text(len)]).collect() }
+    }
+
+    /// Rows in the batch.
+    pub fn batch(&self) -> i64 {
+        self.rows.len() as i64
+    }
+
+    /// Tokens of the longest row, padding of the others included.
+    pub fn seq(&self) -> i64 {
+        self.row_lens().max().unwrap_or(0)
+    }
+
+    /// Tokens in all rows, padding not counted.
+    pub fn num_tokens(&self) -> i64 {
+        self.row_lens().sum()
+    }
+
+    /// Tokens of each row, padding not counted.
+    pub fn row_lens(&self) -> impl Iterator<Item = i64> {
+        self.rows.iter().map(|row| row.iter().map(|span| span.len).sum())
+    }
+
+    /// Places of all image tokens in the batch flattened to `[batch * seq]`, in its order.
+    pub fn image_positions(&self) -> Vec<i64> {
+        let seq = self.seq();
+        let mut positions = Vec::new();
+        for (row_idx, row) in self.rows.iter().enumerate() {
+            let mut start = row_idx as i64 * seq;
+            for span in row {
+                if span.is_image() {
+                    positions.extend(start..start + span.len);
+                }
+                start += span.len;
+            }
+        }
+        positions
+    }
+
+    /// Checks lengths, grids and the order of trunk and branches.
+    ///
+    /// # Errors
+    /// Names row and span.
+    pub fn validate(&self) -> Result<()> {
+        ensure!(!self.rows.is_empty(), "a batch of no rows");
+        ensure!(self.seq() > 0, "a batch of no tokens");
+        for (row_idx, row) in self.rows.iter().enumerate() {
+            let mut branched = Vec::new();
+            for (span_idx, span) in row.iter().enumerate() {
+                let place = || format!("row {row_idx}, span {span_idx}");
+                ensure!(span.len > 0, "{}: length is {}, it must be at least 1", place(), span.len);
+                ensure!(span.document >= 0, "{}: document is {}, it must not be negative", place(), span.document);
+                if let Modality::Image { rows, cols } = span.modality {
+                    ensure!(
+                        rows > 0 && cols > 0 && rows.checked_mul(cols) == Some(span.len),
+                        "{}: length is {}, its image has {rows} rows of {cols}",
+                        place(),
+                        span.len
+                    );
+                }
+                match span.branch {
+                    Some(branch) if branch < 0 => bail!("{}: branch is {branch}, it must not be negative", place()),
+                    Some(_) => branched.push(span.document),
+                    None => ensure!(
+                        !branched.contains(&span.document),
+                        "{}: trunk of document {} after one of its branches",
+                        place(),
+                        span.document
+                    ),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_and_places() {
+        let spans =
+            Spans { rows: vec![vec![Span::text(1), Span::image(1, 2)], vec![Span::image(1, 1), Span::text(4)]] };
+        assert_eq!((spans.batch(), spans.seq(), spans.num_tokens()), (2, 5, 8));
+        assert_eq!(spans.image_positions(), [1, 2, 5]);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let wrong = Span { len: 5, ..Span::image(2, 3) };
+        for (rows, says) in [
+            (vec![], "a batch of no rows"),
+            (vec![vec![]], "a batch of no tokens"),
+            (vec![vec![Span::text(1), Span::text(0)]], "row 0, span 1: length is 0"),
+            (vec![vec![Span::text(-3)], vec![Span::text(4)]], "row 0, span 0: length is -3"),
+            (vec![vec![wrong]], "row 0, span 0: length is 5, its image has 2 rows of 3"),
+            (vec![vec![Span::text(1).in_document(-1)]], "document is -1"),
+            (vec![vec![Span::text(1).on_branch(-1)]], "branch is -1"),
+            (vec![vec![Span::text(1), Span::text(1).on_branch(0), Span::text(1)]], "trunk of document 0 after"),
+        ] {
+            let error = Spans { rows }.validate().unwrap_err();
+            assert!(error.to_string().contains(says), "{error}");
+        }
+    }
+}

@@ -1,0 +1,735 @@
+//! Text to ids and back, over a checkpoint's `tokenizer.json`.
+//!
+//! Special tokens are inert in text: in this tokenizer they go by private names, single characters of Unicode's last
+//! plane, that only [`Tokenizer::encode_template`] and a chat template's own words are turned into. So `<|im_end|>`
+//! in somebody's message is nine letters, whatever the model.
+
+use std::borrow::Cow;
+use std::collections::HashSet;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde_json::{Value, json};
+use tokenizers::{Encoding, PostProcessor, PostProcessorWrapper};
+use vora_gguf::folder::{open_json, read_json};
+
+use crate::added_tokens::AddedTokens;
+
+/// Characters from here on are this module's own; in text that comes from outside they become U+FFFD.
+const RESERVED: char = '\u{100000}';
+/// Special token `k` of the file is the character `ACTIVE + k`.
+const ACTIVE: u32 = 0x10_0000;
+/// The literal of special token `k`, found in somebody's text, is `INERT + k` on its way through a chat template.
+const INERT: u32 = 0x10_8000;
+/// One past the last `k`.
+const MAX_SPECIAL_TOKENS: u32 = 0x7f00;
+/// The place of an image, a token that no model ever sees.
+pub(crate) const IMAGE: char = '\u{10fffd}';
+/// What a chat template writes for an image's place, found in somebody's text, on its way through the template.
+pub(crate) const INERT_IMAGE: char = '\u{10fffc}';
+
+/// A checkpoint's tokenizer. It adds no tokens on its own but in [`Tokenizer::encode_whole`] and, once it is
+/// [`for_processor`](Tokenizer::for_processor), around conversations: what stands at the start or end of a sequence is
+/// otherwise the chat template's business, or the caller's.
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    specials: Specials,
+    image_id: u32,
+    around: Around,
+    bos: Option<String>, // by its private name
+    for_processor: bool,
+    eos_ids: Vec<i64>,
+    embedding_rows: Option<i64>, // of the model that the ids are for, where that is known
+    begins_with_space: bool,     // it puts a space before what it encodes, as SentencePiece's models do
+}
+
+/// The tokens that a tokenizer's post-processor puts around a text.
+#[derive(Debug, Default)]
+struct Around {
+    before: Vec<i64>,
+    after: Vec<i64>,
+}
+
+impl Around {
+    fn of(post_processor: &Value) -> Result<Self> {
+        const TEXT: u32 = u32::MAX;
+        if post_processor.is_null() {
+            return Ok(Self::default());
+        }
+        let processor: PostProcessorWrapper = serde_json::from_value(post_processor.clone())?;
+        let text = Encoding::from_tokens(vec![tokenizers::Token::new(TEXT, String::new(), (0, 0))], 0);
+        let whole = processor.process(text, None, true).map_err(|e| anyhow!(e))?;
+        let mut parts = whole.get_ids().split(|&id| id == TEXT);
+        let mut next = || parts.next().map(|ids| ids.iter().map(|&id| i64::from(id)).collect());
+        match (next(), next(), next()) {
+            (Some(before), Some(after), None) => Ok(Self { before, after }),
+            _ => bail!("its template has the text not just once"),
+        }
+    }
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` of a checkpoint folder, and from the files beside it the tokens that it lacks and those
+    /// that end a sequence; or all of it from the metadata of a GGUF file: `path` is one, or a folder with one and no
+    /// such files.
+    ///
+    /// Errors name the file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let (mut json, origin) = open_json(path, "tokenizer.json")?;
+        let added = AddedTokens::open(path)?;
+        let parse = |json: &mut Value| {
+            added.add_to(json)?;
+            Self::parse(json.take())
+        };
+        let mut tokenizer = parse(&mut json).with_context(|| format!("reading {}", origin.display()))?;
+        let named = added.named();
+        let token = |name: &str| named.iter().find_map(|(key, token)| (key == name).then_some(token.as_str()));
+        tokenizer.bos = token("bos_token").map(|token| tokenizer.name(token).into_owned());
+        tokenizer.eos_ids = eos_ids(path, token("eos_token").and_then(|token| tokenizer.token_to_id(token)))?;
+        Ok(tokenizer)
+    }
+
+    fn parse(mut json: Value) -> Result<Self> {
+        ensure!(json["model"].is_object(), "no object `model`: not the file of a tokenizer");
+        let mut ids = Vec::new(); // of every added token, under the name it will have
+        let mut literals = Vec::new();
+        let added = json.get("added_tokens").and_then(Value::as_array).cloned().unwrap_or_default();
+        for token in &added {
+            let content = token["content"].as_str().context("`added_tokens` has an entry without `content`")?;
+            let id = token["id"].as_u64().with_context(|| format!("added token `{content}` has no `id`"))?;
+            let special = token["special"].as_bool().unwrap_or(false) && !content.is_empty();
+            let name = if special {
+                literals.push(content.to_owned());
+                mark(ACTIVE, literals.len() - 1)?.to_string()
+            } else {
+                content.to_owned()
+            };
+            ids.push((name, id));
+        }
+        let around = Around::of(&json["post_processor"]).context("post_processor")?;
+        let specials = Specials::new(literals);
+        rename(&mut json, &specials);
+        let begins_with_space = begins_with_space(&json);
+
+        // Back to text, which the library's own parser wants.
+        let inner = tokenizers::Tokenizer::from_bytes(serde_json::to_vec(&json)?).map_err(|e| anyhow!(e))?;
+        for (name, id) in ids {
+            let found = inner.token_to_id(&name).map(u64::from);
+            ensure!(
+                found == Some(id) || name.is_empty(),
+                "added token `{}` has id {id}, but comes to {found:?} after the vocabulary",
+                specials.restore(&name, ACTIVE)
+            );
+        }
+        let image_id = inner.token_to_id(&IMAGE.to_string()).context("no room for the image's place")?;
+        Ok(Self {
+            inner,
+            specials,
+            image_id,
+            around,
+            bos: None,
+            for_processor: false,
+            eos_ids: Vec::new(),
+            embedding_rows: None,
+            begins_with_space,
+        })
+    }
+
+    /// The same tokenizer for a model whose conversations come through one of HF's processors, as LLaVA's do: they get
+    /// the post-processor's tokens around them, unless they begin with `bos_token` already.
+    #[must_use]
+    pub fn for_processor(mut self, for_processor: bool) -> Self {
+        self.for_processor = for_processor;
+        self
+    }
+
+    /// The same tokenizer for a model whose embedding has `rows` rows: where a text comes to a token beyond them,
+    /// encoding it is an error.
+    #[must_use]
+    pub fn for_embedding(mut self, rows: i64) -> Self {
+        self.embedding_rows = Some(rows);
+        self
+    }
+
+    /// An error that names the first of `ids` that lies beyond the model's embedding, and both sizes.
+    fn check_rows(&self, mut ids: impl Iterator<Item = i64>) -> Result<()> {
+        let Some(rows) = self.embedding_rows else { return Ok(()) };
+        let Some(id) = ids.find(|&id| id >= rows) else { return Ok(()) };
+        let token = u32::try_from(id).ok().and_then(|id| self.inner.id_to_token(id)).unwrap_or_default();
+        bail!(
+            "token `{}` has id {id}, but the model's embedding has {rows} rows, the tokenizer {} tokens: take the \
+             tokenizer and chat template that belong to the model, or resize its embedding",
+            self.specials.restore(&token, ACTIVE),
+            self.vocab_size()
+        )
+    }
+
+    /// The ids of plain text; the literal of a special token is text like any other. No token is added.
+    pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
+        self.ids(&without_reserved(text))
+    }
+
+    /// The ids of a text that is whole, with the tokens that the post-processor puts around it (`<s>`, where it is
+    /// Llama's): HF's `tokenizer(text)`. The literal of a special token is text like any other.
+    pub fn encode_whole(&self, text: &str) -> Result<Vec<i64>> {
+        let ids = [self.around.before.clone(), self.encode(text)?, self.around.after.clone()].concat();
+        self.check_rows(ids.iter().copied())?;
+        Ok(ids)
+    }
+
+    /// The ids of text in which the literals of special tokens stand for these tokens, as a template's author means
+    /// them; never for text that comes from a user. No token is added.
+    pub fn encode_template(&self, text: &str) -> Result<Vec<i64>> {
+        self.ids(&self.specials.replace(&without_reserved(text), ACTIVE))
+    }
+
+    /// The text of `ids`; special tokens are left out or shown as their literals. An id without a token is left out:
+    /// a model's embedding may have more rows than there are tokens.
+    pub fn decode(&self, ids: &[i64], skip_special: bool) -> Result<String> {
+        let ids = ids.iter().filter_map(|&id| u32::try_from(id).ok()).filter(|&id| id != self.image_id);
+        let ids: Vec<u32> = ids.collect();
+        let text = self.inner.decode(&ids, skip_special).map_err(|e| anyhow!("decoding: {e}"))?;
+        Ok(self.specials.restore(&text, ACTIVE).into_owned())
+    }
+
+    /// A decoder that takes ids one by one; see [`TokenStream`].
+    pub fn stream(&self, skip_special: bool) -> TokenStream<'_> {
+        TokenStream { tokenizer: self, skip_special, ids: Vec::new(), read: 0, shown: String::new() }
+    }
+
+    /// The id of one token by its literal, special or not.
+    pub fn token_to_id(&self, token: &str) -> Option<i64> {
+        self.inner.token_to_id(&self.name(token)).map(i64::from)
+    }
+
+    /// The name that a token goes by here.
+    fn name<'a>(&self, token: &'a str) -> Cow<'a, str> {
+        let special = self.specials.literals.iter().position(|literal| literal == token);
+        match special.and_then(|k| mark(ACTIVE, k).ok()) {
+            Some(mark) => mark.to_string().into(),
+            None => without_reserved(token),
+        }
+    }
+
+    /// The tokens that end a sequence: those of `generation_config.json` (or `config.json`) and the `eos_token` of
+    /// `tokenizer_config.json`.
+    pub fn eos_ids(&self) -> &[i64] {
+        &self.eos_ids
+    }
+
+    /// Number of ids, added tokens included; a model's embedding may have more rows.
+    pub fn vocab_size(&self) -> i64 {
+        self.inner.get_vocab_size(true) as i64 - 1 // without the image's place
+    }
+
+    fn ids(&self, text: &str) -> Result<Vec<i64>> {
+        let encoding = self.inner.encode_fast(text, false).map_err(|e| anyhow!("encoding text: {e}"))?;
+        let ids: Vec<i64> = encoding.get_ids().iter().map(|&id| i64::from(id)).collect();
+        self.check_rows(ids.iter().copied())?;
+        Ok(ids)
+    }
+
+    /// Somebody's text on its way into a chat template: literals of special tokens are hidden until it is rendered.
+    pub(crate) fn protect(&self, text: &str) -> String {
+        self.specials.replace(&without_reserved(text), INERT).into_owned()
+    }
+
+    /// What a chat template rendered from protected texts, with its own special tokens under their private names.
+    pub(crate) fn activate(&self, rendered: &str) -> String {
+        self.specials.replace(rendered, ACTIVE).into_owned()
+    }
+
+    /// Undoes [`Tokenizer::protect`].
+    pub(crate) fn unprotect<'a>(&self, text: &'a str) -> Cow<'a, str> {
+        self.specials.restore(text, INERT)
+    }
+
+    /// Whether a character of an activated text is a special token.
+    pub(crate) fn is_special(&self, c: char) -> bool {
+        unmark(c, ACTIVE).is_some()
+    }
+
+    /// The tokens of an activated and unprotected text.
+    pub(crate) fn encode_activated(&self, text: &str) -> Result<Vec<Token>> {
+        let encoding = self.inner.encode(text, false).map_err(|e| anyhow!("encoding a conversation: {e}"))?;
+        let ids = encoding.get_ids().iter().map(|&id| (id != self.image_id).then_some(i64::from(id)));
+        self.check_rows(ids.clone().flatten())?;
+        Ok(ids.zip(encoding.get_offsets()).map(|(id, &(start, end))| Token { id, start, end }).collect())
+    }
+
+    /// The tokens that go before and after those of a whole conversation, activated and unprotected.
+    pub(crate) fn around(&self, conversation: &str) -> Result<[Vec<Token>; 2]> {
+        let begins = self.bos.as_ref().is_some_and(|bos| conversation.starts_with(bos));
+        if !self.for_processor || begins {
+            return Ok([Vec::new(), Vec::new()]);
+        }
+        let Around { before, after } = &self.around;
+        self.check_rows(before.iter().chain(after).copied())?;
+        let tokens = |ids: &[i64], at| ids.iter().map(|&id| Token { id: Some(id), start: at, end: at }).collect();
+        Ok([tokens(before, 0), tokens(after, conversation.len())])
+    }
+
+    /// The tokens of an activated and unprotected text that goes on after another one: what a model writes behind a
+    /// prompt. None of them reaches back into the prompt.
+    pub(crate) fn encode_continuation(&self, text: &str) -> Result<Vec<Token>> {
+        if !self.begins_with_space {
+            return self.encode_activated(text);
+        }
+        // The space goes before a character that no token joins with another one; all of it is left out.
+        let tokens = self.encode_activated(&format!("{BEFORE}{text}"))?;
+        let begin = BEFORE.len_utf8();
+        if tokens.iter().any(|token| token.start < begin && begin < token.end) {
+            return self.encode_activated(text);
+        }
+        let after = tokens.into_iter().filter(|token| token.end > begin);
+        Ok(after.map(|token| Token { start: token.start - begin, end: token.end - begin, ..token }).collect())
+    }
+}
+
+/// Whether a `tokenizer.json` puts a space before every text.
+fn begins_with_space(json: &Value) -> bool {
+    let steps = |key: &str, list: &str| -> Vec<Value> {
+        let step = &json[key];
+        step[list].as_array().cloned().unwrap_or_else(|| vec![step.clone()])
+    };
+    let normalizers = steps("normalizer", "normalizers");
+    let pre_tokenizers = steps("pre_tokenizer", "pretokenizers");
+    normalizers.iter().any(|step| step["type"] == "Prepend")
+        || pre_tokenizers.iter().any(|step| match step["type"].as_str() {
+            Some("Metaspace") => step["prepend_scheme"] != "never" && step["add_prefix_space"] != false,
+            Some("ByteLevel") => step["add_prefix_space"] == true,
+            _ => false,
+        })
+}
+
+/// No token has this character and another one.
+const BEFORE: char = '\u{10fffb}';
+
+/// A token and the bytes of the text that it stands for.
+pub(crate) struct Token {
+    /// None for the place of an image.
+    pub(crate) id: Option<i64>,
+    pub(crate) start: usize,
+    pub(crate) end: usize,
+}
+
+/// Text that grows with every id, as it is generated: a piece comes out as soon as it is certain, so a character that
+/// several tokens make up comes whole. The pieces, with what [`TokenStream::finish`] gives, are the decoded whole.
+#[derive(Debug)]
+pub struct TokenStream<'a> {
+    tokenizer: &'a Tokenizer,
+    skip_special: bool,
+    ids: Vec<i64>, // the last piece's, for what a token looks like depends on the one before; then those not yet out
+    read: usize,   // how many of `ids` are out
+    shown: String, // text of ids[..read]
+}
+
+/// A character is at most four bytes, so at most four tokens; what is still broken after that stays so.
+const MAX_TOKENS_OF_A_CHAR: usize = 4;
+
+impl TokenStream<'_> {
+    /// Takes the next id; the new text, where there is some.
+    pub fn push(&mut self, id: i64) -> Result<Option<String>> {
+        self.ids.push(id);
+        let text = self.tokenizer.decode(&self.ids, self.skip_special)?;
+        let broken = text.ends_with('\u{fffd}') && self.ids.len() - self.read < MAX_TOKENS_OF_A_CHAR;
+        if broken || text.len() <= self.shown.len() {
+            return Ok(None);
+        }
+        let piece = new_text(&self.shown, &text);
+        self.ids.drain(..self.read);
+        self.read = self.ids.len();
+        self.shown = self.tokenizer.decode(&self.ids, self.skip_special)?;
+        Ok(Some(piece))
+    }
+
+    /// The text that was still waiting for more.
+    pub fn finish(self) -> Result<String> {
+        Ok(new_text(&self.shown, &self.tokenizer.decode(&self.ids, self.skip_special)?))
+    }
+}
+
+/// What `text` has beyond `shown`, its start unless bytes that are no text changed their looks.
+fn new_text(shown: &str, text: &str) -> String {
+    let common = shown.chars().zip(text.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum();
+    text[common..].to_owned()
+}
+
+/// The literals of the special tokens, and looking for them.
+#[derive(Debug)]
+struct Specials {
+    literals: Vec<String>,
+    longest_first: Vec<usize>,
+    starts: [bool; 256], // first bytes of the literals
+}
+
+impl Specials {
+    fn new(literals: Vec<String>) -> Self {
+        let mut longest_first: Vec<usize> = (0..literals.len()).collect();
+        longest_first.sort_by_key(|&k| std::cmp::Reverse(literals[k].len()));
+        let mut starts = [false; 256];
+        for literal in &literals {
+            starts[usize::from(literal.as_bytes()[0])] = true;
+        }
+        Self { literals, longest_first, starts }
+    }
+
+    /// Puts the mark `base + k` for every literal, from the left, the longest that fits.
+    fn replace<'a>(&self, text: &'a str, base: u32) -> Cow<'a, str> {
+        let mut out = String::new();
+        let (mut copied, mut at) = (0, 0);
+        while let Some(&byte) = text.as_bytes().get(at) {
+            let here = self.starts[usize::from(byte)].then(|| {
+                self.longest_first.iter().find(|&&k| text.as_bytes()[at..].starts_with(self.literals[k].as_bytes()))
+            });
+            match here.flatten().and_then(|&k| Some((k, mark(base, k).ok()?))) {
+                Some((k, mark)) => {
+                    out.push_str(&text[copied..at]);
+                    out.push(mark);
+                    at += self.literals[k].len();
+                    copied = at;
+                }
+                None => at += 1,
+            }
+        }
+        if copied == 0 {
+            return text.into();
+        }
+        out.push_str(&text[copied..]);
+        out.into()
+    }
+
+    /// Puts the literal for every mark `base + k`.
+    fn restore<'a>(&self, text: &'a str, base: u32) -> Cow<'a, str> {
+        if !text.contains(|c| unmark(c, base).is_some()) {
+            return text.into();
+        }
+        let mut out = String::with_capacity(text.len());
+        for c in text.chars() {
+            match unmark(c, base).and_then(|k| self.literals.get(k)) {
+                Some(literal) => out.push_str(literal),
+                None => out.push(c),
+            }
+        }
+        out.into()
+    }
+}
+
+/// The character for special token `k`.
+fn mark(base: u32, k: usize) -> Result<char> {
+    let k = u32::try_from(k).ok().filter(|&k| k < MAX_SPECIAL_TOKENS);
+    let c = k.and_then(|k| char::from_u32(base + k));
+    c.with_context(|| format!("more than {MAX_SPECIAL_TOKENS} special tokens"))
+}
+
+/// The special token that a character stands for.
+fn unmark(c: char, base: u32) -> Option<usize> {
+    u32::from(c).checked_sub(base).filter(|&k| k < MAX_SPECIAL_TOKENS).map(|k| k as usize)
+}
+
+/// Text without the characters that mean something here.
+fn without_reserved(text: &str) -> Cow<'_, str> {
+    if text.contains(|c| c >= RESERVED) { text.replace(|c| c >= RESERVED, "\u{fffd}").into() } else { text.into() }
+}
+
+/// Gives the special tokens of a `tokenizer.json` their private names, makes sure that no merge leads to one, adds
+/// the image's place, and drops what would add tokens or cut text.
+fn rename(json: &mut Value, specials: &Specials) {
+    let name = |token: &str| {
+        let k = specials.literals.iter().position(|literal| literal == token)?;
+        mark(ACTIVE, k).ok().map(|c| c.to_string())
+    };
+    for key in ["post_processor", "truncation", "padding"] {
+        json[key] = Value::Null;
+    }
+    let model = &mut json["model"];
+    if let Some(unknown) = model["unk_token"].as_str().and_then(name) {
+        model["unk_token"] = unknown.into();
+    }
+    match &mut model["vocab"] {
+        Value::Object(vocab) => {
+            for (k, literal) in specials.literals.iter().enumerate() {
+                if let (Some(id), Ok(name)) = (vocab.remove(literal), mark(ACTIVE, k)) {
+                    vocab.insert(name.to_string(), id);
+                }
+            }
+        }
+        Value::Array(pieces) => {
+            for piece in pieces {
+                if let Some(name) = piece[0].as_str().and_then(name) {
+                    piece[0] = name.into();
+                }
+            }
+        }
+        _ => {}
+    }
+    if let Some(merges) = model.get_mut("merges").and_then(Value::as_array_mut) {
+        let longest = specials.longest_first.first().map_or(0, |&k| specials.literals[k].len());
+        let literals: HashSet<&str> = specials.literals.iter().map(String::as_str).collect();
+        merges.retain(|merge| {
+            let (left, right) = match merge {
+                Value::String(both) => both.split_once(' ').unwrap_or((both, "")),
+                pair => (pair[0].as_str().unwrap_or_default(), pair[1].as_str().unwrap_or_default()),
+            };
+            let whole_fits = left.len() + right.len() <= longest;
+            let whole_is_special = whole_fits && literals.contains(format!("{left}{right}").as_str());
+            !(whole_is_special || literals.contains(left) || literals.contains(right))
+        });
+    }
+    let mut added = Vec::new();
+    for mut token in json["added_tokens"].as_array().cloned().unwrap_or_default() {
+        let special = token["special"].as_bool().unwrap_or(false);
+        if let Some(name) = token["content"].as_str().filter(|_| special).and_then(name) {
+            token["content"] = name.into();
+        }
+        added.push(token);
+    }
+    added.push(json!({
+        "id": 0, "content": IMAGE, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+        "special": true,
+    }));
+    json["added_tokens"] = added.into();
+}
+
+/// The ids in the config files, and `named`, that of `eos_token`.
+fn eos_ids(path: &Path, named: Option<i64>) -> Result<Vec<i64>> {
+    let ids = |file| -> Result<Vec<i64>> {
+        let value = read_json::<Value>(path, file)?["eos_token_id"].take();
+        Ok(match value {
+            Value::Array(ids) => ids.iter().filter_map(Value::as_i64).collect(),
+            id => id.as_i64().into_iter().collect(),
+        })
+    };
+    let mut found = ids("generation_config.json")?;
+    if found.is_empty() {
+        found = ids("config.json")?;
+    }
+    found.extend(named);
+    found.sort_unstable();
+    found.dedup();
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::{ChatTemplate, Message, Piece, special_tokens};
+
+    fn golden() -> Value {
+        let path = fixtures::root().join("golden/tokenizer_chat.json");
+        serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+    }
+
+    fn tiny() -> Tokenizer {
+        Tokenizer::open(&fixtures::root().join("tiny/tokenizer")).unwrap()
+    }
+
+    fn llama2() -> Tokenizer {
+        Tokenizer::parse(golden()["llama2_tokenizer"].take()).unwrap()
+    }
+
+    fn ids(value: &Value) -> Vec<i64> {
+        serde_json::from_value(value.clone()).unwrap()
+    }
+
+    #[test]
+    fn matches_reference() {
+        for (name, tokenizer) in [("tiny", tiny()), ("llama2", llama2())] {
+            for case in golden()["texts"][name].as_array().unwrap() {
+                let text = case["text"].as_str().unwrap();
+                let expected = ids(&case["ids"]);
+                assert_eq!(tokenizer.encode_template(text).unwrap(), expected, "{name}: {text:?}");
+                assert_eq!(tokenizer.encode(text).unwrap(), ids(&case["inert"]), "{name}: {text:?}");
+                assert_eq!(tokenizer.decode(&expected, false).unwrap(), case["decoded"], "{name}: {text:?}");
+                assert_eq!(tokenizer.decode(&expected, true).unwrap(), case["decoded_plain"], "{name}: {text:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn literals_of_special_tokens_are_text() {
+        for (tokenizer, literal) in [(tiny(), "<|im_end|>"), (llama2(), "</s>")] {
+            let id = tokenizer.token_to_id(literal).unwrap();
+            assert_eq!(tokenizer.encode_template(literal).unwrap(), [id]);
+            let inert = tokenizer.encode(literal).unwrap();
+            assert!(!inert.contains(&id) && inert.len() > 1, "{inert:?}");
+            assert_eq!(tokenizer.decode(&inert, true).unwrap(), literal);
+        }
+        // The private names are no way in either.
+        let tokenizer = tiny();
+        let forged: String = (0..4).map(|k| char::from_u32(ACTIVE + k).unwrap()).chain([IMAGE]).collect();
+        for ids in [tokenizer.encode(&forged).unwrap(), tokenizer.encode_template(&forged).unwrap()] {
+            assert_eq!(tokenizer.decode(&ids, false).unwrap(), "\u{fffd}".repeat(5));
+        }
+    }
+
+    #[test]
+    fn a_merge_never_makes_a_special_token() {
+        let mut json: Value =
+            serde_json::from_slice(&fs::read(fixtures::root().join("tiny/tokenizer/tokenizer.json")).unwrap()).unwrap();
+        // As if `re` were special and `red` made of it.
+        let re = json["model"]["vocab"]["re"].clone();
+        assert!(re.is_u64(), "the tiny vocabulary has a token `re`");
+        let mut token = json["added_tokens"][0].clone();
+        (token["content"], token["id"]) = ("re".into(), re.clone());
+        json["added_tokens"].as_array_mut().unwrap().push(token);
+        let tokenizer = Tokenizer::parse(json).unwrap();
+        assert!(!tokenizer.encode("a red one").unwrap().contains(&re.as_i64().unwrap()));
+        assert_eq!(tokenizer.encode_template("re").unwrap(), ids(&json!([re])));
+    }
+
+    #[test]
+    fn a_stream_gives_whole_characters_and_the_whole_text() {
+        let text = "Is it 🙂👩‍👩‍👧 日本語? naïve — yes.<|im_end|>\n";
+        for tokenizer in [tiny(), llama2()] {
+            for skip_special in [false, true] {
+                let ids = tokenizer.encode_template(text).unwrap();
+                let mut stream = tokenizer.stream(skip_special);
+                let mut pieces = Vec::new();
+                for &id in &ids {
+                    pieces.extend(stream.push(id).unwrap());
+                }
+                assert!(pieces.len() > 10 && pieces.iter().all(|p| !p.contains('\u{fffd}') && !p.is_empty()));
+                let all = pieces.concat() + &stream.finish().unwrap();
+                assert_eq!(all, tokenizer.decode(&ids, skip_special).unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn a_stream_of_broken_characters_goes_on() {
+        let tokenizer = tiny();
+        let smile = tokenizer.encode("🙂").unwrap();
+        assert!(smile.len() > 1, "the tiny vocabulary has no smile");
+        let mut stream = tokenizer.stream(true);
+        assert_eq!(stream.push(smile[0]).unwrap(), None);
+        assert_eq!(stream.finish().unwrap(), "\u{fffd}");
+        let mut stream = tokenizer.stream(true);
+        let pushed: Vec<_> = (0..20).filter_map(|_| stream.push(smile[0]).unwrap()).collect();
+        assert!(pushed.len() >= 4, "{pushed:?}");
+    }
+
+    #[test]
+    fn knows_its_vocabulary() {
+        let tokenizer = tiny();
+        assert_eq!(tokenizer.vocab_size(), 512);
+        assert_eq!(tokenizer.token_to_id("<|im_end|>"), Some(2));
+        assert_eq!(tokenizer.eos_ids(), [2]);
+        assert_eq!(tokenizer.token_to_id("nonsense"), None);
+    }
+
+    #[test]
+    fn an_id_without_a_token_is_left_out_of_the_text() {
+        let tokenizer = tiny();
+        let ids = tokenizer.encode("a red ring").unwrap();
+        for id in [-1, 512, 513, 1 << 40] {
+            let with: Vec<i64> = ids.iter().flat_map(|&known| [id, known, id]).collect();
+            assert_eq!(tokenizer.decode(&with, true).unwrap(), "a red ring");
+            let mut stream = tokenizer.stream(true);
+            let mut text: String = with.iter().filter_map(|&id| stream.push(id).unwrap()).collect();
+            text += &stream.finish().unwrap();
+            assert_eq!(text, "a red ring");
+        }
+    }
+
+    /// The tiny tokenizer with a post-processor that begins a text with `<|im_start|>` and ends it with `<|endoftext|>`.
+    fn around(folder: &Path) -> Tokenizer {
+        for file in ["tokenizer.json", "tokenizer_config.json"] {
+            fs::copy(fixtures::root().join("tiny/tokenizer").join(file), folder.join(file)).unwrap();
+        }
+        let mut json: Value = serde_json::from_slice(&fs::read(folder.join("tokenizer.json")).unwrap()).unwrap();
+        json["post_processor"] =
+            json!({"type": "BertProcessing", "cls": ["<|im_start|>", 1], "sep": ["<|endoftext|>", 0]});
+        fs::write(folder.join("tokenizer.json"), json.to_string()).unwrap();
+        Tokenizer::open(folder).unwrap()
+    }
+
+    #[test]
+    fn a_conversation_gets_the_post_processors_tokens_where_a_processor_feeds_the_model() {
+        let folder = tempfile::tempdir().unwrap();
+        let plain = around(folder.path());
+        let turns = [Message::new("user", "a red ring")];
+        let prompt = |tokenizer: &Tokenizer, template: &str| {
+            let chat = ChatTemplate::new(template, special_tokens(folder.path()).unwrap(), "test").unwrap();
+            match &chat.encode_prompt(tokenizer, &turns).unwrap()[..] {
+                [Piece::Text { ids, supervised: false }] => ids.clone(),
+                other => panic!("{other:?}"),
+            }
+        };
+        let (bare, with_bos) = ("{{ messages[0].content }}", "{{ bos_token + messages[0].content }}");
+        let ids = plain.encode("a red ring").unwrap();
+        assert_eq!(prompt(&plain, bare), ids);
+        let fed = around(folder.path()).for_processor(true);
+        assert_eq!(prompt(&fed, bare), [&[1], &ids[..], &[0]].concat());
+        assert_eq!(prompt(&fed, with_bos), [&[1], &ids[..]].concat());
+        // What somebody writes is no beginning.
+        assert_eq!(prompt(&fed, "{{ '' + messages[0].content }}").len(), ids.len() + 2);
+        let said = [Message::new("user", "<|im_start|>")];
+        let chat = ChatTemplate::new(bare, special_tokens(folder.path()).unwrap(), "test").unwrap();
+        let pieces = chat.encode_prompt(&fed, &said).unwrap();
+        assert!(matches!(&pieces[..], [Piece::Text { ids, .. }] if ids[0] == 1 && ids.len() > 3), "{pieces:?}");
+
+        // In a whole conversation none of them is learned.
+        let turns = [Message::new("user", "a red ring?"), Message::new("assistant", "yes")];
+        let template = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}{% endif %}";
+        let chat = ChatTemplate::new(template, Vec::new(), "test").unwrap();
+        let pieces = chat.encode_chat(&fed, &turns).unwrap();
+        let around = |piece: Option<&Piece>, id| matches!(piece, Some(Piece::Text { ids, supervised: false }) if ids.contains(&id));
+        assert!(pieces.len() == 3 && around(pieces.first(), 1) && around(pieces.last(), 0), "{pieces:?}");
+        assert_eq!(fed.encode_whole("a red ring").unwrap(), [&[1], &ids[..], &[0]].concat());
+        let error = fed.for_embedding(1).encode_whole("").unwrap_err().to_string();
+        assert!(error.starts_with("token `<|im_start|>` has id 1, but the model's embedding has 1 rows"), "{error}");
+    }
+
+    #[test]
+    fn several_tokens_may_end_a_sequence() {
+        let folder = tempfile::tempdir().unwrap();
+        for file in ["tokenizer.json", "tokenizer_config.json"] {
+            fs::copy(fixtures::root().join("tiny/tokenizer").join(file), folder.path().join(file)).unwrap();
+        }
+        fs::write(folder.path().join("config.json"), r#"{"eos_token_id": 7}"#).unwrap();
+        assert_eq!(Tokenizer::open(folder.path()).unwrap().eos_ids(), [2, 7]);
+        fs::write(folder.path().join("generation_config.json"), r#"{"eos_token_id": [0, 2]}"#).unwrap();
+        assert_eq!(Tokenizer::open(folder.path()).unwrap().eos_ids(), [0, 2]);
+    }
+
+    #[test]
+    fn a_token_beyond_the_embedding_is_refused_with_both_sizes() {
+        let text = fs::read(fixtures::root().join("tiny/tokenizer/tokenizer.json")).unwrap();
+        let mut json: Value = serde_json::from_slice(&text).unwrap();
+        for (id, content, special) in [(512, "<|user|>", true), (513, "<loc>", false)] {
+            let mut token = json["added_tokens"][0].clone();
+            (token["id"], token["content"], token["special"]) = (id.into(), content.into(), special.into());
+            json["added_tokens"].as_array_mut().unwrap().push(token);
+        }
+        let tokenizer = |rows| Tokenizer::parse(json.clone()).unwrap().for_embedding(rows);
+        assert_eq!(tokenizer(514).encode_template("<|user|><loc>").unwrap(), [512, 513]);
+        let small = tokenizer(512);
+        small.encode("a red ring <|user|>").unwrap(); // there, the special token is text
+        for (error, token, id) in [
+            (small.encode_template("a <|user|>").unwrap_err(), "<|user|>", 512),
+            (small.encode("a <loc>").unwrap_err(), "<loc>", 513),
+            (small.encode_activated(&small.activate("<|user|>")).err().unwrap(), "<|user|>", 512),
+        ] {
+            let expected = format!(
+                "token `{token}` has id {id}, but the model's embedding has 512 rows, the tokenizer 514 tokens"
+            );
+            assert!(error.to_string().starts_with(&expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn errors_name_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = format!("{:#}", Tokenizer::open(folder.path()).unwrap_err());
+        assert!(error.contains("cannot read") && error.contains("tokenizer.json"), "{error}");
+        for broken in ["not json", "{}", r#"{"added_tokens": [{"id": 1}]}"#, r#"{"model": {"type": "BPE"}}"#] {
+            fs::write(folder.path().join("tokenizer.json"), broken).unwrap();
+            let error = format!("{:#}", Tokenizer::open(folder.path()).unwrap_err());
+            assert!(error.contains("tokenizer.json"), "{broken}: {error}");
+        }
+    }
+}

@@ -1,0 +1,440 @@
+//! The run file's `model`: which way a language model gets to see, and what it is made of.
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde::{Deserialize, Deserializer, Serialize};
+use vora_llm::VisionAttention;
+use vora_lora::LoraConfig;
+use vora_model::MmProjectorType;
+use vora_vision::{PositionTable, VisionFeatureLayer, VqConfig};
+
+/// The three ways that are compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ModelType {
+    /// Adapters in a frozen LLM learn to see; a vision transformer teaches them.
+    #[default]
+    Vora,
+    /// A frozen vision transformer sees; a projection brings what it saw among the words.
+    Llava,
+    /// Pictures are tokens of one vocabulary with the words, and the whole decoder learns to read and write both.
+    Chameleon,
+}
+
+impl ModelType {
+    const ALL: [Self; 3] = [Self::Vora, Self::Llava, Self::Chameleon];
+
+    /// The name in run files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Vora => "vora",
+            Self::Llava => "llava",
+            Self::Chameleon => "chameleon",
+        }
+    }
+
+    /// What the names of its trained parameters begin with.
+    fn parts(self) -> &'static [&'static str] {
+        match self {
+            Self::Vora => &["llm", "vision_embedding", "aux_vision"],
+            Self::Llava => &["language_model", "multi_modal_projector"],
+            Self::Chameleon => &["model", "lm_head"],
+        }
+    }
+
+    /// Whether a parameter's name, or the beginning of one, can only be in a model of another type.
+    pub fn lacks(self, name: &str) -> bool {
+        let first = name.split('.').next().unwrap_or_default();
+        let has = |this: Self| this.parts().contains(&first);
+        !has(self) && Self::ALL.into_iter().any(has)
+    }
+}
+
+/// What is trained. Some keys are for one type alone; another type's file that gives one is refused.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// The way it sees.
+    #[serde(default, rename = "type")]
+    pub model_type: ModelType,
+    /// The language model, for a Chameleon the start of its decoder: a folder, or a name on the hub.
+    pub llm: String,
+    /// A chat template (Jinja) in place of the LLM's own; it goes with the trained model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<String>,
+    /// Side of a picture, in pixels.
+    pub image_size: i64,
+    /// What becomes of a picture that is not square. Absent: what `model.pretrained` or a published recipe's
+    /// `frames_ops` does with it, else `pad`. It is stored in the model's folder, and evaluations and answers see the
+    /// same pixels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_aspect_ratio: Option<ImageAspectRatio>,
+    /// The colour that `pad` pads with, red, green and blue from 0 to 255; absent: the mean that pictures are normalised
+    /// with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub background_color: Option<[u8; 3]>,
+    /// The adapters. A VoRA has some; a LLaVA may. An `r` below 0 attaches none, as in the published recipe for
+    /// fine-tuning: of the LLM only the biases are trained that a published model's adapted layers have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraConfig>,
+    /// What to start from in place of new weights. For a LLaVA a run's `final/`, whose projector is taken. For a VoRA a
+    /// run's `final/` or a merged folder: with `lora` its adapters and patch embedding, without it and with
+    /// `freeze_llm: false` all its weights, merged.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    pub pretrained: Option<String>,
+
+    /// VoRA: the kind of patch embedding; there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vision_embedding: Option<String>,
+    /// VoRA: channels between patchifier and projection; absent: the teacher's hidden size, or 1536 without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vision_embedding_intermediate_size: Option<i64>,
+    /// VoRA: side of a patch, in pixels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub patch_size: Option<i64>,
+    /// VoRA: the teacher, a folder or a name on the hub. Absent: no distillation.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    pub aux_vision: Option<String>,
+    /// VoRA: whether the teacher has a class token that no patch of the student's meets; absent: as the teacher is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skip_aux_cls: Option<bool>,
+    /// VoRA: `preprocessor`: the patch embedding starts as the teacher's.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    pub reuse_aux_vision_embedding_layers: Option<String>,
+    /// VoRA: how it starts as the teacher's. Absent: `scaled`, and `copied` in a published recipe whose teacher it fits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reuse_aux_vision_start: Option<TeacherStart>,
+    /// VoRA: whether the tokens of a picture see each other in both directions; absent: they do.
+    #[serde(default, alias = "vision_attention_mask", skip_serializing_if = "Option::is_none")]
+    pub vision_attention: Option<VisionAttention>,
+    /// VoRA: whether pictures right beside each other see each other too, as in the released code; absent: as in
+    /// `model.pretrained`, else not, but in a published recipe.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fuse_adjacent_images: Option<bool>,
+    /// VoRA: which rows of the position table a picture of another size gets: `interpolate`, or `first_rows` as in the
+    /// released code; absent: as in `model.pretrained`, else `interpolate`, but in a published recipe.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pos_embed: Option<PositionTable>,
+
+    /// LLaVA: the encoder, a folder or a name on the hub.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vision_tower: Option<String>,
+    /// LLaVA: the projection; absent: `mlp2x_gelu`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mm_projector_type: Option<MmProjectorType>,
+    /// LLaVA: which of the encoder's hidden states are projected; absent: -2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vision_feature_layer: Option<VisionFeatureLayer>,
+    /// Whether the LLM's own weights stay as they are (a LLaVA's first stage, and its second with `lora`; a VoRA's
+    /// first); absent: they do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub freeze_llm: Option<bool>,
+
+    /// Chameleon: the image tokenizer, which the run makes before its first step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vqmodel: Option<VqTraining>,
+    /// Chameleon: the coefficient of z-loss; absent: 1e-5.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub z_loss: Option<f64>,
+}
+
+/// What becomes of a picture that is not square.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageAspectRatio {
+    /// Bars make it a square.
+    Pad,
+    /// It is resized to a square, whatever its proportions.
+    Squash,
+    /// What lies beyond a square in its middle is cut off.
+    Crop,
+}
+
+/// How a patch embedding starts as the teacher's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TeacherStart {
+    /// Convolution and positions are the teacher's, brought to the sizes of patches, grid and word embeddings.
+    Scaled,
+    /// Every tensor of the teacher's `preprocessor` is taken as it is, as in the released code: for AIMv2 in Apple's own
+    /// layout, of the same sizes.
+    Copied,
+}
+
+/// A name; none where it is empty, as the published code has it.
+fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    Ok(Option::<String>::deserialize(deserializer)?.filter(|name| !name.is_empty()))
+}
+
+/// An image tokenizer and its training; the keys of its sizes are those of HF's `ChameleonVQVAEConfig`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VqTraining {
+    /// Entries of the codebook.
+    pub num_embeddings: i64,
+    /// Channels of an entry.
+    pub embed_dim: i64,
+    /// Channels after the first convolution, and before the codebook.
+    pub base_channels: i64,
+    /// Channels of each level over `base_channels`; each level after the first halves the sides.
+    pub channel_multiplier: Vec<i64>,
+    /// Residual blocks of a level.
+    pub num_res_blocks: usize,
+    /// Groups of channels that a norm takes together; 32 in Meta's.
+    pub norm_num_groups: i64,
+    /// Steps of AdamW.
+    pub steps: u64,
+    /// Pictures a step.
+    pub batch_size: u64,
+    /// The learning rate.
+    pub learning_rate: f64,
+}
+
+impl Default for VqTraining {
+    /// One code of 256 for 8 x 8 pixels: trains on a CPU.
+    fn default() -> Self {
+        Self {
+            num_embeddings: 256,
+            embed_dim: 16,
+            base_channels: 32,
+            channel_multiplier: vec![1, 1, 1, 1],
+            num_res_blocks: 1,
+            norm_num_groups: 8,
+            steps: 300,
+            batch_size: 16,
+            learning_rate: 2e-3,
+        }
+    }
+}
+
+impl VqTraining {
+    /// The tokenizer of pictures of `image_size` pixels a side.
+    pub fn config(&self, image_size: i64) -> VqConfig {
+        VqConfig {
+            embed_dim: self.embed_dim,
+            num_embeddings: self.num_embeddings,
+            latent_channels: self.base_channels,
+            resolution: image_size,
+            base_channels: self.base_channels,
+            channel_multiplier: self.channel_multiplier.clone(),
+            num_res_blocks: self.num_res_blocks,
+            norm_num_groups: self.norm_num_groups,
+            attn_type: None,
+            ..VqConfig::default()
+        }
+    }
+}
+
+/// The published name of the patch embedding: conv, RMSNorm, positions, projection.
+const VISION_EMBEDDING: &str = "AIMv2Embedding";
+
+impl ModelConfig {
+    /// Checks what the types leave open; the error names the key.
+    pub fn validate(&self) -> Result<()> {
+        ensure!(!self.llm.is_empty(), "model.llm is empty, it takes a folder or a name on the hub");
+        self.refuse_keys_of_other_types()?;
+        let at_least_one = [
+            ("image_size", Some(self.image_size)),
+            ("patch_size", self.patch_size),
+            ("vision_embedding_intermediate_size", self.vision_embedding_intermediate_size),
+        ];
+        for (key, value) in at_least_one {
+            let value = value.unwrap_or(1);
+            ensure!(value >= 1, "model.{key} is {value}, it must be at least 1");
+        }
+        if let Some(lora) = self.adapters() {
+            lora.validate().map_err(|error| anyhow!("model.{error}"))?;
+        }
+        ensure!(
+            self.background_color.is_none()
+                || self.image_aspect_ratio.is_none_or(|ratio| ratio == ImageAspectRatio::Pad),
+            "model.background_color is given, but model.image_aspect_ratio does not pad"
+        );
+        match self.model_type {
+            ModelType::Vora => self.validate_vora(),
+            ModelType::Llava => self.validate_llava(),
+            ModelType::Chameleon => self.validate_chameleon(),
+        }
+    }
+
+    fn refuse_keys_of_other_types(&self) -> Result<()> {
+        let keys = [
+            ("vision_embedding", self.vision_embedding.is_some(), ModelType::Vora),
+            ("vision_embedding_intermediate_size", self.vision_embedding_intermediate_size.is_some(), ModelType::Vora),
+            ("patch_size", self.patch_size.is_some(), ModelType::Vora),
+            ("aux_vision", self.aux_vision.is_some(), ModelType::Vora),
+            ("skip_aux_cls", self.skip_aux_cls.is_some(), ModelType::Vora),
+            ("reuse_aux_vision_embedding_layers", self.reuse_aux_vision_embedding_layers.is_some(), ModelType::Vora),
+            ("reuse_aux_vision_start", self.reuse_aux_vision_start.is_some(), ModelType::Vora),
+            ("vision_attention", self.vision_attention.is_some(), ModelType::Vora),
+            ("fuse_adjacent_images", self.fuse_adjacent_images.is_some(), ModelType::Vora),
+            ("pos_embed", self.pos_embed.is_some(), ModelType::Vora),
+            ("vision_tower", self.vision_tower.is_some(), ModelType::Llava),
+            ("mm_projector_type", self.mm_projector_type.is_some(), ModelType::Llava),
+            ("vision_feature_layer", self.vision_feature_layer.is_some(), ModelType::Llava),
+            ("vqmodel", self.vqmodel.is_some(), ModelType::Chameleon),
+            ("z_loss", self.z_loss.is_some(), ModelType::Chameleon),
+        ];
+        for (key, given, model_type) in keys {
+            ensure!(
+                !given || model_type == self.model_type,
+                "model.{key} is for the type `{}`, model.type is `{}`",
+                model_type.name(),
+                self.model_type.name()
+            );
+        }
+        Ok(())
+    }
+
+    fn validate_vora(&self) -> Result<()> {
+        let patch_size = self.patch_size.context("model.patch_size is missing, a VoRA cuts pictures into patches")?;
+        let image_size = self.image_size;
+        ensure!(
+            image_size % patch_size == 0,
+            "model.image_size is {image_size}, it must be a multiple of model.patch_size, {patch_size}"
+        );
+        let is_tuned = self.lora.as_ref().is_some_and(|lora| lora.r < 0);
+        ensure!(
+            !is_tuned || self.pretrained.is_some(),
+            "model.lora.r is below 0, which attaches no adapters, but model.pretrained names no model to go on from"
+        );
+        ensure!(
+            self.adapters().is_some() || is_tuned || !self.freezes_llm(),
+            "model.lora is missing, a VoRA learns to see by its adapters; or set model.freeze_llm=false to train all weights"
+        );
+        self.refuse_adapters_on_trained_weights()?;
+        if let Some(kind) = self.vision_embedding.as_deref() {
+            ensure!(
+                kind == VISION_EMBEDDING,
+                "model.vision_embedding is `{kind}`, the one there is is called `{VISION_EMBEDDING}`"
+            );
+        }
+        ensure!(
+            self.skip_aux_cls != Some(true) || self.aux_vision.is_some(),
+            "model.skip_aux_cls is true, but model.aux_vision names no teacher"
+        );
+        match self.reuse_aux_vision_embedding_layers.as_deref() {
+            None | Some("preprocessor") => Ok(()),
+            Some(other) => {
+                bail!("model.reuse_aux_vision_embedding_layers is `{other}`, it must be `preprocessor` or absent")
+            }
+        }
+    }
+
+    fn validate_llava(&self) -> Result<()> {
+        ensure!(self.vision_tower.is_some(), "model.vision_tower is missing, a LLaVA sees through an encoder");
+        self.refuse_adapters_on_trained_weights()?;
+        Ok(())
+    }
+
+    fn refuse_adapters_on_trained_weights(&self) -> Result<()> {
+        ensure!(
+            self.lora.is_none() || self.freezes_llm(),
+            "model.freeze_llm is false and model.lora is given: train the LLM's weights or adapters on them"
+        );
+        Ok(())
+    }
+
+    fn validate_chameleon(&self) -> Result<()> {
+        let vq = self.vqmodel.as_ref().context("model.vqmodel is missing, a Chameleon reads pictures as its codes")?;
+        ensure!(vq.steps >= 1 && vq.batch_size >= 1, "model.vqmodel.steps and batch_size must be at least 1");
+        ensure!(vq.learning_rate > 0.0, "model.vqmodel.learning_rate is {}, it must be above 0", vq.learning_rate);
+        ensure!(self.z_loss() >= 0.0, "model.z_loss is {}, it must be 0 or more", self.z_loss());
+        ensure!(self.freeze_llm != Some(true), "model.freeze_llm is true, but all weights of a Chameleon are trained");
+        ensure!(self.lora.is_none(), "model.lora: all weights of a Chameleon are trained, it takes no adapters");
+        ensure!(self.pretrained.is_none(), "model.pretrained is not for a Chameleon, which starts from model.llm");
+        let stride = vq.config(self.image_size).stride();
+        ensure!(
+            self.image_size % stride == 0,
+            "model.image_size is {}, it must be a multiple of the image tokenizer's stride, {stride}",
+            self.image_size
+        );
+        Ok(())
+    }
+
+    /// The coefficient of z-loss: Chameleon's own (section 2.3) where nothing is said.
+    pub fn z_loss(&self) -> f64 {
+        match self.model_type {
+            ModelType::Chameleon => self.z_loss.unwrap_or(1e-5),
+            ModelType::Vora | ModelType::Llava => 0.0,
+        }
+    }
+
+    /// Whether the patch embedding starts as the teacher's; without a teacher nothing does.
+    pub fn starts_from_teacher(&self) -> bool {
+        self.aux_vision.is_some() && self.reuse_aux_vision_embedding_layers.as_deref() == Some("preprocessor")
+    }
+
+    /// The adapters that are attached; none where `lora` has an `r` below 0.
+    pub fn adapters(&self) -> Option<&LoraConfig> {
+        self.lora.as_ref().filter(|lora| lora.r >= 0)
+    }
+
+    /// Whether the LLM's own weights stay as they are.
+    pub fn freezes_llm(&self) -> bool {
+        self.freeze_llm.unwrap_or(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::overrides::from_yaml;
+
+    const VORA: &str = "{llm: x, patch_size: 14, image_size: 56, lora: {layers: 2, r: 4}}";
+    const LLAVA: &str = "{type: llava, llm: x, image_size: 56, vision_tower: y}";
+
+    const CHAMELEON: &str = "{type: chameleon, llm: x, image_size: 56, vqmodel: {}}";
+
+    fn parse(text: &str) -> Result<ModelConfig> {
+        let config: ModelConfig = from_yaml(text)?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    #[test]
+    fn a_type_takes_its_own_keys() {
+        assert_eq!(parse(VORA).unwrap().model_type, ModelType::Vora);
+        let llava = parse(&LLAVA.replace('}', ", mm_projector_type: linear, vision_feature_layer: -1}")).unwrap();
+        assert_eq!(llava.mm_projector_type, Some(MmProjectorType::Linear));
+        assert_eq!(llava.vision_feature_layer, Some(VisionFeatureLayer::One(-1)));
+        assert!(llava.freezes_llm());
+        let chameleon = parse(CHAMELEON).unwrap();
+        assert_eq!((chameleon.z_loss(), llava.z_loss()), (1e-5, 0.0));
+        assert_eq!(chameleon.vqmodel.unwrap().config(56).stride(), 8);
+    }
+
+    #[test]
+    fn what_does_not_go_together_is_refused() {
+        let lora = ", lora: {layers: 2, r: 4}";
+        let cases = [
+            (LLAVA.replace('}', ", patch_size: 14}"), "model.patch_size is for the type `vora`, model.type is `llava`"),
+            (VORA.replace("llm: x", "llm: x, freeze_llm: false"), "model.freeze_llm is false and model.lora is given"),
+            (CHAMELEON.replace("llm: x", "llm: x, freeze_llm: true"), "all weights of a Chameleon are trained"),
+            (LLAVA.replace(", vision_tower: y", ""), "model.vision_tower is missing"),
+            (
+                LLAVA.replace("vision_tower: y", &format!("vision_tower: y, freeze_llm: false{lora}")),
+                "model.freeze_llm",
+            ),
+            (VORA.replace(lora, ""), "model.lora is missing"),
+            (VORA.replace("patch_size: 14, ", ""), "model.patch_size is missing"),
+            (VORA.replace("image_size: 56", "image_size: 0"), "model.image_size is 0"),
+            (LLAVA.replace("llava", "flamingo"), "flamingo"),
+            (CHAMELEON.replace("56", "60"), "a multiple of the image tokenizer's stride, 8"),
+            (CHAMELEON.replace("vqmodel: {}", "z_loss: 0"), "model.vqmodel is missing"),
+            (CHAMELEON.replace("{}", "{code: 1}"), "unknown field `code`"),
+            (CHAMELEON.replace("vqmodel", &format!("{}, vqmodel", &lora[2..])), "it takes no adapters"),
+            (LLAVA.replace('}', ", mm_projector_type: pool}"), "pool"),
+        ];
+        for (text, expected) in cases {
+            let error = format!("{:#}", parse(&text).unwrap_err());
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_part_of_another_type_is_known_as_such() {
+        assert!(ModelType::Llava.lacks("vision_embedding.patchifier.proj"));
+        assert!(ModelType::Vora.lacks("multi_modal_projector"));
+        assert!(!ModelType::Vora.lacks("vision_embedding") && !ModelType::Vora.lacks("lora_C"));
+    }
+}

@@ -1,0 +1,802 @@
+//! The run file: one YAML file is one run. Its keys are those of the published VoRA recipes, which load as they are,
+//! and of HF's `TrainingArguments`; what is ours beside them keeps the field's names.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tch::{Device, Kind};
+use vora_torch::runtime;
+use vora_vision::PositionTable;
+
+use super::distill::{DistillConfig, Pairing};
+use crate::config::data::{DataConfig, DataPreprocess, VqaProcessorParams};
+use crate::config::model::{ModelConfig, ModelType};
+use crate::config::overrides::{Difference, compare, from_yaml, set};
+use crate::step::optim::{LearningRates, OptimConfig};
+use crate::step::schedule::{Curve, Schedule, SchedulerKwargs};
+
+/// One run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainConfig {
+    /// The run folder.
+    pub output_dir: PathBuf,
+    /// Whether a new run may take a folder that holds another one's checkpoints.
+    #[serde(default)]
+    pub overwrite_output_dir: bool,
+    /// What stands over the plot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run_name: Option<String>,
+    /// Fixes new weights and the order of the data.
+    #[serde(default = "seed")]
+    pub seed: u64,
+    /// Frozen weights and activations in bf16 (`true`) or f32 (`false`); absent: bf16 where the hardware multiplies it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bf16: Option<bool>,
+    /// Frozen weights and activations in f16, the loss scaled so that no gradient vanishes; needs a GPU.
+    #[serde(default)]
+    pub fp16: bool,
+
+    /// The model.
+    pub model: ModelConfig,
+    /// The data.
+    pub data: DataConfig,
+    /// The teacher's part in the loss.
+    #[serde(default)]
+    pub distill: DistillConfig,
+
+    /// Steps of the run; -1 leaves it to `num_train_epochs`.
+    #[serde(default = "minus_one")]
+    pub max_steps: i64,
+    /// Passes over the data, where it has an end.
+    #[serde(default = "one")]
+    pub num_train_epochs: f64,
+    /// Samples in one forward pass.
+    #[serde(default = "eight")]
+    pub per_device_train_batch_size: usize,
+    /// Samples in one forward pass of an evaluation.
+    #[serde(default = "eight")]
+    pub per_device_eval_batch_size: usize,
+    /// Forward passes to one step; the step is that of one batch as large as all of them.
+    #[serde(default = "one_usize")]
+    pub gradient_accumulation_steps: usize,
+    /// Whether the training data is shuffled.
+    #[serde(default = "yes")]
+    pub shuffle: bool,
+    /// Whether the backward pass computes each decoder layer anew instead of keeping what it made on the way: less
+    /// memory for about a third more time.
+    #[serde(default)]
+    pub gradient_checkpointing: bool,
+    /// Threads that make samples.
+    #[serde(default = "one_usize")]
+    pub dataloader_num_workers: usize,
+
+    /// Learning rate at a schedule factor of 1.
+    #[serde(default = "learning_rate")]
+    pub learning_rate: f64,
+    /// Parts of the model that learn at another rate.
+    #[serde(default)]
+    pub learning_rates: LearningRates,
+    /// How the rate goes on after the warm-up.
+    #[serde(default)]
+    pub lr_scheduler_type: Curve,
+    /// What some of these need beside the steps.
+    #[serde(default)]
+    pub lr_scheduler_kwargs: SchedulerKwargs,
+    /// Steps of warm-up.
+    #[serde(default)]
+    pub warmup_steps: u64,
+    /// Share of the run that is warm-up, where `warmup_steps` is 0.
+    #[serde(default)]
+    pub warmup_ratio: f64,
+    /// Decoupled weight decay of matrices.
+    #[serde(default)]
+    pub weight_decay: f64,
+    /// AdamW's decay of the mean gradient.
+    #[serde(default = "adam_beta1")]
+    pub adam_beta1: f64,
+    /// AdamW's decay of the mean squared gradient.
+    #[serde(default = "adam_beta2")]
+    pub adam_beta2: f64,
+    /// Added to AdamW's denominator.
+    #[serde(default = "adam_epsilon")]
+    pub adam_epsilon: f64,
+    /// The gradient is scaled down to this norm; 0 leaves it.
+    #[serde(default = "one")]
+    pub max_grad_norm: f64,
+
+    /// Decay of an exponential moving average of the trained weights, which evaluations see and `final/` holds in their
+    /// place; absent: there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ema_decay: Option<f64>,
+
+    /// A line of metrics every so many steps.
+    #[serde(default = "one_u64")]
+    pub logging_steps: u64,
+    /// When checkpoints are written during the run; there is always one at its end.
+    #[serde(default = "steps")]
+    pub save_strategy: Strategy,
+    /// Steps between checkpoints.
+    #[serde(default = "five_hundred")]
+    pub save_steps: u64,
+    /// How many checkpoints are kept.
+    #[serde(default = "three")]
+    pub save_total_limit: usize,
+    /// HF's: the number of an evaluation by which checkpoints are compared, as `eval_test_exact_match` for the split
+    /// `test`. The best one is kept beside the `save_total_limit` newest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metric_for_best_model: Option<String>,
+    /// Whether more of it is better; absent: yes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub greater_is_better: Option<bool>,
+    /// Whether `final/` is the best checkpoint in place of the last step.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub load_best_model_at_end: bool,
+    /// When the model is evaluated during the run; it always is at its end.
+    #[serde(default, alias = "eval_strategy")]
+    pub evaluation_strategy: Strategy,
+    /// Steps between evaluations.
+    #[serde(default = "five_hundred")]
+    pub eval_steps: u64,
+
+    /// Taken from published recipes, without effect here; see [`TrainConfig::without_effect`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tf32: Option<bool>,
+    /// HF's: `none` leaves TensorBoard's event files out; without it, with `all` and with `tensorboard` they are
+    /// written. Other services of HF's are not reported to; see [`TrainConfig::without_effect`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report_to: Option<String>,
+    /// As `tf32`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wandb_project: Option<String>,
+    /// As `tf32`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deepspeed: Option<String>,
+}
+
+/// When something is done during a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Strategy {
+    /// Not before its end.
+    #[default]
+    No,
+    /// Every so many steps.
+    Steps,
+}
+
+fn seed() -> u64 {
+    42
+}
+fn yes() -> bool {
+    true
+}
+fn minus_one() -> i64 {
+    -1
+}
+fn one() -> f64 {
+    1.0
+}
+fn one_usize() -> usize {
+    1
+}
+fn one_u64() -> u64 {
+    1
+}
+fn three() -> usize {
+    3
+}
+fn eight() -> usize {
+    8
+}
+fn five_hundred() -> u64 {
+    500
+}
+fn learning_rate() -> f64 {
+    2e-4
+}
+fn adam_beta1() -> f64 {
+    0.9
+}
+fn adam_beta2() -> f64 {
+    0.999
+}
+fn adam_epsilon() -> f64 {
+    1e-8
+}
+fn steps() -> Strategy {
+    Strategy::Steps
+}
+
+impl TrainConfig {
+    /// Reads and validates a run file, with `key.key=value` overrides applied to it.
+    pub fn open(path: &Path, overrides: &[String]) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read {}; --config takes a run file in YAML", path.display()))?;
+        Self::parse(&text, overrides).with_context(|| format!("in {}", path.display()))
+    }
+
+    /// As [`Self::open`], from text. Errors in the text carry line and column; one in an override names it.
+    pub fn parse(text: &str, overrides: &[String]) -> Result<Self> {
+        let as_written = from_yaml::<Self>(text);
+        let mut config = if overrides.is_empty() { as_written? } else { overridden(text, as_written, overrides)? };
+        config.settle();
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Says what a file leaves to the code that it was written for: a published recipe, known by keys of the published
+    /// code's data processor, trains as the released code does.
+    fn settle(&mut self) {
+        let published = self.data.train.data_preprocess.as_ref().is_some_and(DataPreprocess::is_published);
+        self.distill.pairing.get_or_insert(if published { Pairing::Input } else { Pairing::Output });
+        if published && self.model.model_type == ModelType::Vora {
+            self.model.fuse_adjacent_images.get_or_insert(true);
+            self.model.pos_embed.get_or_insert(PositionTable::FirstRows);
+        }
+    }
+
+    /// The run file with everything in it that was left to defaults.
+    pub fn to_yaml(&self) -> Result<String> {
+        Ok(serde_saphyr::to_string(self)?)
+    }
+
+    /// Checks what the types leave open; the error names the key.
+    pub fn validate(&self) -> Result<()> {
+        let at_least_one = [
+            ("per_device_train_batch_size", self.per_device_train_batch_size as i64),
+            ("per_device_eval_batch_size", self.per_device_eval_batch_size as i64),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps as i64),
+            ("dataloader_num_workers", self.dataloader_num_workers as i64),
+            ("logging_steps", self.logging_steps as i64),
+            ("save_steps", self.save_steps as i64),
+            ("save_total_limit", self.save_total_limit as i64),
+            ("eval_steps", self.eval_steps as i64),
+        ];
+        for (key, value) in at_least_one {
+            ensure!(value >= 1, "{key} is {value}, it must be at least 1");
+        }
+        for (part, rate) in &self.learning_rates.0 {
+            ensure!(*rate >= 0.0 && rate.is_finite(), "learning_rates.{part} is {rate}, it must be 0 or more");
+        }
+        let not_negative = [
+            ("learning_rate", self.learning_rate),
+            ("weight_decay", self.weight_decay),
+            ("max_grad_norm", self.max_grad_norm),
+            ("distill.weight", self.distill.weight),
+            ("distill.weight_schedule.end", self.distill.weight_schedule.as_ref().map_or(0.0, |way| way.end)),
+            ("num_train_epochs", self.num_train_epochs),
+        ];
+        for (key, value) in not_negative {
+            ensure!(value >= 0.0 && value.is_finite(), "{key} is {value}, it must be 0 or more");
+        }
+        let shares = [
+            ("adam_beta1", self.adam_beta1),
+            ("adam_beta2", self.adam_beta2),
+            ("warmup_ratio", self.warmup_ratio),
+            ("lr_scheduler_kwargs.min_lr_rate", self.lr_scheduler_kwargs.min_lr_rate),
+            ("lr_scheduler_kwargs.min_lr_ratio", self.lr_scheduler_kwargs.min_lr_ratio.unwrap_or(0.0)),
+            ("ema_decay", self.ema_decay.unwrap_or(0.0)),
+        ];
+        for (key, value) in shares {
+            ensure!((0.0..1.0).contains(&value), "{key} is {value}, it must be at least 0 and below 1");
+        }
+        ensure!(
+            self.lr_scheduler_type != Curve::WarmupStableDecay || self.lr_scheduler_kwargs.num_decay_steps.is_some(),
+            "lr_scheduler_type is warmup_stable_decay, but lr_scheduler_kwargs.num_decay_steps is missing"
+        );
+        ensure!(
+            self.lr_scheduler_kwargs.timescale != Some(0),
+            "lr_scheduler_kwargs.timescale is 0, it must be at least 1"
+        );
+        ensure!(!(self.fp16 && self.bf16 == Some(true)), "bf16 and fp16 are both true, a run computes in one of them");
+        ensure!(
+            self.distill.blocks.as_ref().is_none_or(|blocks| !blocks.is_empty()),
+            "distill.blocks is empty; leave it out, or leave model.aux_vision out to train without a teacher"
+        );
+        ensure!(self.adam_epsilon > 0.0, "adam_epsilon is {}, it must be above 0", self.adam_epsilon);
+        ensure!(
+            self.max_steps == -1 || self.max_steps > 0,
+            "max_steps is {}, it must be at least 1, or -1 to leave it to num_train_epochs",
+            self.max_steps
+        );
+        self.validate_best()?;
+        self.model.validate()?;
+        ensure!(
+            self.model.model_type != ModelType::Vora || self.model.aux_vision.is_some() || !self.distill.center,
+            "distill.center is true, but model.aux_vision names no teacher"
+        );
+        ensure!(self.distill.mean_over >= 2, "distill.mean_over is {}, it must be at least 2", self.distill.mean_over);
+        self.data.validate(self.model.image_size)?;
+        ensure!(
+            self.max_steps > 0 || self.data.train.scenes.is_none(),
+            "max_steps is -1, but scenes never end: say how many steps"
+        );
+        ensure!(
+            self.max_steps > 0 || !self.data.train.packing,
+            "max_steps is -1, but with data.train.packing it shows only on the way how many samples a step takes: say \
+             how many steps"
+        );
+        Ok(())
+    }
+
+    /// A best checkpoint needs evaluations of checkpoints.
+    fn validate_best(&self) -> Result<()> {
+        ensure!(
+            !self.load_best_model_at_end || self.ema_decay.is_none(),
+            "load_best_model_at_end and ema_decay are both set: the averaged weights are evaluated, and only those of the \
+             last step are known at the end"
+        );
+        let Some(metric) = &self.metric_for_best_model else {
+            ensure!(
+                !self.load_best_model_at_end,
+                "load_best_model_at_end is true, but metric_for_best_model does not say what is best"
+            );
+            return Ok(());
+        };
+        ensure!(
+            split_of(metric).is_some_and(|split| self.data.eval.contains_key(split)),
+            "metric_for_best_model is {metric}, it must be eval_SPLIT_exact_match, SPLIT being one of data.eval: {}",
+            self.data.eval.keys().map(String::as_str).collect::<Vec<_>>().join(", ")
+        );
+        ensure!(
+            [self.save_strategy, self.evaluation_strategy] == [Strategy::Steps; 2]
+                && self.save_steps.is_multiple_of(self.eval_steps),
+            "metric_for_best_model needs an evaluation of each checkpoint: save_strategy and evaluation_strategy must \
+             be steps, and save_steps ({}) a multiple of eval_steps ({})",
+            self.save_steps,
+            self.eval_steps
+        );
+        Ok(())
+    }
+
+    /// What stands in place of the LLM's own chat template.
+    pub fn chat_template(&self) -> Option<String> {
+        let params = self.data.train.data_preprocess.as_ref().and_then(|p| p.vqa_processor_params.as_ref());
+        self.model.chat_template.clone().or_else(|| params.map(VqaProcessorParams::chat_template))
+    }
+
+    /// Whether TensorBoard's event files are written.
+    pub fn reports_to_tensorboard(&self) -> bool {
+        self.report_to.as_deref() != Some("none")
+    }
+
+    /// Keys that the file gives and that change nothing here, with the reason.
+    pub fn without_effect(&self) -> Vec<(&'static str, &'static str)> {
+        let preprocess = self.data.train.data_preprocess.as_ref();
+        let all = [
+            ("tf32", self.tf32.is_some(), "matrix products run in the kind of the weights"),
+            (
+                "distill.cache",
+                self.distill.cache.is_some() && self.data.train.scenes.is_some(),
+                "scenes never end, and none comes twice",
+            ),
+            (
+                "report_to",
+                self.report_to.as_deref().is_some_and(|to| !["none", "all", "tensorboard"].contains(&to)),
+                "TensorBoard's event files are written; none leaves them out",
+            ),
+            (
+                "greater_is_better",
+                self.greater_is_better.is_some() && self.metric_for_best_model.is_none(),
+                "metric_for_best_model does not say of what",
+            ),
+            ("wandb_project", self.wandb_project.is_some(), "metrics go to metrics.jsonl"),
+            ("deepspeed", self.deepspeed.is_some(), "one process trains"),
+            ("data_preprocess.tokenizer", preprocess.is_some_and(|p| p.tokenizer.is_some()), "the LLM's own is used"),
+            (
+                "data_preprocess.max_prompt_len",
+                preprocess.is_some_and(|p| p.max_prompt_len.is_some()),
+                "max_seq_len is the limit",
+            ),
+            (
+                "data_preprocess.vqa_processor_params",
+                preprocess.is_some_and(|p| p.vqa_processor_params.is_some()) && self.model.chat_template.is_some(),
+                "model.chat_template is used",
+            ),
+            (
+                "model.reuse_aux_vision_embedding_layers",
+                self.model.reuse_aux_vision_embedding_layers.is_some() && self.model.aux_vision.is_none(),
+                "model.aux_vision names no teacher",
+            ),
+            (
+                "data_preprocess.num_segments",
+                preprocess.is_some_and(|p| p.num_segments.is_some_and(|n| n != 1)),
+                "each frame is a picture",
+            ),
+            (
+                "distill",
+                self.model.model_type != ModelType::Vora
+                    && self.distill != DistillConfig { pairing: Some(Pairing::Output), ..DistillConfig::default() },
+                "only a VoRA has a teacher",
+            ),
+        ];
+        let kwargs = self.lr_scheduler_kwargs.without_effect(self.lr_scheduler_type);
+        let kwargs = kwargs.into_iter().map(|key| (key, "this lr_scheduler_type does not read it"));
+        all.into_iter().filter(|(_, given, _)| *given).map(|(key, _, reason)| (key, reason)).chain(kwargs).collect()
+    }
+
+    /// Tokens of a row that samples are packed into; none where each has a row of its own.
+    pub fn packed_row_len(&self) -> Option<usize> {
+        let preprocess = self.data.train.data_preprocess.clone().unwrap_or_default();
+        self.data.train.packing.then_some(preprocess.max_seq_len)
+    }
+
+    /// The kind of activations and of weights that are not trained.
+    ///
+    /// # Errors
+    /// Where the device does not compute in it.
+    pub fn kind(&self, device: Device) -> Result<Kind> {
+        match (self.fp16, self.bf16) {
+            (true, _) => runtime::kind("f16", device).context("fp16"),
+            (false, bf16) => runtime::kind(bf16.map_or("auto", |bf16| if bf16 { "bf16" } else { "f32" }), device),
+        }
+    }
+
+    /// Where the teacher's features are kept, for data that comes again.
+    pub(crate) fn teacher_cache(&self) -> Option<&Path> {
+        self.distill.cache.as_deref().filter(|_| self.data.train.scenes.is_none())
+    }
+
+    /// The schedule of a run of so many steps.
+    pub fn schedule(&self, max_steps: u64) -> Schedule {
+        let warmup_steps = match self.warmup_steps {
+            0 => (self.warmup_ratio * max_steps as f64).ceil() as u64,
+            steps => steps,
+        };
+        Schedule { curve: self.lr_scheduler_type, warmup_steps, max_steps, kwargs: self.lr_scheduler_kwargs }
+    }
+
+    /// What the optimizer is told. Rates of parts that only a model of another type has are left out, so that files
+    /// which differ in `model` alone are runs to compare.
+    pub fn optim(&self) -> OptimConfig {
+        OptimConfig {
+            learning_rate: self.learning_rate,
+            learning_rates: self.learning_rates.without(|part| self.model.model_type.lacks(part)),
+            beta1: self.adam_beta1,
+            beta2: self.adam_beta2,
+            eps: self.adam_epsilon,
+            weight_decay: self.weight_decay,
+            max_grad_norm: self.max_grad_norm,
+        }
+    }
+
+    /// Keys whose values differ between two runs.
+    pub fn differences(&self, other: &Self) -> Result<Vec<Difference>> {
+        let mut found = Vec::new();
+        compare("", &serde_json::to_value(self)?, &serde_json::to_value(other)?, &mut found);
+        Ok(found)
+    }
+}
+
+/// The split that a metric is of: `eval_test_exact_match` and `test_exact_match` are the exact match of the split `test`.
+pub(crate) fn split_of(metric: &str) -> Option<&str> {
+    metric.strip_prefix("eval_").unwrap_or(metric).strip_suffix("_exact_match")
+}
+
+/// The run file's tree of values with the overrides set in it, typed after each so that a wrong one is named.
+fn overridden(text: &str, as_written: Result<TrainConfig>, overrides: &[String]) -> Result<TrainConfig> {
+    let mut tree: Value = from_yaml(text)?;
+    let mut typed = as_written;
+    for entry in overrides {
+        set(&mut tree, entry)?;
+        typed = match (typed, serde_json::from_value(tree.clone())) {
+            (_, Ok(config)) => Ok(config),
+            // The file itself is incomplete or wrong, and this override did not mend it: that error has a line.
+            (Err(error), Err(_)) => Err(error),
+            (Ok(_), Err(error)) => return Err(anyhow!("--set {entry}: {error}")),
+        };
+    }
+    typed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vora_llm::VisionAttention;
+
+    /// One of the recipes that the published code comes with, with the keys and values that it has there.
+    fn published(name: &str) -> String {
+        let path = fixtures::root().join("published_recipes").join(format!("{name}.yaml"));
+        std::fs::read_to_string(path).unwrap()
+    }
+
+    const RECIPES: [&str; 4] = ["pretrain_I8M", "pretrain_I30M_T6M", "pretrain_debug", "finetuning"];
+
+    const SMALL: &str = "\
+output_dir: runs/x
+max_steps: 10
+model:
+  llm: somewhere
+  patch_size: 14
+  image_size: 56
+  lora:
+    layers: 2
+    r: 4
+data:
+  train:
+    scenes: {}
+";
+
+    fn set(overrides: &[&str]) -> Result<TrainConfig> {
+        let overrides: Vec<String> = overrides.iter().map(|&s| s.to_owned()).collect();
+        TrainConfig::parse(SMALL, &overrides)
+    }
+
+    #[track_caller]
+    fn fails(result: Result<TrainConfig>, texts: &[&str]) {
+        let message = format!("{:#}", result.unwrap_err());
+        for text in texts {
+            assert!(message.contains(text), "`{message}` lacks `{text}`");
+        }
+    }
+
+    #[test]
+    fn the_published_recipes_load_as_they_are() {
+        for name in RECIPES {
+            let config = TrainConfig::parse(&published(name), &[]).unwrap();
+            assert_eq!((config.bf16, config.max_steps, config.seed), (Some(true), -1, 42));
+            assert!(config.gradient_checkpointing);
+            // They train as the released code does.
+            assert_eq!(config.distill.pairing, Some(Pairing::Input));
+            let model = &config.model;
+            assert_eq!((model.fuse_adjacent_images, model.pos_embed), (Some(true), Some(PositionTable::FirstRows)));
+            let lora = model.lora.as_ref().unwrap();
+            assert_eq!((lora.layers, lora.target_modules.len()), (24, 7));
+            let preprocess = config.data.train.data_preprocess.as_ref().unwrap();
+            let ops = preprocess.frames_ops.as_ref().unwrap();
+            assert!(ops.path().ends_with("aimv2-huge-patch14-448") && ops.background_color() == Some([0; 3]));
+            // Nothing of the conversation or the pictures is without effect.
+            let noted: Vec<&str> = config.without_effect().iter().map(|(key, _)| *key).collect();
+            let expected = [
+                "tf32",
+                "report_to",
+                "wandb_project",
+                "deepspeed",
+                "data_preprocess.tokenizer",
+                "data_preprocess.max_prompt_len",
+            ];
+            assert_eq!(noted, expected, "{name}");
+        }
+        let config = TrainConfig::parse(&published("pretrain_I8M"), &[]).unwrap();
+        assert!(config.model.starts_from_teacher() && config.model.adapters().unwrap().r == 1024);
+        assert_eq!(config.schedule(1000).factor(50), 0.5);
+        let config = TrainConfig::parse(&published("pretrain_I30M_T6M"), &[]).unwrap();
+        let sources = &config.data.train.data_fetch.as_ref().unwrap().data_paths;
+        assert_eq!((sources.len(), sources[2].image_folder.as_os_str().is_empty()), (3, true));
+        // An `r` of -1 attaches nothing, and the paper's second stage is another section.
+        let tuning = published("finetuning");
+        let model = TrainConfig::parse(&tuning, &[]).unwrap().model;
+        assert_eq!((model.pretrained.as_deref(), model.aux_vision.as_deref()), (Some("{your_pretrained_model}"), None));
+        assert!(model.lora.as_ref().unwrap().r == -1 && model.adapters().is_none() && model.freezes_llm());
+        let all = ["model.lora=null".to_owned(), "model.freeze_llm=false".to_owned()];
+        assert!(!TrainConfig::parse(&tuning, &all).unwrap().model.freezes_llm());
+    }
+
+    #[test]
+    fn keys_that_the_published_code_has_are_read_as_it_reads_them() {
+        let with = |entries: &[&str]| {
+            let entries: Vec<String> = entries.iter().map(|&entry| entry.to_owned()).collect();
+            TrainConfig::parse(&published("pretrain_I8M"), &entries)
+        };
+        let config =
+            with(&["model.lora.layers=all", "model.vision_attention_mask=default", "model.skip_aux_cls=true"]).unwrap();
+        assert_eq!(config.model.lora.as_ref().unwrap().layers, vora_lora::ALL_LAYERS);
+        assert_eq!(
+            (config.model.vision_attention, config.model.skip_aux_cls),
+            (Some(VisionAttention::Causal), Some(true))
+        );
+        assert_eq!(TrainConfig::parse(&config.to_yaml().unwrap(), &[]).unwrap(), config);
+        // An empty name is none, and without a teacher nothing starts from one.
+        let config = with(&["model.aux_vision=''", "model.pretrained=''"]).unwrap();
+        assert_eq!((&config.model.aux_vision, &config.model.pretrained), (&None, &None));
+        assert!(!config.model.starts_from_teacher());
+        let noted = config.without_effect();
+        assert!(noted.iter().any(|(key, _)| *key == "model.reuse_aux_vision_embedding_layers"), "{noted:?}");
+        // What such a recipe leaves to the released code can be said.
+        let config =
+            with(&["distill.pairing=output", "model.fuse_adjacent_images=false", "model.pos_embed=interpolate"])
+                .unwrap();
+        assert_eq!((config.distill.pairing, config.model.fuse_adjacent_images), (Some(Pairing::Output), Some(false)));
+        assert_eq!(config.model.pos_embed, Some(PositionTable::Interpolated));
+        // Other runs are ours.
+        let config = set(&[]).unwrap();
+        assert_eq!((config.distill.pairing, config.model.fuse_adjacent_images), (Some(Pairing::Output), None));
+        fails(with(&["model.skip_aux_cls=true", "model.aux_vision=''"]), &["model.skip_aux_cls is true"]);
+        fails(with(&["model.lora.layers=most"]), &["`layers` is neither a number of layers nor `all`"]);
+        fails(set(&["model.lora.r=-1"]), &["model.lora.r is below 0", "model.pretrained names no model"]);
+        let step = "data.train.data_preprocess.frames_ops={RandomCrop: {size: 3}, HFImageTransform: {path: x}}";
+        fails(with(&[step]), &["unknown field `RandomCrop`, expected `PILExpand2Square` or `HFImageTransform`"]);
+        let ops = |ops: &str| {
+            let config = with(&[&format!("data.train.data_preprocess.frames_ops={ops}")]).unwrap();
+            let ops = config.data.train.data_preprocess.unwrap().frames_ops.unwrap();
+            (ops.path().to_owned(), ops.background_color())
+        };
+        assert_eq!(ops("some/model"), ("some/model".to_owned(), None));
+        let colored = "{PILExpand2Square: {background_color: [1, 2, 3]}, HFImageTransform: {path: x}}";
+        assert_eq!(ops(colored), ("x".to_owned(), Some([1, 2, 3])));
+    }
+
+    #[test]
+    fn a_resolved_file_is_the_same_run() {
+        for text in RECIPES.map(published).into_iter().chain([SMALL.to_owned()]) {
+            let config = TrainConfig::parse(&text, &[]).unwrap();
+            let yaml = config.to_yaml().unwrap();
+            assert_eq!(TrainConfig::parse(&yaml, &[]).unwrap(), config, "{yaml}");
+        }
+    }
+
+    #[test]
+    fn every_recipe_is_a_run() {
+        for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes")).unwrap() {
+            let config = TrainConfig::open(&entry.unwrap().path(), &[]).unwrap();
+            assert!(config.without_effect().iter().all(|(key, _)| *key == "distill"));
+        }
+    }
+
+    #[test]
+    fn the_recipes_that_are_compared_differ_in_their_models_alone() {
+        let open = |name: &str| {
+            let recipes = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+            TrainConfig::open(&recipes.join(name), &[]).unwrap()
+        };
+        for other in ["scenes-llava.yaml", "scenes-chameleon.yaml"] {
+            let differences = open("scenes.yaml").differences(&open(other)).unwrap();
+            let keys: Vec<&str> =
+                differences.iter().map(|d| d.key.as_str()).filter(|key| !key.starts_with("model.")).collect();
+            assert_eq!(keys, ["output_dir", "run_name"], "{other}");
+        }
+    }
+
+    #[test]
+    fn wrong_keys_are_refused_with_line_and_column() {
+        fails(
+            TrainConfig::parse(&SMALL.replace("    r: 4", "    rank: 4"), &[]),
+            &["unknown field `rank`", "expected one of layers, r", "line 9", "column 5"],
+        );
+        fails(
+            TrainConfig::parse(&SMALL.replace("    r: 4", "    r: 4\n    r: 5"), &[]),
+            &["duplicate", "r", "line 10"],
+        );
+        fails(TrainConfig::parse(&SMALL.replace("  llm: somewhere\n", ""), &[]), &["missing field `llm`"]);
+        fails(TrainConfig::parse(&SMALL.replace("r: 4", "r: four"), &[]), &["line 9", "column 8"]);
+        fails(TrainConfig::parse("output_dir: [", &[]), &["line 1"]);
+        fails(TrainConfig::open(Path::new("nope/run.yaml"), &[]), &["cannot read nope/run.yaml", "--config"]);
+    }
+
+    #[test]
+    fn values_out_of_range_name_their_key() {
+        let cases: [(&str, &str); 18] = [
+            ("model.lora.r=0", "model.lora.r is 0, it must be at least 1"),
+            ("model.image_size=50", "model.image_size is 50, it must be a multiple of model.patch_size, 14"),
+            ("model.vision_embedding=CLIP", "model.vision_embedding is `CLIP`"),
+            ("model.background_color=[1, 2]", "background_color"),
+            ("data.train.scenes.image_size=84", "data.train.scenes.image_size is 84, model.image_size is 56"),
+            ("data.train.scenes=null", "data.train has neither `scenes` nor `data_fetch`"),
+            ("max_steps=-1", "scenes never end"),
+            ("max_steps=0", "max_steps is 0"),
+            ("learning_rate=-1", "learning_rate is -1, it must be 0 or more"),
+            ("adam_beta2=1", "adam_beta2 is 1, it must be at least 0 and below 1"),
+            ("lr_scheduler_type=warmup_stable_decay", "lr_scheduler_kwargs.num_decay_steps is missing"),
+            ("lr_scheduler_kwargs.decay_type=sqrt", "unknown variant `sqrt`"),
+            ("ema_decay=1", "ema_decay is 1, it must be at least 0 and below 1"),
+            ("distill.blocks={}", "distill.blocks is empty"),
+            ("distill.weight_schedule={type: linear, end: -1}", "distill.weight_schedule.end is -1"),
+            ("save_steps=0", "save_steps is 0, it must be at least 1"),
+            ("data.eval.test.samples=3", "data.eval.test must have one of `split`"),
+            ("data.eval={test: {split: test, questions_per_image: 0}}", "data.eval.test.questions_per_image is 0"),
+        ];
+        for (entry, expected) in cases {
+            fails(set(&[entry]), &[expected]);
+        }
+    }
+
+    #[test]
+    fn overrides_reach_into_the_tree() {
+        let config = set(&[
+            "model.lora.r=64",
+            "learning_rate=2e-3",
+            "bf16=True",
+            "lr_scheduler_type=cosine",
+            "learning_rates.lora_B=0.5",
+            "data.eval={test: {split: test, samples: 7}}",
+            "model.vision_attention=causal",
+            "save_strategy=no",
+        ])
+        .unwrap();
+        let r = config.model.lora.as_ref().unwrap().r;
+        assert_eq!((r, config.learning_rate, config.bf16), (64, 2e-3, Some(true)));
+        assert_eq!((config.lr_scheduler_type, config.learning_rates.0["lora_B"]), (Curve::Cosine, 0.5));
+        assert_eq!(config.data.eval["test"].samples, 7);
+        assert_eq!(
+            (config.model.vision_attention, config.save_strategy),
+            (Some(VisionAttention::Causal), Strategy::No)
+        );
+        let list = ["data.train.data_fetch.data_paths.2.image_folder=pictures".to_owned()];
+        let config = TrainConfig::parse(&published("pretrain_I30M_T6M"), &list).unwrap();
+        assert_eq!(config.data.train.data_fetch.unwrap().data_paths[2].image_folder, Path::new("pictures"));
+    }
+
+    #[test]
+    fn the_weight_of_distillation_goes_its_way() {
+        let weights = |schedule: &str| {
+            let entry = format!("distill={{weight: 2, blocks: {{0: 3, 1: 1}}, weight_schedule: {schedule}}}");
+            let config = set(&[&entry]).unwrap();
+            assert_eq!(TrainConfig::parse(&config.to_yaml().unwrap(), &[]).unwrap(), config);
+            assert_eq!(config.distill.blocks.as_ref().unwrap()[&0], 3);
+            [0, 5, 10, 20].map(|step| (config.distill.weight_at(step, 20) * 1e6).round() / 1e6)
+        };
+        assert_eq!(weights("null"), [2.0; 4]);
+        assert_eq!(weights("{type: linear, end: 0}"), [2.0, 1.5, 1.0, 0.0]);
+        assert_eq!(weights("{type: cosine, end: 1, steps: 10}"), [2.0, 1.5, 1.0, 1.0]);
+    }
+
+    #[test]
+    fn a_run_computes_in_one_kind() {
+        assert!(set(&["fp16=true", "bf16=false"]).unwrap().fp16);
+        fails(set(&["fp16=true", "bf16=true"]), &["bf16 and fp16 are both true"]);
+    }
+
+    #[test]
+    fn a_best_checkpoint_needs_evaluations_of_checkpoints() {
+        let with = |lines: &str| {
+            let eval = "\ndata: { train: { scenes: { image_size: 56 } }, eval: { test: { split: test } } }";
+            let model = "\nmodel: { llm: x, patch_size: 14, image_size: 56, lora: { layers: 1, r: 1 } }";
+            TrainConfig::parse(&format!("output_dir: x\nmax_steps: 1\n{lines}{eval}{model}"), &[])
+        };
+        let metric = "metric_for_best_model: eval_test_exact_match\n";
+        let steps = "evaluation_strategy: steps\neval_steps: 50\nsave_steps: 100\n";
+        assert!(with(&format!("{metric}{steps}load_best_model_at_end: true")).is_ok());
+        fails(with(&format!("{metric}save_steps: 100")), &["needs an evaluation of each checkpoint"]);
+        fails(
+            with(&format!("{metric}{steps}").replace("save_steps: 100", "save_steps: 75")),
+            &["save_steps (75) a multiple of eval_steps (50)"],
+        );
+        fails(
+            with(&format!("{metric}{steps}load_best_model_at_end: true\nema_decay: 0.9")),
+            &["load_best_model_at_end and ema_decay are both set"],
+        );
+        fails(with("load_best_model_at_end: true"), &["metric_for_best_model does not say what is best"]);
+        for wrong in ["metric_for_best_model: eval_other_exact_match", "metric_for_best_model: loss"] {
+            fails(with(&format!("{wrong}\n{steps}")), &["one of data.eval: test"]);
+        }
+        let config = with("greater_is_better: true").unwrap();
+        assert!(config.without_effect().iter().any(|(key, _)| *key == "greater_is_better"));
+    }
+
+    #[test]
+    fn a_wrong_override_is_named() {
+        fails(set(&["seed=1", "model.lora.rank=3"]), &["--set model.lora.rank=3: unknown field `rank`"]);
+        fails(set(&["max_steps"]), &["--set max_steps: it must be key.key=value"]);
+        fails(set(&["max_steps.x=1"]), &["`x` would go into a single value"]);
+        fails(set(&["max_steps=[1"]), &["--set max_steps=[1"]);
+        // A key that the file lacks can be given, and where it is still lacking the file's own line is told.
+        let incomplete = SMALL.replace("output_dir: runs/x\n", "");
+        TrainConfig::parse(&incomplete, &["output_dir=runs/y".to_owned()]).unwrap();
+        fails(TrainConfig::parse(&incomplete, &["seed=1".to_owned()]), &["missing field `output_dir`"]);
+    }
+
+    #[test]
+    fn another_model_is_another_model_section() {
+        let vora = "{llm: somewhere, patch_size: 14, image_size: 56, lora: {layers: 2, r: 4}}";
+        let llava = "{type: llava, llm: somewhere, image_size: 56, vision_tower: elsewhere}";
+        let rates = "learning_rates={vision_embedding: 1e-3, multi_modal_projector: 2e-3, lora_B: 3e-3}";
+        let rates_of = |model: &str| {
+            let config = set(&[&format!("model={model}"), rates, "distill.weight=2"]).unwrap();
+            let noted: Vec<&str> = config.without_effect().iter().map(|(key, _)| *key).collect();
+            (config.optim().learning_rates.0.into_keys().collect::<Vec<_>>(), noted)
+        };
+        assert_eq!(rates_of(vora), (vec!["lora_B".to_owned(), "vision_embedding".to_owned()], vec![]));
+        assert_eq!(rates_of(llava), (vec!["lora_B".to_owned(), "multi_modal_projector".to_owned()], vec!["distill"]));
+    }
+
+    #[test]
+    fn differences_name_key_and_both_values() {
+        let (a, b) = (set(&[]).unwrap(), set(&["model.lora.r=64", "run_name=other"]).unwrap());
+        let found: Vec<String> = a.differences(&b).unwrap().iter().map(ToString::to_string).collect();
+        assert_eq!(found, ["model.lora.r was 4, is 64", "run_name was absent, is \"other\""]);
+        assert!(a.differences(&a).unwrap().is_empty());
+    }
+}

@@ -1,0 +1,8 @@
+//! From the run file to what a model is fed: how words and pictures are prepared, and the sources of samples.
+
+mod pictures;
+mod preparation;
+mod sources;
+
+pub use preparation::Preparation;
+pub use sources::{HeldOut, held_out, sample_maker, training};

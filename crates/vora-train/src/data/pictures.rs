@@ -1,0 +1,163 @@
+//! How a run's pictures are prepared. One processor serves training, what is shown of the data, evaluation, and every
+//! answer of the trained model, in whose folder it is stored.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use vora_image::{Aspect, ImageProcessor};
+use vora_vision::EncoderConfig;
+
+use crate::config::data::FramesOps;
+use crate::config::model::ImageAspectRatio;
+use crate::config::run::TrainConfig;
+use vora_model::trained::Resolve;
+
+/// The processor of a run: squares of `model.image_size`. Channels and sampling are those of the recipe's `frames_ops`,
+/// else of the model that is gone on from, else the model's `own`; what becomes of a picture that is not square, the run
+/// file says, or the same in that order; a new run pads.
+///
+/// # Errors
+/// Names the key, and the file, that does not fit.
+pub(crate) fn processor(
+    config: &TrainConfig,
+    own: &ImageProcessor,
+    pretrained: Option<&Path>,
+    resolve: &Resolve<'_>,
+) -> Result<ImageProcessor> {
+    let section = &config.model;
+    let ops = config.data.train.data_preprocess.as_ref().and_then(|preprocess| preprocess.frames_ops.as_ref());
+    let (base, aspect) = match (ops, pretrained) {
+        (Some(ops), _) => {
+            let base = named(ops, resolve).context("data_preprocess.frames_ops")?;
+            let aspect = ops.background_color().map_or(base.aspect(), Aspect::Pad);
+            (base, aspect)
+        }
+        (None, Some(folder)) => {
+            let base = ImageProcessor::open(folder).context("model.pretrained")?;
+            let aspect = base.aspect();
+            (base, aspect)
+        }
+        (None, None) => (own.clone(), Aspect::Pad(own.mean_color())),
+    };
+    let color = || section.background_color.unwrap_or(base.mean_color());
+    let aspect = match section.image_aspect_ratio {
+        Some(ImageAspectRatio::Pad) => Aspect::Pad(color()),
+        Some(ImageAspectRatio::Squash) => Aspect::Squash,
+        Some(ImageAspectRatio::Crop) => Aspect::Crop,
+        None if section.background_color.is_some() => Aspect::Pad(color()),
+        None => aspect,
+    };
+    Ok(base.square_of(u32::try_from(section.image_size)?, aspect))
+}
+
+/// The processor of the vision model that a recipe names.
+fn named(ops: &FramesOps, resolve: &Resolve<'_>) -> Result<ImageProcessor> {
+    let folder = resolve(ops.path())?;
+    if folder.join("config.json").exists() {
+        return EncoderConfig::open(&folder)?.processor(&folder);
+    }
+    ImageProcessor::open(&folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use tch::{Device, Kind};
+    use vora_image::{Pixels, RgbImage};
+
+    use super::*;
+    use crate::data::Preparation;
+    use crate::run::snapshot::Snapshot;
+    use crate::student::Student;
+
+    fn resolve(name: &str) -> Result<PathBuf> {
+        Ok(fixtures::root().parent().context("the workspace")?.join(name))
+    }
+
+    fn config(overrides: &[&str]) -> TrainConfig {
+        let overrides: Vec<String> = overrides.iter().map(|&entry| entry.to_owned()).collect();
+        let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/smoke.yaml");
+        TrainConfig::open(&recipe, &overrides).unwrap()
+    }
+
+    const WAYS: [&str; 3] = [
+        "seed=0",
+        "model={type: llava, llm: fixtures/tiny/llm, image_size: 56, vision_tower: fixtures/tiny/dinov2}",
+        "model={type: chameleon, llm: fixtures/tiny/llm, image_size: 56, vqmodel: {num_embeddings: 32}}",
+    ];
+
+    /// A picture with a frame, so that what is cut off or squeezed shows.
+    fn picture(width: u32, height: u32) -> RgbImage {
+        RgbImage::from_fn(width, height, |x, y| {
+            let is_edge = x < 4 || y < 4 || x + 4 >= width || y + 4 >= height;
+            if is_edge { [255, 0, 0].into() } else { [(x % 256) as u8, (y % 256) as u8, 90].into() }
+        })
+    }
+
+    #[test]
+    fn training_showing_and_asking_see_the_same_pixels() {
+        let pictures = [picture(150, 60), picture(60, 150), picture(56, 56)];
+        let see = |processor: &ImageProcessor| pictures.clone().map(|picture| processor.preprocess(&picture).unwrap());
+        let mut seen: Vec<(Option<&str>, [Pixels; 3])> = Vec::new();
+        for way in WAYS {
+            for aspect in [None, Some("pad"), Some("squash"), Some("crop")] {
+                let key = aspect.map(|aspect| format!("model.image_aspect_ratio={aspect}"));
+                let config = config(&[&[way], key.as_deref().as_slice()].concat());
+                let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
+                let trained = see(&student.preparation().processor); // what evaluations during the run see too
+                assert_eq!(see(&Preparation::open(&config, &resolve).unwrap().processor), trained);
+                let (run, merged) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+                Snapshot::of(&student).unwrap().write(run.path()).unwrap();
+                vora_model::beside::copy_beside(run.path(), merged.path()).unwrap();
+                for folder in [run.path(), merged.path()] {
+                    assert_eq!(see(&ImageProcessor::open(folder).unwrap()), trained, "{way} {aspect:?}");
+                }
+                if way == WAYS[0] {
+                    seen.push((aspect, trained));
+                }
+            }
+        }
+        // A new run pads; wide and tall pictures are another thing each way, and a square one never is.
+        assert_eq!(seen[0].1, seen[1].1);
+        for (a, b) in [(1, 2), (1, 3), (2, 3)] {
+            let differ = |idx: usize| seen[a].1[idx] != seen[b].1[idx];
+            assert_eq!([0, 1, 2].map(differ), [true, true, false], "{:?} {:?}", seen[a].0, seen[b].0);
+        }
+    }
+
+    #[test]
+    fn what_is_gone_on_from_keeps_its_pictures() {
+        let run = tempfile::tempdir().unwrap();
+        let cropped = config(&["model.image_aspect_ratio=crop"]);
+        let student = Student::new(&cropped, Device::Cpu, Kind::Float, &resolve).unwrap();
+        Snapshot::of(&student).unwrap().write(run.path()).unwrap();
+        let from = format!("model.pretrained={}", run.path().display());
+        let aspect = |more: &[&str]| {
+            let config = config(&[&[from.as_str()], more].concat());
+            let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
+            let shown = Preparation::open(&config, &resolve).unwrap().processor;
+            assert_eq!(shown.to_json(), student.preparation().processor.to_json());
+            student.preparation().processor.aspect()
+        };
+        assert_eq!(aspect(&[]), Aspect::Crop);
+        assert_eq!(aspect(&["model.aux_vision=null", "distill.center=false"]), Aspect::Crop);
+        assert_eq!(aspect(&["model.image_aspect_ratio=squash"]), Aspect::Squash);
+        assert_eq!(aspect(&["model.background_color=[1, 2, 3]"]), Aspect::Pad([1, 2, 3]));
+    }
+
+    #[test]
+    fn a_published_recipe_says_how_pictures_are_prepared() {
+        let aspect = |ops: &str| {
+            let config = config(&[&format!("data.train.data_preprocess={{frames_ops: {ops}}}")]);
+            let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
+            student.preparation().processor.aspect()
+        };
+        let transform = "HFImageTransform: {path: fixtures/tiny/dinov2}";
+        assert_eq!(aspect(&format!("{{PILExpand2Square: {{}}, {transform}}}")), Aspect::Pad([0; 3]));
+        assert_eq!(aspect(&format!("{{{transform}}}")), Aspect::Squash); // the teacher's own way
+        let config = config(&["data.train.data_preprocess={frames_ops: fixtures/nowhere}"]);
+        let error = format!("{:#}", Preparation::open(&config, &resolve).unwrap_err());
+        assert!(error.contains("data_preprocess.frames_ops: no preprocessor_config.json in"), "{error}");
+    }
+}

@@ -1,0 +1,117 @@
+//! From the run file's `data` to sources of samples.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use vora_data::scenes::{Scenes, ScenesConfig, Split};
+use vora_data::{Chain, Mix, RecordFiles, RecordKeys, SampleMaker, SceneSource, Source};
+use vora_text::special_tokens;
+use vora_text::{ChatTemplate, Message, Tokenizer};
+
+use crate::config::data::{DataFetch, DataPath, DataPreprocess};
+use crate::config::run::TrainConfig;
+use crate::data::Preparation;
+
+/// A held-out split.
+pub struct HeldOut {
+    /// Its name in reports.
+    pub name: String,
+    /// Its samples.
+    pub source: Arc<dyn Source>,
+    /// How many of them are asked about.
+    pub samples: u64,
+}
+
+/// What makes samples for a run.
+pub fn sample_maker(config: &TrainConfig, preparation: &Preparation) -> Result<Arc<SampleMaker>> {
+    let llm = preparation.llm_folder.as_path();
+    let chat = match config.chat_template() {
+        Some(source) => ChatTemplate::new(&source, special_tokens(llm)?, "the run file's chat template")?,
+        None => ChatTemplate::open(llm)?,
+    };
+    let tokenizer = Tokenizer::open(llm)?.for_processor(preparation.has_processor);
+    // What a template writes into every conversation is refused now, not sample by sample.
+    let turns = [Message::new("user", "?"), Message::new("assistant", ".")];
+    let renders = chat.encode_chat(&tokenizer, &turns).is_ok();
+    let tokenizer = tokenizer.for_embedding(preparation.vocab_size);
+    if renders {
+        chat.encode_chat(&tokenizer, &turns).context("the chat template")?;
+    }
+    Ok(Arc::new(SampleMaker {
+        tokenizer: Arc::new(tokenizer),
+        chat: Arc::new(chat),
+        processor: preparation.processor.clone(),
+        image_marks: preparation.image_marks,
+        patch_size: usize::try_from(preparation.patch_size)?,
+        max_length: preprocess(config).max_seq_len,
+    }))
+}
+
+/// What is learned from.
+pub fn training(config: &TrainConfig, maker: &Arc<SampleMaker>) -> Result<Arc<dyn Source>> {
+    let train = &config.data.train;
+    let procedural = || scenes(train.scenes.clone().unwrap_or_default(), Split::Train, maker);
+    let Some(fetch) = &train.data_fetch else { return procedural() };
+    if !fetch.has_weights() {
+        return annotated(fetch, &preprocess(config), maker).context("data.train");
+    }
+    let mut sources = Vec::new();
+    for path in &fetch.data_paths {
+        let files = one(files(path, &preprocess(config), maker).context("data.train")?)?;
+        sources.push((path.weight.unwrap_or(1.0), files));
+    }
+    if let Some(weight) = train.scenes_weight {
+        sources.push((weight, procedural()?));
+    }
+    Ok(Arc::new(Mix::by_weight(sources).context("data.train")?))
+}
+
+/// What is asked afterwards, in the order of the splits' names.
+pub fn held_out(config: &TrainConfig, maker: &Arc<SampleMaker>) -> Result<Vec<HeldOut>> {
+    let mut splits = Vec::new();
+    for (name, eval) in &config.data.eval {
+        let source = match (&eval.data_fetch, eval.split) {
+            (Some(fetch), _) => annotated(fetch, &preprocess(config), maker),
+            (None, split) => {
+                let mut asked = config.data.train.scenes.clone().unwrap_or_default();
+                asked.questions_per_image = eval.questions_per_image.unwrap_or(asked.questions_per_image);
+                scenes(asked, split.unwrap_or(Split::Test), maker)
+            }
+        };
+        let source = source.with_context(|| format!("data.eval.{name}"))?;
+        let samples = eval.samples as u64;
+        splits.push(HeldOut { name: name.clone(), samples: source.len().map_or(samples, |n| n.min(samples)), source });
+    }
+    Ok(splits)
+}
+
+fn preprocess(config: &TrainConfig) -> DataPreprocess {
+    config.data.train.data_preprocess.clone().unwrap_or_default()
+}
+
+fn scenes(config: ScenesConfig, split: Split, maker: &Arc<SampleMaker>) -> Result<Arc<dyn Source>> {
+    Ok(Arc::new(SceneSource::new(Scenes::new(config, split)?, maker.clone())))
+}
+
+fn annotated(fetch: &DataFetch, preprocess: &DataPreprocess, maker: &Arc<SampleMaker>) -> Result<Arc<dyn Source>> {
+    let mut sources = Vec::new();
+    for path in &fetch.data_paths {
+        sources.extend(files(path, preprocess, maker)?);
+    }
+    one(sources)
+}
+
+/// The sources of one entry of `data_paths`.
+fn files(path: &DataPath, preprocess: &DataPreprocess, maker: &Arc<SampleMaker>) -> Result<Vec<Arc<dyn Source>>> {
+    let keys = RecordKeys { frames: preprocess.frames_key.clone(), conversations: preprocess.label_key.clone() };
+    RecordFiles { path: path.anno_path.clone(), image_folder: path.image_folder.clone(), keys }.open(maker)
+}
+
+/// Several sources as one, each record once a pass.
+fn one(mut sources: Vec<Arc<dyn Source>>) -> Result<Arc<dyn Source>> {
+    Ok(match sources.len() {
+        1 => sources.remove(0),
+        _ if sources.iter().any(|source| source.is_stream()) => Arc::new(Mix::by_length(sources)?),
+        _ => Arc::new(Chain::new(sources)),
+    })
+}

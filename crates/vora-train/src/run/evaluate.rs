@@ -1,0 +1,75 @@
+//! Exact match by kind of question, always beside the blind control: the same questions about another picture.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use tch::Tensor;
+use vora_data::{Batch, Loader, LoaderConfig};
+use vora_eval::{Tally, show_other_pictures};
+use vora_run::eval::EvalReport;
+
+use crate::data::HeldOut;
+use crate::run::progress::Progress;
+use crate::student::{DeviceBatch, Student};
+
+/// Asks every question of every split, with its picture and with another one; none where `stop` was set meanwhile.
+pub(crate) fn evaluate(
+    student: &Student,
+    splits: &[HeldOut],
+    batch_size: usize,
+    num_workers: usize,
+    stop: &AtomicBool,
+    progress: &mut dyn Progress,
+) -> Result<Option<EvalReport>> {
+    let total = splits.iter().map(|split| (split.samples as usize).div_ceil(batch_size)).sum();
+    let mut done = 0;
+    let mut report = EvalReport::default();
+    for split in splits {
+        let config = LoaderConfig { batch_size, num_workers, end: Some(split.samples), ..LoaderConfig::default() };
+        let mut tally = Tally::default();
+        for batch in Loader::new(split.source.clone(), config)? {
+            if stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            let mut batch = batch?;
+            for (kind, right) in answers(student, &batch)? {
+                tally.add(&kind, right);
+            }
+            let is_blind = show_other_pictures(&mut batch);
+            for ((kind, right), _) in
+                answers(student, &batch)?.into_iter().zip(is_blind).filter(|(_, is_blind)| *is_blind)
+            {
+                tally.add_blind(&kind, right);
+            }
+            done += 1;
+            progress.evaluating(done, total);
+        }
+        report.0.insert(split.name.clone(), tally.scores());
+    }
+    Ok(Some(report))
+}
+
+/// Each question's kind and whether it is answered right: all tokens of its answer are the most likely ones.
+///
+/// Under teacher forcing that is so exactly when greedy decoding gives the answer.
+fn answers(student: &Student, batch: &Batch) -> Result<Vec<(String, bool)>> {
+    let uploaded = DeviceBatch::new(batch, student.device());
+    let right = tch::no_grad(|| right_tokens(&student.answer_logits(&uploaded)?, &uploaded.targets))?;
+    Ok(batch.questions().map(|(question, tokens)| (question.kind.clone(), right[tokens].iter().all(|&r| r))).collect())
+}
+
+/// Whether the most likely token is the right one at each position: `[n, vocab]`, `[n]` -> n.
+fn right_tokens(logits: &Tensor, targets: &Tensor) -> Result<Vec<bool>> {
+    Vec::<bool>::try_from(logits.argmax(-1, false).eq_tensor(targets)).context("reading which tokens are right")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_likeliest_token_counts() {
+        let logits = Tensor::from_slice2(&[[0.1f32, 0.9, 0.0], [0.5, 0.4, 0.1]]);
+        assert_eq!(right_tokens(&logits, &Tensor::from_slice(&[1i64, 1])).unwrap(), [true, false]);
+    }
+}

@@ -1,0 +1,75 @@
+//! Where a run goes on, and what it takes back from there.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use vora_torch::safetensors::Checkpoint;
+
+use super::{CONFIG, EMA, OPTIMIZER, TEACHER_MEAN};
+use crate::config::overrides::Difference;
+use crate::config::run::TrainConfig;
+use crate::run::checkpoint::{self, RunFolder};
+use crate::step::ema::Ema;
+use crate::step::optim::Optimizer;
+use crate::student::heads::TeacherMean;
+use crate::student::{Student, parts};
+
+/// Where the run goes on: none for a new one. A folder that already holds a run is not written over by mistake.
+pub(super) fn last_checkpoint(run: &RunFolder, config: &TrainConfig, resume: bool) -> Result<Option<PathBuf>> {
+    if !resume {
+        if config.overwrite_output_dir {
+            return Ok(None); // the old run is cleared once all of the new one has been opened
+        }
+        if let Some((step, _)) = checkpoint::list(run.path())?.last() {
+            bail!(
+                "{} already holds a run of {step} steps; go on with --resume, or choose another output_dir, or set \
+                 overwrite_output_dir=true",
+                run.path().display()
+            );
+        }
+        return Ok(None);
+    }
+    let Some(folder) = checkpoint::latest(run.path())? else {
+        tracing::info!("{} has no checkpoint: the run begins at its start", run.path().display());
+        return Ok(None);
+    };
+    let text = std::fs::read_to_string(folder.join(CONFIG))?;
+    let saved = TrainConfig::parse(&text, &[]).with_context(|| format!("in {}", folder.join(CONFIG).display()))?;
+    let (refused, changed): (Vec<_>, Vec<_>) =
+        saved.differences(config)?.into_iter().partition(|difference| shapes_the_model(&difference.key));
+    let list = |differences: &[Difference]| differences.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    ensure!(refused.is_empty(), "cannot resume from {}: {}", folder.display(), list(&refused));
+    if !changed.is_empty() {
+        tracing::warn!("resuming with other settings: {}", list(&changed));
+    }
+    Ok(Some(folder))
+}
+
+/// Whether another value of this key is another model; where models lie may change.
+fn shapes_the_model(key: &str) -> bool {
+    let place = ["model.llm", "model.aux_vision", "model.vision_tower", "model.pretrained"].contains(&key);
+    (key.starts_with("model.") && !place)
+        || ["distill.pairing", "distill.center"].contains(&key)
+        || key.starts_with("distill.blocks")
+}
+
+/// Reads weights, their average, optimizer and the teacher's mean from a checkpoint. An average that the checkpoint
+/// lacks starts anew.
+pub(super) fn restore(
+    student: &mut Student,
+    optimizer: &mut Optimizer,
+    ema: Option<&mut Ema>,
+    folder: &Path,
+) -> Result<()> {
+    parts::read(student, folder)?;
+    optimizer.load_state(&Checkpoint::open(&folder.join(OPTIMIZER))?)?;
+    let averages = folder.join(EMA);
+    if let (Some(ema), true) = (ema, averages.exists()) {
+        ema.load_state(&Checkpoint::open(&averages)?)?;
+    }
+    let (device, path) = (student.device(), folder.join(TEACHER_MEAN));
+    if let (Some(distill), true) = (&mut student.distill, path.exists()) {
+        distill.set_mean(TeacherMean::load(&Checkpoint::open(&path)?, device)?);
+    }
+    Ok(())
+}

@@ -1,0 +1,43 @@
+//! What of a student is trained, as the parts that lie in a folder.
+
+use std::path::Path;
+
+use anyhow::Result;
+use tch::Tensor;
+use vora_model::trained::{self, Parts, VISION};
+use vora_torch::safetensors::Checkpoint;
+
+use super::Student;
+
+/// Everything that a run made or trained.
+pub(crate) fn parts_of(student: &Student) -> Result<Parts> {
+    if student.is_whole() {
+        let heads = student.parameters().into_iter().filter(|(name, _)| name.starts_with("aux_vision."));
+        let whole = student.model.tensors()?.into_iter().chain(heads).collect();
+        return Ok(Parts { whole, ..Parts::default() });
+    }
+    let made = student.made().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
+    let mut parts = Parts::of(student.parameters(), student.model.llm_prefix());
+    parts.vision.extend(made);
+    Ok(parts)
+}
+
+/// Reads everything trained from `folder` back into a student made by the same configuration.
+pub fn read(student: &Student, folder: &Path) -> Result<()> {
+    trained::expect(folder, student.model.lora())?;
+    parts_of(student)?.fill_from(folder)
+}
+
+/// Starts what sees from what another run trained, in `folder`, its `final/`: LLaVA's second stage from its first.
+pub fn start_from(student: &Student, folder: &Path) -> Result<()> {
+    let Parts { vision, .. } = Parts::of(student.parameters(), student.model.llm_prefix());
+    Parts { vision, ..Parts::default() }.fill_from(folder)
+}
+
+/// The teacher's heads in a folder of [`Snapshot::write`], by their names there; a model that was merged has none.
+pub(crate) fn heads(folder: &Path) -> Result<Vec<(String, Tensor)>> {
+    let path = if trained::is_whole(folder) { folder.to_owned() } else { folder.join(VISION) };
+    let checkpoint = Checkpoint::open(&path)?;
+    let names = checkpoint.names().filter(|name| name.starts_with("aux_vision."));
+    names.map(|name| Ok((name.to_owned(), checkpoint.tensor(name)?))).collect()
+}
