@@ -1,5 +1,7 @@
 //! `cargo xtask check`: what must pass before a change goes in, cheapest first.
 
+mod tidy;
+
 use std::process::Stdio;
 
 use anyhow::Result;
@@ -12,12 +14,19 @@ pub struct Args {
     /// Everything but the tests
     #[arg(long)]
     cheap: bool,
+    /// The order of the house alone: files, crates, public paths, sizes; seconds, without libtorch
+    #[arg(long, conflicts_with = "cheap")]
+    tidy: bool,
 }
 
 /// Stops at the first thing that does not pass.
 pub fn run(args: &Args) -> Result<()> {
+    if args.tidy {
+        return tidy::run();
+    }
     setup::ensure()?;
     cmd::run(cmd::cargo().args(["fmt", "--all", "--check"]))?;
+    tidy::run()?;
     dependency_rules()?;
     cmd::run(cmd::cargo().args("clippy --workspace --all-targets --locked -- --deny warnings".split(' ')))?;
     cmd::run(

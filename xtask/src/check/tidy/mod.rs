@@ -1,0 +1,58 @@
+//! `cargo xtask check --tidy`: the order of the house, read from the sources alone; nothing is compiled.
+//!
+//! An *arrow* goes from the file that names a path to the file that defines what the path names. Paths are resolved as
+//! rustc does: through `use`, globs, `crate`, `self` and `super`; a re-export is followed to the definition. Paths in
+//! macro calls and attributes count, those in code for tests (`#[cfg(test)]`, `#[test]`, `tests/`, `examples/`,
+//! `benches/`) do not. What no path names is not seen: a method that another file adds to a type. A path that leads nowhere
+//! is told too, so that nothing is overlooked in silence.
+//!
+//! | rule | a fault is |
+//! | --- | --- |
+//! | [`circles`] | a circle of arrows among the files of one room |
+//! | [`picture`] | a crate whose dependencies are not those in `docs/architecture.md`, or that points upward there |
+//! | [`mod@never`] | an arrow between two rooms that must not know each other |
+//! | [`public_paths`] | a public item that has two paths |
+//! | [`size`] | a file above 700 lines of code, a crate above 8,000 lines |
+
+mod arrows;
+mod circles;
+mod fault;
+mod never;
+mod picture;
+mod public_paths;
+mod resolve;
+mod size;
+mod sources;
+mod test_code;
+#[cfg(test)]
+mod tests;
+mod workspace;
+
+use anyhow::{Result, bail};
+
+use crate::cmd;
+use sources::Sources;
+use workspace::Workspace;
+
+/// Lists every fault of the workspace on stderr.
+///
+/// # Errors
+/// There are faults, or a source cannot be read.
+pub fn run() -> Result<()> {
+    let root = cmd::root();
+    let workspace = Workspace::read()?;
+    let sources = Sources::read(&root, &workspace.targets())?;
+    let arrows = arrows::all(&sources);
+    let mut faults = arrows.lost;
+    faults.extend(circles::check(&sources, &arrows.found));
+    faults.extend(picture::check(&root, &workspace)?);
+    faults.extend(never::check(&sources, &arrows.found));
+    faults.extend(public_paths::check(&sources));
+    faults.extend(size::check(&root, &workspace)?);
+    if faults.is_empty() {
+        eprintln!("tidy: {} modules, {} arrows, no fault", sources.modules.len(), arrows.found.len());
+        return Ok(());
+    }
+    eprint!("{}", fault::report(&faults));
+    bail!("the house is not tidy: {} faults", faults.len())
+}
