@@ -194,7 +194,7 @@ impl Shown {
         let answers = answers.collect::<Result<Vec<_>>>()?;
         let learned = sample.targets.iter().filter(|target| **target != IGNORE_INDEX).count();
         let of_answers: usize = sample.questions.iter().map(|asked| asked.tokens.len()).sum();
-        let mut branches: Vec<_> = sample.spans.iter().filter_map(|span| span.branch).collect();
+        let mut branches: Vec<_> = sample.spans.iter().filter_map(|span| span.branch()).collect();
         branches.dedup();
         Ok(Self {
             index,
@@ -252,23 +252,23 @@ impl Shown {
 /// The sample's tokens in their order. Those that the labels ask for are learned; the last of a way, which only a label
 /// holds as nothing follows it, is put behind it.
 fn runs(sample: &Sample, maker: &SampleMaker) -> Result<Vec<Run>> {
-    let way = |span: &Span| (span.document, span.branch);
+    let way = |span: &Span| (span.document(), span.branch());
     let mut runs = Vec::new();
     let mut start = 0;
     for (number, span) in sample.spans.iter().enumerate() {
-        let end = start + span.len as usize;
+        let end = start + span.len() as usize;
         let goes_on = |other: Option<&Span>| other.is_some_and(|other| way(other) == way(span));
         let follows = goes_on(number.checked_sub(1).and_then(|before| sample.spans.get(before)));
         // Each token with whether it is learned: whether the one before it on its way has a label.
         let is_learned =
             |place: usize| (place > start || follows) && place > 0 && sample.targets[place - 1] != IGNORE_INDEX;
-        match span.modality {
+        match span.modality() {
             Modality::Image { rows, cols } => runs.push(Run {
                 text: format!("[image {rows}x{cols}]"),
-                tokens: span.len as usize,
+                tokens: span.len() as usize,
                 ids: Vec::new(),
                 learned: false,
-                branch: span.branch,
+                branch: span.branch(),
             }),
             Modality::Text => {
                 let mut tokens: Vec<(i64, bool)> =
@@ -280,7 +280,7 @@ fn runs(sample: &Sample, maker: &SampleMaker) -> Result<Vec<Run>> {
                 for run in tokens.chunk_by(|a, b| a.1 == b.1) {
                     let ids: Vec<i64> = run.iter().map(|(id, _)| *id).collect();
                     let text = decode(maker, &ids)?;
-                    runs.push(Run { text, tokens: ids.len(), ids, learned: run[0].1, branch: span.branch });
+                    runs.push(Run { text, tokens: ids.len(), ids, learned: run[0].1, branch: span.branch() });
                 }
             }
         }

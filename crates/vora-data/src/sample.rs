@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use thiserror::Error;
 use vora_image::{ImageProcessor, Pixels, RgbImage};
-use vora_text::{ChatTemplate, Message, Modality, Part, Piece, Span, Tokenizer};
+use vora_text::{ChatTemplate, Message, Part, Piece, Span, Tokenizer};
 
 use crate::record::{Record, shown};
 use crate::scenes::Question;
@@ -238,7 +238,7 @@ impl Tokens {
         self.ids.extend(ids);
         self.supervised.resize(self.ids.len(), supervised);
         match self.spans.last_mut() {
-            Some(span) if span.modality == Modality::Text => span.len += ids.len() as i64,
+            Some(span) if !span.is_image() => *span = span.with_len(span.len() + ids.len() as i64),
             _ => self.spans.push(Span::text(ids.len() as i64)),
         }
     }
@@ -276,15 +276,15 @@ impl Tokens {
         let mut left = len as i64;
         let mut trunk = Vec::new();
         for span in &self.spans {
-            if span.modality == Modality::Text {
-                trunk.push(Span { len: span.len.min(left), ..*span });
+            if !span.is_image() {
+                trunk.push(span.with_len(span.len().min(left)));
             } else {
-                ensure!(span.len <= left, "the chat template puts what is different before the picture");
+                ensure!(span.len() <= left, "the chat template puts what is different before the picture");
                 trunk.push(*span);
             }
-            left -= span.len.min(left);
+            left -= span.len().min(left);
         }
-        trunk.retain(|span| span.len > 0);
+        trunk.retain(|span| !span.is_empty());
         Ok(trunk)
     }
 
@@ -318,6 +318,7 @@ impl Tokens {
 pub(crate) mod tests {
     use image::Rgb;
     use vora_image::{IMAGENET_DEFAULT, Resample};
+    use vora_text::Modality;
 
     use super::*;
     use crate::record::RecordKeys;
@@ -356,8 +357,8 @@ pub(crate) mod tests {
     fn read(maker: &SampleMaker, ids: &[i64], spans: &[Span]) -> String {
         let mut ids = ids.iter();
         let span = |span: &Span| {
-            let ids: Vec<_> = ids.by_ref().take(span.len as usize).copied().collect();
-            match span.modality {
+            let ids: Vec<_> = ids.by_ref().take(span.len() as usize).copied().collect();
+            match span.modality() {
                 Modality::Text => maker.tokenizer.decode(&ids, false).unwrap(),
                 Modality::Image { .. } => "#".repeat(ids.len()),
             }
@@ -377,7 +378,7 @@ pub(crate) mod tests {
         let text = "<|im_start|>user\nWhat is it?\n####<|im_end|>\n<|im_start|>assistant\na <b>red</b> one<|im_end|>\n\
                     <|im_start|>user\nAnd ####?<|im_end|><|im_end|>\n<|im_start|>assistant\ntwo";
         assert_eq!(read(&maker, &sample.input_ids, &sample.spans), text);
-        let modalities: Vec<_> = sample.spans.iter().map(|span| span.modality).collect();
+        let modalities: Vec<_> = sample.spans.iter().map(|span| span.modality()).collect();
         let image = Modality::Image { rows: 2, cols: 2 };
         assert_eq!(modalities, [Modality::Text, image, Modality::Text, image, Modality::Text]);
 
@@ -400,16 +401,16 @@ pub(crate) mod tests {
         let questions =
             [question("What color?", "red"), question("What shape is it?", "a star"), question("Red?", "yes")];
         let packed = maker.packed("p".to_owned(), &picture(), questions.to_vec()).unwrap();
-        let trunk: Vec<_> = packed.spans.iter().take_while(|span| span.branch.is_none()).copied().collect();
-        let trunk_len = trunk.iter().map(|span| span.len as usize).sum::<usize>();
+        let trunk: Vec<_> = packed.spans.iter().take_while(|span| span.branch().is_none()).copied().collect();
+        let trunk_len = trunk.iter().map(|span| span.len() as usize).sum::<usize>();
         assert_eq!(read(&maker, &packed.input_ids[..trunk_len], &trunk), "<|im_start|>user\n####\n");
         assert_eq!(packed.images.len(), 1);
 
         let mut start = trunk_len;
         for (branch, (asked, question)) in packed.questions.iter().zip(&questions).enumerate() {
             let span = packed.spans[trunk.len() + branch];
-            assert_eq!(span.branch, Some(branch as i64));
-            let end = start + span.len as usize;
+            assert_eq!(span.branch(), Some(branch as i64));
+            let end = start + span.len() as usize;
             let record = record(&[&format!("<image>\n{}", question.question), &question.answer], 1);
             let alone = maker.conversation(&record, &[picture()]).unwrap();
             let row = [&packed.input_ids[..trunk_len], &packed.input_ids[start..end]].concat();
@@ -429,14 +430,14 @@ pub(crate) mod tests {
         let maker = tiny();
         let questions = vec![question("What color?", "red"), question("What color?", "blue")];
         let packed = maker.packed("p".to_owned(), &picture(), questions).unwrap();
-        let branches: Vec<_> = packed.spans.iter().filter(|span| span.branch.is_some()).collect();
+        let branches: Vec<_> = packed.spans.iter().filter(|span| span.branch().is_some()).collect();
         let row = read(&maker, &packed.input_ids, &packed.spans);
         assert_eq!(
             row, "<|im_start|>user\n####\nWhat color?<|im_end|>\n<|im_start|>assistant\nred\nblue",
             "{branches:?}"
         );
         let alone = maker.packed("p".to_owned(), &picture(), vec![question("What color?", "red")]).unwrap();
-        assert_eq!(alone.spans.last().unwrap().branch, Some(0));
+        assert_eq!(alone.spans.last().unwrap().branch(), Some(0));
     }
 
     #[test]
@@ -491,8 +492,8 @@ pub(crate) mod tests {
         let mut place = 0;
         let mut around = Vec::new();
         for span in &marked.spans {
-            let end = place + span.len as usize;
-            if matches!(span.modality, Modality::Image { .. }) {
+            let end = place + span.len() as usize;
+            if matches!(span.modality(), Modality::Image { .. }) {
                 around.push((marked.input_ids[place - 1], marked.input_ids[end]));
             }
             place = end;

@@ -187,8 +187,8 @@ fn words(input: &Input) -> Result<Vec<Vec<i64>>> {
         let mut words = Vec::new();
         let mut start = 0;
         for span in spans {
-            let end = start + span.len as usize;
-            if span.modality == Modality::Text {
+            let end = start + span.len() as usize;
+            if span.modality() == Modality::Text {
                 words.extend_from_slice(&ids[start..end]);
             }
             start = end;

@@ -687,7 +687,7 @@ mod tests {
             for new in 0..8 {
                 let mut row = row.clone();
                 row.push(Span::text(new));
-                row.retain(|span| span.len > 0);
+                row.retain(|span| !span.is_empty());
                 let output = llm.forward(&whole, &plan(vec![row], mode), 0);
                 let without = llm.logits(&output.last_hidden_state.select(1, -1));
                 fixtures::assert_close_to(&logits, &without, 1e-5);

@@ -18,19 +18,14 @@ pub enum Modality {
 
 /// A run of tokens of one modality.
 ///
-/// A token sees the earlier tokens of its own document that lie on the trunk (`branch` none) or on its own branch:
-/// several questions can share one image prefix in a single row without seeing each other.
+/// A token attends to the earlier tokens of its own document that lie on the trunk (`branch` none) or on its own
+/// branch: several questions can share one image prefix in a single row without attending to each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
-    /// What its tokens are.
-    pub modality: Modality,
-    /// How many they are; an image has `rows * cols`.
-    pub len: i64,
-    /// Which of the documents packed into the row it belongs to; positions of each start at 0.
-    pub document: i64,
-    /// Which branch of the document it lies on. All branches come after the trunk, and positions on each go on from
-    /// the trunk's end.
-    pub branch: Option<i64>,
+    modality: Modality,
+    len: i64, // an image has rows * cols
+    document: i64,
+    branch: Option<i64>,
 }
 
 impl Span {
@@ -45,13 +40,51 @@ impl Span {
     }
 
     /// The same span in another document of the row.
+    #[must_use]
     pub fn in_document(self, document: i64) -> Self {
         Self { document, ..self }
     }
 
     /// The same span on a branch of its document.
+    #[must_use]
     pub fn on_branch(self, branch: i64) -> Self {
         Self { branch: Some(branch), ..self }
+    }
+
+    /// Text of another length in the same place.
+    ///
+    /// # Panics
+    /// Where the span is an image, whose length is that of its grid.
+    #[must_use]
+    pub fn with_len(self, len: i64) -> Self {
+        assert!(!self.is_image(), "an image is as long as its grid");
+        Self { len, ..self }
+    }
+
+    /// What its tokens are.
+    pub fn modality(&self) -> Modality {
+        self.modality
+    }
+
+    /// Tokens in it.
+    pub fn len(&self) -> i64 {
+        self.len
+    }
+
+    /// Whether it has no tokens; [`Spans::validate`] refuses such a span.
+    pub fn is_empty(&self) -> bool {
+        self.len <= 0
+    }
+
+    /// Which of the documents packed into the row it belongs to; positions of each start at 0.
+    pub fn document(&self) -> i64 {
+        self.document
+    }
+
+    /// Which branch of the document it lies on, none for the trunk. All branches come after the trunk, and positions on
+    /// each go on from the trunk's end.
+    pub fn branch(&self) -> Option<i64> {
+        self.branch
     }
 
     /// Whether its tokens are an image's.

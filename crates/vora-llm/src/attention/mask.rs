@@ -32,16 +32,16 @@ impl Tokens {
             let mut ends: HashMap<(i64, Option<i64>), i64> = HashMap::new();
             let mut last_images: HashMap<(i64, Option<i64>), i64> = HashMap::new(); // by the way they lie on
             for (span_idx, span) in row.iter().enumerate() {
-                let trunk_end = ends.get(&(span.document, None)).copied().unwrap_or(0);
-                let end = ends.entry((span.document, span.branch)).or_insert(trunk_end);
-                tokens.positions.extend(*end..*end + span.len);
-                *end += span.len;
+                let trunk_end = ends.get(&(span.document(), None)).copied().unwrap_or(0);
+                let end = ends.entry((span.document(), span.branch())).or_insert(trunk_end);
+                tokens.positions.extend(*end..*end + span.len());
+                *end += span.len();
                 let image = if span.is_image() && mode.is_bidirectional() { span_idx as i64 } else { -1 };
                 // An image on a branch stays apart from the trunk's, which sees no branch.
-                let before = last_images.insert((span.document, span.branch), image).unwrap_or(-1);
+                let before = last_images.insert((span.document(), span.branch()), image).unwrap_or(-1);
                 let fuses = mode == VisionAttention::BidirectionalFused && image >= 0 && before >= 0;
                 let image = if fuses { before } else { image };
-                last_images.insert((span.document, span.branch), image);
+                last_images.insert((span.document(), span.branch()), image);
                 tokens.fill(span, image);
             }
             let row_end = (row_idx + 1) * seq as usize;
@@ -54,9 +54,9 @@ impl Tokens {
     }
 
     fn fill(&mut self, span: &Span, image: i64) {
-        let end = self.documents.len() + span.len as usize;
-        self.documents.resize(end, span.document);
-        self.branches.resize(end, span.branch.unwrap_or(-1));
+        let end = self.documents.len() + span.len() as usize;
+        self.documents.resize(end, span.document());
+        self.branches.resize(end, span.branch().unwrap_or(-1));
         self.images.resize(end, image);
     }
 

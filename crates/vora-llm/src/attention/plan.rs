@@ -139,7 +139,7 @@ impl AttentionPlan {
             _ => Kernel::Mask(tokens.mask(None, device, kind)),
         };
         let single = |row: &Vec<Span>| {
-            !row.is_empty() && row.iter().all(|span| span.branch.is_none() && span.document == row[0].document)
+            !row.is_empty() && row.iter().all(|span| span.branch().is_none() && span.document() == row[0].document())
         };
         Self {
             num_positions: tokens.positions.iter().max().map_or(0, |last| last + 1),
@@ -201,7 +201,7 @@ impl AttentionPlan {
 /// of 64 to 1024 tokens took 1.4 ms forward and backward, whatever its size, a causal call 0.25 ms; and a batch of 3,500
 /// packed samples took 20 s a step.
 fn choose(spans: &Spans, mode: VisionAttention, device: Device) -> KernelChoice {
-    let is_packed = |row: &Vec<Span>| row.iter().any(|span| span.document != row[0].document);
+    let is_packed = |row: &Vec<Span>| row.iter().any(|span| span.document() != row[0].document());
     match Layout::of(spans, mode) {
         Some(layout) if layout.is_causal() => KernelChoice::Causal,
         _ if device != Device::Cpu => KernelChoice::Mask,
@@ -214,8 +214,8 @@ fn choose(spans: &Spans, mode: VisionAttention, device: Device) -> KernelChoice 
 /// The documents of each row, each as a batch of its own; none where a document is in pieces with another between.
 fn documents(spans: &Spans) -> Option<Vec<Vec<Spans>>> {
     let of_row = |row: &Vec<Span>| {
-        let documents: Vec<&[Span]> = row.chunk_by(|a, b| a.document == b.document).collect();
-        let distinct: HashSet<i64> = documents.iter().map(|document| document[0].document).collect();
+        let documents: Vec<&[Span]> = row.chunk_by(|a, b| a.document() == b.document()).collect();
+        let distinct: HashSet<i64> = documents.iter().map(|document| document[0].document()).collect();
         let alone = |document: &[Span]| Spans { rows: vec![document.to_vec()] };
         (distinct.len() == documents.len()).then(|| documents.into_iter().map(alone).collect())
     };
@@ -234,13 +234,13 @@ mod tests {
 
     /// The rule of [`Span`], token by token; how far back a token looks is counted over the tokens on its way.
     fn reference(row: &[Span], mode: VisionAttention, window: usize, seq: usize) -> Vec<Vec<bool>> {
-        let owner: Vec<usize> = row.iter().enumerate().flat_map(|(i, s)| vec![i; s.len as usize]).collect();
+        let owner: Vec<usize> = row.iter().enumerate().flat_map(|(i, s)| vec![i; s.len() as usize]).collect();
         let reaches = |q: usize, k: usize| {
             let (from, to) = (&row[owner[q]], &row[owner[k]]);
-            from.document == to.document && k <= q && (to.branch.is_none() || to.branch == from.branch)
+            from.document() == to.document() && k <= q && (to.branch().is_none() || to.branch() == from.branch())
         };
         let fused = |a: usize, b: usize| {
-            let way = |span: &Span| (span.document, span.branch);
+            let way = |span: &Span| (span.document(), span.branch());
             let between = row[a.min(b)..=a.max(b)].iter().filter(|span| way(span) == way(&row[a]));
             way(&row[a]) == way(&row[b]) && between.clone().all(Span::is_image)
         };

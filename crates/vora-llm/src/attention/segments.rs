@@ -35,14 +35,14 @@ impl Layout {
     fn of_row(row: &[Span], mode: VisionAttention) -> Option<Self> {
         let mut parts: Vec<(i64, bool)> = Vec::new();
         for span in row {
-            if span.branch.is_some() || span.document != row[0].document {
+            if span.branch().is_some() || span.document() != row[0].document() {
                 return None;
             }
             let whole = span.is_image() && mode.is_bidirectional();
             match parts.last_mut() {
-                Some((len, false)) if !whole => *len += span.len,
-                Some((len, true)) if whole && mode == VisionAttention::BidirectionalFused => *len += span.len,
-                _ => parts.push((span.len, whole)),
+                Some((len, false)) if !whole => *len += span.len(),
+                Some((len, true)) if whole && mode == VisionAttention::BidirectionalFused => *len += span.len(),
+                _ => parts.push((span.len(), whole)),
             }
         }
         if parts.last().is_none_or(|(_, whole)| *whole) {
