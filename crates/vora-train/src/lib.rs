@@ -41,6 +41,7 @@ pub mod step;
 pub mod student;
 
 pub use config::run::TrainConfig;
-pub use run::plan::Plan;
+pub use run::plan::{Measured, Plan};
 pub use run::progress::{Progress, Silent};
+pub use run::size::{BatchShape, Memory, Parameters, Size, TeacherCacheSize};
 pub use run::trainer::{NotFinite, Options, Outcome, Trainer};

@@ -1,10 +1,12 @@
 //! Steps as a run: the trainer, checkpoints that survive a crash, evaluation, the best so far, and what it will take.
 
+mod available;
 mod best;
 pub mod checkpoint;
 mod evaluate;
 pub(crate) mod plan;
 pub(crate) mod progress;
+pub(crate) mod size;
 pub mod snapshot;
 mod spikes;
 pub(crate) mod trainer;

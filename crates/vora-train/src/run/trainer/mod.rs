@@ -30,7 +30,7 @@ use crate::run::checkpoint::{self, Keep, RunFolder, Saver, TrainerState};
 use crate::run::evaluate::evaluate;
 use crate::run::progress::Progress;
 use crate::run::spikes::SpikeDetector;
-use crate::run::{plan, snapshot, vq};
+use crate::run::{size, snapshot, vq};
 use crate::step::ema::{Ema, InPlace};
 use crate::step::loss_scale::LossScale;
 use crate::step::optim::Optimizer;
@@ -147,7 +147,7 @@ impl Trainer {
         let maker = data::sample_maker(&config, student.preparation())?;
         let training = data::training(&config, &maker)?;
         let held_out = data::held_out(&config, &maker)?;
-        plan::warn_if_short(&config, &student, &training, program);
+        size::warn_if_short(&config, &student, &training, program);
 
         let mut optimizer = Optimizer::new(student.parameters(), config.optim())?;
         let mut ema = config.ema_decay.map(|decay| Ema::new(&student.parameters(), decay));

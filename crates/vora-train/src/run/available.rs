@@ -10,7 +10,7 @@ use vora_torch::memory::status;
 /// Bytes that may still be taken: the least of what the machine has, what the cgroups above this process leave it, and
 /// what its limit of address space does. None where the system does not tell (Linux does).
 /// On a GPU what is free there.
-pub(super) fn available(device: Device) -> Option<u64> {
+pub(crate) fn available(device: Device) -> Option<u64> {
     if device != Device::Cpu {
         return gpu_memory(device).map(|memory| memory.available);
     }

@@ -1,0 +1,253 @@
+//! What a run will take, said before it begins: what [`Size`] counts of it, and the time that a few steps take, which
+//! nothing is kept of and which also tell what the counting left out.
+
+use std::fmt;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use comfy_table::{CellAlignment, Table};
+use serde::Serialize;
+use tch::Device;
+use vora_torch::memory::{memory, peak_memory};
+
+use crate::config::run::TrainConfig;
+use crate::data;
+use crate::run::size::{BatchShape, SMALLER, Size, mebibytes};
+use crate::run::trainer::{Options, Trainer};
+use crate::student::Student;
+
+/// What is not counted before steps are measured: libtorch makes its kernels ready, and on a GPU its allocator asks the
+/// driver for memory as long as batches come in new shapes. On an H200 steps 2 to 14 of a run took 0.26 s, later ones 0.14.
+const WARM_UP: Phase = Phase { at_least: 1, at_most: 20, for_seconds: 3.0 };
+/// What is measured.
+const MEASURED: Phase = Phase { at_least: 4, at_most: 20, for_seconds: 3.0 };
+
+/// Some steps in a row.
+#[derive(Debug, Clone, Copy)]
+struct Phase {
+    at_least: u32,
+    at_most: u32,
+    for_seconds: f64,
+}
+
+impl Phase {
+    /// Makes steps for as long, and tells how many and the seconds that they took in all.
+    fn run(self, trainer: &mut Trainer, device: Device) -> Result<(u32, f64)> {
+        vora_torch::runtime::synchronize(device);
+        let start = Instant::now();
+        let mut steps = 0;
+        loop {
+            trainer.train_step()?;
+            vora_torch::runtime::synchronize(device);
+            steps += 1;
+            let seconds = start.elapsed().as_secs_f64();
+            if steps >= self.at_most || (steps >= self.at_least && seconds >= self.for_seconds) {
+                return Ok((steps, seconds));
+            }
+        }
+    }
+}
+
+/// What a run takes.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Plan {
+    /// What was counted.
+    #[serde(flatten)]
+    pub size: Size,
+    /// What steps of the run took; none where they would not fit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub measured: Option<Measured>,
+}
+
+/// Steps that were made to see what they take.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Measured {
+    /// How many.
+    pub steps: u32,
+    /// Seconds a step, the mean.
+    pub seconds_per_step: f64,
+    /// The most memory that was held, in bytes: by the process on the CPU, by its tensors on a GPU; none where the system
+    /// does not tell.
+    pub peak_memory: Option<u64>,
+}
+
+impl Plan {
+    /// Opens the model, counts, and unless it would not fit into the memory that there is makes a few steps in a folder
+    /// that is gone afterwards.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`] and [`Trainer::train_step`], the run folder left out: nothing is read from it or written to.
+    pub fn measure(config: &TrainConfig, options: Options<'_>) -> Result<Self> {
+        let size = Self::open(config, &options)?;
+        if size.exceeds().is_some() {
+            return Ok(Self { size, measured: None });
+        }
+        let folder = tempfile::tempdir().context("cannot make a temporary folder to measure in")?;
+        let mut config = config.clone();
+        config.output_dir = folder.path().join("run");
+        config.max_steps = i64::from(WARM_UP.at_most + MEASURED.at_most);
+        let device = options.device;
+        let mut trainer = Trainer::new(config, Options { resume: false, ..options })?;
+        WARM_UP.run(&mut trainer, device)?;
+        let (steps, seconds) = MEASURED.run(&mut trainer, device)?;
+        let seconds_per_step = seconds / f64::from(steps);
+        let measured = Measured { steps, seconds_per_step, peak_memory: peak_memory(device) };
+        Ok(Self { size, measured: Some(measured) })
+    }
+
+    /// Opens the model, counts, and closes it.
+    fn open(config: &TrainConfig, options: &Options<'_>) -> Result<Size> {
+        let program = memory(options.device).unwrap_or(0);
+        let student = Student::new(config, options.device, config.kind(options.device)?, options.resolve)?;
+        let maker = data::sample_maker(config, student.preparation())?;
+        Size::count(config, &student, &data::training(config, &maker)?, program)
+    }
+}
+
+impl fmt::Display for Plan {
+    /// Tables of parameters and memory, and a line of what was measured.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let size = &self.size;
+        let mut parameters = table(["parameters", ""]);
+        parameters.add_row(["frozen".to_owned(), millions(size.parameters.frozen)]);
+        if size.parameters.teacher > 0 {
+            parameters.add_row(["teacher, frozen".to_owned(), millions(size.parameters.teacher)]);
+        }
+        for (part, count) in &size.parameters.trained {
+            parameters.add_row([format!("trained: {part}"), millions(*count)]);
+        }
+        writeln!(f, "{}", right(parameters))?;
+        let mut memory = table(["memory", "counted"]);
+        for (what, bytes) in size.memory.rows() {
+            memory.add_row([what.to_owned(), mebibytes(bytes)]);
+        }
+        memory.add_row(["all".to_owned(), mebibytes(size.memory.total())]);
+        writeln!(f, "{}", right(memory))?;
+        let BatchShape { rows, seq, pictures, image_tokens, targets } = &size.batch;
+        writeln!(
+            f,
+            "a batch: {rows} rows of up to {seq} tokens, {pictures} pictures of {image_tokens} tokens in all, {targets} targets"
+        )?;
+        if let Some(cache) = &size.teacher_cache {
+            let all = cache.total.map_or(String::new(), |total| format!(", {} for all data", mebibytes(total)));
+            writeln!(f, "distill.cache: {} a picture{all}", mebibytes(cache.bytes_per_picture))?;
+        }
+        match &self.measured {
+            Some(measured) => {
+                let peak = measured.peak_memory.map_or(String::new(), |peak| format!(", {} at most", mebibytes(peak)));
+                write!(f, "measured on {} steps: {:.3} s a step{peak}", measured.steps, measured.seconds_per_step)
+            }
+            None => match (size.exceeds(), size.available) {
+                (Some(needed), Some(available)) => {
+                    let (needed, available) = (mebibytes(needed), mebibytes(available));
+                    write!(f, "not measured: {needed} are needed, {available} are there; {SMALLER}")
+                }
+                _ => write!(f, "not measured"),
+            },
+        }
+    }
+}
+
+fn table(header: [&str; 2]) -> Table {
+    let mut table = Table::new();
+    table.load_style(comfy_table::presets::ASCII_MARKDOWN);
+    table.set_header(header);
+    table
+}
+
+fn right(mut table: Table) -> Table {
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+fn millions(count: u64) -> String {
+    format!("{:.2}M", count as f64 / 1e6)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::{Path, PathBuf};
+    use std::sync::Arc;
+
+    fn measure(overrides: &[&str]) -> Plan {
+        let root = fixtures::root();
+        let recipe = root.join("../crates/vora-train/recipes/smoke.yaml");
+        let folder = tempfile::tempdir().unwrap();
+        let run = folder.path().join("run");
+        let mut overrides: Vec<String> = overrides.iter().map(|&text| text.to_owned()).collect();
+        overrides.extend([format!("output_dir={}", run.display()), "bf16=false".to_owned()]);
+        let config = TrainConfig::open(&recipe, &overrides).unwrap();
+        let resolve = |name: &str| Ok::<PathBuf, anyhow::Error>(root.join("..").join(Path::new(name)));
+        let options = Options {
+            device: Device::Cpu,
+            resume: false,
+            resolve: &resolve,
+            stop: Arc::default(),
+            save: Arc::default(),
+        };
+        let plan = Plan::measure(&config, options).unwrap();
+        assert!(!run.exists(), "a plan writes no run folder");
+        plan
+    }
+
+    #[test]
+    fn a_plan_counts_what_a_run_holds() {
+        let plan = measure(&["bf16=false"]);
+        let parts: Vec<&str> = plan.size.parameters.trained.keys().map(String::as_str).collect();
+        assert_eq!(parts, ["adapters", "aux_vision", "vision_embedding"]);
+        let bytes = |file: &str| std::fs::metadata(fixtures::root().join("tiny").join(file)).unwrap().len() as f64;
+        // The files hold tensors and a short header; the teacher's are in f32.
+        let share = 4.0 * plan.size.parameters.teacher as f64 / bytes("dinov2/model.safetensors");
+        assert!((0.8..=1.0).contains(&share), "{share}");
+        let memory = &plan.size.memory;
+        assert_eq!(memory.masters, 4 * plan.size.parameters.num_trained());
+        assert_eq!((memory.gradients, memory.optimizer), (memory.masters, 2 * memory.masters));
+        assert_eq!((plan.size.batch.rows, plan.size.batch.pictures, plan.size.batch.image_tokens), (2, 2, 32));
+        let measured = plan.measured.as_ref().unwrap();
+        assert!(measured.seconds_per_step > 0.0 && plan.size.exceeds().is_none());
+        let text = plan.to_string();
+        for part in ["trained: adapters", "optimizer", "a batch: 2 rows", "s a step"] {
+            assert!(text.contains(part), "{part} is missing in\n{text}");
+        }
+    }
+
+    #[test]
+    fn layers_computed_anew_are_counted_once() {
+        let [kept, recomputed] =
+            ["gradient_checkpointing=false", "gradient_checkpointing=true"].map(|key| measure(&[key]).size.memory);
+        assert!(recomputed.activations < kept.activations && recomputed.masters == kept.masters);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_not_tried() {
+        let mut plan = measure(&[]);
+        plan.measured = None;
+        plan.size.available = Some(plan.size.memory.total() - 1);
+        assert_eq!(plan.size.exceeds(), Some(plan.size.memory.total()));
+        assert!(plan.to_string().contains("gradient_checkpointing: true"), "{plan}");
+        plan.size.available = Some(plan.size.memory.total());
+        assert_eq!(plan.size.exceeds(), None);
+    }
+
+    #[test]
+    fn a_cache_has_its_size_foretold() {
+        let folder = tempfile::tempdir().unwrap();
+        let data = fixtures::root().join("tiny/data");
+        let fetch = format!(
+            "data.train={{data_fetch: {{data_paths: [{{anno_path: '{}', image_folder: '{}'}}]}}}}",
+            data.join("conversations.jsonl").display(),
+            data.join("images").display()
+        );
+        let cache = folder.path().join("cache");
+        let cached = format!("distill.cache={}", cache.display());
+        let plan = measure(&[&fetch, "data.eval={}", "bf16=false", "distill.mean_over=2", &cached]);
+        let size = plan.size.teacher_cache.unwrap();
+        let tokens = plan.size.batch.image_tokens / plan.size.batch.pictures;
+        assert_eq!(size.bytes_per_picture, 2 * tokens * 24 * 4); // blocks with heads, channels, bytes
+        assert!(size.total.is_some_and(|total| total >= size.bytes_per_picture));
+        assert!(cache.exists());
+    }
+}

@@ -1,0 +1,270 @@
+//! What a run takes of memory, counted: parameters and what stays from step to step from the model itself, once it is
+//! opened and before anything is made for training; activations from the shapes of its first batch.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use tch::Kind;
+use vora_data::{Loader, LoaderConfig, Source};
+use vora_torch::memory::memory;
+
+use crate::config::run::TrainConfig;
+use crate::run::available::available;
+use crate::student::{MAX_LOGITS, Student};
+
+/// What a run takes.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Size {
+    /// Elements of what is trained and what is not.
+    pub parameters: Parameters,
+    /// The first batch: all others are taken to be like it.
+    pub batch: BatchShape,
+    /// Bytes, counted.
+    pub memory: Memory,
+    /// Bytes that the process may take, those it has among them; none where the system does not tell, or the run is not
+    /// on the CPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub available: Option<u64>,
+    /// What `distill.cache` will hold.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher_cache: Option<TeacherCacheSize>,
+}
+
+/// Elements of tensors.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Parameters {
+    /// Of the model, as it was and stays.
+    pub frozen: u64,
+    /// Of the teacher.
+    pub teacher: u64,
+    /// Trained ones by part of the model.
+    pub trained: BTreeMap<String, u64>,
+}
+
+/// One forward pass.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct BatchShape {
+    /// Rows.
+    pub rows: u64,
+    /// Tokens of the longest row.
+    pub seq: u64,
+    /// Places that the language loss is summed over.
+    pub targets: u64,
+    /// Pictures.
+    pub pictures: u64,
+    /// Tokens that they become.
+    pub image_tokens: u64,
+}
+
+/// Bytes by what they are for.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Memory {
+    /// The program with its libraries and the data workers, as it was when the counting began; nothing of it on a GPU.
+    pub program: u64,
+    /// Weights of the model that are not trained, in the kind that they are computed with; on the CPU views of their
+    /// files, shared with other processes, where those are of that kind.
+    pub weights: u64,
+    /// The teacher's.
+    pub teacher: u64,
+    /// What is trained, in f32.
+    pub masters: u64,
+    /// Its gradients.
+    pub gradients: u64,
+    /// AdamW's two running means.
+    pub optimizer: u64,
+    /// The average of `ema_decay`.
+    pub average: u64,
+    /// What the forward pass keeps for the backward pass, and what a layer's backward makes.
+    pub activations: u64,
+    /// Logits with their gradient.
+    pub logits: u64,
+}
+
+/// What a cache of the teacher's features comes to.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TeacherCacheSize {
+    /// Bytes of a picture like those of the first batch.
+    pub bytes_per_picture: u64,
+    /// Bytes when all data was seen, taking the first batch for all.
+    pub total: Option<u64>,
+}
+
+impl Size {
+    /// Counts what a run of this student takes; `program` is what the process held before the student was opened.
+    pub(crate) fn count(
+        config: &TrainConfig,
+        student: &Student,
+        training: &Arc<dyn Source>,
+        program: u64,
+    ) -> Result<Self> {
+        let held = memory(student.device()).unwrap_or(0);
+        let first = LoaderConfig {
+            batch_size: config.per_device_train_batch_size,
+            row_len: config.packed_row_len(),
+            shuffle: config.shuffle,
+            seed: config.seed,
+            group_by_modality: config.data.train.group_by_modality,
+            ..LoaderConfig::default()
+        };
+        let batch = Loader::new(training.clone(), first)?.next().context("the data has no batch")??;
+        let pictures = batch.images.len() as u64;
+        let image_tokens = batch.spans.image_positions().len() as u64;
+        let samples_in_batch = batch.samples.len() as u64;
+        let kind = student.model.llm().kind();
+        let cached_bytes = student
+            .distill
+            .as_ref()
+            .zip(batch.images.first())
+            .and_then(|(distill, picture)| distill.cached_bytes(picture.height as i64, picture.width as i64, kind));
+        let words = batch.supervised().targets.len() as u64;
+        let batch = BatchShape {
+            rows: batch.batch as u64,
+            seq: batch.seq as u64,
+            targets: if student.model.as_chameleon().is_some() { words + image_tokens } else { words },
+            pictures,
+            image_tokens,
+        };
+        let parameters = Parameters::of(student)?;
+        let memory = Memory::count(config, student, &parameters, &batch, program);
+        let teacher_cache = cached_bytes.map(|bytes_per_picture| TeacherCacheSize {
+            bytes_per_picture,
+            total: training.len().map(|samples| samples * pictures * bytes_per_picture / samples_in_batch.max(1)),
+        });
+        let available = available(student.device()).map(|more| more + held);
+        Ok(Self { parameters, batch, memory, available, teacher_cache })
+    }
+
+    /// The bytes needed, where that is more than there is.
+    pub fn exceeds(&self) -> Option<u64> {
+        let needed = self.memory.total();
+        self.available.filter(|available| needed > *available).map(|_| needed)
+    }
+}
+
+/// Tells of a run that needs more memory than there is, before anything is made for it.
+pub(crate) fn warn_if_short(config: &TrainConfig, student: &Student, training: &Arc<dyn Source>, program: u64) {
+    // Data that gives no batch is an error of the run itself.
+    let Ok(size) = Size::count(config, student, training, program) else { return };
+    if let (Some(needed), Some(available)) = (size.exceeds(), size.available) {
+        let (needed, available) = (mebibytes(needed), mebibytes(available));
+        tracing::warn!("this run takes about {needed} of memory, {available} are there: {SMALLER}");
+    }
+}
+
+/// What to do where memory is short.
+pub(crate) const SMALLER: &str = "take a smaller per_device_train_batch_size with more gradient_accumulation_steps, or \
+     gradient_checkpointing: true";
+
+/// Bytes in words.
+pub(crate) fn mebibytes(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+impl Memory {
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        self.rows().iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    pub(crate) fn rows(&self) -> [(&'static str, u64); 9] {
+        [
+            ("program", self.program),
+            ("weights, frozen", self.weights),
+            ("teacher", self.teacher),
+            ("masters, f32", self.masters),
+            ("gradients", self.gradients),
+            ("optimizer", self.optimizer),
+            ("average of weights", self.average),
+            ("activations", self.activations),
+            ("logits", self.logits),
+        ]
+    }
+}
+
+impl Parameters {
+    fn of(student: &Student) -> Result<Self> {
+        let mut trained = BTreeMap::new();
+        for (name, tensor) in student.parameters() {
+            let part = if name.contains(".lora_") { "adapters" } else { name.split('.').next().unwrap_or(&name) };
+            *trained.entry(part.to_owned()).or_default() += tensor.numel() as u64;
+        }
+        let llm = student.model.llm().tensors();
+        let mut frozen: u64 =
+            llm.iter().filter(|(_, tensor)| !tensor.requires_grad()).map(|(_, tensor)| tensor.numel() as u64).sum();
+        frozen += student.made().iter().map(|(_, tensor)| tensor.numel() as u64).sum::<u64>();
+        frozen += student.model.encoder_tensors().iter().map(|(_, tensor)| tensor.numel() as u64).sum::<u64>();
+        let teacher = student
+            .distill
+            .as_ref()
+            .map_or(0, |distill| distill.teacher().tensors().iter().map(|(_, tensor)| tensor.numel() as u64).sum());
+        Ok(Self { frozen, teacher, trained })
+    }
+
+    pub(crate) fn num_trained(&self) -> u64 {
+        self.trained.values().sum()
+    }
+}
+
+impl Memory {
+    fn count(
+        config: &TrainConfig,
+        student: &Student,
+        parameters: &Parameters,
+        batch: &BatchShape,
+        program: u64,
+    ) -> Self {
+        let llm = student.model.llm();
+        let element = llm.kind().elt_size_in_bytes() as u64;
+        let trained = parameters.num_trained();
+        let masters = 4 * trained;
+        let logits_rows = if llm.trains_head() { u64::MAX } else { MAX_LOGITS as u64 / llm.config().vocab_size as u64 };
+        // In the model's kind, in f32, and the gradients of both.
+        let logits = batch.targets.min(logits_rows) * llm.config().vocab_size as u64 * 2 * (element + 4);
+        Self {
+            program,
+            weights: element * parameters.frozen,
+            teacher: element * parameters.teacher,
+            masters,
+            gradients: masters,
+            optimizer: 2 * masters,
+            average: config.ema_decay.map_or(0, |_| masters),
+            activations: activations(config, student, parameters, batch),
+            logits,
+        }
+    }
+}
+
+/// Bytes that a forward pass keeps for its backward pass, and what the backward of one layer makes beside them.
+fn activations(config: &TrainConfig, student: &Student, parameters: &Parameters, batch: &BatchShape) -> u64 {
+    let llm = student.model.llm();
+    let (c, element) = (llm.config(), llm.kind().elt_size_in_bytes() as u64);
+    let (hidden, intermediate, layers) = (c.hidden_size as u64, c.intermediate_size as u64, c.num_hidden_layers as u64);
+    let heads = (c.num_attention_heads * c.head_width()) as u64;
+    let kv = (c.kv_heads() * c.head_width()) as u64;
+    let tokens = batch.rows * batch.seq;
+    // Into each norm and out of it; q, k, v, what attention gives and its rows for o_proj; gate, up and their product.
+    let layer = tokens * element * (4 * hidden + 3 * heads + 2 * kv + 3 * intermediate);
+    let state = tokens * element * hidden;
+    let mut rank = 0; // columns of all adapters' inner products
+    let visited = llm.linears(&mut |_, _, linear| {
+        rank += linear.adapters().map(|adapter| adapter.r() as u64).sum::<u64>();
+        Ok(())
+    });
+    debug_assert!(visited.is_ok(), "the visit returns no error");
+    // Trained weights are rounded to the kind of activations once a forward.
+    let rounded = if llm.kind() == Kind::Float { 0 } else { element * parameters.num_trained() };
+    let mut kept = layers * layer + tokens * element * rank + rounded;
+    if config.gradient_checkpointing {
+        kept = (layers + 1) * state + kept / layers;
+    }
+    // What a layer's backward holds at once: gradients of its widest tensors.
+    let backward = tokens * element * (3 * intermediate + 2 * hidden);
+    let heads = student.distill.as_ref().map_or(0, |distill| {
+        // In f32, a block: the student's rows before and behind the norm, and four times the teacher's width.
+        let teacher = distill.teacher().hidden_size() as u64;
+        distill.num_heads() as u64 * batch.image_tokens * 4 * (2 * hidden + 5 * teacher)
+    });
+    kept + backward + heads
+}
