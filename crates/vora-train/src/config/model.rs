@@ -137,6 +137,26 @@ pub struct ModelConfig {
     pub z_loss: Option<f64>,
 }
 
+/// The way a model sees, with the keys that it cannot do without.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Way<'a> {
+    /// By adapters in the LLM.
+    Vora {
+        /// Side of a patch, in pixels.
+        patch_size: i64,
+    },
+    /// Through an encoder.
+    Llava {
+        /// The encoder, a folder or a name on the hub.
+        vision_tower: &'a str,
+    },
+    /// By tokens.
+    Chameleon {
+        /// The image tokenizer and its training.
+        vqmodel: &'a VqTraining,
+    },
+}
+
 /// What becomes of a picture that is not square.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -228,7 +248,36 @@ impl VqTraining {
 const VISION_EMBEDDING: &str = "AIMv2Embedding";
 
 impl ModelConfig {
-    /// Checks what the types leave open; the error names the key.
+    /// The way the model sees. Keys are set one by one, by the file and by overrides, so what is missing shows only here.
+    ///
+    /// # Errors
+    /// Names the key that is missing.
+    pub fn way(&self) -> Result<Way<'_>> {
+        Ok(match self.model_type {
+            ModelType::Vora => Way::Vora {
+                patch_size: self
+                    .patch_size
+                    .context("model.patch_size is missing, a VoRA cuts pictures into patches")?,
+            },
+            ModelType::Llava => Way::Llava {
+                vision_tower: self
+                    .vision_tower
+                    .as_deref()
+                    .context("model.vision_tower is missing, a LLaVA sees through an encoder")?,
+            },
+            ModelType::Chameleon => Way::Chameleon {
+                vqmodel: self
+                    .vqmodel
+                    .as_ref()
+                    .context("model.vqmodel is missing, a Chameleon reads pictures as its codes")?,
+            },
+        })
+    }
+
+    /// Checks what the types leave open.
+    ///
+    /// # Errors
+    /// Names the key.
     pub fn validate(&self) -> Result<()> {
         ensure!(!self.llm.is_empty(), "model.llm is empty, it takes a folder or a name on the hub");
         self.refuse_keys_of_other_types()?;
@@ -249,10 +298,10 @@ impl ModelConfig {
                 || self.image_aspect_ratio.is_none_or(|ratio| ratio == ImageAspectRatio::Pad),
             "model.background_color is given, but model.image_aspect_ratio does not pad"
         );
-        match self.model_type {
-            ModelType::Vora => self.validate_vora(),
-            ModelType::Llava => self.validate_llava(),
-            ModelType::Chameleon => self.validate_chameleon(),
+        match self.way()? {
+            Way::Vora { patch_size } => self.validate_vora(patch_size),
+            Way::Llava { .. } => self.refuse_adapters_on_trained_weights(),
+            Way::Chameleon { vqmodel } => self.validate_chameleon(vqmodel),
         }
     }
 
@@ -285,8 +334,7 @@ impl ModelConfig {
         Ok(())
     }
 
-    fn validate_vora(&self) -> Result<()> {
-        let patch_size = self.patch_size.context("model.patch_size is missing, a VoRA cuts pictures into patches")?;
+    fn validate_vora(&self, patch_size: i64) -> Result<()> {
         let image_size = self.image_size;
         ensure!(
             image_size % patch_size == 0,
@@ -305,7 +353,7 @@ impl ModelConfig {
         if let Some(kind) = self.vision_embedding.as_deref() {
             ensure!(
                 kind == VISION_EMBEDDING,
-                "model.vision_embedding is `{kind}`, the one there is is called `{VISION_EMBEDDING}`"
+                "model.vision_embedding is `{kind}`, only `{VISION_EMBEDDING}` is supported"
             );
         }
         ensure!(
@@ -320,12 +368,6 @@ impl ModelConfig {
         }
     }
 
-    fn validate_llava(&self) -> Result<()> {
-        ensure!(self.vision_tower.is_some(), "model.vision_tower is missing, a LLaVA sees through an encoder");
-        self.refuse_adapters_on_trained_weights()?;
-        Ok(())
-    }
-
     fn refuse_adapters_on_trained_weights(&self) -> Result<()> {
         ensure!(
             self.lora.is_none() || self.freezes_llm(),
@@ -334,8 +376,7 @@ impl ModelConfig {
         Ok(())
     }
 
-    fn validate_chameleon(&self) -> Result<()> {
-        let vq = self.vqmodel.as_ref().context("model.vqmodel is missing, a Chameleon reads pictures as its codes")?;
+    fn validate_chameleon(&self, vq: &VqTraining) -> Result<()> {
         ensure!(vq.steps >= 1 && vq.batch_size >= 1, "model.vqmodel.steps and batch_size must be at least 1");
         ensure!(vq.learning_rate > 0.0, "model.vqmodel.learning_rate is {}, it must be above 0", vq.learning_rate);
         ensure!(self.z_loss() >= 0.0, "model.z_loss is {}, it must be 0 or more", self.z_loss());

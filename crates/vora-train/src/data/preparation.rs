@@ -10,7 +10,7 @@ use vora_model::Chameleon;
 use vora_vision::EncoderConfig;
 
 use super::pictures;
-use crate::config::model::ModelType;
+use crate::config::model::{ModelType, Way};
 use crate::config::run::TrainConfig;
 use vora_model::trained::{self, Resolve, VISION};
 
@@ -46,21 +46,20 @@ impl Preparation {
             let config = EncoderConfig::open(&folder)?;
             anyhow::Ok((config.processor(&folder)?, config.patch_size()))
         };
-        let (own, patch_size, image_marks) = match section.model_type {
-            ModelType::Vora => {
+        let (own, patch_size, image_marks) = match section.way()? {
+            Way::Vora { patch_size } => {
                 let processor = match &section.aux_vision {
                     Some(teacher) => encoder(teacher).context("model.aux_vision")?.0,
                     None => ImageProcessor::square(side, IMAGENET_DEFAULT.0, IMAGENET_DEFAULT.1, Resample::Bicubic),
                 };
-                (processor, section.patch_size.context("model.patch_size is missing")?, None)
-            }
-            ModelType::Llava => {
-                let tower = section.vision_tower.as_ref().context("model.vision_tower is missing")?;
-                let (processor, patch_size) = encoder(tower).context("model.vision_tower")?;
                 (processor, patch_size, None)
             }
-            ModelType::Chameleon => {
-                let vq = section.vqmodel.as_ref().context("model.vqmodel is missing")?.config(section.image_size);
+            Way::Llava { vision_tower } => {
+                let (processor, patch_size) = encoder(vision_tower).context("model.vision_tower")?;
+                (processor, patch_size, None)
+            }
+            Way::Chameleon { vqmodel } => {
+                let vq = vqmodel.config(section.image_size);
                 let chameleon = Chameleon::config_over(&llm, &vq).context("model.llm")?;
                 (chameleon_processor(side)?, vq.stride(), Some(Chameleon::image_marks_of(&chameleon)?))
             }

@@ -8,13 +8,20 @@ use vora_torch::safetensors::Checkpoint;
 use vora_torch::weights::Weights;
 
 use super::Student;
+use crate::config::model::VqTraining;
 use crate::config::run::TrainConfig;
 use crate::data::Preparation;
 
 /// Opens the LLM, widens its vocabulary, and puts a new image tokenizer before it.
-pub(super) fn student(config: &TrainConfig, preparation: Preparation, device: Device, kind: Kind) -> Result<Student> {
+pub(super) fn student(
+    config: &TrainConfig,
+    vqmodel: &VqTraining,
+    preparation: Preparation,
+    device: Device,
+    kind: Kind,
+) -> Result<Student> {
     let section = &config.model;
-    let vq = section.vqmodel.as_ref().context("model.vqmodel is missing")?.config(section.image_size);
+    let vq = vqmodel.config(section.image_size);
     let llm_folder = &preparation.llm_folder;
     let llm_config = LlmConfig::open(llm_folder)?;
     let chameleon = Chameleon::config_over(&llm_config, &vq).context("model.llm")?;

@@ -16,13 +16,13 @@ use crate::data::Preparation;
 /// Opens LLM and encoder and puts a new projection, and adapters where asked for, between and on them.
 pub(super) fn student(
     config: &TrainConfig,
+    tower: &str,
     preparation: Preparation,
     device: Device,
     kind: Kind,
     resolve: &Resolve<'_>,
 ) -> Result<Student> {
     let section = &config.model;
-    let tower = section.vision_tower.as_ref().context("model.vision_tower is missing")?;
     let llm_folder = &preparation.llm_folder;
     let tower_folder = resolve(tower).context("model.vision_tower")?;
     let encoder = Encoder::open(&tower_folder, device, kind).context("model.vision_tower")?;
@@ -30,7 +30,7 @@ pub(super) fn student(
 
     let mut llava = LlavaConfig::new(LlmConfig::open(llm_folder)?, &tower_folder)?;
     llava.llm_name.clone_from(&section.llm);
-    llava.mm_vision_tower.clone_from(tower);
+    tower.clone_into(&mut llava.mm_vision_tower);
     llava.mm_projector_type = section.mm_projector_type.unwrap_or_default();
     if let Some(layer) = &section.vision_feature_layer {
         llava.features.vision_feature_layer = layer.clone();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use vora_torch::safetensors::Checkpoint;
 
-use super::{CONFIG, EMA, OPTIMIZER, TEACHER_MEAN};
+use super::files::{CONFIG, EMA, OPTIMIZER, TEACHER_MEAN};
 use crate::config::overrides::Difference;
 use crate::config::run::TrainConfig;
 use crate::run::checkpoint::{self, RunFolder};

@@ -1,0 +1,188 @@
+//! One optimizer step.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use tch::{Kind, Tensor};
+use vora_data::Batch;
+use vora_llm::{DropoutSeed, Recompute};
+use vora_run::metrics::{EventKind, EventMetrics, Line, StepMetrics};
+use vora_torch::memory::memory;
+
+use super::not_finite::NotFinite;
+use super::trainer::Trainer;
+use crate::student::DeviceBatch;
+use crate::student::heads::TeacherMean;
+
+/// Training stops after this many skipped steps in a row; by then no single batch is to blame.
+const MOST_SKIPPED_IN_A_ROW: u64 = 3;
+
+impl Trainer {
+    /// One optimizer step: forward and backward over `gradient_accumulation_steps` micro-batches, which together are
+    /// one batch, and AdamW. In f16 a gradient that overflows is left out, with its samples, and the next ones take its
+    /// place.
+    ///
+    /// A step whose loss or gradient is not finite is skipped: no weight and no running mean is touched, the data goes
+    /// on, and, as with HF's trainer where a scaler leaves a step out, it is counted as a step done while the learning
+    /// rate's schedule waits for the next one that is taken. Its numbers go into the log as an event.
+    ///
+    /// # Errors
+    /// [`NotFinite`] at the third skipped step in a row.
+    pub fn train_step(&mut self) -> Result<StepMetrics> {
+        let start = Instant::now();
+        let too_long_before = self.loader.num_too_long();
+        let batches = self.next_batches()?;
+        let data_wait = start.elapsed().as_secs_f64();
+        let device = self.student.device();
+        let uploaded: Vec<DeviceBatch> = batches.iter().map(|batch| DeviceBatch::new(batch, device)).collect();
+        let num_targets = uploaded.iter().map(|batch| self.student.num_targets(batch)).sum::<i64>() as f64;
+        let num_image_tokens = uploaded.iter().map(DeviceBatch::num_image_tokens).sum::<i64>().max(1) as f64;
+
+        let distill_weight = self.config.distill.weight_at(self.step, self.schedule.max_steps);
+        let scale = self.loss_scale.map_or(1.0, |loss_scale| f64::from(loss_scale.scale));
+
+        self.optimizer.zero_grad()?;
+        let zero = || Tensor::zeros([], (Kind::Float, device));
+        let (mut loss_lm, mut loss_distill) = (zero(), zero());
+        let mut distill_blocks: Option<Tensor> = None; // [blocks]
+        let seed = DropoutSeed::new(self.config.seed).at(self.step);
+        for (number, batch) in uploaded.iter().enumerate() {
+            let losses = self.student.losses(batch, seed.at(number as u64))?;
+            let mut loss = losses.lm_sum / num_targets;
+            loss_lm += loss.detach();
+            let share = batch.num_image_tokens() as f64 / num_image_tokens;
+            if let (Some(distill), Some(blocks)) = (losses.distill, losses.distill_blocks) {
+                let (distill, blocks) = (distill * share, blocks * share);
+                loss_distill += distill.detach();
+                loss += distill * distill_weight;
+                distill_blocks = Some(distill_blocks.map_or_else(|| blocks.shallow_clone(), |sum| sum + &blocks));
+            }
+            (if self.loss_scale.is_some() { loss * scale } else { loss }).backward();
+            losses.recompute.map_or(Ok(()), Recompute::backward)?;
+        }
+        if self.loss_scale.is_some() {
+            self.optimizer.scale_gradient(scale.recip())?;
+        }
+
+        // The one place where the host waits for the device.
+        let mut read = vec![Tensor::stack(&[loss_lm, loss_distill, self.optimizer.grad_norm()?], 0)];
+        read.extend(distill_blocks);
+        let read = Vec::<f64>::try_from(Tensor::cat(&read, 0).to_kind(Kind::Double))?;
+        let (loss_lm, loss_distill, grad_norm, distill_blocks) = (read[0], read[1], read[2], read[3..].to_vec());
+        let step = self.step + 1;
+        if let Some(loss_scale) = &mut self.loss_scale {
+            let overflowed = !grad_norm.is_finite() && loss_lm.is_finite() && loss_distill.is_finite();
+            loss_scale.update(overflowed);
+            // A scale below 1 helps no gradient: it is not finite by itself.
+            if overflowed && loss_scale.scale >= 1.0 {
+                tracing::warn!(
+                    "step {step}: the gradient overflowed f16 and is left out, the scale is {}",
+                    loss_scale.scale
+                );
+                self.seconds += start.elapsed().as_secs_f64();
+                return self.train_step();
+            }
+        }
+        let factor = self.schedule.factor(self.step - self.skipped_steps);
+        if !read.iter().all(|value| value.is_finite()) {
+            let samples = self.culprits(&batches, &uploaded)?;
+            self.skip(NotFinite { step, loss_lm, loss_distill, grad_norm, samples })?;
+        } else {
+            self.optimizer.step(factor, grad_norm)?;
+            if let Some(ema) = &mut self.ema {
+                ema.update(self.optimizer.parameters());
+            }
+            self.skipped_in_a_row = 0;
+        }
+        let is_skipped = self.skipped_in_a_row > 0;
+        self.step = step;
+
+        let seconds = start.elapsed().as_secs_f64();
+        self.seconds += seconds;
+        let num_tokens: i64 = batches.iter().map(|batch| batch.spans.num_tokens()).sum();
+        let num_slots: i64 = batches.iter().map(|batch| batch.batch * batch.seq).sum();
+        let num_samples: usize = batches.iter().map(|batch| batch.samples.len()).sum();
+        let loss = loss_lm + distill_weight * loss_distill;
+        if !is_skipped && let Some(sigmas) = self.spikes.observe(loss) {
+            let samples = ids(&batches);
+            let message =
+                format!("step {step}: the loss, {loss:.4}, lies {sigmas:.1} standard deviations above the last ones");
+            tracing::warn!("{message}, on {}", samples.join(", "));
+            self.metrics.write(&Line::Event(EventMetrics { step, event: EventKind::LossSpike, message, samples }))?;
+        }
+        let metrics = StepMetrics {
+            step,
+            loss,
+            loss_lm,
+            loss_distill: (!distill_blocks.is_empty()).then_some(loss_distill),
+            distill_blocks,
+            baseline_distill: self.student.distill.as_ref().and_then(|d| d.mean()).map(TeacherMean::baseline),
+            lr: self.config.learning_rate * factor,
+            grad_norm,
+            samples_per_second: num_samples as f64 / seconds,
+            tokens_per_second: num_tokens as f64 / seconds,
+            padding_share: 1.0 - num_tokens as f64 / num_slots as f64,
+            truncated: batches.iter().flat_map(|batch| &batch.samples).filter(|s| s.cut_answers > 0).count() as u64,
+            too_long: self.loader.num_too_long() - too_long_before,
+            data_wait,
+            memory: memory(self.student.device()),
+            skipped_steps: self.skipped_steps,
+            seconds: self.seconds,
+        };
+        self.truncated += metrics.truncated;
+        if is_skipped {
+            return Ok(metrics);
+        }
+        if step.is_multiple_of(self.config.logging_steps) || step == self.schedule.max_steps {
+            self.metrics.write(&Line::Step(metrics.clone()))?;
+            if let Some(board) = &mut self.board {
+                board.step(&metrics)?;
+            }
+        }
+        Ok(metrics)
+    }
+
+    /// Counts and tells of a step that is not finite.
+    fn skip(&mut self, refused: NotFinite) -> Result<()> {
+        self.skipped_steps += 1;
+        self.skipped_in_a_row += 1;
+        let message = refused.to_string();
+        tracing::warn!("skipped: {message}");
+        self.metrics.write(&Line::Event(EventMetrics {
+            step: refused.step,
+            event: EventKind::SkippedStep,
+            message,
+            samples: refused.samples.clone(),
+        }))?;
+        if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW {
+            let in_a_row = format!("{MOST_SKIPPED_IN_A_ROW} steps in a row were skipped");
+            return Err(anyhow::Error::new(refused).context(in_a_row));
+        }
+        Ok(())
+    }
+
+    pub(super) fn next_batches(&mut self) -> Result<Vec<Batch>> {
+        let next = |_| self.loader.next().context("the data has come to its end")?;
+        (0..self.config.gradient_accumulation_steps).map(next).collect()
+    }
+
+    /// Whose hidden states are not finite.
+    fn culprits(&self, batches: &[Batch], uploaded: &[DeviceBatch]) -> Result<Vec<String>> {
+        let mut found = Vec::new();
+        for (batch, uploaded) in batches.iter().zip(uploaded) {
+            let output = tch::no_grad(|| self.student.model.forward(&uploaded.input, 0))?;
+            for sample in &batch.samples {
+                let (start, len) = (sample.tokens.start as i64, sample.tokens.len() as i64);
+                let hidden = output.last_hidden_state.get(sample.row as i64).narrow(0, start, len); // [len, hidden]
+                if hidden.isfinite().all().int64_value(&[]) == 0 {
+                    found.push(sample.id.clone());
+                }
+            }
+        }
+        Ok(if found.is_empty() { ids(batches) } else { found })
+    }
+}
+
+fn ids(batches: &[Batch]) -> Vec<String> {
+    batches.iter().flat_map(|batch| &batch.samples).map(|sample| sample.id.clone()).collect()
+}

@@ -1,0 +1,37 @@
+//! What is always the same in the teacher's features, measured before the first step.
+
+use std::sync::Arc;
+
+use anyhow::{Result, ensure};
+use tch::Tensor;
+use vora_data::Source;
+
+use crate::config::run::TrainConfig;
+use crate::student::Student;
+
+/// Looks at the first pictures of the training data through the teacher's eyes.
+pub(super) fn measure_teacher(student: &mut Student, config: &TrainConfig, training: &Arc<dyn Source>) -> Result<()> {
+    let device = student.device();
+    let Some(distill) = &mut student.distill else { return Ok(()) };
+    let mut pictures: Vec<Tensor> = Vec::new();
+    let tries = training.len().unwrap_or(u64::MAX).min(4 * config.distill.mean_over as u64);
+    for index in 0..tries {
+        let Ok(sample) = training.sample(index) else { continue };
+        pictures.extend(sample.images.iter().map(vora_vision::pixel_values));
+        if pictures.len() >= config.distill.mean_over {
+            break;
+        }
+    }
+    if let Some(size) = pictures.first().map(Tensor::size) {
+        pictures.retain(|picture| picture.size() == size);
+    }
+    if pictures.len() < 2 {
+        ensure!(!config.distill.center, "distill.center needs pictures, the data has too few");
+        return Ok(());
+    }
+    let batches: Vec<Tensor> = pictures
+        .chunks(config.per_device_eval_batch_size)
+        .map(|chunk| Tensor::stack(chunk, 0).to_device(device))
+        .collect();
+    distill.measure_mean(&batches, config.distill.center)
+}

@@ -1,0 +1,368 @@
+//! The trainer: both losses, one backward pass, one AdamW step, and everything around them that makes a run.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use tch::Tensor;
+use vora_data::{Loader, LoaderConfig, Source};
+use vora_files::write_bytes;
+use vora_run::eval::EvalReport;
+use vora_run::metrics::{EvalMetrics, Line, MetricsLog};
+use vora_run::plot;
+use vora_run::results::TrainResults;
+use vora_text::Tokenizer;
+use vora_torch::memory::{machine, memory, peak_memory};
+
+use super::files::CONFIG;
+use super::options::{Options, Outcome};
+use super::{resume, teacher};
+use crate::config::run::{Strategy, TrainConfig};
+use crate::data::{self, HeldOut};
+use crate::observe::block_maps::BlockMaps;
+use crate::observe::board::Board;
+use crate::observe::samples;
+use crate::observe::samples::Shown;
+use crate::run::best::{self, Best};
+use crate::run::checkpoint::{self, RunFolder, Saver, TrainerState};
+use crate::run::evaluate::evaluate;
+use crate::run::progress::Progress;
+use crate::run::spikes::SpikeDetector;
+use crate::run::{size, snapshot, vq};
+use crate::step::ema::{Ema, InPlace};
+use crate::step::loss_scale::LossScale;
+use crate::step::optim::Optimizer;
+use crate::step::schedule::Schedule;
+use crate::student::{Student, parts};
+
+/// Held-out pictures of each split that are written for asking.
+const SAMPLES: u64 = 8;
+
+/// One run.
+pub struct Trainer {
+    pub(super) config: TrainConfig,
+    pub(super) run: Arc<RunFolder>,
+    pub(super) saver: Saver,
+    pub(super) student: Student,
+    pub(super) optimizer: Optimizer,
+    pub(super) ema: Option<Ema>,
+    pub(super) loss_scale: Option<LossScale>, // in f16
+    pub(super) schedule: Schedule,
+    pub(super) training: Arc<dyn Source>,
+    pub(super) loader: Loader,
+    pub(super) held_out: Vec<HeldOut>,
+    pub(super) metrics: MetricsLog,
+    pub(super) board: Option<Board>,
+    pub(super) tokenizer: Arc<Tokenizer>,
+    pub(super) spikes: SpikeDetector,
+    pub(super) step: u64,             // done so far
+    pub(super) skipped_steps: u64,    // of them
+    pub(super) skipped_in_a_row: u64, // and the last of them
+    pub(super) best: Option<Best>,
+    pub(super) resumed: u64,   // done when this process began
+    pub(super) truncated: u64, // samples in this process that lost turns
+    pub(super) seconds: f64,
+    pub(super) stop: Arc<AtomicBool>,
+    pub(super) save: Arc<AtomicBool>,
+}
+
+impl Trainer {
+    /// Opens everything: run folder, models, data; reads the last checkpoint where the run is resumed.
+    ///
+    /// # Errors
+    /// Whatever does not fit, by name: a run folder in use or already full, a model that is missing, an adapter of
+    /// another rank.
+    pub fn new(config: TrainConfig, options: Options<'_>) -> Result<Self> {
+        let run = Arc::new(RunFolder::lock(&config.output_dir)?);
+        let last = resume::last_checkpoint(&run, &config, options.resume)?;
+        let state = last.as_deref().map(TrainerState::open).transpose()?;
+        for (key, reason) in config.without_effect() {
+            tracing::warn!("{key} has no effect here: {reason}");
+        }
+
+        let (program, kind) = (memory(options.device).unwrap_or(0), config.kind(options.device)?);
+        let mut student = Student::new(&config, options.device, kind, options.resolve)?;
+        let maker = data::sample_maker(&config, student.preparation())?;
+        let training = data::training(&config, &maker)?;
+        let held_out = data::held_out(&config, &maker)?;
+        size::warn_if_short(&config, &student, &training, program);
+
+        let mut optimizer = Optimizer::new(student.parameters(), config.optim())?;
+        let mut ema = config.ema_decay.map(|decay| Ema::new(&student.parameters(), decay));
+        if let Some(folder) = &last {
+            resume::restore(&mut student, &mut optimizer, ema.as_mut(), folder)
+                .with_context(|| format!("cannot resume from {}", folder.display()))?;
+        } else {
+            teacher::measure_teacher(&mut student, &config, &training)?;
+        }
+
+        let (step, start) = state.as_ref().map_or((0, 0), |state| (state.step, state.samples_seen));
+        let held = state.as_ref().map_or(Vec::new(), |state| state.samples_held.clone());
+        let skipped = state.as_ref().map_or((0, 0), |state| (state.skipped_steps, state.skipped_in_a_row));
+        let schedule = config.schedule(max_steps(&config, training.as_ref())?);
+        let loader = Loader::new(
+            training.clone(),
+            LoaderConfig {
+                batch_size: config.per_device_train_batch_size,
+                row_len: config.packed_row_len(),
+                num_workers: config.dataloader_num_workers,
+                shuffle: config.shuffle,
+                seed: config.seed,
+                group_by_modality: config.data.train.group_by_modality,
+                start,
+                held,
+                ..LoaderConfig::default()
+            },
+        )?;
+        let yaml = config.to_yaml()?;
+        // The last act of opening: whatever was wrong with the new run, the old one is still there.
+        if !options.resume && config.overwrite_output_dir {
+            run.clear()?;
+        }
+        let metrics = MetricsLog::open(&run.path().join("metrics.jsonl"), step)?;
+        let board = config.reports_to_tensorboard().then(|| Board::open(run.path(), step)).transpose()?;
+        write_bytes(&run.path().join(CONFIG), yaml.as_bytes())?;
+        Ok(Self {
+            saver: Saver::new(run.clone()),
+            student,
+            optimizer,
+            ema,
+            loss_scale: config.fp16.then(|| state.as_ref().and_then(|state| state.loss_scale).unwrap_or_default()),
+            schedule,
+            training,
+            loader,
+            held_out,
+            metrics,
+            board,
+            tokenizer: maker.tokenizer.clone(),
+            spikes: SpikeDetector::default(),
+            step,
+            skipped_steps: skipped.0,
+            skipped_in_a_row: skipped.1,
+            best: state.as_ref().and_then(|state| state.best),
+            resumed: step,
+            truncated: 0,
+            seconds: state.map_or(0.0, |state| state.seconds),
+            stop: options.stop,
+            save: options.save,
+            run,
+            config,
+        })
+    }
+
+    /// The whole run: steps, evaluations and checkpoints until `max_steps`, then `final/`, `eval.json`, `samples/`,
+    /// `block_maps/` and `loss.svg`.
+    pub fn train(&mut self, progress: &mut dyn Progress) -> Result<Outcome> {
+        if self.step == 0 {
+            vq::train(&self.student, &self.config, &*self.training, &self.stop, progress)?;
+        }
+        progress.begin(self.step, self.schedule.max_steps);
+        if self.step > 0 {
+            // The evaluation that followed the checkpoint, if one did, was cut from the log with it.
+            self.evaluate_if_due(progress)?;
+        }
+        let mut saved_at = self.resumed;
+        while self.step < self.schedule.max_steps && !self.is_stopped() {
+            let metrics = self.train_step()?;
+            progress.step(&metrics);
+            if let Some(folder) = self.saver.written()? {
+                progress.saved(&folder);
+            }
+            let due = self.config.save_strategy == Strategy::Steps && self.step.is_multiple_of(self.config.save_steps);
+            // Among skipped steps the weights themselves may be what is wrong: the checkpoints before are the better ones.
+            let due = due && self.skipped_in_a_row == 0;
+            if due || self.save.swap(false, Ordering::Relaxed) {
+                self.begin_save(progress)?;
+                saved_at = self.step;
+            }
+            self.evaluate_if_due(progress)?;
+        }
+        if self.step > saved_at {
+            self.begin_save(progress)?;
+        }
+        self.wait_for_save(progress)?;
+        if self.is_stopped() {
+            return Ok(Outcome::Stopped { step: self.step });
+        }
+        self.finish(progress)
+    }
+
+    /// Asks about every held-out split, seeing and blind; none where the run was told to stop meanwhile.
+    pub fn evaluate(&self, progress: &mut dyn Progress) -> Result<Option<EvalReport>> {
+        evaluate(
+            &self.student,
+            &self.held_out,
+            self.config.per_device_eval_batch_size,
+            self.config.dataloader_num_workers,
+            &self.stop,
+            progress,
+        )
+    }
+
+    /// Steps done.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// Everything trained, by its name on disk.
+    pub fn parameters(&self) -> Vec<(String, Tensor)> {
+        self.student.parameters()
+    }
+
+    /// Writes a checkpoint and waits until it is whole.
+    pub fn save(&mut self, progress: &mut dyn Progress) -> Result<()> {
+        self.begin_save(progress)?;
+        self.wait_for_save(progress)
+    }
+
+    pub(super) fn wait_for_save(&mut self, progress: &mut dyn Progress) -> Result<()> {
+        if let Some(folder) = self.saver.wait()? {
+            progress.saved(&folder);
+        }
+        Ok(())
+    }
+
+    /// What is left to do once the last step is done and saved.
+    fn finish(&mut self, progress: &mut dyn Progress) -> Result<Outcome> {
+        let _averaged = self.averaged();
+        if !self.config.load_best_model_at_end {
+            self.run.save_folder("final", |folder| snapshot::Snapshot::of(&self.student)?.write(folder))?;
+        }
+        self.results().save(self.run.path())?;
+        let shown = samples::choose(&self.held_out, SAMPLES);
+        samples::write(
+            &self.run.path().join(vora_run::samples::FOLDER),
+            &shown,
+            &self.student.preparation().processor,
+        )?;
+        if self.loader.num_skipped() > 0 {
+            tracing::warn!(
+                "{} bad records were left out, {} of them as not even their first answer fits into max_seq_len",
+                self.loader.num_skipped(),
+                self.loader.num_too_long()
+            );
+        }
+        if self.truncated > 0 {
+            tracing::warn!("{} samples lost turns at their end, to fit into max_seq_len", self.truncated);
+        }
+        let Some(mut report) = self.evaluate(progress)? else {
+            return Ok(Outcome::Stopped { step: self.step });
+        };
+        if !report.0.is_empty() {
+            self.log(&report, progress)?;
+        }
+        self.compare(&report)?;
+        if self.config.load_best_model_at_end {
+            if let Some(best) = self.best.filter(|best| best.step < self.step) {
+                let folder = self.run.checkpoint(best.step);
+                checkpoint::verify(&folder)?;
+                parts::read(&self.student, &folder)?;
+                let Some(of_best) = self.evaluate(progress)? else {
+                    return Ok(Outcome::Stopped { step: self.step });
+                };
+                report = of_best;
+            }
+            self.run.save_folder("final", |folder| snapshot::Snapshot::of(&self.student)?.write(folder))?;
+        }
+        if !report.0.is_empty() {
+            report.save(&self.run.path().join("eval.json"))?;
+        }
+        self.show(&shown)?;
+        self.plot()?;
+        Ok(Outcome::Finished(report))
+    }
+
+    /// The model has its averaged weights, where the run averages, until what is returned is dropped.
+    fn averaged(&self) -> Option<InPlace> {
+        self.ema.as_ref().map(|ema| ema.in_place(self.optimizer.parameters()))
+    }
+
+    fn results(&self) -> TrainResults {
+        TrainResults {
+            steps: self.step,
+            train_runtime: self.seconds,
+            train_steps_per_second: self.step as f64 / self.seconds,
+            trained_parameters: self.parameters().iter().map(|(_, tensor)| tensor.numel() as u64).sum(),
+            peak_memory: peak_memory(self.student.device()),
+            machine: Some(machine(self.student.device())),
+            version: Some(env!("CARGO_PKG_VERSION").to_owned()),
+        }
+    }
+
+    /// An evaluation between steps, where the run file asks for one here; the last step's is left to the end.
+    fn evaluate_if_due(&mut self, progress: &mut dyn Progress) -> Result<()> {
+        let due =
+            self.config.evaluation_strategy == Strategy::Steps && self.step.is_multiple_of(self.config.eval_steps);
+        if !due || self.held_out.is_empty() || self.step >= self.schedule.max_steps {
+            return Ok(());
+        }
+        let _averaged = self.averaged();
+        if let Some(report) = self.evaluate(progress)? {
+            self.log(&report, progress)?;
+            if self.step.is_multiple_of(self.config.save_steps) {
+                self.compare(&report)?;
+            }
+            self.show(&samples::choose(&self.held_out, SAMPLES))?;
+            self.plot()?;
+        }
+        Ok(())
+    }
+
+    fn log(&mut self, report: &EvalReport, progress: &mut dyn Progress) -> Result<()> {
+        let metrics = EvalMetrics { step: self.step, eval: report.clone() };
+        progress.evaluated(&metrics);
+        if let Some(board) = &mut self.board {
+            board.eval(&metrics)?;
+        }
+        self.metrics.write(&Line::Eval(metrics))
+    }
+
+    /// Takes this step's checkpoint for the best, where its evaluation says so.
+    fn compare(&mut self, report: &EvalReport) -> Result<()> {
+        if let Some(metric) = &self.config.metric_for_best_model {
+            let greater_is_better = self.config.greater_is_better.unwrap_or(true);
+            self.best = Best::better(self.best, self.step, best::value(report, metric)?, greater_is_better);
+        }
+        Ok(())
+    }
+
+    /// Shows what some held-out pictures look like from inside, and what is answered about them.
+    fn show(&mut self, shown: &[Shown]) -> Result<()> {
+        let maps = BlockMaps::measure(&self.student, shown)?;
+        if let Some(maps) = &maps {
+            maps.save(self.run.path(), self.step)?;
+        }
+        if let Some(board) = &mut self.board {
+            let batch_size = self.config.per_device_eval_batch_size;
+            let answers = samples::answers(&self.student, &self.tokenizer, shown, batch_size)?;
+            board.samples(self.step, shown, &answers, &self.student.preparation().processor)?;
+            if let Some(maps) = &maps {
+                board.block_maps(self.step, maps)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn plot(&self) -> Result<()> {
+        let path = self.run.path();
+        let title = match &self.config.run_name {
+            Some(name) => name.clone(),
+            None => path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        };
+        plot::draw(&path.join("loss.svg"), &title, &MetricsLog::read(&path.join("metrics.jsonl"))?)
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}
+
+/// Steps of the run, by number or by passes over the data.
+fn max_steps(config: &TrainConfig, training: &dyn Source) -> Result<u64> {
+    if let Ok(steps) = u64::try_from(config.max_steps) {
+        return Ok(steps);
+    }
+    let samples = training.len().context("max_steps is -1, but the data never ends")?;
+    let per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
+    Ok((samples as f64 * config.num_train_epochs / per_step as f64).ceil().max(1.0) as u64)
+}

@@ -1,0 +1,45 @@
+//! A batch as tensors.
+
+use tch::{Device, Tensor};
+use vora_data::Batch;
+use vora_model::Input;
+
+/// A batch as tensors on the device.
+#[derive(Debug)]
+pub struct DeviceBatch {
+    /// What the model takes.
+    pub input: Input,
+    /// `[n]`: supervised places in `batch * seq`.
+    pub positions: Tensor,
+    /// `[n]`: the right token at each.
+    pub targets: Tensor,
+    /// `[image tokens]`: places of patches in `batch * seq`.
+    pub image_places: Tensor,
+}
+
+impl DeviceBatch {
+    /// Uploads a batch.
+    pub fn new(batch: &Batch, device: Device) -> Self {
+        let supervised = batch.supervised();
+        let list = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+        Self {
+            input: Input {
+                input_ids: list(&batch.input_ids).view([batch.batch, batch.seq]),
+                pixel_values: batch
+                    .images
+                    .iter()
+                    .map(|pixels| vora_vision::pixel_values(pixels).to_device(device))
+                    .collect(),
+                spans: batch.spans.clone(),
+            },
+            positions: list(&supervised.positions),
+            targets: list(&supervised.targets),
+            image_places: list(&batch.spans.image_positions()),
+        }
+    }
+
+    /// Patches of all pictures.
+    pub fn num_image_tokens(&self) -> i64 {
+        self.image_places.size()[0]
+    }
+}

@@ -1,0 +1,26 @@
+//! From the run file to a student.
+
+use anyhow::Result;
+use tch::{Device, Kind};
+use vora_model::trained::Resolve;
+
+use super::student::Student;
+use super::{chameleon, llava, vora};
+use crate::config::model::Way;
+use crate::config::run::TrainConfig;
+use crate::data::Preparation;
+
+impl Student {
+    /// Opens what `config.model` names and makes what it trains.
+    ///
+    /// # Errors
+    /// Names the key, and the file, that does not fit.
+    pub fn new(config: &TrainConfig, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Self> {
+        let preparation = Preparation::open(config, resolve)?;
+        match config.model.way()? {
+            Way::Vora { .. } => vora::student(config, preparation, device, kind, resolve),
+            Way::Llava { vision_tower } => llava::student(config, vision_tower, preparation, device, kind, resolve),
+            Way::Chameleon { vqmodel } => chameleon::student(config, vqmodel, preparation, device, kind),
+        }
+    }
+}

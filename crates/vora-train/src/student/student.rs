@@ -1,0 +1,154 @@
+//! The model in training: its losses, its trained tensors, what evaluation asks of it.
+
+use anyhow::{Result, ensure};
+use tch::{Device, Kind, Tensor};
+use vora_llm::{DropoutSeed, Recompute};
+use vora_model::VisionLanguageModel;
+use vora_torch::loss::cross_entropy_and_z_loss;
+use vora_torch::weights::Weights;
+
+use super::batch::DeviceBatch;
+use super::distill::Distill;
+use crate::data::Preparation;
+
+/// Logits that exist at once while the loss is computed: 256 MiB of f32.
+pub(crate) const MAX_LOGITS: i64 = 64 << 20;
+
+/// The losses of one forward pass, f32 scalars.
+#[derive(Debug)]
+pub struct Losses<'a> {
+    /// Cross-entropy, and z-loss where the run has it, summed over [`Student::num_targets`] tokens.
+    pub lm_sum: Tensor,
+    /// Cosine loss, mean over blocks and image tokens; none without a teacher or a picture.
+    pub distill: Option<Tensor>,
+    /// `[blocks]`: the cosine loss of each, without a graph.
+    pub distill_blocks: Option<Tensor>,
+    /// What goes backward once the losses have: the layers, in a run with activation checkpointing.
+    pub recompute: Option<Recompute<'a>>,
+}
+
+/// The model in training.
+#[derive(Debug)]
+pub struct Student {
+    /// The model.
+    pub model: Box<dyn VisionLanguageModel>,
+    /// The teacher's side; none where the run has no teacher.
+    pub distill: Option<Distill>,
+    pub(super) llm_name: String,
+    pub(super) preparation: Preparation,
+    pub(super) chat_template: Option<String>,
+    pub(super) z_loss: f64,
+    pub(super) is_whole: bool,
+    pub(super) gradient_checkpointing: bool,
+    pub(super) trained: Vec<(&'static str, Weights)>, // sources that handed out parameters, and where in the folder they stand
+    pub(super) made: Vec<(String, Tensor)>,
+}
+
+impl Student {
+    /// The name that the run file knows the LLM by.
+    pub fn llm_name(&self) -> &str {
+        &self.llm_name
+    }
+
+    /// What makes its input out of words and pictures.
+    pub fn preparation(&self) -> &Preparation {
+        &self.preparation
+    }
+
+    /// Whether what is saved is the whole model: a VoRA without adapters, all of whose weights are trained, or which goes
+    /// on from a merged one.
+    pub fn is_whole(&self) -> bool {
+        self.is_whole
+    }
+
+    /// What stands in place of the LLM's own chat template.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.chat_template.as_deref()
+    }
+
+    /// Where the tensors are.
+    pub fn device(&self) -> Device {
+        self.model.llm().device()
+    }
+
+    /// Everything trained, by its name on disk.
+    pub fn parameters(&self) -> Vec<(String, Tensor)> {
+        let of = |(prefix, weights): &(&str, Weights)| {
+            weights.parameters().into_iter().map(move |(name, tensor)| (format!("{prefix}{name}"), tensor)).collect()
+        };
+        self.trained.iter().flat_map::<Vec<_>, _>(of).collect()
+    }
+
+    /// What the run makes before its first step and no step changes, by its name on disk: a Chameleon's image tokenizer.
+    pub fn made(&self) -> &[(String, Tensor)] {
+        &self.made
+    }
+
+    /// Tokens that the language loss is summed over: supervised words, and the pictures' tokens where the model writes
+    /// them.
+    pub fn num_targets(&self, batch: &DeviceBatch) -> i64 {
+        let writes_pictures = self.model.as_chameleon().is_some();
+        batch.targets.size()[0] + if writes_pictures { batch.num_image_tokens() } else { 0 }
+    }
+
+    /// What goes into the decoder, `[batch, seq, hidden]`, the places in `batch * seq` that are learned to predict from,
+    /// and the right tokens.
+    fn learned(&self, batch: &DeviceBatch) -> Result<(Tensor, Tensor, Tensor)> {
+        let (positions, targets) = (batch.positions.shallow_clone(), batch.targets.shallow_clone());
+        let Some(chameleon) = self.model.as_chameleon().filter(|_| batch.num_image_tokens() > 0) else {
+            return Ok((self.model.embed(&batch.input)?, positions, targets));
+        };
+        // Pictures are encoded once: their tokens are read, and are learned to be written.
+        let tokens = chameleon.image_tokens(&batch.input.pixel_values)?; // [image tokens]
+        let (made, places) = (tokens.size()[0], batch.num_image_tokens());
+        ensure!(made == places, "the pictures make {made} tokens, the text has places for {places}");
+        let input_ids = &batch.input.input_ids;
+        let input_ids = input_ids.flatten(0, 1).index_copy(0, &batch.image_places, &tokens).view_as(input_ids);
+        // A picture's first token follows the mark that begins it.
+        let before = &batch.image_places - 1;
+        let (positions, targets) = (Tensor::cat(&[positions, before], 0), Tensor::cat(&[targets, tokens], 0));
+        Ok((self.model.llm().embed(&input_ids), positions, targets))
+    }
+
+    /// One forward pass: both losses, as sums and means that micro-batches can be put together from. `seed` decides what
+    /// the LLM's dropout drops, where its config has one.
+    pub fn losses(&self, batch: &DeviceBatch, seed: DropoutSeed) -> Result<Losses<'_>> {
+        let distill = self.distill.as_ref().filter(|_| batch.num_image_tokens() > 0);
+        let hidden_layers = distill.map_or(0, |distill| distill.heads().hidden_layers());
+        let (inputs_embeds, positions, targets) = self.learned(batch)?;
+        let (llm, plan) = (self.model.llm(), self.model.plan(&batch.input.spans)?);
+        let (output, recompute) = if self.gradient_checkpointing {
+            let (output, recompute) = llm.forward_recomputed(&inputs_embeds, plan, hidden_layers, seed);
+            (output, Some(recompute))
+        } else {
+            (llm.forward_train(&inputs_embeds, &plan, hidden_layers, seed), None)
+        };
+        let hidden = output.last_hidden_state.flatten(0, 1).index_select(0, &positions); // [n, hidden]
+        // The gradient of a head that is trained comes from all rows at once.
+        let chunk = if llm.trains_head() { i64::MAX } else { (MAX_LOGITS / llm.config().vocab_size).max(1) };
+        let lm_sum = cross_entropy_and_z_loss(&hidden, &targets, chunk, self.z_loss, |rows| llm.logits(rows));
+        let distill = distill.map(|distill| {
+            let targets = distill.targets(&batch.input.pixel_values)?;
+            let losses = distill.heads().losses(&output.hidden_states, &batch.image_places, &targets); // [blocks]
+            anyhow::Ok((losses.mean(Kind::Float), losses.detach()))
+        });
+        let (distill, distill_blocks) = distill.transpose()?.unzip();
+        Ok(Losses { lm_sum, distill, distill_blocks, recompute })
+    }
+
+    /// Per block what the teacher has at the image tokens and what the head makes of them there, each
+    /// `[image tokens, teacher_hidden]` in f32; none without a teacher or a picture.
+    pub fn block_features(&self, batch: &DeviceBatch) -> Result<Option<Vec<(Tensor, Tensor)>>> {
+        let Some(distill) = self.distill.as_ref().filter(|_| batch.num_image_tokens() > 0) else { return Ok(None) };
+        let output = self.model.forward(&batch.input, distill.heads().hidden_layers())?;
+        let students = distill.heads().outputs(&output.hidden_states, &batch.image_places);
+        Ok(Some(distill.targets(&batch.input.pixel_values)?.into_iter().zip(students).collect()))
+    }
+
+    /// Logits at the supervised places, `[n, vocab]`, for evaluation.
+    pub fn answer_logits(&self, batch: &DeviceBatch) -> Result<Tensor> {
+        let output = self.model.forward(&batch.input, 0)?;
+        let hidden = output.last_hidden_state.flatten(0, 1).index_select(0, &batch.positions);
+        Ok(self.model.llm().logits(&hidden))
+    }
+}
