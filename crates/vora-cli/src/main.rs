@@ -6,7 +6,6 @@ mod ask;
 mod convert;
 mod data;
 mod eval;
-mod hub;
 mod inspect;
 mod merge;
 mod report;
