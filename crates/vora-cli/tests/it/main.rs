@@ -1,6 +1,7 @@
 //! The real program, on a tiny model: exit codes, messages, and the way from training to an answer.
 
 mod data;
+mod download;
 mod eval;
 mod faults;
 mod memory;
@@ -48,7 +49,7 @@ fn fails(args: &[&str], code: i32, parts: &[&str]) {
 
 #[test]
 fn help_has_examples() {
-    for command in ["train", "data", "merge", "ask", "eval", "report", "inspect", "convert"] {
+    for command in ["train", "data", "merge", "ask", "eval", "report", "inspect", "convert", "download"] {
         let help = succeeded(&vora(&[command, "--help"]));
         assert!(help.contains("Examples:"), "{command}: {help}");
     }
