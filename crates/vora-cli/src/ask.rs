@@ -79,7 +79,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let images = pictures.iter().map(|path| vora_image::open_image(path.as_ref())).collect::<Result<Vec<_>>>()?;
     let device = runtime::device(&args.device)?;
     let kind = runtime::kind(&args.dtype, device)?;
-    let assistant = Assistant::open(&crate::hub::resolve(&args.model)?, device, kind, &crate::hub::resolve)?;
+    let assistant = Assistant::open(&vora_hub::resolve(&args.model)?, device, kind, &vora_hub::resolve)?;
 
     let mut out = std::io::stdout();
     let modality = match args.write {

@@ -87,12 +87,12 @@ impl Dtype {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let src = PathBuf::from(&args.src);
-    let src = if src.exists() { src } else { crate::hub::resolve(&args.src)? };
+    let src = if src.exists() { src } else { vora_hub::resolve(&args.src)? };
     ensure_vacant(&args.dst)?;
     let options = Options { to: args.to, kind: args.dtype.map(Dtype::kind), max_shard_size: args.max_shard_size };
     let base = |name: &str| match &args.base {
         Some(base) => Ok(base.clone()),
-        None => crate::hub::resolve(name).context("--base DIR says where it lies"),
+        None => vora_hub::resolve(name).context("--base DIR says where it lies"),
     };
     let conversion = Conversion::plan(&src, &options, &base)?;
     if !args.dry_run {

@@ -115,7 +115,7 @@ struct Shown {
 impl Show {
     fn run(&self) -> Result<ExitCode> {
         let config = TrainConfig::open(&self.config, &self.set)?;
-        let preparation = Preparation::open(&config, &crate::hub::resolve)?;
+        let preparation = Preparation::open(&config, &vora_hub::resolve)?;
         let maker = data::sample_maker(&config, &preparation)?;
         let source = data::training(&config, &maker)?;
         let terminal = std::io::stdout().is_terminal();

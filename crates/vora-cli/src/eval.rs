@@ -97,7 +97,7 @@ fn tasks() -> impl clap::builder::TypedValueParser<Value = String> {
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let device = runtime::device(&args.device)?;
     let kind = runtime::kind(&args.dtype, device)?;
-    let folder = crate::hub::resolve(&args.model)?;
+    let folder = vora_hub::resolve(&args.model)?;
     let (table, mut results, answers) = match (&args.text, &args.data) {
         (Some(text), _) => on_text(args, text, &folder, device, kind)?,
         (None, Some(data)) => on_questions(args, data, &folder, device, kind)?,
@@ -139,7 +139,7 @@ fn on_text(args: &Args, path: &Path, folder: &Path, device: Device, kind: Kind) 
         Ok::<_, anyhow::Error>((found, max_length, stride))
     };
     let (found, max_length, stride) = if vora_model::is_vision_language_model(folder)? {
-        measure(vora_model::open(folder, device, kind, &crate::hub::resolve)?.llm())?
+        measure(vora_model::open(folder, device, kind, &vora_hub::resolve)?.llm())?
     } else {
         let weights = Weights::open(folder, device, kind)?;
         let llm = CausalLm::load(&LlmConfig::open(folder)?, &weights)?;
@@ -180,7 +180,7 @@ fn on_questions(args: &Args, data: &str, folder: &Path, device: Device, kind: Ki
     for (note, count) in &set.notes {
         writeln!(stderr, "{count} records: {note}")?;
     }
-    let model = vora_model::open(folder, device, kind, &crate::hub::resolve)
+    let model = vora_model::open(folder, device, kind, &vora_hub::resolve)
         .with_context(|| format!("{} is asked about pictures, and must be a model that sees", args.model))?;
     let assistant = Assistant::new(model, folder)?;
     let (answered, left_out) = answers(&assistant, &set, args.batch_size, args.max_tokens)?;

@@ -36,7 +36,7 @@ struct Group {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let path = PathBuf::from(&args.model);
-    let path = if path.exists() { path } else { crate::hub::resolve(&args.model)? };
+    let path = if path.exists() { path } else { vora_hub::resolve(&args.model)? };
     let checkpoint = Checkpoint::open(&path)?;
 
     let mut groups: BTreeMap<String, Group> = BTreeMap::new();

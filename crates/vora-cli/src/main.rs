@@ -5,8 +5,8 @@
 mod ask;
 mod convert;
 mod data;
+mod download;
 mod eval;
-mod hub;
 mod inspect;
 mod merge;
 mod report;
@@ -17,7 +17,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Vision as LoRA, and what it answers to: train, merge, ask, evaluate, report, inspect, convert.
+/// Vision as LoRA, and what it answers to: train, merge, ask, evaluate, report, inspect, convert, download.
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -32,7 +32,8 @@ Examples:
   vora eval runs/scenes/merged --data scenes:unseen
   vora report runs/scenes
   vora inspect runs/scenes/merged
-  vora convert runs/scenes/merged llm --to llm"
+  vora convert runs/scenes/merged llm --to llm
+  vora download HuggingFaceTB/SmolLM2-135M-Instruct"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -57,6 +58,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Write a checkpoint in another layout, kind, or number of files
     Convert(convert::Args),
+    /// Fetch models of the hub into its cache
+    Download(download::Args),
 }
 
 /// Rounds that an OpenMP thread waits awake for work. libgomp's own 300 000 starve the thread that is waited for where
@@ -101,6 +104,7 @@ fn main() -> ExitCode {
         Command::Report(args) => report::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Convert(args) => convert::run(&args),
+        Command::Download(args) => download::run(&args),
     };
     match result {
         Ok(code) => code,

@@ -44,7 +44,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let kind = match args.dtype.as_str() {
-        "auto" => trained::stored_kind(&args.trained, &crate::hub::resolve)?,
+        "auto" => trained::stored_kind(&args.trained, &vora_hub::resolve)?,
         other => runtime::kind(other, Device::Cpu)?,
     };
     ensure!(
@@ -52,7 +52,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         "{} already holds a model; choose another --out",
         args.out.display()
     );
-    let mut model = vora_model::open(&args.trained, Device::Cpu, kind, &crate::hub::resolve)?;
+    let mut model = vora_model::open(&args.trained, Device::Cpu, kind, &vora_hub::resolve)?;
     let prompts = if args.check { prompts(&args.trained, &*model)? } else { Vec::new() };
     let before = logits(&*model, &prompts)?;
     model.merge().with_context(|| args.trained.display().to_string())?;

@@ -59,7 +59,7 @@ fn answers(run: &Path, device: &str) -> Result<Answers> {
     ensure!(trained.exists(), "there is no {}: the run is not done", trained.display());
     let questions = samples::read(&folder)?;
     let device = runtime::device(device)?;
-    let model = vora_model::open(&trained, device, runtime::kind("auto", device)?, &crate::hub::resolve)?;
+    let model = vora_model::open(&trained, device, runtime::kind("auto", device)?, &vora_hub::resolve)?;
     let assistant = Assistant::new(model, &trained)?;
     let greedy = SamplingParams::default();
     let ask = |question: samples::Question| {

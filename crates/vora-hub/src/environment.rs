@@ -1,4 +1,5 @@
-//! Where the cache is, by the environment, as the constants of Python's `huggingface_hub` 1.x have it.
+//! Where the cache is and how the hub is asked, by the environment, as the constants of Python's `huggingface_hub` 1.x
+//! have it.
 //!
 //! One departure: a variable that is set to nothing counts as not set, where Python would take the working directory.
 
@@ -6,6 +7,33 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+
+use crate::HubError;
+
+/// How the hub is asked.
+pub(crate) struct Settings {
+    pub(crate) endpoint: String,
+    pub(crate) token: Option<String>,
+    pub(crate) certificates: Option<String>, // the path of a PEM file
+}
+
+/// `HF_ENDPOINT`, `HF_TOKEN`, and `REQUESTS_CA_BUNDLE` else `SSL_CERT_FILE`; [`HubError::Offline`] where `HF_HUB_OFFLINE`
+/// or `TRANSFORMERS_OFFLINE` forbids to ask.
+pub(crate) fn settings(var: impl Fn(&str) -> Option<OsString>) -> Result<Settings, HubError> {
+    let var = |name: &str| var(name)?.into_string().ok().filter(|value| !value.is_empty());
+    for variable in ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"] {
+        let value = var(variable).unwrap_or_default().to_uppercase();
+        if ["1", "ON", "YES", "TRUE"].contains(&value.as_str()) {
+            return Err(HubError::Offline { variable });
+        }
+    }
+    let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
+    Ok(Settings {
+        endpoint: endpoint.trim_end_matches('/').into(),
+        token: var("HF_TOKEN"),
+        certificates: var("REQUESTS_CA_BUNDLE").or_else(|| var("SSL_CERT_FILE")),
+    })
+}
 
 /// `HF_HUB_CACHE`, else `HUGGINGFACE_HUB_CACHE`, else `hub` in `HF_HOME`, else in `huggingface` in `XDG_CACHE_HOME`, else
 /// in `~/.cache`.
@@ -125,6 +153,23 @@ mod tests {
         ] {
             let error = try_root(vars).unwrap_err().to_string();
             assert!(error.contains(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_hub_is_asked_as_the_environment_says() {
+        let with = |vars: &[(&str, &str)]| {
+            settings(|name| vars.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value)))
+        };
+        let usual = with(&[("HF_ENDPOINT", ""), ("HF_TOKEN", ""), ("HF_HUB_OFFLINE", "0")]).unwrap();
+        assert_eq!((usual.endpoint.as_str(), usual.token, usual.certificates), ("https://huggingface.co", None, None));
+        let own = with(&[("HF_ENDPOINT", "http://mirror:1/"), ("HF_TOKEN", "secret"), ("SSL_CERT_FILE", "/a.pem")]);
+        let own = own.unwrap();
+        assert_eq!((own.endpoint.as_str(), own.token.as_deref()), ("http://mirror:1", Some("secret")));
+        assert_eq!(own.certificates.as_deref(), Some("/a.pem"));
+        for (name, value) in [("HF_HUB_OFFLINE", "1"), ("HF_HUB_OFFLINE", "yes"), ("TRANSFORMERS_OFFLINE", "True")] {
+            let error = with(&[(name, value)]).err().expect("it is forbidden").to_string();
+            assert_eq!(error, format!("{name} is set, so the hub is not asked"));
         }
     }
 }

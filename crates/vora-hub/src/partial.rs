@@ -7,9 +7,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use indicatif::ProgressBar;
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
+
+use crate::Progress;
 
 /// What the hub says about one file.
 #[derive(Debug)]
@@ -24,17 +25,18 @@ pub(crate) struct Partial<'a> {
     file: File,
     hash: Hash,
     pub(crate) len: u64,
-    bar: ProgressBar,
+    progress: &'a mut dyn Progress,
 }
 
 impl<'a> Partial<'a> {
-    pub(crate) fn open(path: &'a Path, info: &FileInfo, bar: ProgressBar) -> Result<Self> {
+    /// Opens the file at `path` and takes up what an earlier try left in it.
+    pub(crate) fn open(path: &'a Path, info: &FileInfo, progress: &'a mut dyn Progress) -> Result<Self> {
         let opened = path
             .parent()
             .map_or(Ok(()), fs::create_dir_all)
             .and_then(|()| File::options().create(true).truncate(false).read(true).write(true).open(path));
         let file = opened.with_context(|| format!("cannot open {}", path.display()))?;
-        let mut partial = Self { path, file, hash: Hash::new(info), len: 0, bar };
+        let mut partial = Self { path, file, hash: Hash::new(info), len: 0, progress };
         let mut buffer = vec![0; 1 << 16];
         loop {
             let count = partial.file.read(&mut buffer).with_context(|| format!("reading {}", path.display()))?;
@@ -48,10 +50,11 @@ impl<'a> Partial<'a> {
             partial.hash = Hash::new(info);
             partial.restart()?;
         }
-        partial.bar.set_position(partial.len);
+        partial.progress.advance(partial.len);
         Ok(partial)
     }
 
+    /// Empties the file: what comes next is its beginning.
     pub(crate) fn restart(&mut self) -> Result<()> {
         let emptied = self.file.set_len(0).and_then(|()| self.file.seek(SeekFrom::Start(0)));
         emptied.with_context(|| format!("cannot empty {}", self.path.display()))?;
@@ -60,16 +63,18 @@ impl<'a> Partial<'a> {
         Ok(())
     }
 
+    /// Adds what came.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.file.write_all(bytes).with_context(|| format!("writing {}", self.path.display()))?;
         self.hash.update(bytes);
         self.len += bytes.len() as u64;
-        self.bar.set_position(self.len);
+        self.progress.advance(self.len);
         Ok(())
     }
 
+    /// Checks the whole file; one with a wrong hash is deleted.
     pub(crate) fn finish(self, info: &FileInfo) -> Result<()> {
-        self.bar.finish_and_clear();
+        self.progress.end();
         let found = self.hash.finish();
         if self.len != info.size || found != info.etag {
             fs::remove_file(self.path).with_context(|| format!("cannot delete {}", self.path.display()))?;
