@@ -8,8 +8,7 @@ use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_image::ImageProcessor;
-use vora_model::{Input, VisionLanguageModel};
-use vora_model::{beside, trained};
+use vora_model::{Input, VisionLanguageModel, beside};
 use vora_text::{ChatTemplate, Message, Tokenizer};
 use vora_torch::runtime;
 
@@ -44,7 +43,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let kind = match args.dtype.as_str() {
-        "auto" => trained::stored_kind(&args.trained, &vora_hub::resolve)?,
+        "auto" => vora_model::stored_kind(&args.trained, &vora_hub::resolve)?,
         other => runtime::kind(other, Device::Cpu)?,
     };
     ensure!(

@@ -5,8 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use tch::{Device, Kind};
 use vora_image::{ImageProcessor, RgbImage};
-use vora_model::trained::Resolve;
-use vora_model::{Input, VisionLanguageModel};
+use vora_model::{Input, Resolve, VisionLanguageModel};
 use vora_text::Tokenizer;
 use vora_text::{ChatTemplate, Message};
 
@@ -72,7 +71,7 @@ impl Assistant {
         params: &SamplingParams,
         max_new_tokens: usize,
     ) -> Result<Vec<Passage>> {
-        let model = self.model.as_chameleon().context("the model writes no pictures; a Chameleon does")?;
+        let model = self.model.image_writer().context("the model writes no pictures; a Chameleon does")?;
         let constraint = Constraint::new(modality, model);
         let message = Message::question_about(images.len(), text);
         let (input, stop) = (self.prompt(images, &[message])?, self.tokenizer.eos_ids());

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use anyhow::{Result, ensure};
 use tch::{Kind, Tensor};
-use vora_model::{Chameleon, Input, VisionLanguageModel};
+use vora_model::{ImageWriter, Input};
 
 use crate::Sampler;
 
@@ -21,10 +21,10 @@ pub enum OutputModality {
 }
 
 /// An [`OutputModality`] over the tokens of one model. Every picture fills the model's
-/// [`drawn_grid`](Chameleon::drawn_grid).
+/// [`drawn_grid`](ImageWriter::drawn_grid).
 #[derive(Debug)]
 pub struct Constraint<'a> {
-    model: &'a Chameleon,
+    model: &'a dyn ImageWriter,
     modality: OutputModality,
     image_tokens: usize,      // of a picture
     images: Tensor,           // [vocab], true for what is left out: image tokens,
@@ -42,13 +42,13 @@ enum Allowed<'a> {
 
 impl<'a> Constraint<'a> {
     /// For the tokens of `model`.
-    pub fn new(modality: OutputModality, model: &'a Chameleon) -> Self {
+    pub fn new(modality: OutputModality, model: &'a dyn ImageWriter) -> Self {
         let (vocab, device) = (model.llm().config().vocab_size, model.llm().device());
         let mark = |ids: &[i64]| {
             let mask = Tensor::zeros([vocab], (Kind::Bool, device));
             mask.index_fill(0, &Tensor::from_slice(ids).to_device(device), 1)
         };
-        let images = mark(model.vocabulary().image_token_ids());
+        let images = mark(model.image_vocabulary());
         let (rows, cols) = model.drawn_grid();
         Self {
             model,
@@ -61,7 +61,7 @@ impl<'a> Constraint<'a> {
     }
 
     /// The model whose tokens they are.
-    pub fn model(&self) -> &'a Chameleon {
+    pub fn model(&self) -> &'a dyn ImageWriter {
         self.model
     }
 
@@ -89,7 +89,7 @@ impl<'a> Constraint<'a> {
         let ids = Vec::<i64>::try_from(prompt.input_ids.view([-1]))?;
         let places: HashSet<i64> = prompt.spans.image_positions().into_iter().collect();
         let is_place = |i: usize| places.contains(&(i as i64));
-        let image_token_ids = self.model.vocabulary().image_token_ids();
+        let image_token_ids = self.model.image_vocabulary();
         let is_image = |i: usize| is_place(i) || image_token_ids.binary_search(&ids[i]).is_ok();
         let there = (0..ids.len()).rev().take_while(|&i| is_image(i)).count();
         let before = (ids.len() - there).checked_sub(1);
@@ -160,6 +160,7 @@ mod tests {
     use fixtures::Golden;
     use tch::Device;
     use vora_llm::LlmConfig;
+    use vora_model::{Chameleon, VisionLanguageModel};
     use vora_text::{Span, Spans};
     use vora_torch::weights::Weights;
     use vora_vision::VqModel;
@@ -195,7 +196,7 @@ mod tests {
     }
 
     fn count(model: &Chameleon, ids: &[i64]) -> usize {
-        ids.iter().filter(|id| model.vocabulary().image_token_ids().contains(id)).count()
+        ids.iter().filter(|id| model.image_vocabulary().contains(id)).count()
     }
 
     #[test]
@@ -225,7 +226,7 @@ mod tests {
         let model = model(&fixtures::open("chameleon"), "pre");
         let constraint = Constraint::new(OutputModality::Text, &model);
         let begins = [14, model.begin_image_id()]; // a begin changes nothing for words
-        let image_token_ids = Tensor::from_slice(model.vocabulary().image_token_ids());
+        let image_token_ids = Tensor::from_slice(model.image_vocabulary());
         for prompt in [&[14, 46][..], &begins] {
             let output = tch::no_grad(|| model.forward(&input(prompt), 0)).unwrap();
             let logits = model.llm().logits(&output.last_hidden_state.get(0).get(-1)); // [vocab]
@@ -256,7 +257,7 @@ mod tests {
             assert_eq!(*picture, model.draw(&Tensor::from_slice(tokens).view([1, -1])).unwrap()[0]);
         }
         // Where the prompt has begun it, the rest.
-        let image_token = model.vocabulary().image_token_ids()[3];
+        let image_token = model.image_vocabulary()[3];
         for (prompt, there) in [(vec![14, model.begin_image_id()], 0), (vec![model.begin_image_id(), image_token], 1)] {
             let generated = run(&constraint, &prompt, &sampled(3), 40);
             assert_eq!(count(&model, &generated.ids), IMAGE_TOKENS - there);
@@ -354,7 +355,7 @@ mod tests {
     #[test]
     fn half_a_picture_is_told() {
         let model = model(&fixtures::open("chameleon"), "pre");
-        let token = model.vocabulary().image_token_ids()[0];
+        let token = model.image_vocabulary()[0];
         let error = passages(&model, &[14, model.begin_image_id(), token, token]).unwrap_err().to_string();
         assert_eq!(error, "a picture has 2 image tokens, it takes 16");
         assert_eq!(passages(&model, &[14, model.end_image_id(), 9]).unwrap(), [Passage::Text(vec![14, 9])]);

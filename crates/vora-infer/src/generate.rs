@@ -44,7 +44,7 @@ pub fn generate(
     max_new_tokens: usize,
     mut on_token: impl FnMut(i64) -> bool,
 ) -> Result<Generated> {
-    let words = model.as_chameleon().map(|chameleon| Constraint::new(OutputModality::Text, chameleon));
+    let words = model.image_writer().map(|writer| Constraint::new(OutputModality::Text, writer));
     one(input, || run(model, input, words.as_ref(), params, stop, max_new_tokens, |_, token| on_token(token)))
 }
 
@@ -61,7 +61,7 @@ pub fn generate_batch(
     stop: &[i64],
     max_new_tokens: usize,
 ) -> Result<Vec<Generated>> {
-    let words = model.as_chameleon().map(|chameleon| Constraint::new(OutputModality::Text, chameleon));
+    let words = model.image_writer().map(|writer| Constraint::new(OutputModality::Text, writer));
     run(model, input, words.as_ref(), params, stop, max_new_tokens, |_, _| true)
 }
 

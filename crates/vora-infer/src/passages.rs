@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use tch::Tensor;
 use vora_image::RgbImage;
-use vora_model::Chameleon;
+use vora_model::ImageWriter;
 
 /// A stretch of what was generated.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,8 +19,8 @@ pub enum Passage {
 ///
 /// # Errors
 /// Where a picture is not complete, or the model has nothing to draw it with.
-pub fn passages(model: &Chameleon, ids: &[i64]) -> Result<Vec<Passage>> {
-    let is_image = |id: &i64| model.vocabulary().image_token_ids().binary_search(id).is_ok();
+pub fn passages(model: &dyn ImageWriter, ids: &[i64]) -> Result<Vec<Passage>> {
+    let is_image = |id: &i64| model.image_vocabulary().binary_search(id).is_ok();
     let (rows, cols) = model.drawn_grid();
     let mut passages = Vec::new();
     for run in ids.chunk_by(|a, b| is_image(a) == is_image(b)) {

@@ -1,17 +1,44 @@
-//! Model folders: `config.json`, which says what a model is, and `model.safetensors`.
+//! Opening a model's folder, whichever model lies in it and whether it lies there whole or in part.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
-use serde::Serialize;
+use anyhow::{Context, Result};
 use serde_json::{Map, Value};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind};
 use vora_files::checksums;
-use vora_files::write_bytes;
-use vora_torch::safetensors::save;
+use vora_llm::LlmConfig;
+use vora_torch::safetensors::Checkpoint;
+use vora_torch::weights::Weights;
+use vora_vision::Encoder;
 
-use crate::trained::{self, Resolve};
-use crate::{Chameleon, Llava, VisionLanguageModel, Vora};
+use crate::chameleon::{Chameleon, VQMODEL};
+use crate::files::{FolderError, read_config};
+use crate::llava::{Llava, LlavaConfig};
+use crate::model::VisionLanguageModel;
+use crate::trained::{self, LLM, Parts, VISION};
+use crate::vora::{Vora, VoraConfig};
+
+/// Finds the folder of a model by the name that a config knows it by.
+pub type Resolve<'a> = dyn Fn(&str) -> Result<PathBuf> + 'a;
+
+/// The models known here, by the `model_type` of their `config.json`.
+#[derive(Debug, Clone, Copy)]
+enum ModelType {
+    Vora,
+    Llava,
+    Chameleon,
+}
+
+impl ModelType {
+    fn of(config: &Map<String, Value>) -> Option<Self> {
+        match config.get("model_type")?.as_str()? {
+            "vora" => Some(Self::Vora),
+            "llava" => Some(Self::Llava),
+            "chameleon" => Some(Self::Chameleon),
+            _ => None,
+        }
+    }
+}
 
 /// Opens the folder of a model of any kind known here, by the `model_type` in its `config.json`: a whole one, merged or
 /// published, or what a run trained (its `final/`, or a checkpoint), whose adapters then stay apart from the weights.
@@ -19,23 +46,65 @@ use crate::{Chameleon, Llava, VisionLanguageModel, Vora};
 /// are compared.
 ///
 /// # Errors
-/// Names the file, and what in it does not fit.
+/// Names the file, and what in it does not fit; [`FolderError`] where the folder is no model's.
 pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Box<dyn VisionLanguageModel>> {
-    let json = read_config(folder)?;
+    let config = read_config(folder)?;
     checksums::verify(folder)?;
+    let model_type = ModelType::of(&config).ok_or_else(|| FolderError::UnknownModelType {
+        path: folder.join("config.json"),
+        model_type: config.get("model_type").and_then(Value::as_str).map(str::to_owned),
+    })?;
     if trained::is_part(folder) {
-        return trained::open(folder, &json, device, kind, resolve);
+        return open_part(folder, model_type, &config, device, kind, resolve);
     }
-    Ok(match json.get("model_type").and_then(Value::as_str) {
-        Some("vora") => Box::new(Vora::open(folder, device, kind)?),
-        Some("llava") => Box::new(Llava::open(folder, device, kind)?),
-        Some("chameleon") => Box::new(Chameleon::open(folder, device, kind)?),
-        other => bail!(
-            "model_type of {} is {}, known are vora, llava, chameleon",
-            folder.join("config.json").display(),
-            other.map_or_else(|| "missing".to_owned(), |name| format!("`{name}`"))
-        ),
+    Ok(match model_type {
+        ModelType::Vora => Box::new(Vora::open(folder, device, kind)?),
+        ModelType::Llava => Box::new(Llava::open(folder, device, kind)?),
+        ModelType::Chameleon => Box::new(Chameleon::open(folder, device, kind)?),
     })
+}
+
+/// Opens what a run trained: frozen weights from where `resolve` finds them, trained ones from the folder.
+fn open_part(
+    folder: &Path,
+    model_type: ModelType,
+    config: &Map<String, Value>,
+    device: Device,
+    kind: Kind,
+    resolve: &Resolve<'_>,
+) -> Result<Box<dyn VisionLanguageModel>> {
+    let new = Weights::random(0, device, kind);
+    let llm = || Weights::open(&llm_path(folder, config, resolve)?, device, kind);
+    let finished = |llm: &Weights| llm.finish().with_context(|| format!("loading the LLM of {}", folder.display()));
+    let model: Box<dyn VisionLanguageModel> = match model_type {
+        ModelType::Vora => {
+            let llm = llm()?;
+            let model = Vora::assemble(VoraConfig::open(folder)?, &llm, &new)?;
+            finished(&llm)?;
+            Box::new(model)
+        }
+        ModelType::Llava => {
+            let llm = llm()?;
+            let config = LlavaConfig::open(folder)?;
+            let encoder = resolve(&config.mm_vision_tower)
+                .and_then(|tower| Encoder::open(&tower, device, kind))
+                .with_context(|| format!("the encoder of {}", folder.display()))?;
+            let model = Llava::assemble(config, &llm, encoder, &new)?;
+            finished(&llm)?;
+            Box::new(model)
+        }
+        ModelType::Chameleon => {
+            let (llm, vision) = (folder.join(LLM), folder.join(VISION));
+            let (llm, vision) = (Weights::open(&llm, device, kind)?, Weights::open(&vision, device, kind)?);
+            let model = Chameleon::assemble(&LlmConfig::open(folder)?, &llm, &vision.pp(VQMODEL))?;
+            llm.finish()?;
+            vision.finish()?;
+            return Ok(Box::new(model));
+        }
+    };
+    trained::expect(folder, model.lora())?;
+    Parts::of(new.parameters(), model.llm_prefix()).fill_from(folder)?;
+    Ok(model)
 }
 
 /// Whether a folder is that of a model known here, not that of a language model alone.
@@ -43,42 +112,42 @@ pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) ->
 /// # Errors
 /// Where it has no readable `config.json`.
 pub fn is_vision_language_model(folder: &Path) -> Result<bool> {
-    let json = read_config(folder)?;
-    let model_type = json.get("model_type").and_then(Value::as_str);
-    Ok(model_type.is_some_and(|name| ["vora", "llava", "chameleon"].contains(&name)))
+    Ok(ModelType::of(&read_config(folder)?).is_some())
 }
 
-/// The object in `config.json`.
-pub(crate) fn read_config(folder: &Path) -> Result<Map<String, Value>> {
-    let path = folder.join("config.json");
-    let text = std::fs::read(&path)
-        .with_context(|| format!("cannot read {}; a model is a folder with config.json in it", path.display()))?;
-    serde_json::from_slice(&text).with_context(|| format!("{} is not a JSON object", path.display()))
+/// The dtype that the LLM of a model's folder is stored in: its own folder's, or f32 where it was trained.
+///
+/// # Errors
+/// Where the config names no LLM, `resolve` does not find it, or it has no norm to tell the dtype by.
+pub fn stored_kind(folder: &Path, resolve: &Resolve<'_>) -> Result<Kind> {
+    let path =
+        if trained::is_whole(folder) { folder.to_owned() } else { llm_path(folder, &read_config(folder)?, resolve)? };
+    let checkpoint = Checkpoint::open(&path)?;
+    let norm = ["model.norm.weight", "llm.model.norm.weight", "norm.weight"]
+        .into_iter()
+        .find_map(|name| checkpoint.info(name));
+    let kind = norm.map(|(kind, _)| kind);
+    kind.with_context(|| format!("{} has no model.norm.weight", path.display()))
 }
 
-/// A config's keys.
-pub(crate) fn to_object(value: &impl Serialize) -> Result<Map<String, Value>> {
-    match serde_json::to_value(value)? {
-        Value::Object(map) => Ok(map),
-        other => bail!("{other} is no JSON object"),
+/// Where the LLM's weights lie: those that were trained, else the folder that the run took it from.
+fn llm_path(folder: &Path, config: &Map<String, Value>, resolve: &Resolve<'_>) -> Result<PathBuf> {
+    let trained = folder.join(LLM);
+    if trained.exists() {
+        return Ok(trained);
     }
-}
-
-/// `config.json` and `model.safetensors`, each written beside its place and renamed.
-pub(crate) fn save_folder(folder: &Path, config: &Value, tensors: &[(String, Tensor)]) -> Result<()> {
-    std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
-    save(&folder.join("model.safetensors"), tensors, &[])?;
-    write_bytes(&folder.join("config.json"), &serde_json::to_vec_pretty(config)?)
+    let name = config.get("llm").and_then(Value::as_str);
+    let name = name.with_context(|| format!("config.json of {} has no `llm`", folder.display()))?;
+    resolve(name).with_context(|| format!("the LLM of {}", folder.display()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use anyhow::bail;
     use serde_json::json;
-    use vora_llm::LlmConfig;
-    use vora_torch::weights::Weights;
 
-    use crate::VoraConfig;
+    use crate::files::save_folder;
 
     #[test]
     fn a_folder_is_opened_by_its_model_type() {
@@ -111,10 +180,13 @@ mod tests {
         ] {
             save_folder(&root.path().join(name), &config, &[]).unwrap();
             assert!(!is_vision_language_model(&root.path().join(name)).unwrap());
-            let error = open(name).unwrap_err().to_string();
-            assert!(error.contains(expected), "{error}");
+            let error = open(name).unwrap_err();
+            assert!(matches!(error.downcast_ref(), Some(FolderError::UnknownModelType { .. })), "{error:?}");
+            assert!(error.to_string().contains(expected), "{error}");
         }
-        let error = open("nowhere").unwrap_err().to_string();
+        let error = open("nowhere").unwrap_err();
+        assert!(matches!(error.downcast_ref(), Some(FolderError::NoConfig { .. })), "{error:?}");
+        let error = error.to_string();
         assert!(error.ends_with("config.json; a model is a folder with config.json in it"), "{error}");
     }
 }

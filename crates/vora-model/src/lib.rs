@@ -27,23 +27,21 @@
 //! # }
 //! ```
 
+mod adapted;
 pub mod beside;
 mod chameleon;
-mod chameleon_vocabulary;
-mod config;
 pub mod convert;
+mod files;
 mod folder;
 mod llava;
-mod llava_config;
 mod model;
 pub mod trained;
 mod vora;
 
-pub use chameleon::{Chameleon, VQMODEL};
-pub use chameleon_vocabulary::{VocabularyMapping, image_token_name};
-pub use config::VoraConfig;
-pub use folder::{is_vision_language_model, open};
-pub use llava::Llava;
-pub use llava_config::{LlavaConfig, MmProjectorType};
-pub use model::{Input, VisionLanguageModel};
-pub use vora::Vora;
+pub use adapted::AdaptedLlm;
+pub use chameleon::{Chameleon, VQMODEL, VocabularyMapping, image_token_name};
+pub use files::FolderError;
+pub use folder::{Resolve, is_vision_language_model, open, stored_kind};
+pub use llava::{Llava, LlavaConfig, MmProjectorType};
+pub use model::{ImageWriter, Input, VisionLanguageModel};
+pub use vora::{Vora, VoraConfig};

@@ -6,14 +6,14 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use tch::Tensor;
+use vora_image::RgbImage;
 use vora_llm::{AttentionPlan, CausalLm, Output, VisionAttention};
-use vora_lora::{LoraConfig, attach_all};
-use vora_text::Piece;
-use vora_text::{Span, Spans};
+use vora_lora::LoraConfig;
+use vora_text::{Piece, Span, Spans};
 use vora_torch::weights::Weights;
 
-use crate::Chameleon;
-use crate::folder::save_folder;
+use crate::adapted::AdaptedLlm;
+use crate::files::save_folder;
 
 /// One batch, as the model takes it.
 #[derive(Debug)]
@@ -28,11 +28,21 @@ pub struct Input {
 
 /// A decoder with a way to see: pictures become embeddings, which stand among those of words.
 pub trait VisionLanguageModel: Debug {
-    /// The decoder.
-    fn llm(&self) -> &CausalLm;
+    /// The decoder with its adapters.
+    fn adapted(&self) -> &AdaptedLlm;
 
-    /// The decoder, to attach adapters to it or to merge them.
-    fn llm_mut(&mut self) -> &mut CausalLm;
+    /// The decoder with its adapters, to attach or merge some.
+    fn adapted_mut(&mut self) -> &mut AdaptedLlm;
+
+    /// The decoder.
+    fn llm(&self) -> &CausalLm {
+        self.adapted().llm()
+    }
+
+    /// The decoder, to change its linears one by one.
+    fn llm_mut(&mut self) -> &mut CausalLm {
+        self.adapted_mut().llm_mut()
+    }
 
     /// Whether the tokens of a picture see each other in both directions.
     fn vision_attention(&self) -> VisionAttention;
@@ -55,13 +65,13 @@ pub trait VisionLanguageModel: Debug {
         false
     }
 
-    /// The tokens that stand before and behind every picture, for models that have some.
+    /// The tokens that begin and end every picture, for models that have some.
     fn image_marks(&self) -> Option<(i64, i64)> {
         None
     }
 
-    /// The model as one to which pictures are tokens, which it can write as well; none for those that only see them.
-    fn as_chameleon(&self) -> Option<&Chameleon> {
+    /// The model as one that writes pictures as well; none for those that only see them.
+    fn image_writer(&self) -> Option<&dyn ImageWriter> {
         None
     }
 
@@ -71,18 +81,33 @@ pub trait VisionLanguageModel: Debug {
     }
 
     /// The adapters that are attached; none once they are merged.
-    fn lora(&self) -> Option<&LoraConfig>;
+    fn lora(&self) -> Option<&LoraConfig> {
+        self.adapted().lora()
+    }
 
-    /// Folds every adapter into its layer's weight: in f32, rounded once. None is left.
+    /// Puts a named adapter on the linear layers that `lora` asks for; see [`AdaptedLlm::attach`].
+    ///
+    /// # Errors
+    /// See [`attach_all`](vora_lora::attach_all).
+    fn attach(&mut self, name: &str, lora: &LoraConfig, weights: &Weights) -> Result<()> {
+        self.adapted_mut().attach(name, lora, weights)
+    }
+
+    /// Folds every adapter into its layer's weight; see [`AdaptedLlm::merge`].
     ///
     /// # Errors
     /// Where an adapter holds a number that is not finite, by the name of its layer; nothing is merged then.
-    fn merge(&mut self) -> Result<()>;
+    fn merge(&mut self) -> Result<()> {
+        self.adapted_mut().merge()
+    }
 
     /// What stands before the decoder's own names in the model's folder: `llm.` in `llm.model.layers.0…`.
     fn llm_prefix(&self) -> &'static str;
 
     /// What `config.json` of the model's folder says.
+    ///
+    /// # Errors
+    /// Where it cannot be said in JSON.
     fn config_json(&self) -> Result<Value>;
 
     /// Every tensor by its name in the model's folder. Adapters stand beside their weights, as far as the layout has a
@@ -100,13 +125,21 @@ pub trait VisionLanguageModel: Debug {
         save_folder(folder, &self.config_json()?, &self.tensors()?)
     }
 
+    /// The decoder as an LLM that stands alone.
+    ///
+    /// # Errors
+    /// Where adapters are still apart from the weights, or it has what no such LLM has.
+    fn plain_llm(&self) -> Result<&CausalLm> {
+        self.adapted().merged()
+    }
+
     /// Writes the LLM alone as a plain checkpoint, without pictures, for any tool that reads one.
     ///
     /// # Errors
-    /// Where adapters are still apart from the weights.
+    /// As [`plain_llm`](Self::plain_llm), and where the folder cannot be written.
     fn save_llm(&self, folder: &Path) -> Result<()> {
-        ensure_merged(self.llm())?;
-        save_folder(folder, &serde_json::to_value(self.llm().config())?, &self.llm().tensors())
+        let llm = self.plain_llm()?;
+        save_folder(folder, &serde_json::to_value(llm.config())?, &llm.tensors())
     }
 
     /// The word embeddings with the pictures' tokens in their places, `[batch, seq, hidden]`.
@@ -144,15 +177,49 @@ pub trait VisionLanguageModel: Debug {
     }
 
     /// How attention goes over these spans; made once a batch.
+    ///
+    /// # Errors
+    /// See [`AttentionPlan::new`].
     fn plan(&self, spans: &Spans) -> Result<AttentionPlan> {
         AttentionPlan::new(spans, self.vision_attention(), self.llm().device(), self.llm().kind())
     }
 
     /// Runs the decoder over a batch; keeps the hidden states of the first `hidden_layers` blocks.
+    ///
+    /// # Errors
+    /// As [`embed`](Self::embed) and [`plan`](Self::plan).
     fn forward(&self, input: &Input, hidden_layers: usize) -> Result<Output> {
         let plan = self.plan(&input.spans)?;
         Ok(self.llm().forward(&self.embed(input)?, &plan, hidden_layers))
     }
+}
+
+/// A model to which pictures are tokens as words are: it reads them, and writes them one by one.
+pub trait ImageWriter: VisionLanguageModel {
+    /// The ids of all tokens that pictures are made of, sorted.
+    fn image_vocabulary(&self) -> &[i64];
+
+    /// The id of the token that begins a picture.
+    fn begin_image_id(&self) -> i64;
+
+    /// The id of the token that ends a picture.
+    fn end_image_id(&self) -> i64;
+
+    /// Rows and columns of the pictures that it was trained on, and draws.
+    fn drawn_grid(&self) -> (i64, i64);
+
+    /// The tokens of pictures of several sizes, one after the other, for a loss over what is written of both kinds: each
+    /// `[3, height, width]` in [-1, 1], together `[tokens]`.
+    ///
+    /// # Errors
+    /// Where a picture does not divide into tokens, or has not three channels.
+    fn image_tokens(&self, pixel_values: &[Tensor]) -> Result<Tensor>;
+
+    /// The pictures of image tokens that fill [`drawn_grid`](Self::drawn_grid), `[n, tokens]`.
+    ///
+    /// # Errors
+    /// Where they do not, one is no image token, or the weights have nothing to draw with.
+    fn draw(&self, image_token_ids: &Tensor) -> Result<Vec<RgbImage>>;
 }
 
 impl Input {
@@ -190,7 +257,7 @@ impl Input {
         Ok(Self { input_ids, pixel_values, spans: Spans { rows: vec![spans] } })
     }
 
-    /// Several of these as one, row behind row; shorter rows are padded at their end.
+    /// Several of these as one, row after row; shorter rows are padded at their end.
     ///
     /// # Errors
     /// Where there are none, or they lie on several devices.
@@ -203,50 +270,4 @@ impl Input {
         let spans = Spans { rows: rows.into_iter().flatten().collect() };
         Ok(Self { input_ids, pixel_values: pixel_values.into_iter().flatten().collect(), spans })
     }
-}
-
-/// Puts a named adapter on the linear layers that `lora` asks for; its tensors stand at their layers' names below
-/// `weights`, the decoder's place in their source.
-pub(crate) fn attach(llm: &mut CausalLm, name: &str, lora: &LoraConfig, weights: &Weights) -> Result<()> {
-    attach_all(name, lora, &weights.pp("model.layers"), |visit| llm.linears_mut(visit)).map(drop)
-}
-
-/// Merges the adapters of every linear layer, or of none.
-///
-/// # Errors
-/// Where an adapter holds a number that is not finite: merged, it would reach every answer.
-pub(crate) fn merge_all(llm: &mut CausalLm) -> Result<()> {
-    llm.linears(&mut |layer_idx, name, linear| {
-        for adapter in linear.adapters() {
-            for (part, tensor) in adapter.tensors() {
-                let part = part.trim_end_matches(".weight");
-                let is_finite = bool::try_from(tensor.isfinite().all())?;
-                let of = adapter.name();
-                ensure!(
-                    is_finite,
-                    "layers.{layer_idx}.{name}: {part} of the adapter `{of}` has numbers that are not finite"
-                );
-            }
-        }
-        if let Some(bias) = linear.bias() {
-            ensure!(
-                bool::try_from(bias.isfinite().all())?,
-                "layers.{layer_idx}.{name}: the bias has numbers that are not finite"
-            );
-        }
-        Ok(())
-    })
-    .context("cannot merge")?;
-    llm.linears_mut(&mut |_, _, linear| {
-        linear.merge();
-        Ok(())
-    })
-}
-
-/// Refuses a decoder that carries adapters.
-pub(crate) fn ensure_merged(llm: &CausalLm) -> Result<()> {
-    llm.linears(&mut |_, _, linear| {
-        ensure!(linear.adapters().next().is_none(), "the adapters are still apart from the weights: merge first");
-        Ok(())
-    })
 }

@@ -5,9 +5,9 @@ use serde_json::Value;
 use vora_files::tell_once;
 use vora_llm::LlmConfig;
 
-use super::Layout;
+use super::layout::Layout;
 use super::source::{Part, Source, read_object};
-use crate::LlavaConfig;
+use crate::llava::LlavaConfig;
 
 /// Makes `parts` those of the model that PEFT's `merge_and_unload().save_pretrained()` writes, where the base ties its
 /// head to its embedding and the adapter has one of them or both; gives the parts that are dropped for it, and why.

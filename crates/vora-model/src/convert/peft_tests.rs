@@ -12,7 +12,7 @@ use vora_llm::LlmConfig;
 use vora_torch::safetensors::{Checkpoint, save};
 
 use super::{Conversion, Layout, Options, Report};
-use crate::folder::save_folder;
+use crate::files::save_folder;
 use crate::{Llava, LlavaConfig};
 
 const ASIS: Options = Options { to: None, kind: None, max_shard_size: 5_000_000_000 };

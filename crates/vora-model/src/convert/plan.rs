@@ -3,72 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use anyhow::{Context, Result, bail, ensure};
-use tch::{Kind, Tensor};
-use vora_torch::safetensors::Info;
+use tch::Kind;
 
-use super::Layout;
 use super::head;
+use super::layout::Layout;
 use super::published;
-use super::report::{Change, TensorReport, dtype};
+use super::report::Change;
 use super::source::{LLAVA, LLM_PREFIX, PEFT_PREFIX, Part, Source, is_original};
-
-/// One tensor to write, or to drop.
-#[derive(Debug)]
-pub(super) struct Step {
-    /// What it comes from: one tensor, or a weight and the parts of its adapter.
-    pub(super) from: Vec<Part>,
-    pub(super) to: Option<String>,
-    change: Change,
-    why: Option<&'static str>,
-    stored_kind: Kind,
-    pub(super) kind: Kind,
-    pub(super) shape: Vec<i64>,
-    scaling: f64, // what it is multiplied with
-}
-
-impl Step {
-    /// What its file says of it; none where it is dropped.
-    pub(super) fn info(&self) -> Option<Info> {
-        self.to.as_ref().map(|name| Info { name: name.clone(), kind: self.kind, shape: self.shape.clone() })
-    }
-
-    pub(super) fn report(&self) -> TensorReport {
-        TensorReport {
-            from: self.from.iter().map(|part| part.stored.clone()).collect(),
-            to: self.to.clone(),
-            change: self.change,
-            why: self.why,
-            stored_dtype: dtype(self.stored_kind),
-            dtype: dtype(self.kind),
-            shape: self.shape.clone(),
-        }
-    }
-
-    /// A new tensor of zeros.
-    pub(super) fn zeros(name: String, kind: Kind, shape: Vec<i64>) -> Self {
-        let change = Change::Made;
-        Self { from: Vec::new(), to: Some(name), change, why: None, stored_kind: kind, kind, shape, scaling: 1.0 }
-    }
-
-    /// Multiplies it, and makes it `len` long in one of its dimensions.
-    pub(super) fn fit(&mut self, scaling: f64, dim: usize, len: i64) {
-        if scaling != 1.0 || self.shape[dim] != len {
-            (self.scaling, self.shape[dim], self.change) = (scaling, len, Change::Made);
-        }
-    }
-
-    /// What was read, multiplied and filled up with zeros.
-    pub(super) fn fitted(&self, tensor: Tensor) -> Tensor {
-        let tensor = if self.scaling == 1.0 { tensor } else { (tensor * self.scaling).to_kind(self.kind) };
-        let size = tensor.size();
-        if size == self.shape {
-            return tensor;
-        }
-        // From the last dimension to the first: nothing before, the rest behind.
-        let behind = size.iter().zip(&self.shape).rev().flat_map(|(from, to)| [0, to - from]);
-        tensor.constant_pad_nd(behind.collect::<Vec<_>>())
-    }
-}
+use super::step::Step;
 
 /// What a rule says of a name.
 enum Fate {
@@ -215,13 +157,6 @@ pub(super) fn steps(source: &Source, to: Layout, kind: Option<Kind>) -> Result<V
         bail!("two tensors would be named `{twice}`");
     }
     Ok(steps)
-}
-
-impl Step {
-    fn dropped(part: Part, why: &'static str, kind: Kind, shape: Vec<i64>) -> Self {
-        let (from, change) = (vec![part], Change::Dropped);
-        Self { from, to: None, change, why: Some(why), stored_kind: kind, kind, shape, scaling: 1.0 }
-    }
 }
 
 /// An error where an LLM would lose biases that no layer of its own has.

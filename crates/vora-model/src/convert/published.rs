@@ -8,10 +8,10 @@ use serde_json::{Map, Value, json};
 use tch::Kind;
 use vora_lora::LoraConfig;
 
-use super::plan::Step;
 use super::source::{LLM_PREFIX, Source};
+use super::step::Step;
 
-/// The parts of an adapter, and of what goes with it, by their names behind that of its linear.
+/// The parts of an adapter, and of what goes with it, by their names after that of its linear.
 const PARTS: [&str; 4] = ["weight", "lora_A.weight", "lora_B.weight", "bias"];
 
 /// Layer and linear of a tensor that is one of [`PARTS`]: `llm.model.layers.1.mlp.up_proj.bias` -> 1, `mlp.up_proj`.

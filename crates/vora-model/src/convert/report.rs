@@ -7,7 +7,7 @@ use tch::Kind;
 use vora_torch::safetensors::Info;
 use vora_torch::shards::Shard;
 
-use super::Layout;
+use super::layout::Layout;
 
 /// What a conversion does.
 #[derive(Debug, Serialize)]

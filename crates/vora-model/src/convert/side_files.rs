@@ -6,16 +6,17 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use tch::Kind;
-use vora_files::tell_once;
-use vora_files::write_bytes;
+use vora_files::{tell_once, write_bytes};
 use vora_lora::LoraConfig;
 
-use super::plan::Step;
+use super::layout::Layout;
+use super::published;
 use super::report::{Change, FileReport, dtype};
 use super::source::{LLM_PREFIX, Source, read_object};
-use super::{Layout, published};
-use crate::LlavaConfig;
-use crate::config::{MERGED, keep_auto_map};
+use super::step::Step;
+use crate::files::keep_auto_map;
+use crate::llava::LlavaConfig;
+use crate::vora::MERGED;
 
 const CONFIG: &str = "config.json";
 

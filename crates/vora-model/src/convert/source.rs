@@ -8,8 +8,8 @@ use vora_llm::MODEL_TYPES;
 use vora_lora::{AdapterFolder, LoraConfig};
 use vora_torch::safetensors::Checkpoint;
 
-use super::Layout;
-use crate::VoraConfig;
+use super::layout::Layout;
+use crate::vora::VoraConfig;
 
 /// PEFT's file of an adapter's tensors.
 pub(super) const ADAPTER: &str = "adapter_model.safetensors";

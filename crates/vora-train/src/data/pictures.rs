@@ -10,7 +10,7 @@ use vora_vision::EncoderConfig;
 use crate::config::data::FramesOps;
 use crate::config::model::ImageAspectRatio;
 use crate::config::run::TrainConfig;
-use vora_model::trained::Resolve;
+use vora_model::Resolve;
 
 /// The processor of a run: squares of `model.image_size`. Channels and sampling are those of the recipe's `frames_ops`,
 /// else of the model that is gone on from, else the model's `own`; what becomes of a picture that is not square, the run

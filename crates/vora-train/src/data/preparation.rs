@@ -12,7 +12,8 @@ use vora_vision::EncoderConfig;
 use super::pictures;
 use crate::config::model::{ModelType, Way};
 use crate::config::run::TrainConfig;
-use vora_model::trained::{self, Resolve, VISION};
+use vora_model::Resolve;
+use vora_model::trained::{self, VISION};
 
 /// What makes a model's input out of words and pictures.
 #[derive(Debug, Clone)]

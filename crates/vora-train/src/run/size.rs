@@ -122,7 +122,7 @@ impl Size {
         let batch = BatchShape {
             rows: batch.batch as u64,
             seq: batch.seq as u64,
-            targets: if student.model.as_chameleon().is_some() { words + image_tokens } else { words },
+            targets: if student.writes_pictures() { words + image_tokens } else { words },
             pictures,
             image_tokens,
         };

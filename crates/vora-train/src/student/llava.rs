@@ -7,7 +7,7 @@ use vora_model::{Llava, LlavaConfig, VisionLanguageModel};
 use vora_torch::weights::Weights;
 use vora_vision::Encoder;
 
-use vora_model::trained::Resolve;
+use vora_model::Resolve;
 
 use super::{Student, parts};
 use crate::config::run::TrainConfig;

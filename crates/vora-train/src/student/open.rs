@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use tch::{Device, Kind};
-use vora_model::trained::Resolve;
+use vora_model::Resolve;
 
 use super::student::Student;
 use super::{chameleon, llava, vora};

@@ -87,19 +87,23 @@ impl Student {
     /// Tokens that the language loss is summed over: supervised words, and the pictures' tokens where the model writes
     /// them.
     pub fn num_targets(&self, batch: &DeviceBatch) -> i64 {
-        let writes_pictures = self.model.as_chameleon().is_some();
-        batch.targets.size()[0] + if writes_pictures { batch.num_image_tokens() } else { 0 }
+        batch.targets.size()[0] + if self.writes_pictures() { batch.num_image_tokens() } else { 0 }
+    }
+
+    /// Whether the model learns to write pictures as well as words.
+    pub(crate) fn writes_pictures(&self) -> bool {
+        self.model.image_writer().is_some()
     }
 
     /// What goes into the decoder, `[batch, seq, hidden]`, the places in `batch * seq` that are learned to predict from,
     /// and the right tokens.
     fn learned(&self, batch: &DeviceBatch) -> Result<(Tensor, Tensor, Tensor)> {
         let (positions, targets) = (batch.positions.shallow_clone(), batch.targets.shallow_clone());
-        let Some(chameleon) = self.model.as_chameleon().filter(|_| batch.num_image_tokens() > 0) else {
+        let Some(writer) = self.model.image_writer().filter(|_| batch.num_image_tokens() > 0) else {
             return Ok((self.model.embed(&batch.input)?, positions, targets));
         };
         // Pictures are encoded once: their tokens are read, and are learned to be written.
-        let tokens = chameleon.image_tokens(&batch.input.pixel_values)?; // [image tokens]
+        let tokens = writer.image_tokens(&batch.input.pixel_values)?; // [image tokens]
         let (made, places) = (tokens.size()[0], batch.num_image_tokens());
         ensure!(made == places, "the pictures make {made} tokens, the text has places for {places}");
         let input_ids = &batch.input.input_ids;

@@ -10,7 +10,7 @@ use vora_model::{VisionLanguageModel, Vora, VoraConfig};
 use vora_torch::weights::Weights;
 use vora_vision::{EncoderConfig, Teacher};
 
-use vora_model::trained::Resolve;
+use vora_model::Resolve;
 
 use super::{Distill, Student, parts};
 use crate::config::data::DataPreprocess;
@@ -106,7 +106,7 @@ pub(super) fn student(
             TeacherStart::Copied => embedding.copy_from_teacher(teacher).context("model.reuse_aux_vision_start")?,
         }
     }
-    let llm_config = &model.config().llm;
+    let llm_config = model.llm().config();
     let distill = teacher.map(|teacher| {
         Distill::new(teacher, usize::try_from(layers)?, llm_config, patch_size, &config.distill, &trained)
     });

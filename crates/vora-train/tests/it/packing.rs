@@ -109,9 +109,9 @@ fn a_chameleon_reads_and_writes_the_tokens_of_its_pictures() {
     let batch = DeviceBatch::new(&batch, Device::Cpu);
     let found = tch::no_grad(|| student.losses(&batch, DropoutSeed::new(0)).unwrap().lm_sum);
 
-    let chameleon = student.model.as_chameleon().unwrap();
-    let tokens = batch.input.pixel_values.iter().map(|picture| chameleon.image_token_ids(&picture.unsqueeze(0)));
-    let tokens = Tensor::cat(&tokens.map(|ids| ids.unwrap().flatten(0, 1)).collect::<Vec<_>>(), 0);
+    let writer = student.model.image_writer().unwrap();
+    let one_by_one = batch.input.pixel_values.chunks(1).map(|picture| writer.image_tokens(picture).unwrap());
+    let tokens = Tensor::cat(&one_by_one.collect::<Vec<_>>(), 0);
     let places = Tensor::cat(&[&batch.positions, &(&batch.image_places - 1)], 0);
     let targets = Tensor::cat(&[&batch.targets, &tokens], 0);
     let output = tch::no_grad(|| student.model.forward(&batch.input, 0)).unwrap();

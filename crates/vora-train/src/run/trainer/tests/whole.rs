@@ -234,7 +234,7 @@ fn the_second_stage_of_a_vora_trains_all_weights_of_the_merged_first() {
     let mut opened = vora_model::open(&last, Device::Cpu, Kind::Float, &resolve).unwrap();
     opened.merge().unwrap();
     fixtures::assert_close_to(&hidden(&*opened), &expected, 0.0);
-    assert_eq!(vora_model::trained::stored_kind(&last, &resolve).unwrap(), Kind::Float);
+    assert_eq!(vora_model::stored_kind(&last, &resolve).unwrap(), Kind::Float);
 
     // With the adapters it has, a run goes on where the other ended.
     drop((whole, resumed));

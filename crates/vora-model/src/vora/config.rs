@@ -9,7 +9,7 @@ use vora_llm::{LlmConfig, VisionAttention};
 use vora_lora::LoraConfig;
 use vora_vision::{PatchEmbedConfig, PositionTable};
 
-use crate::folder::{read_config, to_object};
+use crate::files::{keep_auto_map, lora_or_empty, read_config, to_object};
 
 /// The keys that the published VoRA code adds to the LLM's own (its `VoRAConfig`), and `fuse_adjacent_images`,
 /// `pos_embed` and `lora_layer_bias`, which say what that code does without asking.
@@ -45,15 +45,6 @@ const PUBLISHED_RANK: i64 = 1024;
 /// The published name of the patch embedding: conv, RMSNorm, positions, projection.
 fn aimv2_embedding() -> String {
     "AIMv2Embedding".to_owned()
-}
-
-/// Merged folders of the published code say `"lora": {}`.
-pub(crate) fn lora_or_empty<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<LoraConfig>, D::Error> {
-    match Value::deserialize(deserializer)? {
-        Value::Null => Ok(None),
-        Value::Object(map) if map.is_empty() => Ok(None),
-        value => serde_json::from_value(value).map(Some).map_err(serde::de::Error::custom),
-    }
 }
 
 /// What a VoRA is made of.
@@ -227,18 +218,6 @@ fn published_llm_type(json: &Map<String, Value>) -> &'static str {
         () if has("mlp_bias") || has("pretraining_tp") => "llama",
         () if has("sliding_window") => "mistral",
         () => "qwen2", // the only one that was published
-    }
-}
-
-/// Takes from `auto_map` what names Python files that are not `there`; a class in a repository of the hub stays.
-pub(crate) fn keep_auto_map(config: &mut Map<String, Value>, there: impl Fn(&str) -> bool) {
-    let Some(Value::Object(map)) = config.get_mut("auto_map") else { return };
-    map.retain(|_, class| {
-        let module = class.as_str().and_then(|class| class.split_once('.')).map(|(module, _)| module);
-        module.is_some_and(|module| module.contains("--") || there(&format!("{module}.py")))
-    });
-    if map.is_empty() {
-        config.remove("auto_map");
     }
 }
 

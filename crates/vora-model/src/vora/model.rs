@@ -7,42 +7,46 @@ use serde_json::Value;
 use tch::nn::Module;
 use tch::{Device, Kind, Tensor};
 use vora_llm::{CausalLm, VisionAttention};
-use vora_lora::LoraConfig;
 use vora_torch::weights::{Init, Weights};
 use vora_vision::PatchEmbed;
 
-use crate::VoraConfig;
-use crate::folder::save_folder;
-use crate::model::{VisionLanguageModel, attach, ensure_merged, merge_all};
+use super::VoraConfig;
+use crate::adapted::{AdaptedLlm, under};
+use crate::model::VisionLanguageModel;
 
 /// An LLM with eyes: a decoder whose first blocks may carry adapters, and one patch embedding.
 #[derive(Debug)]
 pub struct Vora {
-    config: VoraConfig,
-    llm: CausalLm,
+    config: VoraConfig, // but for `llm` and `lora`, which `llm` knows
+    llm: AdaptedLlm,
     vision_embedding: PatchEmbed,
 }
 
 impl Vora {
     /// Takes `llm.*` and `vision_embedding.*` from one source, as a VoRA folder has them. Adapters that the config
     /// names are attached and taken from the same source.
+    ///
+    /// # Errors
+    /// Names the key of the config that does not fit; tensors that do not fit are told by [`Weights::finish_allowing`].
     pub fn load(config: VoraConfig, weights: &Weights) -> Result<Self> {
         Self::assemble(config, &weights.pp("llm"), weights)
     }
 
     /// Builds a VoRA from an LLM's own folder: frozen weights from `llm`, everything trained (adapters and patch
     /// embedding) from `trained`.
+    ///
+    /// # Errors
+    /// As [`Vora::load`].
     pub fn assemble(mut config: VoraConfig, llm_weights: &Weights, trained: &Weights) -> Result<Self> {
-        let llm = CausalLm::load(&config.llm, llm_weights)?;
-        config.llm = llm.config().clone(); // whether the head is tied is for the tensors to say
+        let lora = config.lora.take();
         let mut model = Self {
-            llm,
+            llm: AdaptedLlm::new(CausalLm::load(&config.llm, llm_weights)?),
             vision_embedding: PatchEmbed::load(&config.patch_embed(), &trained.pp("vision_embedding"))?
                 .with_rms_norm_eps(config.llm.rms_norm_eps)
                 .with_position_table(config.pos_embed),
             config,
         };
-        if let Some(lora) = model.config.lora.clone() {
+        if let Some(lora) = lora {
             model.attach("default", &lora, &trained.pp("llm"))?;
         }
         model.attach_biases(llm_weights, &trained.pp("llm"))?;
@@ -55,9 +59,9 @@ impl Vora {
         if self.config.biases.is_none() {
             return Ok(());
         }
-        let is_merged = self.config.lora.is_none();
+        let is_merged = self.lora().is_none();
         let mut wanted = Vec::new();
-        self.llm.linears(&mut |layer_idx, module, _| {
+        self.llm().linears(&mut |layer_idx, module, _| {
             let path = format!("model.layers.{layer_idx}.{module}");
             wanted.extend(self.config.has_layer_bias(&format!("{path}.bias")).then_some(path));
             Ok(())
@@ -68,7 +72,7 @@ impl Vora {
             return Ok(());
         }
         let from_llm = is_merged && has(llm);
-        self.llm.linears_mut(&mut |layer_idx, module, linear| {
+        self.llm_mut().linears_mut(&mut |layer_idx, module, linear| {
             let path = format!("model.layers.{layer_idx}.{module}");
             if wanted.contains(&path) {
                 let shape = [linear.out_features()];
@@ -83,6 +87,9 @@ impl Vora {
     }
 
     /// Opens a folder that [`Vora::save`](VisionLanguageModel::save) wrote, merged or not.
+    ///
+    /// # Errors
+    /// Names the file, and what in it does not fit.
     pub fn open(folder: &Path, device: Device, kind: Kind) -> Result<Self> {
         let config = VoraConfig::open(folder)?;
         let weights = Weights::open(folder, device, kind)?;
@@ -92,19 +99,9 @@ impl Vora {
         Ok(model)
     }
 
-    /// Puts a named adapter on the linear layers that `lora` asks for; its tensors stand at their layers' names.
-    ///
-    /// # Errors
-    /// See [`attach_all`](vora_lora::attach_all).
-    pub fn attach(&mut self, name: &str, lora: &LoraConfig, weights: &Weights) -> Result<()> {
-        attach(&mut self.llm, name, lora, weights)?;
-        self.config.lora = Some(lora.clone());
-        Ok(())
-    }
-
     /// What it is made of.
-    pub fn config(&self) -> &VoraConfig {
-        &self.config
+    pub fn config(&self) -> VoraConfig {
+        VoraConfig { llm: self.llm().config().clone(), lora: self.lora().cloned(), ..self.config.clone() }
     }
 
     /// The patch embedding.
@@ -114,11 +111,11 @@ impl Vora {
 }
 
 impl VisionLanguageModel for Vora {
-    fn llm(&self) -> &CausalLm {
+    fn adapted(&self) -> &AdaptedLlm {
         &self.llm
     }
 
-    fn llm_mut(&mut self) -> &mut CausalLm {
+    fn adapted_mut(&mut self) -> &mut AdaptedLlm {
         &mut self.llm
     }
 
@@ -136,51 +133,31 @@ impl VisionLanguageModel for Vora {
         self.vision_embedding.forward(pixel_values)
     }
 
-    fn lora(&self) -> Option<&LoraConfig> {
-        self.config.lora.as_ref()
-    }
-
-    fn merge(&mut self) -> Result<()> {
-        merge_all(&mut self.llm)?;
-        self.config.lora = None;
-        Ok(())
-    }
-
     fn llm_prefix(&self) -> &'static str {
         "llm."
     }
 
     fn config_json(&self) -> Result<Value> {
-        self.config.to_json()
+        self.config().to_json()
     }
 
     /// # Errors
     /// Where adapters are still apart from the weights, and where layers have biases that no such LLM has.
-    fn save_llm(&self, folder: &Path) -> Result<()> {
-        ensure_merged(&self.llm)?;
+    fn plain_llm(&self) -> Result<&CausalLm> {
+        let llm = self.llm.merged()?;
         ensure!(
             self.config.biases.is_none(),
             "the LLM has biases from layers with adapters, for which a {} has no place; it runs as a VoRA",
-            self.config.llm.model_type
+            llm.config().model_type
         );
-        save_folder(folder, &serde_json::to_value(self.llm.config())?, &self.llm.tensors())
+        Ok(llm)
     }
 
     /// The layout of the published VoRA models, with adapters beside their weights.
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        let llm = self.llm.tensors().into_iter().map(|(name, t)| (format!("llm.{name}"), t));
-        let vision =
-            self.vision_embedding.tensors().into_iter().map(|(name, t)| (format!("vision_embedding.{name}"), t));
-        let mut tensors: Vec<_> = llm.chain(vision).collect();
-        self.llm.linears(&mut |layer_idx, module, linear| {
-            for adapter in linear.adapters() {
-                let named = |(name, tensor): (&str, &Tensor)| {
-                    (format!("llm.model.layers.{layer_idx}.{module}.{name}"), tensor.shallow_clone())
-                };
-                tensors.extend(adapter.tensors().map(named));
-            }
-            Ok(())
-        })?;
+        let mut tensors = under(self.llm_prefix(), self.llm().tensors());
+        tensors.extend(under("vision_embedding.", self.vision_embedding.tensors()));
+        tensors.extend(under(self.llm_prefix(), self.llm.adapter_tensors()?));
         Ok(tensors)
     }
 }
@@ -189,12 +166,12 @@ impl VisionLanguageModel for Vora {
 mod tests {
     use super::*;
     use vora_llm::LlmConfig;
-    use vora_text::Piece;
-    use vora_text::{Span, Spans};
+    use vora_lora::LoraConfig;
+    use vora_text::{Piece, Span, Spans};
     use vora_torch::safetensors::save;
     use vora_vision::PositionTable;
 
-    use crate::Input;
+    use crate::model::Input;
 
     const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 
@@ -219,7 +196,7 @@ mod tests {
         let before = hidden(&model);
         let mut broken = None;
         model
-            .llm
+            .llm_mut()
             .linears_mut(&mut |_, name, linear| {
                 if name == "mlp.up_proj" && broken.is_none() {
                     let b = linear.adapters().next().expect("an adapter").lora_b().shallow_clone();
@@ -233,7 +210,7 @@ mod tests {
         assert!(error.contains("cannot merge: layers.0.mlp.up_proj: lora_B of the adapter"), "{error}");
         // Nothing was merged: with the number mended the model is what it was.
         model
-            .llm
+            .llm_mut()
             .linears_mut(&mut |_, name, linear| {
                 if name == "mlp.up_proj"
                     && let Some(b) = broken.take()
@@ -290,7 +267,7 @@ mod tests {
         let rows = plain.config().llm.intermediate_size;
         tensors.push((name.to_owned(), Tensor::linspace(0.5, 2.0, rows, CPU)));
         let weights = Weights::from_tensors(tensors, Device::Cpu, Kind::Float);
-        let mut dora = Vora::load(plain.config().clone(), &weights).unwrap();
+        let mut dora = Vora::load(plain.config(), &weights).unwrap();
         weights.finish().unwrap();
         let expected = logits(&dora);
         assert!((&expected - logits(&plain)).abs().max().double_value(&[]) > 1e-2);
@@ -298,7 +275,7 @@ mod tests {
         dora.save(folder.path()).unwrap();
         assert!(logits(&Vora::open(folder.path(), Device::Cpu, Kind::Float).unwrap()).equal(&expected));
 
-        dora.llm
+        dora.llm()
             .linears(&mut |_, _, linear| {
                 for magnitude in linear.adapters().filter_map(|adapter| adapter.magnitude()) {
                     let _ = tch::no_grad(|| magnitude.get(0).fill_(f64::NAN));

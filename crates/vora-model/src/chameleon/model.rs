@@ -12,12 +12,12 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 use vora_image::RgbImage;
 use vora_llm::{CausalLm, LlmConfig, VisionAttention};
-use vora_lora::LoraConfig;
 use vora_torch::weights::Weights;
 use vora_vision::{VqConfig, VqModel, to_images};
 
-use crate::chameleon_vocabulary::{VocabularyMapping, image_token_name};
-use crate::model::{VisionLanguageModel, attach, ensure_merged, merge_all};
+use super::vocabulary::{VocabularyMapping, image_token_name};
+use crate::adapted::{AdaptedLlm, under};
+use crate::model::{ImageWriter, VisionLanguageModel};
 
 /// The name of the token before a picture (Hugging Face's `image_start_token`).
 const BEGIN_IMAGE: &str = "<racm3:break>";
@@ -32,12 +32,11 @@ pub const VQMODEL: &str = "model.vqmodel";
 /// A decoder over words and image codes, and the image tokenizer.
 #[derive(Debug)]
 pub struct Chameleon {
-    llm: CausalLm,
+    llm: AdaptedLlm,
     vqmodel: VqModel,
     vocabulary: VocabularyMapping,
     begin_image_id: i64,
     end_image_id: i64,
-    lora: Option<LoraConfig>,
 }
 
 impl Chameleon {
@@ -108,12 +107,11 @@ impl Chameleon {
             config.vocab_size
         );
         Ok(Self {
-            llm: CausalLm::load(config, llm)?,
+            llm: AdaptedLlm::new(CausalLm::load(config, llm)?),
             vqmodel: VqModel::load(&vq_config, vqmodel).context("in vq_config")?,
             vocabulary,
             begin_image_id,
             end_image_id,
-            lora: None,
         })
     }
 
@@ -130,16 +128,6 @@ impl Chameleon {
         Ok(model)
     }
 
-    /// Puts a named adapter on the linear layers that `lora` asks for; its tensors stand at their layers' names.
-    ///
-    /// # Errors
-    /// See [`attach_all`](vora_lora::attach_all).
-    pub fn attach(&mut self, name: &str, lora: &LoraConfig, weights: &Weights) -> Result<()> {
-        attach(&mut self.llm, name, lora, weights)?;
-        self.lora = Some(lora.clone());
-        Ok(())
-    }
-
     /// The image tokenizer.
     pub fn vqmodel(&self) -> &VqModel {
         &self.vqmodel
@@ -150,22 +138,6 @@ impl Chameleon {
         &self.vocabulary
     }
 
-    /// The id of `<racm3:break>`, which stands before a picture.
-    pub fn begin_image_id(&self) -> i64 {
-        self.begin_image_id
-    }
-
-    /// The id of `<eoss>`, which stands behind a picture.
-    pub fn end_image_id(&self) -> i64 {
-        self.end_image_id
-    }
-
-    /// Rows and columns of the pictures that it was trained on, and draws: 32 and 32 in Chameleon's own.
-    pub fn drawn_grid(&self) -> (i64, i64) {
-        let side = self.vqmodel.config().resolution / self.vqmodel.config().stride();
-        (side, side)
-    }
-
     /// The tokens of pictures, row by row, for a loss over what the model writes of both kinds:
     /// `[n, 3, height, width]` in [-1, 1] -> `[n, tokens]` (Hugging Face's `get_image_tokens`).
     ///
@@ -174,34 +146,14 @@ impl Chameleon {
     pub fn image_token_ids(&self, pixel_values: &Tensor) -> Result<Tensor> {
         self.vocabulary.img2bpe(&self.vqmodel.encode(pixel_values)?)
     }
-
-    /// The same for pictures of several sizes, one behind the other: each `[3, height, width]`, together `[tokens]`.
-    /// Those of one size that follow each other go through the image tokenizer together.
-    ///
-    /// # Errors
-    /// As [`Chameleon::image_token_ids`].
-    pub fn image_tokens(&self, pixel_values: &[Tensor]) -> Result<Tensor> {
-        let groups = pixel_values.chunk_by(|a, b| a.size() == b.size());
-        let tokens = groups.map(|group| Ok(self.image_token_ids(&Tensor::stack(group, 0))?.flatten(0, 1)));
-        Ok(Tensor::f_cat(&tokens.collect::<Result<Vec<_>>>()?, 0)?)
-    }
-
-    /// The pictures of image tokens that fill [`Chameleon::drawn_grid`], `[n, tokens]`.
-    ///
-    /// # Errors
-    /// Where they do not, one is no image token, or the weights have no `model.vqmodel.decoder`.
-    pub fn draw(&self, image_token_ids: &Tensor) -> Result<Vec<RgbImage>> {
-        let codes = self.vocabulary.bpe2img(&image_token_ids.contiguous())?;
-        to_images(&self.vqmodel.decode(&codes, self.drawn_grid())?)
-    }
 }
 
 impl VisionLanguageModel for Chameleon {
-    fn llm(&self) -> &CausalLm {
+    fn adapted(&self) -> &AdaptedLlm {
         &self.llm
     }
 
-    fn llm_mut(&mut self) -> &mut CausalLm {
+    fn adapted_mut(&mut self) -> &mut AdaptedLlm {
         &mut self.llm
     }
 
@@ -222,7 +174,7 @@ impl VisionLanguageModel for Chameleon {
     /// Where the pictures have not three channels, or a size that [`Chameleon::image_grid`] refuses.
     fn image_features(&self, pixel_values: &Tensor) -> Tensor {
         let ids = self.image_token_ids(pixel_values).expect("pictures are [n, 3, height, width] and have a grid");
-        self.llm.embed(&ids)
+        self.llm().embed(&ids)
     }
 
     /// `ChameleonProcessor`.
@@ -235,18 +187,8 @@ impl VisionLanguageModel for Chameleon {
         Some((self.begin_image_id, self.end_image_id))
     }
 
-    fn as_chameleon(&self) -> Option<&Chameleon> {
+    fn image_writer(&self) -> Option<&dyn ImageWriter> {
         Some(self)
-    }
-
-    fn lora(&self) -> Option<&LoraConfig> {
-        self.lora.as_ref()
-    }
-
-    fn merge(&mut self) -> Result<()> {
-        merge_all(&mut self.llm)?;
-        self.lora = None;
-        Ok(())
     }
 
     fn llm_prefix(&self) -> &'static str {
@@ -254,7 +196,7 @@ impl VisionLanguageModel for Chameleon {
     }
 
     fn config_json(&self) -> Result<Value> {
-        Ok(serde_json::to_value(self.llm.config())?)
+        Ok(serde_json::to_value(self.llm().config())?)
     }
 
     /// Hugging Face's layout.
@@ -262,18 +204,54 @@ impl VisionLanguageModel for Chameleon {
     /// # Errors
     /// Where adapters are still apart from the weights.
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        ensure_merged(&self.llm)?;
-        let vqmodel = self.vqmodel.tensors().into_iter().map(|(name, t)| (format!("model.vqmodel.{name}"), t));
-        Ok(self.llm.tensors().into_iter().chain(vqmodel).collect())
+        let mut tensors = self.llm.merged()?.tensors();
+        tensors.extend(under("model.vqmodel.", self.vqmodel.tensors()));
+        Ok(tensors)
     }
 }
 
-/// The id of a token that a Chameleon cannot do without.
+impl ImageWriter for Chameleon {
+    fn image_vocabulary(&self) -> &[i64] {
+        self.vocabulary.image_token_ids()
+    }
+
+    /// `<racm3:break>`.
+    fn begin_image_id(&self) -> i64 {
+        self.begin_image_id
+    }
+
+    /// `<eoss>`.
+    fn end_image_id(&self) -> i64 {
+        self.end_image_id
+    }
+
+    /// 32 and 32 in Chameleon's own.
+    fn drawn_grid(&self) -> (i64, i64) {
+        let side = self.vqmodel.config().resolution / self.vqmodel.config().stride();
+        (side, side)
+    }
+
+    /// Pictures of one size that follow each other go through the image tokenizer together.
+    fn image_tokens(&self, pixel_values: &[Tensor]) -> Result<Tensor> {
+        let groups = pixel_values.chunk_by(|a, b| a.size() == b.size());
+        let tokens = groups.map(|group| Ok(self.image_token_ids(&Tensor::stack(group, 0))?.flatten(0, 1)));
+        Ok(Tensor::f_cat(&tokens.collect::<Result<Vec<_>>>()?, 0)?)
+    }
+
+    /// # Errors
+    /// Where the tokens do not fill the grid, one is no image token, or the weights have no `model.vqmodel.decoder`.
+    fn draw(&self, image_token_ids: &Tensor) -> Result<Vec<RgbImage>> {
+        let codes = self.vocabulary.bpe2img(&image_token_ids.contiguous())?;
+        to_images(&self.vqmodel.decode(&codes, self.drawn_grid())?)
+    }
+}
+
 fn vocabulary_map(config: &LlmConfig) -> Result<&Map<String, Value>> {
     let map = config.extra.get("vocabulary_map").and_then(Value::as_object);
     map.context("config.json has no object `vocabulary_map`, which names the image tokens")
 }
 
+/// The id of a token that a Chameleon cannot do without.
 fn token_id(vocabulary_map: &Map<String, Value>, name: &str) -> Result<i64> {
     let value = vocabulary_map.get(name).with_context(|| format!("vocabulary_map has no token `{name}`"))?;
     value
@@ -288,12 +266,12 @@ mod tests {
     use std::collections::BTreeMap;
 
     use fixtures::Golden;
-    use vora_text::Piece;
-    use vora_text::{Span, Spans};
+    use vora_lora::LoraConfig;
+    use vora_text::{Piece, Span, Spans};
     use vora_torch::safetensors::save;
 
-    use crate::Input;
-    use crate::folder::save_folder;
+    use crate::files::save_folder;
+    use crate::model::Input;
 
     fn config(name: &str) -> LlmConfig {
         let text = std::fs::read(fixtures::root().join("golden/chameleon.json")).unwrap();
@@ -375,7 +353,7 @@ mod tests {
         let model = Chameleon::load(&config, &Weights::random(0, Device::Cpu, Kind::Float)).unwrap();
         assert_eq!(model.vocabulary().image_token_ids(), (64..96).collect::<Vec<_>>());
         assert_eq!((model.image_marks(), model.vocabulary().image_token_id()), (Some((96, 97)), 98));
-        assert!(model.as_chameleon().is_some());
+        assert!(model.image_writer().is_some());
         let error = Chameleon::config_over(&LlmConfig { qk_norm: None, head_dim: Some(6), ..llm }, &VqConfig::tiny());
         assert!(error.unwrap_err().to_string().contains("head_dim is 6"));
     }

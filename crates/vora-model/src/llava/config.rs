@@ -10,8 +10,7 @@ use vora_llm::LlmConfig;
 use vora_lora::LoraConfig;
 use vora_vision::{EncoderConfig, FeatureSelection, VisionFeatureSelectStrategy};
 
-use crate::config::lora_or_empty;
-use crate::folder::{read_config, to_object};
+use crate::files::{lora_or_empty, read_config, to_object};
 
 /// What stands between encoder and decoder, by the names of the original LLaVA code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -88,7 +87,7 @@ pub struct LlavaConfig {
     pub image_seq_length: i64,
     /// The adapters that are attached; none once merged.
     pub lora: Option<LoraConfig>,
-    vision_config: Value,
+    pub(super) vision_config: Value,
 }
 
 impl LlavaConfig {

@@ -12,18 +12,19 @@ use serde_json::{Value, json};
 use tch::nn::Module;
 use tch::{Device, Kind, Tensor};
 use vora_llm::{CausalLm, VisionAttention};
-use vora_lora::LoraConfig;
-use vora_torch::weights::{Init, Weights};
+use vora_torch::weights::Weights;
 use vora_vision::{Encoder, VisionFeatureSelectStrategy};
 
-use crate::model::{VisionLanguageModel, attach, ensure_merged, merge_all};
-use crate::{LlavaConfig, MmProjectorType};
+use super::LlavaConfig;
+use super::projector::MultiModalProjector;
+use crate::adapted::{AdaptedLlm, under};
+use crate::model::VisionLanguageModel;
 
 /// A decoder that sees through a frozen encoder.
 #[derive(Debug)]
 pub struct Llava {
-    config: LlavaConfig,
-    llm: CausalLm,
+    config: LlavaConfig, // but for `llm` and `lora`, which `llm` knows
+    llm: AdaptedLlm,
     vision_tower: Encoder,
     multi_modal_projector: MultiModalProjector,
 }
@@ -45,8 +46,8 @@ impl Llava {
     /// # Errors
     /// As [`Llava::load`].
     pub fn assemble(mut config: LlavaConfig, llm: &Weights, vision_tower: Encoder, trained: &Weights) -> Result<Self> {
-        let llm = CausalLm::load(&config.llm, llm)?;
-        config.llm = llm.config().clone(); // whether the head is tied is for the tensors to say
+        let llm = AdaptedLlm::new(CausalLm::load(&config.llm, llm)?);
+        let lora = config.lora.take();
         config.features.hidden_state_indices(vision_tower.num_hidden_layers())?;
         let mut model = Self {
             llm,
@@ -58,7 +59,7 @@ impl Llava {
             vision_tower,
             config,
         };
-        if let Some(lora) = model.config.lora.clone() {
+        if let Some(lora) = lora {
             model.attach("default", &lora, &trained.pp("language_model"))?;
         }
         Ok(model)
@@ -79,19 +80,9 @@ impl Llava {
         Ok(model)
     }
 
-    /// Puts a named adapter on the linear layers that `lora` asks for; its tensors stand at their layers' names.
-    ///
-    /// # Errors
-    /// See [`attach_all`](vora_lora::attach_all).
-    pub fn attach(&mut self, name: &str, lora: &LoraConfig, weights: &Weights) -> Result<()> {
-        attach(&mut self.llm, name, lora, weights)?;
-        self.config.lora = Some(lora.clone());
-        Ok(())
-    }
-
     /// What it is made of.
-    pub fn config(&self) -> &LlavaConfig {
-        &self.config
+    pub fn config(&self) -> LlavaConfig {
+        LlavaConfig { llm: self.llm().config().clone(), lora: self.lora().cloned(), ..self.config.clone() }
     }
 
     /// The encoder.
@@ -101,11 +92,11 @@ impl Llava {
 }
 
 impl VisionLanguageModel for Llava {
-    fn llm(&self) -> &CausalLm {
+    fn adapted(&self) -> &AdaptedLlm {
         &self.llm
     }
 
-    fn llm_mut(&mut self) -> &mut CausalLm {
+    fn adapted_mut(&mut self) -> &mut AdaptedLlm {
         &mut self.llm
     }
 
@@ -142,24 +133,14 @@ impl VisionLanguageModel for Llava {
         self.multi_modal_projector.forward(&features)
     }
 
-    fn lora(&self) -> Option<&LoraConfig> {
-        self.config.lora.as_ref()
-    }
-
-    fn merge(&mut self) -> Result<()> {
-        merge_all(&mut self.llm)?;
-        self.config.lora = None;
-        Ok(())
-    }
-
     fn llm_prefix(&self) -> &'static str {
         "language_model."
     }
 
-    /// With the kind of the LLM as `dtype`, whatever kind it was once stored in.
+    /// With the LLM's dtype as `dtype`, whichever it was once stored in.
     fn config_json(&self) -> Result<Value> {
-        let mut json = self.config.to_json()?;
-        let dtype = match self.llm.kind() {
+        let mut json = self.config().to_json()?;
+        let dtype = match self.llm().kind() {
             Kind::BFloat16 => "bfloat16",
             Kind::Half => "float16",
             _ => "float32",
@@ -173,90 +154,13 @@ impl VisionLanguageModel for Llava {
     /// # Errors
     /// Where adapters are still apart from the weights, or the encoder is in no file.
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        ensure_merged(&self.llm)?;
-        let tower = self.vision_tower.tensors();
-        ensure!(!tower.is_empty(), "the vision encoder was made in memory: there are no tensors to write");
-        let llm = self.llm.tensors().into_iter().map(|(name, t)| (format!("language_model.{name}"), t));
-        let tower = tower.iter().map(|(name, t)| (format!("vision_tower.{name}"), t.shallow_clone()));
-        let projector = self.multi_modal_projector.tensors();
-        let projector = projector.into_iter().map(|(name, t)| (format!("multi_modal_projector.{name}"), t));
-        Ok(llm.chain(tower).chain(projector).collect())
-    }
-}
-
-/// `y = W x + b`, or `y = W_2 gelu(W_1 x + b_1) + b_2`: Hugging Face's `LlavaMultiModalProjector`.
-///
-/// All of it is trained, in f32; what comes out has the kind of the weights' source.
-#[derive(Debug)]
-struct MultiModalProjector {
-    linear_1: Linear,         // [hidden, layers * encoder_hidden]
-    linear_2: Option<Linear>, // [hidden, hidden]
-    kind: Kind,
-}
-
-/// A weight `[out, in]` and a bias `[out]`.
-#[derive(Debug)]
-struct Linear {
-    weight: Tensor,
-    bias: Option<Tensor>,
-}
-
-impl MultiModalProjector {
-    /// Takes `linear_1.{weight,bias}` and, where there are two layers, `linear_2.{weight,bias}`.
-    fn load(config: &LlavaConfig, encoder_hidden_size: i64, weights: &Weights) -> Result<Self> {
-        let (inputs, hidden) = (encoder_hidden_size * config.features.num_layers(), config.llm.hidden_size);
-        let linear = |name, inputs| Linear::load(&weights.pp(name), inputs, hidden, config.multimodal_projector_bias);
-        Ok(Self {
-            linear_1: linear("linear_1", inputs)?,
-            linear_2: match config.mm_projector_type {
-                MmProjectorType::Linear => None,
-                MmProjectorType::Mlp2xGelu => Some(linear("linear_2", hidden)?),
-            },
-            kind: weights.kind(),
-        })
-    }
-
-    /// Its tensors by their names on disk, in the model's kind where that loses nothing, else in f32.
-    fn tensors(&self) -> Vec<(String, Tensor)> {
-        let linears = [("linear_1", Some(&self.linear_1)), ("linear_2", self.linear_2.as_ref())];
-        let named: Vec<(String, &Tensor)> = linears
-            .into_iter()
-            .filter_map(|(name, linear)| Some((name, linear?)))
-            .flat_map(|(name, linear)| {
-                let bias = linear.bias.as_ref().map(|bias| (format!("{name}.bias"), bias));
-                [(format!("{name}.weight"), &linear.weight)].into_iter().chain(bias)
-            })
-            .collect();
-        let exact = |tensor: &Tensor| tensor.to_kind(self.kind).to_kind(Kind::Float).equal(tensor);
-        let kind = if named.iter().all(|(_, tensor)| exact(tensor)) { self.kind } else { Kind::Float };
-        named.into_iter().map(|(name, tensor)| (name, tensor.detach().to_kind(kind))).collect()
-    }
-}
-
-impl Module for MultiModalProjector {
-    /// `[batch, tokens, layers * encoder_hidden]` -> `[batch, tokens, hidden]`
-    fn forward(&self, features: &Tensor) -> Tensor {
-        let mut x = self.linear_1.forward(&features.to_kind(Kind::Float));
-        if let Some(linear_2) = &self.linear_2 {
-            x = linear_2.forward(&x.gelu("none"));
-        }
-        x.to_kind(self.kind)
-    }
-}
-
-impl Linear {
-    fn load(weights: &Weights, inputs: i64, outputs: i64, bias: bool) -> Result<Self> {
-        Ok(Self {
-            weight: weights.parameter("weight", &[outputs, inputs], Init::KaimingUniform)?,
-            bias: bias.then(|| weights.parameter("bias", &[outputs], Init::Zeros)).transpose()?,
-        })
-    }
-}
-
-impl Module for Linear {
-    /// `[.., in]` -> `[.., out]`
-    fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, self.bias.as_ref())
+        let llm = self.llm.merged()?;
+        let tower = self.vision_tower.tensors().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
+        ensure!(tower.len() > 0, "the vision encoder was made in memory: there are no tensors to write");
+        let mut tensors = under(self.llm_prefix(), llm.tensors());
+        tensors.extend(under("vision_tower.", tower));
+        tensors.extend(under("multi_modal_projector.", self.multi_modal_projector.tensors()));
+        Ok(tensors)
     }
 }
 
@@ -285,12 +189,14 @@ mod tests {
 
     use fixtures::Golden;
     use vora_llm::LlmConfig;
+    use vora_lora::LoraConfig;
     use vora_text::{Span, Spans};
     use vora_torch::safetensors::save;
     use vora_vision::EncoderConfig;
 
-    use crate::Input;
-    use crate::folder::save_folder;
+    use crate::files::save_folder;
+    use crate::llava::MmProjectorType;
+    use crate::model::Input;
 
     /// What the golden file has: CLIP as in LLaVA-1.5, two layers of all its tokens, SigLIP, DINOv2.
     const CASES: [&str; 4] = ["clip", "layers", "siglip", "dinov2"];

@@ -1,15 +1,4 @@
-//! One checkpoint layout into another, by names alone: no model is built, and no more than one tensor is in memory.
-//!
-//! A [`Conversion`] is planned from the headers of the files; its [`Report`] says what becomes of every tensor before
-//! anything is written. What is kept or renamed keeps its bytes unless another kind is asked for.
-
-mod head;
-mod layout;
-mod plan;
-mod published;
-mod report;
-mod side_files;
-mod source;
+//! A conversion: planned, told, written.
 
 use std::path::{Path, PathBuf};
 
@@ -22,14 +11,14 @@ use vora_torch::safetensors::{Checkpoint, Info, save_each};
 use vora_torch::shards::Shards;
 use vora_torch::weights::Weights;
 
-use crate::{Llava, Vora, VoraConfig};
-
-pub use layout::Layout;
-pub use report::{Change, FileReport, Report, ShardReport, TensorReport};
-
-use plan::Step;
-use side_files::SideFile;
-use source::{ADAPTER, PEFT_PREFIX, Source, VISION};
+use super::layout::Layout;
+use super::plan;
+use super::report::{Report, ShardReport};
+use super::side_files::{self, SideFile};
+use super::source::{ADAPTER, PEFT_PREFIX, Source, VISION};
+use super::step::Step;
+use crate::llava::Llava;
+use crate::vora::{Vora, VoraConfig};
 
 /// What is asked of a conversion beside its two ends.
 #[derive(Debug, Clone, Copy)]
@@ -207,9 +196,6 @@ impl Conversion {
 }
 
 #[cfg(test)]
-mod peft_tests;
-
-#[cfg(test)]
 mod tests {
     use super::*;
     use std::collections::BTreeMap;
@@ -218,7 +204,9 @@ mod tests {
     use serde_json::{Value, json};
     use vora_torch::safetensors::save;
 
-    use crate::VisionLanguageModel;
+    use crate::convert::Change;
+    use crate::files::save_folder;
+    use crate::model::VisionLanguageModel;
 
     const ASIS: Options = Options { to: None, kind: None, max_shard_size: 5_000_000_000 };
 
@@ -311,7 +299,7 @@ mod tests {
         let configs = fs::read(fixtures::root().join("golden/llava.json")).unwrap();
         let configs: Value = serde_json::from_slice(&configs).unwrap();
         let tensors = fixtures::open("llava").under("clip.weights.");
-        crate::folder::save_folder(&published, &configs["clip"], &tensors).unwrap();
+        save_folder(&published, &configs["clip"], &tensors).unwrap();
         let report = convert(&published, &modules, &to(Layout::LlavaTransformers5), root.path()).unwrap();
         assert_eq!((report.from, report.to), (Layout::Llava, Layout::LlavaTransformers5));
         assert!(report.tensors.iter().all(|tensor| tensor.change == Change::Renamed));
@@ -497,8 +485,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let at = |name: &str| root.path().join(name);
         let base = CausalLm::load(&LlmConfig::tiny(64), &Weights::random(5, Device::Cpu, Kind::Float)).unwrap();
-        crate::folder::save_folder(&at("base"), &serde_json::to_value(base.config()).unwrap(), &base.tensors())
-            .unwrap();
+        save_folder(&at("base"), &serde_json::to_value(base.config()).unwrap(), &base.tensors()).unwrap();
         let random = fixtures::Random::new(9);
         let (embedding, head) = (random.normal([66, 32]), random.normal([66, 32]));
 

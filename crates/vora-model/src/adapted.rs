@@ -1,0 +1,108 @@
+//! A decoder with the adapters that were put on it: attaching, merging, and the tensors of both, for every model alike.
+
+use anyhow::{Context, Result, ensure};
+use tch::Tensor;
+use vora_llm::CausalLm;
+use vora_lora::{Linear, LoraConfig, attach_all};
+use vora_torch::weights::Weights;
+
+/// A decoder, and the configuration of the adapters that are apart from its weights.
+#[derive(Debug)]
+pub struct AdaptedLlm {
+    llm: CausalLm,
+    lora: Option<LoraConfig>,
+}
+
+impl AdaptedLlm {
+    /// A decoder without adapters.
+    pub fn new(llm: CausalLm) -> Self {
+        Self { llm, lora: None }
+    }
+
+    /// The decoder.
+    pub fn llm(&self) -> &CausalLm {
+        &self.llm
+    }
+
+    /// The decoder, to change its linears one by one.
+    pub fn llm_mut(&mut self) -> &mut CausalLm {
+        &mut self.llm
+    }
+
+    /// The adapters that are attached; none once they are merged.
+    pub fn lora(&self) -> Option<&LoraConfig> {
+        self.lora.as_ref()
+    }
+
+    /// Puts a named adapter on the linear layers that `lora` asks for; its tensors stand at their layers' names below
+    /// `weights`, the decoder's place in their source.
+    ///
+    /// # Errors
+    /// See [`attach_all`].
+    pub fn attach(&mut self, name: &str, lora: &LoraConfig, weights: &Weights) -> Result<()> {
+        attach_all(name, lora, &weights.pp("model.layers"), |visit| self.llm.linears_mut(visit))?;
+        self.lora = Some(lora.clone());
+        Ok(())
+    }
+
+    /// Folds every adapter into its layer's weight: in f32, rounded once. None is left.
+    ///
+    /// # Errors
+    /// Where an adapter holds a number that is not finite, by the name of its layer: merged, it would reach every answer.
+    /// Nothing is merged then.
+    pub fn merge(&mut self) -> Result<()> {
+        self.llm.linears(&mut |layer_idx, name, linear| {
+            ensure_finite(linear).with_context(|| format!("cannot merge: layers.{layer_idx}.{name}"))
+        })?;
+        self.llm.linears_mut(&mut |_, _, linear| {
+            linear.merge();
+            Ok(())
+        })?;
+        self.lora = None;
+        Ok(())
+    }
+
+    /// The decoder, if no adapter is apart from its weights.
+    ///
+    /// # Errors
+    /// Where one is.
+    pub fn merged(&self) -> Result<&CausalLm> {
+        self.llm.linears(&mut |_, _, linear| {
+            ensure!(linear.adapters().next().is_none(), "the adapters are still apart from the weights: merge first");
+            Ok(())
+        })?;
+        Ok(&self.llm)
+    }
+
+    /// The tensors of all adapters, by the names that they have beside the decoder's own on disk.
+    pub(crate) fn adapter_tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        let mut tensors = Vec::new();
+        self.llm.linears(&mut |layer_idx, module, linear| {
+            for (name, tensor) in linear.adapters().flat_map(|adapter| adapter.tensors()) {
+                tensors.push((format!("model.layers.{layer_idx}.{module}.{name}"), tensor.shallow_clone()));
+            }
+            Ok(())
+        })?;
+        Ok(tensors)
+    }
+}
+
+/// An error where an adapter of the linear or its bias has numbers that are not finite.
+fn ensure_finite(linear: &Linear) -> Result<()> {
+    let is_finite = |tensor: &Tensor| bool::try_from(tensor.isfinite().all());
+    for adapter in linear.adapters() {
+        for (part, tensor) in adapter.tensors() {
+            let (part, of) = (part.trim_end_matches(".weight"), adapter.name());
+            ensure!(is_finite(tensor)?, "{part} of the adapter `{of}` has numbers that are not finite");
+        }
+    }
+    if let Some(bias) = linear.bias() {
+        ensure!(is_finite(bias)?, "the bias has numbers that are not finite");
+    }
+    Ok(())
+}
+
+/// Tensors under a longer name.
+pub(crate) fn under(prefix: &str, tensors: impl IntoIterator<Item = (String, Tensor)>) -> Vec<(String, Tensor)> {
+    tensors.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)).collect()
+}

@@ -1,0 +1,21 @@
+//! One checkpoint layout into another, by names alone: no model is built, and no more than one tensor is in memory.
+//!
+//! A [`Conversion`] is planned from the headers of the files; its [`Report`] says what becomes of every tensor before
+//! anything is written. What is kept or renamed keeps its bytes unless another dtype is asked for.
+
+mod conversion;
+mod head;
+mod layout;
+mod plan;
+mod published;
+mod report;
+mod side_files;
+mod source;
+mod step;
+
+#[cfg(test)]
+mod peft_tests;
+
+pub use conversion::{Conversion, Options};
+pub use layout::Layout;
+pub use report::{Change, FileReport, Report, ShardReport, TensorReport};

@@ -1,0 +1,81 @@
+//! The files of a model's folder, whichever model it is: `config.json` and `model.safetensors`, in and out.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
+use tch::Tensor;
+use vora_files::write_bytes;
+use vora_lora::LoraConfig;
+use vora_torch::safetensors::save;
+
+/// Why a folder is not opened as a model.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FolderError {
+    /// It has no `config.json`, or one that cannot be read.
+    #[error("cannot read {}; a model is a folder with config.json in it", path.display())]
+    NoConfig {
+        /// The file that was looked for.
+        path: PathBuf,
+        /// Why it cannot be read.
+        source: io::Error,
+    },
+    /// Its `config.json` names no model known here.
+    #[error(
+        "model_type of {} is {}, known are vora, llava, chameleon",
+        path.display(),
+        model_type.as_ref().map_or_else(|| "missing".to_owned(), |name| format!("`{name}`"))
+    )]
+    UnknownModelType {
+        /// The `config.json`.
+        path: PathBuf,
+        /// What it says.
+        model_type: Option<String>,
+    },
+}
+
+/// The object in `config.json`.
+pub(crate) fn read_config(folder: &Path) -> Result<Map<String, Value>> {
+    let path = folder.join("config.json");
+    let text = std::fs::read(&path).map_err(|source| FolderError::NoConfig { path: path.clone(), source })?;
+    serde_json::from_slice(&text).with_context(|| format!("{} is not a JSON object", path.display()))
+}
+
+/// A config's keys.
+pub(crate) fn to_object(value: &impl Serialize) -> Result<Map<String, Value>> {
+    match serde_json::to_value(value)? {
+        Value::Object(map) => Ok(map),
+        other => bail!("{other} is no JSON object"),
+    }
+}
+
+/// Reads the key `lora`: merged folders of the published code say `"lora": {}`.
+pub(crate) fn lora_or_empty<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<LoraConfig>, D::Error> {
+    match Value::deserialize(deserializer)? {
+        Value::Null => Ok(None),
+        Value::Object(map) if map.is_empty() => Ok(None),
+        value => serde_json::from_value(value).map(Some).map_err(serde::de::Error::custom),
+    }
+}
+
+/// Takes from `auto_map` what names Python files that are not `there`; a class in a repository of the hub stays.
+pub(crate) fn keep_auto_map(config: &mut Map<String, Value>, there: impl Fn(&str) -> bool) {
+    let Some(Value::Object(map)) = config.get_mut("auto_map") else { return };
+    map.retain(|_, class| {
+        let module = class.as_str().and_then(|class| class.split_once('.')).map(|(module, _)| module);
+        module.is_some_and(|module| module.contains("--") || there(&format!("{module}.py")))
+    });
+    if map.is_empty() {
+        config.remove("auto_map");
+    }
+}
+
+/// `config.json` and `model.safetensors`, each written beside its place and renamed.
+pub(crate) fn save_folder(folder: &Path, config: &Value, tensors: &[(String, Tensor)]) -> Result<()> {
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    save(&folder.join("model.safetensors"), tensors, &[])?;
+    write_bytes(&folder.join("config.json"), &serde_json::to_vec_pretty(config)?)
+}

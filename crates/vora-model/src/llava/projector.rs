@@ -1,0 +1,84 @@
+//! What stands between encoder and decoder: one linear layer, or two with a GELU between them.
+
+use anyhow::Result;
+use tch::nn::Module;
+use tch::{Kind, Tensor};
+use vora_torch::weights::{Init, Weights};
+
+use super::{LlavaConfig, MmProjectorType};
+
+/// `y = W x + b`, or `y = W_2 gelu(W_1 x + b_1) + b_2`: Hugging Face's `LlavaMultiModalProjector`.
+///
+/// All of it is trained, in f32; what comes out has the kind of the weights' source.
+#[derive(Debug)]
+pub(super) struct MultiModalProjector {
+    linear_1: Linear,         // [hidden, layers * encoder_hidden]
+    linear_2: Option<Linear>, // [hidden, hidden]
+    kind: Kind,
+}
+
+/// A weight `[out, in]` and a bias `[out]`.
+#[derive(Debug)]
+struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl MultiModalProjector {
+    /// Takes `linear_1.{weight,bias}` and, where there are two layers, `linear_2.{weight,bias}`.
+    pub(super) fn load(config: &LlavaConfig, encoder_hidden_size: i64, weights: &Weights) -> Result<Self> {
+        let (inputs, hidden) = (encoder_hidden_size * config.features.num_layers(), config.llm.hidden_size);
+        let linear = |name, inputs| Linear::load(&weights.pp(name), inputs, hidden, config.multimodal_projector_bias);
+        Ok(Self {
+            linear_1: linear("linear_1", inputs)?,
+            linear_2: match config.mm_projector_type {
+                MmProjectorType::Linear => None,
+                MmProjectorType::Mlp2xGelu => Some(linear("linear_2", hidden)?),
+            },
+            kind: weights.kind(),
+        })
+    }
+
+    /// Its tensors by their names on disk, in the model's kind where that loses nothing, else in f32.
+    pub(super) fn tensors(&self) -> Vec<(String, Tensor)> {
+        let linears = [("linear_1", Some(&self.linear_1)), ("linear_2", self.linear_2.as_ref())];
+        let named: Vec<(String, &Tensor)> = linears
+            .into_iter()
+            .filter_map(|(name, linear)| Some((name, linear?)))
+            .flat_map(|(name, linear)| {
+                let bias = linear.bias.as_ref().map(|bias| (format!("{name}.bias"), bias));
+                [(format!("{name}.weight"), &linear.weight)].into_iter().chain(bias)
+            })
+            .collect();
+        let exact = |tensor: &Tensor| tensor.to_kind(self.kind).to_kind(Kind::Float).equal(tensor);
+        let kind = if named.iter().all(|(_, tensor)| exact(tensor)) { self.kind } else { Kind::Float };
+        named.into_iter().map(|(name, tensor)| (name, tensor.detach().to_kind(kind))).collect()
+    }
+}
+
+impl Module for MultiModalProjector {
+    /// `[batch, tokens, layers * encoder_hidden]` -> `[batch, tokens, hidden]`
+    fn forward(&self, features: &Tensor) -> Tensor {
+        let mut x = self.linear_1.forward(&features.to_kind(Kind::Float));
+        if let Some(linear_2) = &self.linear_2 {
+            x = linear_2.forward(&x.gelu("none"));
+        }
+        x.to_kind(self.kind)
+    }
+}
+
+impl Linear {
+    fn load(weights: &Weights, inputs: i64, outputs: i64, bias: bool) -> Result<Self> {
+        Ok(Self {
+            weight: weights.parameter("weight", &[outputs, inputs], Init::KaimingUniform)?,
+            bias: bias.then(|| weights.parameter("bias", &[outputs], Init::Zeros)).transpose()?,
+        })
+    }
+}
+
+impl Module for Linear {
+    /// `[.., in]` -> `[.., out]`
+    fn forward(&self, x: &Tensor) -> Tensor {
+        x.linear(&self.weight, self.bias.as_ref())
+    }
+}

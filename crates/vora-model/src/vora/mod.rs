@@ -1,0 +1,8 @@
+//! Vision as LoRA: the patches of a picture stand among the word embeddings of a decoder that carries adapters.
+
+mod config;
+mod model;
+
+pub(crate) use config::MERGED;
+pub use config::VoraConfig;
+pub use model::Vora;
