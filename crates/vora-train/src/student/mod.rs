@@ -8,11 +8,11 @@ pub mod parts;
 mod teacher_cache;
 mod vora;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
-use vora_data::Batch;
+use vora_data::{Batch, Preparation};
 use vora_llm::{DropoutSeed, LlmConfig, Recompute};
 use vora_model::{Input, Resolve, VisionLanguageModel};
 use vora_torch::weights::Weights;
@@ -23,7 +23,7 @@ use self::teacher_cache::TeacherCache;
 use crate::config::distill::{DistillConfig, Pairing};
 use crate::config::model::ModelType;
 use crate::config::run::TrainConfig;
-use crate::data::Preparation;
+use crate::data;
 use vora_torch::loss::cross_entropy_and_z_loss;
 
 /// Logits that exist at once while the loss is computed: 256 MiB of f32.
@@ -104,6 +104,7 @@ pub struct Student {
     /// The teacher's side; none where the run has no teacher.
     pub distill: Option<Distill>,
     llm_name: String,
+    llm_folder: PathBuf,
     preparation: Preparation,
     chat_template: Option<String>,
     z_loss: f64,
@@ -119,17 +120,23 @@ impl Student {
     /// # Errors
     /// Names the key, and the file, that does not fit.
     pub fn new(config: &TrainConfig, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Self> {
-        let preparation = Preparation::open(config, resolve)?;
+        let llm_folder = data::llm_folder(config, resolve)?;
+        let preparation = data::preparation_over(&llm_folder, config, resolve)?;
         match config.model.model_type {
-            ModelType::Vora => vora::student(config, preparation, device, kind, resolve),
-            ModelType::Llava => llava::student(config, preparation, device, kind, resolve),
-            ModelType::Chameleon => chameleon::student(config, preparation, device, kind),
+            ModelType::Vora => vora::student(config, llm_folder, preparation, device, kind, resolve),
+            ModelType::Llava => llava::student(config, llm_folder, preparation, device, kind, resolve),
+            ModelType::Chameleon => chameleon::student(config, llm_folder, preparation, device, kind),
         }
     }
 
     /// The name that the run file knows the LLM by.
     pub fn llm_name(&self) -> &str {
         &self.llm_name
+    }
+
+    /// Where the LLM lies, with its tokenizer and chat template.
+    pub fn llm_folder(&self) -> &Path {
+        &self.llm_folder
     }
 
     /// What makes its input out of words and pictures.

@@ -15,7 +15,7 @@ use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table};
 use serde::Serialize;
 use tch::{Device, Kind};
-use vora_data::{Loader, LoaderConfig, Source};
+use vora_data::{Loader, LoaderConfig, SampleMaker, Source};
 
 use crate::config::run::TrainConfig;
 use crate::data;
@@ -196,7 +196,7 @@ impl Plan {
     fn open(config: &TrainConfig, options: &Options<'_>) -> Result<Self> {
         let program = memory(options.device).unwrap_or(0);
         let student = Student::new(config, options.device, config.kind(options.device)?, options.resolve)?;
-        let maker = data::sample_maker(config, student.preparation())?;
+        let maker = Arc::new(SampleMaker::new(student.preparation().clone()));
         Self::count(config, &student, &data::training(config, &maker)?, program)
     }
 

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 use thiserror::Error;
-use vora_data::{Batch, Loader, LoaderConfig, Source};
+use vora_data::{Batch, Loader, LoaderConfig, SampleMaker, Source};
 use vora_files::write_bytes;
 use vora_llm::{DropoutSeed, Recompute};
 use vora_run::eval::EvalReport;
@@ -144,7 +144,7 @@ impl Trainer {
 
         let (program, kind) = (memory(options.device).unwrap_or(0), config.kind(options.device)?);
         let mut student = Student::new(&config, options.device, kind, options.resolve)?;
-        let maker = data::sample_maker(&config, student.preparation())?;
+        let maker = Arc::new(SampleMaker::new(student.preparation().clone()));
         let training = data::training(&config, &maker)?;
         let held_out = data::held_out(&config, &maker)?;
         plan::warn_if_short(&config, &student, &training, program);
@@ -196,7 +196,7 @@ impl Trainer {
             held_out,
             metrics,
             board,
-            tokenizer: maker.tokenizer.clone(),
+            tokenizer: maker.preparation().tokenizer.clone(),
             spikes: SpikeDetector::default(),
             step,
             skipped_steps: skipped.0,
