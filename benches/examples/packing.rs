@@ -15,8 +15,8 @@ use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_data::{Batch, Record, RecordKeys, Sample, SampleMaker, collate, pack};
 use vora_llm::DropoutSeed;
 use vora_torch::runtime;
+use vora_train::TrainConfig;
 use vora_train::student::{DeviceBatch, Student};
-use vora_train::{TrainConfig, data};
 
 /// Measures rows with one sample against packed rows
 #[derive(Debug, Parser)]
@@ -63,7 +63,7 @@ fn main() -> Result<()> {
     )?;
     let llm = args.llm.clone();
     let student = Student::new(&config, device, kind, &move |_| Ok(llm.clone()))?;
-    let maker = data::sample_maker(&config, student.preparation())?;
+    let maker = SampleMaker::new(student.preparation().clone());
     let samples = samples(&maker, args.samples)?;
     let longest = samples.iter().map(|sample| sample.input_ids.len()).max().unwrap_or_default();
     ensure!(longest <= args.row_len, "--row-len is {}, the longest sample has {longest} tokens", args.row_len);

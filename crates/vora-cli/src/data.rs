@@ -4,13 +4,13 @@ use std::fmt::Write as _;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use vora_data::{IGNORE_INDEX, Sample, SampleMaker};
+use vora_data::{IGNORE_INDEX, Preparation, Sample, SampleMaker};
 use vora_image::RgbImage;
 use vora_text::{Message, Modality, Piece, Span};
-use vora_train::data::Preparation;
 use vora_train::observe::samples;
 use vora_train::{TrainConfig, data};
 
@@ -115,14 +115,13 @@ struct Shown {
 impl Show {
     fn run(&self) -> Result<ExitCode> {
         let config = TrainConfig::open(&self.config, &self.set)?;
-        let preparation = Preparation::open(&config, &vora_hub::resolve)?;
-        let maker = data::sample_maker(&config, &preparation)?;
-        let source = data::training(&config, &maker)?;
+        let preparation = data::preparation(&config, &vora_hub::resolve)?;
+        let source = data::training(&config, &Arc::new(SampleMaker::new(preparation.clone())))?;
         let terminal = std::io::stdout().is_terminal();
         let colour = terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
         let mut out = std::io::stdout().lock();
         let mut all_agree = true;
-        let frame = frame(&maker);
+        let frame = frame(&preparation);
         let end = source.len().unwrap_or(u64::MAX);
         anyhow::ensure!(self.index < end, "--index is {}, the data has {end} samples, counted from 0", self.index);
         for index in self.index..end.min(self.index.saturating_add(self.count)) {
@@ -137,12 +136,13 @@ impl Show {
                     continue;
                 }
             };
-            let pictures: Vec<_> = sample.images.iter().map(|image| samples::seen(image, &maker.processor)).collect();
+            let pictures: Vec<_> =
+                sample.images.iter().map(|image| samples::seen(image, &preparation.processor)).collect();
             let files = match &self.images {
                 Some(folder) => write_pictures(folder, index, &pictures)?,
                 None => Vec::new(),
             };
-            let shown = Shown::new(index, &sample, &maker, &frame, files)?;
+            let shown = Shown::new(index, &sample, &preparation, &frame, files)?;
             all_agree &= shown.agree;
             if self.json {
                 writeln!(out, "{}", serde_json::to_string(&shown)?)?;
@@ -160,15 +160,15 @@ impl Show {
 }
 
 /// The words that the template puts before and after an answer, where no token does; they are learned with it.
-fn frame(maker: &SampleMaker) -> (String, String) {
+fn frame(preparation: &Preparation) -> (String, String) {
     let chat = [Message::new("user", "?"), Message::new("assistant", "probing")];
     let learned = |piece: Piece| match piece {
         Piece::Text { ids, supervised: true } => ids,
         _ => Vec::new(),
     };
-    let pieces = maker.chat.encode_chat(&maker.tokenizer, &chat).unwrap_or_default();
+    let pieces = preparation.chat.encode_chat(&preparation.tokenizer, &chat).unwrap_or_default();
     let ids: Vec<i64> = pieces.into_iter().flat_map(learned).collect();
-    let said = maker.tokenizer.decode(&ids, true).unwrap_or_default();
+    let said = preparation.tokenizer.decode(&ids, true).unwrap_or_default();
     let (before, after) = said.trim().split_once("probing").unwrap_or_default();
     (before.to_owned(), after.to_owned())
 }
@@ -177,11 +177,11 @@ impl Shown {
     fn new(
         index: u64,
         sample: &Sample,
-        maker: &SampleMaker,
+        preparation: &Preparation,
         (before, after): &(String, String),
         files: Vec<PathBuf>,
     ) -> Result<Self> {
-        let decode = |ids: &[i64], skip_special| maker.tokenizer.decode(ids, skip_special);
+        let decode = |ids: &[i64], skip_special| preparation.tokenizer.decode(ids, skip_special);
         let answers = sample.questions.iter().map(|asked| {
             let labels = decode(&sample.targets[asked.tokens.clone()], true)?;
             let said = labels.trim();
@@ -202,7 +202,7 @@ impl Shown {
             tokens: sample.input_ids.len(),
             learned,
             branches: branches.len(),
-            runs: runs(sample, maker)?,
+            runs: runs(sample, preparation)?,
             agree: learned == of_answers && answers.iter().all(|answer| answer.agree),
             answers,
             images: sample.images.iter().map(|image| [image.width, image.height]).collect(),
@@ -251,7 +251,7 @@ impl Shown {
 
 /// The sample's tokens in their order. Those that the labels ask for are learned; the last of a way, which only a label
 /// holds as nothing follows it, is put behind it.
-fn runs(sample: &Sample, maker: &SampleMaker) -> Result<Vec<Run>> {
+fn runs(sample: &Sample, preparation: &Preparation) -> Result<Vec<Run>> {
     let way = |span: &Span| (span.document(), span.branch());
     let mut runs = Vec::new();
     let mut start = 0;
@@ -279,7 +279,7 @@ fn runs(sample: &Sample, maker: &SampleMaker) -> Result<Vec<Run>> {
                 }
                 for run in tokens.chunk_by(|a, b| a.1 == b.1) {
                     let ids: Vec<i64> = run.iter().map(|(id, _)| *id).collect();
-                    let text = decode(maker, &ids)?;
+                    let text = decode(preparation, &ids)?;
                     runs.push(Run { text, tokens: ids.len(), ids, learned: run[0].1, branch: span.branch() });
                 }
             }
@@ -290,13 +290,13 @@ fn runs(sample: &Sample, maker: &SampleMaker) -> Result<Vec<Run>> {
 }
 
 /// The text of these tokens; the marks around a picture may be none of the tokenizer's.
-fn decode(maker: &SampleMaker, ids: &[i64]) -> Result<String> {
-    let (begin, end) = maker.image_marks.unzip();
+fn decode(preparation: &Preparation, ids: &[i64]) -> Result<String> {
+    let (begin, end) = preparation.image_marks.unzip();
     let is_mark = |id: &i64| Some(*id) == begin || Some(*id) == end;
     let part = |part: &[i64]| match part {
         [id] if Some(*id) == begin => Ok("[begin image]".to_owned()),
         [id] if Some(*id) == end => Ok("[end image]".to_owned()),
-        ids => maker.tokenizer.decode(ids, false),
+        ids => preparation.tokenizer.decode(ids, false),
     };
     ids.chunk_by(|a, b| !is_mark(a) && !is_mark(b)).map(part).collect()
 }

@@ -2,13 +2,13 @@
 
 use std::borrow::Cow;
 use std::ops::Range;
-use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use thiserror::Error;
-use vora_image::{ImageProcessor, Pixels, RgbImage};
-use vora_text::{ChatTemplate, Message, Part, Piece, Span, Tokenizer};
+use vora_image::{Pixels, RgbImage};
+use vora_text::{Message, Part, Piece, Span};
 
+use crate::preparation::Preparation;
 use crate::record::{Record, shown};
 use crate::scenes::Question;
 
@@ -66,18 +66,7 @@ pub struct QuestionSpan {
 /// Makes samples for one model.
 #[derive(Debug)]
 pub struct SampleMaker {
-    /// The model's tokenizer.
-    pub tokenizer: Arc<Tokenizer>,
-    /// The model's chat template.
-    pub chat: Arc<ChatTemplate>,
-    /// What pictures go through.
-    pub processor: ImageProcessor,
-    /// The tokens that the model has before and behind every picture; Chameleon has some.
-    pub image_marks: Option<(i64, i64)>,
-    /// Side of a patch, in pixels.
-    pub patch_size: usize,
-    /// A sample has no more tokens than this, patches included.
-    pub max_length: usize,
+    preparation: Preparation,
 }
 
 /// A conversation as tokens, patches at the places of images.
@@ -89,6 +78,16 @@ struct Tokens {
 }
 
 impl SampleMaker {
+    /// Makes samples by `preparation`.
+    pub fn new(preparation: Preparation) -> Self {
+        Self { preparation }
+    }
+
+    /// How words and pictures are prepared.
+    pub fn preparation(&self) -> &Preparation {
+        &self.preparation
+    }
+
     /// A conversation; the loss is on what the assistant says. Where it is too long, turns are left out at its end.
     ///
     /// # Errors
@@ -111,9 +110,9 @@ impl SampleMaker {
             let mut messages = record.messages.clone();
             let mut tokens = self.tokens(&messages, &images)?;
             let ends: Vec<_> = tokens.answers().map(|answer| answer.end).collect();
-            let fitting = ends.iter().take_while(|end| **end - 1 <= self.max_length).count();
+            let fitting = ends.iter().take_while(|end| **end - 1 <= self.preparation.max_length).count();
             let first_end = *ends.first().context("the chat template shows no answer")?;
-            ensure!(fitting > 0, TooLong { tokens: first_end, max_length: self.max_length });
+            ensure!(fitting > 0, TooLong { tokens: first_end, max_length: self.preparation.max_length });
             if fitting < ends.len() {
                 let keep =
                     messages.iter().enumerate().filter(|(_, message)| message.role == "assistant").nth(fitting - 1);
@@ -176,18 +175,18 @@ impl SampleMaker {
             });
         }
         let len = sample.input_ids.len();
-        ensure!(len <= self.max_length, TooLong { tokens: len, max_length: self.max_length });
+        ensure!(len <= self.preparation.max_length, TooLong { tokens: len, max_length: self.preparation.max_length });
         Ok(sample)
     }
 
     fn pixels(&self, idx: usize, image: &RgbImage) -> Result<Pixels> {
-        let pixels = self.processor.preprocess(image).with_context(|| format!("image {idx}"))?;
+        let pixels = self.preparation.processor.preprocess(image).with_context(|| format!("image {idx}"))?;
         ensure!(
-            pixels.height % self.patch_size == 0 && pixels.width % self.patch_size == 0,
+            pixels.height % self.preparation.patch_size == 0 && pixels.width % self.preparation.patch_size == 0,
             "image {idx} has {} x {} pixels once processed, which is no whole number of patches of {}",
             pixels.width,
             pixels.height,
-            self.patch_size
+            self.preparation.patch_size
         );
         Ok(pixels)
     }
@@ -195,13 +194,14 @@ impl SampleMaker {
     fn tokens(&self, messages: &[Message], images: &[Pixels]) -> Result<Tokens> {
         let mut images = images.iter();
         let mut tokens = Tokens { ids: Vec::new(), supervised: Vec::new(), spans: Vec::new() };
-        for piece in self.chat.encode_chat(&self.tokenizer, messages)? {
+        for piece in self.preparation.chat.encode_chat(&self.preparation.tokenizer, messages)? {
             match piece {
                 Piece::Text { ids, supervised } => tokens.add_text(&ids, supervised),
                 Piece::Image => {
                     let image = images.next().context("more places than images")?;
-                    let (rows, cols) = (image.height / self.patch_size, image.width / self.patch_size);
-                    let (begin, end) = self.image_marks.unzip();
+                    let (rows, cols) =
+                        (image.height / self.preparation.patch_size, image.width / self.preparation.patch_size);
+                    let (begin, end) = self.preparation.image_marks.unzip();
                     tokens.add_text(begin.as_slice(), false);
                     tokens.add_image(rows, cols);
                     tokens.add_text(end.as_slice(), false);
@@ -316,26 +316,19 @@ impl Tokens {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::sync::Arc;
+
     use image::Rgb;
-    use vora_image::{IMAGENET_DEFAULT, Resample};
-    use vora_text::Modality;
+    use vora_text::{ChatTemplate, Modality};
 
     use super::*;
+    use crate::preparation;
     use crate::record::RecordKeys;
     use crate::scenes::QuestionKind;
 
-    /// The tiny tokenizer with its template, pictures of 8 x 8 in patches of 4.
+    /// Makes samples by the tiny preparation.
     pub(crate) fn tiny() -> SampleMaker {
-        let folder = fixtures::root().join("tiny/tokenizer");
-        let (mean, std) = IMAGENET_DEFAULT;
-        SampleMaker {
-            tokenizer: Arc::new(Tokenizer::open(&folder).unwrap()),
-            chat: Arc::new(ChatTemplate::open(&folder).unwrap()),
-            processor: ImageProcessor::square(8, mean, std, Resample::Bicubic),
-            image_marks: None,
-            patch_size: 4,
-            max_length: 200,
-        }
+        SampleMaker::new(preparation::tests::tiny())
     }
 
     fn picture() -> RgbImage {
@@ -359,7 +352,7 @@ pub(crate) mod tests {
         let span = |span: &Span| {
             let ids: Vec<_> = ids.by_ref().take(span.len() as usize).copied().collect();
             match span.modality() {
-                Modality::Text => maker.tokenizer.decode(&ids, false).unwrap(),
+                Modality::Text => maker.preparation.tokenizer.decode(&ids, false).unwrap(),
                 Modality::Image { .. } => "#".repeat(ids.len()),
             }
         };
@@ -367,7 +360,7 @@ pub(crate) mod tests {
     }
 
     fn targets(maker: &SampleMaker, sample: &Sample, tokens: Range<usize>) -> String {
-        maker.tokenizer.decode(&sample.targets[tokens], false).unwrap()
+        maker.preparation.tokenizer.decode(&sample.targets[tokens], false).unwrap()
     }
 
     #[test]
@@ -391,7 +384,7 @@ pub(crate) mod tests {
         }
         assert_eq!(sample.targets.iter().filter(|target| **target != IGNORE_INDEX).count(), learned);
         // What somebody types is no special token.
-        let end = maker.tokenizer.token_to_id("<|im_end|>").unwrap();
+        let end = maker.preparation.tokenizer.token_to_id("<|im_end|>").unwrap();
         assert_eq!(sample.input_ids.iter().filter(|id| **id == end).count(), 3);
     }
 
@@ -452,15 +445,15 @@ pub(crate) mod tests {
         let record = record(&["What? <image>", "a star", "And <image>?", "a circle"], 2);
         let images = [picture(), picture()];
         let whole = maker.conversation(&record, &images).unwrap();
-        maker.max_length = whole.input_ids.len();
+        maker.preparation.max_length = whole.input_ids.len();
         assert_eq!(maker.conversation(&record, &images).unwrap(), whole);
-        maker.max_length -= 1;
+        maker.preparation.max_length -= 1;
         let cut = maker.conversation(&record, &images).unwrap();
         assert_eq!((cut.images.len(), cut.questions.len()), (1, 1));
         assert_eq!((cut.cut_answers, whole.cut_answers), (1, 0));
         assert_eq!(cut.input_ids, whole.input_ids[..cut.input_ids.len()]);
         assert_eq!(cut.targets, whole.targets[..cut.input_ids.len()]);
-        maker.max_length = cut.input_ids.len() - 1;
+        maker.preparation.max_length = cut.input_ids.len() - 1;
         let message = format!("{:#}", maker.conversation(&record, &images).unwrap_err());
         assert!(message.starts_with("sample r: it has ") && message.contains("up to its first answer"), "{message}");
         let message = format!(
@@ -478,14 +471,14 @@ pub(crate) mod tests {
 
     #[test]
     fn pictures_are_cut_into_whole_patches() {
-        let maker = SampleMaker { patch_size: 3, ..tiny() };
+        let maker = SampleMaker::new(Preparation { patch_size: 3, ..preparation::tests::tiny() });
         let message = format!("{:#}", maker.conversation(&record(&["x", "y"], 1), &[picture()]).unwrap_err());
         assert!(message.contains("image 0 has 8 x 8 pixels") && message.contains("patches of 3"), "{message}");
     }
 
     #[test]
     fn marks_stand_around_every_picture() {
-        let (plain, marked) = (tiny(), SampleMaker { image_marks: Some((7, 8)), ..tiny() });
+        let (plain, marked) = (tiny(), SampleMaker::new(preparation::tests::tiny().with_image_marks(Some((7, 8)))));
         let record = record(&["<image>And <image>?", "two"], 2);
         let sample = |maker: &SampleMaker| maker.conversation(&record, &[picture(), picture()]).unwrap();
         let (plain, marked) = (sample(&plain), sample(&marked));
@@ -510,7 +503,7 @@ pub(crate) mod tests {
         let template = "{% for m in messages %}{% if m.role == 'user' %}{{ messages[-1].content[:1] }}{% endif %}\
                         {{ m.content }}<|im_end|>{% endfor %}";
         let chat = Arc::new(ChatTemplate::new(template, Vec::new(), folder.display()).unwrap());
-        let maker = SampleMaker { chat, ..tiny() };
+        let maker = SampleMaker::new(Preparation { chat, ..preparation::tests::tiny() });
         let questions = vec![question("What?", "red"), question("What?", "blue")];
         assert!(maker.packed("p".to_owned(), &picture(), questions).is_err());
     }

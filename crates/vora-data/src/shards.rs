@@ -67,7 +67,7 @@ pub(crate) trait Shard: Send + Sync {
 
 /// Shards one after the other. Shuffled, they come in random order, and so do records within windows of 512, or of as
 /// many as have 64 MiB.
-pub struct ShardStream {
+pub(crate) struct ShardStream {
     shards: Arc<Vec<Box<dyn Shard>>>,
     maker: Arc<SampleMaker>,
     in_order: Mutex<Cursor>,

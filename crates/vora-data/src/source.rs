@@ -219,7 +219,7 @@ mod tests {
         assert_eq!(sample.id, "train-3");
         for (asked, question) in sample.questions.iter().zip(&questions) {
             assert_eq!((asked.kind.as_str(), &asked.question), (question.kind.name(), &question.question));
-            let answer = maker.tokenizer.decode(&sample.targets[asked.tokens.clone()], true).unwrap();
+            let answer = maker.preparation().tokenizer.decode(&sample.targets[asked.tokens.clone()], true).unwrap();
             assert_eq!(answer, question.answer);
         }
     }

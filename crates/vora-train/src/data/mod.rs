@@ -4,5 +4,6 @@ mod pictures;
 mod preparation;
 mod sources;
 
-pub use preparation::Preparation;
-pub use sources::{HeldOut, held_out, sample_maker, training};
+pub use preparation::preparation;
+pub(crate) use preparation::{llm_folder, preparation_over};
+pub use sources::{HeldOut, held_out, training};

@@ -67,7 +67,7 @@ mod tests {
     use vora_image::{Pixels, RgbImage};
 
     use super::*;
-    use crate::data::Preparation;
+    use crate::data::preparation;
     use crate::run::snapshot::Snapshot;
     use crate::student::Student;
 
@@ -106,7 +106,7 @@ mod tests {
                 let config = config(&[&[way], key.as_deref().as_slice()].concat());
                 let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
                 let trained = see(&student.preparation().processor); // what evaluations during the run see too
-                assert_eq!(see(&Preparation::open(&config, &resolve).unwrap().processor), trained);
+                assert_eq!(see(&preparation(&config, &resolve).unwrap().processor), trained);
                 let (run, merged) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
                 Snapshot::of(&student).unwrap().write(run.path()).unwrap();
                 vora_model::beside::copy_beside(run.path(), merged.path()).unwrap();
@@ -136,7 +136,7 @@ mod tests {
         let aspect = |more: &[&str]| {
             let config = config(&[&[from.as_str()], more].concat());
             let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
-            let shown = Preparation::open(&config, &resolve).unwrap().processor;
+            let shown = preparation(&config, &resolve).unwrap().processor;
             assert_eq!(shown.to_json(), student.preparation().processor.to_json());
             student.preparation().processor.aspect()
         };
@@ -157,7 +157,7 @@ mod tests {
         assert_eq!(aspect(&format!("{{PILExpand2Square: {{}}, {transform}}}")), Aspect::Pad([0; 3]));
         assert_eq!(aspect(&format!("{{{transform}}}")), Aspect::Squash); // the teacher's own way
         let config = config(&["data.train.data_preprocess={frames_ops: fixtures/nowhere}"]);
-        let error = format!("{:#}", Preparation::open(&config, &resolve).unwrap_err());
+        let error = format!("{:#}", preparation(&config, &resolve).unwrap_err());
         assert!(error.contains("data_preprocess.frames_ops: no preprocessor_config.json in"), "{error}");
     }
 }

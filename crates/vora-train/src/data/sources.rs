@@ -5,12 +5,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_data::{Chain, Mix, RecordFiles, RecordKeys, SampleMaker, SceneSource, Source};
-use vora_text::special_tokens;
-use vora_text::{ChatTemplate, Message, Tokenizer};
 
 use crate::config::data::{DataFetch, DataPath, DataPreprocess};
 use crate::config::run::TrainConfig;
-use crate::data::Preparation;
 
 /// A held-out split.
 pub struct HeldOut {
@@ -20,31 +17,6 @@ pub struct HeldOut {
     pub source: Arc<dyn Source>,
     /// How many of them are asked about.
     pub samples: u64,
-}
-
-/// What makes samples for a run.
-pub fn sample_maker(config: &TrainConfig, preparation: &Preparation) -> Result<Arc<SampleMaker>> {
-    let llm = preparation.llm_folder.as_path();
-    let chat = match config.chat_template() {
-        Some(source) => ChatTemplate::new(&source, special_tokens(llm)?, "the run file's chat template")?,
-        None => ChatTemplate::open(llm)?,
-    };
-    let tokenizer = Tokenizer::open(llm)?.for_processor(preparation.has_processor);
-    // What a template writes into every conversation is refused now, not sample by sample.
-    let turns = [Message::new("user", "?"), Message::new("assistant", ".")];
-    let renders = chat.encode_chat(&tokenizer, &turns).is_ok();
-    let tokenizer = tokenizer.for_embedding(preparation.vocab_size);
-    if renders {
-        chat.encode_chat(&tokenizer, &turns).context("the chat template")?;
-    }
-    Ok(Arc::new(SampleMaker {
-        tokenizer: Arc::new(tokenizer),
-        chat: Arc::new(chat),
-        processor: preparation.processor.clone(),
-        image_marks: preparation.image_marks,
-        patch_size: usize::try_from(preparation.patch_size)?,
-        max_length: preprocess(config).max_seq_len,
-    }))
 }
 
 /// What is learned from.

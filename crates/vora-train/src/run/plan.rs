@@ -2,12 +2,14 @@
 //! nothing is kept of and which also tell what the counting left out.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table};
 use serde::Serialize;
 use tch::Device;
+use vora_data::SampleMaker;
 use vora_torch::memory::{memory, peak_memory};
 
 use crate::config::run::TrainConfig;
@@ -99,7 +101,7 @@ impl Plan {
     fn open(config: &TrainConfig, options: &Options<'_>) -> Result<Size> {
         let program = memory(options.device).unwrap_or(0);
         let student = Student::new(config, options.device, config.kind(options.device)?, options.resolve)?;
-        let maker = data::sample_maker(config, student.preparation())?;
+        let maker = Arc::new(SampleMaker::new(student.preparation().clone()));
         Size::count(config, &student, &data::training(config, &maker)?, program)
     }
 }
@@ -170,7 +172,6 @@ fn millions(count: u64) -> String {
 mod tests {
     use super::*;
     use std::path::{Path, PathBuf};
-    use std::sync::Arc;
 
     fn measure(overrides: &[&str]) -> Plan {
         let root = fixtures::root();

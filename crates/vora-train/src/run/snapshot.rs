@@ -45,7 +45,7 @@ impl Snapshot {
             },
             lora: student.model.lora().cloned(),
             llm_name: student.llm_name().to_owned(),
-            llm_folder: student.preparation().llm_folder.clone(),
+            llm_folder: student.llm_folder().to_owned(),
             config: student.model.config_json()?,
             preprocessor: student.preparation().processor.to_json(),
             chat_template: student.chat_template().map(str::to_owned),

@@ -1,7 +1,10 @@
 //! A Chameleon to train: an LLM whose vocabulary gets the codes of an image tokenizer, and all of whose weights learn.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
+use vora_data::Preparation;
 use vora_llm::LlmConfig;
 use vora_model::{Chameleon, VQMODEL, VisionLanguageModel};
 use vora_torch::safetensors::Checkpoint;
@@ -10,30 +13,30 @@ use vora_torch::weights::Weights;
 use super::Student;
 use crate::config::model::VqTraining;
 use crate::config::run::TrainConfig;
-use crate::data::Preparation;
 
 /// Opens the LLM, widens its vocabulary, and puts a new image tokenizer before it.
 pub(super) fn student(
     config: &TrainConfig,
     vqmodel: &VqTraining,
+    llm_folder: PathBuf,
     preparation: Preparation,
     device: Device,
     kind: Kind,
 ) -> Result<Student> {
     let section = &config.model;
     let vq = vqmodel.config(section.image_size);
-    let llm_folder = &preparation.llm_folder;
-    let llm_config = LlmConfig::open(llm_folder)?;
+    let llm_config = LlmConfig::open(&llm_folder)?;
     let chameleon = Chameleon::config_over(&llm_config, &vq).context("model.llm")?;
 
     let new = Weights::random(config.seed, device, kind);
-    let llm = Weights::from_tensors(widened(&Checkpoint::open(llm_folder)?, &chameleon, &new)?, device, kind);
+    let llm = Weights::from_tensors(widened(&Checkpoint::open(&llm_folder)?, &chameleon, &new)?, device, kind);
     let model = Chameleon::assemble(&chameleon, &llm.trained(), &new.pp(VQMODEL))?;
     llm.finish().with_context(|| format!("loading the LLM in {}", llm_folder.display()))?;
     let made = model.vqmodel().tensors().into_iter().map(|(name, tensor)| (format!("{VQMODEL}.{name}"), tensor));
     Ok(Student {
         distill: None,
         llm_name: section.llm.clone(),
+        llm_folder,
         preparation,
         chat_template: config.chat_template(),
         z_loss: section.z_loss(),

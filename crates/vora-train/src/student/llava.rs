@@ -1,7 +1,10 @@
 //! A LLaVA to train: a new projection from a frozen encoder into an LLM that is frozen, adapted or trained whole.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind};
+use vora_data::Preparation;
 use vora_llm::LlmConfig;
 use vora_model::{Llava, LlavaConfig, VisionLanguageModel};
 use vora_torch::weights::Weights;
@@ -11,24 +14,23 @@ use vora_model::Resolve;
 
 use super::{Student, parts};
 use crate::config::run::TrainConfig;
-use crate::data::Preparation;
 
 /// Opens LLM and encoder and puts a new projection, and adapters where asked for, between and on them.
 pub(super) fn student(
     config: &TrainConfig,
     tower: &str,
+    llm_folder: PathBuf,
     preparation: Preparation,
     device: Device,
     kind: Kind,
     resolve: &Resolve<'_>,
 ) -> Result<Student> {
     let section = &config.model;
-    let llm_folder = &preparation.llm_folder;
     let tower_folder = resolve(tower).context("model.vision_tower")?;
     let encoder = Encoder::open(&tower_folder, device, kind).context("model.vision_tower")?;
-    let patch_size = preparation.patch_size;
+    let patch_size = i64::try_from(preparation.patch_size)?;
 
-    let mut llava = LlavaConfig::new(LlmConfig::open(llm_folder)?, &tower_folder)?;
+    let mut llava = LlavaConfig::new(LlmConfig::open(&llm_folder)?, &tower_folder)?;
     llava.llm_name.clone_from(&section.llm);
     tower.clone_into(&mut llava.mm_vision_tower);
     llava.mm_projector_type = section.mm_projector_type.unwrap_or_default();
@@ -37,7 +39,7 @@ pub(super) fn student(
     }
     llava.lora = section.lora.as_ref().map(|lora| lora.over(llava.llm.num_hidden_layers));
 
-    let llm = Weights::open(llm_folder, device, kind)?;
+    let llm = Weights::open(&llm_folder, device, kind)?;
     let source = if section.freezes_llm() { llm.clone() } else { llm.trained() };
     let trained = Weights::random(config.seed, device, kind);
     let model = Llava::assemble(llava, &source, encoder, &trained)?;
@@ -54,6 +56,7 @@ pub(super) fn student(
         model: Box::new(model),
         distill: None,
         llm_name: section.llm.clone(),
+        llm_folder,
         preparation,
         chat_template: config.chat_template(),
         z_loss: 0.0,

@@ -8,7 +8,7 @@ use super::student::Student;
 use super::{chameleon, llava, vora};
 use crate::config::model::Way;
 use crate::config::run::TrainConfig;
-use crate::data::Preparation;
+use crate::data;
 
 impl Student {
     /// Opens what `config.model` names and makes what it trains.
@@ -16,11 +16,14 @@ impl Student {
     /// # Errors
     /// Names the key, and the file, that does not fit.
     pub fn new(config: &TrainConfig, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Self> {
-        let preparation = Preparation::open(config, resolve)?;
+        let llm_folder = data::llm_folder(config, resolve)?;
+        let preparation = data::preparation_over(&llm_folder, config, resolve)?;
         match config.model.way()? {
-            Way::Vora { .. } => vora::student(config, preparation, device, kind, resolve),
-            Way::Llava { vision_tower } => llava::student(config, vision_tower, preparation, device, kind, resolve),
-            Way::Chameleon { vqmodel } => chameleon::student(config, vqmodel, preparation, device, kind),
+            Way::Vora { .. } => vora::student(config, llm_folder, preparation, device, kind, resolve),
+            Way::Llava { vision_tower } => {
+                llava::student(config, vision_tower, llm_folder, preparation, device, kind, resolve)
+            }
+            Way::Chameleon { vqmodel } => chameleon::student(config, vqmodel, llm_folder, preparation, device, kind),
         }
     }
 }

@@ -1,7 +1,10 @@
 //! The model in training: its losses, its trained tensors, what evaluation asks of it.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
+use vora_data::Preparation;
 use vora_llm::{DropoutSeed, Recompute};
 use vora_model::VisionLanguageModel;
 use vora_torch::loss::cross_entropy_and_z_loss;
@@ -9,7 +12,6 @@ use vora_torch::weights::Weights;
 
 use super::batch::DeviceBatch;
 use super::distill::Distill;
-use crate::data::Preparation;
 
 /// Logits that exist at once while the loss is computed: 256 MiB of f32.
 pub(crate) const MAX_LOGITS: i64 = 64 << 20;
@@ -35,6 +37,7 @@ pub struct Student {
     /// The teacher's side; none where the run has no teacher.
     pub distill: Option<Distill>,
     pub(super) llm_name: String,
+    pub(super) llm_folder: PathBuf,
     pub(super) preparation: Preparation,
     pub(super) chat_template: Option<String>,
     pub(super) z_loss: f64,
@@ -48,6 +51,11 @@ impl Student {
     /// The name that the run file knows the LLM by.
     pub fn llm_name(&self) -> &str {
         &self.llm_name
+    }
+
+    /// Where the LLM lies, with its tokenizer and chat template.
+    pub fn llm_folder(&self) -> &Path {
+        &self.llm_folder
     }
 
     /// What makes its input out of words and pictures.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
+use vora_data::Preparation;
 use vora_llm::{LlmConfig, VisionAttention};
 use vora_model::{VisionLanguageModel, Vora, VoraConfig};
 use vora_torch::weights::Weights;
@@ -16,7 +17,6 @@ use super::{Distill, Student, parts};
 use crate::config::data::DataPreprocess;
 use crate::config::model::{ModelConfig, TeacherStart};
 use crate::config::run::TrainConfig;
-use crate::data::Preparation;
 
 /// Channels of the patch embedding where nothing says otherwise, as in the published model.
 const EMBED_DIM: i64 = 1536;
@@ -24,6 +24,7 @@ const EMBED_DIM: i64 = 1536;
 /// Opens LLM and teacher, and what was trained before; makes what is new: adapters, patch embedding, heads.
 pub(super) fn student(
     config: &TrainConfig,
+    llm_folder: PathBuf,
     preparation: Preparation,
     device: Device,
     kind: Kind,
@@ -31,8 +32,7 @@ pub(super) fn student(
 ) -> Result<Student> {
     let section = &config.model;
     let (llm, image_size) = (&section.llm, section.image_size);
-    let patch_size = preparation.patch_size;
-    let llm_folder = &preparation.llm_folder;
+    let patch_size = i64::try_from(preparation.patch_size)?;
     let teacher_folder = section.aux_vision.as_deref().map(resolve).transpose().context("model.aux_vision")?;
     let open_teacher = |folder: &PathBuf| Teacher::open(folder, device, kind).context("model.aux_vision");
     let teacher = teacher_folder.as_ref().map(open_teacher).transpose()?;
@@ -50,7 +50,7 @@ pub(super) fn student(
             folder.display()
         );
     }
-    let llm_config = LlmConfig::open(llm_folder)?;
+    let llm_config = LlmConfig::open(&llm_folder)?;
     let open_pretrained = |name: &String| Pretrained::open(name, section, &llm_config, resolve);
     let pretrained = section.pretrained.as_ref().map(open_pretrained).transpose().context("model.pretrained")?;
     let before = pretrained.as_ref().map(|pretrained| &pretrained.config);
@@ -89,7 +89,7 @@ pub(super) fn student(
             let is_trained = |name: &str| is_whole || !pretrained.config.has_layer_bias(name);
             Weights::from_tensors(pretrained.llm().filter(|(name, _)| is_trained(name)), device, kind)
         }
-        _ => Weights::open(llm_folder, device, kind)?,
+        _ => Weights::open(&llm_folder, device, kind)?,
     };
     let source = if is_whole { weights.trained() } else { weights.clone() };
     let trained = Weights::random(config.seed, device, kind);
@@ -125,6 +125,7 @@ pub(super) fn student(
         model: Box::new(model),
         distill,
         llm_name: llm.clone(),
+        llm_folder,
         preparation,
         chat_template: config.chat_template(),
         z_loss: 0.0,

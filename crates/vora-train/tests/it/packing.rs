@@ -9,7 +9,6 @@ use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_data::{Batch, Record, RecordKeys, Sample, SampleMaker, collate, pack};
 use vora_llm::DropoutSeed;
 use vora_run::metrics::{Line, MetricsLog, StepMetrics};
-use vora_train::data::Preparation;
 use vora_train::student::{DeviceBatch, Student};
 use vora_train::{Options, TrainConfig, Trainer, data};
 
@@ -75,10 +74,10 @@ fn packed_rows_have_the_loss_and_the_gradient_of_rows_with_one_sample() {
     for (number, system) in SYSTEMS.iter().enumerate() {
         let config = config(&[system, "bf16=false"]);
         let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
-        let samples = samples(&data::sample_maker(&config, student.preparation()).unwrap());
+        let samples = samples(&SampleMaker::new(student.preparation().clone()));
         // Without the student's weights they are the same.
-        let preparation = Preparation::open(&config, &resolve).unwrap();
-        assert_eq!(self::samples(&data::sample_maker(&config, &preparation).unwrap()), samples);
+        let preparation = data::preparation(&config, &resolve).unwrap();
+        assert_eq!(self::samples(&SampleMaker::new(preparation)), samples);
         let longest = samples.iter().map(|sample| sample.input_ids.len()).max().unwrap();
         let packed = pack(samples.clone(), 4, 2 * longest, 0);
         let alone = collate(samples, 0);
@@ -105,7 +104,7 @@ fn packed_rows_have_the_loss_and_the_gradient_of_rows_with_one_sample() {
 fn a_chameleon_reads_and_writes_the_tokens_of_its_pictures() {
     let config = config(&[&SYSTEMS[2].replace("image_size: 56", "image_size: 56, z_loss: 0")]);
     let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
-    let batch = collate(samples(&data::sample_maker(&config, student.preparation()).unwrap()), 0);
+    let batch = collate(samples(&SampleMaker::new(student.preparation().clone())), 0);
     let batch = DeviceBatch::new(&batch, Device::Cpu);
     let found = tch::no_grad(|| student.losses(&batch, DropoutSeed::new(0)).unwrap().lm_sum);
 
@@ -210,11 +209,17 @@ fn what_is_cut_or_left_out_for_its_length_is_counted() {
 
 #[test]
 fn a_template_with_a_token_beyond_the_embedding_is_refused_before_the_run() {
-    let config = config(&[SYSTEMS[0], "bf16=false"]);
-    let mut preparation = Preparation::open(&config, &resolve).unwrap();
-    assert_eq!(preparation.vocab_size, 512);
-    preparation.vocab_size = 1;
-    let error = format!("{:#}", data::sample_maker(&config, &preparation).unwrap_err());
+    let folder = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(resolve("fixtures/tiny/llm").unwrap()).unwrap() {
+        let path = file.unwrap().path();
+        std::fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let path = folder.path().join("config.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert!(text.contains("\"vocab_size\": 512"));
+    std::fs::write(path, text.replace("\"vocab_size\": 512", r#""vocab_size": 1"#)).unwrap();
+    let config = config(&[&format!("model.llm={}", folder.path().display())]);
+    let error = format!("{:#}", data::preparation(&config, &resolve).unwrap_err());
     assert!(error.starts_with("the chat template: token `<|im_"), "{error}");
     assert!(error.contains("the model's embedding has 1 rows, the tokenizer 512 tokens"), "{error}");
 }

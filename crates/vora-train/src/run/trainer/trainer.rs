@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use tch::Tensor;
-use vora_data::{Loader, LoaderConfig, Source};
+use vora_data::{Loader, LoaderConfig, SampleMaker, Source};
 use vora_files::write_bytes;
 use vora_run::eval::EvalReport;
 use vora_run::metrics::{EvalMetrics, Line, MetricsLog};
@@ -82,7 +82,7 @@ impl Trainer {
 
         let (program, kind) = (memory(options.device).unwrap_or(0), config.kind(options.device)?);
         let mut student = Student::new(&config, options.device, kind, options.resolve)?;
-        let maker = data::sample_maker(&config, student.preparation())?;
+        let maker = Arc::new(SampleMaker::new(student.preparation().clone()));
         let training = data::training(&config, &maker)?;
         let held_out = data::held_out(&config, &maker)?;
         size::warn_if_short(&config, &student, &training, program);
@@ -134,7 +134,7 @@ impl Trainer {
             held_out,
             metrics,
             board,
-            tokenizer: maker.tokenizer.clone(),
+            tokenizer: maker.preparation().tokenizer.clone(),
             spikes: SpikeDetector::default(),
             step,
             skipped_steps: skipped.0,

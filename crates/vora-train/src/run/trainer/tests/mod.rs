@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
+use vora_data::SampleMaker;
 use vora_run::eval::EvalReport;
 use vora_run::metrics::{EvalMetrics, EventKind, Line, MetricsLog, StepMetrics};
 
@@ -27,7 +28,6 @@ use vora_image::ImageProcessor;
 use vora_model::VisionLanguageModel;
 use vora_torch::safetensors::Checkpoint;
 
-use crate::data::Preparation;
 use crate::run::progress::Silent;
 use vora_run::tensorboard;
 

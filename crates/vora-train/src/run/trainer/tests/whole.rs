@@ -32,8 +32,8 @@ fn one_preparation_serves_training_samples_and_show() {
     let mut run = trainer(second.clone());
     run.train(&mut Silent).unwrap();
 
-    let shown = data::sample_maker(&second, &Preparation::open(&second, &resolve).unwrap()).unwrap();
-    let shown = data::training(&second, &shown).unwrap();
+    let shown = SampleMaker::new(data::preparation(&second, &resolve).unwrap());
+    let shown = data::training(&second, &Arc::new(shown)).unwrap();
     let processor = ImageProcessor::open(&path("first/final")).unwrap();
     assert_eq!(processor.mean_std(), ([0.1, 0.2, 0.3], [0.5, 0.4, 0.3]));
     let asked = vora_run::samples::read(&path("second/samples")).unwrap();
