@@ -3,9 +3,9 @@
 use anyhow::{Result, ensure};
 use vora_torch::weights::Weights;
 
-use crate::config::{ALL_LAYERS, names};
+use crate::config::{ALL_LAYERS, LoraConfig, names};
+use crate::linear::Linear;
 use crate::pattern::matches_end;
-use crate::{Linear, LoraConfig};
 
 /// What a model calls once for every linear it has: layer, path within the layer (`self_attn.q_proj`), linear.
 pub type Visit<'a> = dyn FnMut(usize, &str, &mut Linear) -> Result<()> + 'a;
@@ -16,7 +16,10 @@ pub type Visit<'a> = dyn FnMut(usize, &str, &mut Linear) -> Result<()> + 'a;
 /// layers lie: `A` of layer 0's `self_attn.q_proj` is `0.self_attn.q_proj.lora_A.weight` there.
 ///
 /// Targets and patterns are matched with the whole path, the place of `layers` included, so that a target may also name
-/// one linear of one layer. Errors where a target names no linear of the first layers, a pattern none that gets an
+/// one linear of one layer.
+///
+/// # Errors
+/// Where a target names no linear of the first layers, a pattern none that gets an
 /// adapter, or where the model has fewer layers than asked for; they tell what there is.
 pub fn attach_all(
     name: &str,

@@ -35,6 +35,7 @@ pub struct LoraConfig {
 
 /// Rank and scaling of one linear's adapter.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct Rank {
     /// Rows of `A`, columns of `B`.
     pub r: i64,
@@ -132,14 +133,18 @@ impl LoraConfig {
 
     /// Rank and scaling of the module at `path`.
     ///
-    /// An error where two patterns match it and disagree: a map has no order that could decide.
+    /// # Errors
+    /// Where two patterns match it and disagree: a map has no order that could decide.
     pub fn rank(&self, path: &str) -> Result<Rank> {
         let r = agreed("lora.rank_pattern", &self.rank_pattern, path)?.unwrap_or(self.r);
         let lora_alpha = agreed("lora.alpha_pattern", &self.alpha_pattern, path)?.or(self.lora_alpha);
         Ok(Rank::new(r, lora_alpha, self.use_rslora))
     }
 
-    /// An error that names the first key out of its range.
+    /// Checks every key's range.
+    ///
+    /// # Errors
+    /// Names the first key that is out of it.
     pub fn validate(&self) -> Result<()> {
         ensure!(self.r >= 1, "lora.r is {}, it must be at least 1", self.r);
         ensure!(self.layers >= 1, "lora.layers is {}, it must be at least 1", self.layers);

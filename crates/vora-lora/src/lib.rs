@@ -28,6 +28,7 @@
 //! # }
 //! ```
 
+mod adapter;
 mod attach;
 mod config;
 mod linear;
@@ -35,8 +36,9 @@ mod pattern;
 mod peft;
 mod state_dict;
 
+pub use adapter::{Adapter, adapted_module};
 pub use attach::{Visit, attach_all};
 pub use config::{ALL_LAYERS, LoraConfig, Rank};
-pub use linear::{Adapter, Linear};
-pub use peft::{AdapterFolder, save_adapter};
+pub use linear::Linear;
+pub use peft::{ADAPTER_TENSORS, AdapterError, AdapterFolder, PEFT_PREFIX, save_adapter};
 pub use state_dict::merge_state_dict;

@@ -4,10 +4,8 @@ use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor, nn::Module};
 use vora_torch::weights::{Init, Weights};
 
-use crate::LoraConfig;
-
-/// DoRA's tensor beside `lora_A.weight` and `lora_B.weight`.
-pub(crate) const MAGNITUDE: &str = "lora_magnitude_vector";
+use crate::adapter::Adapter;
+use crate::config::LoraConfig;
 
 /// `y = x W^T + b + sum over adapters of scaling * (x A^T) B^T`; only the `A`s and `B`s are trained, unless the source of
 /// the weights is [`Weights::trained`].
@@ -18,115 +16,12 @@ pub struct Linear {
     adapters: Vec<Adapter>,
 }
 
-/// A low-rank addition to a linear: `W + scaling * B A`; where it has a magnitude (DoRA, arXiv 2402.09353), each row
-/// of that sum is brought to the length `m`.
-#[derive(Debug)]
-pub struct Adapter {
-    name: String,
-    lora_a: Tensor,            // A [r, in], f32
-    lora_b: Tensor,            // B [out, r], f32, zero at the start
-    scaling: f64,              // lora_alpha / r
-    magnitude: Option<Tensor>, // m [out], f32
-}
-
-impl Adapter {
-    /// The name it was attached under.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// `A`, `[r, in]`, f32.
-    pub fn lora_a(&self) -> &Tensor {
-        &self.lora_a
-    }
-
-    /// `B`, `[out, r]`, f32.
-    pub fn lora_b(&self) -> &Tensor {
-        &self.lora_b
-    }
-
-    /// What `B A` is multiplied with.
-    pub fn scaling(&self) -> f64 {
-        self.scaling
-    }
-
-    /// The rank.
-    pub fn r(&self) -> i64 {
-        self.lora_a.size()[0]
-    }
-
-    /// DoRA's length of each row, `[out]`, f32.
-    pub fn magnitude(&self) -> Option<&Tensor> {
-        self.magnitude.as_ref()
-    }
-
-    /// All of it, by the names that its tensors have beside the linear's own on disk.
-    pub fn tensors(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
-        let pair = [("lora_A.weight", &self.lora_a), ("lora_B.weight", &self.lora_b)];
-        pair.into_iter().chain(self.magnitude.as_ref().map(|magnitude| (MAGNITUDE, magnitude)))
-    }
-
-    /// Number of elements of `A`, `B` and the magnitude.
-    pub fn num_parameters(&self) -> usize {
-        self.tensors().map(|(_, tensor)| tensor.numel()).sum()
-    }
-
-    /// What it adds to `weight` `[out, in]`, f32, without a graph.
-    fn delta_weight(&self, weight: &Tensor) -> Tensor {
-        let magnitude = self.magnitude.as_ref().map(Tensor::detach);
-        delta_weight(weight, &self.lora_a, &self.lora_b, self.scaling, magnitude.as_ref())
-    }
-
-    /// What DoRA multiplies each row of `W + scaling * B A` with, `[out]`: `m` over the row's length, which counts as a
-    /// constant in the gradient (section 4.3 of the paper).
-    fn row_scale(&self, weight: &Tensor) -> Option<Tensor> {
-        let magnitude = self.magnitude.as_ref()?;
-        Some(
-            magnitude
-                / row_lengths(
-                    &(low_rank(&self.lora_a, &self.lora_b, self.scaling) + weight.detach().to_kind(Kind::Float)),
-                ),
-        )
-    }
-
-    /// `(scaling * B)^T`, `[r, out]`, in `kind`: scaled in f32, where it costs least, then rounded.
-    fn scaled_b_t(&self, kind: Kind) -> Tensor {
-        let b = if self.scaling == 1.0 { self.lora_b.shallow_clone() } else { &self.lora_b * self.scaling };
-        b.to_kind(kind).tr()
-    }
-}
-
-/// `scaling * B A` in f32, without a graph: `[r, in]`, `[out, r]` -> `[out, in]`.
-fn low_rank(lora_a: &Tensor, lora_b: &Tensor, scaling: f64) -> Tensor {
-    let product = lora_b.detach().to_kind(Kind::Float).mm(&lora_a.detach().to_kind(Kind::Float));
-    if scaling == 1.0 { product } else { product * scaling }
-}
-
-/// `[out, in]` -> `[out]`
-fn row_lengths(weight: &Tensor) -> Tensor {
-    weight.square().sum_dim_intlist(1, false, Kind::Float).sqrt()
-}
-
-/// What an adapter adds to `weight` `[out, in]`, in f32 and without a graph: `scaling * B A`, or with a magnitude `m`
-/// `[out]` the difference that bringing every row of `W + scaling * B A` to the length `m` makes as well.
-pub(crate) fn delta_weight(
-    weight: &Tensor,
-    lora_a: &Tensor,
-    lora_b: &Tensor,
-    scaling: f64,
-    magnitude: Option<&Tensor>,
-) -> Tensor {
-    let low_rank = low_rank(lora_a, lora_b, scaling);
-    let Some(magnitude) = magnitude else { return low_rank };
-    let weight = weight.detach().to_kind(Kind::Float);
-    let sum = low_rank + &weight;
-    let scale = magnitude.to_kind(Kind::Float) / row_lengths(&sum); // [out]
-    sum * scale.unsqueeze(1) - weight
-}
-
 impl Linear {
     /// Takes `weight` `[out_features, in_features]` and, where `bias`, `bias` `[out_features]`; both stay frozen, unless
     /// the source is [`Weights::trained`].
+    ///
+    /// # Errors
+    /// Where the source has nothing to make them of; tensors that do not fit are told by [`Weights::finish`].
     pub fn load(weights: &Weights, in_features: i64, out_features: i64, bias: bool) -> Result<Self> {
         let weight = weights.get("weight", &[out_features, in_features], Init::Required)?;
         let bias = bias.then(|| weights.get("bias", &[out_features], Init::Zeros)).transpose()?;
@@ -137,22 +32,14 @@ impl Linear {
     /// `lora_magnitude_vector` where a checkpoint has one. The path of `weights` decides about the patterns of `config`.
     ///
     /// A source of new weights starts `A` Kaiming-uniform (a = sqrt 5) and `B` at zero, so that nothing changes yet.
-    /// Errors where the name is taken or the configuration is out of range.
+    ///
+    /// # Errors
+    /// Where the name is taken or the configuration is out of range.
     pub fn attach(&mut self, name: &str, config: &LoraConfig, weights: &Weights) -> Result<()> {
         config.validate()?;
-        let taken = self.adapters.iter().any(|adapter| adapter.name == name);
+        let taken = self.adapters.iter().any(|adapter| adapter.name() == name);
         ensure!(!taken, "{} already carries an adapter `{name}`", weights.path());
-        let rank = config.rank(weights.path())?;
-        let (lora_a, lora_b) = (weights.pp("lora_A"), weights.pp("lora_B"));
-        let is_dora = weights.shape(MAGNITUDE).is_some(); // new weights have no shapes yet
-        let magnitude = is_dora.then(|| weights.parameter(MAGNITUDE, &[self.out_features()], Init::Required));
-        self.adapters.push(Adapter {
-            name: name.to_owned(),
-            lora_a: lora_a.parameter("weight", &[rank.r, self.in_features()], Init::KaimingUniform)?,
-            lora_b: lora_b.parameter("weight", &[self.out_features(), rank.r], Init::Zeros)?,
-            scaling: rank.scaling,
-            magnitude: magnitude.transpose()?,
-        });
+        self.adapters.push(Adapter::load(name, config, weights, self.in_features(), self.out_features())?);
         Ok(())
     }
 
@@ -166,6 +53,9 @@ impl Linear {
     }
 
     /// Takes the adapter `name` off again.
+    ///
+    /// # Errors
+    /// Where there is none, with the names of those that there are.
     pub fn detach(&mut self, name: &str) -> Result<Adapter> {
         Ok(self.adapters.remove(self.position(name)?))
     }
@@ -201,12 +91,15 @@ impl Linear {
     }
 
     /// What the adapter `name` adds to the weight, `[out, in]`, f32: `scaling * B A` where it has no magnitude.
+    ///
+    /// # Errors
+    /// Where there is none, with the names of those that there are.
     pub fn delta_weight(&self, name: &str) -> Result<Tensor> {
         Ok(self.adapters[self.position(name)?].delta_weight(&self.weight))
     }
 
-    /// Folds every adapter into the weight: summed in f32, rounded once to the weight's kind. None is left, and a bias
-    /// that was trained beside them has the weight's kind.
+    /// Folds every adapter into the weight: summed in f32, rounded once to the weight's dtype. None is left, and a bias
+    /// that was trained beside them has the weight's dtype.
     pub fn merge(&mut self) {
         if let Some(bias) = &self.bias
             && bias.requires_grad()
@@ -221,10 +114,11 @@ impl Linear {
 
     /// Folds the adapter `name` into the weight and hands it back for [`Linear::unmerge`].
     ///
-    /// Errors where it has a magnitude: the weight that is left no longer tells the lengths that its rows had.
+    /// # Errors
+    /// Where there is none, and where it has a magnitude: the weight that is left no longer tells the lengths that its rows had.
     pub fn merge_adapter(&mut self, name: &str) -> Result<Adapter> {
         let position = self.position(name)?;
-        let is_dora = self.adapters[position].magnitude.is_some();
+        let is_dora = self.adapters[position].magnitude().is_some();
         ensure!(!is_dora, "adapter `{name}` is a DoRA, which merges for good only, together with all others");
         let adapter = self.adapters.remove(position);
         self.add([adapter.delta_weight(&self.weight)]);
@@ -232,7 +126,7 @@ impl Linear {
     }
 
     /// Takes a merged adapter out of the weight and attaches it again. The weight is what it was before the merge
-    /// up to the rounding of its kind: in bf16 a merge followed by this is not exact.
+    /// up to the rounding of its dtype: in bf16 a merge followed by this is not exact.
     pub fn unmerge(&mut self, adapter: Adapter) {
         self.add([-adapter.delta_weight(&self.weight)]);
         self.adapters.push(adapter);
@@ -251,13 +145,13 @@ impl Linear {
         }
     }
 
-    /// Weight and bias in the kind of activations; frozen ones are in it already.
+    /// Weight and bias in the dtype of activations; frozen ones are in it already.
     fn base(&self, kind: Kind) -> (Tensor, Option<Tensor>) {
         (self.weight.to_kind(kind), self.bias.as_ref().map(|bias| bias.to_kind(kind)))
     }
 
     fn position(&self, name: &str) -> Result<usize> {
-        self.adapters.iter().position(|adapter| adapter.name == name).with_context(|| {
+        self.adapters.iter().position(|adapter| adapter.name() == name).with_context(|| {
             let names: Vec<&str> = self.adapters.iter().map(Adapter::name).collect();
             format!("no adapter `{name}` is attached; there are {names:?}")
         })
@@ -265,7 +159,7 @@ impl Linear {
 }
 
 impl Module for Linear {
-    /// `[.., in_features]` -> `[.., out_features]`, in the kind of `x`
+    /// `[.., in_features]` -> `[.., out_features]`, in the dtype of `x`
     fn forward(&self, x: &Tensor) -> Tensor {
         let (weight, bias) = self.base(x.kind());
         if self.adapters.is_empty() {
@@ -276,7 +170,7 @@ impl Module for Linear {
         let x = x.reshape([-1, self.in_features()]); // [tokens, in]
         let mut y = x.linear(&weight, bias.as_ref()); // [tokens, out]
         for adapter in &self.adapters {
-            let xa = x.mm(&adapter.lora_a.to_kind(x.kind()).tr()); // [tokens, r]
+            let xa = x.mm(&adapter.lora_a().to_kind(x.kind()).tr()); // [tokens, r]
             let b_t = adapter.scaled_b_t(x.kind()); // [r, out]
             y = match adapter.row_scale(&self.weight) {
                 None => y.addmm_(&xa, &b_t),

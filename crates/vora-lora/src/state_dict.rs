@@ -5,37 +5,40 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, bail, ensure};
 use tch::{Kind, Tensor};
 
-use crate::LoraConfig;
-use crate::linear::{MAGNITUDE, delta_weight};
+use crate::adapter::{MAGNITUDE, delta_weight};
+use crate::config::LoraConfig;
 
 /// A tensor that belongs to an adapter.
 struct Part {
     module: String,
     adapter: String, // "" where names carry none
-    kind: usize,     // of `KINDS`
+    part: usize,     // of `PARTS`
 }
 
-const KINDS: [&str; 3] = ["lora_A", "lora_B", MAGNITUDE];
+const PARTS: [&str; 3] = ["lora_A", "lora_B", MAGNITUDE];
 
 impl Part {
     /// Reads `<module>.lora_A.weight`, or `<module>.lora_A.<adapter>.weight` as PEFT names them in memory; DoRA's
     /// magnitude is on disk without a `weight`.
     fn parse(name: &str) -> Option<Self> {
         let rest = name.strip_suffix(".weight").or_else(|| name.ends_with(MAGNITUDE).then_some(name))?;
-        let (kind, at) = KINDS.iter().enumerate().find_map(|(i, kind)| Some((i, rest.rfind(&format!(".{kind}"))?)))?;
-        let (module, adapter) = (&rest[..at], &rest[at + 1 + KINDS[kind].len()..]);
+        let (part, at) = PARTS.iter().enumerate().find_map(|(i, part)| Some((i, rest.rfind(&format!(".{part}"))?)))?;
+        let (module, adapter) = (&rest[..at], &rest[at + 1 + PARTS[part].len()..]);
         let adapter = if adapter.is_empty() { "" } else { adapter.strip_prefix('.')? };
-        Some(Self { module: module.to_owned(), adapter: adapter.to_owned(), kind })
+        Some(Self { module: module.to_owned(), adapter: adapter.to_owned(), part })
     }
 }
 
 /// Folds every adapter of a checkpoint into the weight it belongs to: `W + scaling * B A` for each `W` that has
 /// `lora_A.weight` and `lora_B.weight` beside it (and DoRA's magnitude, where there is one), in f32, rounded once to the
-/// kind of `W`. `config` says the scaling of each module. The other tensors pass as they are; names and order stay,
+/// dtype of `W`. `config` says the scaling of each module. The other tensors pass as they are; names and order stay,
 /// without the adapters'.
 ///
-/// For the adapter folder of another program, chain its tensors, without their `base_model.model.`, behind those of
-/// the base. Errors name a half without its other half, and an adapter whose weight is missing or of another shape.
+/// For the adapter folder of another program, chain its tensors, without their `base_model.model.`, to those of the
+/// base.
+///
+/// # Errors
+/// Names a half without its other half, and an adapter whose weight is missing or of another shape.
 pub fn merge_state_dict(
     tensors: impl IntoIterator<Item = (String, Tensor)>,
     config: &LoraConfig,
@@ -44,9 +47,9 @@ pub fn merge_state_dict(
     let mut adapters: BTreeMap<String, BTreeMap<String, [Option<Tensor>; 3]>> = BTreeMap::new(); // by module, by name
     for (name, tensor) in tensors {
         match Part::parse(&name) {
-            Some(Part { module, adapter, kind }) => {
+            Some(Part { module, adapter, part }) => {
                 let parts = adapters.entry(module).or_default().entry(adapter).or_default();
-                if parts[kind].replace(tensor).is_some() {
+                if parts[part].replace(tensor).is_some() {
                     bail!("two tensors are named `{name}`");
                 }
             }
@@ -64,7 +67,7 @@ pub fn merge_state_dict(
         let scaling = config.rank(&module)?.scaling;
         for parts in adapters.into_values() {
             let [Some(a), Some(b), magnitude] = &parts else {
-                let missing = KINDS[usize::from(parts[0].is_some())];
+                let missing = PARTS[usize::from(parts[0].is_some())];
                 bail!("`{module}` has half an adapter: {missing} is missing");
             };
             let (a_shape, b_shape, shape) = (a.size(), b.size(), weight.size());

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_files::write_folder_atomically;
 use vora_llm::{CausalLm, LlmConfig};
-use vora_lora::{AdapterFolder, LoraConfig, merge_state_dict, save_adapter};
+use vora_lora::{ADAPTER_TENSORS, AdapterFolder, LoraConfig, PEFT_PREFIX, merge_state_dict, save_adapter};
 use vora_torch::safetensors::{Checkpoint, Info, save_each};
 use vora_torch::shards::Shards;
 use vora_torch::weights::Weights;
@@ -15,9 +15,10 @@ use super::layout::Layout;
 use super::plan;
 use super::report::{Report, ShardReport};
 use super::side_files::{self, SideFile};
-use super::source::{ADAPTER, PEFT_PREFIX, Source, VISION};
+use super::source::Source;
 use super::step::Step;
 use crate::llava::Llava;
+use crate::trained::VISION;
 use crate::vora::{Vora, VoraConfig};
 
 /// What is asked of a conversion beside its two ends.
@@ -87,7 +88,9 @@ impl Conversion {
     pub fn report(&self) -> Report {
         let files = match &self.output {
             Output::Shards(shards) => shards.files().iter().map(ShardReport::of).collect(),
-            Output::Adapter { .. } => [ADAPTER, VISION].map(|file| ShardReport::new(file, &self.infos_in(file))).into(),
+            Output::Adapter { .. } => {
+                [ADAPTER_TENSORS, VISION].map(|file| ShardReport::new(file, &self.infos_in(file))).into()
+            }
         };
         Report {
             source: self.source.path.clone(),
@@ -109,7 +112,7 @@ impl Conversion {
             match &self.output {
                 Output::Shards(shards) => shards.write(folder, |name| self.tensor(name))?,
                 Output::Adapter { lora, base } => {
-                    let adapter = self.infos_in(ADAPTER).into_iter().map(|info| {
+                    let adapter = self.infos_in(ADAPTER_TENSORS).into_iter().map(|info| {
                         let in_base = info.name.strip_prefix(PEFT_PREFIX).unwrap_or(&info.name).to_owned();
                         Ok((in_base, self.tensor(&info.name)?))
                     });
@@ -147,7 +150,7 @@ impl Conversion {
     /// The tensors of one of the two files of an adapter.
     fn infos_in(&self, file: &str) -> Vec<Info> {
         let infos = self.steps.iter().filter_map(Step::info);
-        infos.filter(|info| info.name.starts_with(PEFT_PREFIX) == (file == ADAPTER)).collect()
+        infos.filter(|info| info.name.starts_with(PEFT_PREFIX) == (file == ADAPTER_TENSORS)).collect()
     }
 
     /// The tensor that is to be written as `name`.

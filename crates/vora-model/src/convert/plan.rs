@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use anyhow::{Context, Result, bail, ensure};
 use tch::Kind;
+use vora_lora::{PEFT_PREFIX, adapted_module};
 
 use super::head;
 use super::layout::Layout;
 use super::published;
 use super::report::Change;
-use super::source::{LLAVA, LLM_PREFIX, PEFT_PREFIX, Part, Source, is_original};
+use super::source::{LLAVA, LLM_PREFIX, Part, Source, is_original};
 use super::step::Step;
 
 /// What a rule says of a name.
@@ -44,14 +45,14 @@ fn fate(from: Layout, to: Layout, name: &str, has_bias: impl Fn(&str) -> bool) -
             None => Fate::Unknown,
         },
         (Layout::Vora, Layout::Llm) | (Layout::VoraUnmerged, Layout::FrozenLlm) => match in_llm {
-            Some(name) if adapted(name).is_some() => Fate::Dropped("an adapter"),
+            Some(name) if adapted_module(name).is_some() => Fate::Dropped("an adapter"),
             Some(name) if has_bias(name) => Fate::Dropped("the bias of a layer with adapters"),
             Some(name) => Fate::To(name.to_owned()),
             None if sees => Fate::Dropped("it sees"),
             None => Fate::Unknown,
         },
         (Layout::VoraUnmerged, Layout::Peft) => match in_llm {
-            Some(in_base) if adapted(in_base).is_some() => Fate::To(format!("{PEFT_PREFIX}{in_base}")),
+            Some(in_base) if adapted_module(in_base).is_some() => Fate::To(format!("{PEFT_PREFIX}{in_base}")),
             // No model of PEFT's has a place for it: it goes with what sees.
             Some(in_base) if has_bias(in_base) => Fate::To(name.to_owned()),
             Some(_) => Fate::Dropped("frozen: it stays with the LLM"),
@@ -70,11 +71,6 @@ fn llm_of_llava(layout: Layout, name: &str) -> Option<String> {
         _ if name.starts_with("lm_head.") => Some(name.to_owned()),
         _ => Some(format!("model.{}", name.strip_prefix("model.language_model.")?)),
     }
-}
-
-/// The module whose adapter the tensor is a part of.
-fn adapted(name: &str) -> Option<&str> {
-    [".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"].iter().find_map(|end| name.strip_suffix(end))
 }
 
 /// What becomes of every tensor of the source.
@@ -106,15 +102,15 @@ pub(super) fn steps(source: &Source, to: Layout, kind: Option<Kind>) -> Result<V
     }
     check_adapters(source, &parts, to)?;
     ensure!(
-        to != Layout::Llm || source.lora.is_some() || parts.iter().all(|part| adapted(&part.name).is_none()),
+        to != Layout::Llm || source.lora.is_some() || parts.iter().all(|part| adapted_module(&part.name).is_none()),
         "{} has adapters beside its weights; `vora merge` folds them in",
         source.path.display()
     );
 
     let mut folded: BTreeMap<String, Vec<Part>> = BTreeMap::new(); // parts of adapters, by the name of their weight
     if source.layout.merges_into(to) {
-        for part in parts.extract_if(.., |part| adapted(&part.name).is_some()) {
-            let module = adapted(&part.name).context("a part of an adapter")?;
+        for part in parts.extract_if(.., |part| adapted_module(&part.name).is_some()) {
+            let module = adapted_module(&part.name).context("a part of an adapter")?;
             folded.entry(format!("{module}.weight")).or_default().push(part);
         }
     }
@@ -186,7 +182,7 @@ fn check_whole(source: &Source, parts: &[Part], of_base: &HashSet<String>) -> Re
     }
     let fits = |part: &Part| {
         let head = part.name.strip_prefix(source.llm_prefix()) == Some("lm_head.weight");
-        part.checkpoint != 0 || adapted(&part.name).is_some() || of_base.contains(&part.name) || head
+        part.checkpoint != 0 || adapted_module(&part.name).is_some() || of_base.contains(&part.name) || head
     };
     let stray: Vec<&str> = parts.iter().filter(|part| !fits(part)).map(|part| part.stored.as_str()).collect();
     ensure!(
@@ -208,7 +204,7 @@ fn check_adapters(source: &Source, parts: &[Part], to: Layout) -> Result<()> {
         .iter()
         .filter_map(|part| Some((part.name.as_str(), source.checkpoints[part.checkpoint].info(&part.stored)?.1)))
         .collect();
-    let modules: BTreeSet<&str> = parts.iter().filter_map(|part| adapted(&part.name)).collect();
+    let modules: BTreeSet<&str> = parts.iter().filter_map(|part| adapted_module(&part.name)).collect();
     let mut wrong = Vec::new();
     for module in modules {
         let shape = |name: &str| shapes.get(format!("{module}.{name}").as_str()).copied();

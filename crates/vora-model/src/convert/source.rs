@@ -5,17 +5,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value};
 use vora_llm::MODEL_TYPES;
-use vora_lora::{AdapterFolder, LoraConfig};
+use vora_lora::{ADAPTER_TENSORS, AdapterFolder, LoraConfig, PEFT_PREFIX};
 use vora_torch::safetensors::Checkpoint;
 
 use super::layout::Layout;
+use crate::trained::VISION;
 use crate::vora::VoraConfig;
 
-/// PEFT's file of an adapter's tensors.
-pub(super) const ADAPTER: &str = "adapter_model.safetensors";
-/// What PEFT puts before every tensor's name in the base model.
-pub(super) const PEFT_PREFIX: &str = "base_model.model.";
-pub(super) use crate::trained::VISION;
 /// What stands before the decoder's names in a VoRA's folder.
 pub(super) const LLM_PREFIX: &str = "llm.";
 
@@ -82,7 +78,7 @@ impl Source {
 
     fn open_adapter(path: &Path, config: Option<Map<String, Value>>, vora: Option<VoraConfig>) -> Result<Self> {
         let adapter = AdapterFolder::open(path)?;
-        let mut checkpoints = vec![Checkpoint::open(&path.join(ADAPTER))?];
+        let mut checkpoints = vec![Checkpoint::open(&path.join(ADAPTER_TENSORS))?];
         let layout = if let Some(vora) = &vora {
             checkpoints.push(Checkpoint::open(&path.join(VISION))?);
             let lora = vora.lora.as_ref();

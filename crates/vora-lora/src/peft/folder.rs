@@ -1,0 +1,225 @@
+//! PEFT's adapter folder, in and out: `adapter_config.json` and `adapter_model.safetensors`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use tch::{Device, Kind, Tensor};
+use vora_files::write_bytes;
+use vora_torch::safetensors::{Checkpoint, save};
+use vora_torch::weights::Weights;
+
+use super::config::{ADAPTER_TENSORS, CONFIG, PEFT_PREFIX, PeftConfig};
+use crate::adapter::{MAGNITUDE, adapted_module};
+use crate::attach::{Visit, attach_all};
+use crate::config::LoraConfig;
+
+/// Why an adapter is not taken.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AdapterError {
+    /// It is of another configuration than the one asked for.
+    #[error("{message}")]
+    OtherConfig {
+        /// The first key in which they differ.
+        key: &'static str,
+        /// The key with both values, and the folder.
+        message: String,
+    },
+}
+
+/// An adapter folder: what PEFT's `save_pretrained` or [`save_adapter`] wrote.
+#[derive(Debug)]
+pub struct AdapterFolder {
+    path: PathBuf,
+    config: LoraConfig,
+    modules: Vec<String>, // that carry an adapter, by their paths in the base model
+    base_model: Option<String>,
+}
+
+impl AdapterFolder {
+    /// Reads the configuration and the tensors' shapes.
+    ///
+    /// PEFT's rules for targets, layers and patterns are applied to the modules that have tensors in the file; what
+    /// [`AdapterFolder::config`] says of each of them is what PEFT would do.
+    ///
+    /// # Errors
+    /// Names the file and the key or tensor: not LoRA, a variant other than DoRA, a tensor of a module that the configuration leaves out or of another rank
+    /// than it says.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join(CONFIG);
+        let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let peft: PeftConfig =
+            serde_json::from_slice(&text).with_context(|| format!("{} is not a LoRA's", path.display()))?;
+        let in_file = || format!("in {}", path.display());
+        peft.refuse_variants().with_context(in_file)?;
+        let (file, pickle) = (folder.join(ADAPTER_TENSORS), folder.join("adapter_model.bin"));
+        let tensors = Checkpoint::open(if pickle.exists() && !file.exists() { &pickle } else { &file })?;
+        let modules = modules(&tensors).with_context(|| format!("in {}", file.display()))?;
+        let mut ranks = BTreeMap::new();
+        for module in &modules {
+            peft.targets(module).with_context(in_file)?;
+            let rank = peft.rank(module).with_context(in_file)?;
+            for (half, dim) in [("lora_A", 0), ("lora_B", 1)] {
+                let name = format!("{PEFT_PREFIX}{module}.{half}.weight");
+                let (_, shape) =
+                    tensors.info(&name).with_context(|| format!("{} has no tensor `{name}`", file.display()))?;
+                ensure!(
+                    shape.len() == 2 && shape[dim] == rank.r,
+                    "{}: tensor `{name}` is {shape:?}, but r is {} in {CONFIG}",
+                    file.display(),
+                    rank.r
+                );
+            }
+            let magnitude = format!("{PEFT_PREFIX}{module}.{MAGNITUDE}");
+            let has = tensors.info(&magnitude).is_some();
+            ensure!(
+                has == peft.use_dora,
+                "{} has {} tensor `{magnitude}`, but `use_dora` is {} in {CONFIG}",
+                file.display(),
+                if has { "a" } else { "no" },
+                peft.use_dora
+            );
+            ranks.insert(module.clone(), rank);
+        }
+        let config = peft.lora_config(&ranks);
+        config.validate().with_context(in_file)?;
+        Ok(Self { path: folder.to_owned(), config, modules, base_model: peft.base_model_name_or_path })
+    }
+
+    /// What the adapter adapts. Where PEFT's file has other layers than the first ones, an expression or exclusions,
+    /// the targets are the whole paths of the modules that these come to; so are the patterns always.
+    pub fn config(&self) -> &LoraConfig {
+        &self.config
+    }
+
+    /// The model it was made for, as it was called where it was made.
+    pub fn base_model(&self) -> Option<&str> {
+        self.base_model.as_deref()
+    }
+
+    /// Compares the adapter with what `config` asks for.
+    ///
+    /// # Errors
+    /// [`AdapterError::OtherConfig`], which names the first key in which they differ, with both values.
+    pub fn expect(&self, config: &LoraConfig) -> Result<()> {
+        let at = self.path.display();
+        let (found, wanted) = (&self.config, config);
+        let same = |is_same: bool, key: &'static str, message: &dyn Fn() -> String| {
+            if is_same { Ok(()) } else { Err(AdapterError::OtherConfig { key, message: message() }) }
+        };
+        let (r, has) = (wanted.r, found.r);
+        same(has == r, "lora.r", &|| format!("lora.r is {r}, the adapter in {at} has {has}"))?;
+        let (layers, has) = (wanted.layers, found.layers);
+        same(has == layers, "lora.layers", &|| format!("lora.layers is {layers}, the adapter in {at} has {has}"))?;
+        let (scaling, has) = (wanted.scaling(), found.scaling());
+        same((has - scaling).abs() < 1e-9, "lora.lora_alpha", &|| {
+            format!("the scaling of lora is {scaling}, that of the adapter in {at} is {has}")
+        })?;
+        let sorted = |config: &LoraConfig| {
+            let mut targets = config.target_modules.clone();
+            targets.sort();
+            targets
+        };
+        let (targets, has) = (sorted(wanted), sorted(found));
+        same(has == targets, "lora.target_modules", &|| {
+            format!("lora.target_modules is {targets:?}, the adapter in {at} has {has:?}")
+        })?;
+        for module in &self.modules {
+            let (wanted, found) = (wanted.rank(module)?, found.rank(module)?);
+            same(wanted.r == found.r && (wanted.scaling - found.scaling).abs() < 1e-9, "lora.rank_pattern", &|| {
+                format!(
+                    "lora gives {module} rank {} and scaling {}, the adapter in {at} rank {} and scaling {}",
+                    wanted.r, wanted.scaling, found.r, found.scaling
+                )
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Its tensors by their names in the base model, adapters and modules saved whole alike.
+    ///
+    /// # Errors
+    /// See [`Weights::open`].
+    pub fn weights(&self, device: Device, kind: Kind) -> Result<Weights> {
+        Ok(Weights::open(&self.path.join(ADAPTER_TENSORS), device, kind)?.pp(PEFT_PREFIX.trim_end_matches('.')))
+    }
+
+    /// Attaches it as `name` to the linears of a model whose layers lie at `layers` (`model.layers`) in it, and says
+    /// how many those were; see [`attach_all`]. Modules saved whole are left to the caller, who finds them in
+    /// [`AdapterFolder::weights`].
+    ///
+    /// # Errors
+    /// Lists what does not fit: an adapter of another model.
+    pub fn attach(
+        &self,
+        name: &str,
+        layers: &str,
+        device: Device,
+        linears: impl FnOnce(&mut Visit<'_>) -> Result<()>,
+    ) -> Result<usize> {
+        let doing = || match &self.base_model {
+            Some(base) => format!("attaching the adapter {}, made for {base}", self.path.display()),
+            None => format!("attaching the adapter {}", self.path.display()),
+        };
+        let weights = self.weights(device, Kind::Float)?;
+        let attached = attach_all(name, &self.config, &weights.pp(layers), linears).with_context(doing)?;
+        weights.finish_allowing(|name| adapted_module(name).is_none()).with_context(doing)?;
+        Ok(attached)
+    }
+}
+
+/// The paths of all modules that have an adapter.
+fn modules(tensors: &Checkpoint) -> Result<Vec<String>> {
+    let mut modules = BTreeSet::new();
+    for name in tensors.names() {
+        let Some(in_base) = name.strip_prefix(PEFT_PREFIX) else {
+            bail!("tensor `{name}` does not begin with `{PEFT_PREFIX}`");
+        };
+        match adapted_module(in_base) {
+            Some(module) => drop(modules.insert(module.to_owned())),
+            None => ensure!(!in_base.contains(".lora_"), "tensor `{name}` is no part of a linear layer's LoRA or DoRA"),
+        }
+    }
+    ensure!(!modules.is_empty(), "there is no adapter: no tensor ends with .lora_A.weight");
+    Ok(modules.into_iter().collect())
+}
+
+/// Writes an adapter folder that PEFT's `from_pretrained` reads; each file is written beside its place and renamed.
+///
+/// `tensors` go by their names in the base model: `<path>.lora_A.weight`, `<path>.lora_B.weight`, DoRA's
+/// `<path>.lora_magnitude_vector`, and modules saved whole. `base_model` is where PEFT finds the base: a hub name or a
+/// folder.
+///
+/// # Errors
+/// Names a tensor whose rank is not the one that `config` gives its module, and a module that PEFT would give another.
+pub fn save_adapter(folder: &Path, config: &LoraConfig, base_model: &str, tensors: &[(String, Tensor)]) -> Result<()> {
+    config.validate()?;
+    let mut whole: BTreeSet<&str> = BTreeSet::new();
+    let mut ranks = BTreeMap::new();
+    for (name, tensor) in tensors {
+        match adapted_module(name) {
+            Some(module) => {
+                let rank = config.rank(module)?;
+                let (found, is_a) = (tensor.size(), name.ends_with("lora_A.weight"));
+                ensure!(!is_a || found[0] == rank.r, "tensor `{name}` is {found:?}, but lora.r is {} for it", rank.r);
+                ranks.insert(module.to_owned(), rank);
+            }
+            None => {
+                let (module, _) =
+                    name.rsplit_once('.').with_context(|| format!("tensor `{name}` belongs to no module"))?;
+                whole.insert(module);
+            }
+        }
+    }
+    let modules_to_save = whole.into_iter().map(str::to_owned).collect();
+    let use_dora = tensors.iter().any(|(name, _)| name.ends_with(MAGNITUDE));
+    let peft = PeftConfig::new(config, &ranks, base_model, modules_to_save, use_dora)?;
+    let tensors: Vec<(String, Tensor)> =
+        tensors.iter().map(|(name, t)| (format!("{PEFT_PREFIX}{name}"), t.shallow_clone())).collect();
+    fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    save(&folder.join(ADAPTER_TENSORS), &tensors, &[])?;
+    let json = serde_json::to_vec_pretty(&peft)?;
+    write_bytes(&folder.join(CONFIG), &json)
+}
