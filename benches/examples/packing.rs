@@ -63,7 +63,7 @@ fn main() -> Result<()> {
     )?;
     let llm = args.llm.clone();
     let student = Student::new(&config, device, kind, &move |_| Ok(llm.clone()))?;
-    let maker = SampleMaker::new(student.preparation().clone());
+    let maker = SampleMaker::new(student.preparation(&config)?);
     let samples = samples(&maker, args.samples)?;
     let longest = samples.iter().map(|sample| sample.input_ids.len()).max().unwrap_or_default();
     ensure!(longest <= args.row_len, "--row-len is {}, the longest sample has {longest} tokens", args.row_len);

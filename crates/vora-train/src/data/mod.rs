@@ -4,6 +4,7 @@ mod pictures;
 mod preparation;
 mod sources;
 
+pub use pictures::Pictures;
 pub use preparation::preparation;
 pub(crate) use preparation::{llm_folder, preparation_over};
 pub use sources::{HeldOut, held_out, training};

@@ -3,14 +3,77 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
-use vora_image::{Aspect, ImageProcessor};
+use anyhow::{Context, Result, ensure};
+use vora_image::{Aspect, IMAGENET_DEFAULT, ImageProcessor, Resample, chameleon_processor};
+use vora_llm::LlmConfig;
+use vora_model::trained::{self, VISION};
+use vora_model::{Chameleon, Resolve};
 use vora_vision::EncoderConfig;
 
 use crate::config::data::FramesOps;
-use crate::config::model::ImageAspectRatio;
+use crate::config::model::{ImageAspectRatio, ModelType, Way};
 use crate::config::run::TrainConfig;
-use vora_model::Resolve;
+
+/// What a run's model is shown of a picture.
+#[derive(Debug, Clone)]
+pub struct Pictures {
+    /// What pictures go through.
+    pub processor: ImageProcessor,
+    /// Side of the square that becomes one token of a picture, in pixels.
+    pub patch_size: i64,
+    /// The tokens before and after every picture.
+    pub(crate) image_marks: Option<(i64, i64)>,
+}
+
+impl Pictures {
+    /// Those of a run, whose LLM lies in `llm_folder`; known from the models' configs without their weights.
+    ///
+    /// # Errors
+    /// Names the key, and the file, that does not fit.
+    pub(crate) fn open(config: &TrainConfig, llm_folder: &Path, resolve: &Resolve<'_>) -> Result<Self> {
+        let section = &config.model;
+        let side = u32::try_from(section.image_size)?;
+        let llm = LlmConfig::open(llm_folder).context("model.llm")?;
+        let encoder = |name: &str| {
+            let folder = resolve(name)?;
+            let config = EncoderConfig::open(&folder)?;
+            anyhow::Ok((config.processor(&folder)?, config.patch_size()))
+        };
+        let (own, patch_size, image_marks) = match section.way()? {
+            Way::Vora { patch_size } => {
+                let processor = match &section.aux_vision {
+                    Some(teacher) => encoder(teacher).context("model.aux_vision")?.0,
+                    None => ImageProcessor::square(side, IMAGENET_DEFAULT.0, IMAGENET_DEFAULT.1, Resample::Bicubic),
+                };
+                (processor, patch_size, None)
+            }
+            Way::Llava { vision_tower } => {
+                let (processor, patch_size) = encoder(vision_tower).context("model.vision_tower")?;
+                (processor, patch_size, None)
+            }
+            Way::Chameleon { vqmodel } => {
+                let vq = vqmodel.config(section.image_size);
+                let chameleon = Chameleon::config_over(&llm, &vq).context("model.llm")?;
+                (chameleon_processor(side)?, vq.stride(), Some(Chameleon::image_marks_of(&chameleon)?))
+            }
+        };
+        let pretrained = section.pretrained.as_deref().map(resolve).transpose().context("model.pretrained")?;
+        if let Some(folder) = &pretrained {
+            if section.model_type == ModelType::Llava {
+                ensure!(
+                    trained::is_part(folder),
+                    "model.pretrained: {} has no {VISION}; it takes a run's final/",
+                    folder.display()
+                );
+            } else {
+                let file = folder.join("config.json");
+                ensure!(file.is_file(), "model.pretrained: there is no {}", file.display());
+            }
+        }
+        let processor = processor(config, &own, pretrained.as_deref(), resolve)?;
+        Ok(Self { processor, patch_size, image_marks })
+    }
+}
 
 /// The processor of a run: squares of `model.image_size`. Channels and sampling are those of the recipe's `frames_ops`,
 /// else of the model that is gone on from, else the model's `own`; what becomes of a picture that is not square, the run
@@ -18,7 +81,7 @@ use vora_model::Resolve;
 ///
 /// # Errors
 /// Names the key, and the file, that does not fit.
-pub(crate) fn processor(
+fn processor(
     config: &TrainConfig,
     own: &ImageProcessor,
     pretrained: Option<&Path>,
@@ -105,7 +168,7 @@ mod tests {
                 let key = aspect.map(|aspect| format!("model.image_aspect_ratio={aspect}"));
                 let config = config(&[&[way], key.as_deref().as_slice()].concat());
                 let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
-                let trained = see(&student.preparation().processor); // what evaluations during the run see too
+                let trained = see(&student.pictures().processor); // what evaluations during the run see too
                 assert_eq!(see(&preparation(&config, &resolve).unwrap().processor), trained);
                 let (run, merged) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
                 Snapshot::of(&student).unwrap().write(run.path()).unwrap();
@@ -137,8 +200,8 @@ mod tests {
             let config = config(&[&[from.as_str()], more].concat());
             let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
             let shown = preparation(&config, &resolve).unwrap().processor;
-            assert_eq!(shown.to_json(), student.preparation().processor.to_json());
-            student.preparation().processor.aspect()
+            assert_eq!(shown.to_json(), student.pictures().processor.to_json());
+            student.pictures().processor.aspect()
         };
         assert_eq!(aspect(&[]), Aspect::Crop);
         assert_eq!(aspect(&["model.aux_vision=null", "distill.center=false"]), Aspect::Crop);
@@ -151,7 +214,7 @@ mod tests {
         let aspect = |ops: &str| {
             let config = config(&[&format!("data.train.data_preprocess={{frames_ops: {ops}}}")]);
             let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
-            student.preparation().processor.aspect()
+            student.pictures().processor.aspect()
         };
         let transform = "HFImageTransform: {path: fixtures/tiny/dinov2}";
         assert_eq!(aspect(&format!("{{PILExpand2Square: {{}}, {transform}}}")), Aspect::Pad([0; 3]));

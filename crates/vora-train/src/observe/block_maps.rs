@@ -61,11 +61,11 @@ impl BlockMaps {
         let batch = DeviceBatch::new(&collate(samples, 0), student.device());
         let Some(features) = tch::no_grad(|| student.block_features(&batch))? else { return Ok(None) };
 
-        let patch_size = usize::try_from(student.preparation().patch_size)?;
+        let patch_size = usize::try_from(student.pictures().patch_size)?;
         let grid = [first.1 / patch_size, first.0 / patch_size].map(|side| side as u32); // columns, rows
         let of_picture = |shown: &&Shown| PictureMaps {
             name: shown.name.clone(),
-            picture: shown.seen(&student.preparation().processor),
+            picture: shown.seen(&student.pictures().processor),
             blocks: Vec::new(),
         };
         let mut pictures: Vec<PictureMaps> = chosen.iter().map(of_picture).collect();

@@ -101,7 +101,7 @@ impl Plan {
     fn open(config: &TrainConfig, options: &Options<'_>) -> Result<Size> {
         let program = memory(options.device).unwrap_or(0);
         let student = Student::new(config, options.device, config.kind(options.device)?, options.resolve)?;
-        let maker = Arc::new(SampleMaker::new(student.preparation().clone()));
+        let maker = Arc::new(SampleMaker::new(student.preparation(config)?));
         Size::count(config, &student, &data::training(config, &maker)?, program)
     }
 }

@@ -47,7 +47,7 @@ impl Snapshot {
             llm_name: student.llm_name().to_owned(),
             llm_folder: student.llm_folder().to_owned(),
             config: student.model.config_json()?,
-            preprocessor: student.preparation().processor.to_json(),
+            preprocessor: student.pictures().processor.to_json(),
             chat_template: student.chat_template().map(str::to_owned),
         })
     }

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
-use vora_data::Preparation;
 use vora_llm::LlmConfig;
 use vora_model::{Chameleon, VQMODEL, VisionLanguageModel};
 use vora_torch::safetensors::Checkpoint;
@@ -13,13 +12,14 @@ use vora_torch::weights::Weights;
 use super::Student;
 use crate::config::model::VqTraining;
 use crate::config::run::TrainConfig;
+use crate::data::Pictures;
 
 /// Opens the LLM, widens its vocabulary, and puts a new image tokenizer before it.
 pub(super) fn student(
     config: &TrainConfig,
     vqmodel: &VqTraining,
     llm_folder: PathBuf,
-    preparation: Preparation,
+    pictures: Pictures,
     device: Device,
     kind: Kind,
 ) -> Result<Student> {
@@ -37,7 +37,7 @@ pub(super) fn student(
         distill: None,
         llm_name: section.llm.clone(),
         llm_folder,
-        preparation,
+        pictures,
         chat_template: config.chat_template(),
         z_loss: section.z_loss(),
         is_whole: false,

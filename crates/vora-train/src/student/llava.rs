@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind};
-use vora_data::Preparation;
 use vora_llm::LlmConfig;
 use vora_model::{Llava, LlavaConfig, VisionLanguageModel};
 use vora_torch::weights::Weights;
@@ -14,13 +13,14 @@ use vora_model::Resolve;
 
 use super::{Student, parts};
 use crate::config::run::TrainConfig;
+use crate::data::Pictures;
 
 /// Opens LLM and encoder and puts a new projection, and adapters where asked for, between and on them.
 pub(super) fn student(
     config: &TrainConfig,
     tower: &str,
     llm_folder: PathBuf,
-    preparation: Preparation,
+    pictures: Pictures,
     device: Device,
     kind: Kind,
     resolve: &Resolve<'_>,
@@ -28,7 +28,7 @@ pub(super) fn student(
     let section = &config.model;
     let tower_folder = resolve(tower).context("model.vision_tower")?;
     let encoder = Encoder::open(&tower_folder, device, kind).context("model.vision_tower")?;
-    let patch_size = i64::try_from(preparation.patch_size)?;
+    let patch_size = pictures.patch_size;
 
     let mut llava = LlavaConfig::new(LlmConfig::open(&llm_folder)?, &tower_folder)?;
     llava.llm_name.clone_from(&section.llm);
@@ -57,7 +57,7 @@ pub(super) fn student(
         distill: None,
         llm_name: section.llm.clone(),
         llm_folder,
-        preparation,
+        pictures,
         chat_template: config.chat_template(),
         z_loss: 0.0,
         is_whole: false,

@@ -17,13 +17,13 @@ impl Student {
     /// Names the key, and the file, that does not fit.
     pub fn new(config: &TrainConfig, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Self> {
         let llm_folder = data::llm_folder(config, resolve)?;
-        let preparation = data::preparation_over(&llm_folder, config, resolve)?;
+        let pictures = data::Pictures::open(config, &llm_folder, resolve)?;
         match config.model.way()? {
-            Way::Vora { .. } => vora::student(config, llm_folder, preparation, device, kind, resolve),
+            Way::Vora { .. } => vora::student(config, llm_folder, pictures, device, kind, resolve),
             Way::Llava { vision_tower } => {
-                llava::student(config, vision_tower, llm_folder, preparation, device, kind, resolve)
+                llava::student(config, vision_tower, llm_folder, pictures, device, kind, resolve)
             }
-            Way::Chameleon { vqmodel } => chameleon::student(config, vqmodel, llm_folder, preparation, device, kind),
+            Way::Chameleon { vqmodel } => chameleon::student(config, vqmodel, llm_folder, pictures, device, kind),
         }
     }
 }

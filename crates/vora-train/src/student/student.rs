@@ -12,6 +12,8 @@ use vora_torch::weights::Weights;
 
 use super::batch::DeviceBatch;
 use super::distill::Distill;
+use crate::config::run::TrainConfig;
+use crate::data::{Pictures, preparation_over};
 
 /// Logits that exist at once while the loss is computed: 256 MiB of f32.
 pub(crate) const MAX_LOGITS: i64 = 64 << 20;
@@ -38,7 +40,7 @@ pub struct Student {
     pub distill: Option<Distill>,
     pub(super) llm_name: String,
     pub(super) llm_folder: PathBuf,
-    pub(super) preparation: Preparation,
+    pub(super) pictures: Pictures,
     pub(super) chat_template: Option<String>,
     pub(super) z_loss: f64,
     pub(super) is_whole: bool,
@@ -58,9 +60,17 @@ impl Student {
         &self.llm_folder
     }
 
-    /// What makes its input out of words and pictures.
-    pub fn preparation(&self) -> &Preparation {
-        &self.preparation
+    /// What becomes of words and pictures before it reads them; `config` is that of the run.
+    ///
+    /// # Errors
+    /// Where the LLM's folder has no tokenizer or chat template that fits it.
+    pub fn preparation(&self, config: &TrainConfig) -> Result<Preparation> {
+        preparation_over(&self.llm_folder, &self.pictures, config)
+    }
+
+    /// What it is shown of a picture.
+    pub fn pictures(&self) -> &Pictures {
+        &self.pictures
     }
 
     /// Whether what is saved is the whole model: a VoRA without adapters, all of whose weights are trained, or which goes

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
-use vora_data::Preparation;
 use vora_llm::{LlmConfig, VisionAttention};
 use vora_model::{VisionLanguageModel, Vora, VoraConfig};
 use vora_torch::weights::Weights;
@@ -17,6 +16,7 @@ use super::{Distill, Student, parts};
 use crate::config::data::DataPreprocess;
 use crate::config::model::{ModelConfig, TeacherStart};
 use crate::config::run::TrainConfig;
+use crate::data::Pictures;
 
 /// Channels of the patch embedding where nothing says otherwise, as in the published model.
 const EMBED_DIM: i64 = 1536;
@@ -25,14 +25,14 @@ const EMBED_DIM: i64 = 1536;
 pub(super) fn student(
     config: &TrainConfig,
     llm_folder: PathBuf,
-    preparation: Preparation,
+    pictures: Pictures,
     device: Device,
     kind: Kind,
     resolve: &Resolve<'_>,
 ) -> Result<Student> {
     let section = &config.model;
     let (llm, image_size) = (&section.llm, section.image_size);
-    let patch_size = i64::try_from(preparation.patch_size)?;
+    let patch_size = pictures.patch_size;
     let teacher_folder = section.aux_vision.as_deref().map(resolve).transpose().context("model.aux_vision")?;
     let open_teacher = |folder: &PathBuf| Teacher::open(folder, device, kind).context("model.aux_vision");
     let teacher = teacher_folder.as_ref().map(open_teacher).transpose()?;
@@ -126,7 +126,7 @@ pub(super) fn student(
         distill,
         llm_name: llm.clone(),
         llm_folder,
-        preparation,
+        pictures,
         chat_template: config.chat_template(),
         z_loss: 0.0,
         is_whole: lora.is_none(),

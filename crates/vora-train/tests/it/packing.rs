@@ -74,7 +74,7 @@ fn packed_rows_have_the_loss_and_the_gradient_of_rows_with_one_sample() {
     for (number, system) in SYSTEMS.iter().enumerate() {
         let config = config(&[system, "bf16=false"]);
         let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
-        let samples = samples(&SampleMaker::new(student.preparation().clone()));
+        let samples = samples(&SampleMaker::new(student.preparation(&config).unwrap()));
         // Without the student's weights they are the same.
         let preparation = data::preparation(&config, &resolve).unwrap();
         assert_eq!(self::samples(&SampleMaker::new(preparation)), samples);
@@ -104,7 +104,7 @@ fn packed_rows_have_the_loss_and_the_gradient_of_rows_with_one_sample() {
 fn a_chameleon_reads_and_writes_the_tokens_of_its_pictures() {
     let config = config(&[&SYSTEMS[2].replace("image_size: 56", "image_size: 56, z_loss: 0")]);
     let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
-    let batch = collate(samples(&SampleMaker::new(student.preparation().clone())), 0);
+    let batch = collate(samples(&SampleMaker::new(student.preparation(&config).unwrap())), 0);
     let batch = DeviceBatch::new(&batch, Device::Cpu);
     let found = tch::no_grad(|| student.losses(&batch, DropoutSeed::new(0)).unwrap().lm_sum);
 

@@ -82,7 +82,7 @@ impl Trainer {
 
         let (program, kind) = (memory(options.device).unwrap_or(0), config.kind(options.device)?);
         let mut student = Student::new(&config, options.device, kind, options.resolve)?;
-        let maker = Arc::new(SampleMaker::new(student.preparation().clone()));
+        let maker = Arc::new(SampleMaker::new(student.preparation(&config)?));
         let training = data::training(&config, &maker)?;
         let held_out = data::held_out(&config, &maker)?;
         size::warn_if_short(&config, &student, &training, program);
@@ -230,11 +230,7 @@ impl Trainer {
         }
         self.results().save(self.run.path())?;
         let shown = samples::choose(&self.held_out, SAMPLES);
-        samples::write(
-            &self.run.path().join(vora_run::samples::FOLDER),
-            &shown,
-            &self.student.preparation().processor,
-        )?;
+        samples::write(&self.run.path().join(vora_run::samples::FOLDER), &shown, &self.student.pictures().processor)?;
         if self.loader.num_skipped() > 0 {
             tracing::warn!(
                 "{} bad records were left out, {} of them as not even their first answer fits into max_seq_len",
@@ -335,7 +331,7 @@ impl Trainer {
         if let Some(board) = &mut self.board {
             let batch_size = self.config.per_device_eval_batch_size;
             let answers = samples::answers(&self.student, &self.tokenizer, shown, batch_size)?;
-            board.samples(self.step, shown, &answers, &self.student.preparation().processor)?;
+            board.samples(self.step, shown, &answers, &self.student.pictures().processor)?;
             if let Some(maps) = &maps {
                 board.block_maps(self.step, maps)?;
             }
