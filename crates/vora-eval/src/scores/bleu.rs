@@ -1,10 +1,7 @@
 //! BLEU of a set of captions (Papineni et al. 2002), as `pycocoevalcap` computes it.
 
 use super::TokenizedCaption;
-use super::ngrams::{Counts, count};
-
-/// The longest n-grams that are counted.
-pub const MAX_ORDER: usize = 4;
+use super::ngrams::{Counts, MAX_ORDER, count};
 
 /// Of a set: BLEU-1, BLEU-2, BLEU-3 and BLEU-4; zeros of an empty one.
 ///
@@ -43,7 +40,7 @@ pub fn bleu(captions: &[TokenizedCaption]) -> [f64; MAX_ORDER] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scores::{assert_near, golden_captions};
+    use crate::scores::golden::{assert_near, golden_captions};
 
     #[test]
     fn matches_pycocoevalcap() {

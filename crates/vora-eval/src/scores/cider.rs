@@ -60,7 +60,7 @@ fn similarity(candidate: &Counts<'_>, reference: &Counts<'_>, idf: &impl Fn(&[&s
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scores::{assert_near, golden_captions};
+    use crate::scores::golden::{assert_near, golden_captions};
 
     #[test]
     fn matches_pycocoevalcap() {

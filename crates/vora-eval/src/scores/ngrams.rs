@@ -2,11 +2,14 @@
 
 use std::collections::HashMap;
 
+/// The longest n-grams that are counted.
+pub const MAX_ORDER: usize = 4;
+
 /// How often each run of so many words comes.
 pub(super) type Ngrams<'a> = HashMap<Vec<&'a str>, u64>;
 
-/// The n-grams of 1 to [`MAX_ORDER`](super::MAX_ORDER) words, by their length less one.
-pub(super) type Counts<'a> = [Ngrams<'a>; super::MAX_ORDER];
+/// The n-grams of 1 to [`MAX_ORDER`] words, by their length less one.
+pub(super) type Counts<'a> = [Ngrams<'a>; MAX_ORDER];
 
 /// Counts the n-grams of words with white space between them.
 pub(super) fn count(sentence: &str) -> Counts<'_> {

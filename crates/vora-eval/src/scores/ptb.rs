@@ -158,7 +158,7 @@ fn split_word(word: &str, tokens: &mut Vec<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scores::golden;
+    use crate::scores::golden::golden;
 
     #[test]
     fn words_are_those_of_the_java_program() {

@@ -41,7 +41,7 @@ fn longest_common_subsequence(a: &[&str], b: &[&str]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scores::{assert_near, golden_captions};
+    use crate::scores::golden::{assert_near, golden_captions};
 
     #[test]
     fn matches_pycocoevalcap() {

@@ -106,7 +106,7 @@ fn without_punctuation(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scores::{assert_near, golden};
+    use crate::scores::golden::{assert_near, golden};
 
     #[test]
     fn answers_are_normalised_as_in_lmms_eval() {

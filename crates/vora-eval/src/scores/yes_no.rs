@@ -47,7 +47,7 @@ impl YesNo {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scores::{assert_near, golden};
+    use crate::scores::golden::{assert_near, golden};
 
     #[test]
     fn matches_reference() {

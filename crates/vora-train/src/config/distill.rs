@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::step::schedule::Ramp;
@@ -63,6 +64,23 @@ pub struct WeightSchedule {
 }
 
 impl DistillConfig {
+    /// Checks what the types leave open.
+    ///
+    /// # Errors
+    /// Names the key.
+    pub(crate) fn validate(&self) -> Result<()> {
+        let end = self.weight_schedule.as_ref().map_or(0.0, |schedule| schedule.end);
+        for (key, value) in [("distill.weight", self.weight), ("distill.weight_schedule.end", end)] {
+            ensure!(value >= 0.0 && value.is_finite(), "{key} is {value}, it must be 0 or more");
+        }
+        ensure!(
+            self.blocks.as_ref().is_none_or(|blocks| !blocks.is_empty()),
+            "distill.blocks is empty; leave it out, or leave model.aux_vision out to train without a teacher"
+        );
+        ensure!(self.mean_over >= 2, "distill.mean_over is {}, it must be at least 2", self.mean_over);
+        Ok(())
+    }
+
     /// The weight for the step that follows `steps_done` steps, in a run of `max_steps`.
     pub fn weight_at(&self, steps_done: u64, max_steps: u64) -> f64 {
         self.weight_schedule.as_ref().map_or(self.weight, |WeightSchedule { ramp, end, steps }| {

@@ -265,8 +265,6 @@ impl TrainConfig {
             ("learning_rate", self.learning_rate),
             ("weight_decay", self.weight_decay),
             ("max_grad_norm", self.max_grad_norm),
-            ("distill.weight", self.distill.weight),
-            ("distill.weight_schedule.end", self.distill.weight_schedule.as_ref().map_or(0.0, |way| way.end)),
             ("num_train_epochs", self.num_train_epochs),
         ];
         for (key, value) in not_negative {
@@ -276,26 +274,14 @@ impl TrainConfig {
             ("adam_beta1", self.adam_beta1),
             ("adam_beta2", self.adam_beta2),
             ("warmup_ratio", self.warmup_ratio),
-            ("lr_scheduler_kwargs.min_lr_rate", self.lr_scheduler_kwargs.min_lr_rate),
-            ("lr_scheduler_kwargs.min_lr_ratio", self.lr_scheduler_kwargs.min_lr_ratio.unwrap_or(0.0)),
             ("ema_decay", self.ema_decay.unwrap_or(0.0)),
         ];
         for (key, value) in shares {
             ensure!((0.0..1.0).contains(&value), "{key} is {value}, it must be at least 0 and below 1");
         }
-        ensure!(
-            self.lr_scheduler_type != Curve::WarmupStableDecay || self.lr_scheduler_kwargs.num_decay_steps.is_some(),
-            "lr_scheduler_type is warmup_stable_decay, but lr_scheduler_kwargs.num_decay_steps is missing"
-        );
-        ensure!(
-            self.lr_scheduler_kwargs.timescale != Some(0),
-            "lr_scheduler_kwargs.timescale is 0, it must be at least 1"
-        );
+        self.lr_scheduler_kwargs.validate(self.lr_scheduler_type)?;
         ensure!(!(self.fp16 && self.bf16 == Some(true)), "bf16 and fp16 are both true, a run computes in one of them");
-        ensure!(
-            self.distill.blocks.as_ref().is_none_or(|blocks| !blocks.is_empty()),
-            "distill.blocks is empty; leave it out, or leave model.aux_vision out to train without a teacher"
-        );
+        self.distill.validate()?;
         ensure!(self.adam_epsilon > 0.0, "adam_epsilon is {}, it must be above 0", self.adam_epsilon);
         ensure!(
             self.max_steps == -1 || self.max_steps > 0,
@@ -308,7 +294,6 @@ impl TrainConfig {
             self.model.model_type != ModelType::Vora || self.model.aux_vision.is_some() || !self.distill.center,
             "distill.center is true, but model.aux_vision names no teacher"
         );
-        ensure!(self.distill.mean_over >= 2, "distill.mean_over is {}, it must be at least 2", self.distill.mean_over);
         self.data.validate(self.model.image_size)?;
         ensure!(
             self.max_steps > 0 || self.data.train.scenes.is_none(),

@@ -1,5 +1,6 @@
 //! The learning rate as a function of the step, as HF transformers' schedules give it.
 
+use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 /// The curves by their names in HF's `lr_scheduler_type`.
@@ -75,6 +76,23 @@ pub struct SchedulerKwargs {
 }
 
 impl SchedulerKwargs {
+    /// Checks what the types leave open, for a schedule of this curve.
+    ///
+    /// # Errors
+    /// Names the key.
+    pub(crate) fn validate(&self, curve: Curve) -> Result<()> {
+        for (key, value) in [("min_lr_rate", self.min_lr_rate), ("min_lr_ratio", self.min_lr_ratio.unwrap_or(0.0))] {
+            let is_share = (0.0..1.0).contains(&value);
+            ensure!(is_share, "lr_scheduler_kwargs.{key} is {value}, it must be at least 0 and below 1");
+        }
+        ensure!(
+            curve != Curve::WarmupStableDecay || self.num_decay_steps.is_some(),
+            "lr_scheduler_type is warmup_stable_decay, but lr_scheduler_kwargs.num_decay_steps is missing"
+        );
+        ensure!(self.timescale != Some(0), "lr_scheduler_kwargs.timescale is 0, it must be at least 1");
+        Ok(())
+    }
+
     /// Those that are given and that `curve` does not read.
     pub fn without_effect(&self, curve: Curve) -> Vec<&'static str> {
         let all = [
