@@ -31,6 +31,9 @@ pub struct PictureLayout {
 }
 
 /// The steps after which a run has maps, ascending.
+///
+/// # Errors
+/// Where the folder cannot be listed.
 pub fn steps(run: &Path) -> Result<Vec<u64>> {
     let folder = run.join(FOLDER);
     if !folder.exists() {

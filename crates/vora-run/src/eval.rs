@@ -26,12 +26,18 @@ pub struct EvalReport(pub BTreeMap<String, BTreeMap<String, Score>>);
 
 impl EvalReport {
     /// Writes `eval.json`.
+    ///
+    /// # Errors
+    /// Where the file cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
         let text = serde_json::to_string_pretty(self)?;
         vora_files::write_bytes(path, text.as_bytes())
     }
 
     /// Reads `eval.json`.
+    ///
+    /// # Errors
+    /// Where the file cannot be read or is no report.
     pub fn open(path: &Path) -> Result<Self> {
         let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         serde_json::from_slice(&text).with_context(|| format!("{} is not a report", path.display()))

@@ -127,6 +127,9 @@ pub struct MetricsLog {
 impl MetricsLog {
     /// Opens the log of a run that goes on after `step` (0: from its start). Lines of later steps, which the run will
     /// write again, and a line that a crash left half written are cut off.
+    ///
+    /// # Errors
+    /// Where the file cannot be opened, read or cut.
     pub fn open(path: &Path, step: u64) -> Result<Self> {
         let what = || format!("cannot open {}", path.display());
         let mut options = OpenOptions::new();
@@ -145,6 +148,9 @@ impl MetricsLog {
     }
 
     /// Writes one line.
+    ///
+    /// # Errors
+    /// Where the file cannot be written.
     pub fn write(&mut self, line: &Line) -> Result<()> {
         let mut text = serde_json::to_string(line)?;
         text.push('\n');
@@ -152,6 +158,9 @@ impl MetricsLog {
     }
 
     /// All lines of a log.
+    ///
+    /// # Errors
+    /// Where the file cannot be read, and the number of the first line that is none of a log.
     pub fn read(path: &Path) -> Result<Vec<Line>> {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let line = |(i, text)| {

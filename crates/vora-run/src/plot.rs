@@ -56,6 +56,9 @@ struct Accuracy {
 
 /// Draws a run into `path`: a panel for the language loss, one for the cosine loss, one for the accuracies, each only
 /// where the run has such numbers.
+///
+/// # Errors
+/// Where the file cannot be written.
 pub fn draw(path: &Path, title: &str, lines: &[Line]) -> Result<()> {
     let panels = panels(lines);
     if panels.is_empty() {
@@ -68,6 +71,9 @@ pub fn draw(path: &Path, title: &str, lines: &[Line]) -> Result<()> {
 }
 
 /// Everything that a run measured, as SVG, a chart each.
+///
+/// # Errors
+/// Where a chart cannot be drawn.
 pub fn charts(lines: &[Line]) -> Result<Vec<String>> {
     let chart = |panel: Panel| {
         let (mut svg, name) = (String::new(), panel.0);

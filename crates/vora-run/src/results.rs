@@ -31,6 +31,9 @@ pub struct TrainResults {
 
 impl TrainResults {
     /// Writes the file into a run folder.
+    ///
+    /// # Errors
+    /// Where the file cannot be written.
     pub fn save(&self, run: &Path) -> Result<()> {
         write_bytes(&run.join("train_results.json"), serde_json::to_string_pretty(self)?.as_bytes())
     }

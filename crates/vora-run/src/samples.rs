@@ -40,6 +40,9 @@ pub fn write(folder: &Path, questions: &[Question]) -> Result<()> {
 }
 
 /// Reads the `questions.jsonl` of a folder.
+///
+/// # Errors
+/// Where the file cannot be read, and the number of the first line that is no question.
 pub fn read(folder: &Path) -> Result<Vec<Question>> {
     let path = folder.join(QUESTIONS);
     let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;

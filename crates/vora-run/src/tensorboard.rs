@@ -26,6 +26,9 @@ impl EventWriter {
     ///
     /// At 0 the event files that lie there are of a run that is written over, and removed. A later one makes readers
     /// drop what earlier files have of the steps from `step` on: the caller writes that step's values again.
+    ///
+    /// # Errors
+    /// Where an old file cannot be removed or the new one not be written.
     pub fn open(run: &Path, step: u64) -> Result<Self> {
         if step == 0 {
             for path in files(run)? {
@@ -50,6 +53,9 @@ impl EventWriter {
     }
 
     /// Numbers of a step, each by its tag.
+    ///
+    /// # Errors
+    /// Where the file cannot be written.
     pub fn scalars(&mut self, step: u64, values: &[(String, f64)]) -> Result<()> {
         let value = |(tag, number): &(String, f64)| Value {
             tag: tag.clone(),
@@ -60,6 +66,9 @@ impl EventWriter {
     }
 
     /// A picture.
+    ///
+    /// # Errors
+    /// Where the picture cannot be encoded or the file not be written.
     pub fn image(&mut self, step: u64, tag: &str, image: &RgbImage) -> Result<()> {
         let mut png = std::io::Cursor::new(Vec::new());
         image.write_to(&mut png, image::ImageFormat::Png).with_context(|| format!("encoding {tag}"))?;
@@ -73,6 +82,9 @@ impl EventWriter {
     }
 
     /// A text in Markdown.
+    ///
+    /// # Errors
+    /// Where the file cannot be written.
     pub fn text(&mut self, step: u64, tag: &str, text: &str) -> Result<()> {
         let metadata = Metadata { plugin_data: Some(PluginData { plugin_name: "text".to_owned() }) };
         let tensor = TensorProto {

@@ -212,6 +212,9 @@ fn steps() -> Strategy {
 
 impl TrainConfig {
     /// Reads and validates a run file, with `key.key=value` overrides applied to it.
+    ///
+    /// # Errors
+    /// Names the file, and the line or the override that is wrong.
     pub fn open(path: &Path, overrides: &[String]) -> Result<Self> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read {}; --config takes a run file in YAML", path.display()))?;
@@ -219,6 +222,9 @@ impl TrainConfig {
     }
 
     /// As [`Self::open`], from text. Errors in the text carry line and column; one in an override names it.
+    ///
+    /// # Errors
+    /// Names the key, with the line or the override that it is in.
     pub fn parse(text: &str, overrides: &[String]) -> Result<Self> {
         let as_written = from_yaml::<Self>(text);
         let mut config = if overrides.is_empty() { as_written? } else { overridden(text, as_written, overrides)? };
@@ -239,11 +245,17 @@ impl TrainConfig {
     }
 
     /// The run file with everything in it that was left to defaults.
+    ///
+    /// # Errors
+    /// Where a value cannot be written as YAML.
     pub fn to_yaml(&self) -> Result<String> {
         Ok(serde_saphyr::to_string(self)?)
     }
 
-    /// Checks what the types leave open; the error names the key.
+    /// Checks what the types leave open.
+    ///
+    /// # Errors
+    /// Names the key.
     pub fn validate(&self) -> Result<()> {
         let at_least_one = [
             ("per_device_train_batch_size", self.per_device_train_batch_size as i64),
@@ -449,6 +461,9 @@ impl TrainConfig {
     }
 
     /// Keys whose values differ between two runs.
+    ///
+    /// # Errors
+    /// Where a value cannot be written as JSON.
     pub fn differences(&self, other: &Self) -> Result<Vec<Difference>> {
         let mut found = Vec::new();
         compare("", &serde_json::to_value(self)?, &serde_json::to_value(other)?, &mut found);

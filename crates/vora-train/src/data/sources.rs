@@ -20,6 +20,9 @@ pub struct HeldOut {
 }
 
 /// What is learned from.
+///
+/// # Errors
+/// Names the file or folder that cannot be read, or the weight that is wrong.
 pub fn training(config: &TrainConfig, maker: &Arc<SampleMaker>) -> Result<Arc<dyn Source>> {
     let train = &config.data.train;
     let procedural = || scenes(train.scenes.clone().unwrap_or_default(), Split::Train, maker);
@@ -39,6 +42,9 @@ pub fn training(config: &TrainConfig, maker: &Arc<SampleMaker>) -> Result<Arc<dy
 }
 
 /// What is asked afterwards, in the order of the splits' names.
+///
+/// # Errors
+/// Names the split, and the file or folder that cannot be read.
 pub fn held_out(config: &TrainConfig, maker: &Arc<SampleMaker>) -> Result<Vec<HeldOut>> {
     let mut splits = Vec::new();
     for (name, eval) in &config.data.eval {

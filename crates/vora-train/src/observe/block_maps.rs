@@ -53,6 +53,9 @@ struct BlockMap {
 
 impl BlockMaps {
     /// Runs the first pictures that are of one size through student and teacher; none without a teacher or a picture.
+    ///
+    /// # Errors
+    /// Where the pictures do not fit the model or the teacher.
     pub fn measure(student: &Student, shown: &[Shown]) -> Result<Option<Self>> {
         let size = |shown: &&Shown| (shown.picture().height, shown.picture().width);
         let Some(first) = shown.first().as_ref().map(size) else { return Ok(None) };
@@ -134,6 +137,9 @@ impl BlockMaps {
     }
 
     /// Writes `step-N.png` and `step-N.json` into a run's folder of maps.
+    ///
+    /// # Errors
+    /// Where the folder or a file cannot be written.
     pub fn save(&self, run: &Path, step: u64) -> Result<()> {
         let folder = run.join(FOLDER);
         std::fs::create_dir_all(&folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;

@@ -77,6 +77,9 @@ pub fn choose(splits: &[HeldOut], count: u64) -> Vec<Shown> {
 }
 
 /// Writes pictures, as the model sees them, and `questions.jsonl` with the question about each.
+///
+/// # Errors
+/// Where the folder or a file cannot be written.
 pub fn write(folder: &Path, shown: &[Shown], processor: &ImageProcessor) -> Result<()> {
     std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
     let mut questions = Vec::new();
@@ -93,6 +96,9 @@ pub fn write(folder: &Path, shown: &[Shown], processor: &ImageProcessor) -> Resu
 /// What the model answers, as far as one pass with the right answers shows it: greedy decoding gives the right tokens up
 /// to the first that is not the likeliest, and then the one that is; where it does not end the answer, ` …` stands
 /// for what would follow.
+///
+/// # Errors
+/// Where a picture does not fit the model, or a token is none of the tokenizer's.
 pub fn answers(student: &Student, tokenizer: &Tokenizer, shown: &[Shown], batch_size: usize) -> Result<Vec<String>> {
     let mut answers = Vec::new();
     for chunk in shown.chunks(batch_size) {

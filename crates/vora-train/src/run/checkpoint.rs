@@ -58,12 +58,18 @@ impl TrainerState {
     const FILE: &str = "trainer_state.json";
 
     /// Writes `trainer_state.json` into a checkpoint.
+    ///
+    /// # Errors
+    /// Where the file cannot be written.
     pub fn save(&self, folder: &Path) -> Result<()> {
         let text = serde_json::to_string_pretty(self)?;
         write_bytes(&folder.join(Self::FILE), text.as_bytes())
     }
 
     /// Reads `trainer_state.json` of a checkpoint.
+    ///
+    /// # Errors
+    /// Where the file cannot be read or is not what a trainer writes.
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join(Self::FILE);
         let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -92,6 +98,9 @@ pub struct RunFolder {
 
 impl RunFolder {
     /// Makes the folder where it is missing and locks it; leftovers of a save that was cut short are removed.
+    ///
+    /// # Errors
+    /// Where another process has the folder, or it cannot be made.
     pub fn lock(path: &Path) -> Result<Self> {
         let what = || format!("cannot use the run folder {}", path.display());
         fs::create_dir_all(path.join("checkpoints")).with_context(what)?;
@@ -126,6 +135,9 @@ impl RunFolder {
     }
 
     /// Removes what the last run left here: a new run takes the folder. Files that no run writes stay.
+    ///
+    /// # Errors
+    /// Names what cannot be removed.
     pub fn clear(&self) -> Result<()> {
         let folders = list(&self.path)?.into_iter().map(|(_, folder)| folder);
         let of_the_run = RESULTS.iter().map(|name| self.path.join(name));
@@ -153,6 +165,9 @@ impl RunFolder {
     /// Writes `checkpoints/step-N`: `write` fills a folder beside that place, which is checksummed, synced and
     /// renamed. Then all but those that `keep` names are removed. On an error nothing of it is left, and the
     /// checkpoints before it are as they were.
+    ///
+    /// # Errors
+    /// That of `write`, or of the disk.
     pub fn save(&self, step: u64, keep: Keep, write: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
         let folder = self.checkpoint(step);
         replace_folder(&folder, write)?;
@@ -167,6 +182,9 @@ impl RunFolder {
     }
 
     /// Writes a folder of the run, as [`Self::save`] writes a checkpoint.
+    ///
+    /// # Errors
+    /// That of `write`, or of the disk.
     pub fn save_folder(&self, name: &str, write: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
         let folder = self.path.join(name);
         replace_folder(&folder, write)?;
@@ -217,11 +235,17 @@ impl Saver {
     }
 
     /// The folder of a save that has come to its end since the last call, and its error.
+    ///
+    /// # Errors
+    /// That of the save.
     pub fn written(&mut self) -> Result<Option<PathBuf>> {
         if self.writing.as_ref().is_some_and(JoinHandle::is_finished) { self.wait() } else { Ok(None) }
     }
 
     /// As [`Self::written`], but waits for a save that is not through.
+    ///
+    /// # Errors
+    /// That of the save.
     pub fn wait(&mut self) -> Result<Option<PathBuf>> {
         let Some(writing) = self.writing.take() else { return Ok(None) };
         let written = writing.join().map_err(|_| anyhow!("the thread that writes a checkpoint panicked"))?;
@@ -269,7 +293,10 @@ fn name_of(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// Compares every file of a checkpoint with its checksum; the error names the first that differs.
+/// Compares every file of a checkpoint with its checksum.
+///
+/// # Errors
+/// Names the first file that differs.
 pub fn verify(folder: &Path) -> Result<()> {
     let listed = checksums::verify(folder)?;
     ensure!(
@@ -281,6 +308,9 @@ pub fn verify(folder: &Path) -> Result<()> {
 }
 
 /// The checkpoints of a run by step, oldest first, unverified.
+///
+/// # Errors
+/// Where the folder cannot be listed.
 pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let folder = run.join("checkpoints");
     if !folder.exists() {
@@ -300,7 +330,10 @@ pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
 
 /// The last checkpoint whose files are all as they were written; none in a run that has saved none.
 ///
-/// A damaged one is logged with what is wrong, and the one before it is taken; if all are damaged, that is the error.
+/// A damaged one is logged with what is wrong, and the one before it is taken.
+///
+/// # Errors
+/// Where every checkpoint is damaged: what is wrong with the last.
 pub fn latest(run: &Path) -> Result<Option<PathBuf>> {
     let mut damage = None;
     for (_, folder) in list(run)?.into_iter().rev() {

@@ -34,6 +34,9 @@ pub struct Snapshot {
 
 impl Snapshot {
     /// Copies what `student` has by now.
+    ///
+    /// # Errors
+    /// Where the model's config cannot be said in JSON.
     pub fn of(student: &Student) -> Result<Self> {
         let Parts { adapter, llm, vision, whole } = parts_of(student)?;
         Ok(Self {
@@ -53,6 +56,9 @@ impl Snapshot {
     }
 
     /// Writes it into `folder`, with `config.json`, `preprocessor_config.json` and the tokenizer.
+    ///
+    /// # Errors
+    /// Where a file cannot be read from the LLM's folder or not be written.
     pub fn write(&self, folder: &Path) -> Result<()> {
         if let Some(lora) = &self.lora {
             save_adapter(folder, lora, &self.llm_name, &self.parts.adapter)?;

@@ -51,6 +51,9 @@ impl Ema {
     }
 
     /// Takes back what [`Self::state`] gave.
+    ///
+    /// # Errors
+    /// Where a tensor is missing or has another shape.
     pub fn load_state(&mut self, saved: &Checkpoint) -> Result<()> {
         for (name, average) in &mut self.averages {
             let saved = saved.tensor(name)?;

@@ -90,6 +90,9 @@ impl Distill {
     }
 
     /// Measures what is always the same in the teacher's features, over pictures `[n, 3, height, width]`.
+    ///
+    /// # Errors
+    /// See [`TeacherMean::measure`].
     pub fn measure_mean(&mut self, pictures: &[Tensor], center: bool) -> Result<()> {
         let features = |batch: &Tensor| Ok(self.features(batch));
         self.mean = Some(tch::no_grad(|| TeacherMean::measure(pictures, center, features))?);

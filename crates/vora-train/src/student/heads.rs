@@ -29,6 +29,9 @@ pub struct DistillHeads {
 impl DistillHeads {
     /// Heads for these pairs of the student's and the teacher's blocks, in rising order of the student's; all computed
     /// in f32. `aux_layer_i` belongs to the student's block `i`.
+    ///
+    /// # Errors
+    /// Where a weight is missing or has another shape.
     pub fn load(
         blocks: Vec<(usize, usize)>,
         hidden_size: i64,
@@ -108,6 +111,9 @@ pub struct TeacherMean {
 impl TeacherMean {
     /// Measures over `pictures`, batches of pixel values all of one size; `features` gives each block's
     /// `[batch, patches, teacher_hidden]`. With `center` the mean is kept, and the baseline is that of what is left.
+    ///
+    /// # Errors
+    /// Where there are less than two pictures, or `features` fails.
     pub fn measure(
         pictures: &[Tensor],
         center: bool,
@@ -163,6 +169,9 @@ impl TeacherMean {
     }
 
     /// Takes back what [`Self::state`] gave.
+    ///
+    /// # Errors
+    /// Where a tensor is missing.
     pub fn load(saved: &Checkpoint, device: tch::Device) -> Result<Self> {
         let blocks = saved.names().filter(|name| name.starts_with("mean.")).count();
         let mean = |block| Ok(saved.tensor(&format!("mean.{block}"))?.to_device(device));

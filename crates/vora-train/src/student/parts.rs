@@ -23,12 +23,18 @@ pub(crate) fn parts_of(student: &Student) -> Result<Parts> {
 }
 
 /// Reads everything trained from `folder` back into a student made by the same configuration.
+///
+/// # Errors
+/// Where a tensor is missing, has another shape, or is of no use.
 pub fn read(student: &Student, folder: &Path) -> Result<()> {
     trained::expect(folder, student.model.lora())?;
     parts_of(student)?.fill_from(folder)
 }
 
 /// Starts what sees from what another run trained, in `folder`, its `final/`: LLaVA's second stage from its first.
+///
+/// # Errors
+/// Where a tensor is missing, has another shape, or is of no use.
 pub fn start_from(student: &Student, folder: &Path) -> Result<()> {
     let Parts { vision, .. } = Parts::of(student.parameters(), student.model.llm_prefix());
     Parts { vision, ..Parts::default() }.fill_from(folder)

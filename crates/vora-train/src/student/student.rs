@@ -134,6 +134,9 @@ impl Student {
 
     /// One forward pass: both losses, as sums and means that micro-batches can be put together from. `seed` decides what
     /// the LLM's dropout drops, where its config has one.
+    ///
+    /// # Errors
+    /// Where the batch does not fit the model.
     pub fn losses(&self, batch: &DeviceBatch, seed: DropoutSeed) -> Result<Losses<'_>> {
         let distill = self.distill.as_ref().filter(|_| batch.num_image_tokens() > 0);
         let hidden_layers = distill.map_or(0, |distill| distill.heads().hidden_layers());
@@ -160,6 +163,9 @@ impl Student {
 
     /// Per block what the teacher has at the image tokens and what the head makes of them there, each
     /// `[image tokens, teacher_hidden]` in f32; none without a teacher or a picture.
+    ///
+    /// # Errors
+    /// Where the batch does not fit the model.
     pub fn block_features(&self, batch: &DeviceBatch) -> Result<Option<Vec<(Tensor, Tensor)>>> {
         let Some(distill) = self.distill.as_ref().filter(|_| batch.num_image_tokens() > 0) else { return Ok(None) };
         let output = self.model.forward(&batch.input, distill.heads().hidden_layers())?;
@@ -168,6 +174,9 @@ impl Student {
     }
 
     /// Logits at the supervised places, `[n, vocab]`, for evaluation.
+    ///
+    /// # Errors
+    /// Where the batch does not fit the model.
     pub fn answer_logits(&self, batch: &DeviceBatch) -> Result<Tensor> {
         let output = self.model.forward(&batch.input, 0)?;
         let hidden = output.last_hidden_state.flatten(0, 1).index_select(0, &batch.positions);

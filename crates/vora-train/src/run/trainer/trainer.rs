@@ -152,6 +152,9 @@ impl Trainer {
 
     /// The whole run: steps, evaluations and checkpoints until `max_steps`, then `final/`, `eval.json`, `samples/`,
     /// `block_maps/` and `loss.svg`.
+    ///
+    /// # Errors
+    /// As [`Trainer::train_step`], and where a file of the run cannot be written.
     pub fn train(&mut self, progress: &mut dyn Progress) -> Result<Outcome> {
         if self.step == 0 {
             vq::train(&self.student, &self.config, &*self.training, &self.stop, progress)?;
@@ -188,6 +191,9 @@ impl Trainer {
     }
 
     /// Asks about every held-out split, seeing and blind; none where the run was told to stop meanwhile.
+    ///
+    /// # Errors
+    /// Where held-out data cannot be read or does not fit the model.
     pub fn evaluate(&self, progress: &mut dyn Progress) -> Result<Option<EvalReport>> {
         evaluate(
             &self.student,
@@ -210,6 +216,9 @@ impl Trainer {
     }
 
     /// Writes a checkpoint and waits until it is whole.
+    ///
+    /// # Errors
+    /// Where the checkpoint cannot be written.
     pub fn save(&mut self, progress: &mut dyn Progress) -> Result<()> {
         self.begin_save(progress)?;
         self.wait_for_save(progress)

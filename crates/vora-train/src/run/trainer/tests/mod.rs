@@ -100,8 +100,6 @@ impl Progress for StopAfter {
     fn saved(&mut self, _: &Path) {}
 }
 
-/// What a run learns from, what it shows of held-out records, and what is shown of a run that is not there: the same.
-
 fn annotations(folder: &Path) -> String {
     for (name, side) in [("a.png", 40), ("b.png", 90)] {
         let picture = vora_image::RgbImage::from_fn(side, 50, |x, y| [(x * 2) as u8, (y * 5) as u8, 90].into());

@@ -2,6 +2,7 @@
 
 use super::*;
 
+/// What a run learns from, what it shows of held-out records, and what is shown of a run that is not there: the same.
 #[test]
 fn one_preparation_serves_training_samples_and_show() {
     let folder = tempfile::tempdir().unwrap();
