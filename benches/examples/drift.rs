@@ -24,10 +24,10 @@ use tch::{Device, Kind, Reduction, Tensor};
 use vora_data::scenes::{QuestionKind, Scenes, ScenesConfig, Split};
 use vora_llm::{AttentionPlan, CausalLm, LlmConfig, Output, VisionAttention};
 use vora_text::Spans;
-use vora_torch::loss::cross_entropy_and_z_loss;
+use vora_torch::nn::loss::cross_entropy_and_z_loss;
 use vora_torch::runtime;
 use vora_torch::weights::Weights;
-use vora_train::step::optim::{LearningRates, OptimConfig, Optimizer};
+use vora_train::step::optim::{LearningRates, OptimConfig, optimizer};
 use vora_train::step::schedule::{Curve, Schedule, SchedulerKwargs};
 
 const PATCH: u32 = 7;
@@ -240,7 +240,7 @@ fn train(variant: Variant, args: &Args, batches: &[Batch], device: Device, metri
         weight_decay: 0.1,
         max_grad_norm: 1.0,
     };
-    let mut optimizer = Optimizer::new(parameters, optim)?;
+    let mut optimizer = optimizer(parameters, &optim)?;
     let max_steps = batches.len() as u64;
     let schedule = Schedule {
         curve: Curve::ConstantWithWarmup,

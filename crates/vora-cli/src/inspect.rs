@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use comfy_table::{Table, presets};
-use vora_torch::safetensors::Checkpoint;
+use vora_torch::checkpoint::Checkpoint;
 
 /// Show a checkpoint's tensors, adapters and parameter counts.
 #[derive(Debug, clap::Args)]

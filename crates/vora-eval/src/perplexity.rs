@@ -5,7 +5,7 @@ use serde::Serialize;
 use tch::Tensor;
 use vora_llm::{AttentionPlan, CausalLm, VisionAttention};
 use vora_text::Spans;
-use vora_torch::loss::cross_entropy;
+use vora_torch::nn::loss::cross_entropy;
 
 /// Rows of logits that are made at once.
 const LOGIT_ROWS: i64 = 512;

@@ -29,7 +29,7 @@ fn main() -> Result<()> {
     let plan = AttentionPlan::new(&spans, VisionAttention::Bidirectional, Device::Cpu, Kind::Float)?;
     let logits = tch::no_grad(|| llm.logits(&llm.forward(&llm.embed(&ids), &plan, 0).last_hidden_state));
     let tensors = [("input_ids".to_owned(), ids), ("logits".to_owned(), logits)];
-    vora_torch::safetensors::save(Path::new(out), &tensors, &[])
+    vora_torch::checkpoint::save(Path::new(out), &tensors, &[])
 }
 
 fn load(folder: &Path) -> Result<CausalLm> {

@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor, nn::Module};
 use vora_files::tell_once;
 use vora_lora::Linear;
-use vora_torch::rms_norm::RmsNorm;
+use vora_torch::nn::RmsNorm;
 use vora_torch::weights::{Init, Weights};
 
 use crate::attention::Attention;

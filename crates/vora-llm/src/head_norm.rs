@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use tch::{Tensor, nn::Module};
-use vora_torch::rms_norm::RmsNorm;
+use vora_torch::nn::RmsNorm;
 use vora_torch::weights::{Init, Weights};
 
 use crate::config::LlmConfig;

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use tch::{Tensor, nn::Module};
 use vora_lora::Linear;
-use vora_torch::fused;
+use vora_torch::nn::fused;
 use vora_torch::weights::Weights;
 
 use crate::config::LlmConfig;

@@ -4,7 +4,7 @@ use std::f64::consts::PI;
 
 use anyhow::{Context, Result, bail, ensure};
 use tch::{Kind, Tensor};
-use vora_torch::fused;
+use vora_torch::nn::fused;
 
 use crate::config::{LlmConfig, RopeParameters};
 

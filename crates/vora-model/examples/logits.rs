@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use tch::{Device, Kind};
 use vora_model::{Input, VisionLanguageModel, Vora};
 use vora_text::Piece;
-use vora_torch::safetensors::Checkpoint;
+use vora_torch::checkpoint::Checkpoint;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -35,5 +35,5 @@ fn main() -> Result<()> {
     let input = Input::prompt(&pieces, pictures, &model)?;
     let logits = tch::no_grad(|| anyhow::Ok(model.llm().logits(&model.forward(&input, 0)?.last_hidden_state)))?;
     let tensors = [("input_ids".to_owned(), input.input_ids), ("logits".to_owned(), logits)];
-    vora_torch::safetensors::save(Path::new(out), &tensors, &[])
+    vora_torch::checkpoint::save(Path::new(out), &tensors, &[])
 }

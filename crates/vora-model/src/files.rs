@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use tch::Tensor;
 use vora_files::write_bytes;
 use vora_lora::LoraConfig;
-use vora_torch::safetensors::save;
+use vora_torch::checkpoint::save;
 
 /// Why a folder is not opened as a model.
 #[derive(Debug, thiserror::Error)]

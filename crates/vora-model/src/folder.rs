@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind};
 use vora_files::checksums;
 use vora_llm::LlmConfig;
-use vora_torch::safetensors::Checkpoint;
+use vora_torch::checkpoint::Checkpoint;
 use vora_torch::weights::Weights;
 use vora_vision::Encoder;
 

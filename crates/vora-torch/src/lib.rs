@@ -19,15 +19,11 @@
 //! # }
 //! ```
 
+pub mod autograd;
+pub mod checkpoint;
 pub mod error;
 mod ffi;
-pub mod fused;
-mod gguf;
-pub mod loss;
-pub mod memory;
-pub mod ops;
-pub mod rms_norm;
+pub mod nn;
+pub mod optim;
 pub mod runtime;
-pub mod safetensors;
-pub mod shards;
 pub mod weights;

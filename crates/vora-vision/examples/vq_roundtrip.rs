@@ -6,7 +6,7 @@ use std::env;
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
 use vora_image::{RgbImage, chameleon_processor};
-use vora_torch::ops::{AdamW, fused_adamw};
+use vora_torch::optim::{AdamW, fused_adamw};
 use vora_torch::weights::Weights;
 use vora_vision::{VqConfig, VqModel, stack, to_images};
 

@@ -3,18 +3,19 @@
 
 use anyhow::{Result, ensure};
 use serde::Deserialize;
-use vora_torch::rms_norm::RmsNorm;
+use vora_torch::nn::RmsNorm;
 use vora_torch::weights::{Init, Weights};
 
 use crate::activation::Activation;
 use crate::attention::Attention;
 use crate::block::Block;
 use crate::embeddings::Embeddings;
-use crate::layers::{Linear, Norm};
 use crate::mlp::Mlp;
+use crate::norm::Norm;
 use crate::positions::{Interpolation, Positions};
 use crate::sizes::{Sizes, square};
 use crate::vision_transformer::VisionTransformer;
+use vora_torch::nn::Linear;
 
 /// The keys of an `Aimv2VisionConfig`; others pass.
 #[derive(Debug, Clone, PartialEq, Deserialize)]

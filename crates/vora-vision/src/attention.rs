@@ -2,7 +2,7 @@
 
 use tch::{Tensor, nn::Module};
 
-use crate::layers::Linear;
+use vora_torch::nn::Linear;
 
 /// `output(softmax(q k^T / sqrt(head_dim)) v)`, head by head (Vaswani et al. 2017).
 #[derive(Debug)]

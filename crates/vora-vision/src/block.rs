@@ -3,7 +3,8 @@
 use tch::{Tensor, nn::Module};
 
 use crate::attention::Attention;
-use crate::layers::Norm;
+use crate::norm::Norm;
+
 use crate::mlp::Mlp;
 
 /// `h = x + scale1 * attention(norm1(x))`, `y = h + scale2 * mlp(norm2(h))`

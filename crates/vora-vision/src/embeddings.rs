@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use tch::{Tensor, nn::Module};
 
-use crate::layers::Norm;
+use crate::norm::Norm;
 use crate::patchify::patchify;
 use crate::positions::Positions;
 

@@ -132,7 +132,7 @@ mod tests {
     use super::*;
     use crate::golden;
     use serde_json::json;
-    use vora_torch::safetensors::save;
+    use vora_torch::checkpoint::save;
 
     #[test]
     fn opens_a_folder_by_its_model_type() {

@@ -45,8 +45,8 @@ mod activation;
 mod attention;
 mod block;
 mod embeddings;
-mod layers;
 mod mlp;
+mod norm;
 mod sizes;
 
 mod vq;

@@ -1,10 +1,10 @@
 //! The feed-forward layer of a vision transformer.
 
 use tch::{Tensor, nn::Module};
-use vora_torch::fused;
+use vora_torch::nn::fused;
 
 use crate::activation::Activation;
-use crate::layers::Linear;
+use vora_torch::nn::Linear;
 
 /// Two layers, or three where one gates another (SwiGLU, Shazeer 2020).
 #[derive(Debug)]

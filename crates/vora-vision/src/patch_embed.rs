@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor, nn::Module};
-use vora_torch::rms_norm::RmsNorm;
+use vora_torch::nn::RmsNorm;
 use vora_torch::weights::{Init, Weights};
 
 use crate::encoder::Teacher;

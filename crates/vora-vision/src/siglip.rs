@@ -8,10 +8,10 @@ use vora_torch::weights::{Init, Weights};
 
 use crate::clip::ClipLayer;
 use crate::embeddings::Embeddings;
-use crate::layers::LayerNorm;
 use crate::positions::{Interpolation, Positions};
 use crate::sizes::{Sizes, square};
 use crate::vision_transformer::VisionTransformer;
+use vora_torch::nn::LayerNorm;
 
 /// The keys of a `SiglipVisionConfig`; others pass.
 #[derive(Debug, Clone, PartialEq, Deserialize)]

@@ -6,7 +6,7 @@ use tch::{Tensor, nn::Module};
 use crate::block::Block;
 use crate::embeddings::Embeddings;
 use crate::features::{FeatureSelection, VisionFeatureSelectStrategy};
-use crate::layers::Norm;
+use crate::norm::Norm;
 
 /// A frozen vision transformer (arXiv 2010.11929). The configs of the families known here make one each:
 /// [`ClipVisionConfig::load`](crate::ClipVisionConfig::load) and its likes.

@@ -8,11 +8,12 @@ use crate::activation::Activation;
 use crate::attention::Attention;
 use crate::block::Block;
 use crate::embeddings::Embeddings;
-use crate::layers::{LayerNorm, Linear, Norm};
 use crate::mlp::Mlp;
+use crate::norm::Norm;
 use crate::positions::{Interpolation, Positions};
 use crate::sizes::{Sizes, square};
 use crate::vision_transformer::VisionTransformer;
+use vora_torch::nn::{LayerNorm, Linear};
 
 /// The keys of a `ViTConfig`; others pass.
 #[derive(Debug, Clone, PartialEq, Deserialize)]

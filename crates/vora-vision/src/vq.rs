@@ -242,8 +242,8 @@ mod tests {
     use super::*;
     use fixtures::Golden;
     use serde_json::Value;
-    use vora_torch::ops::{AdamW, fused_adamw};
-    use vora_torch::safetensors;
+    use vora_torch::checkpoint;
+    use vora_torch::optim::{AdamW, fused_adamw};
 
     const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
 
@@ -329,7 +329,7 @@ mod tests {
         let mut saved = model.tensors();
         saved.sort_by(|a, b| a.0.cmp(&b.0));
         assert_eq!(saved.iter().map(|t| &t.0).collect::<Vec<_>>(), tensors.iter().map(|t| &t.0).collect::<Vec<_>>());
-        safetensors::save(&path, &saved, &[]).unwrap();
+        checkpoint::save(&path, &saved, &[]).unwrap();
         let weights = Weights::open(&path, Device::Cpu, Kind::Float).unwrap();
         let config = serde_json::from_value(serde_json::to_value(&config).unwrap()).unwrap();
         let again = VqModel::load(&config, &weights).unwrap();

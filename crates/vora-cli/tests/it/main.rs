@@ -199,7 +199,7 @@ fn a_checkpoint_is_converted_and_told_of() {
         let read = |folder: &Path| std::fs::read(folder.join(name)).unwrap();
         assert!(read(&whole) == read(&tiny), "{name}");
     }
-    let [before, after] = [&tiny, &whole].map(|folder| vora_torch::safetensors::Checkpoint::open(folder).unwrap());
+    let [before, after] = [&tiny, &whole].map(|folder| vora_torch::checkpoint::Checkpoint::open(folder).unwrap());
     assert!(before.names().eq(after.names()));
     for name in before.names() {
         assert_eq!(before.info(name), after.info(name), "{name}");

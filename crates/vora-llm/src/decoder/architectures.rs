@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use fixtures::{Golden, assert_close_to};
 use vora_lora::LoraConfig;
-use vora_torch::safetensors::save;
+use vora_torch::checkpoint::save;
 
 use super::*;
 use crate::VisionAttention;

@@ -4,7 +4,7 @@
 use anyhow::Result;
 use tch::Tensor;
 use tch::nn::Module;
-use vora_torch::ops;
+use vora_torch::autograd;
 
 use super::{Decoder, DropoutSeed, Output, Shared};
 use crate::attention::AttentionPlan;
@@ -74,11 +74,11 @@ impl Recompute<'_> {
             let (Some(gradient), Some(input)) = (gradient.filter(Tensor::defined), input) else { continue };
             let y = layer.forward_train(input, &cos_sin, shared.by(layer), seed.at(layer_idx as u64));
             if y.requires_grad() {
-                ops::backward(&y, &gradient)?;
+                autograd::backward(&y, &gradient)?;
             }
         }
         match states.pop().map(|state| state.grad()).filter(Tensor::defined) {
-            Some(gradient) if inputs_embeds.requires_grad() => ops::backward(&inputs_embeds, &gradient),
+            Some(gradient) if inputs_embeds.requires_grad() => autograd::backward(&inputs_embeds, &gradient),
             _ => Ok(()),
         }
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_files::write_bytes;
-use vora_torch::safetensors::{Checkpoint, save};
+use vora_torch::checkpoint::{Checkpoint, save};
 use vora_torch::weights::Weights;
 
 use super::config::{ADAPTER_TENSORS, CONFIG, PEFT_PREFIX, PeftConfig};

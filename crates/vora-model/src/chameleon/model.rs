@@ -268,7 +268,7 @@ mod tests {
     use fixtures::Golden;
     use vora_lora::LoraConfig;
     use vora_text::{Piece, Span, Spans};
-    use vora_torch::safetensors::save;
+    use vora_torch::checkpoint::save;
 
     use crate::files::save_folder;
     use crate::model::Input;

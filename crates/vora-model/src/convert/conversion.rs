@@ -7,8 +7,8 @@ use tch::{Device, Kind, Tensor};
 use vora_files::write_folder_atomically;
 use vora_llm::{CausalLm, LlmConfig};
 use vora_lora::{ADAPTER_TENSORS, AdapterFolder, LoraConfig, PEFT_PREFIX, merge_state_dict, save_adapter};
-use vora_torch::safetensors::{Checkpoint, Info, save_each};
-use vora_torch::shards::Shards;
+use vora_torch::checkpoint::Shards;
+use vora_torch::checkpoint::{Checkpoint, TensorInfo, save_each};
 use vora_torch::weights::Weights;
 
 use super::layout::Layout;
@@ -148,7 +148,7 @@ impl Conversion {
     }
 
     /// The tensors of one of the two files of an adapter.
-    fn infos_in(&self, file: &str) -> Vec<Info> {
+    fn infos_in(&self, file: &str) -> Vec<TensorInfo> {
         let infos = self.steps.iter().filter_map(Step::info);
         infos.filter(|info| info.name.starts_with(PEFT_PREFIX) == (file == ADAPTER_TENSORS)).collect()
     }
@@ -205,7 +205,7 @@ mod tests {
     use std::fs;
 
     use serde_json::{Value, json};
-    use vora_torch::safetensors::save;
+    use vora_torch::checkpoint::save;
 
     use crate::convert::Change;
     use crate::files::save_folder;

@@ -9,7 +9,7 @@ use fixtures::Golden;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 use vora_llm::LlmConfig;
-use vora_torch::safetensors::{Checkpoint, save};
+use vora_torch::checkpoint::{Checkpoint, save};
 
 use super::{Conversion, Layout, Options, Report};
 use crate::files::save_folder;

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 use tch::Kind;
-use vora_torch::safetensors::Info;
-use vora_torch::shards::Shard;
+use vora_torch::checkpoint::Shard;
+use vora_torch::checkpoint::TensorInfo;
 
 use super::layout::Layout;
 
@@ -86,8 +86,8 @@ pub struct ShardReport {
 }
 
 impl ShardReport {
-    pub(super) fn new(file: &str, tensors: &[Info]) -> Self {
-        let bytes = tensors.iter().map(Info::num_bytes).sum();
+    pub(super) fn new(file: &str, tensors: &[TensorInfo]) -> Self {
+        let bytes = tensors.iter().map(TensorInfo::num_bytes).sum();
         Self { file: file.to_owned(), tensors: tensors.len(), bytes }
     }
 

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value};
 use vora_llm::MODEL_TYPES;
 use vora_lora::{ADAPTER_TENSORS, AdapterFolder, LoraConfig, PEFT_PREFIX};
-use vora_torch::safetensors::Checkpoint;
+use vora_torch::checkpoint::Checkpoint;
 
 use super::layout::Layout;
 use crate::trained::VISION;

@@ -1,7 +1,7 @@
 //! One tensor of a conversion: what it comes from, and what becomes of it.
 
 use tch::{Kind, Tensor};
-use vora_torch::safetensors::Info;
+use vora_torch::checkpoint::TensorInfo;
 
 use super::report::{Change, TensorReport, dtype};
 use super::source::Part;
@@ -22,8 +22,8 @@ pub(super) struct Step {
 
 impl Step {
     /// What its file says of it; none where it is dropped.
-    pub(super) fn info(&self) -> Option<Info> {
-        self.to.as_ref().map(|name| Info { name: name.clone(), kind: self.kind, shape: self.shape.clone() })
+    pub(super) fn info(&self) -> Option<TensorInfo> {
+        self.to.as_ref().map(|name| TensorInfo { name: name.clone(), kind: self.kind, shape: self.shape.clone() })
     }
 
     pub(super) fn report(&self) -> TensorReport {

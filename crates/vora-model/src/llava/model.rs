@@ -191,7 +191,7 @@ mod tests {
     use vora_llm::LlmConfig;
     use vora_lora::LoraConfig;
     use vora_text::{Span, Spans};
-    use vora_torch::safetensors::save;
+    use vora_torch::checkpoint::save;
     use vora_vision::EncoderConfig;
 
     use crate::files::save_folder;

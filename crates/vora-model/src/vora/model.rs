@@ -168,7 +168,7 @@ mod tests {
     use vora_llm::LlmConfig;
     use vora_lora::LoraConfig;
     use vora_text::{Piece, Span, Spans};
-    use vora_torch::safetensors::save;
+    use vora_torch::checkpoint::save;
     use vora_vision::PositionTable;
 
     use crate::model::Input;

@@ -5,7 +5,7 @@ use std::path::Path;
 use tch::Device;
 use vora_torch::runtime::gpu_memory;
 
-use vora_torch::memory::status;
+use vora_torch::runtime::process_size;
 
 /// Bytes that may still be taken: the least of what the machine has, what the cgroups above this process leave it, and
 /// what its limit of address space does. None where the system does not tell (Linux does).
@@ -17,7 +17,7 @@ pub(crate) fn available(device: Device) -> Option<u64> {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let machine = mem_available(&read("/proc/meminfo"));
     let limit = address_space(&read("/proc/self/limits"));
-    let left = limit.map(|limit| limit.saturating_sub(status("VmSize:").unwrap_or(0)));
+    let left = limit.map(|limit| limit.saturating_sub(process_size("VmSize:").unwrap_or(0)));
     [machine, left].into_iter().chain(cgroups(Path::new("/sys/fs/cgroup"), &read("/proc/self/cgroup"))).flatten().min()
 }
 

@@ -10,7 +10,7 @@ use comfy_table::{CellAlignment, Table};
 use serde::Serialize;
 use tch::Device;
 use vora_data::SampleMaker;
-use vora_torch::memory::{memory, peak_memory};
+use vora_torch::runtime::{memory, peak_memory};
 
 use crate::config::run::TrainConfig;
 use crate::data;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use tch::Kind;
 use vora_data::{Loader, LoaderConfig, Source};
-use vora_torch::memory::memory;
+use vora_torch::runtime::memory;
 
 use crate::config::run::TrainConfig;
 use crate::run::available::available;

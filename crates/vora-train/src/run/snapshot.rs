@@ -14,7 +14,7 @@ use vora_files::write_bytes;
 use vora_lora::{LoraConfig, save_adapter};
 use vora_model::beside::{CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, copy_files};
 use vora_model::trained::{LLM, MODEL, Parts, VISION};
-use vora_torch::safetensors::save;
+use vora_torch::checkpoint::save;
 
 use crate::student::Student;
 use crate::student::parts::parts_of;

@@ -11,7 +11,7 @@ use vora_vision::VqModel;
 
 use crate::config::run::TrainConfig;
 use crate::run::progress::Progress;
-use crate::step::optim::{LearningRates, OptimConfig, Optimizer};
+use crate::step::optim::{LearningRates, OptimConfig, optimizer};
 use crate::step::schedule::{Curve, Schedule, SchedulerKwargs};
 use crate::student::Student;
 
@@ -48,7 +48,7 @@ pub(crate) fn train(
         max_grad_norm: 1.0,
         ..config.optim()
     };
-    let mut optimizer = Optimizer::new(weights.parameters(), optim)?;
+    let mut optimizer = optimizer(weights.parameters(), &optim)?;
     let (warmup_steps, max_steps) = (vq.steps / 20, vq.steps);
     let schedule = Schedule { curve: Curve::Cosine, warmup_steps, max_steps, kwargs: SchedulerKwargs::default() };
     let first_with_codes = (WITHOUT_CODES * vq.steps as f64).ceil() as u64;

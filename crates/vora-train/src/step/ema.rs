@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use tch::Tensor;
-use vora_torch::safetensors::Checkpoint;
+use vora_torch::checkpoint::Checkpoint;
 
 /// `average <- decay * average + (1 - decay) * weight` after every step, in f32; the first step's weights start it
 /// (torch's `AveragedModel` with `get_ema_multi_avg_fn`).
@@ -114,7 +114,7 @@ mod tests {
                 fixtures::assert_close_to(average, &golden[&*format!("ema.average.{step}.{name}")], 1e-6);
             }
             if step == 2 {
-                vora_torch::safetensors::save(&path, &ema.state(), &[]).unwrap();
+                vora_torch::checkpoint::save(&path, &ema.state(), &[]).unwrap();
             }
         }
         let mut resumed = Ema::new(&weights(&golden, 0), 0.9);

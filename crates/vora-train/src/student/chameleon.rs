@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_llm::LlmConfig;
 use vora_model::{Chameleon, VQMODEL, VisionLanguageModel};
-use vora_torch::safetensors::Checkpoint;
+use vora_torch::checkpoint::Checkpoint;
 use vora_torch::weights::Weights;
 
 use super::Student;

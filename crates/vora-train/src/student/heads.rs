@@ -3,8 +3,8 @@
 use anyhow::{Result, ensure};
 use tch::nn::Module;
 use tch::{Kind, Tensor};
-use vora_torch::rms_norm::RmsNorm;
-use vora_torch::safetensors::Checkpoint;
+use vora_torch::checkpoint::Checkpoint;
+use vora_torch::nn::RmsNorm;
 use vora_torch::weights::{Init, Weights};
 
 use crate::config::distill::Pairing;
@@ -285,7 +285,7 @@ mod tests {
 
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("teacher_mean.safetensors");
-        vora_torch::safetensors::save(&path, &mean.state(), &[]).unwrap();
+        vora_torch::checkpoint::save(&path, &mean.state(), &[]).unwrap();
         let again = TeacherMean::load(&Checkpoint::open(&path).unwrap(), Device::Cpu).unwrap();
         assert_eq!(again.baseline().to_bits(), mean.baseline().to_bits());
         assert!(again.center(vec![pictures.shallow_clone()]).unwrap()[0].equal(&centred[0]));

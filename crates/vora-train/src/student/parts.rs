@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use tch::Tensor;
 use vora_model::trained::{self, Parts, VISION};
-use vora_torch::safetensors::Checkpoint;
+use vora_torch::checkpoint::Checkpoint;
 
 use super::Student;
 

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use vora_data::Preparation;
 use vora_llm::{DropoutSeed, Recompute};
 use vora_model::VisionLanguageModel;
-use vora_torch::loss::cross_entropy_and_z_loss;
+use vora_torch::nn::loss::cross_entropy_and_z_loss;
 use vora_torch::weights::Weights;
 
 use super::batch::DeviceBatch;

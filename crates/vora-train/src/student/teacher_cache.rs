@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
-use vora_torch::safetensors::{Checkpoint, save};
+use vora_torch::checkpoint::{Checkpoint, save};
 
 /// The cache of one teacher: the same weights, blocks, kind and kind of device.
 #[derive(Debug)]

@@ -11,10 +11,10 @@ use vora_lora::LoraConfig;
 use vora_model::convert::{Conversion, Layout, Options};
 use vora_model::{Input, VisionLanguageModel, Vora};
 use vora_text::{Span, Spans};
-use vora_torch::safetensors::{Checkpoint, save};
+use vora_torch::checkpoint::{Checkpoint, save};
 use vora_train::TrainConfig;
 use vora_train::run::snapshot::Snapshot;
-use vora_train::step::optim::Optimizer;
+use vora_train::step::optim::optimizer;
 use vora_train::student::{DeviceBatch, Student};
 use vora_vision::PositionTable;
 
@@ -269,7 +269,7 @@ fn an_official_folder_is_trained_on_as_its_own_code_does() {
     let parameters = student.parameters();
     assert_eq!(parameters.iter().filter(|(name, _)| name.ends_with("_proj.bias")).count(), 8);
     let batch = batch(&golden);
-    let mut optimizer = Optimizer::new(student.parameters(), config.optim()).unwrap();
+    let mut optimizer = optimizer(student.parameters(), &config.optim()).unwrap();
     for step in 0..4 {
         optimizer.zero_grad().unwrap();
         let losses = student.losses(&batch, DropoutSeed::new(0)).unwrap();

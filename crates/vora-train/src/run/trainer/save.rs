@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use vora_files::write_bytes;
-use vora_torch::safetensors::save;
+use vora_torch::checkpoint::save;
 
 use super::files::{CONFIG, EMA, OPTIMIZER, TEACHER_MEAN};
 use super::trainer::Trainer;

@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 use vora_data::Batch;
 use vora_llm::{DropoutSeed, Recompute};
 use vora_run::metrics::{EventKind, EventMetrics, Line, StepMetrics};
-use vora_torch::memory::memory;
+use vora_torch::runtime::memory;
 
 use super::not_finite::NotFinite;
 use super::trainer::Trainer;

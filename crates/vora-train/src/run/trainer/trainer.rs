@@ -12,7 +12,8 @@ use vora_run::metrics::{EvalMetrics, Line, MetricsLog};
 use vora_run::plot;
 use vora_run::results::TrainResults;
 use vora_text::Tokenizer;
-use vora_torch::memory::{machine, memory, peak_memory};
+use vora_torch::optim::Optimizer;
+use vora_torch::runtime::{machine, memory, peak_memory};
 
 use super::files::CONFIG;
 use super::options::{Options, Outcome};
@@ -31,7 +32,7 @@ use crate::run::spikes::SpikeDetector;
 use crate::run::{size, snapshot, vq};
 use crate::step::ema::{Ema, InPlace};
 use crate::step::loss_scale::LossScale;
-use crate::step::optim::Optimizer;
+use crate::step::optim::optimizer;
 use crate::step::schedule::Schedule;
 use crate::student::{Student, parts};
 
@@ -87,7 +88,7 @@ impl Trainer {
         let held_out = data::held_out(&config, &maker)?;
         size::warn_if_short(&config, &student, &training, program);
 
-        let mut optimizer = Optimizer::new(student.parameters(), config.optim())?;
+        let mut optimizer = optimizer(student.parameters(), &config.optim())?;
         let mut ema = config.ema_decay.map(|decay| Ema::new(&student.parameters(), decay));
         if let Some(folder) = &last {
             resume::restore(&mut student, &mut optimizer, ema.as_mut(), folder)

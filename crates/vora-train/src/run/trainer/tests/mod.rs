@@ -26,7 +26,7 @@ use crate::step::loss_scale::LossScale;
 use crate::student::DeviceBatch;
 use vora_image::ImageProcessor;
 use vora_model::VisionLanguageModel;
-use vora_torch::safetensors::Checkpoint;
+use vora_torch::checkpoint::Checkpoint;
 
 use crate::run::progress::Silent;
 use vora_run::tensorboard;

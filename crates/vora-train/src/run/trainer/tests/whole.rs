@@ -199,7 +199,7 @@ fn the_second_stage_of_a_vora_trains_all_weights_of_the_merged_first() {
         let hidden = tch::no_grad(|| model.forward(&batch.input, 0)).unwrap().last_hidden_state;
         let hidden = hidden.flatten(0, 1).index_select(0, &batch.positions);
         let logits = |rows: &Tensor| model.llm().logits(rows);
-        let loss = tch::no_grad(|| vora_torch::loss::cross_entropy(&hidden, &batch.targets, i64::MAX, logits));
+        let loss = tch::no_grad(|| vora_torch::nn::loss::cross_entropy(&hidden, &batch.targets, i64::MAX, logits));
         sum += loss.double_value(&[]);
         num_targets += batch.targets.size()[0] as f64;
     }

@@ -1,9 +1,9 @@
-//! Root-mean-square layer norm: computed in f32, returned in the input's kind.
+//! Root-mean-square layer norm: computed in f32, returned in the input's dtype.
 
 use anyhow::Result;
 use tch::{Tensor, nn::Module};
 
-use crate::fused;
+use crate::nn::fused;
 use crate::weights::{Init, Weights};
 
 /// `y = x / sqrt(mean(x^2) + eps) * weight`, over the last dimension (Zhang & Sennrich 2019).
@@ -15,11 +15,17 @@ pub struct RmsNorm {
 
 impl RmsNorm {
     /// A frozen norm: `weight` from the checkpoint, or ones where the source makes new weights.
+    ///
+    /// # Errors
+    /// Where the checkpoint cannot be read; a weight that does not fit is told by [`Weights::finish`].
     pub fn load(weights: &Weights, hidden_size: i64, eps: f64) -> Result<Self> {
         Ok(Self { weight: weights.get("weight", &[hidden_size], Init::Ones)?, eps })
     }
 
     /// A trained norm: `weight` is an f32 parameter.
+    ///
+    /// # Errors
+    /// As [`RmsNorm::load`].
     pub fn load_trained(weights: &Weights, hidden_size: i64, eps: f64) -> Result<Self> {
         Ok(Self { weight: weights.parameter("weight", &[hidden_size], Init::Ones)?, eps })
     }

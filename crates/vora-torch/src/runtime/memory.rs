@@ -2,7 +2,7 @@
 
 use tch::Device;
 
-use crate::runtime::gpu_memory;
+use crate::ffi;
 
 /// The machine in words: its processor where the system tells it (Linux), threads, and the device of the tensors.
 pub fn machine(device: Device) -> String {
@@ -20,7 +20,7 @@ pub fn machine(device: Device) -> String {
 /// tensors held on a GPU.
 pub fn peak_memory(device: Device) -> Option<u64> {
     match device {
-        Device::Cpu => status("VmHWM:"),
+        Device::Cpu => process_size("VmHWM:"),
         _ => gpu_memory(device).map(|memory| memory.peak_allocated),
     }
 }
@@ -28,21 +28,54 @@ pub fn peak_memory(device: Device) -> Option<u64> {
 /// Memory now, as [`peak_memory`] counts it.
 pub fn memory(device: Device) -> Option<u64> {
     match device {
-        Device::Cpu => status("VmRSS:"),
+        Device::Cpu => process_size("VmRSS:"),
         _ => gpu_memory(device).map(|memory| memory.allocated),
     }
 }
 
-/// A size in `/proc/self/status`.
-pub fn status(key: &str) -> Option<u64> {
+/// What Linux's `/proc/self/status` says of the process under `key`, in bytes.
+pub fn process_size(key: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let kibibytes = status.lines().find_map(|line| line.strip_prefix(key))?.trim().strip_suffix("kB")?;
     Some(kibibytes.trim().parse::<u64>().ok()? * 1024)
 }
 
+/// Memory of a GPU as libtorch's allocator sees it, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct GpuMemory {
+    /// Held by tensors now (`torch.cuda.memory_allocated`).
+    pub allocated: u64,
+    /// Held by tensors at most so far (`torch.cuda.max_memory_allocated`).
+    pub peak_allocated: u64,
+    /// That this process may still take: free on the GPU, or kept by the allocator for the next tensors.
+    pub available: u64,
+}
+
+/// Memory of the GPU that `device` is; none for the CPU, and before the first tensor was made on a GPU.
+pub fn gpu_memory(device: Device) -> Option<GpuMemory> {
+    let Device::Cuda(index) = device else { return None };
+    let mut memory = GpuMemory::default();
+    let (mut reserved, mut free) = (0, 0);
+    // SAFETY: four numbers to write to; an index that no GPU has is an error of libtorch's.
+    let status = unsafe {
+        ffi::vora_cuda_memory(
+            i8::try_from(index).ok()?,
+            &mut memory.allocated,
+            &mut memory.peak_allocated,
+            &mut reserved,
+            &mut free,
+        )
+    };
+    memory.available = free + reserved.saturating_sub(memory.allocated);
+    (status == 0).then_some(memory)
+}
+
 #[cfg(test)]
 mod tests {
+    use tch::Kind;
+
     use super::*;
+    use crate::runtime::device;
 
     #[test]
     #[cfg(target_os = "linux")]
@@ -60,5 +93,19 @@ mod tests {
     fn memory_is_below_its_peak() {
         let (now, peak) = (memory(Device::Cpu).unwrap(), peak_memory(Device::Cpu).unwrap());
         assert!(now > 1 << 20 && now <= peak, "{now} {peak}");
+    }
+
+    #[test]
+    fn memory_of_a_gpu() {
+        assert_eq!(gpu_memory(Device::Cpu), None);
+        let device = device("auto").unwrap();
+        if device == Device::Cpu {
+            return; // nothing more to see without a GPU
+        }
+        let held = tch::Tensor::zeros([1 << 20], (Kind::Float, device));
+        let memory = gpu_memory(device).unwrap();
+        assert!(memory.allocated >= 4 << 20 && memory.peak_allocated >= memory.allocated && memory.available > 0);
+        drop(held);
+        assert!(gpu_memory(device).unwrap().allocated < memory.allocated);
     }
 }

@@ -1,48 +1,37 @@
 //! A language model's GGUF file beside the safetensors of others: its tensors in libtorch's dtypes.
 //!
-//! [`Weights::open`](crate::weights::Weights::open) and [`Checkpoint::open`](crate::safetensors::Checkpoint::open) take such a
+//! [`Weights::open`](crate::weights::Weights::open) and [`Checkpoint::open`](crate::checkpoint::Checkpoint::open) take such a
 //! file or its folder as they take safetensors.
 
-use std::fs::File;
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use half::{bf16, f16};
-use memmap2::{MmapMut, MmapOptions};
+use memmap2::MmapMut;
 use tch::{Device, Kind, Tensor};
 use vora_gguf::{Gguf, Llm, TensorKind};
 
+use crate::checkpoint::entry::{Entry, dims};
+use crate::checkpoint::map::Mapped;
 use crate::error;
 
-/// The bytes of a mapped file.
-#[derive(Debug, Clone)]
-pub(crate) struct Mapped(pub(crate) Arc<MmapMut>);
-
-impl AsRef<[u8]> for Mapped {
-    fn as_ref(&self) -> &[u8] {
-        &self.0
-    }
-}
-
-/// Maps a file into memory: privately and writable, so that a view which libtorch writes to by mistake never changes
-/// the file.
-pub(crate) fn map(path: &Path) -> Result<Arc<MmapMut>> {
-    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-    // SAFETY: a private mapping; another process that truncates the file while we read it would end this one
-    // with SIGBUS, as it would any program that maps its weights.
-    let map = unsafe { MmapOptions::new().map_copy(&file) }
-        .with_context(|| format!("cannot map {} into memory", path.display()))?;
-    Ok(Arc::new(map))
+/// The tensors of a GGUF file under HF's names.
+pub(super) fn entries(model: &Llm<Mapped>) -> Result<Vec<(String, Entry)>> {
+    let entry = |name: &str| {
+        let info = model.info(name).expect("a name of this file");
+        let shape = dims(info.shape()).with_context(|| format!("tensor `{name}`"))?;
+        Ok((name.to_owned(), Entry { file_idx: 0, range: model.plain(name), kind: kind_of(info.kind()), shape }))
+    };
+    model.names().map(entry).collect()
 }
 
 /// The model in a mapped GGUF file.
-pub(crate) fn open(map: &Arc<MmapMut>) -> Result<Llm<Mapped>> {
+pub(super) fn open(map: &Arc<MmapMut>) -> Result<Llm<Mapped>> {
     Gguf::parse(Mapped(Arc::clone(map))).and_then(Llm::new)
 }
 
 /// The kind that holds a stored tensor without loss, or with that of f32 arithmetic where it is quantised.
-pub(crate) fn kind_of(kind: TensorKind) -> Kind {
+fn kind_of(kind: TensorKind) -> Kind {
     match kind {
         TensorKind::F16 => Kind::Half,
         TensorKind::BF16 => Kind::BFloat16,
@@ -51,7 +40,7 @@ pub(crate) fn kind_of(kind: TensorKind) -> Kind {
 }
 
 /// A tensor of the model in `kind`, row by row: only the result is ever held whole.
-pub(crate) fn dequantise(model: &Llm<Mapped>, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor> {
+pub(super) fn dequantise(model: &Llm<Mapped>, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor> {
     let made = if matches!(kind, Kind::BFloat16 | Kind::Half) { kind } else { Kind::Float };
     let tensor = Tensor::f_empty(shape, (made, Device::Cpu)).map_err(error::clean)?;
     match made {
@@ -83,7 +72,7 @@ mod tests {
     use vora_gguf::folder;
 
     use super::*;
-    use crate::safetensors::{Checkpoint, save};
+    use crate::checkpoint::{Checkpoint, save};
     use crate::weights::{Init, Mismatch, Weights};
 
     fn golden(name: &str) -> PathBuf {

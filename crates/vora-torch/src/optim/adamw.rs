@@ -1,4 +1,4 @@
-//! Operators that tch does not bind.
+//! One fused AdamW step.
 
 use anyhow::{Result, ensure};
 use tch::Tensor;
@@ -24,6 +24,9 @@ pub struct AdamW {
 ///
 /// All lists have the same length; `steps` are 0-dim f32 tensors that count the steps taken and are increased
 /// by the caller before the call.
+///
+/// # Errors
+/// Where the lists differ in length, or in what libtorch expects of their tensors.
 pub fn fused_adamw(
     params: &[Tensor],
     grads: &[Tensor],
@@ -66,33 +69,6 @@ pub fn fused_adamw(
     })
 }
 
-/// The 2-norm over all elements of all `grads`, as a 0-dim f32 tensor: nothing is copied to the host.
-pub fn grad_norm(grads: &[Tensor]) -> Result<Tensor> {
-    ensure!(!grads.is_empty(), "grad_norm of no tensors");
-    let pointers = ffi::pointers(grads);
-    // SAFETY: a list of live tensors.
-    ffi::tensor(unsafe { ffi::vora_grad_norm(pointers.as_ptr(), pointers.len()) })
-}
-
-/// Multiplies all `tensors` by `factor`, in place and in one call; a factor of 0 makes zeros of whatever they hold.
-pub fn scale(tensors: &[Tensor], factor: f64) -> Result<()> {
-    if tensors.is_empty() {
-        return Ok(());
-    }
-    let pointers = ffi::pointers(tensors);
-    // SAFETY: a list of live tensors.
-    ffi::check(unsafe { ffi::vora_scale(pointers.as_ptr(), pointers.len(), factor) })
-}
-
-/// Adds to the gradients of all leaves behind `tensor` what follows from `gradient`, that by `tensor` itself.
-///
-/// # Errors
-/// Where no leaf behind `tensor` requires a gradient, or the two differ in shape.
-pub fn backward(tensor: &Tensor, gradient: &Tensor) -> Result<()> {
-    // SAFETY: two live tensors.
-    ffi::check(unsafe { ffi::vora_backward(tensor.as_ptr(), gradient.as_ptr()) })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,17 +82,6 @@ mod tests {
         let v_hat = &v / (1.0 - a.beta2.powi(step));
         let p = p - m_hat / (v_hat.sqrt() + a.eps) * a.lr;
         [p, m, v]
-    }
-
-    #[test]
-    fn scaled_in_place() {
-        let tensors = [Tensor::from_slice(&[1f32, -2.0]), Tensor::from_slice(&[f32::NAN, 4.0])];
-        scale(&tensors, 0.5).unwrap();
-        assert_eq!(Vec::<f32>::try_from(&tensors[0]).unwrap(), [0.5, -1.0]);
-        assert_eq!(tensors[1].double_value(&[1]), 2.0);
-        scale(&tensors, 0.0).unwrap();
-        assert_eq!(Vec::<f32>::try_from(&tensors[1]).unwrap(), [0.0, 0.0]);
-        scale(&[], 2.0).unwrap();
     }
 
     #[test]
@@ -147,23 +112,5 @@ mod tests {
                 assert!(difference < 1e-6, "tensor {i}: {difference}");
             }
         }
-    }
-
-    #[test]
-    fn backward_starts_from_the_gradient_given() {
-        let x = Tensor::from_slice(&[1f32, 2.0, 3.0]).set_requires_grad(true);
-        for _ in 0..2 {
-            backward(&x.square(), &Tensor::from_slice(&[1f32, 10.0, 100.0])).unwrap();
-        }
-        assert_eq!(Vec::<f32>::try_from(x.grad()).unwrap(), [4.0, 80.0, 1200.0]);
-        let error = backward(&x.detach(), &x).unwrap_err().to_string();
-        assert!(error.contains("does not require grad"), "{error}");
-    }
-
-    #[test]
-    fn grad_norm_spans_all_tensors() {
-        let grads = [Tensor::from_slice(&[3f32, 0.0]), Tensor::from_slice(&[0f32, 4.0, 0.0])];
-        assert_eq!(grad_norm(&grads).unwrap().double_value(&[]), 5.0);
-        assert!(grad_norm(&[]).is_err());
     }
 }

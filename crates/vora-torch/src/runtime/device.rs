@@ -1,4 +1,4 @@
-//! Where tensors live and in which kind: one program for CPU and CUDA machines.
+//! Where tensors live and in which dtype: one program for CPU and CUDA machines.
 
 use std::ffi::{CStr, CString};
 use std::path::PathBuf;
@@ -52,6 +52,9 @@ fn cuda_library() -> Option<CString> {
 }
 
 /// The device that a user asked for: `auto` (a GPU when there is one), `cpu`, `cuda` or `cuda:1`.
+///
+/// # Errors
+/// Where the name is unknown, or this machine has no such GPU.
 pub fn device(spec: &str) -> Result<Device> {
     init();
     let gpus = || usize::try_from(Cuda::device_count()).unwrap_or(0);
@@ -78,7 +81,7 @@ pub fn device(spec: &str) -> Result<Device> {
     }
 }
 
-/// The kind of frozen weights and activations. `auto` is what `VORA_DTYPE` in the environment names; where it is not
+/// The dtype of frozen weights and activations. `auto` is what `VORA_DTYPE` in the environment names; where it is not
 /// set, bf16 on hardware that multiplies it, else f32.
 ///
 /// # Errors
@@ -132,36 +135,6 @@ pub fn synchronize(device: Device) {
     }
 }
 
-/// Memory of a GPU as libtorch's allocator sees it, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct GpuMemory {
-    /// Held by tensors now (`torch.cuda.memory_allocated`).
-    pub allocated: u64,
-    /// Held by tensors at most so far (`torch.cuda.max_memory_allocated`).
-    pub peak_allocated: u64,
-    /// That this process may still take: free on the GPU, or kept by the allocator for the next tensors.
-    pub available: u64,
-}
-
-/// Memory of the GPU that `device` is; none for the CPU, and before the first tensor was made on a GPU.
-pub fn gpu_memory(device: Device) -> Option<GpuMemory> {
-    let Device::Cuda(index) = device else { return None };
-    let mut memory = GpuMemory::default();
-    let (mut reserved, mut free) = (0, 0);
-    // SAFETY: four numbers to write to; an index that no GPU has is an error of libtorch's.
-    let status = unsafe {
-        ffi::vora_cuda_memory(
-            i8::try_from(index).ok()?,
-            &mut memory.allocated,
-            &mut memory.peak_allocated,
-            &mut reserved,
-            &mut free,
-        )
-    };
-    memory.available = free + reserved.saturating_sub(memory.allocated);
-    (status == 0).then_some(memory)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -176,20 +149,6 @@ mod tests {
         }
         let error = device("cuda:4096").unwrap_err().to_string();
         assert!(error.contains("libtorch sees"), "{error}");
-    }
-
-    #[test]
-    fn memory_of_a_gpu() {
-        assert_eq!(gpu_memory(Device::Cpu), None);
-        let device = device("auto").unwrap();
-        if device == Device::Cpu {
-            return; // nothing more to see without a GPU
-        }
-        let held = tch::Tensor::zeros([1 << 20], (Kind::Float, device));
-        let memory = gpu_memory(device).unwrap();
-        assert!(memory.allocated >= 4 << 20 && memory.peak_allocated >= memory.allocated && memory.available > 0);
-        drop(held);
-        assert!(gpu_memory(device).unwrap().allocated < memory.allocated);
     }
 
     #[test]

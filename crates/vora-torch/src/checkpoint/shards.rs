@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use tch::Tensor;
 use vora_files::write_bytes;
 
-use crate::safetensors::{Info, save_each};
+use crate::checkpoint::write::{TensorInfo, save_each};
 
 /// Which file each tensor of a checkpoint goes into.
 #[derive(Debug)]
@@ -21,21 +21,21 @@ pub struct Shard {
     /// `model.safetensors` where there is one file, else `model-00001-of-00003.safetensors`.
     pub file: String,
     /// Its tensors.
-    pub tensors: Vec<Info>,
+    pub tensors: Vec<TensorInfo>,
 }
 
 impl Shard {
     /// Bytes of its tensors.
     pub fn num_bytes(&self) -> u64 {
-        self.tensors.iter().map(Info::num_bytes).sum()
+        self.tensors.iter().map(TensorInfo::num_bytes).sum()
     }
 }
 
 impl Shards {
     /// Parts `tensors` in their order: a file ends before the tensor that would carry it beyond `max_bytes`. A tensor
     /// larger than that has a file of its own.
-    pub fn new(tensors: Vec<Info>, max_bytes: u64) -> Self {
-        let mut parts: Vec<Vec<Info>> = vec![Vec::new()];
+    pub fn new(tensors: Vec<TensorInfo>, max_bytes: u64) -> Self {
+        let mut parts: Vec<Vec<TensorInfo>> = vec![Vec::new()];
         let mut size = 0;
         for tensor in tensors {
             let bytes = tensor.num_bytes();
@@ -81,7 +81,7 @@ impl Shards {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::safetensors::Checkpoint;
+    use crate::checkpoint::Checkpoint;
     use tch::Kind;
 
     fn tensors() -> Vec<(String, Tensor)> {
@@ -89,8 +89,8 @@ mod tests {
         lens.map(|(name, len)| (name.to_owned(), Tensor::arange(len, (Kind::Int64, tch::Device::Cpu)))).into()
     }
 
-    fn infos() -> Vec<Info> {
-        tensors().iter().map(|(name, tensor)| Info::of(name, tensor).unwrap()).collect()
+    fn infos() -> Vec<TensorInfo> {
+        tensors().iter().map(|(name, tensor)| TensorInfo::of(name, tensor).unwrap()).collect()
     }
 
     #[test]

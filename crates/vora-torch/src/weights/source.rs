@@ -2,77 +2,17 @@
 
 use std::cell::{RefCell, RefMut};
 use std::collections::{BTreeMap, HashMap};
-use std::fmt::{self, Display};
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
-use thiserror::Error;
 
-use crate::safetensors::Checkpoint;
-use crate::{error, ffi};
-
-/// How a tensor starts when the source makes new weights.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Init {
-    /// All zero.
-    Zeros,
-    /// All one.
-    Ones,
-    /// All the same.
-    Const(f64),
-    /// Normal with mean 0.
-    Normal {
-        /// Standard deviation.
-        std: f64,
-    },
-    /// Uniform in ±1/sqrt(fan_in), fan_in over all but the first dimension: `kaiming_uniform_(a=sqrt(5))`,
-    /// PyTorch's default for linear layers and LoRA's for `A`.
-    KaimingUniform,
-    /// A weight that a checkpoint gives; normal with mean 0 in a source of new weights, with the standard deviation of
-    /// [`Weights::with_initializer_range`].
-    Required,
-}
-
-/// How many names of each kind a mismatch shows.
-const NAMED: usize = 10;
-
-/// What does not fit between a checkpoint and the model that reads it, in one list; shown, the first ten of each kind
-/// and how many there are.
-#[derive(Debug, Error, PartialEq)]
-pub struct Mismatch {
-    /// Where the weights came from.
-    pub path: PathBuf,
-    /// Names that the model wants and the checkpoint lacks.
-    pub missing: Vec<String>,
-    /// Names in the checkpoint that the model did not ask for.
-    pub unexpected: Vec<String>,
-    /// Name, shape found, shape expected.
-    pub misshapen: Vec<(String, Vec<i64>, Vec<i64>)>,
-}
-
-impl Display for Mismatch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} does not fit this model:", self.path.display())?;
-        let misshapen: Vec<String> = self
-            .misshapen
-            .iter()
-            .map(|(name, found, expected)| format!("{name} is {found:?}, the model expects {expected:?}"))
-            .collect();
-        for (what, lines) in
-            [("missing   ", &self.missing), ("unexpected", &self.unexpected), ("misshapen ", &misshapen)]
-        {
-            for line in lines.iter().take(NAMED) {
-                write!(f, "\n  {what} {line}")?;
-            }
-            if lines.len() > NAMED {
-                write!(f, "\n  {what} and {} more, {} in all", lines.len() - NAMED, lines.len())?;
-            }
-        }
-        Ok(())
-    }
-}
+use crate::checkpoint::Checkpoint;
+use crate::error;
+use crate::weights::init::{Init, new_tensor};
+use crate::weights::mismatch::Mismatch;
 
 /// Where tensors come from.
 #[derive(Debug)]
@@ -342,36 +282,10 @@ fn stand_in(shape: &[i64]) -> Result<Tensor> {
     Tensor::zeros([1], (Kind::Float, Device::Cpu)).f_as_strided(shape, vec![0; shape.len()], 0).map_err(error::clean)
 }
 
-/// A new f32 tensor on the CPU.
-fn new_tensor(seed: u64, name: &str, shape: &[i64], init: Init, initializer_range: f64) -> Result<Tensor> {
-    let mut tensor = Tensor::empty(shape, (Kind::Float, Device::Cpu));
-    // FNV-1a over the name, so that adding a layer changes no other layer's start.
-    let seed =
-        name.bytes().fold(0xcbf2_9ce4_8422_2325 ^ seed, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
-    let normal = |tensor: &mut Tensor, std| {
-        // SAFETY: a live f32 CPU tensor.
-        ffi::check(unsafe { ffi::vora_fill_normal(tensor.as_mut_ptr(), std, seed) })
-    };
-    match init {
-        Init::Zeros => drop(tensor.zero_()),
-        Init::Ones => drop(tensor.fill_(1.0)),
-        Init::Const(value) => drop(tensor.fill_(value)),
-        Init::Normal { std } => normal(&mut tensor, std)?,
-        Init::Required => normal(&mut tensor, initializer_range)?,
-        Init::KaimingUniform => {
-            let fan_in: i64 = shape[1.min(shape.len())..].iter().product();
-            let bound = 1.0 / (fan_in as f64).sqrt();
-            // SAFETY: a live f32 CPU tensor.
-            ffi::check(unsafe { ffi::vora_fill_uniform(tensor.as_mut_ptr(), bound, seed) })?;
-        }
-    }
-    Ok(tensor)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::safetensors::save;
+    use crate::checkpoint::save;
 
     fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
         (a - b).abs().max().double_value(&[])
@@ -567,7 +481,7 @@ mod tests {
         let zeros = Tensor::zeros([2048, 2048], (Kind::Float, Device::Cpu));
         save(&path, &[("w".into(), zeros)], &[]).unwrap();
         let _held = open(&path);
-        let name = "weights::tests::frozen_weights_are_in_memory_once_for_two_processes";
+        let name = "weights::source::tests::frozen_weights_are_in_memory_once_for_two_processes";
         let mut second = Command::new(std::env::current_exe().unwrap())
             .args([name, "--exact", "--nocapture"])
             .env(SECOND, &path)

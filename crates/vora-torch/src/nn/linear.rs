@@ -1,0 +1,44 @@
+//! A linear layer.
+
+use anyhow::Result;
+use tch::{Tensor, nn::Module};
+
+use crate::weights::{Init, Weights};
+
+/// `y = x W^T + b`
+#[derive(Debug)]
+pub struct Linear {
+    weight: Tensor,       // [out, in]
+    bias: Option<Tensor>, // [out]
+}
+
+impl Linear {
+    /// Takes `weight`, and `bias` where it has one, from the checkpoint; frozen.
+    ///
+    /// # Errors
+    /// Where the checkpoint cannot be read; a tensor that does not fit is told by [`Weights::finish`].
+    pub fn load(weights: &Weights, inputs: i64, outputs: i64, bias: bool) -> Result<Self> {
+        Ok(Self {
+            weight: weights.get("weight", &[outputs, inputs], Init::Required)?,
+            bias: bias.then(|| weights.get("bias", &[outputs], Init::Zeros)).transpose()?,
+        })
+    }
+
+    /// Its outputs in `N` equal parts, as layers over the same memory.
+    pub fn split<const N: usize>(&self) -> [Self; N] {
+        std::array::from_fn(|i| {
+            let part = |tensor: &Tensor| {
+                let len = tensor.size()[0] / N as i64;
+                tensor.narrow(0, i as i64 * len, len)
+            };
+            Self { weight: part(&self.weight), bias: self.bias.as_ref().map(part) }
+        })
+    }
+}
+
+impl Module for Linear {
+    /// `[.., in]` -> `[.., out]`
+    fn forward(&self, x: &Tensor) -> Tensor {
+        x.linear(&self.weight, self.bias.as_ref())
+    }
+}

@@ -1,0 +1,11 @@
+//! Layers and losses of every model, and the kernels that they run through.
+
+pub mod fused;
+mod layer_norm;
+mod linear;
+pub mod loss;
+mod rms_norm;
+
+pub use layer_norm::LayerNorm;
+pub use linear::Linear;
+pub use rms_norm::RmsNorm;

@@ -1,0 +1,9 @@
+//! AdamW over f32 masters, in fused calls.
+
+mod adamw;
+mod gradients;
+mod optimizer;
+
+pub use adamw::{AdamW, fused_adamw};
+pub use gradients::{grad_norm, scale};
+pub use optimizer::{Optimizer, OptimizerConfig, Parameter};
