@@ -52,9 +52,18 @@ pub fn verify(folder: &Path) -> Result<Vec<String>> {
     Ok(listed)
 }
 
+/// SHA-256 of bytes that are at hand, in hex.
+pub fn of(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
 fn digest_of(path: &Path) -> Result<String> {
     let mut digest = Sha256::new();
     let mut file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
     std::io::copy(&mut file, &mut digest).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(&digest.finalize()))
+}
+
+fn hex(digest: &[u8]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }

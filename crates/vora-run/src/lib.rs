@@ -15,6 +15,7 @@
 //! ```
 
 pub mod block_maps;
+pub mod checkpoint;
 pub mod eval;
 pub mod metrics;
 pub mod plot;

@@ -44,4 +44,5 @@ pub use config::run::TrainConfig;
 pub use run::plan::{Measured, Plan};
 pub use run::progress::{Progress, Silent};
 pub use run::size::{BatchShape, Memory, Parameters, Size, TeacherCacheSize};
+pub use run::state::TrainerState;
 pub use run::trainer::{NotFinite, Options, Outcome, Trainer};

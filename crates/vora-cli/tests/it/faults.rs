@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use vora_run::checkpoint;
 use vora_run::metrics::{EventKind, Line, MetricsLog};
-use vora_train::run::checkpoint;
 
 use crate::{program, succeeded, text, trained, workspace};
 
@@ -196,7 +196,7 @@ impl Run {
     fn saved(&self) -> u64 {
         checkpoint::latest(&self.path())
             .unwrap()
-            .map_or(0, |folder| checkpoint::TrainerState::open(&folder).unwrap().step)
+            .map_or(0, |folder| vora_train::TrainerState::open(&folder).unwrap().step)
     }
 
     /// The run goes on to its end, and ends with the weights of one that nothing befell.

@@ -2,12 +2,12 @@
 
 mod available;
 mod best;
-pub mod checkpoint;
 mod evaluate;
 pub(crate) mod plan;
 pub(crate) mod progress;
 pub(crate) mod size;
 pub mod snapshot;
 mod spikes;
+pub(crate) mod state;
 pub(crate) mod trainer;
 mod vq;

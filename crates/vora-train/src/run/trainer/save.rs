@@ -6,9 +6,11 @@ use vora_torch::checkpoint::save;
 
 use super::files::{CONFIG, EMA, OPTIMIZER, TEACHER_MEAN};
 use super::trainer::Trainer;
-use crate::run::checkpoint::{self, Keep, TrainerState};
 use crate::run::progress::Progress;
 use crate::run::snapshot::{Snapshot, on_host};
+use crate::run::state::TrainerState;
+use vora_files::checksums;
+use vora_run::checkpoint::Keep;
 
 const RANDOM: &str = "scenes: ChaCha8 of (seed, split, index); order: Feistel network of SplitMix64; new weights: by seed and name; \
      dropout: libtorch's generator by (seed, step, micro-batch, layer)";
@@ -30,7 +32,7 @@ impl Trainer {
             loss_scale: self.loss_scale,
             seed: self.config.seed,
             random: RANDOM.to_owned(),
-            config_sha256: checkpoint::sha256(yaml.as_bytes()),
+            config_sha256: checksums::of(yaml.as_bytes()),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };
         let snapshot = Snapshot::of(&self.student)?;

@@ -25,16 +25,17 @@ use crate::observe::board::Board;
 use crate::observe::samples;
 use crate::observe::samples::Shown;
 use crate::run::best::{self, Best};
-use crate::run::checkpoint::{self, RunFolder, Saver, TrainerState};
 use crate::run::evaluate::evaluate;
 use crate::run::progress::Progress;
 use crate::run::spikes::SpikeDetector;
+use crate::run::state::TrainerState;
 use crate::run::{size, snapshot, vq};
 use crate::step::ema::{Ema, InPlace};
 use crate::step::loss_scale::LossScale;
 use crate::step::optim::optimizer;
 use crate::step::schedule::Schedule;
 use crate::student::{Student, parts};
+use vora_run::checkpoint::{self, RunFolder, Saver};
 
 /// Held-out pictures of each split that are written for asking.
 const SAMPLES: u64 = 8;

@@ -20,12 +20,13 @@ use crate::config::run::TrainConfig;
 use crate::data;
 use crate::observe::samples;
 use crate::run::best::Best;
-use crate::run::checkpoint::{self, TrainerState};
 use crate::run::progress::Progress;
+use crate::run::state::TrainerState;
 use crate::step::loss_scale::LossScale;
 use crate::student::DeviceBatch;
 use vora_image::ImageProcessor;
 use vora_model::VisionLanguageModel;
+use vora_run::checkpoint;
 use vora_torch::checkpoint::Checkpoint;
 
 use crate::run::progress::Silent;
