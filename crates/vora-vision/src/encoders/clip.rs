@@ -3,17 +3,14 @@
 use anyhow::Result;
 use serde::Deserialize;
 use tch::Tensor;
+use vora_image::{ImageProcessor, OPENAI_CLIP, Resample};
 use vora_torch::weights::{Init, Weights};
 
-use crate::activation::Activation;
-use crate::attention::Attention;
-use crate::block::Block;
-use crate::embeddings::Embeddings;
-use crate::mlp::Mlp;
-use crate::norm::Norm;
-use crate::positions::{Interpolation, Positions};
-use crate::sizes::{Sizes, square};
-use crate::vision_transformer::VisionTransformer;
+use crate::encoders::family::{Family, FolderNames, patches_of_square, side};
+use crate::encoders::sizes::{Sizes, square};
+use crate::transformer::{
+    Activation, Attention, Block, Embeddings, Interpolation, Mlp, Norm, Positions, VisionTransformer,
+};
 use vora_torch::nn::{LayerNorm, Linear};
 
 /// The keys of a `CLIPVisionConfig`; others pass.
@@ -132,6 +129,45 @@ impl ClipLayer {
             },
             scale2: None,
         })
+    }
+}
+
+impl Family for ClipVisionConfig {
+    fn names(&self) -> FolderNames {
+        FolderNames {
+            prefix: "vision_model",
+            alone: "vision_model.",
+            convolution: "embeddings.patch_embedding.weight",
+            left_out: &[
+                "post_layernorm.",
+                "embeddings.position_ids",
+                "text_model.",
+                "visual_projection.",
+                "text_projection.",
+                "logit_scale",
+            ],
+        }
+    }
+
+    fn load(&self, weights: &Weights) -> Result<VisionTransformer> {
+        self.load(weights)
+    }
+
+    fn patch_size(&self) -> i64 {
+        self.patch_size
+    }
+
+    fn num_patches(&self) -> i64 {
+        patches_of_square(self.image_size, self.patch_size)
+    }
+
+    fn num_prefix_tokens(&self) -> i64 {
+        1
+    }
+
+    fn default_processor(&self) -> ImageProcessor {
+        let (mean, std) = OPENAI_CLIP;
+        ImageProcessor::square(side(self.image_size), mean, std, Resample::Bicubic)
     }
 }
 

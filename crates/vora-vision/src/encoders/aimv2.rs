@@ -3,18 +3,15 @@
 
 use anyhow::{Result, ensure};
 use serde::Deserialize;
+use vora_image::{ImageProcessor, OPENAI_CLIP, Resample};
 use vora_torch::nn::RmsNorm;
 use vora_torch::weights::{Init, Weights};
 
-use crate::activation::Activation;
-use crate::attention::Attention;
-use crate::block::Block;
-use crate::embeddings::Embeddings;
-use crate::mlp::Mlp;
-use crate::norm::Norm;
-use crate::positions::{Interpolation, Positions};
-use crate::sizes::{Sizes, square};
-use crate::vision_transformer::VisionTransformer;
+use crate::encoders::family::{Family, FolderNames, patches_of_square, side};
+use crate::encoders::sizes::{Sizes, square};
+use crate::transformer::{
+    Activation, Attention, Block, Embeddings, Interpolation, Mlp, Norm, Positions, VisionTransformer,
+};
 use vora_torch::nn::Linear;
 
 /// The keys of an `Aimv2VisionConfig`; others pass.
@@ -213,11 +210,50 @@ impl Aimv2VisionConfig {
     }
 }
 
+impl Family for Aimv2VisionConfig {
+    fn names(&self) -> FolderNames {
+        FolderNames {
+            prefix: "vision_model",
+            alone: "",
+            convolution: "embeddings.patch_embed.weight",
+            left_out: &[
+                "head.",
+                "embeddings.position_ids",
+                "text_model.",
+                "visual_projection.",
+                "text_projection.",
+                "logit_scale",
+            ],
+        }
+    }
+
+    fn load(&self, weights: &Weights) -> Result<VisionTransformer> {
+        self.load(weights)
+    }
+
+    fn patch_size(&self) -> i64 {
+        self.patch_size
+    }
+
+    fn num_patches(&self) -> i64 {
+        patches_of_square(self.image_size, self.patch_size)
+    }
+
+    fn num_prefix_tokens(&self) -> i64 {
+        0
+    }
+
+    fn default_processor(&self) -> ImageProcessor {
+        let (mean, std) = OPENAI_CLIP;
+        ImageProcessor::square(side(self.image_size), mean, std, Resample::Bicubic)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::encoder::Encoder;
-    use crate::encoder_config::EncoderConfig;
+    use crate::encoder::EncoderConfig;
     use crate::golden::{json, load, matches_reference, rounds_as_the_reference};
     use crate::patch_embed::{PatchEmbed, PatchEmbedConfig};
     use serde_json::Value;
@@ -317,7 +353,7 @@ mod tests {
         let stored = as_apple_has_it(&golden, "weights.vision_model.");
         let tensors = stored.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
         let teacher = Encoder::load(&config, &Weights::from_tensors(tensors, Device::Cpu, Kind::Float)).unwrap();
-        assert_eq!(teacher.first_hidden_state(), 1); // Apple's hidden states begin behind the first block
+        assert_eq!(teacher.first_hidden_state(), 1); // Apple's hidden states begin after the first block
         let (patch_size, embed_dim) = (teacher.patch_size(), teacher.hidden_size());
         let side = (config.num_patches() as f64).sqrt() as i64;
         let sizes = PatchEmbedConfig { patch_size, image_size: side * patch_size, embed_dim, hidden_size: 10 };

@@ -2,12 +2,13 @@
 
 use anyhow::{Result, ensure};
 use serde::Deserialize;
+use vora_image::ImageProcessor;
 use vora_torch::weights::{Init, Weights};
 
-use crate::positions::Interpolation;
-use crate::siglip::SiglipVisionConfig;
-use crate::sizes::square;
-use crate::vision_transformer::VisionTransformer;
+use crate::encoders::family::{Family, FolderNames};
+use crate::encoders::siglip::{NAMES, SiglipVisionConfig};
+use crate::encoders::sizes::square;
+use crate::transformer::{Interpolation, VisionTransformer};
 
 /// The keys of a `Siglip2VisionConfig`; others pass.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -87,6 +88,32 @@ impl Siglip2VisionConfig {
             hidden_act: self.hidden_act.clone(),
             layer_norm_eps: self.layer_norm_eps,
         }
+    }
+}
+
+impl Family for Siglip2VisionConfig {
+    fn names(&self) -> FolderNames {
+        NAMES
+    }
+
+    fn load(&self, weights: &Weights) -> Result<VisionTransformer> {
+        self.load(weights)
+    }
+
+    fn patch_size(&self) -> i64 {
+        self.patch_size
+    }
+
+    fn num_patches(&self) -> i64 {
+        self.num_patches
+    }
+
+    fn num_prefix_tokens(&self) -> i64 {
+        0
+    }
+
+    fn default_processor(&self) -> ImageProcessor {
+        ImageProcessor::patches(self.patch_size, self.num_patches)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Multi-head attention of a vision transformer: every token sees every token.
+//! Multi-head attention of a vision transformer, from every token to every token.
 
 use tch::{Tensor, nn::Module};
 

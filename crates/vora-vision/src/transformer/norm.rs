@@ -1,4 +1,4 @@
-//! The norms of all families behind one type.
+//! One type for the norms of all families.
 
 use tch::nn::Module;
 

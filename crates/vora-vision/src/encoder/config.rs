@@ -7,16 +7,13 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use tch::Tensor;
 use vora_files::object;
-use vora_image::{IMAGENET_DEFAULT, IMAGENET_STANDARD, ImageProcessor, OPENAI_CLIP, Resample};
+use vora_image::ImageProcessor;
 use vora_torch::weights::Weights;
 
-use crate::aimv2::Aimv2VisionConfig;
-use crate::clip::ClipVisionConfig;
-use crate::dinov2::Dinov2Config;
-use crate::siglip::SiglipVisionConfig;
-use crate::siglip2::Siglip2VisionConfig;
-use crate::vision_transformer::VisionTransformer;
-use crate::vit::VitConfig;
+use crate::encoders::{
+    Aimv2VisionConfig, ClipVisionConfig, Dinov2Config, Family, Siglip2VisionConfig, SiglipVisionConfig, VitConfig,
+};
+use crate::transformer::VisionTransformer;
 
 /// One of the families known here.
 #[derive(Debug, Clone, PartialEq)]
@@ -80,26 +77,16 @@ impl EncoderConfig {
     /// Where the config contradicts itself; tensors that do not fit are told by `weights.finish_allowing()`, for which
     /// [`EncoderConfig::leaves_out`] says what no encoder reads.
     pub fn load(&self, weights: &Weights) -> Result<VisionTransformer> {
-        let below = weights.pp(self.names().prefix);
-        let weights = if below.contains(self.names().convolution) && !weights.contains(self.names().convolution) {
-            &below
-        } else {
-            weights
-        };
-        match self {
-            Self::Clip(config) => config.load(weights),
-            Self::Siglip(config) => config.load(weights),
-            Self::Siglip2(config) => config.load(weights),
-            Self::Aimv2(config) => config.load(weights),
-            Self::Vit(config) => config.load(weights),
-            Self::Dinov2(config) => config.load(weights),
-        }
+        let (family, names) = (self.family(), self.family().names());
+        let below = weights.pp(names.prefix);
+        let is_below = below.contains(names.convolution) && !weights.contains(names.convolution);
+        family.load(if is_below { &below } else { weights })
     }
 
     /// Whether a tensor of such a folder is of no use for hidden states: the words' half of the model, pooling and
     /// classification heads.
     pub fn leaves_out(&self, name: &str) -> bool {
-        let names = self.names();
+        let names = self.family().names();
         let own = name.strip_prefix(names.prefix).and_then(|name| name.strip_prefix('.')).unwrap_or(name);
         names.left_out.iter().any(|start| own.starts_with(start))
     }
@@ -108,48 +95,29 @@ impl EncoderConfig {
     /// has for them. Heads of its own stay with it; the words' half goes, and the counters of positions that old files
     /// have.
     pub(crate) fn own_tensors(&self, tensors: Vec<(String, Tensor)>) -> Vec<(String, Tensor)> {
-        let Names { prefix, alone, .. } = self.names();
-        let own = |name: &str| name.strip_prefix(prefix)?.strip_prefix('.').map(str::to_owned);
+        let names = self.family().names();
+        let own = |name: &str| name.strip_prefix(names.prefix)?.strip_prefix('.').map(str::to_owned);
         let has_more = tensors.iter().any(|(name, _)| own(name).is_some());
         let tensors = tensors.into_iter().filter_map(|(name, tensor)| {
             let name = if has_more { own(&name)? } else { name };
-            (name != "embeddings.position_ids").then(|| (format!("{alone}{name}"), tensor))
+            (name != "embeddings.position_ids").then(|| (format!("{}{name}", names.alone), tensor))
         });
         tensors.collect()
     }
 
     /// Tokens before the patches: the class token and registers.
     pub fn num_prefix_tokens(&self) -> i64 {
-        match self {
-            Self::Clip(_) | Self::Vit(_) => 1,
-            Self::Siglip(_) | Self::Siglip2(_) | Self::Aimv2(_) => 0,
-            Self::Dinov2(config) => 1 + config.num_register_tokens,
-        }
+        self.family().num_prefix_tokens()
     }
 
     /// Patches of a picture of the size that it was trained for.
     pub fn num_patches(&self) -> i64 {
-        let (image_size, patch_size) = match self {
-            Self::Clip(config) => (config.image_size, config.patch_size),
-            Self::Siglip(config) => (config.image_size, config.patch_size),
-            Self::Siglip2(config) => return config.num_patches,
-            Self::Aimv2(config) => (config.image_size, config.patch_size),
-            Self::Vit(config) => (config.image_size, config.patch_size),
-            Self::Dinov2(config) => (config.image_size, config.patch_size),
-        };
-        (image_size / patch_size.max(1)).pow(2)
+        self.family().num_patches()
     }
 
     /// Side of a patch, in pixels.
     pub fn patch_size(&self) -> i64 {
-        match self {
-            Self::Clip(config) => config.patch_size,
-            Self::Siglip(config) => config.patch_size,
-            Self::Siglip2(config) => config.patch_size,
-            Self::Aimv2(config) => config.patch_size,
-            Self::Vit(config) => config.patch_size,
-            Self::Dinov2(config) => config.patch_size,
-        }
+        self.family().patch_size()
     }
 
     /// How pictures are prepared for the encoder in this folder: as its `preprocessor_config.json` says,
@@ -165,73 +133,20 @@ impl EncoderConfig {
     /// What its pictures go through where no file says so: mean, std and sampling of the family's own processor, and
     /// the whole picture made a square of the size that it was trained for; for SigLIP 2 one of about its own aspect.
     pub fn default_processor(&self) -> ImageProcessor {
-        let ((mean, std), resample, image_size) = match self {
-            Self::Clip(config) => (OPENAI_CLIP, Resample::Bicubic, config.image_size),
-            Self::Siglip(config) => (IMAGENET_STANDARD, Resample::Bicubic, config.image_size),
-            Self::Siglip2(config) => return ImageProcessor::patches(config.patch_size, config.num_patches),
-            Self::Aimv2(config) => (OPENAI_CLIP, Resample::Bicubic, config.image_size),
-            Self::Vit(config) => (IMAGENET_STANDARD, Resample::Bilinear, config.image_size),
-            Self::Dinov2(config) => (IMAGENET_DEFAULT, Resample::Bicubic, config.image_size),
-        };
-        ImageProcessor::square(u32::try_from(image_size).unwrap_or(224), mean, std, resample)
+        self.family().default_processor()
     }
 
-    fn names(&self) -> Names {
+    /// The facts of its family.
+    fn family(&self) -> &dyn Family {
         match self {
-            Self::Clip(_) => Names {
-                prefix: "vision_model",
-                alone: "vision_model.",
-                convolution: "embeddings.patch_embedding.weight",
-                left_out: &[
-                    "post_layernorm.",
-                    "embeddings.position_ids",
-                    "text_model.",
-                    "visual_projection.",
-                    "text_projection.",
-                    "logit_scale",
-                ],
-            },
-            Self::Siglip(_) | Self::Siglip2(_) => Names {
-                prefix: "vision_model",
-                alone: "vision_model.",
-                convolution: "embeddings.patch_embedding.weight",
-                left_out: &["head.", "embeddings.position_ids", "text_model.", "logit_scale", "logit_bias"],
-            },
-            Self::Aimv2(_) => Names {
-                prefix: "vision_model",
-                alone: "",
-                convolution: "embeddings.patch_embed.weight",
-                left_out: &[
-                    "head.",
-                    "embeddings.position_ids",
-                    "text_model.",
-                    "visual_projection.",
-                    "text_projection.",
-                    "logit_scale",
-                ],
-            },
-            Self::Vit(_) => Names {
-                prefix: "vit",
-                alone: "",
-                convolution: "embeddings.patch_embeddings.projection.weight",
-                left_out: &["pooler.", "embeddings.mask_token", "classifier.", "decoder."],
-            },
-            Self::Dinov2(_) => Names {
-                prefix: "dinov2",
-                alone: "",
-                convolution: "embeddings.patch_embeddings.projection.weight",
-                left_out: &["classifier."],
-            },
+            Self::Clip(config) => config,
+            Self::Siglip(config) => config,
+            Self::Siglip2(config) => config,
+            Self::Aimv2(config) => config,
+            Self::Vit(config) => config,
+            Self::Dinov2(config) => config,
         }
     }
-}
-
-/// Where a family's tensors stand.
-struct Names {
-    prefix: &'static str,      // in models with more in them
-    alone: &'static str,       // what the model alone writes before its own names
-    convolution: &'static str, // by which the place is known
-    left_out: &'static [&'static str],
 }
 
 /// The `vision_config` of a model with two halves, or the `vision_config_dict` that old CLIP files have beside it.
@@ -254,7 +169,7 @@ mod tests {
     fn tensors_are_found_with_and_without_the_prefix() {
         for name in ["clip", "siglip", "siglip2", "aimv2", "vit", "dinov2"] {
             let tensors = fixtures::open(name);
-            let prefix = EncoderConfig::from_json(&golden::json(name)).unwrap().names().prefix;
+            let prefix = EncoderConfig::from_json(&golden::json(name)).unwrap().family().names().prefix;
             let strip = |name: &str| name.strip_prefix(&format!("{prefix}.")).unwrap_or(name).to_owned();
             let below = |name: &str| format!("{prefix}.{}", strip(name));
             let is_text = |name: &str| name.starts_with("text") || name.starts_with("logit");

@@ -7,9 +7,9 @@ use tch::{Device, Kind, Tensor};
 use vora_image::ImageProcessor;
 use vora_torch::weights::Weights;
 
-use crate::encoder_config::EncoderConfig;
+use crate::encoder::config::EncoderConfig;
 use crate::features::FeatureSelection;
-use crate::vision_transformer::{Patchifier, VisionTransformer};
+use crate::transformer::{Patchifier, VisionTransformer};
 
 /// A frozen vision transformer of any family, and what its pictures go through.
 #[derive(Debug)]
@@ -69,7 +69,7 @@ impl Encoder {
     }
 
     /// Its tensors as they lie in their file, with heads that no hidden state needs, by the names that Hugging Face's
-    /// vision model alone has for them; on the CPU, in the kind they are stored in. None of a model that is in no file.
+    /// vision model alone has for them; on the CPU, in the dtype they are stored in. None of a model that is in no file.
     pub fn tensors(&self) -> &[(String, Tensor)] {
         &self.tensors
     }

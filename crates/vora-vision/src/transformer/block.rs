@@ -1,11 +1,11 @@
-//! One block of a vision transformer: attention and a feed-forward layer, each behind a norm and beside a way past it.
+//! One block of a vision transformer: attention and a feed-forward layer, each after a norm and with a residual connection.
 
 use tch::{Tensor, nn::Module};
 
-use crate::attention::Attention;
-use crate::norm::Norm;
+use crate::transformer::attention::Attention;
+use crate::transformer::norm::Norm;
 
-use crate::mlp::Mlp;
+use crate::transformer::mlp::Mlp;
 
 /// `h = x + scale1 * attention(norm1(x))`, `y = h + scale2 * mlp(norm2(h))`
 #[derive(Debug)]

@@ -1,12 +1,12 @@
-//! What a vision transformer's first block sees: patches with their positions, behind tokens that are no patch.
+//! The input of a vision transformer's first block: tokens that are no patch, then patches with their positions.
 
 use std::cell::RefCell;
 
 use tch::{Tensor, nn::Module};
 
-use crate::norm::Norm;
-use crate::patchify::patchify;
-use crate::positions::Positions;
+use crate::transformer::norm::Norm;
+use crate::transformer::patchify::patchify;
+use crate::transformer::positions::Positions;
 
 /// `[prefix | norm(patchify(pixels)) + positions]`
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 use tch::{Tensor, nn::Module};
 use vora_torch::nn::fused;
 
-use crate::activation::Activation;
+use crate::transformer::activation::Activation;
 use vora_torch::nn::Linear;
 
 /// Two layers, or three where one gates another (SwiGLU, Shazeer 2020).

@@ -2,17 +2,14 @@
 
 use anyhow::Result;
 use serde::Deserialize;
+use vora_image::{IMAGENET_STANDARD, ImageProcessor, Resample};
 use vora_torch::weights::{Init, Weights};
 
-use crate::activation::Activation;
-use crate::attention::Attention;
-use crate::block::Block;
-use crate::embeddings::Embeddings;
-use crate::mlp::Mlp;
-use crate::norm::Norm;
-use crate::positions::{Interpolation, Positions};
-use crate::sizes::{Sizes, square};
-use crate::vision_transformer::VisionTransformer;
+use crate::encoders::family::{Family, FolderNames, patches_of_square, side};
+use crate::encoders::sizes::{Sizes, square};
+use crate::transformer::{
+    Activation, Attention, Block, Embeddings, Interpolation, Mlp, Norm, Positions, VisionTransformer,
+};
 use vora_torch::nn::{LayerNorm, Linear};
 
 /// The keys of a `ViTConfig`; others pass.
@@ -163,6 +160,38 @@ impl VitConfig {
             image_size: self.image_size,
             patch_size: self.patch_size,
         }
+    }
+}
+
+impl Family for VitConfig {
+    fn names(&self) -> FolderNames {
+        FolderNames {
+            prefix: "vit",
+            alone: "",
+            convolution: "embeddings.patch_embeddings.projection.weight",
+            left_out: &["pooler.", "embeddings.mask_token", "classifier.", "decoder."],
+        }
+    }
+
+    fn load(&self, weights: &Weights) -> Result<VisionTransformer> {
+        self.load(weights)
+    }
+
+    fn patch_size(&self) -> i64 {
+        self.patch_size
+    }
+
+    fn num_patches(&self) -> i64 {
+        patches_of_square(self.image_size, self.patch_size)
+    }
+
+    fn num_prefix_tokens(&self) -> i64 {
+        1
+    }
+
+    fn default_processor(&self) -> ImageProcessor {
+        let (mean, std) = IMAGENET_STANDARD;
+        ImageProcessor::square(side(self.image_size), mean, std, Resample::Bilinear)
     }
 }
 

@@ -4,17 +4,14 @@ use anyhow::Result;
 use serde::Deserialize;
 use serde_json::Value;
 use tch::Tensor;
+use vora_image::{IMAGENET_DEFAULT, ImageProcessor, Resample};
 use vora_torch::weights::{Init, Weights};
 
-use crate::activation::Activation;
-use crate::attention::Attention;
-use crate::block::Block;
-use crate::embeddings::Embeddings;
-use crate::mlp::Mlp;
-use crate::norm::Norm;
-use crate::positions::{Interpolation, Positions};
-use crate::sizes::{Sizes, square};
-use crate::vision_transformer::VisionTransformer;
+use crate::encoders::family::{Family, FolderNames, patches_of_square, side};
+use crate::encoders::sizes::{Sizes, square};
+use crate::transformer::{
+    Activation, Attention, Block, Embeddings, Interpolation, Mlp, Norm, Positions, VisionTransformer,
+};
 use vora_torch::nn::{LayerNorm, Linear};
 
 /// The keys of a `config.json` of `Dinov2Model` or `Dinov2WithRegistersModel`; others pass.
@@ -101,7 +98,7 @@ impl Dinov2Config {
         })
     }
 
-    /// The same with what Hugging Face takes where `json` lacks a key and the two kinds of models differ.
+    /// The same with what Hugging Face takes where `json` lacks a key and the two models differ.
     pub(crate) fn with_defaults_of(mut self, json: &Value) -> Self {
         if self.has_registers() && json.get("num_register_tokens").is_none() {
             self.num_register_tokens = 4;
@@ -192,6 +189,38 @@ impl Dinov2Config {
 
     fn has_registers(&self) -> bool {
         self.model_type == "dinov2_with_registers"
+    }
+}
+
+impl Family for Dinov2Config {
+    fn names(&self) -> FolderNames {
+        FolderNames {
+            prefix: "dinov2",
+            alone: "",
+            convolution: "embeddings.patch_embeddings.projection.weight",
+            left_out: &["classifier."],
+        }
+    }
+
+    fn load(&self, weights: &Weights) -> Result<VisionTransformer> {
+        self.load(weights)
+    }
+
+    fn patch_size(&self) -> i64 {
+        self.patch_size
+    }
+
+    fn num_patches(&self) -> i64 {
+        patches_of_square(self.image_size, self.patch_size)
+    }
+
+    fn num_prefix_tokens(&self) -> i64 {
+        1 + self.num_register_tokens
+    }
+
+    fn default_processor(&self) -> ImageProcessor {
+        let (mean, std) = IMAGENET_DEFAULT;
+        ImageProcessor::square(side(self.image_size), mean, std, Resample::Bicubic)
     }
 }
 

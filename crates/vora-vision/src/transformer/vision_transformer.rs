@@ -1,12 +1,12 @@
-//! A frozen vision transformer, whichever checkpoint it came from: embeddings, blocks, a norm behind the last.
+//! A frozen vision transformer, whichever checkpoint it came from: embeddings, blocks, a norm after the last.
 
 use anyhow::{Context, Result, ensure};
 use tch::{Tensor, nn::Module};
 
-use crate::block::Block;
-use crate::embeddings::Embeddings;
 use crate::features::{FeatureSelection, VisionFeatureSelectStrategy};
-use crate::norm::Norm;
+use crate::transformer::block::Block;
+use crate::transformer::embeddings::Embeddings;
+use crate::transformer::norm::Norm;
 
 /// A frozen vision transformer (arXiv 2010.11929). The configs of the families known here make one each:
 /// [`ClipVisionConfig::load`](crate::ClipVisionConfig::load) and its likes.
@@ -17,7 +17,7 @@ pub struct VisionTransformer {
     pub(crate) embeddings: Embeddings,
     pub(crate) pre_norm: Option<Norm>, // between embeddings and blocks
     pub(crate) blocks: Vec<Block>,
-    pub(crate) norm: Option<Norm>, // behind the blocks
+    pub(crate) norm: Option<Norm>, // after the blocks
     pub(crate) side: i64,          // patches along a side of the pictures that it was trained for
 }
 
@@ -96,7 +96,7 @@ impl VisionTransformer {
         states
     }
 
-    /// The norm behind the last block: Hugging Face's `last_hidden_state` of the last hidden state. CLIP has none there.
+    /// The norm after the last block: Hugging Face's `last_hidden_state` of the last hidden state. CLIP has none there.
     pub fn last_hidden_state(&self, hidden: &Tensor) -> Tensor {
         self.norm.as_ref().map_or_else(|| hidden.shallow_clone(), |norm| norm.forward(hidden))
     }
@@ -107,8 +107,8 @@ impl VisionTransformer {
         hidden.narrow(1, prefix, hidden.size()[1] - prefix)
     }
 
-    /// `[batch, 3, height, width]` -> `[batch, tokens, layers * hidden]`: the hidden states that a language model gets
-    /// to see, side by side where several are chosen. Blocks behind the last one chosen do not run.
+    /// `[batch, 3, height, width]` -> `[batch, tokens, layers * hidden]`: the hidden states that a language model is
+    /// given, side by side where several are chosen. Blocks after the last one chosen do not run.
     ///
     /// # Errors
     /// Where a chosen layer is none of this model's, or the pictures are smaller than a patch.

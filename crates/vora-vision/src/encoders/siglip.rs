@@ -4,13 +4,13 @@
 use anyhow::Result;
 use serde::Deserialize;
 use tch::Tensor;
+use vora_image::{IMAGENET_STANDARD, ImageProcessor, Resample};
 use vora_torch::weights::{Init, Weights};
 
-use crate::clip::ClipLayer;
-use crate::embeddings::Embeddings;
-use crate::positions::{Interpolation, Positions};
-use crate::sizes::{Sizes, square};
-use crate::vision_transformer::VisionTransformer;
+use crate::encoders::clip::ClipLayer;
+use crate::encoders::family::{Family, FolderNames, patches_of_square, side};
+use crate::encoders::sizes::{Sizes, square};
+use crate::transformer::{Embeddings, Interpolation, Positions, VisionTransformer};
 use vora_torch::nn::LayerNorm;
 
 /// The keys of a `SiglipVisionConfig`; others pass.
@@ -100,6 +100,41 @@ impl SiglipVisionConfig {
             image_size: self.image_size,
             patch_size: self.patch_size,
         }
+    }
+}
+
+/// Where SigLIP's tensors stand, and SigLIP 2's.
+pub(super) const NAMES: FolderNames = FolderNames {
+    prefix: "vision_model",
+    alone: "vision_model.",
+    convolution: "embeddings.patch_embedding.weight",
+    left_out: &["head.", "embeddings.position_ids", "text_model.", "logit_scale", "logit_bias"],
+};
+
+impl Family for SiglipVisionConfig {
+    fn names(&self) -> FolderNames {
+        NAMES
+    }
+
+    fn load(&self, weights: &Weights) -> Result<VisionTransformer> {
+        self.load(weights)
+    }
+
+    fn patch_size(&self) -> i64 {
+        self.patch_size
+    }
+
+    fn num_patches(&self) -> i64 {
+        patches_of_square(self.image_size, self.patch_size)
+    }
+
+    fn num_prefix_tokens(&self) -> i64 {
+        0
+    }
+
+    fn default_processor(&self) -> ImageProcessor {
+        let (mean, std) = IMAGENET_STANDARD;
+        ImageProcessor::square(side(self.image_size), mean, std, Resample::Bicubic)
     }
 }
 

@@ -6,26 +6,16 @@
 //! `quant_conv`, `quantize.embedding`, `post_quant_conv`, `decoder.*`. Hugging Face's `ChameleonVQVAE` has the same names
 //! without `decoder.*`: it reads pictures and draws none.
 
-mod blocks;
-mod config;
-mod decoder;
-mod encoder;
-mod params;
-mod pixels;
-mod quantizer;
-
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Reduction, Tensor, nn::Module};
 use vora_torch::weights::Weights;
 
-pub use self::config::VqConfig;
-pub use self::pixels::to_images;
-
-use self::blocks::Conv2d;
-use self::decoder::Decoder;
-use self::encoder::Encoder;
-use self::params::Params;
-use self::quantizer::VectorQuantizer;
+use super::blocks::Conv2d;
+use super::config::VqConfig;
+use super::decoder::Decoder;
+use super::encoder::Encoder;
+use super::params::Params;
+use super::quantizer::VectorQuantizer;
 
 /// Encoder, codebook, and the decoder where the weights have one.
 #[derive(Debug)]
@@ -211,7 +201,7 @@ impl VqModel {
         self.quant_conv.forward(&self.encoder.forward(&self.to_own(pixel_values)))
     }
 
-    /// In the kind and on the device of its weights.
+    /// In the dtype and on the device of its weights.
     fn to_own(&self, pixel_values: &Tensor) -> Tensor {
         pixel_values.to_device(self.device()).to_kind(self.encoder.kind())
     }
