@@ -1,230 +1,15 @@
-//! The decoder: layers of attention and MLP around a residual stream, and the head that turns it into logits.
-
-mod dropout;
-mod recompute;
+//! `CausalLm`: a decoder with the head that turns hidden states into logits, and generation from a cache.
 
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor, nn::Module};
 use vora_files::tell_once;
 use vora_lora::Linear;
-use vora_torch::nn::RmsNorm;
 use vora_torch::weights::{Init, Weights};
 
-use crate::attention::Attention;
+use super::stack::Decoder;
 use crate::attention::AttentionPlan;
 use crate::config::LlmConfig;
-use crate::head_norm::HeadNorm;
 use crate::kv_cache::KvCache;
-use crate::mlp::Mlp;
-use crate::rotary::{CosSin, Rotary};
-
-pub use dropout::DropoutSeed;
-pub use recompute::Recompute;
-
-/// `h = x + self_attn(input_layernorm(x))`, then `h + mlp(post_attention_layernorm(h))`; with `swin_norm`, each norm
-/// behind its block: `h = x + input_layernorm(self_attn(x))`, then `h + post_attention_layernorm(mlp(h))`.
-#[derive(Debug)]
-pub struct DecoderLayer {
-    input_layernorm: RmsNorm,
-    self_attn: Attention,
-    post_attention_layernorm: RmsNorm,
-    mlp: Mlp,
-    swin_norm: bool,
-    slides: bool, // whether it has the decoder's window
-    dropout: f64, // of what attention and MLP add, in training
-}
-
-impl DecoderLayer {
-    /// Takes one `model.layers.N`.
-    pub fn load(config: &LlmConfig, layer_idx: usize, weights: &Weights) -> Result<Self> {
-        let norm = |name: &str| RmsNorm::load(&weights.pp(name), config.hidden_size, config.rms_norm_eps);
-        Ok(Self {
-            input_layernorm: norm("input_layernorm")?,
-            self_attn: Attention::load(config, layer_idx, &weights.pp("self_attn"))?,
-            post_attention_layernorm: norm("post_attention_layernorm")?,
-            mlp: Mlp::load(config, &weights.pp("mlp"))?,
-            swin_norm: config.has_swin_norm(),
-            slides: config.window(layer_idx).is_some(),
-            dropout: config.dropout.unwrap_or(0.0),
-        })
-    }
-
-    /// `[batch, seq, hidden]` -> `[batch, seq, hidden]`; a layer with a sliding window takes a plan within it.
-    pub fn forward(&self, x: &Tensor, cos_sin: &CosSin, plan: &AttentionPlan) -> Tensor {
-        self.around(x, 0.0, |x| self.self_attn.forward(x, cos_sin, plan))
-    }
-
-    /// As [`DecoderLayer::forward`], without what dropout takes, which `seed` decides.
-    pub fn forward_train(&self, x: &Tensor, cos_sin: &CosSin, plan: &AttentionPlan, seed: DropoutSeed) -> Tensor {
-        if self.dropout > 0.0 || self.self_attn.drops() {
-            seed.begin();
-        }
-        self.around(x, self.dropout, |x| self.self_attn.forward_train(x, cos_sin, plan))
-    }
-
-    /// What attention puts into its softmax, from what goes into the layer.
-    fn attention_logits(&self, x: &Tensor, cos_sin: &CosSin) -> Tensor {
-        if self.swin_norm {
-            return self.self_attn.logits(x, cos_sin);
-        }
-        self.self_attn.logits(&self.input_layernorm.forward(x), cos_sin)
-    }
-
-    /// The residual stream around whichever form of attention.
-    fn around(&self, x: &Tensor, dropout: f64, attention: impl FnOnce(&Tensor) -> Tensor) -> Tensor {
-        let drop = |x: Tensor| if dropout > 0.0 { x.dropout(dropout, true) } else { x };
-        if self.swin_norm {
-            let h = x + self.input_layernorm.forward(&drop(attention(x))); // [batch, seq, hidden]
-            let mlp = self.post_attention_layernorm.forward(&drop(self.mlp.forward(&h)));
-            return h + mlp;
-        }
-        let h = x + drop(attention(&self.input_layernorm.forward(x))); // [batch, seq, hidden]
-        let mlp = drop(self.mlp.forward(&self.post_attention_layernorm.forward(&h)));
-        h + mlp
-    }
-
-    /// The linear layers by their names on disk, in the order of HF's `named_modules`.
-    fn linears(&self) -> [(&'static str, &Linear); 7] {
-        let (a, m) = (&self.self_attn, &self.mlp);
-        [
-            ("self_attn.q_proj", &a.q_proj),
-            ("self_attn.k_proj", &a.k_proj),
-            ("self_attn.v_proj", &a.v_proj),
-            ("self_attn.o_proj", &a.o_proj),
-            ("mlp.gate_proj", &m.gate_proj),
-            ("mlp.up_proj", &m.up_proj),
-            ("mlp.down_proj", &m.down_proj),
-        ]
-    }
-
-    fn linears_mut(&mut self) -> [(&'static str, &mut Linear); 7] {
-        let (a, m) = (&mut self.self_attn, &mut self.mlp);
-        [
-            ("self_attn.q_proj", &mut a.q_proj),
-            ("self_attn.k_proj", &mut a.k_proj),
-            ("self_attn.v_proj", &mut a.v_proj),
-            ("self_attn.o_proj", &mut a.o_proj),
-            ("mlp.gate_proj", &mut m.gate_proj),
-            ("mlp.up_proj", &mut m.up_proj),
-            ("mlp.down_proj", &mut m.down_proj),
-        ]
-    }
-
-    /// The tensors of all norms by their names on disk.
-    fn norm_tensors(&self) -> Vec<(String, &Tensor)> {
-        let mut tensors = vec![
-            ("input_layernorm.weight".to_owned(), self.input_layernorm.weight()),
-            ("post_attention_layernorm.weight".to_owned(), self.post_attention_layernorm.weight()),
-        ];
-        for (name, norm) in [("q_norm", &self.self_attn.q_norm), ("k_norm", &self.self_attn.k_norm)] {
-            for (tensor_name, tensor) in norm.iter().flat_map(HeadNorm::tensors) {
-                tensors.push((format!("self_attn.{name}.{tensor_name}"), tensor));
-            }
-        }
-        tensors
-    }
-}
-
-/// What layers share, and what those with a sliding window share instead where the window hides something.
-struct Shared<'a, T> {
-    full: &'a T,
-    windowed: Option<T>,
-}
-
-impl<T> Shared<'_, T> {
-    fn by(&self, layer: &DecoderLayer) -> &T {
-        self.windowed.as_ref().filter(|_| layer.slides).unwrap_or(self.full)
-    }
-}
-
-/// What a forward leaves.
-#[derive(Debug)]
-pub struct Output {
-    /// After the final norm, `[batch, seq, hidden]`.
-    pub last_hidden_state: Tensor,
-    /// What goes into that norm, `[batch, seq, hidden]`.
-    pub before_norm: Tensor,
-    /// The embeddings, then the output of each layer asked for, `[batch, seq, hidden]` each; as in HF, the one after
-    /// the last layer of all is the normed one.
-    pub hidden_states: Vec<Tensor>,
-}
-
-/// Embedding, layers and final norm: everything under `model.` in a checkpoint.
-#[derive(Debug)]
-pub struct Decoder {
-    embed_tokens: Tensor, // [vocab, hidden]
-    layers: Vec<DecoderLayer>,
-    norm: RmsNorm,
-    rotary: Rotary,
-    window: Option<i64>, // of the layers that have one
-}
-
-impl Decoder {
-    /// Takes `embed_tokens`, `layers` and `norm`.
-    pub fn load(config: &LlmConfig, weights: &Weights) -> Result<Self> {
-        let vocab = [config.vocab_size, config.hidden_size];
-        let embed_tokens = weights.pp("embed_tokens").get("weight", &vocab, Init::Required)?;
-        let layers = (0..config.num_hidden_layers)
-            .map(|layer_idx| {
-                let weights = weights.pp("layers").pp(layer_idx);
-                // Old Llama checkpoints hold the rotary frequencies of every layer; they follow from the config.
-                weights.ignore("self_attn.rotary_emb.inv_freq");
-                DecoderLayer::load(config, layer_idx, &weights)
-            })
-            .collect::<Result<_>>()?;
-        let norm = RmsNorm::load(&weights.pp("norm"), config.hidden_size, config.rms_norm_eps)?;
-        let window = (0..config.num_hidden_layers).find_map(|layer_idx| config.window(layer_idx));
-        Ok(Self { embed_tokens, layers, norm, rotary: Rotary::new(config)?, window })
-    }
-
-    /// `[batch, seq, hidden]` -> [`Output`] with `hidden_states[0..=hidden_layers]`
-    pub fn forward(&self, inputs_embeds: &Tensor, plan: &AttentionPlan, hidden_layers: usize) -> Output {
-        self.through(inputs_embeds, plan, hidden_layers, |_, layer, x, cos_sin, plan| layer.forward(x, cos_sin, plan))
-    }
-
-    /// As [`Decoder::forward`], with dropout.
-    pub fn forward_train(
-        &self,
-        inputs_embeds: &Tensor,
-        plan: &AttentionPlan,
-        hidden_layers: usize,
-        seed: DropoutSeed,
-    ) -> Output {
-        self.through(inputs_embeds, plan, hidden_layers, |layer_idx, layer, x, cos_sin, plan| {
-            layer.forward_train(x, cos_sin, plan, seed.at(layer_idx as u64))
-        })
-    }
-
-    /// Through all layers, by either of their forwards.
-    fn through(
-        &self,
-        inputs_embeds: &Tensor,
-        plan: &AttentionPlan,
-        hidden_layers: usize,
-        forward: impl Fn(usize, &DecoderLayer, &Tensor, &CosSin, &AttentionPlan) -> Tensor,
-    ) -> Output {
-        let cos_sin = self.rotary.cos_sin(plan.position_ids(), plan.num_positions());
-        let plans = self.plans(plan);
-        let mut hidden_states = vec![inputs_embeds.shallow_clone()];
-        let mut x = inputs_embeds.shallow_clone(); // [batch, seq, hidden]
-        for (layer_idx, layer) in self.layers.iter().enumerate() {
-            x = forward(layer_idx, layer, &x, &cos_sin, plans.by(layer));
-            if layer_idx < hidden_layers.min(self.layers.len() - 1) {
-                hidden_states.push(x.shallow_clone());
-            }
-        }
-        let last_hidden_state = self.norm.forward(&x);
-        if hidden_layers >= self.layers.len() {
-            hidden_states.push(last_hidden_state.shallow_clone());
-        }
-        Output { last_hidden_state, before_norm: x, hidden_states }
-    }
-
-    /// The plan of a batch, for all layers at once.
-    fn plans<'a>(&self, plan: &'a AttentionPlan) -> Shared<'a, AttentionPlan> {
-        Shared { full: plan, windowed: self.window.and_then(|window| plan.within(window)) }
-    }
-}
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
@@ -235,7 +20,7 @@ const BARE_NORM: &str = "norm.weight";
 /// A decoder with its head.
 #[derive(Debug)]
 pub struct CausalLm {
-    model: Decoder,
+    pub(super) model: Decoder,
     lm_head: Option<Tensor>, // [vocab, hidden]; none where the embedding is the head
     config: LlmConfig,
     device: Device,
@@ -284,6 +69,11 @@ impl CausalLm {
         })
     }
 
+    /// Embedding, layers and final norm.
+    pub fn decoder(&self) -> &Decoder {
+        &self.model
+    }
+
     /// Sizes and constants.
     pub fn config(&self) -> &LlmConfig {
         &self.config
@@ -294,7 +84,7 @@ impl CausalLm {
         self.device
     }
 
-    /// The kind of hidden states, and of weights that are not trained.
+    /// The dtype of hidden states, and of weights that are not trained.
     pub fn kind(&self) -> Kind {
         self.kind
     }
@@ -302,44 +92,6 @@ impl CausalLm {
     /// `[..]` -> `[.., hidden]`
     pub fn embed(&self, input_ids: &Tensor) -> Tensor {
         Tensor::embedding(&self.model.embed_tokens, input_ids, -1, false, false).to_kind(self.kind)
-    }
-
-    /// `[batch, seq, hidden]` -> [`Output`] with `hidden_states[0..=hidden_layers]`; no logits.
-    pub fn forward(&self, inputs_embeds: &Tensor, plan: &AttentionPlan, hidden_layers: usize) -> Output {
-        self.model.forward(inputs_embeds, plan, hidden_layers)
-    }
-
-    /// As [`CausalLm::forward`], with the config's `attention_dropout` and `dropout`; `seed` decides what is dropped. It
-    /// is set in libtorch's generator, the process's one, where the config has either. Beside this and
-    /// [`CausalLm::forward_recomputed`] nothing that this type computes drops anything.
-    pub fn forward_train(
-        &self,
-        inputs_embeds: &Tensor,
-        plan: &AttentionPlan,
-        hidden_layers: usize,
-        seed: DropoutSeed,
-    ) -> Output {
-        self.model.forward_train(inputs_embeds, plan, hidden_layers, seed)
-    }
-
-    /// As [`CausalLm::forward_train`], in little memory: what goes into each layer is kept, nothing from inside it. A loss over
-    /// the output goes backward by its own `backward`, then by [`Recompute::backward`], at the cost of a second forward.
-    pub fn forward_recomputed(
-        &self,
-        inputs_embeds: &Tensor,
-        plan: AttentionPlan,
-        hidden_layers: usize,
-        seed: DropoutSeed,
-    ) -> (Output, Recompute<'_>) {
-        self.model.forward_recomputed(inputs_embeds, plan, hidden_layers, seed)
-    }
-
-    /// What every layer's attention puts into its softmax, without the mask: from the `hidden_states` of a forward with
-    /// that plan, `[batch, heads, seq, seq]` for each layer that they reach. Logits that grow without bound foretell a
-    /// training that diverges (arXiv 2309.14322).
-    pub fn attention_logits(&self, hidden_states: &[Tensor], plan: &AttentionPlan) -> Vec<Tensor> {
-        let cos_sin = self.model.rotary.cos_sin(plan.position_ids(), plan.num_positions());
-        self.model.layers.iter().zip(hidden_states).map(|(layer, x)| layer.attention_logits(x, &cos_sin)).collect()
     }
 
     /// Logits where they are asked for: `[n, hidden]` -> `[n, vocab]`
@@ -367,18 +119,21 @@ impl CausalLm {
     /// Fills an empty cache: `[batch, seq, hidden]` -> logits of each row's last token `[batch, vocab]`
     ///
     /// # Errors
-    /// Where the batch does not fit into the cache, or has rows that cannot be continued.
+    /// [`CacheError`](crate::CacheError) where the batch does not fit into the cache; rows that cannot be continued.
     pub fn prefill(&self, inputs_embeds: &Tensor, plan: &AttentionPlan, cache: &mut KvCache) -> Result<Tensor> {
-        cache.check_prefill(plan)?;
+        let lens = plan.row_lens();
+        ensure!(
+            plan.is_cacheable(),
+            "several documents or branches in one row: only a row of one document can be continued"
+        );
+        cache.check_prefill(lens)?;
         Ok(tch::no_grad(|| {
-            let cos_sin = self.model.rotary.cos_sin(plan.position_ids(), plan.num_positions());
-            let plans = self.model.plans(plan);
-            let mut x = inputs_embeds.shallow_clone(); // [batch, seq, hidden]
-            for (layer, kept) in self.model.layers.iter().zip(&mut cache.layers) {
-                x = layer.around(&x, 0.0, |x| layer.self_attn.prefill(x, &cos_sin, plans.by(layer), kept));
-            }
-            cache.filled(plan);
-            let rows: Vec<Tensor> = (0..).zip(plan.row_lens()).map(|(row, len)| x.get(row).get(len - 1)).collect();
+            let shared = self.model.shared(plan);
+            let x = self.model.through(inputs_embeds, |layer_idx, layer, x| {
+                layer.prefill(x, &shared.cos_sin, shared.by(layer), &mut cache.layers[layer_idx])
+            }); // [batch, seq, hidden]
+            cache.filled(lens);
+            let rows: Vec<Tensor> = (0..).zip(lens).map(|(row, len)| x.get(row).get(len - 1)).collect();
             self.logits(&self.model.norm.forward(&Tensor::stack(&rows, 0)))
         }))
     }
@@ -386,19 +141,17 @@ impl CausalLm {
     /// One more token for every row: `[batch, 1]` -> logits `[batch, vocab]`
     ///
     /// # Errors
-    /// Where the cache is empty, full, or for another number of rows.
+    /// [`CacheError`](crate::CacheError) where the cache is empty, full, or for another number of rows; more than one
+    /// token a row.
     pub fn decode_step(&self, input_ids: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
         let (batch, new) = input_ids.size2()?;
         ensure!(new == 1, "{new} tokens a row in one decoding step");
         let step = cache.next_step(batch)?;
         Ok(tch::no_grad(|| {
-            let cos_sin = self.model.rotary.cos_sin(&step.position_ids, step.seen);
-            let windowed = self.model.window.and_then(|window| step.within(window));
-            let steps = Shared { full: &step, windowed };
-            let mut x = self.embed(input_ids); // [batch, 1, hidden]
-            for (layer, kept) in self.model.layers.iter().zip(&mut cache.layers) {
-                x = layer.around(&x, 0.0, |x| layer.self_attn.decode_step(x, &cos_sin, steps.by(layer), kept));
-            }
+            let shared = self.model.shared_step(&step);
+            let x = self.model.through(&self.embed(input_ids), |layer_idx, layer, x| {
+                layer.decode_step(x, &shared.cos_sin, shared.by(layer), &mut cache.layers[layer_idx])
+            }); // [batch, 1, hidden]
             cache.stepped();
             self.logits(&self.model.norm.forward(&x.squeeze_dim(1)))
         }))
@@ -456,7 +209,7 @@ impl CausalLm {
     }
 }
 
-/// Whether a checkpoint has both an embedding and a head, which differ in the kind that they are loaded in.
+/// Whether a checkpoint has both an embedding and a head, which differ in the dtype that they are loaded in.
 fn has_another_head(weights: &Weights) -> Result<bool> {
     let stored = |name: &str| anyhow::Ok(weights.stored_tensor(name)?.map(|tensor| tensor.to_kind(weights.kind())));
     let (Some(head), Some(embedding)) = (stored(HEAD)?, stored(EMBEDDING)?) else { return Ok(false) };
@@ -472,18 +225,12 @@ fn has_another_head(weights: &Weights) -> Result<bool> {
 }
 
 #[cfg(test)]
-mod architectures;
-
-#[cfg(test)]
-mod training;
-
-#[cfg(test)]
 mod tests {
     use super::*;
     use fixtures::Golden;
     use vora_lora::LoraConfig;
 
-    use crate::VisionAttention;
+    use crate::{CacheError, VisionAttention};
     use vora_text::{Span, Spans};
 
     const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -515,7 +262,7 @@ mod tests {
         let golden = fixtures::open("llama");
         let llm = llama(&golden);
         let inputs_embeds = llm.embed(&golden["input_ids"]).set_requires_grad(true);
-        let output = llm.forward(&inputs_embeds, &text(&[10, 10]), 2);
+        let output = llm.decoder().forward(&inputs_embeds, &text(&[10, 10]), 2);
         assert_eq!(output.hidden_states.len(), 3);
         for (i, hidden) in output.hidden_states.iter().enumerate() {
             fixtures::assert_close_to(hidden, &golden[&format!("hidden_states.{i}")], 1e-5);
@@ -593,7 +340,7 @@ mod tests {
         let llm = llama(&golden);
         let embeds = llm.embed(&golden["input_ids"]);
         for n in 0..=2 {
-            let found = llm.forward(&embeds, &text(&[10, 10]), n).hidden_states;
+            let found = llm.decoder().forward(&embeds, &text(&[10, 10]), n).hidden_states;
             assert_eq!(found.len(), n + 1);
             fixtures::assert_close_to(&found[n], &golden[&format!("hidden_states.{n}")], 1e-5);
         }
@@ -610,7 +357,7 @@ mod tests {
             ("qwen3", LlmConfig { head_dim: Some(8), ..of("qwen3") }),
         ] {
             let llm = load(&golden, &config, Some(&format!("{name}.")));
-            let output = llm.forward(&llm.embed(&golden["input_ids"]), &text(&[10, 10]), 0);
+            let output = llm.decoder().forward(&llm.embed(&golden["input_ids"]), &text(&[10, 10]), 0);
             let logits = llm.logits(&output.last_hidden_state);
             fixtures::assert_close_to(&logits, &golden[&format!("logits.{name}")], 5e-5);
         }
@@ -640,7 +387,7 @@ mod tests {
         let lens: Vec<i64> = Spans { rows: rows.clone() }.row_lens().collect();
         let plan = plan(rows, VisionAttention::Bidirectional);
         let inputs_embeds = golden["spans.inputs_embeds"].copy().set_requires_grad(true);
-        let found = llm.forward(&inputs_embeds, &plan, 0).last_hidden_state;
+        let found = llm.decoder().forward(&inputs_embeds, &plan, 0).last_hidden_state;
         let mut loss = Tensor::from(0f32);
         for (row, len) in (0..).zip(lens) {
             let found = found.get(row).narrow(0, 0, len);
@@ -668,12 +415,21 @@ mod tests {
             fixtures::assert_close_to(&Tensor::stack(&logits, 1), &golden["steps.logits"], 2e-5);
         }
         let error = llm.decode_step(&continuation.narrow(1, 0, 1), &mut cache).unwrap_err();
-        assert!(error.to_string().contains("the cache is full"), "{error}");
+        assert_eq!(error.downcast_ref(), Some(&CacheError::Full { len: 12, capacity: 12 }));
         let error = llm.decode_step(continuation, &mut cache).unwrap_err();
         assert!(error.to_string().contains("4 tokens a row in one decoding step"), "{error}");
+        let branches = plan(vec![vec![Span::text(1), Span::text(1).on_branch(0)]], VisionAttention::Causal);
+        let documents = plan(vec![vec![Span::text(1), Span::text(1).in_document(1)]], VisionAttention::Causal);
+        for plan in [branches, documents] {
+            let mut cache = llm.new_cache(1, 4).unwrap();
+            let error =
+                llm.prefill(&llm.embed(&prompts.narrow(0, 0, 1).narrow(1, 0, 2)), &plan, &mut cache).unwrap_err();
+            assert!(error.to_string().contains("several documents or branches"), "{error}");
+            assert_eq!(cache.lens(), [0]);
+        }
     }
 
-    /// Greedy tokens behind an image, each from the whole sequence anew and each from the cache.
+    /// Greedy tokens after an image, each from the whole sequence anew and each from the cache.
     #[test]
     fn same_tokens_with_and_without_cache() {
         let llm = CausalLm::load(&LlmConfig::tiny(64), &Weights::random(3, Device::Cpu, Kind::Float)).unwrap();
@@ -688,7 +444,7 @@ mod tests {
                 let mut row = row.clone();
                 row.push(Span::text(new));
                 row.retain(|span| !span.is_empty());
-                let output = llm.forward(&whole, &plan(vec![row], mode), 0);
+                let output = llm.decoder().forward(&whole, &plan(vec![row], mode), 0);
                 let without = llm.logits(&output.last_hidden_state.select(1, -1));
                 fixtures::assert_close_to(&logits, &without, 1e-5);
                 let token = without.argmax(-1, true); // [1, 1]
@@ -711,7 +467,7 @@ mod tests {
             Ok(())
         })
         .unwrap();
-        let output = llm.forward(&llm.embed(&Tensor::from_slice(&[1i64, 2, 3]).unsqueeze(0)), &text(&[3]), 0);
+        let output = llm.decoder().forward(&llm.embed(&Tensor::from_slice(&[1i64, 2, 3]).unsqueeze(0)), &text(&[3]), 0);
         llm.logits(&output.last_hidden_state.squeeze_dim(0)).square().mean(Kind::Float).backward();
         let parameters = weights.parameters();
         assert_eq!(parameters.len(), 2);
@@ -765,7 +521,7 @@ mod tests {
         let plan =
             AttentionPlan::new(&Spans { rows }, VisionAttention::Bidirectional, Device::Cpu, Kind::BFloat16).unwrap();
         let embeds = fixtures::Random::new(1).normal([1, 6, 32]).to_kind(Kind::BFloat16);
-        assert_eq!(llm.forward(&embeds, &plan, 0).last_hidden_state.kind(), Kind::BFloat16);
+        assert_eq!(llm.decoder().forward(&embeds, &plan, 0).last_hidden_state.kind(), Kind::BFloat16);
         let mut cache = llm.new_cache(1, 8).unwrap();
         let logits = llm.prefill(&embeds, &plan, &mut cache).unwrap();
         let logits = llm.decode_step(&logits.argmax(-1, true), &mut cache).unwrap();
