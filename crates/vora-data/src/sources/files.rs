@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::parquet::row_groups;
-use crate::record::{Conversations, RecordKeys};
+use super::conversations::ConversationSource;
+use super::shards::ShardStream;
+use super::source::Source;
+use super::tar::TarSource;
+use crate::records::{Conversations, GzipTar, RecordKeys, Shard, TarIndex, row_groups};
 use crate::sample::SampleMaker;
-use crate::shards::{Shard, ShardStream};
-use crate::source::{ConversationSource, Source};
-use crate::tar::{GzipTar, TarSource};
 
 /// What a shard's name ends in, in a folder of shards.
 const SUFFIXES: [&str; 6] = [".json", ".jsonl", ".parquet", ".tar", ".tar.gz", ".tgz"];
@@ -46,7 +46,7 @@ impl RecordFiles {
                     sources.push(Arc::new(ConversationSource::new(conversations, maker.clone())));
                     needs_images = true;
                 }
-                Format::Tar => sources.push(Arc::new(TarSource::open(&path, keys(), maker.clone())?)),
+                Format::Tar => sources.push(Arc::new(TarSource::new(TarIndex::open(&path, keys())?, maker.clone()))),
                 Format::GzipTar => shards.push(Box::new(GzipTar { path, keys: keys() })),
                 Format::Parquet => {
                     let groups = row_groups(&path, &self.keys)?.into_iter();

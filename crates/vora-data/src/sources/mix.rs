@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 
+use super::source::Source;
 use crate::sample::Sample;
 use crate::shuffle::Shuffle;
-use crate::source::Source;
 
 /// Places that are shuffled among each other, so that the sources do not come in a rhythm.
 const BLOCK: u64 = 256;
@@ -97,7 +97,7 @@ impl Source for Mix {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::source::Numbers;
+    use crate::sources::Numbers;
 
     fn numbers(len: Option<u64>) -> Arc<dyn Source> {
         Arc::new(Numbers { len, bad: Vec::new() })

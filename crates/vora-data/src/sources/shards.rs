@@ -1,6 +1,5 @@
 //! Records in shards that are read from their start on: compressed tar files, row groups of parquet files.
 
-use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -9,10 +8,10 @@ use std::thread;
 
 use anyhow::{Context, Result, anyhow};
 
-use crate::record::{Record, num_bytes};
+use super::source::Source;
+use crate::records::{Entry, Shard};
 use crate::sample::{Sample, SampleMaker};
 use crate::shuffle::Shuffle;
-use crate::source::Source;
 
 /// Records that are shuffled among each other, and read ahead; few in tests, which then have many windows.
 const WINDOW: u64 = if cfg!(test) { 16 } else { 512 };
@@ -25,45 +24,6 @@ const WINDOWS: u64 = 3;
 
 /// Bytes that stay in memory, beside the window that is being read: those of two large windows.
 const KEPT_BYTES: u64 = 2 * WINDOW_BYTES;
-
-/// A record with its images, undecoded.
-#[derive(Debug)]
-pub(crate) struct Entry {
-    /// File, and where in it.
-    pub(crate) place: String,
-    pub(crate) record: Record,
-    pub(crate) images: Vec<Vec<u8>>,
-}
-
-impl Entry {
-    /// How much it holds.
-    fn size(&self) -> u64 {
-        let words = self.record.messages.iter().map(num_bytes).sum::<usize>();
-        (words + self.images.iter().map(Vec::len).sum::<usize>()) as u64
-    }
-
-    pub(crate) fn sample(&self, maker: &SampleMaker) -> Result<Sample> {
-        let decode = |idx: usize| {
-            let image = vora_image::decode_image(&self.images[idx]);
-            image.map(Cow::Owned).with_context(|| format!("image {idx}"))
-        };
-        let sample = maker.decoded_conversation(&self.record, self.images.len(), decode);
-        sample.with_context(|| self.place.clone())
-    }
-}
-
-/// Takes an entry; false where no more are wanted.
-pub(crate) type Take<'a> = dyn FnMut(Result<Entry>) -> bool + 'a;
-
-/// A file, or a part of one, that is read from its start on.
-pub(crate) trait Shard: Send + Sync {
-    /// How many records it has, where that is known without reading it.
-    fn len(&self) -> Option<u64>;
-
-    /// Hands over its records after the first `skip`, bad ones as errors. An error of its own ends it and counts as
-    /// one more record.
-    fn read(&self, skip: u64, take: &mut Take<'_>) -> Result<()>;
-}
 
 /// Shards one after the other. Shuffled, they come in random order, and so do records within windows of 512, or of as
 /// many as have 64 MiB.
@@ -99,7 +59,7 @@ impl Source for ShardStream {
         let cursor = if seed.is_some() { &self.shuffled } else { &self.in_order };
         let entry = cursor.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).entry(&self.shards, place, seed)?;
         match &*entry {
-            Ok(entry) => entry.sample(&self.maker),
+            Ok(entry) => self.maker.entry(entry),
             Err(message) => Err(anyhow!("{message}")),
         }
     }
@@ -279,6 +239,7 @@ fn read(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::records::{Record, Take};
     use crate::sample;
     use crate::{Loader, LoaderConfig};
 

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use anyhow::{Result, bail, ensure};
 use serde_json::{Map, Value};
 
-use crate::record::RecordKeys;
+use super::keys::RecordKeys;
 
 /// The keys under which pictures are looked for.
 pub(crate) fn picture_keys(keys: &RecordKeys) -> Vec<&str> {
@@ -143,7 +143,7 @@ fn is_base64_picture(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::Record;
+    use crate::records::Record;
 
     const WORDS: &str = r#""conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]"#;
 

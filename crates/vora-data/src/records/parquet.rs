@@ -12,9 +12,11 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
-use crate::frames::{is_picture_key, picture_keys};
-use crate::record::{MAX_LINE, MAX_RECORD, Record, RecordKeys};
-use crate::shards::{Entry, Shard, Take};
+use super::entry::{Entry, Shard, Take};
+use super::frames::{is_picture_key, picture_keys};
+use super::keys::RecordKeys;
+use super::limits::{MAX_LINE, MAX_RECORD};
+use super::record::Record;
 
 /// No row group is larger, uncompressed: 4 GiB.
 const MAX_ROW_GROUP: i64 = 4 << 30;
