@@ -180,10 +180,12 @@ impl Batch {
         x.flatten(0, 1).index_select(0, &self.positions)
     }
 
-    /// The largest absolute logit of attention in any layer and head, between tokens that see each other.
+    /// The largest absolute logit of attention in any layer and head, between tokens that may attend to each other.
     fn max_attention_logit(&self, llm: &CausalLm, hidden_states: &[Tensor]) -> f64 {
         let mut largest: f64 = 0.0;
-        for logits in llm.attention_logits(hidden_states, &self.plan) {
+        let cos_sin = llm.decoder().cos_sin(&self.plan);
+        for (layer, x) in llm.decoder().layers().iter().zip(hidden_states) {
+            let logits = layer.attention_logits(x, &cos_sin); // [batch, heads, seq, seq]
             for (row, &len) in (0..).zip(&self.lens) {
                 let logits = logits.get(row).narrow(1, 0, len).narrow(2, 0, len); // [heads, len, len]
                 largest = largest.max(logits.tril(0).abs().max().double_value(&[]));
@@ -251,7 +253,7 @@ fn train(variant: Variant, args: &Args, batches: &[Batch], device: Device, metri
     let z_loss = if variant.z_loss { args.z_loss } else { 0.0 };
     let start = Instant::now();
     for (step, batch) in (1..).zip(batches) {
-        let output = llm.forward(&llm.embed(&batch.input_ids), &batch.plan, llm.config().num_hidden_layers);
+        let output = llm.decoder().forward(&llm.embed(&batch.input_ids), &batch.plan, llm.config().num_hidden_layers);
         let hidden = batch.at_positions(&output.last_hidden_state); // [n, hidden]
         let loss = cross_entropy_and_z_loss(&hidden, &batch.targets, i64::MAX, z_loss, |rows| llm.logits(rows));
         (loss / batch.targets.size()[0] as f64).backward();
@@ -276,6 +278,13 @@ fn train(variant: Variant, args: &Args, batches: &[Batch], device: Device, metri
     Ok(())
 }
 
+/// What goes into the final norm, `[batch, seq, hidden]`: the last layer's output, of which a forward leaves the norm.
+fn before_norm(llm: &CausalLm, batch: &Batch, output: &Output) -> Tensor {
+    let layers = llm.decoder().layers();
+    let (last, x) = (&layers[layers.len() - 1], &output.hidden_states[layers.len() - 1]);
+    last.forward(x, &llm.decoder().cos_sin(&batch.plan), &batch.plan)
+}
+
 /// What is measured of a forward; `hidden` `[n, hidden]` is what its logits come from.
 fn look(llm: &CausalLm, batch: &Batch, output: &Output, hidden: &Tensor) -> Line {
     let logits = llm.logits(hidden);
@@ -285,7 +294,7 @@ fn look(llm: &CausalLm, batch: &Batch, output: &Output, hidden: &Tensor) -> Line
         loss: mean(&losses),
         loss_image: mean(&losses.masked_select(&batch.is_code)),
         loss_text: mean(&losses.masked_select(&batch.is_code.logical_not())),
-        output_norm: mean(&batch.at_positions(&output.before_norm).norm_scalaropt_dim(2, [-1], false)),
+        output_norm: mean(&batch.at_positions(&before_norm(llm, batch, output)).norm_scalaropt_dim(2, [-1], false)),
         log_z: mean(&logits.logsumexp([-1i64].as_slice(), false)),
         ..Line::default()
     }

@@ -121,8 +121,7 @@ impl Layout {
     fn pass(&self, student: &Student, device: Device) -> Result<f64> {
         let start = Instant::now();
         for batch in &self.batches {
-            let losses = student.losses(&DeviceBatch::new(batch, device), DropoutSeed::new(0))?;
-            losses.lm_sum.backward();
+            student.backward(&DeviceBatch::new(batch, device), DropoutSeed::new(0), |losses| losses.lm_sum)?;
             for (_, parameter) in student.parameters() {
                 let mut gradient = parameter.grad();
                 if gradient.defined() {

@@ -16,28 +16,19 @@
 //! ```
 
 mod batch;
-mod files;
-mod frames;
 mod loader;
-mod mix;
 mod pack;
-mod parquet;
 mod preparation;
-mod record;
+mod records;
 mod sample;
 pub mod scenes;
-mod shards;
 mod shuffle;
-mod source;
-mod tar;
+mod sources;
 
 pub use batch::{Batch, SampleInfo, Supervised, collate, collate_rows};
-pub use files::RecordFiles;
-pub use frames::short_name;
 pub use loader::{Loader, LoaderConfig};
-pub use mix::Mix;
 pub use pack::pack;
 pub use preparation::Preparation;
-pub use record::{Conversations, IMAGE_PLACE, NO_MARK, Record, RecordKeys};
+pub use records::{Conversations, IMAGE_PLACE, NO_MARK, Record, RecordKeys, short_name};
 pub use sample::{IGNORE_INDEX, QuestionSpan, Sample, SampleMaker, TooLong};
-pub use source::{Chain, ConversationSource, SceneSource, Source};
+pub use sources::{Chain, ConversationSource, Mix, RecordFiles, SceneSource, Source};

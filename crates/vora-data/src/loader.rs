@@ -12,7 +12,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use crate::batch::{Batch, collate_rows};
 use crate::pack::OpenBatch;
 use crate::sample::{Sample, TooLong};
-use crate::source::Source;
+use crate::sources::Source;
 
 /// As many bad samples in a row stop the run: then it is not the records that are wrong.
 const MOST_BAD_IN_A_ROW: u64 = 100;
@@ -275,7 +275,7 @@ fn work(number: u64, sender: &SyncSender<Result<Sample>>, source: &dyn Source, c
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::source::Numbers;
+    use crate::sources::Numbers;
 
     fn load(len: Option<u64>, bad: &[u64], config: LoaderConfig) -> Loader {
         Loader::new(Arc::new(Numbers { len, bad: bad.to_vec() }), config).unwrap()

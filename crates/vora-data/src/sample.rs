@@ -9,7 +9,7 @@ use vora_image::{Pixels, RgbImage};
 use vora_text::{Message, Part, Piece, Span};
 
 use crate::preparation::Preparation;
-use crate::record::{Record, shown};
+use crate::records::{Entry, Record, shown};
 use crate::scenes::Question;
 
 /// Stands where nothing is learned.
@@ -123,6 +123,16 @@ impl SampleMaker {
             Ok(Sample { cut_answers: ends.len() - fitting, ..tokens.into_sample(record, images)? })
         };
         sample().with_context(|| format!("sample {}", record.id))
+    }
+
+    /// A record of a shard, whose images came with it.
+    pub(crate) fn entry(&self, entry: &Entry) -> Result<Sample> {
+        let decode = |idx: usize| {
+            let image = vora_image::decode_image(&entry.images[idx]);
+            image.map(Cow::Owned).with_context(|| format!("image {idx}"))
+        };
+        let sample = self.decoded_conversation(&entry.record, entry.images.len(), decode);
+        sample.with_context(|| entry.place.clone())
     }
 
     /// Questions about one picture, packed: the picture and what all questions begin with is the trunk, the rest of
@@ -323,7 +333,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::preparation;
-    use crate::record::RecordKeys;
+    use crate::records::RecordKeys;
     use crate::scenes::QuestionKind;
 
     /// Makes samples by the tiny preparation.

@@ -68,7 +68,7 @@ fn window_loss(llm: &CausalLm, input_ids: &[i64], first: usize) -> Result<f64> {
     let ids = Tensor::from_slice(input_ids).to_device(llm.device());
     let first = first as i64;
     let loss = tch::no_grad(|| {
-        let output = llm.forward(&llm.embed(&ids.unsqueeze(0)), &plan, 0);
+        let output = llm.decoder().forward(&llm.embed(&ids.unsqueeze(0)), &plan, 0);
         let hidden = output.last_hidden_state.squeeze_dim(0).narrow(0, first - 1, seq - first); // [n, hidden]
         cross_entropy(&hidden, &ids.narrow(0, first, seq - first), LOGIT_ROWS, |hidden| llm.logits(hidden))
     });

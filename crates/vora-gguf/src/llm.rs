@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use anyhow::{Context, Result, bail, ensure};
+use rayon::prelude::*;
 
-use crate::{Gguf, TensorInfo};
+use crate::file::{Gguf, TensorInfo};
 
 /// `general.architecture`, where it is one whose blocks are Llama's; Mistral's files say `llama`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,23 +113,32 @@ impl<B: AsRef<[u8]>> Llm<B> {
         (place.heads.is_none() && info.kind().block().0 == 1).then(|| info.range())
     }
 
-    /// Hands the values of a tensor to `take` in HF's order, a row at a time, so that a large one is never held in f32.
+    /// Writes the values of a tensor into `out` in HF's order, each as `convert` has it. The cores share the rows; of each
+    /// core's part no more than a row is ever held in f32.
     ///
     /// # Errors
-    /// Where there is no such tensor.
-    pub fn read(&self, name: &str, mut take: impl FnMut(&[f32])) -> Result<()> {
+    /// Where there is no such tensor, or `out` has not as many places as it has values.
+    pub fn read<T: Send>(&self, name: &str, out: &mut [T], convert: impl Fn(f32) -> T + Sync) -> Result<()>
+    where
+        B: Sync,
+    {
         let place = self.tensors.get(name).with_context(|| format!("there is no tensor `{name}`"))?;
         let info = self.file.info(&place.name).expect("a name of this file");
         let (rows, width) = rows(info, place.heads.is_some());
+        let values = rows * width;
+        ensure!(out.len() == values, "tensor `{name}` has {values} values, there are places for {}", out.len());
         let (block_len, block_bytes) = info.kind().block();
         let (raw, row_bytes) = (self.file.raw(info), width / block_len * block_bytes);
-        let mut values = Vec::with_capacity(width);
-        for row in 0..rows {
-            let row = place.heads.map_or(row, |heads| stored_row(row, rows / heads));
-            values.clear();
-            info.kind().dequantise(&raw[row * row_bytes..][..row_bytes], &mut values);
-            take(&values);
-        }
+        let part_rows = (PART / width.max(1)).max(1);
+        out.par_chunks_mut((part_rows * width).max(1)).enumerate().for_each(|(part, out)| {
+            let mut values = Vec::with_capacity(width);
+            for (row, out) in (part * part_rows..).zip(out.chunks_mut(width)) {
+                let row = place.heads.map_or(row, |heads| stored_row(row, rows / heads));
+                values.clear();
+                info.kind().dequantise(&raw[row * row_bytes..][..row_bytes], &mut values);
+                out.iter_mut().zip(&values).for_each(|(out, value)| *out = convert(*value));
+            }
+        });
         Ok(())
     }
 
@@ -136,9 +146,13 @@ impl<B: AsRef<[u8]>> Llm<B> {
     ///
     /// # Errors
     /// Where there is no such tensor.
-    pub fn tensor(&self, name: &str) -> Result<Vec<f32>> {
-        let mut values = Vec::new();
-        self.read(name, |row| values.extend_from_slice(row))?;
+    pub fn tensor(&self, name: &str) -> Result<Vec<f32>>
+    where
+        B: Sync,
+    {
+        let len = self.info(name).map_or(0, |info| info.shape().iter().product());
+        let mut values = vec![0.0; len];
+        self.read(name, &mut values, |value| value)?;
         Ok(values)
     }
 
@@ -178,6 +192,10 @@ impl<B: AsRef<[u8]>> Llm<B> {
         if self.file.has(&key) { self.file.unsigned(&key) } else { self.heads() }
     }
 }
+
+/// Values that one core takes at a time: enough that sharing them out costs nothing beside reading them; in tests few,
+/// so that small tensors have several parts too.
+const PART: usize = if cfg!(test) { 100 } else { 1 << 16 };
 
 /// Rows and their length; a bias is a row of one for each output where its order matters, else one row.
 fn rows(info: &TensorInfo, permuted: bool) -> (usize, usize) {
@@ -263,6 +281,8 @@ pub(crate) mod tests {
                 assert_eq!(model.info(name).unwrap().shape(), tensor.shape(), "{architecture} {name}");
                 let bytes: Vec<u8> = model.tensor(name).unwrap().iter().flat_map(|x| x.to_le_bytes()).collect();
                 assert!(bytes == tensor.data(), "{architecture} {name}");
+                let error = model.read(name, &mut [0f32; 7], |value| value).unwrap_err().to_string();
+                assert!(error.ends_with("there are places for 7"), "{error}");
                 if let Some(range) = model.plain(name) {
                     assert!(&file[range] == tensor.data(), "{architecture} {name}");
                     whole += 1;

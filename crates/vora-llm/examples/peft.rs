@@ -27,7 +27,7 @@ fn main() -> Result<()> {
     AdapterFolder::open(adapter)?.attach("check", "model.layers", Device::Cpu, |visit| llm.linears_mut(visit))?;
     let spans = Spans::text(&[ids.size()[1]]);
     let plan = AttentionPlan::new(&spans, VisionAttention::Bidirectional, Device::Cpu, Kind::Float)?;
-    let logits = tch::no_grad(|| llm.logits(&llm.forward(&llm.embed(&ids), &plan, 0).last_hidden_state));
+    let logits = tch::no_grad(|| llm.logits(&llm.decoder().forward(&llm.embed(&ids), &plan, 0).last_hidden_state));
     let tensors = [("input_ids".to_owned(), ids), ("logits".to_owned(), logits)];
     vora_torch::checkpoint::save(Path::new(out), &tensors, &[])
 }

@@ -4,15 +4,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use serde_json::{Map, Value, json};
-
-use crate::head_norm::QkNorm;
-use crate::rotary::RopeScaling;
+use serde_json::{Map, Value};
 use vora_gguf::folder::open_json;
 
-/// The `model_type`s whose blocks are these: RMS norm, rotary positions, grouped-query attention, SwiGLU. SmolLM and
-/// SmolLM2 are `llama`, Qwen2.5 is `qwen2`.
-pub const MODEL_TYPES: [&str; 6] = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "chameleon"];
+use crate::architecture::{Architecture, AttentionBias, QkNorm, Window};
+use crate::error::ConfigError;
+use crate::rope::{RopeParameters, RopeScaling};
 
 /// The layer types that a config may name.
 const LAYER_TYPES: [&str; 2] = ["full_attention", SLIDING];
@@ -27,7 +24,7 @@ const SLIDING: &str = "sliding_attention";
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(remote = "Self")] // the traits themselves are below: they add the defaults of a model type
 pub struct LlmConfig {
-    /// One of [`MODEL_TYPES`].
+    /// One of [`MODEL_TYPES`](crate::MODEL_TYPES).
     pub model_type: String,
     /// Rows of the embedding.
     pub vocab_size: i64,
@@ -85,13 +82,13 @@ pub struct LlmConfig {
     /// `full_attention` or `sliding_attention` for every layer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layer_types: Option<Vec<String>>,
-    /// SmolLM3: 1 for each layer that rotates q and k, 0 for each that knows no positions.
+    /// SmolLM3: 1 for each layer that rotates q and k, 0 for each that skips the rotary embedding.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub no_rope_layers: Option<Vec<i64>>,
-    /// SmolLM3 without the list above: every so-manieth layer knows no positions; 4 where the key is absent.
+    /// SmolLM3 without the list above: every n-th layer skips the rotary embedding; 4 where the key is absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub no_rope_layer_interval: Option<usize>,
-    /// Chameleon 34B: attention and MLP are normed behind them, not before (Swin Transformer V2's order).
+    /// Chameleon 34B: what attention and MLP put out is normed, not what goes into them (Swin Transformer V2's order).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub swin_norm: Option<bool>,
     /// Chameleon: whether q and k are normed before attention, which they are where the key is absent. HF's configs have
@@ -132,7 +129,7 @@ impl<'de> Deserialize<'de> for LlmConfig {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let mut keys = Map::deserialize(deserializer)?;
         let model_type = keys.get("model_type").and_then(Value::as_str).unwrap_or_default();
-        if let Value::Object(defaults) = defaults(model_type) {
+        if let Value::Object(defaults) = (Architecture::of(model_type).absent_keys)() {
             for (key, value) in defaults {
                 keys.entry(key).or_insert(value);
             }
@@ -147,22 +144,6 @@ impl Serialize for LlmConfig {
     }
 }
 
-/// What HF's config class of this `model_type` says of absent keys, where it is not what Llama's says.
-fn defaults(model_type: &str) -> Value {
-    match model_type {
-        "mistral" => json!({"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096}),
-        "qwen2" => json!({"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096}),
-        "qwen3" => json!({
-            "max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128,
-        }),
-        "smollm3" => json!({
-            "max_position_embeddings": 32_768, "num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": true,
-        }),
-        "chameleon" => json!({"max_position_embeddings": 4096, "num_key_value_heads": 32, "rms_norm_eps": 1e-5}),
-        _ => json!({}),
-    }
-}
-
 /// One token id or several: configs have both.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -171,49 +152,6 @@ pub enum TokenIds {
     One(i64),
     /// Any of these.
     Many(Vec<i64>),
-}
-
-/// `rope_scaling` or `rope_parameters` as they stand in the file; [`LlmConfig::rope`] makes sense of them.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-#[allow(missing_docs, reason = "the names and meanings are those of the published methods, told in `RopeScaling`")]
-pub struct RopeParameters {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub rope_type: Option<String>,
-    /// The older name of `rope_type`; many files have both.
-    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
-    pub older_type: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub rope_theta: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub factor: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub original_max_position_embeddings: Option<i64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub low_freq_factor: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub high_freq_factor: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub attention_factor: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub beta_fast: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub beta_slow: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub mscale: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub mscale_all_dim: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub truncate: Option<bool>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub short_factor: Option<Vec<f64>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub long_factor: Option<Vec<f64>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub partial_rotary_factor: Option<f64>,
-    /// Every other key, as it was.
-    #[serde(flatten)]
-    pub extra: Map<String, Value>,
 }
 
 fn default_max_position_embeddings() -> i64 {
@@ -286,12 +224,12 @@ impl LlmConfig {
     /// that this architecture has.
     ///
     /// # Errors
-    /// Names the key, what it says, and what it may say.
+    /// Names the key, what it says, and what it may say: [`ConfigError`] where it is something that others implement.
     pub fn validate(&self) -> Result<()> {
-        if !MODEL_TYPES.contains(&self.model_type.as_str()) {
-            bail!("model_type is `{}`, known are {}", self.model_type, MODEL_TYPES.join(", "));
+        Architecture::find(&self.model_type)?;
+        if self.hidden_act != "silu" {
+            return Err(ConfigError::HiddenAct { found: self.hidden_act.clone() }.into());
         }
-        ensure!(self.hidden_act == "silu", "hidden_act is `{}`, known is silu", self.hidden_act);
         for (key, size) in [
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
@@ -338,24 +276,20 @@ impl LlmConfig {
 
     /// Biases and norms that the architecture does not have.
     fn validate_attention(&self) -> Result<()> {
-        let model_type = self.model_type.as_str();
-        let (has_o_bias, has_mlp_bias) = match model_type {
-            "mistral" | "qwen2" => (false, false),
-            "qwen3" => (true, false),
-            _ => (true, true),
+        let (model_type, row) = (self.model_type.as_str(), self.architecture());
+        let has = match row.attention_bias {
+            AttentionBias::ByKey => None,
+            AttentionBias::Never => Some("no such biases"),
+            AttentionBias::Qkv => Some("biases on q, k and v whatever it says, and none on o"),
         };
+        if let Some(has) = has {
+            ensure!(!self.attention_bias, "attention_bias is true, but {model_type} has {has}");
+        }
+        ensure!(row.mlp_bias || !self.mlp_bias, "mlp_bias is true, but {model_type} has no such biases");
         ensure!(
-            has_o_bias || !self.attention_bias,
-            "attention_bias is true, but {model_type} has {}",
-            if model_type == "qwen2" {
-                "biases on q, k and v whatever it says, and none on o"
-            } else {
-                "no such biases"
-            }
+            row.can_norm_after || !self.has_swin_norm(),
+            "swin_norm is true, but {model_type} norms before its blocks"
         );
-        ensure!(has_mlp_bias || !self.mlp_bias, "mlp_bias is true, but {model_type} has no such biases");
-        let is_chameleon = model_type == "chameleon";
-        ensure!(is_chameleon || !self.has_swin_norm(), "swin_norm is true, but {model_type} norms before its blocks");
         if let Some(qk_norm) = self.qk_norm {
             let has = self.head_norm().is_some();
             ensure!(
@@ -366,8 +300,8 @@ impl LlmConfig {
         }
         let own_head_dim = self.hidden_size / self.num_attention_heads;
         ensure!(
-            !is_chameleon || self.head_width() == own_head_dim,
-            "head_dim is {}, but chameleon's is hidden_size / num_attention_heads, {own_head_dim}",
+            !row.head_dim_follows || self.head_width() == own_head_dim,
+            "head_dim is {}, but {model_type}'s is hidden_size / num_attention_heads, {own_head_dim}",
             self.head_width()
         );
         Ok(())
@@ -379,17 +313,17 @@ impl LlmConfig {
         if let Some(window) = self.sliding_window {
             ensure!(window > 0, "sliding_window is {window}, it must be at least 1");
             let (used, hides) = (self.use_sliding_window, window < self.max_position_embeddings);
-            match model_type {
-                "mistral" => ensure!(
+            match self.architecture().window {
+                Window::Always => ensure!(
                     used != Some(false),
-                    "use_sliding_window is false, but mistral knows no such switch: a sliding_window of null turns it off"
+                    "use_sliding_window is false, but {model_type} knows no such switch: a sliding_window of null turns it off"
                 ),
-                "llama" | "chameleon" => ensure!(
+                Window::Never => ensure!(
                     used == Some(false) || !hides,
                     "sliding_window is {window}, below max_position_embeddings {}, but {model_type} has no window",
                     self.max_position_embeddings
                 ),
-                _ => {}
+                Window::FromLayer | Window::WithoutRope => {}
             }
         }
         if let Some(types) = &self.layer_types {
@@ -410,7 +344,7 @@ impl LlmConfig {
         }
         if let Some(list) = &self.no_rope_layers {
             let any = list.iter().take(layers).any(|&rotates| rotates == 0);
-            if model_type == "smollm3" {
+            if self.architecture().skips_rope {
                 ensure!(
                     list.len() >= layers,
                     "no_rope_layers has {} entries, num_hidden_layers is {layers}",
@@ -422,6 +356,11 @@ impl LlmConfig {
         }
         ensure!(self.no_rope_layer_interval != Some(0), "no_rope_layer_interval is 0, it must be at least 1");
         Ok(())
+    }
+
+    /// Its row in the table of backbones.
+    fn architecture(&self) -> &'static Architecture {
+        Architecture::of(&self.model_type)
     }
 
     /// Key and value heads.
@@ -436,19 +375,16 @@ impl LlmConfig {
 
     /// Whether q, k and v have a bias, and whether o has one.
     pub fn attention_biases(&self) -> (bool, bool) {
-        match self.model_type.as_str() {
-            "qwen2" => (true, false),
-            _ => (self.attention_bias, self.attention_bias),
+        match self.architecture().attention_bias {
+            AttentionBias::Qkv => (true, false),
+            AttentionBias::ByKey | AttentionBias::Never => (self.attention_bias, self.attention_bias),
         }
     }
 
     /// What each head of q and k is normed with before its rotation.
     pub fn head_norm(&self) -> Option<QkNorm> {
-        match self.model_type.as_str() {
-            "qwen3" => Some(QkNorm::Rms),
-            "chameleon" if self.qk_norm.unwrap_or(true) => Some(QkNorm::Layer),
-            _ => None,
-        }
+        let row = self.architecture();
+        row.qk_norm.filter(|_| !row.qk_norm_is_optional || self.qk_norm.unwrap_or(true))
     }
 
     /// Standard deviation of a new model's matrices: as in HF, 0.02 where the key is absent or zero.
@@ -456,14 +392,14 @@ impl LlmConfig {
         self.initializer_range.filter(|&std| std != 0.0).unwrap_or(0.02)
     }
 
-    /// Whether attention and MLP are normed behind them, not before.
+    /// Whether the norms come after attention and MLP, not before.
     pub fn has_swin_norm(&self) -> bool {
         self.swin_norm.unwrap_or(false)
     }
 
     /// Whether a layer rotates q and k.
     pub fn has_rope(&self, layer_idx: usize) -> bool {
-        if self.model_type != "smollm3" {
+        if !self.architecture().skips_rope {
             return true;
         }
         match &self.no_rope_layers {
@@ -472,15 +408,15 @@ impl LlmConfig {
         }
     }
 
-    /// The window of a layer's attention, where it has one: a token sees itself and the `window - 1` before it.
+    /// The window of a layer's attention, where it has one: a token attends to itself and the `window - 1` before it.
     pub fn window(&self, layer_idx: usize) -> Option<i64> {
         let used = self.use_sliding_window.unwrap_or(false);
         let listed = || self.layer_types.as_ref().map(|types| types.get(layer_idx).is_some_and(|t| t == SLIDING));
-        let slides = match self.model_type.as_str() {
-            "mistral" => true,
-            "qwen2" | "qwen3" => used && listed().unwrap_or_else(|| layer_idx >= self.max_window_layers.unwrap_or(28)),
-            "smollm3" => used && listed().unwrap_or_else(|| !self.has_rope(layer_idx)),
-            _ => false,
+        let slides = match self.architecture().window {
+            Window::Never => false,
+            Window::Always => true,
+            Window::FromLayer => used && listed().unwrap_or_else(|| layer_idx >= self.max_window_layers.unwrap_or(28)),
+            Window::WithoutRope => used && listed().unwrap_or_else(|| !self.has_rope(layer_idx)),
         };
         self.sliding_window.filter(|_| slides)
     }
@@ -508,7 +444,7 @@ impl LlmConfig {
     /// The scaling of rotary frequencies that the config asks for.
     ///
     /// # Errors
-    /// Names an unknown rope type, or the key that a known one lacks.
+    /// [`ConfigError::RopeType`] for a type that is not known, else the key that a known one lacks.
     pub fn rope(&self) -> Result<RopeScaling> {
         let (section, parameters) = match (&self.rope_parameters, &self.rope_scaling) {
             (Some(parameters), _) => ("rope_parameters", parameters),
@@ -518,7 +454,8 @@ impl LlmConfig {
         if let Some((key, _)) = parameters.extra.iter().find(|(_, value)| value.is_object()) {
             bail!("{section} has rotations of its own for `{key}`: one for all layers is known");
         }
-        RopeScaling::from_parameters(parameters, self).with_context(|| format!("in {section}"))
+        RopeScaling::from_parameters(parameters, self.max_position_embeddings, self.head_width())
+            .with_context(|| format!("in {section}"))
     }
 }
 
@@ -649,7 +586,7 @@ mod tests {
         without.validate().unwrap();
         assert_eq!((parse(&chameleon).head_norm(), without.head_norm()), (Some(QkNorm::Layer), None));
         let written = |config: &LlmConfig| serde_json::to_value(config).unwrap().get("qk_norm").cloned();
-        assert_eq!((written(&parse(&chameleon)), written(&without)), (None, Some(json!(false))));
+        assert_eq!((written(&parse(&chameleon)), written(&without)), (None, Some(Value::Bool(false))));
     }
 
     #[test]
@@ -689,6 +626,21 @@ mod tests {
             let error = format!("{:#}", parse(&SMOLLM2.replace(from, to)).validate().unwrap_err());
             assert!(error.contains(says), "{error}");
         }
+    }
+
+    #[test]
+    fn what_others_implement_is_told_apart_from_what_is_wrong() {
+        let refused = |from: &str, to: &str| {
+            let error = parse(&SMOLLM2.replace(from, to)).validate().unwrap_err();
+            error.downcast_ref::<ConfigError>().cloned()
+        };
+        assert!(
+            matches!(refused("\"llama\"", "\"gpt2\""), Some(ConfigError::ModelType { found, .. }) if found == "gpt2")
+        );
+        let rope = refused("null", "{\"rope_type\": \"warp\"}"); // through the context that names the section
+        assert!(matches!(rope, Some(ConfigError::RopeType { found, .. }) if found == "warp"));
+        assert_eq!(refused("\"silu\"", "\"gelu\""), Some(ConfigError::HiddenAct { found: "gelu".into() }));
+        assert_eq!(refused("\"vocab_size\": 49152", "\"vocab_size\": 0"), None);
     }
 
     #[test]

@@ -5,19 +5,11 @@ use tch::{Tensor, nn::Module};
 use vora_torch::nn::RmsNorm;
 use vora_torch::weights::{Init, Weights};
 
+use crate::architecture::QkNorm;
 use crate::config::LlmConfig;
 
 /// Added to the variance by Chameleon's layer norm, whatever the config says (HF's `ChameleonLayerNorm`).
 const LAYER_NORM_EPS: f64 = 1e-5;
-
-/// Which norm an architecture has on q and k.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum QkNorm {
-    /// RMS norm with one weight for all heads (Qwen3).
-    Rms,
-    /// Layer norm with a weight and a bias for every head (Chameleon).
-    Layer,
-}
 
 /// A norm over `head_dim`.
 #[derive(Debug)]
@@ -35,6 +27,9 @@ pub enum HeadNorm {
 
 impl HeadNorm {
     /// Takes `weight` and, for a layer norm, `bias`, of `q_norm` or `k_norm`; none where the model has no such norm.
+    ///
+    /// # Errors
+    /// A tensor that cannot be read; missing and misshapen ones are told by [`Weights::finish`].
     pub fn load(config: &LlmConfig, weights: &Weights, heads: i64) -> Result<Option<Self>> {
         let head_dim = config.head_width();
         Ok(match config.head_norm() {

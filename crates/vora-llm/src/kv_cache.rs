@@ -3,12 +3,12 @@
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
-use crate::attention::AttentionPlan;
 use crate::config::LlmConfig;
+use crate::error::CacheError;
 
 /// Keys and values of every layer for a batch of sequences, in memory taken once.
 ///
-/// Rows may differ in length: a row's tokens lie at the front, and a step writes behind them.
+/// Rows may differ in length: a row's tokens lie at the front, and a step writes after them.
 #[derive(Debug)]
 pub struct KvCache {
     pub(crate) layers: Vec<LayerCache>,
@@ -30,9 +30,9 @@ pub(crate) struct LayerCache {
 pub(crate) struct Step {
     /// `[batch, 1]`
     pub(crate) position_ids: Tensor,
-    /// The first key that any row sees: 0, or where the shortest row's window begins.
+    /// The first key that any row attends to: 0, or where the shortest row's window begins.
     first: i64,
-    /// One more than the last key that any row sees, which is the new one of the longest.
+    /// One more than the last key that any row attends to, which is the new one of the longest.
     pub(crate) seen: i64,
     /// Additive `[batch, 1, 1, seen - first]`, where rows differ in length.
     pub(crate) mask: Option<Tensor>,
@@ -43,7 +43,7 @@ pub(crate) struct Step {
 }
 
 impl KvCache {
-    /// Room for `capacity` tokens in each of `batch` rows; `kind` is that of the model.
+    /// Room for `capacity` tokens in each of `batch` rows; `kind` is the model's dtype.
     ///
     /// # Errors
     /// Where there is no room to take: batch or capacity below 1.
@@ -87,31 +87,40 @@ impl KvCache {
         self.truncate(0);
     }
 
-    /// Checks that a batch fits before anything is computed.
-    pub(crate) fn check_prefill(&self, plan: &AttentionPlan) -> Result<()> {
-        ensure!(self.lens.iter().all(|&len| len == 0), "the cache holds a prefill already: reset it first");
-        ensure!(plan.batch() == self.batch(), "{} rows in a cache for {}", plan.batch(), self.batch());
-        ensure!(plan.row_lens().iter().all(|&len| len > 0), "a row without tokens has nothing to go on from");
-        ensure!(
-            plan.is_cacheable(),
-            "several documents or branches in one row: only a row of one document can be continued"
-        );
-        let seq = plan.position_ids().size()[1];
-        ensure!(seq <= self.capacity, "{seq} tokens in a cache for {}", self.capacity);
+    /// Checks that rows of these lengths fit before anything is computed.
+    pub(crate) fn check_prefill(&self, row_lens: &[i64]) -> Result<()> {
+        if self.lens.iter().any(|&len| len > 0) {
+            return Err(CacheError::Filled.into());
+        }
+        self.check_rows(row_lens.len() as i64)?;
+        ensure!(row_lens.iter().all(|&len| len > 0), "a row without tokens has nothing to go on from");
+        let seq = row_lens.iter().copied().max().unwrap_or(0);
+        if seq > self.capacity {
+            return Err(CacheError::TooLong { seq, capacity: self.capacity }.into());
+        }
         Ok(())
     }
 
-    pub(crate) fn filled(&mut self, plan: &AttentionPlan) {
-        self.lens = plan.row_lens().to_vec();
+    fn check_rows(&self, found: i64) -> Result<(), CacheError> {
+        let expected = self.batch();
+        if found == expected { Ok(()) } else { Err(CacheError::Rows { found, expected }) }
+    }
+
+    pub(crate) fn filled(&mut self, row_lens: &[i64]) {
+        self.lens = row_lens.to_vec();
     }
 
     /// Plans a step that adds one token to every row.
-    pub(crate) fn next_step(&self, batch: i64) -> Result<Step> {
-        ensure!(batch == self.batch(), "{batch} rows in a cache for {}", self.batch());
+    pub(crate) fn next_step(&self, batch: i64) -> Result<Step, CacheError> {
+        self.check_rows(batch)?;
         let longest = *self.lens.iter().max().expect("batch is at least 1");
         let shortest = *self.lens.iter().min().expect("batch is at least 1");
-        ensure!(shortest > 0, "decoding goes on from a prefill, and the cache is empty");
-        ensure!(longest < self.capacity, "the cache is full: a row has {longest} tokens of {}", self.capacity);
+        if shortest == 0 {
+            return Err(CacheError::Empty);
+        }
+        if longest >= self.capacity {
+            return Err(CacheError::Full { len: longest, capacity: self.capacity });
+        }
         let lens = Tensor::from_slice(&self.lens).to_device(self.device); // [batch]
         let seen = longest + 1;
         let ragged = longest != shortest;
@@ -165,7 +174,7 @@ impl LayerCache {
         self.values.narrow(2, 0, seq).copy_(v);
     }
 
-    /// Adds `[batch, kv_heads, 1, head_dim]` behind each row; all that is seen:
+    /// Adds `[batch, kv_heads, 1, head_dim]` after each row's tokens; all keys and values that are attended to:
     /// `[batch, kv_heads, seen - first, head_dim]`.
     pub(crate) fn append(&mut self, k: &Tensor, v: &Tensor, step: &Step) -> (Tensor, Tensor) {
         for (kept, new) in [(&self.keys, k), (&self.values, v)] {
@@ -185,24 +194,17 @@ impl LayerCache {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::VisionAttention;
-    use vora_text::{Span, Spans};
 
     const F32: (Device, Kind) = (Device::Cpu, Kind::Float);
-
-    fn plan(rows: Vec<Vec<Span>>) -> AttentionPlan {
-        AttentionPlan::new(&Spans { rows }, VisionAttention::Bidirectional, F32.0, F32.1).unwrap()
-    }
 
     #[test]
     fn rows_of_different_length_are_written_behind_their_end() {
         let mut cache = KvCache::new(&LlmConfig::tiny(8), 2, 5, F32.0, F32.1).unwrap();
         assert_eq!(cache.num_bytes(), 2 * 2 * (2 * 2 * 5 * 8) * 4);
-        let plan = plan(vec![vec![Span::text(1)], vec![Span::text(3)]]);
-        cache.check_prefill(&plan).unwrap();
+        cache.check_prefill(&[1, 3]).unwrap();
         let ones = Tensor::ones([2, 2, 3, 8], (F32.1, F32.0));
         cache.layers[0].fill(&ones, &ones);
-        cache.filled(&plan);
+        cache.filled(&[1, 3]);
         let step = cache.next_step(2).unwrap();
         let new = Tensor::full([2, 2, 1, 8], 7.0, (F32.1, F32.0));
         let (keys, values) = cache.layers[0].append(&new, &new, &step);
@@ -222,7 +224,7 @@ mod tests {
     #[test]
     fn a_window_narrows_what_a_step_sees() {
         let mut cache = KvCache::new(&LlmConfig::tiny(8), 2, 9, F32.0, F32.1).unwrap();
-        cache.filled(&plan(vec![vec![Span::text(3)], vec![Span::text(5)]]));
+        cache.filled(&[3, 5]);
         let step = cache.next_step(2).unwrap();
         assert!(step.within(6).is_none());
         let windowed = step.within(2).unwrap();
@@ -235,7 +237,7 @@ mod tests {
         let kept: Vec<f32> = keys.select(3, 0).select(1, 1).flatten(0, -1).try_into().unwrap();
         assert_eq!(kept, [0.0, 7.0, 0.0, 0.0, 0.0, 0.0, 0.0, 7.0]);
         // Rows of one length need no mask.
-        cache.filled(&plan(vec![vec![Span::text(4)]; 2]));
+        cache.filled(&[4, 4]);
         let windowed = cache.next_step(2).unwrap().within(2).unwrap();
         assert!((windowed.first, windowed.seen) == (3, 5) && windowed.mask.is_none());
     }
@@ -246,16 +248,17 @@ mod tests {
         assert!(KvCache::new(&config, 0, 4, F32.0, F32.1).unwrap_err().to_string().contains("0 sequences"));
         assert!(KvCache::new(&config, 1, 0, F32.0, F32.1).unwrap_err().to_string().contains("0 tokens"));
         let mut cache = KvCache::new(&config, 1, 4, F32.0, F32.1).unwrap();
-        let says = |error: anyhow::Error, what: &str| assert!(error.to_string().contains(what), "{error}");
-        says(cache.next_step(1).unwrap_err(), "the cache is empty");
-        says(cache.check_prefill(&plan(vec![vec![Span::text(5)]])).unwrap_err(), "5 tokens in a cache for 4");
-        says(cache.check_prefill(&plan(vec![vec![Span::text(1)]; 2])).unwrap_err(), "2 rows in a cache for 1");
-        let branches = vec![vec![Span::text(1), Span::text(1).on_branch(0)]];
-        says(cache.check_prefill(&plan(branches)).unwrap_err(), "several documents or branches");
-        cache.filled(&plan(vec![vec![Span::text(4)]]));
-        says(cache.next_step(1).unwrap_err(), "the cache is full: a row has 4 tokens of 4");
-        says(cache.check_prefill(&plan(vec![vec![Span::text(1)]])).unwrap_err(), "reset it first");
+        assert_eq!(cache.next_step(1).unwrap_err(), CacheError::Empty);
+        let refused = |cache: &KvCache, row_lens: &[i64]| {
+            *cache.check_prefill(row_lens).unwrap_err().downcast_ref::<CacheError>().unwrap()
+        };
+        assert_eq!(refused(&cache, &[5]), CacheError::TooLong { seq: 5, capacity: 4 });
+        assert_eq!(refused(&cache, &[1, 1]), CacheError::Rows { found: 2, expected: 1 });
+        assert_eq!(refused(&cache, &[1, 1]).to_string(), "2 rows in a cache for 1");
+        cache.filled(&[4]);
+        assert_eq!(cache.next_step(1).unwrap_err(), CacheError::Full { len: 4, capacity: 4 });
+        assert_eq!(refused(&cache, &[1]), CacheError::Filled);
         cache.reset();
-        cache.check_prefill(&plan(vec![vec![Span::text(1)]])).unwrap();
+        cache.check_prefill(&[1]).unwrap();
     }
 }

@@ -15,7 +15,7 @@
 //! let spans = Spans { rows: vec![vec![Span::text(2), Span::image(2, 2), Span::text(1)]] };
 //! let plan = AttentionPlan::new(&spans, VisionAttention::Bidirectional, Device::Cpu, Kind::Float)?;
 //! let inputs_embeds = llm.embed(&Tensor::from_slice(&[[5i64, 3, 0, 0, 0, 0, 9]].concat()).unsqueeze(0));
-//! let output = llm.forward(&inputs_embeds, &plan, 1);
+//! let output = llm.decoder().forward(&inputs_embeds, &plan, 1);
 //! assert_eq!(output.hidden_states.len(), 2); // the embeddings, and what the first layer made of them
 //! let last = output.last_hidden_state.select(1, -1); // [batch, hidden]
 //! assert_eq!(llm.logits(&last).size(), [1, 64]);
@@ -23,18 +23,24 @@
 //! # }
 //! ```
 
+mod architecture;
 mod attention;
 mod config;
 mod decoder;
+mod error;
 mod head_norm;
 mod kv_cache;
 mod mlp;
+mod rope;
 mod rotary;
 
+pub use architecture::{MODEL_TYPES, QkNorm};
 pub use attention::{Attention, AttentionPlan, KernelChoice, VisionAttention, attend};
-pub use config::{LlmConfig, MODEL_TYPES, RopeParameters, TokenIds};
-pub use decoder::{CausalLm, Decoder, DecoderLayer, DropoutSeed, Output, Recompute};
-pub use head_norm::{HeadNorm, QkNorm};
+pub use config::{LlmConfig, TokenIds};
+pub use decoder::{CausalLm, Decoder, DecoderLayer, DropoutSeed, Output, Pass};
+pub use error::{CacheError, ConfigError};
+pub use head_norm::HeadNorm;
 pub use kv_cache::KvCache;
 pub use mlp::Mlp;
-pub use rotary::{CosSin, RopeScaling, Rotary};
+pub use rope::{RopeParameters, RopeScaling};
+pub use rotary::{CosSin, Rotary};

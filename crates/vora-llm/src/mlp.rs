@@ -18,6 +18,9 @@ pub struct Mlp {
 
 impl Mlp {
     /// Takes `gate_proj`, `up_proj` and `down_proj`.
+    ///
+    /// # Errors
+    /// A tensor that cannot be read; missing and misshapen ones are told by [`Weights::finish`].
     pub fn load(config: &LlmConfig, weights: &Weights) -> Result<Self> {
         let (hidden, intermediate, bias) = (config.hidden_size, config.intermediate_size, config.mlp_bias);
         Ok(Self {

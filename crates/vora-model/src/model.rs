@@ -190,7 +190,7 @@ pub trait VisionLanguageModel: Debug {
     /// As [`embed`](Self::embed) and [`plan`](Self::plan).
     fn forward(&self, input: &Input, hidden_layers: usize) -> Result<Output> {
         let plan = self.plan(&input.spans)?;
-        Ok(self.llm().forward(&self.embed(input)?, &plan, hidden_layers))
+        Ok(self.llm().decoder().forward(&self.embed(input)?, &plan, hidden_layers))
     }
 }
 

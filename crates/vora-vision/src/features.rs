@@ -1,4 +1,4 @@
-//! Which hidden states of a vision encoder a language model gets to see.
+//! Which hidden states of a vision encoder a language model is given.
 
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -81,7 +81,7 @@ mod tests {
     use tch::{Device, Kind, Tensor};
     use vora_torch::weights::Weights;
 
-    use crate::dinov2::Dinov2Config;
+    use crate::encoders::Dinov2Config;
     use crate::golden::load;
 
     fn selection(json: serde_json::Value) -> FeatureSelection {

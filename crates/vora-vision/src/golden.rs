@@ -3,8 +3,8 @@
 use tch::{Device, Kind, Tensor};
 use vora_torch::weights::Weights;
 
-use crate::encoder_config::EncoderConfig;
-use crate::vision_transformer::VisionTransformer;
+use crate::encoder::EncoderConfig;
+use crate::transformer::VisionTransformer;
 
 /// The `config.json` that lies beside a golden file.
 pub(crate) fn json(name: &str) -> serde_json::Value {

@@ -1,5 +1,4 @@
-//! From the bytes of a picture to vectors of a language model's width: decoding, preprocessing as Hugging Face's
-//! processors do it, the trained [`PatchEmbed`], frozen vision transformers as [`Encoder`]s and [`Teacher`]s, and
+//! From a picture's pixels to vectors of a language model's width: the trained [`PatchEmbed`], frozen vision transformers as [`Encoder`]s and [`Teacher`]s, and
 //! [`VqModel`], which turns pictures into the codes of a codebook and back. It knows no language model, no text and no
 //! dataset, and trains nothing by itself.
 //!
@@ -21,46 +20,22 @@
 //! # }
 //! ```
 
-mod pixels;
-
-mod patch_embed;
-mod patchify;
-mod positions;
-
 mod encoder;
-mod encoder_config;
+mod encoders;
 mod features;
 #[cfg(test)]
 mod golden;
-mod vision_transformer;
-
-mod aimv2;
-mod clip;
-mod dinov2;
-mod siglip;
-mod siglip2;
-mod vit;
-
-mod activation;
-mod attention;
-mod block;
-mod embeddings;
-mod mlp;
-mod norm;
-mod sizes;
-
+mod patch_embed;
+mod pixels;
+mod transformer;
 mod vq;
 
-pub use self::aimv2::Aimv2VisionConfig;
-pub use self::clip::ClipVisionConfig;
-pub use self::dinov2::Dinov2Config;
-pub use self::encoder::{Encoder, Teacher};
-pub use self::encoder_config::EncoderConfig;
-pub use self::features::{FeatureSelection, VisionFeatureLayer, VisionFeatureSelectStrategy};
-pub use self::patch_embed::{PatchEmbed, PatchEmbedConfig, PositionTable};
-pub use self::pixels::{pixel_values, stack};
-pub use self::siglip::SiglipVisionConfig;
-pub use self::siglip2::Siglip2VisionConfig;
-pub use self::vision_transformer::{Patchifier, VisionTransformer};
-pub use self::vit::VitConfig;
-pub use self::vq::{VqConfig, VqLosses, VqModel, to_images};
+pub use encoder::{Encoder, EncoderConfig, Teacher};
+pub use encoders::{
+    Aimv2VisionConfig, ClipVisionConfig, Dinov2Config, Siglip2VisionConfig, SiglipVisionConfig, VitConfig,
+};
+pub use features::{FeatureSelection, VisionFeatureLayer, VisionFeatureSelectStrategy};
+pub use patch_embed::{PatchEmbed, PatchEmbedConfig, PositionTable};
+pub use pixels::{pixel_values, stack};
+pub use transformer::{Patchifier, VisionTransformer};
+pub use vq::{VqConfig, VqLosses, VqModel, to_images};

@@ -7,8 +7,7 @@ use vora_torch::nn::RmsNorm;
 use vora_torch::weights::{Init, Weights};
 
 use crate::encoder::Teacher;
-use crate::patchify::{grid, patchify};
-use crate::positions::{Interpolation, interpolate};
+use crate::transformer::{Interpolation, grid, interpolate, patchify};
 
 /// The sizes of a [`PatchEmbed`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +37,7 @@ pub enum PositionTable {
 
 /// `y = (norm(patchify(x)) + positions) W^T`: arXiv 2503.20680, under its names on disk.
 ///
-/// All of it is trained, in f32; what comes out has the kind of the weights' source.
+/// All of it is trained, in f32; what comes out has the dtype of the weights' source.
 #[derive(Debug)]
 pub struct PatchEmbed {
     config: PatchEmbedConfig,
@@ -222,7 +221,7 @@ fn rms(x: &Tensor) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dinov2::Dinov2Config;
+    use crate::encoders::Dinov2Config;
     use tch::Device;
     use vora_image::{IMAGENET_DEFAULT, ImageProcessor, Resample};
 

@@ -47,7 +47,7 @@ fn config<B: AsRef<[u8]>>(file: &Llm<B>) -> Result<Map<String, Value>> {
 }
 
 /// Every tensor in bf16, in the order of the layers; shapes are checked against `config`.
-fn weights<B: AsRef<[u8]>>(file: &Llm<B>, config: &Map<String, Value>) -> Result<Tensors> {
+fn weights<B: AsRef<[u8]> + Sync>(file: &Llm<B>, config: &Map<String, Value>) -> Result<Tensors> {
     let size = |key: &str| config[key].as_u64().map(|size| size as usize).with_context(|| format!("no {key}"));
     let (hidden, intermediate, vocab) = (size("hidden_size")?, size("intermediate_size")?, size("vocab_size")?);
     let kv = hidden / size("num_attention_heads")? * size("num_key_value_heads")?;

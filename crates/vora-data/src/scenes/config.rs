@@ -6,7 +6,8 @@ use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::colour::Colour;
-use super::question::QuestionKind;
+use super::ground::Ground;
+use super::question_kind::QuestionKind;
 use super::shape::Shape;
 
 /// The `scenes:` section of a run file.
@@ -52,20 +53,6 @@ pub struct ScenesConfig {
     pub colour_jitter: u8,
     /// Standard deviation of the noise on every channel of every pixel, of 255.
     pub noise: f32,
-}
-
-/// What lies behind the objects; always one colour.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Ground {
-    /// Middle grey.
-    Grey,
-    /// Nearly white.
-    Light,
-    /// Nearly black.
-    Dark,
-    /// A muted hue.
-    Tinted,
 }
 
 impl Default for ScenesConfig {

@@ -2,7 +2,7 @@
 
 use image::{Rgb, RgbImage, imageops};
 
-use super::Scenes;
+use super::dataset::Scenes;
 
 impl Scenes {
     /// The first `columns * rows` pictures, each pixel shown as `zoom * zoom`, with a line between them.

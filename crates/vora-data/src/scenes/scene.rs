@@ -3,10 +3,11 @@
 use image::RgbImage;
 
 use super::colour::{self, Colour, Rgb, distance_squared};
-use super::config::Ground;
+use super::dataset::Scenes;
 use super::draw::{Draw, Purpose};
+use super::ground::Ground;
 use super::shape::{EXTENT, Shape};
-use super::{Scenes, Split};
+use super::split::Split;
 
 /// A quarter of the picture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -30,6 +30,9 @@ pub struct Attention {
 
 impl Attention {
     /// Takes `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `q_norm`, `k_norm` where the model has them.
+    ///
+    /// # Errors
+    /// A tensor that cannot be read; missing and misshapen ones are told by [`Weights::finish`].
     pub fn load(config: &LlmConfig, layer_idx: usize, weights: &Weights) -> Result<Self> {
         let (hidden, head_dim) = (config.hidden_size, config.head_width());
         let (num_heads, num_kv_heads) = (config.num_attention_heads, config.kv_heads());
@@ -80,7 +83,8 @@ impl Attention {
         self.output(&attend(&q, &k, &v, plan))
     }
 
-    /// `[batch, 1, hidden]` -> `[batch, 1, hidden]`; every row sees what the cache holds of it, and itself.
+    /// `[batch, 1, hidden]` -> `[batch, 1, hidden]`; each new token attends to what the cache holds of its row,
+    /// and itself.
     pub(crate) fn decode_step(&self, x: &Tensor, cos_sin: &CosSin, step: &Step, cache: &mut LayerCache) -> Tensor {
         let [q, k, v] = self.project(x, cos_sin);
         let (k, v) = cache.append(&k, &v, step);

@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 
 use fixtures::{Golden, assert_close_to};
+use tch::nn::Module;
+use tch::{Device, Kind, Tensor};
 use vora_lora::LoraConfig;
-use vora_torch::checkpoint::save;
-
-use super::*;
-use crate::VisionAttention;
 use vora_text::{Span, Spans};
+use vora_torch::checkpoint::save;
+use vora_torch::weights::Weights;
+
+use super::{CausalLm, DropoutSeed};
+use crate::{AttentionPlan, LlmConfig, VisionAttention};
 
 /// One case of a golden file.
 struct Case {
@@ -66,7 +69,7 @@ impl Case {
     /// Logits of the golden tokens, `[batch, seq, vocab]`
     fn logits(&self, llm: &CausalLm) -> Tensor {
         let plan = text(&[10, 10], llm.kind());
-        llm.logits(&llm.forward(&llm.embed(&self.golden["input_ids"]), &plan, 0).last_hidden_state)
+        llm.logits(&llm.decoder().forward(&llm.embed(&self.golden["input_ids"]), &plan, 0).last_hidden_state)
     }
 }
 
@@ -84,12 +87,16 @@ fn hidden_states_logits_and_gradients_match_reference() {
         let llm = case.load(Kind::Float);
         let inputs_embeds = llm.embed(&case.golden["input_ids"]).set_requires_grad(true);
         let layers = case.config.num_hidden_layers;
-        let output = llm.forward(&inputs_embeds, &text(&[10, 10], Kind::Float), layers);
+        let output = llm.decoder().forward(&inputs_embeds, &text(&[10, 10], Kind::Float), layers);
         assert_eq!(output.hidden_states.len(), layers + 1);
         for (i, hidden) in output.hidden_states.iter().enumerate() {
             assert_close_to(hidden, case.get(&format!("hidden_states.{i}")), 2e-5);
         }
-        assert!(llm.model.norm.forward(&output.before_norm).equal(&output.last_hidden_state));
+        // The last layer by itself, from what goes into it.
+        let plan = text(&[10, 10], Kind::Float);
+        let (shared, last) = (llm.model.shared(&plan), &llm.model.layers[layers - 1]);
+        let y = last.forward(&output.hidden_states[layers - 1], &shared.cos_sin, shared.by(last));
+        assert_close_to(&llm.model.norm.forward(&y), &output.last_hidden_state, 1e-6);
         let logits = llm.logits(&output.last_hidden_state);
         assert_close_to(&logits, case.get("logits"), 2e-5);
         logits.square().mean(Kind::Float).backward();
@@ -201,7 +208,7 @@ fn windows_and_images_with_and_without_cache() {
             let mut logits = llm.prefill(&embeds, &plan(vec![row(0)]), &mut cache).unwrap();
             let mut whole = embeds;
             for new in 0..6 {
-                let output = llm.forward(&whole, &plan(vec![row(new)]), 0);
+                let output = llm.decoder().forward(&whole, &plan(vec![row(new)]), 0);
                 let without = llm.logits(&output.last_hidden_state.select(1, -1));
                 assert_close_to(&logits, &without, 2e-5);
                 let token = without.argmax(-1, true); // [1, 1]
@@ -227,7 +234,7 @@ fn a_published_chameleon_has_its_image_tokenizer_beside() {
 
 #[test]
 fn dropout_acts_in_training_alone_and_by_its_seed() {
-    let _generator = crate::decoder::dropout::GENERATOR.lock().unwrap();
+    let _generator = super::dropout::GENERATOR.lock().unwrap();
     for case in chameleons() {
         for (attention_dropout, dropout) in [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5)] {
             let config =
@@ -236,11 +243,11 @@ fn dropout_acts_in_training_alone_and_by_its_seed() {
             let llm = CausalLm::load(&config, &weights).unwrap();
             assert_close_to(&case.logits(&llm), case.get("logits"), 2e-5);
             let (embeds, plan) = (llm.embed(&case.golden["input_ids"]), text(&[10, 10], Kind::Float));
-            let train = |seed| llm.forward_train(&embeds, &plan, 1, DropoutSeed::new(seed));
+            let train = |seed| llm.decoder().forward_train(&embeds, &plan, 1, DropoutSeed::new(seed)).output;
             let (first, again, other) = (train(1), train(1), train(2));
             assert!(first.last_hidden_state.equal(&again.last_hidden_state));
             let drops = attention_dropout + dropout > 0.0;
-            for unlike in [&other, &llm.forward(&embeds, &plan, 1)] {
+            for unlike in [&other, &llm.decoder().forward(&embeds, &plan, 1)] {
                 assert_eq!(first.last_hidden_state.equal(&unlike.last_hidden_state), !drops, "{}", case.name);
             }
             if dropout > 0.0 && !config.has_swin_norm() {
@@ -261,7 +268,7 @@ fn a_gguf_file_alone_is_a_decoder() {
         let llm = CausalLm::load(&LlmConfig::open(&path).unwrap(), &weights).unwrap();
         weights.finish().unwrap();
         let plan = AttentionPlan::new(&Spans::text(&[24]), VisionAttention::Causal, Device::Cpu, Kind::Float);
-        let output = llm.forward(&llm.embed(&golden_logits["input_ids"]), &plan.unwrap(), 0);
+        let output = llm.decoder().forward(&llm.embed(&golden_logits["input_ids"]), &plan.unwrap(), 0);
         let expected = &golden_logits[&format!("{architecture}.logits")];
         fixtures::assert_close_to(&llm.logits(&output.last_hidden_state), expected, 2e-5);
     }

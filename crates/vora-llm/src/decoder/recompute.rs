@@ -3,61 +3,44 @@
 
 use anyhow::Result;
 use tch::Tensor;
-use tch::nn::Module;
 use vora_torch::autograd;
 
-use super::{Decoder, DropoutSeed, Output, Shared};
+use super::dropout::DropoutSeed;
+use super::stack::{Decoder, Output, Shared};
 use crate::attention::AttentionPlan;
-use crate::rotary::CosSin;
 
-/// What is left to do once a loss over a [`CausalLm::forward_recomputed`](super::CausalLm::forward_recomputed) has gone
-/// backward: the layers, last to first.
+/// What is left to do once a loss over a recomputed forward has gone backward: the layers, last to first.
 ///
 /// Hidden states of that forward are leaves. A loss leaves its gradients in them, each layer adds to that of its input.
 #[derive(Debug)]
-pub struct Recompute<'a> {
+pub(super) struct Recompute<'a> {
     decoder: &'a Decoder,
     inputs_embeds: Tensor,
     states: Vec<Tensor>, // what goes into each layer, and what leaves the last; [batch, seq, hidden]
-    cos_sin: CosSin,
-    plan: AttentionPlan,
-    windowed: Option<AttentionPlan>,
+    shared: Shared<'a, AttentionPlan>,
     seed: DropoutSeed,
 }
 
-impl Decoder {
-    /// As [`Decoder::forward_train`], with leaves for hidden states, and what goes backward from them.
-    pub(super) fn forward_recomputed(
-        &self,
-        inputs_embeds: &Tensor,
-        plan: AttentionPlan,
-        hidden_layers: usize,
-        seed: DropoutSeed,
-    ) -> (Output, Recompute<'_>) {
-        let cos_sin = self.rotary.cos_sin(plan.position_ids(), plan.num_positions());
-        let windowed = self.plans(&plan).windowed;
-        let leaf = |x: Tensor, requires_grad: bool| x.detach().set_requires_grad(requires_grad);
-        // Without a trained embedding nothing is to be learned before the first layer.
-        let mut states = vec![leaf(inputs_embeds.shallow_clone(), inputs_embeds.requires_grad())];
-        let shared = Shared { full: &plan, windowed };
-        for (layer_idx, layer) in self.layers.iter().enumerate() {
-            let forward =
-                || layer.forward_train(&states[layer_idx], &cos_sin, shared.by(layer), seed.at(layer_idx as u64));
-            let y = tch::no_grad(forward);
-            states.push(leaf(y, true));
-        }
-        let windowed = shared.windowed;
-        let before_norm = states[self.layers.len()].shallow_clone();
-        let last_hidden_state = self.norm.forward(&before_norm);
-        let mut hidden_states: Vec<Tensor> =
-            states[..self.layers.len()].iter().take(hidden_layers + 1).map(Tensor::shallow_clone).collect();
-        if hidden_layers >= self.layers.len() {
-            hidden_states.push(last_hidden_state.shallow_clone());
-        }
-        let output = Output { last_hidden_state, before_norm, hidden_states };
-        let inputs_embeds = inputs_embeds.shallow_clone();
-        (output, Recompute { decoder: self, inputs_embeds, states, cos_sin, plan, windowed, seed })
-    }
+/// As [`Decoder::forward_train`], with leaves for hidden states, and what goes backward from them.
+pub(super) fn forward_recomputed<'a>(
+    decoder: &'a Decoder,
+    inputs_embeds: &Tensor,
+    plan: &'a AttentionPlan,
+    hidden_layers: usize,
+    seed: DropoutSeed,
+) -> (Output, Recompute<'a>) {
+    let leaf = |x: &Tensor, requires_grad: bool| x.detach().set_requires_grad(requires_grad);
+    // Without a trained embedding nothing is to be learned before the first layer.
+    let first = leaf(inputs_embeds, inputs_embeds.requires_grad());
+    let mut states = vec![first.shallow_clone()];
+    let shared = decoder.shared(plan);
+    let output = decoder.output(&first, hidden_layers, |layer_idx, layer, x| {
+        let forward = || layer.forward_train(x, &shared.cos_sin, shared.by(layer), seed.at(layer_idx as u64));
+        let y = leaf(&tch::no_grad(forward), true);
+        states.push(y.shallow_clone());
+        y
+    });
+    (output, Recompute { decoder, inputs_embeds: inputs_embeds.shallow_clone(), states, shared, seed })
 }
 
 impl Recompute<'_> {
@@ -66,13 +49,12 @@ impl Recompute<'_> {
     ///
     /// # Errors
     /// What libtorch says of it.
-    pub fn backward(self) -> Result<()> {
-        let Self { decoder, inputs_embeds, mut states, cos_sin, plan, windowed, seed } = self;
-        let shared = Shared { full: &plan, windowed };
+    pub(super) fn backward(self) -> Result<()> {
+        let Self { decoder, inputs_embeds, mut states, shared, seed } = self;
         for (layer_idx, layer) in decoder.layers.iter().enumerate().rev() {
             let (gradient, input) = (states.pop().map(|state| state.grad()), states.last());
             let (Some(gradient), Some(input)) = (gradient.filter(Tensor::defined), input) else { continue };
-            let y = layer.forward_train(input, &cos_sin, shared.by(layer), seed.at(layer_idx as u64));
+            let y = layer.forward_train(input, &shared.cos_sin, shared.by(layer), seed.at(layer_idx as u64));
             if y.requires_grad() {
                 autograd::backward(&y, &gradient)?;
             }
@@ -88,8 +70,7 @@ impl Recompute<'_> {
 mod tests {
     use super::*;
     use crate::VisionAttention;
-    use crate::decoder::CausalLm;
-    use crate::{KernelChoice, LlmConfig};
+    use crate::{CausalLm, KernelChoice, LlmConfig};
     use tch::{Device, Kind};
     use vora_lora::{LoraConfig, attach_all};
     use vora_text::{Span, Spans};
@@ -115,21 +96,22 @@ mod tests {
         let choice = KernelChoice::Mask;
         let plan = AttentionPlan::with_kernel(&spans, VisionAttention::Bidirectional, Device::Cpu, kind, choice);
         let (layers, plan, inputs_embeds) = (config.num_hidden_layers, plan.unwrap(), embeds.to_kind(kind) * 1.5);
-        let (output, rest) = if recomputed {
-            let (output, rest) = llm.forward_recomputed(&inputs_embeds, plan, layers, SEED);
-            (output, Some(rest))
+        let pass = if recomputed {
+            llm.decoder().forward_recomputed(&inputs_embeds, &plan, layers, SEED)
         } else {
-            (llm.forward_train(&inputs_embeds, &plan, layers, SEED), None)
+            llm.decoder().forward_train(&inputs_embeds, &plan, layers, SEED)
         };
-        assert_eq!(output.hidden_states.len(), layers + 1);
-        let taps = output.hidden_states.iter().enumerate();
-        let taps = taps.map(|(i, h)| h.to_kind(Kind::Float).sin().sum(Kind::Float) * (0.5 + i as f64));
-        let logits = llm.logits(&output.last_hidden_state).to_kind(Kind::Float);
-        let loss = taps.fold(logits.logsumexp([-1i64].as_slice(), false).sum(Kind::Float), |sum, tap| sum + tap);
-        loss.backward();
-        if let Some(rest) = rest {
-            rest.backward().unwrap();
-        }
+        let mut value = 0.0;
+        let loss = |output: &Output| {
+            assert_eq!(output.hidden_states.len(), layers + 1);
+            let taps = output.hidden_states.iter().enumerate();
+            let taps = taps.map(|(i, h)| h.to_kind(Kind::Float).sin().sum(Kind::Float) * (0.5 + i as f64));
+            let logits = llm.logits(&output.last_hidden_state).to_kind(Kind::Float);
+            let loss = taps.fold(logits.logsumexp([-1i64].as_slice(), false).sum(Kind::Float), |sum, tap| sum + tap);
+            value = loss.double_value(&[]);
+            Ok(loss)
+        };
+        pass.backward(loss).unwrap();
         let mut parameters = weights.parameters();
         parameters.extend(adapters.parameters());
         for (name, tensor) in llm.tensors().iter().filter(|_| !trained) {
@@ -139,7 +121,7 @@ mod tests {
             assert!(tensor.grad().defined(), "no gradient reaches {name}");
             (name, tensor.grad())
         };
-        (loss.double_value(&[]), parameters.into_iter().map(of).collect())
+        (value, parameters.into_iter().map(of).collect())
     }
 
     #[test]
@@ -176,20 +158,17 @@ mod tests {
     fn a_loss_that_reaches_few_layers_goes_back_through_those() {
         let llm = CausalLm::load(&LlmConfig::tiny(32), &Weights::random(1, Device::Cpu, Kind::Float)).unwrap();
         let embeds = llm.embed(&Tensor::from_slice(&[1i64, 2, 3]).unsqueeze(0)).set_requires_grad(true);
-        let plan =
-            || AttentionPlan::new(&Spans::text(&[3]), VisionAttention::Causal, Device::Cpu, Kind::Float).unwrap();
-        let (output, rest) = llm.forward_recomputed(&embeds, plan(), 1, SEED);
-        output.hidden_states[1].square().sum(Kind::Float).backward();
-        rest.backward().unwrap();
+        let plan = AttentionPlan::new(&Spans::text(&[3]), VisionAttention::Causal, Device::Cpu, Kind::Float).unwrap();
+        let pass = llm.decoder().forward_recomputed(&embeds, &plan, 1, SEED);
+        pass.backward(|output| Ok(output.hidden_states[1].square().sum(Kind::Float))).unwrap();
         let found = embeds.grad().copy();
         let embeds = embeds.detach().set_requires_grad(true);
-        llm.forward(&embeds, &plan(), 1).hidden_states[1].square().sum(Kind::Float).backward();
+        llm.decoder().forward(&embeds, &plan, 1).hidden_states[1].square().sum(Kind::Float).backward();
         fixtures::assert_close_to(&found, &embeds.grad(), 1e-6);
 
         let frozen = embeds.detach();
-        let (output, rest) = llm.forward_recomputed(&frozen, plan(), 0, SEED);
-        output.last_hidden_state.sum(Kind::Float).backward();
-        rest.backward().unwrap();
+        let pass = llm.decoder().forward_recomputed(&frozen, &plan, 0, SEED);
+        pass.backward(|output| Ok(output.last_hidden_state.sum(Kind::Float))).unwrap();
         assert!(!frozen.grad().defined());
     }
 }

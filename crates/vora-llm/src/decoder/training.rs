@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use fixtures::{Golden, assert_close_to};
-use tch::Reduction;
-
-use super::*;
-use crate::VisionAttention;
+use tch::{Device, Kind, Reduction, Tensor};
 use vora_text::Spans;
+use vora_torch::weights::Weights;
+
+use super::CausalLm;
+use crate::{AttentionPlan, LlmConfig, VisionAttention};
 
 fn cases() -> BTreeMap<String, LlmConfig> {
     let path = fixtures::root().join("golden/llm_gradients.json");
@@ -30,7 +31,7 @@ fn loss_and_gradients(
     let (batch, seq) = input_ids.size2().unwrap();
     let spans = Spans::text(&vec![seq; batch as usize]);
     let plan = AttentionPlan::new(&spans, VisionAttention::Causal, Device::Cpu, kind).unwrap();
-    let output = llm.forward(&llm.embed(input_ids), &plan, config.num_hidden_layers);
+    let output = llm.decoder().forward(&llm.embed(input_ids), &plan, config.num_hidden_layers);
     for hidden in &output.hidden_states {
         assert_eq!(hidden.kind(), kind, "{name}");
     }
@@ -120,7 +121,7 @@ fn steps_change_what_is_generated() {
     };
     let before = log_probability();
     for _ in 0..5 {
-        let hidden = llm.forward(&llm.embed(&prompt), &plan, 0).last_hidden_state.select(1, -1);
+        let hidden = llm.decoder().forward(&llm.embed(&prompt), &plan, 0).last_hidden_state.select(1, -1);
         (-llm.logits(&hidden).log_softmax(-1, Kind::Float).select(1, target)).sum(Kind::Float).backward();
         for (_, mut tensor) in weights.parameters() {
             tch::no_grad(|| tensor -= tensor.grad() * 0.05);

@@ -39,7 +39,7 @@ fn kind_of(kind: TensorKind) -> Kind {
     }
 }
 
-/// A tensor of the model in `kind`, row by row: only the result is ever held whole.
+/// A tensor of the model in this dtype, row by row: only the result is ever held whole.
 pub(super) fn dequantise(model: &Llm<Mapped>, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor> {
     let made = if matches!(kind, Kind::BFloat16 | Kind::Half) { kind } else { Kind::Float };
     let tensor = Tensor::f_empty(shape, (made, Device::Cpu)).map_err(error::clean)?;
@@ -52,16 +52,11 @@ pub(super) fn dequantise(model: &Llm<Mapped>, name: &str, shape: &[i64], kind: K
 }
 
 /// Writes the values into a new contiguous CPU tensor whose elements are `T`s.
-fn fill<T: Copy>(model: &Llm<Mapped>, name: &str, tensor: &Tensor, convert: impl Fn(f32) -> T) -> Result<()> {
-    assert_eq!(size_of::<T>(), tensor.kind().elt_size_in_bytes(), "T is the element of the tensor's kind");
+fn fill<T: Send>(model: &Llm<Mapped>, name: &str, tensor: &Tensor, convert: impl Fn(f32) -> T + Sync) -> Result<()> {
+    assert_eq!(size_of::<T>(), tensor.kind().elt_size_in_bytes(), "T is the element of the tensor's dtype");
     // SAFETY: `numel` elements of this size, which nobody else sees yet.
     let out = unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<T>(), tensor.numel()) };
-    let mut places = out.iter_mut();
-    model.read(name, |row| {
-        for (&value, place) in row.iter().zip(places.by_ref()) {
-            *place = convert(value);
-        }
-    })
+    model.read(name, out, convert)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_data::Preparation;
-use vora_llm::{DropoutSeed, Recompute};
+use vora_llm::DropoutSeed;
 use vora_model::VisionLanguageModel;
 use vora_torch::nn::loss::cross_entropy_and_z_loss;
 use vora_torch::weights::Weights;
@@ -20,15 +20,13 @@ pub(crate) const MAX_LOGITS: i64 = 64 << 20;
 
 /// The losses of one forward pass, f32 scalars.
 #[derive(Debug)]
-pub struct Losses<'a> {
+pub struct Losses {
     /// Cross-entropy, and z-loss where the run has it, summed over [`Student::num_targets`] tokens.
     pub lm_sum: Tensor,
     /// Cosine loss, mean over blocks and image tokens; none without a teacher or a picture.
     pub distill: Option<Tensor>,
     /// `[blocks]`: the cosine loss of each, without a graph.
     pub distill_blocks: Option<Tensor>,
-    /// What goes backward once the losses have: the layers, in a run with activation checkpointing.
-    pub recompute: Option<Recompute<'a>>,
 }
 
 /// The model in training.
@@ -132,33 +130,37 @@ impl Student {
         Ok((self.model.llm().embed(&input_ids), positions, targets))
     }
 
-    /// One forward pass: both losses, as sums and means that micro-batches can be put together from. `seed` decides what
-    /// the LLM's dropout drops, where its config has one.
+    /// One forward pass, and the way back of what `total` makes of its losses, which are sums and means that
+    /// micro-batches can be put together from. `seed` decides what the LLM's dropout drops, where its config has one.
+    ///
+    /// The losses are lent to `total` alone: in a run with activation checkpointing, whoever took them backward himself
+    /// would leave most of the gradient out ([`vora_llm::Pass`]).
     ///
     /// # Errors
-    /// Where the batch does not fit the model.
-    pub fn losses(&self, batch: &DeviceBatch, seed: DropoutSeed) -> Result<Losses<'_>> {
+    /// A batch that does not fit the model, and what libtorch says of the way back.
+    pub fn backward(&self, batch: &DeviceBatch, seed: DropoutSeed, total: impl FnOnce(Losses) -> Tensor) -> Result<()> {
         let distill = self.distill.as_ref().filter(|_| batch.num_image_tokens() > 0);
         let hidden_layers = distill.map_or(0, |distill| distill.heads().hidden_layers());
         let (inputs_embeds, positions, targets) = self.learned(batch)?;
         let (llm, plan) = (self.model.llm(), self.model.plan(&batch.input.spans)?);
-        let (output, recompute) = if self.gradient_checkpointing {
-            let (output, recompute) = llm.forward_recomputed(&inputs_embeds, plan, hidden_layers, seed);
-            (output, Some(recompute))
+        let pass = if self.gradient_checkpointing {
+            llm.decoder().forward_recomputed(&inputs_embeds, &plan, hidden_layers, seed)
         } else {
-            (llm.forward_train(&inputs_embeds, &plan, hidden_layers, seed), None)
+            llm.decoder().forward_train(&inputs_embeds, &plan, hidden_layers, seed)
         };
-        let hidden = output.last_hidden_state.flatten(0, 1).index_select(0, &positions); // [n, hidden]
-        // The gradient of a head that is trained comes from all rows at once.
-        let chunk = if llm.trains_head() { i64::MAX } else { (MAX_LOGITS / llm.config().vocab_size).max(1) };
-        let lm_sum = cross_entropy_and_z_loss(&hidden, &targets, chunk, self.z_loss, |rows| llm.logits(rows));
-        let distill = distill.map(|distill| {
-            let targets = distill.targets(&batch.input.pixel_values)?;
-            let losses = distill.heads().losses(&output.hidden_states, &batch.image_places, &targets); // [blocks]
-            anyhow::Ok((losses.mean(Kind::Float), losses.detach()))
-        });
-        let (distill, distill_blocks) = distill.transpose()?.unzip();
-        Ok(Losses { lm_sum, distill, distill_blocks, recompute })
+        pass.backward(|output| {
+            let hidden = output.last_hidden_state.flatten(0, 1).index_select(0, &positions); // [n, hidden]
+            // The gradient of a head that is trained comes from all rows at once.
+            let chunk = if llm.trains_head() { i64::MAX } else { (MAX_LOGITS / llm.config().vocab_size).max(1) };
+            let lm_sum = cross_entropy_and_z_loss(&hidden, &targets, chunk, self.z_loss, |rows| llm.logits(rows));
+            let distill = distill.map(|distill| {
+                let targets = distill.targets(&batch.input.pixel_values)?;
+                let losses = distill.heads().losses(&output.hidden_states, &batch.image_places, &targets); // [blocks]
+                anyhow::Ok((losses.mean(Kind::Float), losses.detach()))
+            });
+            let (distill, distill_blocks) = distill.transpose()?.unzip();
+            Ok(total(Losses { lm_sum, distill, distill_blocks }))
+        })
     }
 
     /// Per block what the teacher has at the image tokens and what the head makes of them there, each

@@ -9,7 +9,7 @@ use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_data::{Batch, Record, RecordKeys, Sample, SampleMaker, collate, pack};
 use vora_llm::DropoutSeed;
 use vora_run::metrics::{Line, MetricsLog, StepMetrics};
-use vora_train::student::{DeviceBatch, Student};
+use vora_train::student::{DeviceBatch, Losses, Student};
 use vora_train::{Options, TrainConfig, Trainer, data};
 
 /// The ways to see, by their `model` sections.
@@ -60,13 +60,17 @@ fn samples(maker: &SampleMaker) -> Vec<Sample> {
 fn learned(config: &TrainConfig, batch: &Batch) -> (f64, Option<f64>, Vec<(String, Tensor)>) {
     let student = Student::new(config, Device::Cpu, Kind::Float, &resolve).unwrap();
     let uploaded = DeviceBatch::new(batch, Device::Cpu);
-    let losses = student.losses(&uploaded, DropoutSeed::new(0)).unwrap();
-    let lm = losses.lm_sum / student.num_targets(&uploaded) as f64;
-    let total = losses.distill.as_ref().map_or_else(|| lm.shallow_clone(), |distill| &lm + distill);
-    total.backward();
+    let (mut lm, mut distill) = (0.0, None);
+    let total = |losses: Losses| {
+        let mean = losses.lm_sum / student.num_targets(&uploaded) as f64;
+        lm = mean.double_value(&[]);
+        distill = losses.distill.as_ref().map(|distill| distill.double_value(&[]));
+        losses.distill.map_or_else(|| mean.shallow_clone(), |distill| &mean + distill)
+    };
+    student.backward(&uploaded, DropoutSeed::new(0), total).unwrap();
     let gradients = student.parameters().into_iter().map(|(name, parameter)| (name, parameter.grad()));
     let gradients = gradients.filter(|(_, gradient)| gradient.defined()).collect();
-    (lm.double_value(&[]), losses.distill.map(|distill| distill.double_value(&[])), gradients)
+    (lm, distill, gradients)
 }
 
 #[test]
@@ -106,7 +110,12 @@ fn a_chameleon_reads_and_writes_the_tokens_of_its_pictures() {
     let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
     let batch = collate(samples(&SampleMaker::new(student.preparation(&config).unwrap())), 0);
     let batch = DeviceBatch::new(&batch, Device::Cpu);
-    let found = tch::no_grad(|| student.losses(&batch, DropoutSeed::new(0)).unwrap().lm_sum);
+    let mut found = 0.0;
+    let total = |losses: Losses| {
+        found = losses.lm_sum.double_value(&[]);
+        losses.lm_sum
+    };
+    student.backward(&batch, DropoutSeed::new(0), total).unwrap();
 
     let writer = student.model.image_writer().unwrap();
     let one_by_one = batch.input.pixel_values.chunks(1).map(|picture| writer.image_tokens(picture).unwrap());
@@ -118,7 +127,7 @@ fn a_chameleon_reads_and_writes_the_tokens_of_its_pictures() {
     let log_probs = student.model.llm().logits(&hidden).to_kind(Kind::Float).log_softmax(-1, Kind::Float);
     let expected = -log_probs.gather(1, &targets.unsqueeze(1), false).sum(Kind::Float);
     assert_eq!(targets.size()[0], student.num_targets(&batch));
-    let (found, expected) = (found.double_value(&[]), expected.double_value(&[]));
+    let expected = expected.double_value(&[]);
     assert!((found / expected - 1.0).abs() < 1e-5, "{found}, expected {expected}");
 }
 

@@ -17,8 +17,8 @@ pub(super) struct Conv2d {
 }
 
 impl Conv2d {
-    /// One that keeps the picture's size. A new one keeps the variance too (LeCun 1998): some ten of them lie one behind
-    /// the other with nothing beside them, and what PyTorch starts with, a third of it, leaves nothing of the picture.
+    /// One that keeps the picture's size. A new one keeps the variance too (LeCun 1998): some ten of them follow one
+    /// another with nothing beside them, and what PyTorch starts with, a third of it, leaves nothing of the picture.
     pub(super) fn load(params: &Params, inputs: i64, outputs: i64, kernel: i64) -> Result<Self> {
         let std = 1.0 / ((inputs * kernel * kernel) as f64).sqrt();
         Self::start(params, inputs, outputs, kernel, Init::Normal { std })
@@ -33,7 +33,7 @@ impl Conv2d {
         })
     }
 
-    /// The kind that it computes in.
+    /// The dtype that it computes in.
     pub(super) fn kind(&self) -> Kind {
         self.weight.kind()
     }
@@ -114,7 +114,7 @@ impl Module for ResnetBlock {
     }
 }
 
-/// `y = x + proj_out(attention(norm(x)))`: one head, every place sees every place.
+/// `y = x + proj_out(attention(norm(x)))`: one head, from every place to every place.
 #[derive(Debug)]
 pub(super) struct AttnBlock {
     norm: GroupNorm,
@@ -178,7 +178,7 @@ impl Module for Mid {
     }
 }
 
-/// Residual blocks at one size, each with attention behind it where the level has attention.
+/// Residual blocks at one size, each with attention after it where the level has attention.
 #[derive(Debug)]
 pub(super) struct Level {
     block: Vec<ResnetBlock>,

@@ -37,7 +37,7 @@ impl Encoder {
         })
     }
 
-    /// The kind that it computes in.
+    /// The dtype that it computes in.
     pub(super) fn kind(&self) -> Kind {
         self.conv_in.kind()
     }

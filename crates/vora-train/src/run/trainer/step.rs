@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use tch::{Kind, Tensor};
 use vora_data::Batch;
-use vora_llm::{DropoutSeed, Recompute};
+use vora_llm::DropoutSeed;
 use vora_run::metrics::{EventKind, EventMetrics, Line, StepMetrics};
 use vora_torch::runtime::memory;
 
@@ -47,18 +47,19 @@ impl Trainer {
         let mut distill_blocks: Option<Tensor> = None; // [blocks]
         let seed = DropoutSeed::new(self.config.seed).at(self.step);
         for (number, batch) in uploaded.iter().enumerate() {
-            let losses = self.student.losses(batch, seed.at(number as u64))?;
-            let mut loss = losses.lm_sum / num_targets;
-            loss_lm += loss.detach();
-            let share = batch.num_image_tokens() as f64 / num_image_tokens;
-            if let (Some(distill), Some(blocks)) = (losses.distill, losses.distill_blocks) {
-                let (distill, blocks) = (distill * share, blocks * share);
-                loss_distill += distill.detach();
-                loss += distill * distill_weight;
-                distill_blocks = Some(distill_blocks.map_or_else(|| blocks.shallow_clone(), |sum| sum + &blocks));
-            }
-            (if self.loss_scale.is_some() { loss * scale } else { loss }).backward();
-            losses.recompute.map_or(Ok(()), Recompute::backward)?;
+            self.student.backward(batch, seed.at(number as u64), |losses| {
+                let mut loss = losses.lm_sum / num_targets;
+                loss_lm += loss.detach();
+                let share = batch.num_image_tokens() as f64 / num_image_tokens;
+                if let (Some(distill), Some(blocks)) = (losses.distill, losses.distill_blocks) {
+                    let (distill, blocks) = (distill * share, blocks * share);
+                    loss_distill += distill.detach();
+                    loss += distill * distill_weight;
+                    let sum = distill_blocks.take().map_or_else(|| blocks.shallow_clone(), |sum| sum + &blocks);
+                    distill_blocks = Some(sum);
+                }
+                if self.loss_scale.is_some() { loss * scale } else { loss }
+            })?;
         }
         if self.loss_scale.is_some() {
             self.optimizer.scale_gradient(scale.recip())?;

@@ -1,0 +1,55 @@
+//! Samples of procedural scenes.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+
+use super::source::Source;
+use crate::sample::{Sample, SampleMaker};
+use crate::scenes::Scenes;
+
+/// Procedural scenes, several questions packed after one picture.
+#[derive(Debug)]
+pub struct SceneSource {
+    scenes: Scenes,
+    maker: Arc<SampleMaker>,
+}
+
+impl SceneSource {
+    /// Scenes of one split.
+    pub fn new(scenes: Scenes, maker: Arc<SampleMaker>) -> Self {
+        Self { scenes, maker }
+    }
+}
+
+impl Source for SceneSource {
+    fn len(&self) -> Option<u64> {
+        None
+    }
+
+    fn sample(&self, index: u64) -> Result<Sample> {
+        let id = format!("{}-{index}", self.scenes.split());
+        self.maker.packed(id, &self.scenes.render(index), self.scenes.questions(index))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sample;
+    use crate::scenes::{ScenesConfig, Split};
+
+    #[test]
+    fn scenes_come_packed() {
+        let maker = Arc::new(sample::tests::tiny());
+        let scenes = Scenes::new(ScenesConfig::default(), Split::Train).unwrap();
+        let questions = scenes.questions(3);
+        let sample = SceneSource::new(scenes, maker.clone()).sample(3).unwrap();
+        assert_eq!(sample.id, "train-3");
+        for (asked, question) in sample.questions.iter().zip(&questions) {
+            assert_eq!((asked.kind.as_str(), &asked.question), (question.kind.name(), &question.question));
+            let answer = maker.preparation().tokenizer.decode(&sample.targets[asked.tokens.clone()], true).unwrap();
+            assert_eq!(answer, question.answer);
+        }
+    }
+}

@@ -1,0 +1,530 @@
+//! `CausalLm`: a decoder with the head that turns hidden states into logits, and generation from a cache.
+
+use anyhow::{Result, ensure};
+use tch::{Device, Kind, Tensor, nn::Module};
+use vora_files::tell_once;
+use vora_lora::Linear;
+use vora_torch::weights::{Init, Weights};
+
+use super::stack::Decoder;
+use crate::attention::AttentionPlan;
+use crate::config::LlmConfig;
+use crate::kv_cache::KvCache;
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// The last norm, as a decoder without a head has it in its file.
+const BARE_NORM: &str = "norm.weight";
+
+/// A decoder with its head.
+#[derive(Debug)]
+pub struct CausalLm {
+    pub(super) model: Decoder,
+    lm_head: Option<Tensor>, // [vocab, hidden]; none where the embedding is the head
+    config: LlmConfig,
+    device: Device,
+    kind: Kind,
+}
+
+impl CausalLm {
+    /// Takes `model` and, where it is not tied to the embedding, `lm_head`. Where the config ties them, but the
+    /// checkpoint has a head of other values, they are not tied, and [`CausalLm::config`] says so. As in HF, either of
+    /// two that are tied stands for both, and names may lack their `model.`: a file saved without the head. Chameleon's
+    /// image tokenizer lies under `model.vqmodel` in the same files and is left to others: pass a clone of the source to
+    /// them, or allow those names when it finishes.
+    ///
+    /// With [`Weights::trained`] every weight is trained. A source of new weights starts them as HF's `_init_weights`
+    /// does: matrices normal with the config's `initializer_range`, norms one, biases zero. HF differs at the padding
+    /// token, whose embedding it starts at zero and does not train: a row like any other here.
+    ///
+    /// # Errors
+    /// What [`LlmConfig::validate`] refuses; tensors that do not fit are told by [`Weights::finish`].
+    pub fn load(config: &LlmConfig, weights: &Weights) -> Result<Self> {
+        config.validate()?;
+        let weights = weights.with_initializer_range(config.init_std());
+        let mut config = config.clone();
+        if weights.contains(BARE_NORM) && !weights.contains(&format!("model.{BARE_NORM}")) {
+            for name in weights.names().iter().filter(|name| !name.starts_with("lm_head.")) {
+                weights.alias(&format!("model.{name}"), name);
+            }
+        }
+        if config.tie_word_embeddings && !weights.contains(EMBEDDING) && weights.contains(HEAD) {
+            weights.alias(EMBEDDING, HEAD);
+        }
+        config.tie_word_embeddings = config.tie_word_embeddings && !has_another_head(&weights)?;
+        let head = weights.pp("lm_head");
+        let lm_head = if config.tie_word_embeddings {
+            head.ignore("weight"); // a second copy of the embedding, in some files
+            None
+        } else {
+            Some(head.get("weight", &[config.vocab_size, config.hidden_size], Init::Required)?)
+        };
+        Ok(Self {
+            model: Decoder::load(&config, &weights.pp("model"))?,
+            lm_head,
+            config,
+            device: weights.device(),
+            kind: weights.kind(),
+        })
+    }
+
+    /// Embedding, layers and final norm.
+    pub fn decoder(&self) -> &Decoder {
+        &self.model
+    }
+
+    /// Sizes and constants.
+    pub fn config(&self) -> &LlmConfig {
+        &self.config
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// The dtype of hidden states, and of weights that are not trained.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// `[..]` -> `[.., hidden]`
+    pub fn embed(&self, input_ids: &Tensor) -> Tensor {
+        Tensor::embedding(&self.model.embed_tokens, input_ids, -1, false, false).to_kind(self.kind)
+    }
+
+    /// Logits where they are asked for: `[n, hidden]` -> `[n, vocab]`
+    ///
+    /// For a Chameleon they are as the head gives them: HF's forward puts those of image codes to the lowest number,
+    /// which is the business of whoever samples text.
+    pub fn logits(&self, hidden: &Tensor) -> Tensor {
+        let head = self.lm_head.as_ref().unwrap_or(&self.model.embed_tokens);
+        hidden.linear::<&Tensor>(&head.to_kind(hidden.kind()), None)
+    }
+
+    /// Whether the head's own weight is trained, tied to the embedding or not.
+    pub fn trains_head(&self) -> bool {
+        self.lm_head.as_ref().unwrap_or(&self.model.embed_tokens).requires_grad()
+    }
+
+    /// A cache for this model.
+    ///
+    /// # Errors
+    /// See [`KvCache::new`].
+    pub fn new_cache(&self, batch: i64, capacity: i64) -> Result<KvCache> {
+        KvCache::new(&self.config, batch, capacity, self.device, self.kind)
+    }
+
+    /// Fills an empty cache: `[batch, seq, hidden]` -> logits of each row's last token `[batch, vocab]`
+    ///
+    /// # Errors
+    /// [`CacheError`](crate::CacheError) where the batch does not fit into the cache; rows that cannot be continued.
+    pub fn prefill(&self, inputs_embeds: &Tensor, plan: &AttentionPlan, cache: &mut KvCache) -> Result<Tensor> {
+        let lens = plan.row_lens();
+        ensure!(
+            plan.is_cacheable(),
+            "several documents or branches in one row: only a row of one document can be continued"
+        );
+        cache.check_prefill(lens)?;
+        Ok(tch::no_grad(|| {
+            let shared = self.model.shared(plan);
+            let x = self.model.through(inputs_embeds, |layer_idx, layer, x| {
+                layer.prefill(x, &shared.cos_sin, shared.by(layer), &mut cache.layers[layer_idx])
+            }); // [batch, seq, hidden]
+            cache.filled(lens);
+            let rows: Vec<Tensor> = (0..).zip(lens).map(|(row, len)| x.get(row).get(len - 1)).collect();
+            self.logits(&self.model.norm.forward(&Tensor::stack(&rows, 0)))
+        }))
+    }
+
+    /// One more token for every row: `[batch, 1]` -> logits `[batch, vocab]`
+    ///
+    /// # Errors
+    /// [`CacheError`](crate::CacheError) where the cache is empty, full, or for another number of rows; more than one
+    /// token a row.
+    pub fn decode_step(&self, input_ids: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        let (batch, new) = input_ids.size2()?;
+        ensure!(new == 1, "{new} tokens a row in one decoding step");
+        let step = cache.next_step(batch)?;
+        Ok(tch::no_grad(|| {
+            let shared = self.model.shared_step(&step);
+            let x = self.model.through(&self.embed(input_ids), |layer_idx, layer, x| {
+                layer.decode_step(x, &shared.cos_sin, shared.by(layer), &mut cache.layers[layer_idx])
+            }); // [batch, 1, hidden]
+            cache.stepped();
+            self.logits(&self.model.norm.forward(&x.squeeze_dim(1)))
+        }))
+    }
+
+    /// Visits every linear layer: its layer's index, its name within (`self_attn.q_proj`), itself.
+    ///
+    /// # Errors
+    /// The first that `visit` returns.
+    pub fn linears_mut(&mut self, visit: &mut dyn FnMut(usize, &str, &mut Linear) -> Result<()>) -> Result<()> {
+        for (layer_idx, layer) in self.model.layers.iter_mut().enumerate() {
+            for (name, linear) in layer.linears_mut() {
+                visit(layer_idx, name, linear)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`CausalLm::linears_mut`], without changing them.
+    ///
+    /// # Errors
+    /// The first that `visit` returns.
+    pub fn linears(&self, visit: &mut dyn FnMut(usize, &str, &Linear) -> Result<()>) -> Result<()> {
+        for (layer_idx, layer) in self.model.layers.iter().enumerate() {
+            for (name, linear) in layer.linears() {
+                visit(layer_idx, name, linear)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Every tensor of a plain checkpoint, by HF's name, adapters left out: merge them first. Trained ones are the f32
+    /// masters themselves.
+    pub fn tensors(&self) -> Vec<(String, Tensor)> {
+        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), self.model.embed_tokens.shallow_clone())];
+        for (layer_idx, layer) in self.model.layers.iter().enumerate() {
+            let mut push = |name: &str, tensor: &Tensor| {
+                tensors.push((format!("model.layers.{layer_idx}.{name}"), tensor.shallow_clone()));
+            };
+            for (name, linear) in layer.linears() {
+                push(&format!("{name}.weight"), linear.weight());
+                if let Some(bias) = linear.bias() {
+                    push(&format!("{name}.bias"), bias);
+                }
+            }
+            for (name, tensor) in layer.norm_tensors() {
+                push(&name, tensor);
+            }
+        }
+        tensors.push(("model.norm.weight".to_owned(), self.model.norm.weight().shallow_clone()));
+        if let Some(lm_head) = &self.lm_head {
+            tensors.push(("lm_head.weight".to_owned(), lm_head.shallow_clone()));
+        }
+        tensors
+    }
+}
+
+/// Whether a checkpoint has both an embedding and a head, which differ in the dtype that they are loaded in.
+fn has_another_head(weights: &Weights) -> Result<bool> {
+    let stored = |name: &str| anyhow::Ok(weights.stored_tensor(name)?.map(|tensor| tensor.to_kind(weights.kind())));
+    let (Some(head), Some(embedding)) = (stored(HEAD)?, stored(EMBEDDING)?) else { return Ok(false) };
+    let differs = !head.equal(&embedding);
+    if differs {
+        tell_once(format!(
+            "{}: the config ties the head to the embedding, but lm_head.weight holds other values: they are not tied, as \
+             in transformers; `tie_word_embeddings: false` in config.json says the same",
+            weights.origin().display()
+        ));
+    }
+    Ok(differs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fixtures::Golden;
+    use vora_lora::LoraConfig;
+
+    use crate::{CacheError, VisionAttention};
+    use vora_text::{Span, Spans};
+
+    const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    fn plan(rows: Vec<Vec<Span>>, mode: VisionAttention) -> AttentionPlan {
+        AttentionPlan::new(&Spans { rows }, mode, Device::Cpu, Kind::Float).unwrap()
+    }
+
+    fn text(lens: &[i64]) -> AttentionPlan {
+        plan(Spans::text(lens).rows, VisionAttention::Bidirectional)
+    }
+
+    /// The golden Llama, with further tensors under `own` for another architecture.
+    fn load(golden: &Golden, config: &LlmConfig, own: Option<&str>) -> CausalLm {
+        let own = own.map(|prefix| golden.under(prefix)).unwrap_or_default();
+        let tensors = golden.under("weights.").into_iter().chain(own);
+        let weights = Weights::from_tensors(tensors, Device::Cpu, Kind::Float);
+        let llm = CausalLm::load(config, &weights).unwrap();
+        weights.finish().unwrap();
+        llm
+    }
+
+    fn llama(golden: &Golden) -> CausalLm {
+        load(golden, &LlmConfig::tiny(64), None)
+    }
+
+    #[test]
+    fn hidden_states_logits_and_gradients_match_reference() {
+        let golden = fixtures::open("llama");
+        let llm = llama(&golden);
+        let inputs_embeds = llm.embed(&golden["input_ids"]).set_requires_grad(true);
+        let output = llm.decoder().forward(&inputs_embeds, &text(&[10, 10]), 2);
+        assert_eq!(output.hidden_states.len(), 3);
+        for (i, hidden) in output.hidden_states.iter().enumerate() {
+            fixtures::assert_close_to(hidden, &golden[&format!("hidden_states.{i}")], 1e-5);
+        }
+        let logits = llm.logits(&output.last_hidden_state);
+        fixtures::assert_close_to(&logits, &golden["logits"], 2e-5);
+        logits.square().mean(Kind::Float).backward();
+        fixtures::assert_close_to(&inputs_embeds.grad(), &golden["grad_inputs_embeds"], 1e-5);
+    }
+
+    /// As `LlamaModel.save_pretrained` writes it, and a tied model of which safetensors kept the head's name.
+    #[test]
+    fn names_without_their_prefix_and_a_head_alone_are_read() {
+        let golden = fixtures::open("llama");
+        let config = LlmConfig::tiny(64);
+        let whole = llama(&golden).tensors();
+        let hidden = fixtures::Random::new(4).normal([3, 32]);
+        let expected = llama(&golden).logits(&hidden);
+        let bare = |name: &str| name.strip_prefix("model.").unwrap_or(name).to_owned();
+        let as_head = |name: String| if name.ends_with("embed_tokens.weight") { HEAD.to_owned() } else { name };
+        let renames: [&dyn Fn(&str) -> String; 3] =
+            [&bare, &|name| as_head(name.to_owned()), &|name| as_head(bare(name))];
+        for (rename, trained) in renames.iter().flat_map(|rename| [(rename, false), (rename, true)]) {
+            let old = ("model.layers.1.self_attn.rotary_emb.inv_freq".to_owned(), Tensor::zeros([4], F32));
+            let tensors = whole.iter().chain([&old]);
+            let tensors = tensors.map(|(name, tensor)| (format!("llm.{}", rename(name)), tensor.copy()));
+            let weights = Weights::from_tensors(tensors, Device::Cpu, Kind::Float);
+            let source = if trained { weights.trained() } else { weights.clone() };
+            let llm = CausalLm::load(&config, &source.pp("llm")).unwrap();
+            weights.finish().unwrap();
+            assert!(llm.config().tie_word_embeddings && llm.logits(&hidden).equal(&expected));
+            let parameters = weights.parameters(); // by the names that they have in every other file
+            assert!(parameters.iter().all(|(name, _)| name.starts_with("llm.model.")), "{parameters:?}");
+        }
+        // Where nothing is tied, an embedding that is missing is told.
+        let untied = LlmConfig { tie_word_embeddings: false, ..config };
+        let tensors = whole.iter().map(|(name, tensor)| (as_head(name.clone()), tensor.copy()));
+        let weights = Weights::from_tensors(tensors, Device::Cpu, Kind::Float);
+        CausalLm::load(&untied, &weights).unwrap();
+        assert!(weights.finish().unwrap_err().to_string().contains("missing    model.embed_tokens.weight"));
+    }
+
+    /// Measured with transformers 5.23: tied where the two are equal or one is missing, not tied where they differ.
+    #[test]
+    fn a_head_of_its_own_is_not_tied_whatever_the_config_says() {
+        let golden = fixtures::open("llama");
+        let tied = LlmConfig::tiny(64);
+        assert!(tied.tie_word_embeddings);
+        let untied = LlmConfig { tie_word_embeddings: false, ..tied.clone() };
+        let head = fixtures::Random::new(3).normal([64, 32]);
+        let load = |config: &LlmConfig, head: Option<&Tensor>| {
+            let mut tensors = llama(&golden).tensors();
+            tensors.retain(|(name, _)| name != "lm_head.weight");
+            tensors.extend(head.map(|head| ("lm_head.weight".to_owned(), head.shallow_clone())));
+            let weights = Weights::from_tensors(tensors, Device::Cpu, Kind::Float);
+            let llm = CausalLm::load(config, &weights).unwrap();
+            weights.finish().unwrap();
+            llm
+        };
+        let hidden = fixtures::Random::new(4).normal([3, 32]);
+        let other = load(&tied, Some(&head));
+        assert!(!other.config().tie_word_embeddings);
+        assert!(other.logits(&hidden).equal(&load(&untied, Some(&head)).logits(&hidden)));
+        assert!(other.tensors().iter().any(|(name, tensor)| name == "lm_head.weight" && tensor.equal(&head)));
+        let copy = llama(&golden).tensors().remove(0).1;
+        for same in [None, Some(&copy)] {
+            let llm = load(&tied, same);
+            assert!(llm.config().tie_word_embeddings && llm.logits(&hidden).equal(&hidden.matmul(&copy.tr())));
+        }
+    }
+
+    #[test]
+    fn as_many_hidden_states_as_asked_for() {
+        let golden = fixtures::open("llama");
+        let llm = llama(&golden);
+        let embeds = llm.embed(&golden["input_ids"]);
+        for n in 0..=2 {
+            let found = llm.decoder().forward(&embeds, &text(&[10, 10]), n).hidden_states;
+            assert_eq!(found.len(), n + 1);
+            fixtures::assert_close_to(&found[n], &golden[&format!("hidden_states.{n}")], 1e-5);
+        }
+    }
+
+    #[test]
+    fn other_architectures_match_reference() {
+        let golden = fixtures::open("llama");
+        let tiny = LlmConfig::tiny(64);
+        let of = |model_type: &str| LlmConfig { model_type: model_type.to_owned(), ..tiny.clone() };
+        for (name, config) in [
+            ("untied", LlmConfig { tie_word_embeddings: false, ..tiny.clone() }),
+            ("qwen2", of("qwen2")),
+            ("qwen3", LlmConfig { head_dim: Some(8), ..of("qwen3") }),
+        ] {
+            let llm = load(&golden, &config, Some(&format!("{name}.")));
+            let output = llm.decoder().forward(&llm.embed(&golden["input_ids"]), &text(&[10, 10]), 0);
+            let logits = llm.logits(&output.last_hidden_state);
+            fixtures::assert_close_to(&logits, &golden[&format!("logits.{name}")], 5e-5);
+        }
+    }
+
+    #[test]
+    fn images_documents_and_branches_match_reference() {
+        let golden = fixtures::open("llama");
+        let llm = llama(&golden);
+        let rows = vec![
+            vec![Span::text(3), Span::image(2, 3), Span::image(1, 2), Span::text(4)],
+            vec![
+                Span::image(2, 2),
+                Span::text(2),
+                Span::text(2).in_document(1),
+                Span::image(2, 2).in_document(1),
+                Span::text(1).in_document(1),
+            ],
+            vec![
+                Span::text(2),
+                Span::image(2, 2),
+                Span::text(3).on_branch(0),
+                Span::text(4).on_branch(1),
+                Span::image(1, 2).on_branch(1),
+            ],
+        ];
+        let lens: Vec<i64> = Spans { rows: rows.clone() }.row_lens().collect();
+        let plan = plan(rows, VisionAttention::Bidirectional);
+        let inputs_embeds = golden["spans.inputs_embeds"].copy().set_requires_grad(true);
+        let found = llm.decoder().forward(&inputs_embeds, &plan, 0).last_hidden_state;
+        let mut loss = Tensor::from(0f32);
+        for (row, len) in (0..).zip(lens) {
+            let found = found.get(row).narrow(0, 0, len);
+            let expected = golden["spans.last_hidden_state"].get(row).narrow(0, 0, len);
+            fixtures::assert_close_to(&found, &expected, 1e-5);
+            loss += found.square().mean(Kind::Float);
+        }
+        loss.backward();
+        fixtures::assert_close_to(&inputs_embeds.grad(), &golden["spans.grad_inputs_embeds"], 1e-5);
+    }
+
+    #[test]
+    fn decoding_step_by_step_matches_reference() {
+        let golden = fixtures::open("llama");
+        let llm = llama(&golden);
+        let (prompts, continuation) = (&golden["steps.prompts"], &golden["steps.continuation"]);
+        let mut cache = llm.new_cache(2, 12).unwrap();
+        for _ in 0..2 {
+            cache.reset();
+            let mut logits = vec![llm.prefill(&llm.embed(prompts), &text(&[5, 8]), &mut cache).unwrap()];
+            for step in 0..4 {
+                logits.push(llm.decode_step(&continuation.narrow(1, step, 1), &mut cache).unwrap());
+            }
+            assert_eq!(cache.lens(), [9, 12]);
+            fixtures::assert_close_to(&Tensor::stack(&logits, 1), &golden["steps.logits"], 2e-5);
+        }
+        let error = llm.decode_step(&continuation.narrow(1, 0, 1), &mut cache).unwrap_err();
+        assert_eq!(error.downcast_ref(), Some(&CacheError::Full { len: 12, capacity: 12 }));
+        let error = llm.decode_step(continuation, &mut cache).unwrap_err();
+        assert!(error.to_string().contains("4 tokens a row in one decoding step"), "{error}");
+        let branches = plan(vec![vec![Span::text(1), Span::text(1).on_branch(0)]], VisionAttention::Causal);
+        let documents = plan(vec![vec![Span::text(1), Span::text(1).in_document(1)]], VisionAttention::Causal);
+        for plan in [branches, documents] {
+            let mut cache = llm.new_cache(1, 4).unwrap();
+            let error =
+                llm.prefill(&llm.embed(&prompts.narrow(0, 0, 1).narrow(1, 0, 2)), &plan, &mut cache).unwrap_err();
+            assert!(error.to_string().contains("several documents or branches"), "{error}");
+            assert_eq!(cache.lens(), [0]);
+        }
+    }
+
+    /// Greedy tokens after an image, each from the whole sequence anew and each from the cache.
+    #[test]
+    fn same_tokens_with_and_without_cache() {
+        let llm = CausalLm::load(&LlmConfig::tiny(64), &Weights::random(3, Device::Cpu, Kind::Float)).unwrap();
+        let random = fixtures::Random::new(3);
+        for mode in [VisionAttention::Bidirectional, VisionAttention::Causal] {
+            let row = vec![Span::text(2), Span::image(2, 2), Span::text(3)];
+            let embeds = random.normal([1, 9, 32]);
+            let mut cache = llm.new_cache(1, 20).unwrap();
+            let mut logits = llm.prefill(&embeds, &plan(vec![row.clone()], mode), &mut cache).unwrap();
+            let mut whole = embeds;
+            for new in 0..8 {
+                let mut row = row.clone();
+                row.push(Span::text(new));
+                row.retain(|span| !span.is_empty());
+                let output = llm.decoder().forward(&whole, &plan(vec![row], mode), 0);
+                let without = llm.logits(&output.last_hidden_state.select(1, -1));
+                fixtures::assert_close_to(&logits, &without, 1e-5);
+                let token = without.argmax(-1, true); // [1, 1]
+                assert!(token.equal(&logits.argmax(-1, true)));
+                whole = Tensor::cat(&[&whole, &llm.embed(&token)], 1);
+                logits = llm.decode_step(&token, &mut cache).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn only_adapters_get_gradients() {
+        let weights = Weights::random(5, Device::Cpu, Kind::Float);
+        let mut llm = CausalLm::load(&LlmConfig::tiny(64), &weights).unwrap();
+        let lora = LoraConfig { target_modules: vec!["self_attn.v_proj".into()], ..LoraConfig::new(2, 1) };
+        llm.linears_mut(&mut |layer_idx, name, linear| {
+            if layer_idx == 0 && lora.target_modules.iter().any(|target| target == name) {
+                linear.attach("vision", &lora, &weights.pp(format!("layers.{layer_idx}.{name}")))?;
+            }
+            Ok(())
+        })
+        .unwrap();
+        let output = llm.decoder().forward(&llm.embed(&Tensor::from_slice(&[1i64, 2, 3]).unsqueeze(0)), &text(&[3]), 0);
+        llm.logits(&output.last_hidden_state.squeeze_dim(0)).square().mean(Kind::Float).backward();
+        let parameters = weights.parameters();
+        assert_eq!(parameters.len(), 2);
+        let b = &parameters.iter().find(|(name, _)| name.contains("lora_B")).unwrap().1;
+        assert!(b.grad().abs().sum(Kind::Float).double_value(&[]) > 0.0);
+        for (name, tensor) in llm.tensors() {
+            assert!(!tensor.requires_grad() && !tensor.grad().defined(), "{name}");
+        }
+    }
+
+    #[test]
+    fn tensors_are_those_of_the_checkpoint() {
+        let golden = fixtures::open("llama");
+        for (own, config) in [
+            (None, LlmConfig::tiny(64)),
+            (Some("untied."), LlmConfig { tie_word_embeddings: false, ..LlmConfig::tiny(64) }),
+            (Some("qwen3."), LlmConfig { model_type: "qwen3".into(), ..LlmConfig::tiny(64) }),
+        ] {
+            let mut found = load(&golden, &config, own).tensors();
+            found.sort_by(|a, b| a.0.cmp(&b.0));
+            let mut expected = golden.under("weights.");
+            expected.extend(own.map(|prefix| golden.under(prefix)).unwrap_or_default());
+            expected.sort_by(|a, b| a.0.cmp(&b.0));
+            assert_eq!(found.len(), expected.len());
+            for (found, expected) in found.iter().zip(&expected) {
+                assert_eq!(found.0, expected.0);
+                assert!(found.1.equal(&expected.1), "{}", found.0);
+            }
+        }
+    }
+
+    #[test]
+    fn frequencies_and_a_tied_head_in_the_file_are_no_surprise() {
+        let golden = fixtures::open("llama");
+        let zeros = |shape: &[i64]| Tensor::zeros(shape, F32);
+        let more = [
+            ("lm_head.weight".to_owned(), zeros(&[64, 32])),
+            ("model.layers.1.self_attn.rotary_emb.inv_freq".to_owned(), zeros(&[4])),
+        ];
+        let tensors = golden.under("weights.").into_iter().chain(more);
+        let weights = Weights::from_tensors(tensors, Device::Cpu, Kind::Float);
+        CausalLm::load(&LlmConfig::tiny(64), &weights).unwrap();
+        weights.finish().unwrap();
+    }
+
+    #[test]
+    fn bf16_stays_bf16() {
+        let weights = Weights::random(5, Device::Cpu, Kind::BFloat16);
+        let llm = CausalLm::load(&LlmConfig::tiny(64), &weights).unwrap();
+        let rows = vec![vec![Span::text(2), Span::image(2, 2)]];
+        let plan =
+            AttentionPlan::new(&Spans { rows }, VisionAttention::Bidirectional, Device::Cpu, Kind::BFloat16).unwrap();
+        let embeds = fixtures::Random::new(1).normal([1, 6, 32]).to_kind(Kind::BFloat16);
+        assert_eq!(llm.decoder().forward(&embeds, &plan, 0).last_hidden_state.kind(), Kind::BFloat16);
+        let mut cache = llm.new_cache(1, 8).unwrap();
+        let logits = llm.prefill(&embeds, &plan, &mut cache).unwrap();
+        let logits = llm.decode_step(&logits.argmax(-1, true), &mut cache).unwrap();
+        assert_eq!((logits.kind(), logits.size()), (Kind::BFloat16, vec![1, 64]));
+    }
+}

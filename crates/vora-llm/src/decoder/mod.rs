@@ -1,0 +1,20 @@
+//! The decoder: layers of attention and MLP around a residual stream, the head that turns it into logits, and the passes
+//! that a training takes through it.
+
+mod causal_lm;
+mod dropout;
+mod layer;
+mod pass;
+mod recompute;
+mod stack;
+
+#[cfg(test)]
+mod architectures;
+#[cfg(test)]
+mod training;
+
+pub use causal_lm::CausalLm;
+pub use dropout::DropoutSeed;
+pub use layer::DecoderLayer;
+pub use pass::Pass;
+pub use stack::{Decoder, Output};

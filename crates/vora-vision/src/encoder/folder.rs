@@ -1,0 +1,181 @@
+//! A frozen vision transformer in a folder, with the way its pictures are prepared.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use tch::{Device, Kind, Tensor};
+use vora_image::ImageProcessor;
+use vora_torch::weights::Weights;
+
+use crate::encoder::config::EncoderConfig;
+use crate::features::FeatureSelection;
+use crate::transformer::{Patchifier, VisionTransformer};
+
+/// A frozen vision transformer of any family, and what its pictures go through.
+#[derive(Debug)]
+pub struct Encoder {
+    model: VisionTransformer,
+    processor: ImageProcessor,
+    tensors: Vec<(String, Tensor)>,
+}
+
+/// What the names of a patch embedding begin with in Apple's own layout.
+const APPLES_PREPROCESSOR: &str = "preprocessor.";
+
+/// An encoder whose hidden states a student learns to predict, block by block.
+pub type Teacher = Encoder;
+
+impl Encoder {
+    /// Opens a model folder: `config.json` says which transformer it is, `preprocessor_config.json` how pictures are
+    /// prepared ([`EncoderConfig::processor`]). A folder may hold more than the encoder:
+    /// the words' half of a CLIP, pooling heads.
+    ///
+    /// # Errors
+    /// Names the file and what in it does not fit.
+    pub fn open(folder: &Path, device: Device, kind: Kind) -> Result<Self> {
+        let config = EncoderConfig::open(folder)?;
+        let weights = Weights::open(folder, device, kind)?;
+        let encoder =
+            Self::load(&config, &weights).with_context(|| format!("in {}", folder.join("config.json").display()))?;
+        weights
+            .finish_allowing(|name| config.leaves_out(name))
+            .with_context(|| format!("loading the vision encoder in {}", folder.display()))?;
+        Ok(Self { processor: config.processor(folder)?, ..encoder })
+    }
+
+    /// One inside a larger model, from its own names; see [`EncoderConfig::load`]. Its pictures are prepared as
+    /// [`EncoderConfig::default_processor`] says.
+    ///
+    /// # Errors
+    /// Where the config contradicts itself; tensors that do not fit are told by `weights.finish_allowing()`.
+    pub fn load(config: &EncoderConfig, weights: &Weights) -> Result<Self> {
+        let model = config.load(weights)?;
+        Ok(Self { model, processor: config.default_processor(), tensors: config.own_tensors(weights.stored()?) })
+    }
+
+    /// One that is in no folder, with no tensors to write into one.
+    pub fn new(model: VisionTransformer, processor: ImageProcessor) -> Self {
+        Self { model, processor, tensors: Vec::new() }
+    }
+
+    /// The transformer.
+    pub fn model(&self) -> &VisionTransformer {
+        &self.model
+    }
+
+    /// How its pictures are prepared; [`ImageProcessor::square_of`] gives the same at another size.
+    pub fn processor(&self) -> &ImageProcessor {
+        &self.processor
+    }
+
+    /// Its tensors as they lie in their file, with heads that no hidden state needs, by the names that Hugging Face's
+    /// vision model alone has for them; on the CPU, in the dtype they are stored in. None of a model that is in no file.
+    pub fn tensors(&self) -> &[(String, Tensor)] {
+        &self.tensors
+    }
+
+    /// The place among [`Encoder::patch_states`] of what its own class calls the first hidden state: what goes into the
+    /// first block, or for AIMv2 in Apple's own layout what comes out of it.
+    pub fn first_hidden_state(&self) -> usize {
+        usize::from(self.tensors.iter().any(|(name, _)| name.contains(APPLES_PREPROCESSOR)))
+    }
+
+    /// The tensors that AIMv2 in Apple's own layout makes patches with, by their names there; none of any other.
+    pub fn preprocessor(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.tensors.iter().filter_map(|(name, tensor)| {
+            let at = name.find(APPLES_PREPROCESSOR)?;
+            Some((&name[at + APPLES_PREPROCESSOR.len()..], tensor))
+        })
+    }
+
+    /// Channels of its hidden states.
+    pub fn hidden_size(&self) -> i64 {
+        self.model.hidden_size()
+    }
+
+    /// Its blocks.
+    pub fn num_hidden_layers(&self) -> usize {
+        self.model.num_hidden_layers()
+    }
+
+    /// Side of a patch, in pixels.
+    pub fn patch_size(&self) -> i64 {
+        self.model.patch_size()
+    }
+
+    /// The start for a student's own patch embedding.
+    pub fn patchifier(&self) -> Patchifier<'_> {
+        self.model.patchifier()
+    }
+
+    /// `[batch, 3, height, width]` -> for what goes into the first block (index 0) and each of the first `num_layers`
+    /// blocks `[batch, patches, hidden]`: patch tokens only, row by row.
+    ///
+    /// # Panics
+    /// Where the model has fewer blocks.
+    pub fn patch_states(&self, pixel_values: &Tensor, num_layers: usize) -> Vec<Tensor> {
+        let states = self.model.first_hidden_states(pixel_values, num_layers);
+        states.iter().map(|hidden| self.model.patch_tokens(hidden)).collect()
+    }
+
+    /// `[batch, 3, height, width]` -> `[batch, tokens, layers * hidden]`; see [`VisionTransformer::features`].
+    ///
+    /// # Errors
+    /// Where a chosen layer is none of this model's, or the pictures are smaller than a patch.
+    pub fn features(&self, pixel_values: &Tensor, selection: &FeatureSelection) -> Result<Tensor> {
+        self.model.features(pixel_values, selection)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden;
+    use serde_json::json;
+    use vora_torch::checkpoint::save;
+
+    #[test]
+    fn opens_a_folder_by_its_model_type() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: String| std::fs::write(folder.path().join(name), text).unwrap();
+        let open = || Encoder::open(folder.path(), Device::Cpu, Kind::Float);
+        let golden = fixtures::open("clip");
+        let mut tensors = golden.under("weights.");
+        write("config.json", golden::json("clip").to_string());
+        save(&folder.path().join("model.safetensors"), &tensors, &[]).unwrap();
+        assert_eq!(open().unwrap().processor().output_size(90, 60), (16, 16)); // what CLIP takes where no file says so
+        write("preprocessor_config.json", json!({"image_mean": [0.1, 0.2, 0.3], "crop_size": 32}).to_string());
+
+        let encoder = open().unwrap();
+        assert_eq!((encoder.hidden_size(), encoder.num_hidden_layers(), encoder.patch_size()), (16, 3, 4));
+        let stored: Vec<&str> = encoder.tensors().iter().map(|(name, _)| name.as_str()).collect();
+        assert!(stored.contains(&"vision_model.post_layernorm.bias"), "{stored:?}");
+        assert!(stored.iter().all(|name| name.starts_with("vision_model.")), "{stored:?}");
+        assert_eq!(encoder.processor().mean_std().0, [0.1, 0.2, 0.3]);
+        assert_eq!(encoder.processor().output_size(90, 60), (32, 32));
+        assert!(encoder.patchifier().bias.is_none());
+        assert!(encoder.first_hidden_state() == 0 && encoder.preprocessor().next().is_none());
+        assert_eq!(encoder.patchifier().positions.size(), [16, 16]);
+        let states = encoder.patch_states(&golden["native.pixel_values"], 2);
+        assert_eq!(states.len(), 3);
+        fixtures::assert_close_to(&states[2], &golden["native.hidden_states.2"].narrow(1, 1, 16), 2e-5);
+        let features = encoder.features(&golden["native.pixel_values"], &FeatureSelection::default()).unwrap();
+        assert!(features.equal(&states[2]));
+        assert_eq!(encoder.model().grid(18, 31).unwrap(), (4, 7));
+        let error = encoder.model().grid(3, 30).unwrap_err().to_string();
+        assert_eq!(error, "a picture of 30 x 3 pixels is smaller than a patch of 4 x 4");
+
+        tensors.push((
+            "vision_model.encoder.layers.3.mlp.fc1.bias".to_owned(),
+            Tensor::zeros([40], (Kind::Float, Device::Cpu)),
+        ));
+        save(&folder.path().join("model.safetensors"), &tensors, &[]).unwrap();
+        let error = format!("{:#}", open().unwrap_err());
+        assert!(error.contains("unexpected vision_model.encoder.layers.3.mlp.fc1.bias"), "{error}");
+        write("config.json", json!({"model_type": "resnet"}).to_string());
+        let error = format!("{:#}", open().unwrap_err());
+        assert!(error.contains("config.json: model_type `resnet` is not a vision encoder known here"), "{error}");
+        let error = format!("{:#}", Encoder::open(Path::new("nowhere"), Device::Cpu, Kind::Float).unwrap_err());
+        assert!(error.contains("cannot read nowhere/config.json; a vision encoder is a folder"), "{error}");
+    }
+}

@@ -1,0 +1,34 @@
+//! Multi-head attention of a vision transformer, from every token to every token.
+
+use tch::{Tensor, nn::Module};
+
+use vora_torch::nn::Linear;
+
+/// `output(softmax(q k^T / sqrt(head_dim)) v)`, head by head (Vaswani et al. 2017).
+#[derive(Debug)]
+pub(crate) struct Attention {
+    pub(crate) query: Linear,
+    pub(crate) key: Linear,
+    pub(crate) value: Linear,
+    pub(crate) output: Linear,
+    pub(crate) num_heads: i64,
+}
+
+impl Module for Attention {
+    /// `[batch, tokens, hidden]` -> `[batch, tokens, hidden]`
+    fn forward(&self, x: &Tensor) -> Tensor {
+        let (batch, tokens, hidden) = x.size3().expect("x is [batch, tokens, hidden]");
+        let heads = |linear: &Linear| linear.forward(x).view([batch, tokens, self.num_heads, -1]).transpose(1, 2);
+        let mixed = Tensor::scaled_dot_product_attention(
+            &heads(&self.query), // [batch, heads, tokens, head_dim]
+            &heads(&self.key),
+            &heads(&self.value),
+            None::<&Tensor>,
+            0.0,
+            false,
+            None,
+            false,
+        );
+        self.output.forward(&mixed.transpose(1, 2).reshape([batch, tokens, hidden]))
+    }
+}
