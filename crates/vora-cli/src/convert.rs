@@ -1,4 +1,4 @@
-//! `vora convert`: a checkpoint in another layout, kind, or number of files, with a report of every tensor.
+//! `vora convert`: a checkpoint in another layout, dtype, or number of files, with a report of every tensor.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use tch::Kind;
 use vora_files::ensure_vacant;
 use vora_model::convert::{Change, Conversion, Layout, Options, Report};
 
-/// Write a checkpoint in another layout, kind, or number of files.
+/// Write a checkpoint in another layout, dtype, or number of files.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Layouts, and what they become:
@@ -28,7 +28,7 @@ Layouts, and what they become:
 
 What SRC is, its files say. vora-unmerged is written as the published VoRA code reads it: one rank, no alpha, and a
 bias beside every adapter. frozen-llm is the LLM as it was below the adapters. Without --to the layout stays, and
-files and kinds change alone. Nothing is computed but merged adapters: what is kept or renamed keeps its bytes. A
+files and dtypes change alone. Nothing is computed but merged adapters: what is kept or renamed keeps its bytes. A
 tokenizer, chat template or image processor in an adapter's own folder goes before its base's. What was written is
 opened once, or nothing is kept.
 
@@ -48,7 +48,7 @@ pub(crate) struct Args {
     /// The layout to write
     #[arg(long, value_name = "LAYOUT")]
     to: Option<Layout>,
-    /// The kind of all tensors of real numbers; as they are where it is absent
+    /// The dtype of all tensors of real numbers; as they are where it is absent
     #[arg(long)]
     dtype: Option<Dtype>,
     /// The most bytes of tensors in a file: KB, MB, GB, TB, or KiB, MiB, GiB, TiB

@@ -69,7 +69,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     }
 }
 
-/// Tokens behind each other that are of one kind.
+/// Tokens in a row that are alike.
 #[derive(Debug, Serialize)]
 struct Run {
     /// The tokens decoded; `[image ROWSxCOLS]` for a picture.
@@ -250,7 +250,7 @@ impl Shown {
 }
 
 /// The sample's tokens in their order. Those that the labels ask for are learned; the last of a way, which only a label
-/// holds as nothing follows it, is put behind it.
+/// holds as nothing follows it, is put after it.
 fn runs(sample: &Sample, preparation: &Preparation) -> Result<Vec<Run>> {
     let way = |span: &Span| (span.document(), span.branch());
     let mut runs = Vec::new();

@@ -56,7 +56,7 @@ enum Command {
     Report(report::Args),
     /// Show a checkpoint's tensors, adapters and parameter counts
     Inspect(inspect::Args),
-    /// Write a checkpoint in another layout, kind, or number of files
+    /// Write a checkpoint in another layout, dtype, or number of files
     Convert(convert::Args),
     /// Fetch models of the hub into its cache
     Download(download::Args),
@@ -122,7 +122,7 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
     io.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-/// `error: ...` on stderr, with its causes behind it; libtorch's frames are left out.
+/// `error: ...` on stderr, followed by its causes; libtorch's frames are left out.
 fn tell(error: &anyhow::Error) {
     let mut text = String::from("error: ");
     for (depth, cause) in error.chain().enumerate() {

@@ -69,7 +69,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Of a hundred places, at so many the likeliest token must stay the same. Rounding in bf16 turns near ties.
+/// Of a hundred places, at this many the likeliest token must stay the same. Rounding in bf16 turns near ties.
 const SAME_OF_HUNDRED: i64 = 95;
 
 /// Says how far merging moved the logits, `[words, vocab]` both.

@@ -1,4 +1,4 @@
-//! What came of the questions: scores of all and by kind, beside those of the blind control; a table and JSON.
+//! What came of the questions: scores of all and by question type, beside those of the blind control; a table and JSON.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -29,7 +29,7 @@ struct Scored {
     each: Vec<f64>,
 }
 
-/// What one kind of question came to.
+/// What one question type came to.
 #[derive(Debug)]
 struct Row {
     kind: String,

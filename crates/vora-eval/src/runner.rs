@@ -11,7 +11,7 @@ use crate::question_set::QuestionSet;
 use crate::report::Answered;
 
 /// Asks every question, `batch_size` together, for at most `max_tokens` tokens each: once about its pictures, once about
-/// other ones. What could not be asked is named, behind what the set itself left out. `progress` is told how many
+/// other ones. What could not be asked is named after what the set itself left out. `progress` is told how many
 /// questions are done.
 ///
 /// # Panics

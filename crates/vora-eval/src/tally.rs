@@ -30,7 +30,7 @@ impl Tally {
         }
     }
 
-    /// The scores by kind.
+    /// The scores by question type.
     pub fn scores(&self) -> BTreeMap<String, Score> {
         let share = |[n, right]: [u64; 2]| right as f64 / n as f64;
         let score = |(kind, &count): (&String, &[u64; 2])| {

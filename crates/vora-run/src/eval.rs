@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::{Deserialize, Serialize};
 
-/// How many questions of one kind were answered token for token.
+/// How many questions of one type were answered token for token.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Score {
     /// Questions asked.
@@ -19,7 +19,7 @@ pub struct Score {
     pub blind_exact_match: Option<f64>,
 }
 
-/// Split -> kind of question -> score; the kind `all` is every question of the split.
+/// Split -> question type -> score; the type `all` is every question of the split.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct EvalReport(pub BTreeMap<String, BTreeMap<String, Score>>);
@@ -50,7 +50,7 @@ impl EvalReport {
 }
 
 impl fmt::Display for EvalReport {
-    /// A table with a row a kind and split.
+    /// A table with a row for each split and question type.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut table = Table::new();
         table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(["split", "kind", "n", "exact match", "blind"]);

@@ -106,7 +106,7 @@ pub enum Line {
 }
 
 impl Line {
-    /// Whether a run that goes on after `step` has this behind it. The evaluation that follows a checkpoint is made
+    /// Whether a run that goes on after `step` has this in its past. The evaluation that follows a checkpoint is made
     /// again.
     fn is_before(&self, step: u64) -> bool {
         match self {

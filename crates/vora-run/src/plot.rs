@@ -22,9 +22,9 @@ const PANEL: u32 = 230;
 const CHART: (u32, u32) = (520, 250);
 const HEAD: u32 = 36;
 const LINE: i32 = 14;
-/// A curve of at most so many points shows each.
+/// A curve of at most this many points shows each.
 const MARKED: usize = 24;
-/// A curve has so many points at most, each the mean of its neighbours.
+/// A curve has this many points at most, each the mean of its neighbours.
 const POINTS: usize = 500;
 /// A running mean goes over this part of the run.
 const MEANS: usize = 40;

@@ -42,7 +42,7 @@ struct Page {
     missing: Vec<String>,
 }
 
-/// The scores of a split: a row a kind of question.
+/// The scores of a split: a row for each question type.
 #[derive(Debug, Serialize)]
 struct Split {
     name: String,

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 /// The longest n-grams that are counted.
 pub const MAX_ORDER: usize = 4;
 
-/// How often each run of so many words comes.
+/// How often each run of words of one length comes.
 pub(super) type Ngrams<'a> = HashMap<Vec<&'a str>, u64>;
 
 /// The n-grams of 1 to [`MAX_ORDER`] words, by their length less one.

@@ -29,7 +29,7 @@ const DOUBLE: [(&str, [&str; 2]); 8] = [
     ("d'ye", ["d'", "ye"]),
 ];
 
-/// What may follow a word behind an apostrophe, and is a token of its own.
+/// What may follow a word after an apostrophe, and is a token of its own.
 const CLITICS: [&str; 7] = ["n't", "'s", "'m", "'d", "'ll", "'re", "'ve"];
 
 /// A caption in small letters, its words apart by one space, without punctuation.
@@ -131,7 +131,7 @@ fn take_word<'a>(text: &'a str, tokens: &mut Vec<String>) -> &'a str {
     rest
 }
 
-/// Whether a full stop behind this belongs to it: initials and abbreviations.
+/// Whether a full stop after this belongs to it: initials and abbreviations.
 fn keeps_stop(word: &str) -> bool {
     let is_initials = word.split('.').all(|part| part.len() == 1 && part.bytes().all(|b| b.is_ascii_lowercase()));
     is_initials || ABBREVIATIONS.contains(&word)

@@ -28,7 +28,7 @@ pub struct DistillConfig {
     pub center: bool,
     /// Pictures over which that mean, and the baseline of the loss, are measured before the first step.
     pub mean_over: usize,
-    /// Folder where the teacher's features of each picture are kept, in the kind that they were computed in, so that
+    /// Folder where the teacher's features of each picture are kept, in the dtype that they were computed in, so that
     /// the teacher looks at each picture of the data once. Several runs may share it. It grows with the data: `vora
     /// train --plan` says how large.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -82,7 +82,7 @@ pub struct ModelConfig {
     #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
     pub pretrained: Option<String>,
 
-    /// VoRA: the kind of patch embedding; there is one.
+    /// VoRA: the patch embedding; only `AIMv2Embedding` is supported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vision_embedding: Option<String>,
     /// VoRA: channels between patchifier and projection; absent: the teacher's hidden size, or 1536 without one.

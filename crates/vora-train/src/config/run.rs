@@ -112,7 +112,7 @@ pub struct TrainConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ema_decay: Option<f64>,
 
-    /// A line of metrics every so many steps.
+    /// Steps between two lines of metrics.
     #[serde(default = "one_u64")]
     pub logging_steps: u64,
     /// When checkpoints are written during the run; there is always one at its end.
@@ -163,7 +163,7 @@ pub enum Strategy {
     /// Not before its end.
     #[default]
     No,
-    /// Every so many steps.
+    /// At regular steps.
     Steps,
 }
 
@@ -364,7 +364,7 @@ impl TrainConfig {
     pub fn without_effect(&self) -> Vec<(&'static str, &'static str)> {
         let preprocess = self.data.train.data_preprocess.as_ref();
         let all = [
-            ("tf32", self.tf32.is_some(), "matrix products run in the kind of the weights"),
+            ("tf32", self.tf32.is_some(), "matrix products run in the dtype of the weights"),
             (
                 "distill.cache",
                 self.distill.cache.is_some() && self.data.train.scenes.is_some(),
@@ -421,7 +421,7 @@ impl TrainConfig {
         self.data.train.packing.then_some(preprocess.max_seq_len)
     }
 
-    /// The kind of activations and of weights that are not trained.
+    /// The dtype of activations and of weights that are not trained.
     ///
     /// # Errors
     /// Where the device does not compute in it.
@@ -437,7 +437,7 @@ impl TrainConfig {
         self.distill.cache.as_deref().filter(|_| self.data.train.scenes.is_none())
     }
 
-    /// The schedule of a run of so many steps.
+    /// The schedule of a run of `max_steps` steps.
     pub fn schedule(&self, max_steps: u64) -> Schedule {
         let warmup_steps = match self.warmup_steps {
             0 => (self.warmup_ratio * max_steps as f64).ceil() as u64,

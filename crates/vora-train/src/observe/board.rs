@@ -56,7 +56,7 @@ impl Board {
         self.events.scalars(metrics.step, &values)
     }
 
-    /// The numbers of an evaluation: every number of the report, by split, kind and, beside exact match, its own name.
+    /// The numbers of an evaluation: every number of the report, by split, question type and, beside exact match, its own name.
     pub(crate) fn eval(&mut self, metrics: &EvalMetrics) -> Result<()> {
         let mut values = Vec::new();
         for (split, kinds) in &metrics.eval.0 {

@@ -47,7 +47,7 @@ impl Shown {
 }
 
 /// The first `count` samples of each split that have one picture, another than those before, with a question each, of
-/// whatever kind was asked least before it. Of a split that asks much about each picture some more are looked at, but
+/// whatever question type was asked least before it. Of a split that asks much about each picture some more are looked at, but
 /// not all.
 pub fn choose(splits: &[HeldOut], count: u64) -> Vec<Shown> {
     let mut asked: BTreeMap<String, u64> = BTreeMap::new();

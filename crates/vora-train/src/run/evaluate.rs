@@ -1,4 +1,4 @@
-//! Exact match by kind of question, always beside the blind control: the same questions about another picture.
+//! Exact match by question type, always beside the blind control: the same questions about another picture.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -49,7 +49,7 @@ pub(crate) fn evaluate(
     Ok(Some(report))
 }
 
-/// Each question's kind and whether it is answered right: all tokens of its answer are the most likely ones.
+/// Each question's type and whether it is answered right: all tokens of its answer are the most likely ones.
 ///
 /// Under teacher forcing that is so exactly when greedy decoding gives the answer.
 fn answers(student: &Student, batch: &Batch) -> Result<Vec<(String, bool)>> {

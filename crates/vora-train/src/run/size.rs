@@ -63,8 +63,8 @@ pub struct BatchShape {
 pub struct Memory {
     /// The program with its libraries and the data workers, as it was when the counting began; nothing of it on a GPU.
     pub program: u64,
-    /// Weights of the model that are not trained, in the kind that they are computed with; on the CPU views of their
-    /// files, shared with other processes, where those are of that kind.
+    /// Weights of the model that are not trained, in the dtype that they are computed with; on the CPU views of their
+    /// files, shared with other processes, where those are of that dtype.
     pub weights: u64,
     /// The teacher's.
     pub teacher: u64,

@@ -1,4 +1,4 @@
-//! What was trained, on disk: the adapter as PEFT has it, an LLM trained whole, what sees, and what they belong to.
+//! The trained part of a model on disk: PEFT adapter, an LLM trained whole, vision weights, config.
 //!
 //! A folder of these, a checkpoint or a run's `final/`, is a model without what stayed frozen: [`vora_model::open`] puts
 //! the two together again. Of a VoRA all of whose weights were trained, it is the whole model, as `vora merge` would write it.

@@ -21,10 +21,10 @@ pub struct TrainerState {
     /// Samples from before that place that no step has had yet, as they wait for a batch of theirs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub samples_held: Vec<u64>,
-    /// Of the steps done, those that were skipped: the schedule is as many steps behind.
+    /// Of the steps done, those that were skipped: the schedule waits for as many steps.
     #[serde(default)]
     pub skipped_steps: u64,
-    /// The last so many steps were skipped.
+    /// How many of the last steps were skipped in a row.
     #[serde(default)]
     pub skipped_in_a_row: u64,
     /// The best checkpoint before this one, where the run looks for it.

@@ -7,7 +7,7 @@ const BACKOFF_FACTOR: f32 = 0.5;
 const GROWTH_INTERVAL: u32 = 2000;
 
 /// What the loss is multiplied with, and the gradient divided by. Halved by a step whose gradient overflowed, doubled
-/// after so many steps in a row that did not.
+/// after a number of steps in a row that did not.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct LossScale {
     /// The factor.

@@ -122,7 +122,7 @@ impl Distill {
         states.iter().map(|state| resample(&state.to_kind(Kind::Float), from, to)).collect()
     }
 
-    /// The same as the teacher computes it, on its own grid and in its kind: in parts where there is much to see.
+    /// The same as the teacher computes it, on its own grid and in its dtype: in parts where there is much to see.
     fn look(&self, pixel_values: &Tensor) -> Vec<Tensor> {
         let (_, _, height, width) = pixel_values.size4().expect("pixel_values is [batch, 3, height, width]");
         let layers = self.states.iter().copied().max().unwrap_or(0);

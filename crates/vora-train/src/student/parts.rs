@@ -31,7 +31,8 @@ pub fn read(student: &Student, folder: &Path) -> Result<()> {
     parts_of(student)?.fill_from(folder)
 }
 
-/// Starts what sees from what another run trained, in `folder`, its `final/`: LLaVA's second stage from its first.
+/// Starts the vision weights from those that another run trained, in `folder`, its `final/`: LLaVA's second stage from its
+/// first.
 ///
 /// # Errors
 /// Where a tensor is missing, has another shape, or is of no use.

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 use vora_torch::checkpoint::{Checkpoint, save};
 
-/// The cache of one teacher: the same weights, blocks, kind and kind of device.
+/// The cache of one teacher: the same weights, blocks, dtype and type of device.
 #[derive(Debug)]
 pub(crate) struct TeacherCache {
     folder: PathBuf,
