@@ -170,6 +170,9 @@ impl<B: AsRef<[u8]>> Gguf<B> {
     }
 
     /// An integer that is not negative.
+    ///
+    /// # Errors
+    /// As [`Gguf::text`].
     pub fn unsigned(&self, key: &str) -> Result<u64> {
         match self.value(key)? {
             Value::Unsigned(value) => Ok(*value),
@@ -179,6 +182,9 @@ impl<B: AsRef<[u8]>> Gguf<B> {
     }
 
     /// A float as the shortest decimal that names it: 1e-5 stored in f32 is 1e-5, and not 9.999999747e-6.
+    ///
+    /// # Errors
+    /// As [`Gguf::text`].
     pub fn float(&self, key: &str) -> Result<f64> {
         match self.value(key)? {
             Value::Float(value) => shortest(*value),
@@ -188,6 +194,9 @@ impl<B: AsRef<[u8]>> Gguf<B> {
     }
 
     /// True or false.
+    ///
+    /// # Errors
+    /// As [`Gguf::text`].
     pub fn bool(&self, key: &str) -> Result<bool> {
         match self.value(key)? {
             Value::Bool(value) => Ok(*value),
@@ -196,12 +205,18 @@ impl<B: AsRef<[u8]>> Gguf<B> {
     }
 
     /// An array of strings.
+    ///
+    /// # Errors
+    /// As [`Gguf::text`].
     pub fn texts(&self, key: &str) -> Result<Vec<&str>> {
         let (len, mut reader) = self.array(key, 8)?;
         (0..len).map(|_| reader.text()).collect()
     }
 
     /// An array of 32-bit signed integers.
+    ///
+    /// # Errors
+    /// As [`Gguf::text`].
     pub fn integers(&self, key: &str) -> Result<Vec<i32>> {
         let (len, mut reader) = self.array(key, 5)?;
         (0..len).map(|_| Ok(reader.u32()?.cast_signed())).collect()

@@ -11,6 +11,9 @@ use serde_json::{Map, Value};
 use crate::{Gguf, Llm};
 
 /// A JSON file of the folder `path`, else what the GGUF file that `path` is or holds says of the same, else the default.
+///
+/// # Errors
+/// Names the file that cannot be read, or what in it is not as it should be.
 pub fn read_json<T: DeserializeOwned + Default>(path: &Path, file: &str) -> Result<T> {
     let json = path.join(file);
     if json.exists() {
@@ -31,6 +34,9 @@ pub fn read_json<T: DeserializeOwned + Default>(path: &Path, file: &str) -> Resu
 }
 
 /// [`read_json`] of a file that must be there, and where it was read, for errors.
+///
+/// # Errors
+/// As [`read_json`], and where there is no such file.
 pub fn open_json(path: &Path, file: &str) -> Result<(Value, PathBuf)> {
     let json: Value = read_json(path, file)?;
     ensure!(!json.is_null(), "cannot read {}: there is no such file, nor a GGUF file", path.join(file).display());

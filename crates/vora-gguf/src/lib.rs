@@ -1,6 +1,6 @@
 //! GGUF, llama.cpp's one-file format: metadata and tensors, and the language model in it under the names and with the
-//! `config.json` that HF has for it. Pure Rust over bytes that the caller read or mapped, or over a [`folder`]; it writes no file, computes
-//! with no tensor, and links no libtorch.
+//! `config.json` that HF has for it. Pure Rust over bytes that the caller read or mapped, or over a
+//! [`folder`]; it writes no file, computes with no tensor, and links no libtorch.
 //!
 //! ```
 //! use vora_gguf::{Gguf, TensorKind};

@@ -14,7 +14,7 @@ impl<B: AsRef<[u8]>> Llm<B> {
     /// known are `smollm`, `gpt-2`, `llama-bpe` (Llama 3) and `qwen2`.
     ///
     /// # Errors
-    /// Names the metadata that is missing, or a tokenizer of another kind.
+    /// Names the metadata that is missing, or a tokenizer of another type.
     pub fn tokenizer(&self) -> Result<Value> {
         let file = self.file();
         let (model, pre) = (file.text("tokenizer.ggml.model")?, file.text("tokenizer.ggml.pre")?);

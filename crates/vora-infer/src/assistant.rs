@@ -24,6 +24,7 @@ pub struct Assistant {
 
 /// An answer.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Answer {
     /// The text, without special tokens.
     pub text: String,
@@ -34,11 +35,17 @@ pub struct Answer {
 impl Assistant {
     /// Opens a folder that `vora merge` wrote, or a run's `final/` or checkpoint: weights, `tokenizer.json`, chat template,
     /// `preprocessor_config.json`. `resolve` finds the models that a run left where they were; see [`vora_model::open`].
+    ///
+    /// # Errors
+    /// Names the file, and what in it does not fit.
     pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Self> {
         Self::new(vora_model::open(folder, device, kind, resolve)?, folder)
     }
 
     /// A model that is open already, with what else lies in its folder.
+    ///
+    /// # Errors
+    /// As [`Assistant::open`].
     pub fn new(model: Box<dyn VisionLanguageModel>, folder: &Path) -> Result<Self> {
         let (rows, has_processor) = (model.llm().config().vocab_size, model.has_processor());
         Ok(Self {

@@ -10,6 +10,7 @@ use crate::{Constraint, OutputModality, Sampler, SamplingParams};
 
 /// Why a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum FinishReason {
     /// A stop token came, or the picture that was asked for is complete.
     Stop,
@@ -21,6 +22,7 @@ pub enum FinishReason {
 
 /// What a generation made.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Generated {
     /// The new tokens, the stop token not among them.
     pub ids: Vec<i64>,
@@ -180,7 +182,7 @@ fn run(
     Ok(rows.into_iter().map(generated).collect())
 }
 
-/// The ids of each row's prompt, without what stands at image places and behind its end.
+/// The ids of each row's prompt, without what stands at image places and after its end.
 fn words(input: &Input) -> Result<Vec<Vec<i64>>> {
     let (ids, seq) = (Vec::<i64>::try_from(input.input_ids.view([-1]))?, usize::try_from(input.spans.seq())?);
     let row = |(spans, ids): (&Vec<Span>, &[i64])| {

@@ -27,7 +27,10 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
-    /// Checks every field's range; errors name the field and its value.
+    /// Checks every field's range.
+    ///
+    /// # Errors
+    /// Names the first field out of its range, and its value.
     pub fn validate(&self) -> Result<()> {
         let Self { temperature, top_p, repetition_penalty, .. } = *self;
         ensure!(
@@ -53,13 +56,19 @@ pub struct Sampler {
 
 impl Sampler {
     /// A sampler for a sequence that starts with `prompt`, whose tokens count as seen.
+    ///
+    /// # Errors
+    /// As [`SamplingParams::validate`].
     pub fn new(params: SamplingParams, prompt: &[i64]) -> Result<Self> {
         params.validate()?;
         let rng = ChaCha8Rng::seed_from_u64(params.seed);
         Ok(Self { params, rng, seen: prompt.to_vec() })
     }
 
-    /// The next token for `logits` `[vocab]` of any kind and device.
+    /// The next token for `logits` `[vocab]` of any dtype and device.
+    ///
+    /// # Errors
+    /// Where the logits are no vector.
     pub fn next_token(&mut self, logits: &Tensor) -> Result<i64> {
         let greedy = self.params.temperature == 0.0;
         let token = if greedy && self.params.repetition_penalty == 1.0 {

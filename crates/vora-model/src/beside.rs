@@ -26,6 +26,9 @@ pub const TOKENIZER: [&str; 7] = [
 
 /// Takes what stands beside a model's weights from one of these folders to another: the tokenizer's files as they are,
 /// and the image processor as it is read there, as other files of the folder may say something of it too.
+///
+/// # Errors
+/// Names the file that cannot be read or written.
 pub fn copy_beside(from: &Path, to: &Path) -> Result<()> {
     copy_files(TOKENIZER.into_iter(), from, to)?;
     if ImageProcessor::is_stored(from)? {
@@ -36,6 +39,9 @@ pub fn copy_beside(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// Copies those of the named files that `from` has.
+///
+/// # Errors
+/// Names the file that cannot be read or written.
 pub fn copy_files(names: impl Iterator<Item = &'static str>, from: &Path, to: &Path) -> Result<()> {
     for name in names {
         let source = from.join(name);

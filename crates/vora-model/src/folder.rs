@@ -40,7 +40,7 @@ impl ModelType {
     }
 }
 
-/// Opens the folder of a model of any kind known here, by the `model_type` in its `config.json`: a whole one, merged or
+/// Opens the folder of any model known here, by the `model_type` in its `config.json`: a whole one, merged or
 /// published, or what a run trained (its `final/`, or a checkpoint), whose adapters then stay apart from the weights.
 /// `resolve` finds the folders of LLM and encoder by the names that such a run knew them by. Checksums that a folder has
 /// are compared.

@@ -21,7 +21,7 @@ use crate::model::{ImageWriter, VisionLanguageModel};
 
 /// The name of the token before a picture (Hugging Face's `image_start_token`).
 const BEGIN_IMAGE: &str = "<racm3:break>";
-/// The name of the token behind a picture (Hugging Face's `image_end_token`).
+/// The name of the token after a picture (Hugging Face's `image_end_token`).
 const END_IMAGE: &str = "<eoss>";
 /// The name of the token that holds a picture's places in a prompt (Hugging Face's `image_token`).
 const IMAGE: &str = "<image>";
@@ -49,7 +49,7 @@ impl Chameleon {
         Self::assemble(config, weights, &weights.pp(VQMODEL))
     }
 
-    /// The config of a Chameleon that starts from an LLM of Llama's kind: behind its vocabulary a token for each code of
+    /// The config of a Chameleon that starts from a Llama-like LLM: after its vocabulary a token for each code of
     /// the image tokenizer, then the two around a picture and `<image>`. Without the norm of queries and keys, with which
     /// the LLM was not trained.
     ///
@@ -70,7 +70,7 @@ impl Chameleon {
         Ok(config)
     }
 
-    /// The tokens before and behind each picture, `<racm3:break>` and `<eoss>`, as a folder's config has them.
+    /// The tokens before and after each picture, `<racm3:break>` and `<eoss>`, as a folder's config has them.
     ///
     /// # Errors
     /// Where `vocabulary_map` lacks one.

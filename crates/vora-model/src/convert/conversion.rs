@@ -26,7 +26,7 @@ use crate::vora::{Vora, VoraConfig};
 pub struct Options {
     /// The layout to write; none: that of the source, or the only one that it can become.
     pub to: Option<Layout>,
-    /// The kind of every tensor of real numbers; none: as it is.
+    /// The dtype of every tensor of real numbers; none: as it is.
     pub kind: Option<Kind>,
     /// The most bytes of tensors in one file.
     pub max_shard_size: u64,
@@ -47,7 +47,7 @@ pub struct Conversion {
 #[derive(Debug)]
 enum Output {
     Shards(Shards),
-    /// An adapter in PEFT's layout, and what sees in a file beside it.
+    /// An adapter in PEFT's layout, and the vision weights in a file beside it.
     Adapter {
         lora: LoraConfig,
         base: String,
@@ -105,7 +105,7 @@ impl Conversion {
     /// Writes the folder `destination`, which appears whole or not at all, and only if it can be opened.
     ///
     /// # Errors
-    /// Where it is there already and not empty, a file cannot be written, a number is beyond the largest of the kind
+    /// Where it is there already and not empty, a file cannot be written, a number is beyond the largest of the dtype
     /// asked for, or config and tensors make no model that opens here.
     pub fn write(&self, destination: &Path) -> Result<()> {
         write_folder_atomically(destination, |folder| {
@@ -172,7 +172,7 @@ impl Conversion {
             }
             _ => {}
         }
-        // Rounded once: where another kind is asked for, the sum stays in f32 until then.
+        // Rounded once: where another dtype is asked for, the sum stays in f32 until then.
         let weight = read(0, self.kind.map(|_| Kind::Float))?;
         let mut parts = vec![(step.from[0].name.clone(), weight)];
         for (idx, part) in step.from.iter().enumerate().skip(1) {
@@ -183,7 +183,7 @@ impl Conversion {
         self.checked(name, merged.to_kind(step.kind), || Ok(merged))
     }
 
-    /// The tensor in its new kind, if every number in it still is one.
+    /// The tensor in its new dtype, if every number in it still is one.
     fn checked(&self, name: &str, tensor: Tensor, before: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
         if self.kind == Some(Kind::Half) && tensor.kind() == Kind::Half {
             let infinite = |tensor: &Tensor| tensor.isinf().sum(Kind::Int64).int64_value(&[]);
@@ -238,7 +238,7 @@ mod tests {
         fs::write(path, json.to_string()).unwrap();
     }
 
-    /// Tensors of several kinds; some of their bits are no numbers.
+    /// Tensors of several dtypes; some of their bits are no numbers.
     fn folder(path: &Path, config: &Value, names: &[&str]) {
         fs::create_dir(path).unwrap();
         let tensor = |idx: usize| {
@@ -454,7 +454,7 @@ mod tests {
         assert_eq!(read(&at("plain")), read(&at("llm")));
         assert_eq!(LlmConfig::open(&at("plain")).unwrap(), LlmConfig::open(&at("frozen")).unwrap());
 
-        // In another kind, the sum is rounded once.
+        // In another dtype, the sum is rounded once.
         let f32s = Options { kind: Some(Kind::Float), ..to(Layout::Vora) };
         convert(&at("whole"), &at("f32"), &f32s, root.path()).unwrap();
         let (whole, f32s) = (Checkpoint::open(&at("whole")).unwrap(), Checkpoint::open(&at("f32")).unwrap());

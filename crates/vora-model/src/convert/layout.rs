@@ -19,7 +19,7 @@ pub enum Layout {
     Vora,
     /// A VoRA with its adapters beside their weights.
     VoraUnmerged,
-    /// A VoRA's adapter in PEFT's layout, with what sees in `vision.safetensors`: a run's `final/`.
+    /// A VoRA's adapter in PEFT's layout, with the vision weights in `vision.safetensors`: a run's `final/`.
     Peft,
     /// The adapter of a plain language model, in PEFT's layout.
     PeftLlm,

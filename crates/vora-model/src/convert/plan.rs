@@ -53,7 +53,7 @@ fn fate(from: Layout, to: Layout, name: &str, has_bias: impl Fn(&str) -> bool) -
         },
         (Layout::VoraUnmerged, Layout::Peft) => match in_llm {
             Some(in_base) if adapted_module(in_base).is_some() => Fate::To(format!("{PEFT_PREFIX}{in_base}")),
-            // No model of PEFT's has a place for it: it goes with what sees.
+            // No model of PEFT's has a place for it: it goes with the vision weights.
             Some(in_base) if has_bias(in_base) => Fate::To(name.to_owned()),
             Some(_) => Fate::Dropped("frozen: it stays with the LLM"),
             None if sees => Fate::To(name.to_owned()),

@@ -11,6 +11,7 @@ use super::layout::Layout;
 
 /// What a conversion does.
 #[derive(Debug, Serialize)]
+#[non_exhaustive]
 pub struct Report {
     /// What is read.
     pub source: PathBuf,
@@ -57,6 +58,7 @@ impl Change {
 
 /// One tensor that is written, or dropped.
 #[derive(Debug, Serialize)]
+#[non_exhaustive]
 pub struct TensorReport {
     /// The tensors that are read for it.
     pub from: Vec<String>,
@@ -76,6 +78,7 @@ pub struct TensorReport {
 
 /// One file of tensors that is written.
 #[derive(Debug, Serialize)]
+#[non_exhaustive]
 pub struct ShardReport {
     /// Its name.
     pub file: String,
@@ -98,6 +101,7 @@ impl ShardReport {
 
 /// One file that is no file of tensors.
 #[derive(Debug, Serialize)]
+#[non_exhaustive]
 pub struct FileReport {
     /// Its name.
     pub name: String,
@@ -105,7 +109,7 @@ pub struct FileReport {
     pub change: Change,
 }
 
-/// A kind as torch and configs call it: `bfloat16`.
+/// A dtype as torch and configs call it: `bfloat16`.
 pub(super) fn dtype(kind: Kind) -> String {
     match kind {
         Kind::Float => "float32".to_owned(),

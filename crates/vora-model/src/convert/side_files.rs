@@ -272,7 +272,7 @@ fn fit_vocabulary(config: &mut Map<String, Value>, steps: &[Step], llm_prefix: &
     }
 }
 
-/// Says the new kind where a config says one.
+/// Says the new dtype where a config says one.
 fn set_dtype(config: &mut Map<String, Value>, kind: Kind) {
     for key in ["dtype", "torch_dtype"] {
         if let Some(value) = config.get_mut(key) {
@@ -281,7 +281,7 @@ fn set_dtype(config: &mut Map<String, Value>, kind: Kind) {
     }
 }
 
-/// The kind that most of what is written has.
+/// The dtype that most of what is written has.
 pub(super) fn most_bytes(steps: &[Step]) -> Option<Kind> {
     let bytes = |kind: Kind| -> u64 {
         steps.iter().filter_map(Step::info).filter(|info| info.kind == kind).map(|info| info.num_bytes()).sum()

@@ -41,7 +41,7 @@ pub(super) struct Source {
     pub(super) layout: Layout,
     /// That of the model below an adapter, where there are several.
     pub(super) base_layout: Option<Layout>,
-    /// An adapter has three: itself, what sees, and its base.
+    /// An adapter has three: itself, the vision weights, and its base.
     pub(super) checkpoints: Vec<Checkpoint>,
     pub(super) config: Option<Map<String, Value>>,
     pub(super) vora: Option<VoraConfig>,

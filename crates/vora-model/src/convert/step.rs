@@ -64,8 +64,8 @@ impl Step {
         if size == self.shape {
             return tensor;
         }
-        // From the last dimension to the first: nothing before, the rest behind.
-        let behind = size.iter().zip(&self.shape).rev().flat_map(|(from, to)| [0, to - from]);
-        tensor.constant_pad_nd(behind.collect::<Vec<_>>())
+        // From the last dimension to the first: nothing before it, the rest after it.
+        let padding = size.iter().zip(&self.shape).rev().flat_map(|(from, to)| [0, to - from]);
+        tensor.constant_pad_nd(padding.collect::<Vec<_>>())
     }
 }

@@ -177,6 +177,9 @@ impl LlavaConfig {
     }
 
     /// The object that [`LlavaConfig::open`] reads, and Hugging Face's `LlavaConfig`.
+    ///
+    /// # Errors
+    /// Where a value cannot be said in JSON.
     pub fn to_json(&self) -> Result<Value> {
         let keys = Keys {
             image_token_index: self.image_token_index,

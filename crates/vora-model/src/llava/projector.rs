@@ -9,7 +9,7 @@ use super::{LlavaConfig, MmProjectorType};
 
 /// `y = W x + b`, or `y = W_2 gelu(W_1 x + b_1) + b_2`: Hugging Face's `LlavaMultiModalProjector`.
 ///
-/// All of it is trained, in f32; what comes out has the kind of the weights' source.
+/// All of it is trained, in f32; what comes out has the dtype of the weights' source.
 #[derive(Debug)]
 pub(super) struct MultiModalProjector {
     linear_1: Linear,         // [hidden, layers * encoder_hidden]
@@ -39,7 +39,7 @@ impl MultiModalProjector {
         })
     }
 
-    /// Its tensors by their names on disk, in the model's kind where that loses nothing, else in f32.
+    /// Its tensors by their names on disk, in the model's dtype where that loses nothing, else in f32.
     pub(super) fn tensors(&self) -> Vec<(String, Tensor)> {
         let linears = [("linear_1", Some(&self.linear_1)), ("linear_2", self.linear_2.as_ref())];
         let named: Vec<(String, &Tensor)> = linears

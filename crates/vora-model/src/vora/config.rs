@@ -94,6 +94,9 @@ impl VoraConfig {
     /// Reads `config.json` of a VoRA folder, ours or a published one. A published one, known by having no key
     /// `llm_model_type`, was trained with adjacent pictures fused and position rows taken flat, and has both unless its
     /// keys say otherwise; and its layers with adapters have biases. An `r` below 0 there says that adapters were merged.
+    ///
+    /// # Errors
+    /// Names the file and the key.
     pub fn open(folder: &Path) -> Result<Self> {
         let json = read_config(folder)?;
         Self::from_json(json).with_context(|| format!("in {}", folder.join("config.json").display()))
@@ -147,6 +150,9 @@ impl VoraConfig {
     }
 
     /// The object that [`VoraConfig::open`] reads and HF's `LlamaConfig.from_pretrained` takes the LLM's keys from.
+    ///
+    /// # Errors
+    /// Where a value cannot be said in JSON.
     pub fn to_json(&self) -> Result<Value> {
         let mut json = to_object(&self.llm)?;
         let llm_type = json.remove("model_type").unwrap_or_default();
