@@ -146,7 +146,7 @@ fn on_text(args: &Args, path: &Path, folder: &Path, device: Device, kind: Kind) 
         weights.finish().with_context(|| format!("loading {}", folder.display()))?;
         measure(&llm)?
     };
-    let Perplexity { perplexity, loss, tokens } = found;
+    let Perplexity { perplexity, loss, tokens, .. } = found;
     let mut table = Table::new();
     table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(["tokens", "loss", "perplexity"]);
     table.add_row([tokens.to_string(), format!("{loss:.4}"), format!("{perplexity:.3}")]);

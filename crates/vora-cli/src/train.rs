@@ -71,7 +71,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let config = TrainConfig::open(&args.config, &args.set)?;
     let device = runtime::device(&args.device)?;
     let folder = config.output_dir.clone();
-    let options = Options { device, resume: args.resume, resolve: &vora_hub::resolve, stop, save };
+    let mut options = Options::new(device, &vora_hub::resolve);
+    (options.resume, options.stop, options.save) = (args.resume, stop, save);
     if args.plan {
         let plan = Plan::measure(&config, options)?;
         let text = if args.json { serde_json::to_string_pretty(&plan)? } else { plan.to_string() };

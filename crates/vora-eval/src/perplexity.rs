@@ -12,6 +12,7 @@ const LOGIT_ROWS: i64 = 512;
 
 /// How well a text was foretold.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Perplexity {
     /// `exp(loss)`
     pub perplexity: f64,

@@ -5,6 +5,7 @@ use vora_text::{Message, Part};
 
 /// A question, and what is known of it.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Question {
     /// What it is known by, or where it stands.
     pub id: String,

@@ -14,6 +14,7 @@ use crate::task::Task;
 
 /// A question that was answered.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Answered {
     /// The question.
     pub question: Question,

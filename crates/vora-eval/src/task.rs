@@ -9,6 +9,7 @@ use crate::question::Question;
 
 /// What is scored of answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Task {
     /// Exact match.
     Exact,

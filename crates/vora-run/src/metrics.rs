@@ -73,6 +73,7 @@ pub struct EvalMetrics {
 /// Something that a step did which it should not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum EventKind {
     /// Its loss or gradient was not finite: no weight was changed, and it has no line of its own.
     SkippedStep,

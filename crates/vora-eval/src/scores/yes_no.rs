@@ -12,6 +12,7 @@ pub fn says_yes(answer: &str) -> bool {
 
 /// How yes/no questions were answered; yes is what precision and recall are of. The default is that none was.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+#[non_exhaustive]
 pub struct YesNo {
     /// Share answered right.
     pub accuracy: f64,

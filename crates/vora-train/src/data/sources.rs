@@ -10,6 +10,7 @@ use crate::config::data::{DataFetch, DataPath, DataPreprocess};
 use crate::config::run::TrainConfig;
 
 /// A held-out split.
+#[non_exhaustive]
 pub struct HeldOut {
     /// Its name in reports.
     pub name: String,

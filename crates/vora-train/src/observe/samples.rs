@@ -18,6 +18,7 @@ const LOOKED_AT: u64 = 8;
 
 /// A held-out sample with the one of its questions that is shown.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Shown {
     /// Its split and its place there.
     pub name: String,

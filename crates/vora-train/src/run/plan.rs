@@ -52,6 +52,7 @@ impl Phase {
 
 /// What a run takes.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Plan {
     /// What was counted.
     #[serde(flatten)]
@@ -63,6 +64,7 @@ pub struct Plan {
 
 /// Steps that were made to see what they take.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Measured {
     /// How many.
     pub steps: u32,
@@ -182,13 +184,7 @@ mod tests {
         overrides.extend([format!("output_dir={}", run.display()), "bf16=false".to_owned()]);
         let config = TrainConfig::open(&recipe, &overrides).unwrap();
         let resolve = |name: &str| Ok::<PathBuf, anyhow::Error>(root.join("..").join(Path::new(name)));
-        let options = Options {
-            device: Device::Cpu,
-            resume: false,
-            resolve: &resolve,
-            stop: Arc::default(),
-            save: Arc::default(),
-        };
+        let options = Options::new(Device::Cpu, &resolve);
         let plan = Plan::measure(&config, options).unwrap();
         assert!(!run.exists(), "a plan writes no run folder");
         plan

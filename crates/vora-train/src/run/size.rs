@@ -16,6 +16,7 @@ use crate::student::{MAX_LOGITS, Student};
 
 /// What a run takes.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Size {
     /// Elements of what is trained and what is not.
     pub parameters: Parameters,
@@ -34,6 +35,7 @@ pub struct Size {
 
 /// Elements of tensors.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Parameters {
     /// Of the model, as it was and stays.
     pub frozen: u64,
@@ -45,6 +47,7 @@ pub struct Parameters {
 
 /// One forward pass.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct BatchShape {
     /// Rows.
     pub rows: u64,
@@ -60,6 +63,7 @@ pub struct BatchShape {
 
 /// Bytes by what they are for.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Memory {
     /// The program with its libraries and the data workers, as it was when the counting began; nothing of it on a GPU.
     pub program: u64,
@@ -84,6 +88,7 @@ pub struct Memory {
 
 /// What a cache of the teacher's features comes to.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct TeacherCacheSize {
     /// Bytes of a picture like those of the first batch.
     pub bytes_per_picture: u64,

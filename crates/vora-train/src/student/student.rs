@@ -20,6 +20,7 @@ pub(crate) const MAX_LOGITS: i64 = 64 << 20;
 
 /// The losses of one forward pass, f32 scalars.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Losses {
     /// Cross-entropy, and z-loss where the run has it, summed over [`Student::num_targets`] tokens.
     pub lm_sum: Tensor,

@@ -1,7 +1,6 @@
 //! Several samples in a row teach what they teach in rows of their own.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
@@ -136,8 +135,8 @@ fn trainer(folder: &Path, packing: bool, resume: bool) -> Trainer {
     let packing = format!("data.train.packing={packing}");
     let preprocess = "data.train.data_preprocess={max_seq_len: 230}";
     let config = config(&[&output_dir, &packing, preprocess, "bf16=false", "save_steps=100"]);
-    let options =
-        Options { device: Device::Cpu, resume, resolve: &resolve, stop: Arc::default(), save: Arc::default() };
+    let mut options = Options::new(Device::Cpu, &resolve);
+    options.resume = resume;
     Trainer::new(config, options).unwrap()
 }
 
@@ -209,8 +208,7 @@ fn what_is_cut_or_left_out_for_its_length_is_counted() {
     let output_dir = format!("output_dir={}", folder.path().join("run").display());
     let overrides = [&output_dir, &data, "distill.center=false", "per_device_train_batch_size=1"];
     let config = config(&[&overrides[..], &["gradient_accumulation_steps=2", "shuffle=false"]].concat());
-    let options =
-        Options { device: Device::Cpu, resume: false, resolve: &resolve, stop: Arc::default(), save: Arc::default() };
+    let options = Options::new(Device::Cpu, &resolve);
     let mut trainer = Trainer::new(config, options).unwrap();
     let counts: Vec<_> = (0..2).map(|_| trainer.train_step().unwrap()).map(|m| (m.truncated, m.too_long)).collect();
     assert_eq!(counts, [(1, 0), (1, 1)]);

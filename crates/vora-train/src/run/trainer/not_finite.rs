@@ -8,6 +8,7 @@ use thiserror::Error;
     "step {step} is not finite (language loss {loss_lm}, distillation loss {loss_distill}, gradient norm {grad_norm}) \
      on {}; no weight was changed", samples.join(", ")
 )]
+#[non_exhaustive]
 pub struct NotFinite {
     /// The step, counted from 1.
     pub step: u64,

@@ -9,6 +9,7 @@ use tch::Device;
 use vora_run::eval::EvalReport;
 
 /// What a run needs that its file does not say.
+#[non_exhaustive]
 pub struct Options<'a> {
     /// Where to train.
     pub device: Device,
@@ -20,6 +21,13 @@ pub struct Options<'a> {
     pub stop: Arc<AtomicBool>,
     /// Set by a signal: the run then saves a checkpoint, clears this and goes on.
     pub save: Arc<AtomicBool>,
+}
+
+impl<'a> Options<'a> {
+    /// A new run on `device` that nobody stops; `resolve` finds the folder of a model by the name in the run file.
+    pub fn new(device: Device, resolve: &'a dyn Fn(&str) -> Result<PathBuf>) -> Self {
+        Self { device, resume: false, resolve, stop: Arc::default(), save: Arc::default() }
+    }
 }
 
 /// How a run came to its end.

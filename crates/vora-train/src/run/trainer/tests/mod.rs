@@ -49,8 +49,7 @@ fn config(recipe: &str, folder: &Path, overrides: &[&str]) -> TrainConfig {
 }
 
 fn try_new(config: TrainConfig, resume: bool) -> Result<Trainer> {
-    let options =
-        Options { device: Device::Cpu, resume, resolve: &resolve, stop: Arc::default(), save: Arc::default() };
+    let options = Options { resume, ..Options::new(Device::Cpu, &resolve) };
     Trainer::new(config, options)
 }
 
