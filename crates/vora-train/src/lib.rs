@@ -3,7 +3,7 @@
 //! masters, and what makes steps a run: schedule, metrics, checkpoints that survive a crash, resuming bit for bit,
 //! evaluation beside a blind control. [`Trainer`] is the file to read first.
 //!
-//! It draws no progress bar and catches no signal (its caller does, through [`metrics::Progress`] and
+//! It draws no progress bar and catches no signal (its caller does, through [`Progress`] and
 //! [`Options::stop`]), downloads nothing, generates no text, and merges nothing.
 //!
 //! ```

@@ -197,7 +197,7 @@ impl Conversations {
     /// Reads the file of a record's image, undecoded.
     ///
     /// # Errors
-    /// As [`ImageFolder::read`].
+    /// Where there is no such file, or it lies outside the folder or cannot be read.
     pub fn image(&self, frame: &str) -> Result<Vec<u8>> {
         self.images.read(frame)
     }
@@ -205,7 +205,7 @@ impl Conversations {
     /// Whether a record's image is there, without reading its file.
     ///
     /// # Errors
-    /// As [`ImageFolder::find`].
+    /// Where there is no such file, or it lies outside the folder.
     pub fn find_image(&self, frame: &str) -> Result<()> {
         self.images.find(frame)
     }

@@ -23,7 +23,7 @@ pub enum Init {
     /// PyTorch's default for linear layers and LoRA's for `A`.
     KaimingUniform,
     /// A weight that a checkpoint gives; normal with mean 0 in a source of new weights, with the standard deviation of
-    /// [`Weights::with_initializer_range`].
+    /// [`Weights::with_initializer_range`](super::Weights::with_initializer_range).
     Required,
 }
 
