@@ -56,6 +56,11 @@ pub(crate) enum Window {
 #[derive(Debug)]
 pub(crate) struct Architecture {
     pub(crate) model_type: &'static str,
+    /// HF's class for such a decoder alone; none where it is part of another model.
+    hf_class: Option<&'static str>,
+    /// The sizes that HF's config class has for absent keys. A config of a decoder alone must say them; a LLaVA's need
+    /// not.
+    absent_sizes: fn() -> Value,
     /// What HF's config class says of absent keys, where it is not what Llama's says.
     pub(crate) absent_keys: fn() -> Value,
     pub(crate) attention_bias: AttentionBias,
@@ -75,6 +80,8 @@ pub(crate) struct Architecture {
 
 const LLAMA: Architecture = Architecture {
     model_type: "llama",
+    hf_class: Some("LlamaForCausalLM"),
+    absent_sizes: || sizes(32_000, 4096, 11_008, 32, 32),
     absent_keys: || json!({}),
     attention_bias: AttentionBias::ByKey,
     mlp_bias: true,
@@ -90,6 +97,8 @@ const ARCHITECTURES: &[Architecture] = &[
     LLAMA,
     Architecture {
         model_type: "mistral",
+        hf_class: Some("MistralForCausalLM"),
+        absent_sizes: || sizes(32_000, 4096, 14_336, 32, 32),
         absent_keys: || json!({"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096}),
         attention_bias: AttentionBias::Never,
         mlp_bias: false,
@@ -98,6 +107,8 @@ const ARCHITECTURES: &[Architecture] = &[
     },
     Architecture {
         model_type: "qwen2",
+        hf_class: Some("Qwen2ForCausalLM"),
+        absent_sizes: || sizes(151_936, 4096, 22_016, 32, 32),
         absent_keys: || json!({"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096}),
         attention_bias: AttentionBias::Qkv,
         mlp_bias: false,
@@ -106,6 +117,8 @@ const ARCHITECTURES: &[Architecture] = &[
     },
     Architecture {
         model_type: "qwen3",
+        hf_class: Some("Qwen3ForCausalLM"),
+        absent_sizes: || sizes(151_936, 4096, 22_016, 32, 32),
         absent_keys: || {
             json!({
                 "max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128,
@@ -118,6 +131,8 @@ const ARCHITECTURES: &[Architecture] = &[
     },
     Architecture {
         model_type: "smollm3",
+        hf_class: Some("SmolLM3ForCausalLM"),
+        absent_sizes: || sizes(128_256, 2048, 11_008, 36, 16),
         absent_keys: || {
             json!({
                 "max_position_embeddings": 32_768, "num_key_value_heads": 4, "rope_theta": 2e6,
@@ -130,6 +145,8 @@ const ARCHITECTURES: &[Architecture] = &[
     },
     Architecture {
         model_type: "chameleon",
+        hf_class: None,
+        absent_sizes: || json!({}),
         absent_keys: || json!({"max_position_embeddings": 4096, "num_key_value_heads": 32, "rms_norm_eps": 1e-5}),
         qk_norm: Some(QkNorm::Layer),
         qk_norm_is_optional: true,
@@ -138,6 +155,25 @@ const ARCHITECTURES: &[Architecture] = &[
         ..LLAMA
     },
 ];
+
+fn sizes(vocab: i64, hidden: i64, intermediate: i64, layers: i64, heads: i64) -> Value {
+    json!({
+        "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    })
+}
+
+/// HF's class for a decoder of this `model_type`; none for a Chameleon, which is no decoder alone, and for what is not
+/// among [`MODEL_TYPES`].
+pub fn hf_class(model_type: &str) -> Option<&'static str> {
+    Architecture::find(model_type).ok()?.hf_class
+}
+
+/// The sizes that HF's config class of this `model_type` has for absent keys, as where a LLaVA's config leaves them out;
+/// an empty object where there is no such class.
+pub fn absent_sizes(model_type: &str) -> Value {
+    Architecture::find(model_type).map_or_else(|_| json!({}), |row| (row.absent_sizes)())
+}
 
 impl Architecture {
     /// The row of a `model_type`.

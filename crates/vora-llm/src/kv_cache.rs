@@ -198,7 +198,7 @@ mod tests {
     const F32: (Device, Kind) = (Device::Cpu, Kind::Float);
 
     #[test]
-    fn rows_of_different_length_are_written_behind_their_end() {
+    fn rows_of_different_length_are_written_after_their_end() {
         let mut cache = KvCache::new(&LlmConfig::tiny(8), 2, 5, F32.0, F32.1).unwrap();
         assert_eq!(cache.num_bytes(), 2 * 2 * (2 * 2 * 5 * 8) * 4);
         cache.check_prefill(&[1, 3]).unwrap();

@@ -34,7 +34,7 @@ mod mlp;
 mod rope;
 mod rotary;
 
-pub use architecture::{MODEL_TYPES, QkNorm};
+pub use architecture::{MODEL_TYPES, QkNorm, absent_sizes, hf_class};
 pub use attention::{Attention, AttentionPlan, KernelChoice, VisionAttention, attend};
 pub use config::{LlmConfig, TokenIds};
 pub use decoder::{CausalLm, Decoder, DecoderLayer, DropoutSeed, Output, Pass};

@@ -11,6 +11,7 @@ use crate::error::ConfigError;
 /// `rope_scaling` or `rope_parameters` as they stand in the file; [`RopeScaling::from_parameters`] makes sense of them.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
+#[non_exhaustive]
 #[allow(missing_docs, reason = "the names and meanings are those of the published methods, told in `RopeScaling`")]
 pub struct RopeParameters {
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -156,6 +156,9 @@ impl AddedTokens {
 
 /// `bos_token`, `eos_token` and so on, as `tokenizer_config.json` names them; where it lists no added tokens,
 /// `special_tokens_map.json` goes first. Or from the metadata of a GGUF file.
+///
+/// # Errors
+/// Names the file that cannot be read, or is no such JSON.
 pub fn special_tokens(path: &Path) -> Result<Vec<(String, String)>> {
     Ok(AddedTokens::open(path)?.named())
 }

@@ -23,7 +23,7 @@ const ACTIVE: u32 = 0x10_0000;
 const INERT: u32 = 0x10_8000;
 /// One past the last `k`.
 const MAX_SPECIAL_TOKENS: u32 = 0x7f00;
-/// The place of an image, a token that no model ever sees.
+/// The place of an image, a token that goes into no model.
 pub(crate) const IMAGE: char = '\u{10fffd}';
 /// What a chat template writes for an image's place, found in somebody's text, on its way through the template.
 pub(crate) const INERT_IMAGE: char = '\u{10fffc}';
@@ -74,7 +74,8 @@ impl Tokenizer {
     /// that end a sequence; or all of it from the metadata of a GGUF file: `path` is one, or a folder with one and no
     /// such files.
     ///
-    /// Errors name the file.
+    /// # Errors
+    /// Names the file that cannot be read, or is no tokenizer.
     pub fn open(path: &Path) -> Result<Self> {
         let (mut json, origin) = open_json(path, "tokenizer.json")?;
         let added = AddedTokens::open(path)?;
@@ -166,12 +167,18 @@ impl Tokenizer {
     }
 
     /// The ids of plain text; the literal of a special token is text like any other. No token is added.
+    ///
+    /// # Errors
+    /// A token that the model's embedding has no row for, where its rows are known.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
         self.ids(&without_reserved(text))
     }
 
     /// The ids of a text that is whole, with the tokens that the post-processor puts around it (`<s>`, where it is
     /// Llama's): HF's `tokenizer(text)`. The literal of a special token is text like any other.
+    ///
+    /// # Errors
+    /// See [`encode`](Self::encode).
     pub fn encode_whole(&self, text: &str) -> Result<Vec<i64>> {
         let ids = [self.around.before.clone(), self.encode(text)?, self.around.after.clone()].concat();
         self.check_rows(ids.iter().copied())?;
@@ -180,12 +187,18 @@ impl Tokenizer {
 
     /// The ids of text in which the literals of special tokens stand for these tokens, as a template's author means
     /// them; never for text that comes from a user. No token is added.
+    ///
+    /// # Errors
+    /// See [`encode`](Self::encode).
     pub fn encode_template(&self, text: &str) -> Result<Vec<i64>> {
         self.ids(&self.specials.replace(&without_reserved(text), ACTIVE))
     }
 
     /// The text of `ids`; special tokens are left out or shown as their literals. An id without a token is left out:
     /// a model's embedding may have more rows than there are tokens.
+    ///
+    /// # Errors
+    /// What the tokenizer's decoder refuses.
     pub fn decode(&self, ids: &[i64], skip_special: bool) -> Result<String> {
         let ids = ids.iter().filter_map(|&id| u32::try_from(id).ok()).filter(|&id| id != self.image_id);
         let ids: Vec<u32> = ids.collect();
@@ -270,7 +283,7 @@ impl Tokenizer {
         Ok([tokens(before, 0), tokens(after, conversation.len())])
     }
 
-    /// The tokens of an activated and unprotected text that goes on after another one: what a model writes behind a
+    /// The tokens of an activated and unprotected text that goes on after another one: what a model writes after a
     /// prompt. None of them reaches back into the prompt.
     pub(crate) fn encode_continuation(&self, text: &str) -> Result<Vec<Token>> {
         if !self.begins_with_space {
@@ -330,6 +343,9 @@ const MAX_TOKENS_OF_A_CHAR: usize = 4;
 
 impl TokenStream<'_> {
     /// Takes the next id; the new text, where there is some.
+    ///
+    /// # Errors
+    /// See [`Tokenizer::decode`].
     pub fn push(&mut self, id: i64) -> Result<Option<String>> {
         self.ids.push(id);
         let text = self.tokenizer.decode(&self.ids, self.skip_special)?;
@@ -345,6 +361,9 @@ impl TokenStream<'_> {
     }
 
     /// The text that was still waiting for more.
+    ///
+    /// # Errors
+    /// See [`Tokenizer::decode`].
     pub fn finish(self) -> Result<String> {
         Ok(new_text(&self.shown, &self.tokenizer.decode(&self.ids, self.skip_special)?))
     }

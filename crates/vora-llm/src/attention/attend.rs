@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::plan::{AttentionPlan, Kernel};
 
-/// `softmax(q k^T / sqrt(head_dim) + mask) v`, where `plan` says who sees whom.
+/// `softmax(q k^T / sqrt(head_dim) + mask) v`, where `plan` says which tokens may attend to which.
 ///
 /// `q` is `[batch, heads, seq, head_dim]`, `k` and `v` are `[batch, kv_heads, seq, head_dim]`, and so is the result as
 /// `q`. Each key-value head serves `heads / kv_heads` neighbouring query heads.
@@ -41,7 +41,7 @@ pub(super) fn attend_dropping(q: &Tensor, k: &Tensor, v: &Tensor, plan: &Attenti
     }
 }
 
-/// One row of documents behind each other, `[1, heads, seq, head_dim]`; padding gets zeros.
+/// One row of documents, one after the other, `[1, heads, seq, head_dim]`; padding gets zeros.
 fn attend_row(qkv: [&Tensor; 3], documents: &[AttentionPlan], dropout: f64) -> Tensor {
     let mut lens: Vec<i64> = documents.iter().map(|plan| plan.row_lens()[0]).collect();
     let padding = qkv[0].size()[2] - lens.iter().sum::<i64>();

@@ -37,7 +37,7 @@ impl Tokens {
                 tokens.positions.extend(*end..*end + span.len());
                 *end += span.len();
                 let image = if span.is_image() && mode.is_bidirectional() { span_idx as i64 } else { -1 };
-                // An image on a branch stays apart from the trunk's, which sees no branch.
+                // An image on a branch stays apart from the trunk's, which attends to no branch.
                 let before = last_images.insert((span.document(), span.branch()), image).unwrap_or(-1);
                 let fuses = mode == VisionAttention::BidirectionalFused && image >= 0 && before >= 0;
                 let image = if fuses { before } else { image };
@@ -73,11 +73,11 @@ impl Tokens {
         let earlier = Tensor::ones([seq, seq], (Kind::Bool, device)).tril(0);
         let on_my_way = of_key(&self.branches).eq(-1).logical_or(&same(&self.branches));
         let same_image = same(&self.images).logical_and(&of_query(&self.images).ge(0));
-        let mut behind = on_my_way.logical_and(&earlier); // [batch, seq, seq]
+        let mut causal = on_my_way.logical_and(&earlier); // [batch, seq, seq]
         if let Some(window) = window {
-            behind = behind.logical_and(&(of_query(&self.positions) - of_key(&self.positions)).lt(window));
+            causal = causal.logical_and(&(of_query(&self.positions) - of_key(&self.positions)).lt(window));
         }
-        let seen = behind.logical_or(&same_image).logical_and(&same(&self.documents));
+        let seen = causal.logical_or(&same_image).logical_and(&same(&self.documents));
         Tensor::zeros([batch, seq, seq], (kind, device))
             .masked_fill(&seen.logical_not(), f64::NEG_INFINITY)
             .unsqueeze(1)

@@ -22,9 +22,9 @@ pub(super) enum Kernel {
     Causal,
     /// One call a segment, for rows that all have the same simple layout.
     Segments(Vec<Segment>),
-    /// A plan a document, for each row in order: they see nothing of each other.
+    /// A plan for each document of each row, in order: none attends to another.
     Documents(Vec<Vec<AttentionPlan>>),
-    /// One call with an additive mask `[batch, 1, seq, seq]`: 0 where seen, minus infinity elsewhere.
+    /// One call with an additive mask `[batch, 1, seq, seq]`: 0 where a query attends to a key, minus infinity elsewhere.
     Mask(Tensor),
 }
 
@@ -48,7 +48,7 @@ pub enum KernelChoice {
     Causal,
     /// One call for each text and image span.
     Segments,
-    /// For each document what it would take alone, for rows that hold several one behind the other.
+    /// For each document what it would take alone, for rows that hold several one after the other.
     Documents,
     /// One call with a mask; serves everything.
     Mask,
@@ -59,7 +59,7 @@ impl AttentionPlan {
     /// span where all rows have the same layout and their images are long, and each document for itself where rows are
     /// packed with several, so that time and memory grow as if each had a row of its own; else one mask for all layers.
     ///
-    /// `kind` is that of the queries. Padding sees only padding, or, in a causal call, whatever came before it; its
+    /// `kind` is the queries' dtype. Padding attends only to padding, or, in a causal call, whatever came before it; its
     /// outputs are finite and mean nothing.
     ///
     /// # Errors
@@ -91,12 +91,12 @@ impl AttentionPlan {
         Ok(Self::build(spans, mode, device, kind, choice))
     }
 
-    /// The same batch for layers with a sliding window: a token sees itself and the `window - 1` positions before it,
+    /// The same batch for layers with a sliding window: a token attends to itself and the `window - 1` positions before it,
     /// nothing earlier. None where no row is long enough for that to hide anything.
     ///
-    /// Positions are those of [`Span`], so a branch looks back along its own way. The tokens of an image that sees all
-    /// of itself go on seeing all of each other, however large it is; text behind the image sees the part that its
-    /// window reaches. HF combines Gemma 3's windows and images in the same way.
+    /// Positions are those of [`Span`], so a branch looks back along its own way. The tokens of an image that
+    /// attend to all of each other go on to do so, however large it is; text after the image attends to the part that
+    /// its window reaches. HF combines Gemma 3's windows and images in the same way.
     ///
     /// Rows, or packed documents, that a causal call or calls by segment serve are cut into segments no longer than the
     /// window, so time and memory grow with `seq * window`; the others take one mask.
@@ -356,7 +356,7 @@ mod tests {
         assert!(text.within(5).is_none());
         let windowed = text.within(4).unwrap();
         assert_eq!((windowed.num_positions(), windowed.row_lens()), (5, &[5, 3][..]));
-        // Two calls: the first four tokens, causal, and the fifth with the four that it sees.
+        // Two calls: the first four tokens, causal, and the fifth with the four that it attends to.
         let Kernel::Segments(segments) = &windowed.kernel else { panic!("{:?}", windowed.kernel) };
         let parts: Vec<_> = segments.iter().map(|s| (s.start, s.end, s.first_key, s.causal)).collect();
         assert_eq!(parts, [(0, 4, 0, true), (4, 5, 1, false)]);

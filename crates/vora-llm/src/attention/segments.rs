@@ -12,17 +12,17 @@ pub(super) struct Segment {
     pub(super) end: i64,
     /// 0, or where the window of the first query begins.
     pub(super) first_key: i64,
-    /// Which of the keys each query sees, `[end - start, end - first_key]` additive; none where it sees all of them, or
+    /// Which of the keys each query attends to, `[end - start, end - first_key]` additive; none where all of them, or
     /// where the segment is the first and causal.
     pub(super) mask: Option<Tensor>,
     pub(super) causal: bool,
 }
 
 /// The layout that all rows of a batch share: one document each, no branches, images at the same places; rows may
-/// differ in the length of their last text, since padding after it is never seen by a token before it.
+/// differ in the length of their last text, since no token attends to the padding after it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Layout {
-    parts: Vec<(i64, bool)>, // length, whether it is an image that sees all of itself
+    parts: Vec<(i64, bool)>, // length, whether it is an image whose tokens attend to all of each other
 }
 
 impl Layout {
@@ -93,7 +93,7 @@ impl Segment {
         let (len, before) = (end - start, start - first_key);
         let shape = [len, len + before];
         let ones = || Tensor::ones(shape, (Kind::Bool, device));
-        // The first query sees all keys before the segment, the last may not.
+        // The first query attends to all keys before the segment, the last may not.
         let passed = window.filter(|&window| before > 0 && end - first_key > window);
         let passed = passed.map(|window| {
             let passed = ones().tril(before - window);

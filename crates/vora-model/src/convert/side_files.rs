@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use tch::Kind;
 use vora_files::{tell_once, write_bytes};
+use vora_llm::hf_class;
 use vora_lora::LoraConfig;
 
 use super::layout::Layout;
@@ -205,7 +206,7 @@ fn config(source: &Source, to: Layout, steps: &[Step], kind: Option<Kind>) -> Re
     };
     if let Some(mut config) = made {
         keep_auto_map(&mut config, |_| false);
-        if let Some(class) = config.get("model_type").and_then(Value::as_str).and_then(architecture) {
+        if let Some(class) = config.get("model_type").and_then(Value::as_str).and_then(hf_class) {
             config.insert("architectures".into(), json!([class]));
         }
         config.remove("torch_dtype");
@@ -287,16 +288,4 @@ pub(super) fn most_bytes(steps: &[Step]) -> Option<Kind> {
         steps.iter().filter_map(Step::info).filter(|info| info.kind == kind).map(|info| info.num_bytes()).sum()
     };
     [Kind::Float, Kind::BFloat16, Kind::Half].into_iter().max_by_key(|kind| bytes(*kind))
-}
-
-/// HF's class for a decoder of this `model_type`.
-fn architecture(model_type: &str) -> Option<&'static str> {
-    Some(match model_type {
-        "llama" => "LlamaForCausalLM",
-        "mistral" => "MistralForCausalLM",
-        "qwen2" => "Qwen2ForCausalLM",
-        "qwen3" => "Qwen3ForCausalLM",
-        "smollm3" => "SmolLM3ForCausalLM",
-        _ => return None,
-    })
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use vora_files::tell_once;
-use vora_llm::LlmConfig;
+use vora_llm::{LlmConfig, absent_sizes};
 use vora_lora::LoraConfig;
 use vora_vision::{EncoderConfig, FeatureSelection, VisionFeatureSelectStrategy};
 
@@ -235,25 +235,7 @@ fn with_model_type(mut config: Value, model_type: &str) -> Result<Value> {
 /// The sizes that the config classes of Hugging Face's decoders have for absent keys. Other keys' values [`LlmConfig`]
 /// knows by itself.
 fn fill(text_config: &mut Value) {
-    let defaults = match text_config["model_type"].as_str() {
-        Some("llama") => json!({
-            "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-        }),
-        Some("mistral") => json!({
-            "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-        }),
-        Some("qwen2" | "qwen3") => json!({
-            "vocab_size": 151_936, "hidden_size": 4096, "intermediate_size": 22_016, "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-        }),
-        Some("smollm3") => json!({
-            "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36,
-            "num_attention_heads": 16,
-        }),
-        _ => json!({}),
-    };
+    let defaults = absent_sizes(text_config["model_type"].as_str().unwrap_or_default());
     if let (Some(keys), Value::Object(defaults)) = (text_config.as_object_mut(), defaults) {
         for (key, value) in defaults {
             keys.entry(key).or_insert(value);

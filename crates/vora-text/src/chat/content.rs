@@ -13,7 +13,7 @@ const WORDS: &str = "probing";
 /// A value of a part that no template looks at: where it shows, the list itself was printed.
 const UNSEEN: &str = "unseen";
 
-/// A turn as a template sees it.
+/// A turn as a template gets it.
 #[derive(Debug)]
 pub(super) struct Turn {
     pub(super) role: String,

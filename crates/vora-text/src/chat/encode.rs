@@ -20,6 +20,10 @@ struct Passage<'a> {
 
 impl ChatTemplate {
     /// The ids of a conversation that waits for the assistant's answer; nothing in it is supervised.
+    ///
+    /// # Errors
+    /// What [`render`](Self::render) refuses, a template of which a picture's place cannot be told, and a token that the
+    /// model's embedding has no row for.
     pub fn encode_prompt(&self, tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<Piece>> {
         let passage = Passage::new(self, tokenizer, messages)?;
         passage.pieces(&passage.render(messages.len(), true)?, &[])
@@ -28,7 +32,11 @@ impl ChatTemplate {
     /// The ids of a whole conversation, the assistant's answers marked as supervised.
     ///
     /// An answer is what stands between the prompt that ends before it and the token that ends its turn, that token
-    /// included. Errors where the template drops or rewrites an answer, as those do that strip earlier reasoning.
+    /// included.
+    ///
+    /// # Errors
+    /// As [`encode_prompt`](Self::encode_prompt), and where the template drops or rewrites an answer, as those do that
+    /// strip earlier reasoning.
     pub fn encode_chat(&self, tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<Piece>> {
         let passage = Passage::new(self, tokenizer, messages)?;
         let text = passage.render(messages.len(), false)?;

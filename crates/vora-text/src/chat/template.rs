@@ -36,6 +36,9 @@ impl ChatTemplate {
     /// Reads `chat_template.jinja`, else `chat_template.json`, else `chat_template` of `tokenizer_config.json`, else
     /// `tokenizer.chat_template` of the GGUF file that `path` is or holds; in a list of named templates the one called
     /// `default` is meant.
+    ///
+    /// # Errors
+    /// Where there is none, or the file that has it cannot be read or is no template.
     pub fn open(path: &Path) -> Result<Self> {
         let (source, origin) = find(path)?;
         let mut template = Self::new(&source, special_tokens(path)?, origin)?;
@@ -47,6 +50,9 @@ impl ChatTemplate {
 
     /// A template from its source; `special_tokens` are the variables `bos_token`, `eos_token` and so on that it may
     /// use, `origin` is where errors say it came from.
+    ///
+    /// # Errors
+    /// A source that is too long, or is no template.
     pub fn new(source: &str, special_tokens: Vec<(String, String)>, origin: impl Display) -> Result<Self> {
         let origin = origin.to_string();
         ensure!(
@@ -64,6 +70,9 @@ impl ChatTemplate {
 
     /// The conversation as text; images are what the template writes for them, `<image>` where it takes strings. With
     /// `add_generation_prompt` it ends where the assistant's answer begins.
+    ///
+    /// # Errors
+    /// What the template itself refuses, and a template that runs for too long or writes too much.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let turns: Vec<Turn> = messages.iter().map(|m| self.forms().turn(m, "<image>", str::to_owned)).collect();
         self.render_turns(&turns, add_generation_prompt)

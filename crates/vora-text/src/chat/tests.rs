@@ -483,7 +483,7 @@ fn an_answer_is_learned_as_the_tokens_that_are_generated_after_its_prompt() {
                 assert_eq!(ids[..prompt.len()], prompt, "{answer:?}");
                 let begins = learned.iter().position(|&learned| learned == 1);
                 assert_eq!(begins, Some(prompt.len()), "{answer:?}");
-                // What is decoded behind the prompt is the answer.
+                // What is decoded after the prompt is the answer.
                 let said = tokenizer.decode(&ids, true).unwrap();
                 let asked = tokenizer.decode(&prompt, true).unwrap();
                 let said = said.strip_prefix(&asked).unwrap().trim();
