@@ -1,6 +1,6 @@
 //! The tasks of this workspace, as `cargo xtask <task>`: each drives cargo, pip or the program `vora`.
 //!
-//! It depends on no crate of the workspace and links no libtorch, so it builds in seconds on a machine that has none yet.
+//! It depends on crates of the workspace that link no libtorch, so that it builds on a machine that has none yet.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "tasks talk to the person who started them")]
 #![allow(unreachable_pub, reason = "a program has no outside: `pub` is what the other tasks may use")]
 
@@ -8,8 +8,10 @@ mod bench;
 mod check;
 mod cmd;
 mod compare;
+mod docs;
 mod download;
 mod fixtures;
+mod house;
 mod setup;
 mod test;
 mod train;
@@ -23,7 +25,8 @@ Examples:
   cargo xtask train                  set up, download, train a small VoRA, evaluate, merge, ask it questions
   cargo xtask train --smoke          the same in seconds, with a tiny random model
   cargo xtask test                   set up, run every test
-  cargo xtask check --cheap          format, dependency rules, lints, docs
+  cargo xtask check --cheap          format, tidy, dependency rules, lints, docs
+  cargo xtask check --tidy           circles, arrows, public paths and sizes alone
   cargo xtask setup --wheel torch-2.11.0-cp311-cp311-manylinux_2_28_x86_64.whl";
 
 /// Tasks of the vora workspace; every one sets up libtorch first when it needs it
@@ -44,8 +47,10 @@ enum Task {
     Train(train::Args),
     /// Run every test, doctests included
     Test(test::Args),
-    /// What must pass before a change goes in: format, dependency rules, lints, docs, tests
+    /// What must pass before a change goes in: format, tidy (the order of files and crates), dependency rules, lints, docs, tests
     Check(check::Args),
+    /// Write docs/run-file.md from the types that read a run file
+    Docs,
     /// Run benches; `bench attention --train` compares training with bidirectional and causal vision attention
     Bench(bench::Args),
     /// Rebuild the golden tensors in a Python environment of their own; `--table` says how close to them everything is
@@ -61,6 +66,7 @@ fn main() -> ExitCode {
         Task::Train(args) => train::run(&args),
         Task::Test(args) => test::run(&args),
         Task::Check(args) => check::run(&args),
+        Task::Docs => docs::run(),
         Task::Bench(args) => bench::run(&args),
         Task::Fixtures(args) => fixtures::run(&args),
         Task::Compare(args) => compare::run(&args),

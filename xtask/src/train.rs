@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
+use vora_run::samples;
 
 use crate::cmd::{self, Vora, shown};
 use crate::{download, setup};
@@ -150,14 +150,12 @@ fn output_dir(text: &str) -> Option<&str> {
 
 /// Shows pictures that the training held out, with their questions, and what the merged model answers.
 fn ask(vora: &Vora, run_dir: &Path, device: Option<&str>) -> Result<()> {
-    let samples = run_dir.join("samples");
-    let file = samples.join("questions.jsonl");
-    let text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+    let folder = run_dir.join(samples::FOLDER);
+    let questions = samples::read(&folder)?;
     println!("\npictures that it never saw:");
-    let questions = questions(&text).with_context(|| format!("reading {}", file.display()))?;
     let every = questions.len().div_ceil(QUESTIONS).max(1); // some of each split: they stand one after another
     for question in questions.iter().step_by(every) {
-        let image = samples.join(&question.image);
+        let image = folder.join(&question.image);
         let mut ask = vora.command("ask");
         ask.arg(run_dir.join("merged")).arg(&image).arg(&question.question).args(["--max-new-tokens", MAX_NEW_TOKENS]);
         if let Some(device) = device {
@@ -172,25 +170,6 @@ fn ask(vora: &Vora, run_dir: &Path, device: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// A line of `samples/questions.jsonl`; `image` is relative to its folder.
-#[derive(Debug, PartialEq)]
-struct Question {
-    image: String,
-    question: String,
-    answer: String,
-}
-
-fn questions(jsonl: &str) -> Result<Vec<Question>> {
-    let parse = |(i, line): (usize, &str)| {
-        let value: Value = serde_json::from_str(line).with_context(|| format!("line {}", i + 1))?;
-        let text = |key: &str| {
-            value[key].as_str().map(str::to_owned).with_context(|| format!("line {}: no text under `{key}`", i + 1))
-        };
-        Ok(Question { image: text("image")?, question: text("question")?, answer: text("answer")? })
-    };
-    jsonl.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).map(parse).collect()
-}
-
 /// Says what lies where.
 fn report(vora: &Vora, run_dir: &Path) {
     println!("\n{}:", shown(run_dir));
@@ -198,7 +177,7 @@ fn report(vora: &Vora, run_dir: &Path) {
         ("config.yaml", "the run file as it was used"),
         ("metrics.jsonl", "one line a step"),
         ("loss.svg", "both losses over the steps"),
-        ("eval.json", "exact match by split and kind of question, and that of the blind control"),
+        ("eval.json", "exact match by split and question type, and that of the blind control"),
         ("checkpoints", "what `--resume` goes on from"),
         ("final", "adapters and patch embedding, to train further"),
         ("merged", "a plain checkpoint: nothing is left to pay for at inference"),
@@ -253,7 +232,7 @@ mod tests {
         let at = |name: &str| dir.path().join(name);
         fs::create_dir_all(at("run/samples")).unwrap();
         fs::create_dir_all(at("run/merged/older")).unwrap();
-        let line = r#"{"image":"0.png","question":"What shape?","answer":"circle"}"#;
+        let line = r#"{"image":"0.png","question":"What shape?","answer":"circle","kind":"shape","split":"test"}"#;
         fs::write(at("run/samples/questions.jsonl"), line).unwrap();
         fs::write(at("a.yaml"), format!("output_dir: {}\n", at("run").display())).unwrap();
         // A program `vora` that only writes down how it was called.
@@ -270,15 +249,6 @@ mod tests {
         ];
         assert_eq!(log.lines().collect::<Vec<_>>(), expected);
         assert!(!at("run/merged").exists(), "the older one is removed");
-    }
-
-    #[test]
-    fn questions_name_the_line_that_is_wrong() {
-        let good = r#"{"image":"0.png","question":"What colour is it?","answer":"red"}"#;
-        let first = Question { image: "0.png".into(), question: "What colour is it?".into(), answer: "red".into() };
-        assert_eq!(questions(&format!("{good}\n\n")).unwrap(), [first]);
-        let err = questions(&format!("{good}\n{{\"image\":\"1.png\"}}")).unwrap_err();
-        assert_eq!(err.to_string(), "line 2: no text under `question`");
     }
 
     #[test]

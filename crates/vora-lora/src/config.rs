@@ -11,7 +11,7 @@ use crate::pattern::matches_end;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoraConfig {
-    /// How many layers get adapters, counted from the first; absent, or `all` in a file: [`ALL_LAYERS`].
+    /// How many layers get adapters, counted from the first, or `all` ([`ALL_LAYERS`]).
     #[serde(default = "all_layers", with = "layers")]
     pub layers: i64,
     /// The rank: rows of `A`, columns of `B`.
@@ -57,6 +57,7 @@ impl Rank {
 /// As many layers as the model has: [`LoraConfig::over`] says how many those are.
 pub const ALL_LAYERS: i64 = i64::MAX;
 
+/// `all`
 fn all_layers() -> i64 {
     ALL_LAYERS
 }

@@ -1,6 +1,6 @@
 //! A run folder as files, for whoever writes one and whoever reads it: `metrics.jsonl`, `eval.json`,
-//! `train_results.json`, samples, block maps, TensorBoard's events, plots, and all of it as one HTML page. It trains
-//! nothing and links no libtorch.
+//! `train_results.json`, samples, block maps, and, with the feature `drawn`, TensorBoard's events, plots, and all of it as
+//! one HTML page. It trains nothing and links no libtorch.
 //!
 //! ```
 //! use vora_run::metrics::{Line, MetricsLog};
@@ -18,8 +18,11 @@ pub mod block_maps;
 pub mod checkpoint;
 pub mod eval;
 pub mod metrics;
+#[cfg(feature = "drawn")]
 pub mod plot;
+#[cfg(feature = "drawn")]
 pub mod report;
 pub mod results;
 pub mod samples;
+#[cfg(feature = "drawn")]
 pub mod tensorboard;

@@ -99,7 +99,7 @@ pub fn html(run: &Path, answers: Result<Answers, String>) -> Result<String> {
         missing.push("metrics.jsonl has no cosines by block: no teacher, or a run of an older version".to_owned());
     }
     let results = present(&run.join("train_results.json"), "the run is not done", &mut missing)
-        .map(|path| read_json::<TrainResults>(&path))
+        .map(|_| TrainResults::open(run))
         .transpose()?;
     let scores = present(&run.join("eval.json"), "nothing was held out, or the run is not done", &mut missing)
         .map(|path| read_json::<BTreeMap<String, Value>>(&path))

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use vora_files::write_bytes;
 
@@ -30,6 +30,16 @@ pub struct TrainResults {
 }
 
 impl TrainResults {
+    /// Reads the file of a run folder.
+    ///
+    /// # Errors
+    /// Where it is missing (the run has not ended) or does not hold these keys.
+    pub fn open(run: &Path) -> Result<Self> {
+        let path = run.join("train_results.json");
+        let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        serde_json::from_slice(&text).with_context(|| format!("{} is not what a run writes there", path.display()))
+    }
+
     /// Writes the file into a run folder.
     ///
     /// # Errors

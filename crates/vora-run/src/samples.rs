@@ -51,3 +51,27 @@ pub fn read(folder: &Path) -> Result<Vec<Question>> {
     };
     text.lines().enumerate().map(question).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_that_is_wrong_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let question = Question {
+            image: "0.png".into(),
+            question: "What colour is it?".into(),
+            answer: "red".into(),
+            kind: "colour".into(),
+            split: "test".into(),
+        };
+        write(folder.path(), std::slice::from_ref(&question)).unwrap();
+        assert_eq!(read(folder.path()).unwrap(), [question]);
+        let path = folder.path().join(QUESTIONS);
+        let good = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, good + "{\"image\":\"1.png\"}\n").unwrap();
+        let error = read(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("questions.jsonl:2 is no question of a run"), "{error}");
+    }
+}

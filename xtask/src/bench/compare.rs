@@ -1,14 +1,15 @@
 //! Run folders side by side: one table, one picture.
 
-use std::collections::BTreeMap;
-use std::fs;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use comfy_table::{CellAlignment, Table};
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
-use serde_json::Value;
+use vora_run::eval::{EvalReport, Score};
+use vora_run::metrics::{Line, MetricsLog, StepMetrics};
+use vora_run::results::TrainResults;
 
 /// One for each variant, in order.
 pub const COLOURS: [RGBColor; 4] =
@@ -18,77 +19,39 @@ pub const COLOURS: [RGBColor; 4] =
 #[derive(Debug)]
 pub struct Variant {
     name: String,
-    steps: Vec<Step>,
-    accuracy: BTreeMap<(String, String), Accuracy>, // by split and kind of question
-    results: Value,                                 // train_results.json
-}
-
-/// The numbers of one line of `metrics.jsonl` that are compared.
-#[derive(Debug, Clone, Copy)]
-struct Step {
-    step: f64,
-    loss_lm: f64,
-    loss_distill: Option<f64>, // none where nothing is distilled
-    samples_per_second: Option<f64>,
-}
-
-/// One entry of `eval.json`.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Accuracy {
-    n: f64,
-    exact_match: f64,
-    blind: Option<f64>, // none where there was no control
+    steps: Vec<StepMetrics>,
+    report: EvalReport,
+    results: TrainResults,
 }
 
 impl Variant {
-    /// Reads `metrics.jsonl` and `eval.json` of a run folder.
+    /// Reads `metrics.jsonl`, `eval.json` and `train_results.json` of a run folder.
     pub fn read(name: &str, dir: &Path) -> Result<Self> {
-        let read = |file: &str| {
-            let path = dir.join(file);
-            fs::read_to_string(&path)
-                .with_context(|| format!("cannot read {}; has this training ended?", path.display()))
-        };
-        let steps = steps(&read("metrics.jsonl")?).with_context(|| format!("{}/metrics.jsonl", dir.display()))?;
-        let accuracy = accuracy(&read("eval.json")?).with_context(|| format!("{}/eval.json", dir.display()))?;
-        let results = serde_json::from_str(&read("train_results.json")?)
-            .with_context(|| format!("{}/train_results.json", dir.display()))?;
-        Ok(Self { name: name.to_owned(), steps, accuracy, results })
+        let ended = || format!("reading the run {}; has this training ended?", dir.display());
+        let steps = steps(MetricsLog::read(&dir.join("metrics.jsonl")).with_context(ended)?);
+        ensure!(!steps.is_empty(), "{} has no line of a step", dir.join("metrics.jsonl").display());
+        let report = EvalReport::open(&dir.join("eval.json")).with_context(ended)?;
+        let results = TrainResults::open(dir).with_context(ended)?;
+        Ok(Self { name: name.to_owned(), steps, report, results })
     }
 
     /// Mean over the last tenth of the steps: single steps are noisy.
-    fn last(&self, value: impl Fn(&Step) -> Option<f64>) -> Option<f64> {
+    fn last(&self, value: impl Fn(&StepMetrics) -> Option<f64>) -> Option<f64> {
         let tail = &self.steps[self.steps.len() - self.steps.len().div_ceil(10)..];
         mean(tail.iter().filter_map(value))
     }
+
+    fn score(&self, (split, question_type): &Key) -> Option<Score> {
+        self.report.0.get(split)?.get(question_type).copied()
+    }
 }
 
-/// Lines that are no training step (an evaluation between, say) have no `loss_lm` and are passed over.
-fn steps(jsonl: &str) -> Result<Vec<Step>> {
-    let mut steps = Vec::new();
-    for (i, line) in jsonl.lines().enumerate() {
-        let value: Value = serde_json::from_str(line).with_context(|| format!("line {}", i + 1))?;
-        let number = |key: &str| value[key].as_f64();
-        if let (Some(step), Some(loss_lm)) = (number("step"), number("loss_lm")) {
-            let (loss_distill, samples_per_second) = (number("loss_distill"), number("samples_per_second"));
-            steps.push(Step { step, loss_lm, loss_distill, samples_per_second });
-        }
-    }
-    ensure!(!steps.is_empty(), "no line has `step` and `loss_lm`");
-    Ok(steps)
-}
+/// A split, and a type of question.
+type Key = (String, String);
 
-fn accuracy(json: &str) -> Result<BTreeMap<(String, String), Accuracy>> {
-    let value: Value = serde_json::from_str(json)?;
-    let mut accuracy = BTreeMap::new();
-    for (split, kinds) in value.as_object().context("it must hold {split: {kind: ..}}")? {
-        for (kind, entry) in kinds.as_object().with_context(|| format!("`{split}` must hold {{kind: ..}}"))? {
-            let number = |key| entry[key].as_f64().with_context(|| format!("`{split}.{kind}` has no number `{key}`"));
-            let blind = entry["blind_exact_match"].as_f64();
-            let entry = Accuracy { n: number("n")?, exact_match: number("exact_match")?, blind };
-            accuracy.insert((split.clone(), kind.clone()), entry);
-        }
-    }
-    Ok(accuracy)
+/// The steps among the lines of a log.
+pub fn steps(lines: Vec<Line>) -> Vec<StepMetrics> {
+    lines.into_iter().filter_map(|line| if let Line::Step(step) = line { Some(step) } else { None }).collect()
 }
 
 fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
@@ -106,18 +69,17 @@ pub fn table(variants: &[Variant]) -> Table {
         table.add_row(std::iter::once(name).chain(cells));
     };
     row("steps".into(), &|v| Some(v.steps.len().to_string()));
-    let result = |v: &Variant, key: &str| v.results[key].as_f64();
-    row("trained parameters".into(), &|v| result(v, "trained_parameters").map(|n| format!("{:.2}M", n / 1e6)));
-    row("seconds a step".into(), &|v| result(v, "train_steps_per_second").map(|rate| format!("{:.2}", 1.0 / rate)));
-    row("peak memory".into(), &|v| result(v, "peak_memory").map(|n| format!("{:.2} GiB", n / 1024f64.powi(3))));
+    row("trained parameters".into(), &|v| Some(format!("{:.2}M", v.results.trained_parameters as f64 / 1e6)));
+    row("seconds a step".into(), &|v| Some(format!("{:.2}", 1.0 / v.results.train_steps_per_second)));
+    row("peak memory".into(), &|v| v.results.peak_memory.map(|n| format!("{:.2} GiB", n as f64 / 1024f64.powi(3))));
     row("cross-entropy, last tenth".into(), &|v| v.last(|s| Some(s.loss_lm)).map(|x| format!("{x:.3}")));
     row("distillation, last tenth".into(), &|v| v.last(|s| s.loss_distill).map(|x| format!("{x:.3}")));
-    row("samples/s".into(), &|v| mean(v.steps.iter().filter_map(|s| s.samples_per_second)).map(|x| format!("{x:.1}")));
+    row("samples/s".into(), &|v| mean(v.steps.iter().map(|s| s.samples_per_second)).map(|x| format!("{x:.1}")));
     for key in keys(variants) {
         row(format!("{}: {}", key.0, key.1), &|v| {
-            v.accuracy.get(&key).map(|a| {
-                let blind = a.blind.map_or_else(|| "-".to_owned(), |blind| format!("{blind:.3}"));
-                format!("{:.3} (blind {blind}, n {})", a.exact_match, a.n)
+            v.score(&key).map(|score| {
+                let blind = score.blind_exact_match.map_or_else(|| "-".to_owned(), |blind| format!("{blind:.3}"));
+                format!("{:.3} (blind {blind}, n {})", score.exact_match, score.n)
             })
         });
     }
@@ -127,15 +89,14 @@ pub fn table(variants: &[Variant]) -> Table {
     table
 }
 
-/// Every split and kind that some variant has.
-fn keys(variants: &[Variant]) -> Vec<(String, String)> {
-    let mut keys: Vec<_> = variants.iter().flat_map(|variant| variant.accuracy.keys().cloned()).collect();
-    keys.sort();
-    keys.dedup();
-    keys
+/// Every split and question type that some variant has.
+fn keys(variants: &[Variant]) -> Vec<Key> {
+    let splits = variants.iter().flat_map(|variant| &variant.report.0);
+    let keys = splits.flat_map(|(split, types)| types.keys().map(|of| (split.clone(), of.clone())));
+    keys.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
-/// Writes an SVG: the two losses over the steps above, exact match by kind below, a black line for the blind control.
+/// Writes an SVG: the two losses over the steps above, exact match by question type below, a black line for the blind control.
 pub fn draw(variants: &[Variant], path: &Path) -> Result<()> {
     let keys = keys(variants);
     let root = SVGBackend::new(path, (960, 720)).into_drawing_area();
@@ -150,7 +111,7 @@ pub fn draw(variants: &[Variant], path: &Path) -> Result<()> {
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
 
-fn draw_loss(area: &Area, title: &str, variants: &[Variant], value: impl Fn(&Step) -> Option<f64>) -> Result<()> {
+fn draw_loss(area: &Area, title: &str, variants: &[Variant], value: impl Fn(&StepMetrics) -> Option<f64>) -> Result<()> {
     let lines: Vec<_> = variants.iter().map(|variant| smooth(variant, &value)).collect();
     let points = || lines.iter().flatten();
     let steps = points().fold(1.0_f64, |max, p| max.max(p.0));
@@ -190,14 +151,14 @@ pub fn draw_curves<'a>(
 }
 
 /// `(step, running mean)`: over a fiftieth of the training, so that the two curves can be told apart.
-fn smooth(variant: &Variant, value: impl Fn(&Step) -> Option<f64>) -> Vec<(f64, f64)> {
-    let points: Vec<_> = variant.steps.iter().filter_map(|s| Some((s.step, value(s)?))).collect();
+fn smooth(variant: &Variant, value: impl Fn(&StepMetrics) -> Option<f64>) -> Vec<(f64, f64)> {
+    let points: Vec<_> = variant.steps.iter().filter_map(|s| Some((s.step as f64, value(s)?))).collect();
     let window = points.len().div_ceil(50).max(1);
     let running = |i: usize| mean(points[i.saturating_sub(window - 1)..=i].iter().map(|p| p.1)).unwrap_or_default();
     (0..points.len()).map(|i| (points[i].0, running(i))).collect()
 }
 
-fn draw_accuracy(area: &Area, variants: &[Variant], keys: &[(String, String)]) -> Result<()> {
+fn draw_accuracy(area: &Area, variants: &[Variant], keys: &[Key]) -> Result<()> {
     let groups = keys.len().max(1);
     let mut chart = ChartBuilder::on(area)
         .caption("exact match (black: shown another picture)", ("sans-serif", 16))
@@ -217,12 +178,12 @@ fn draw_accuracy(area: &Area, variants: &[Variant], keys: &[(String, String)]) -
     let bar = 0.8 / variants.len().max(1) as f64;
     for (group, key) in keys.iter().enumerate() {
         for (i, (variant, colour)) in variants.iter().zip(COLOURS).enumerate() {
-            let Some(accuracy) = variant.accuracy.get(key) else { continue };
+            let Some(score) = variant.score(key) else { continue };
             let (from, to) = (group as f64 + 0.1 + bar * i as f64, group as f64 + 0.1 + bar * (i + 1) as f64);
-            chart.draw_series([Rectangle::new([(from, 0.0), (to, accuracy.exact_match)], colour.filled())])?;
+            chart.draw_series([Rectangle::new([(from, 0.0), (to, score.exact_match)], colour.filled())])?;
             chart.draw_series(
-                accuracy
-                    .blind
+                score
+                    .blind_exact_match
                     .map(|blind| Rectangle::new([(from, blind - 0.004), (to, blind + 0.004)], BLACK.filled())),
             )?;
         }
@@ -236,23 +197,34 @@ fn draw_accuracy(area: &Area, variants: &[Variant], keys: &[(String, String)]) -
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
+    /// A run folder, read.
     fn variant(name: &str, level: f64) -> Variant {
         let metrics: String = (1..=200)
             .map(|step| {
-                let loss = level + 3.0 / step as f64;
-                let distill = 0.2 + level / step as f64;
-                format!("{{\"step\":{step},\"loss\":1.0,\"loss_lm\":{loss},\"loss_distill\":{distill},\"samples_per_second\":20}}\n")
+                let loss = level + 3.0 / f64::from(step);
+                let distill = 0.2 + level / f64::from(step);
+                format!(
+                    "{{\"step\":{step},\"loss\":1.0,\"loss_lm\":{loss},\"loss_distill\":{distill},\"lr\":1e-3,\
+                     \"grad_norm\":1.0,\"samples_per_second\":20,\"tokens_per_second\":80,\"data_wait\":0,\
+                     \"seconds\":{step}}}\n"
+                )
             })
             .collect();
         let eval = r#"{"test":{"colour":{"n":100,"exact_match":0.97,"blind_exact_match":0.1},
             "shape":{"n":100,"exact_match":0.5,"blind_exact_match":0.2}},
             "unseen":{"shape":{"n":50,"exact_match":0.4,"blind_exact_match":null}}}"#;
-        let results = serde_json::json!({
-            "train_steps_per_second": 0.5, "trained_parameters": 7_020_000, "peak_memory": 3u64 << 30
-        });
-        Variant { name: name.into(), steps: steps(&metrics).unwrap(), accuracy: accuracy(eval).unwrap(), results }
+        let results = r#"{"steps":200,"train_runtime":400.0,"train_steps_per_second":0.5,
+            "trained_parameters":7020000,"peak_memory":3221225472}"#;
+        let dir = tempfile::tempdir().unwrap();
+        let write = |file: &str, text: &str| fs::write(dir.path().join(file), text).unwrap();
+        write("metrics.jsonl", &(metrics + "{\"step\":200,\"eval\":{}}\n"));
+        write("eval.json", eval);
+        write("train_results.json", results);
+        Variant::read(name, dir.path()).unwrap()
     }
 
     #[test]
@@ -287,12 +259,14 @@ mod tests {
     }
 
     #[test]
-    fn wrong_files_are_explained() {
-        assert_eq!(steps("{\"step\":1}\n").unwrap_err().to_string(), "no line has `step` and `loss_lm`");
-        assert_eq!(format!("{}", steps("{\"step\":1,\"loss_lm\":2}\n{").unwrap_err()), "line 2");
-        let err = accuracy(r#"{"test":{"shape":{"n":1}}}"#).unwrap_err().to_string();
-        assert_eq!(err, "`test.shape` has no number `exact_match`");
-        let err = format!("{:#}", Variant::read("x", Path::new("/nowhere")).unwrap_err());
-        assert!(err.starts_with("cannot read /nowhere/metrics.jsonl; has this training ended?"), "{err}");
+    fn a_run_that_has_not_ended_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = |dir: &Path| format!("{:#}", Variant::read("x", dir).unwrap_err());
+        let nowhere = error(Path::new("/nowhere"));
+        assert!(nowhere.starts_with("reading the run /nowhere; has this training ended?: cannot read"), "{nowhere}");
+        fs::write(dir.path().join("metrics.jsonl"), "{\"step\":1,\"eval\":{}}\n").unwrap();
+        assert!(error(dir.path()).ends_with("metrics.jsonl has no line of a step"), "{}", error(dir.path()));
+        fs::write(dir.path().join("metrics.jsonl"), "{\"step\":1}\n").unwrap();
+        assert!(error(dir.path()).contains("metrics.jsonl:1 is not a line of metrics"), "{}", error(dir.path()));
     }
 }

@@ -5,10 +5,13 @@ use std::fs;
 use std::path::Path;
 use std::process::Stdio;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use comfy_table::{CellAlignment, Table};
 use serde_json::Value;
+use vora_run::metrics::{MetricsLog, StepMetrics};
+use vora_run::results::TrainResults;
 
+use super::compare::steps;
 use crate::cmd::{self, Vora};
 use crate::setup;
 use crate::train::{self, Run};
@@ -71,11 +74,7 @@ fn row(vora: &Vora, out: &Path, batch: u32, checkpointing: bool, args: &[String]
     ensure!(output.status.success(), "`vora train --plan` failed ({})", output.status);
     let plan: Value = serde_json::from_slice(&output.stdout).context("the plan is no JSON")?;
     cmd::run(run.command(vora.command("train")).args(args))?;
-    let read = |name: &str| {
-        let path = dir.join(name);
-        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
-    };
-    let results: Value = serde_json::from_str(&read("train_results.json")?)?;
+    let peak = TrainResults::open(&dir)?.peak_memory.context("train_results.json has no `peak_memory`")?;
     let number = |value: &Value, what: &str| value.as_f64().with_context(|| format!("{what} is missing"));
     let counted = plan["memory"].as_object().context("the plan has no `memory`")?;
     Ok(Row {
@@ -87,20 +86,18 @@ fn row(vora: &Vora, out: &Path, batch: u32, checkpointing: bool, args: &[String]
             seconds_per_step: number(&plan["measured"]["seconds_per_step"], "the plan's measured.seconds_per_step")?,
         },
         run: Taken {
-            peak: number(&results["peak_memory"], "peak_memory in train_results.json")?,
-            seconds_per_step: seconds_per_step(&read("metrics.jsonl")?)?,
+            peak: peak as f64,
+            seconds_per_step: seconds_per_step(&steps(MetricsLog::read(&dir.join("metrics.jsonl"))?))?,
         },
     })
 }
 
-/// The mean of all steps of `metrics.jsonl` but the first.
-fn seconds_per_step(jsonl: &str) -> Result<f64> {
-    let seconds = |line: &str| serde_json::from_str::<Value>(line).ok()?["seconds"].as_f64();
-    let seconds: Vec<f64> = jsonl.lines().filter_map(seconds).collect();
-    let (Some(first), Some(last), steps @ 2..) = (seconds.first(), seconds.last(), seconds.len()) else {
-        anyhow::bail!("metrics.jsonl has {} steps, two at least are needed", seconds.len());
+/// The mean of all steps but the first.
+fn seconds_per_step(steps: &[StepMetrics]) -> Result<f64> {
+    let [first, .., last] = steps else {
+        bail!("metrics.jsonl has {} steps, two at least are needed", steps.len());
     };
-    Ok((last - first) / (steps - 1) as f64)
+    Ok((last.seconds - first.seconds) / (steps.len() - 1) as f64)
 }
 
 fn table(rows: &[Row]) -> Table {
@@ -144,10 +141,16 @@ mod tests {
 
     #[test]
     fn the_first_step_does_not_count() {
-        let line = |seconds: f64| format!("{{\"step\": 1, \"seconds\": {seconds}}}\n");
-        assert_eq!(seconds_per_step(&(line(5.0) + &line(6.0) + &line(8.0))).unwrap(), 1.5);
+        let step = |seconds: f64| -> StepMetrics {
+            serde_json::from_value(serde_json::json!({
+                "step": 1, "loss": 1, "loss_lm": 1, "lr": 1, "grad_norm": 1, "samples_per_second": 1,
+                "tokens_per_second": 1, "data_wait": 0, "seconds": seconds
+            }))
+            .unwrap()
+        };
+        assert_eq!(seconds_per_step(&[step(5.0), step(6.0), step(8.0)]).unwrap(), 1.5);
         assert_eq!(
-            seconds_per_step(&line(5.0)).unwrap_err().to_string(),
+            seconds_per_step(&[step(5.0)]).unwrap_err().to_string(),
             "metrics.jsonl has 1 steps, two at least are needed"
         );
     }

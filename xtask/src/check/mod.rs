@@ -14,7 +14,8 @@ pub struct Args {
     /// Everything but the tests
     #[arg(long)]
     cheap: bool,
-    /// The order of the house alone: files, crates, public paths, sizes; seconds, without libtorch
+    /// Tidy alone: no circles among files, crates as docs/architecture.md shows them, one path to each public item, no file
+    /// or crate too long; seconds, without libtorch
     #[arg(long, conflicts_with = "cheap")]
     tidy: bool,
 }

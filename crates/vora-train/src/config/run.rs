@@ -141,11 +141,11 @@ pub struct TrainConfig {
     #[serde(default = "five_hundred")]
     pub eval_steps: u64,
 
-    /// Taken from published recipes, without effect here; see [`TrainConfig::without_effect`].
+    /// Taken from published recipes, without effect here, as the run says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tf32: Option<bool>,
     /// HF's: `none` leaves TensorBoard's event files out; without it, with `all` and with `tensorboard` they are
-    /// written. Other services of HF's are not reported to; see [`TrainConfig::without_effect`].
+    /// written. Other services of HF's are not reported to, as the run says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub report_to: Option<String>,
     /// As `tf32`.

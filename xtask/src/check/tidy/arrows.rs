@@ -7,8 +7,8 @@ use syn::visit::{self, Visit};
 use syn::{Attribute, Meta};
 
 use super::fault::{Fault, Rule};
-use super::resolve::Named;
-use super::sources::{ModuleId, NamePath, Sources, imports};
+use crate::house::resolve::Named;
+use crate::house::sources::{ModuleId, NamePath, Sources, imports};
 
 /// The module `from` names `to`.
 #[derive(Debug, PartialEq, Eq)]
@@ -199,7 +199,7 @@ impl<'a> Visit<'a> for Walk<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::sources;
+    use crate::house::small::sources;
     use super::*;
 
     /// The arrows of `code` in module `a`, where `b` has an item `x` and re-exports `c::y` and `c::Deep`.

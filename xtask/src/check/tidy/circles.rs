@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::arrows::Arrow;
 use super::fault::{Fault, Rule};
-use super::sources::{ModuleId, Sources};
+use crate::house::sources::{ModuleId, Sources};
 
 /// The arrows between the children of one room.
 type Room<'a> = BTreeMap<(ModuleId, ModuleId), Vec<&'a Arrow>>;
@@ -115,7 +115,8 @@ fn fault(sources: &Sources, room: ModuleId, circle: &[ModuleId], between: &Room<
 
 #[cfg(test)]
 mod tests {
-    use super::super::{arrows, tests::sources};
+    use super::super::arrows;
+    use crate::house::small::sources;
     use super::*;
 
     fn circles(files: &[(&str, &str)]) -> Vec<String> {

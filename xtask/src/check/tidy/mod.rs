@@ -20,19 +20,13 @@ mod fault;
 mod never;
 mod picture;
 mod public_paths;
-mod resolve;
 mod size;
-mod sources;
-mod test_code;
-#[cfg(test)]
-mod tests;
-mod workspace;
 
 use anyhow::{Result, bail};
 
 use crate::cmd;
-use sources::Sources;
-use workspace::Workspace;
+use crate::house::sources::Sources;
+use crate::house::workspace::Workspace;
 
 /// Lists every fault of the workspace on stderr.
 ///

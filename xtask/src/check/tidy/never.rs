@@ -2,8 +2,8 @@
 
 use super::arrows::Arrow;
 use super::fault::{Fault, Rule};
-use super::resolve::Named;
-use super::sources::Sources;
+use crate::house::resolve::Named;
+use crate::house::sources::Sources;
 
 /// Nothing at or below the left path names anything at or below the right one.
 const NEVER: &[(&str, &str)] = &[
@@ -52,7 +52,8 @@ fn lies_in(path: &str, room: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{arrows, tests::sources};
+    use super::super::arrows;
+    use crate::house::small::sources;
     use super::*;
 
     #[test]

@@ -2,8 +2,8 @@
 //!
 //! The picture is the code block that begins with a line "```crates". Two headings, `without libtorch:` and `with
 //! libtorch:`, part it; every other line is a crate with what it directly depends on, `vora-llm -> vora-lora,
-//! vora-text`, or a crate alone. A crate may depend on those above it only, and those under `without libtorch:` must not
-//! reach libtorch, with their tests and build scripts.
+//! vora-text`, or a crate alone. A crate may depend on those above it only; those under `without libtorch:` must not
+//! reach libtorch, with their tests and build scripts, and the others must.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,7 +12,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use super::fault::{Fault, Rule};
-use super::workspace::{Package, Workspace};
+use crate::house::workspace::{Package, Workspace, way_to};
 
 const FILE: &str = "docs/architecture.md";
 /// The packages that link libtorch themselves.
@@ -30,10 +30,17 @@ struct Line {
 /// Compares the picture that lies below `root` with the workspace.
 pub fn check(root: &Path, workspace: &Workspace) -> Result<Vec<Fault>> {
     let text = fs::read_to_string(root.join(FILE)).with_context(|| format!("cannot read {FILE}"))?;
-    Ok(match parse(&text) {
-        Ok(picture) => compare(&picture, workspace, root),
-        Err(fault) => vec![fault],
-    })
+    let picture = match parse(&text) {
+        Ok(picture) => picture,
+        Err(fault) => return Ok(vec![fault]),
+    };
+    let mut faults = compare(&picture, workspace, root);
+    let names: BTreeSet<_> = workspace.members().into_iter().map(|package| package.name.as_str()).collect();
+    for line in picture.iter().filter(|line| names.contains(line.name.as_str())) {
+        let way = way_to(&line.name, &LIBTORCH)?;
+        faults.extend(beyond(line, way.as_deref()));
+    }
+    Ok(faults)
 }
 
 fn fault(line: usize, what: String) -> Fault {
@@ -87,7 +94,7 @@ fn compare(picture: &[Line], workspace: &Workspace, root: &Path) -> Vec<Fault> {
     }
     let mut above = BTreeSet::new();
     for line in picture {
-        let Line { number, name, depends_on, libtorch } = line;
+        let Line { number, name, depends_on, .. } = line;
         for upward in depends_on.difference(&above) {
             faults.push(fault(*number, format!("`{name}` -> `{upward}` points upward: `{upward}` must stand above")));
         }
@@ -105,11 +112,20 @@ fn compare(picture: &[Line], workspace: &Workspace, root: &Path) -> Vec<Fault> {
         for less in depends_on.difference(&real) {
             faults.push(fault(*number, format!("`{name}` does not depend on `{less}`, as the picture shows")));
         }
-        if !libtorch && let Some(way) = workspace.way_to(package, &LIBTORCH) {
-            faults.push(fault(*number, format!("`{name}` stands without libtorch, but {}", way.join(" -> "))));
-        }
     }
     faults
+}
+
+/// What is wrong with the heading that a crate stands under, whose build comes to libtorch by `way`.
+fn beyond(line: &Line, way: Option<&[String]>) -> Option<Fault> {
+    let Line { number, name, libtorch, .. } = line;
+    match way {
+        Some(way) if !libtorch => {
+            Some(fault(*number, format!("`{name}` stands without libtorch, but {}", way.join(" -> "))))
+        }
+        None if *libtorch => Some(fault(*number, format!("`{name}` stands with libtorch, but does not link it"))),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -142,16 +158,15 @@ llm -> text, torch
 
     #[test]
     fn a_true_picture_has_no_faults() {
-        let workspace = ["gguf", "text -> gguf", "torch -> gguf, tch", "llm -> torch, text, dev:torch"];
+        let workspace = ["gguf", "text -> gguf", "torch -> gguf", "llm -> torch, text, dev:gguf"];
         assert_eq!(faults(PICTURE, &workspace), [""; 0]);
     }
 
     #[test]
     fn every_difference_is_told() {
-        let found = faults(PICTURE, &["gguf -> dev:tch", "text", "torch -> gguf, text, tch", "image"]);
+        let found = faults(PICTURE, &["gguf", "text", "torch -> gguf, text", "image"]);
         let expected = [
             ":1  `image` is missing in the picture",
-            ":10  `gguf` stands without libtorch, but gguf -> tch",
             ":11  `text` does not depend on `gguf`, as the picture shows",
             ":14  `torch` depends on `text`, which the picture does not show",
             ":15  there is no crate `llm` in the workspace",
@@ -162,12 +177,22 @@ llm -> text, torch
     #[test]
     fn arrows_point_to_what_stands_above() {
         let picture = PICTURE.replace("text -> gguf", "text -> gguf, torch");
-        let found = faults(&picture, &["gguf", "text -> gguf, torch", "torch -> gguf, tch", "llm -> torch, text"]);
-        let expected = [
-            ":11  `text` -> `torch` points upward: `torch` must stand above",
-            ":11  `text` stands without libtorch, but text -> torch -> tch",
-        ];
-        assert_eq!(found, expected);
+        let found = faults(&picture, &["gguf", "text -> gguf, torch", "torch -> gguf", "llm -> torch, text"]);
+        assert_eq!(found, [":11  `text` -> `torch` points upward: `torch` must stand above"]);
+    }
+
+    #[test]
+    fn a_crate_stands_under_the_right_heading() {
+        let picture = parse(PICTURE).unwrap();
+        let found = |way: &[&str]| -> Vec<String> {
+            let way: Vec<String> = way.iter().map(|name| (*name).to_owned()).collect();
+            let way = (!way.is_empty()).then_some(&way[..]);
+            picture.iter().filter_map(|line| beyond(line, way)).map(|fault| fault.what).collect()
+        };
+        let without = found(&["text", "fixtures", "tch"]);
+        assert_eq!(without[1..], ["`text` stands without libtorch, but text -> fixtures -> tch"]);
+        assert_eq!(found(&[])[0], "`torch` stands with libtorch, but does not link it");
+        assert_eq!((without.len(), found(&[]).len()), (2, 2));
     }
 
     #[test]

@@ -6,8 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::fault::{Fault, Rule};
-use super::resolve::Named;
-use super::sources::{Import, ModuleId, Sources};
+use crate::house::resolve::Named;
+use crate::house::sources::{Import, ModuleId, Sources};
 
 /// A public name in a module.
 struct Export {
@@ -129,7 +129,7 @@ fn is_public(sources: &Sources, named: &Named) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::sources;
+    use crate::house::small::sources;
     use super::*;
 
     fn doubles(files: &[(&str, &str)]) -> Vec<String> {

@@ -12,8 +12,8 @@ use anyhow::{Context, Result};
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
 use super::fault::{Fault, Rule};
-use super::test_code;
-use super::workspace::Workspace;
+use crate::house::test_code;
+use crate::house::workspace::Workspace;
 
 /// Lines of code in a file.
 const FILE: usize = 700;

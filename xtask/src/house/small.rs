@@ -1,4 +1,4 @@
-//! Small crates to test the rules on.
+//! Small crates to test on.
 
 use std::collections::BTreeSet;
 use std::fs;

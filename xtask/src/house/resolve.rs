@@ -161,7 +161,7 @@ fn outside(path: String) -> Found {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::sources;
+    use super::super::small::sources;
     use super::*;
 
     /// What `path`, written in the module `from`, stands for.
