@@ -199,6 +199,11 @@ impl Value<'_> {
                         _ => "{}".to_owned(),
                     })
                 }
+                // A variant of an `untagged` enum is what it holds.
+                Expr::Path(path) => match Declared::find(self.sources, self.module, &path.path)?.item {
+                    Item::Enum(item) if Serde::read(&item.attrs).ok()?.untagged => self.text(call.args.first()?),
+                    _ => None,
+                },
                 _ => None,
             },
             Expr::MethodCall(call) => match call.method.to_string().as_str() {

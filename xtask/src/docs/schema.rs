@@ -267,6 +267,7 @@ mod tests {
         let [x, y] = &inner.keys[..] else { panic!("{inner:?}") };
         assert_eq!((x.name.as_str(), &x.aliases[..]), ("type", &["t".to_owned()][..]));
         assert_eq!(x.default, Default::Value("[1, 2, 3]".into()));
+        assert_eq!(y.default, Default::Value("0.5".into()));
         assert_eq!(y.shape, Shape::Either(vec![Shape::Number, Shape::List(Box::new(Shape::Text), None)]));
     }
 
