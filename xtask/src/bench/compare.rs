@@ -111,7 +111,12 @@ pub fn draw(variants: &[Variant], path: &Path) -> Result<()> {
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
 
-fn draw_loss(area: &Area, title: &str, variants: &[Variant], value: impl Fn(&StepMetrics) -> Option<f64>) -> Result<()> {
+fn draw_loss(
+    area: &Area,
+    title: &str,
+    variants: &[Variant],
+    value: impl Fn(&StepMetrics) -> Option<f64>,
+) -> Result<()> {
     let lines: Vec<_> = variants.iter().map(|variant| smooth(variant, &value)).collect();
     let points = || lines.iter().flatten();
     let steps = points().fold(1.0_f64, |max, p| max.max(p.0));

@@ -88,7 +88,7 @@ pub fn of_function(sources: &Sources, module: ModuleId, path: &str) -> Result<De
 /// The fields of a type's `impl Default`.
 pub fn of_type(sources: &Sources, of: &Declared<'_>) -> Result<Defaults> {
     let items = sources.modules[of.module].code.iter();
-    let body = items.filter_map(|item| match item {
+    let mut bodies = items.filter_map(|item| match item {
         Item::Impl(item) if is(item.trait_.as_ref().map(|(_, path, _)| path)?, "Default") => match &*item.self_ty {
             syn::Type::Path(path) if is(&path.path, of.name) => item.items.iter().find_map(|item| match item {
                 ImplItem::Fn(function) => Some(&function.block),
@@ -98,7 +98,7 @@ pub fn of_type(sources: &Sources, of: &Declared<'_>) -> Result<Defaults> {
         },
         _ => None,
     });
-    let Some(body) = body.last() else { return Ok(Defaults::default()) };
+    let Some(body) = bodies.next() else { return Ok(Defaults::default()) };
     let mut locals = BTreeMap::new();
     for statement in &body.stmts {
         if let Stmt::Local(local) = statement
@@ -209,7 +209,9 @@ impl Value<'_> {
             Expr::MethodCall(call) => match call.method.to_string().as_str() {
                 "into" | "to_owned" | "to_string" | "to_vec" => self.text(&call.receiver),
                 "map" => match call.args.first()? {
-                    Expr::Path(path) if is(&path.path, "to_owned") || is(&path.path, "from") => self.text(&call.receiver),
+                    Expr::Path(path) if is(&path.path, "to_owned") || is(&path.path, "from") => {
+                        self.text(&call.receiver)
+                    }
                     _ => None,
                 },
                 _ => None,

@@ -26,7 +26,8 @@ pub fn write(schema: &Schema) -> Result<String> {
     let root = schema.sections.first().context("the file has no keys")?;
     let mut page = Page { of, places: BTreeMap::new(), text: HEAD.to_owned() };
     page.find_places(root, "");
-    let mut places: Vec<_> = page.places.iter().map(|(of, (number, path))| (*number, of.clone(), path.clone())).collect();
+    let mut places: Vec<_> =
+        page.places.iter().map(|(of, (number, path))| (*number, of.clone(), path.clone())).collect();
     places.sort();
     page.section(root, "");
     for (_, of, path) in places {
@@ -54,12 +55,10 @@ impl<'a> Page<'a> {
 
     fn find_in(&mut self, shape: &Shape, path: String) {
         match shape {
-            Shape::Section(of) => {
-                if !self.places.contains_key(of) {
-                    self.places.insert(of.clone(), (self.places.len(), path.clone()));
-                    if let Some(section) = self.of.get(of.as_str()).copied() {
-                        self.find_places(section, &path);
-                    }
+            Shape::Section(of) if !self.places.contains_key(of) => {
+                self.places.insert(of.clone(), (self.places.len(), path.clone()));
+                if let Some(section) = self.of.get(of.as_str()).copied() {
+                    self.find_places(section, &path);
                 }
             }
             Shape::List(inside, _) => self.find_in(inside, path + "[]"),
@@ -118,12 +117,16 @@ impl<'a> Page<'a> {
             }
             Shape::List(inside, None) => format!("{} of {}", number("list"), self.value(inside, true)),
             Shape::List(inside, Some(len)) => format!("{} of {len} {}", number("list"), self.value(inside, true)),
-            Shape::Map(key, value) => format!("{} from {} to {}", number("map"), self.value(key, false), self.value(value, false)),
+            Shape::Map(key, value) => {
+                format!("{} from {} to {}", number("map"), self.value(key, false), self.value(value, false))
+            }
             Shape::Section(of) => {
                 let path = self.places.get(of).map(|(_, path)| path.as_str()).unwrap_or_default();
                 format!("[{}](#{})", number("section"), slug(path))
             }
-            Shape::Either(shapes) => shapes.iter().map(|shape| self.value(shape, many)).collect::<Vec<_>>().join(", or "),
+            Shape::Either(shapes) => {
+                shapes.iter().map(|shape| self.value(shape, many)).collect::<Vec<_>>().join(", or ")
+            }
         }
     }
 }

@@ -92,18 +92,24 @@ impl Reader<'_> {
         let name = path.segments.last().map(|segment| segment.ident.to_string()).unwrap_or_default();
         match name.as_str() {
             "bool" => return Ok(Shape::Flag),
-            "u8" | "u16" | "u32" | "u64" | "usize" | "i8" | "i16" | "i32" | "i64" | "isize" => return Ok(Shape::Integer),
+            "u8" | "u16" | "u32" | "u64" | "usize" | "i8" | "i16" | "i32" | "i64" | "isize" => {
+                return Ok(Shape::Integer);
+            }
             "f32" | "f64" => return Ok(Shape::Number),
             "String" => return Ok(Shape::Text),
             "PathBuf" => return Ok(Shape::Path),
             _ => {}
         }
-        let declared = Declared::find(self.sources, module, path).with_context(|| format!("there is no type `{name}` here"))?;
+        let declared =
+            Declared::find(self.sources, module, path).with_context(|| format!("there is no type `{name}` here"))?;
         match declared.item {
             Item::Struct(item) => match &item.fields {
-                Fields::Unnamed(fields) if fields.unnamed.len() == 1 => self.shape(declared.module, &fields.unnamed[0].ty),
+                Fields::Unnamed(fields) if fields.unnamed.len() == 1 => {
+                    self.shape(declared.module, &fields.unnamed[0].ty)
+                }
                 Fields::Named(fields) => self.section(&declared, &item.attrs, |reader, container| {
-                    let defaults = container.default.is_some().then(|| default::of_type(reader.sources, &declared)).transpose()?;
+                    let defaults =
+                        container.default.is_some().then(|| default::of_type(reader.sources, &declared)).transpose()?;
                     Ok((reader.keys(declared.module, fields, container, defaults.as_ref())?, Vec::new()))
                 }),
                 _ => bail!("`{name}` is a struct without named fields"),
@@ -150,7 +156,10 @@ impl Reader<'_> {
             if let (true, Shape::Section(of)) = (said.flatten, &shape) {
                 let at = self.schema.sections.iter().position(|section| section.of == *of);
                 let inside = at.map(|at| self.schema.sections.remove(at)).context("it is flattened twice")?;
-                ensure!(inside.variants.is_empty(), "`{ident}` flattens an enum with a tag, which has no keys of its own");
+                ensure!(
+                    inside.variants.is_empty(),
+                    "`{ident}` flattens an enum with a tag, which has no keys of its own"
+                );
                 keys.extend(inside.keys);
                 continue;
             }
@@ -186,7 +195,9 @@ impl Reader<'_> {
         }
         if container.untagged {
             let shape = |(_, variant): (_, &syn::Variant)| match &variant.fields {
-                Fields::Unnamed(fields) if fields.unnamed.len() == 1 => self.shape(declared.module, &fields.unnamed[0].ty),
+                Fields::Unnamed(fields) if fields.unnamed.len() == 1 => {
+                    self.shape(declared.module, &fields.unnamed[0].ty)
+                }
                 _ => bail!("an untagged variant holds one type"),
             };
             return Ok(Shape::Either(variants.into_iter().map(shape).collect::<Result<_>>()?));
@@ -239,7 +250,10 @@ mod tests {
         let sources = small::sources(&[
             ("one/lib.rs", code),
             ("two/lib.rs", "mod deep; pub use deep::Colour;"),
-            ("two/deep.rs", "#[serde(rename_all = \"lowercase\")] pub enum Colour { /// Like grass.\n #[default] Green, Red, #[serde(skip)] Own }"),
+            (
+                "two/deep.rs",
+                "#[serde(rename_all = \"lowercase\")] pub enum Colour { /// Like grass.\n #[default] Green, Red, #[serde(skip)] Own }",
+            ),
         ]);
         read(&sources, ("one", "Root"))
     }

@@ -40,7 +40,10 @@ impl Serde {
                         ("tag", Some(value)) => found.tag = Some(value),
                         // These change no key, or how one is written only.
                         ("deny_unknown_fields" | "transparent", None)
-                        | ("with" | "deserialize_with" | "serialize_with" | "skip_serializing_if" | "try_from", Some(_)) => {}
+                        | (
+                            "with" | "deserialize_with" | "serialize_with" | "skip_serializing_if" | "try_from",
+                            Some(_),
+                        ) => {}
                         _ => return Err(meta.error(format!("`cargo xtask docs` does not know serde's `{name}`"))),
                     }
                     Ok(())
@@ -116,7 +119,10 @@ mod tests {
         assert_eq!(plain.name("Pad", Some("lowercase")), "pad");
         assert_eq!(plain.name("model_type", None), "model_type");
         let renamed = with("#[serde(rename = \"type\", default = \"seed\")] #[serde(alias = \"kind\")]").unwrap();
-        assert_eq!((renamed.name("model_type", None).as_str(), &renamed.aliases[..]), ("type", &["kind".to_owned()][..]));
+        assert_eq!(
+            (renamed.name("model_type", None).as_str(), &renamed.aliases[..]),
+            ("type", &["kind".to_owned()][..])
+        );
         assert_eq!(renamed.default, Some(Some("seed".to_owned())));
         let error = with("#[serde(remote = \"x\")]").unwrap_err().to_string();
         assert!(error.contains("does not know serde's `remote`"), "{error}");
@@ -124,7 +130,8 @@ mod tests {
 
     #[test]
     fn docs_are_one_line_of_plain_text() {
-        let item: syn::ItemStruct = syn::parse_str("/// Down to\n/// [`Kwargs::min_lr`], as [`x`] has it.\nstruct A;").unwrap();
+        let item: syn::ItemStruct =
+            syn::parse_str("/// Down to\n/// [`Kwargs::min_lr`], as [`x`] has it.\nstruct A;").unwrap();
         assert_eq!(doc(&item.attrs), "Down to `min_lr`, as `x` has it.");
     }
 }

@@ -148,7 +148,8 @@ mod tests {
 
     #[test]
     fn a_way_is_read_from_cargos_tree() {
-        let tree = "0data v0.1.0 (/x)\n1text v0.1.0\n2gguf v0.1.0\n1flate2 v1.1.11\n1fixtures v0.1.0 (/y)\n2tch v0.24.0\n";
+        let tree =
+            "0data v0.1.0 (/x)\n1text v0.1.0\n2gguf v0.1.0\n1flate2 v1.1.11\n1fixtures v0.1.0 (/y)\n2tch v0.24.0\n";
         assert_eq!(way_in(tree, &["tch", "torch-sys"]).unwrap(), ["data", "fixtures", "tch"]);
         assert_eq!(way_in(tree, &["gguf"]).unwrap(), ["data", "text", "gguf"]);
         assert_eq!(way_in(tree, &["torch-sys"]), None);

@@ -199,8 +199,8 @@ impl<'a> Visit<'a> for Walk<'_> {
 
 #[cfg(test)]
 mod tests {
-    use crate::house::small::sources;
     use super::*;
+    use crate::house::small::sources;
 
     /// The arrows of `code` in module `a`, where `b` has an item `x` and re-exports `c::y` and `c::Deep`.
     fn arrows_of(code: &str) -> Vec<String> {

@@ -116,8 +116,8 @@ fn fault(sources: &Sources, room: ModuleId, circle: &[ModuleId], between: &Room<
 #[cfg(test)]
 mod tests {
     use super::super::arrows;
-    use crate::house::small::sources;
     use super::*;
+    use crate::house::small::sources;
 
     fn circles(files: &[(&str, &str)]) -> Vec<String> {
         let sources = sources(files);

@@ -53,8 +53,8 @@ fn lies_in(path: &str, room: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::super::arrows;
-    use crate::house::small::sources;
     use super::*;
+    use crate::house::small::sources;
 
     #[test]
     fn forbidden_arrows_are_found_wherever_the_name_comes_from() {

@@ -129,8 +129,8 @@ fn is_public(sources: &Sources, named: &Named) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use crate::house::small::sources;
     use super::*;
+    use crate::house::small::sources;
 
     fn doubles(files: &[(&str, &str)]) -> Vec<String> {
         check(&sources(files)).into_iter().map(|fault| format!("{} {}", fault.place, fault.what)).collect()
