@@ -28,6 +28,7 @@ pub struct Batch {
 
 /// One sample's place, and what it was.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct SampleInfo {
     /// The record's id.
     pub id: String,
@@ -45,6 +46,7 @@ pub struct SampleInfo {
 
 /// The places that a model learns from, or is judged by.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Supervised {
     /// `[n]`: places in the batch flattened to `[batch * seq]`, ascending.
     pub positions: Vec<i64>,
@@ -57,8 +59,8 @@ pub fn collate(samples: Vec<Sample>, pad_id: i64) -> Batch {
     collate_rows(samples.into_iter().map(|sample| vec![sample]).collect(), pad_id)
 }
 
-/// Puts samples into one batch, those of each row one behind the other. Each is a document of its row: its positions
-/// start at 0 and it sees nothing of the others, so that a model makes of it what it makes of it alone.
+/// Puts samples into one batch, those of each row one after the other. Each is a document of its row: its positions
+/// start at 0 and it attends to nothing of the others, so that a model makes of it what it makes of it alone.
 pub fn collate_rows(rows: Vec<Vec<Sample>>, pad_id: i64) -> Batch {
     let row_len = |row: &Vec<Sample>| row.iter().map(|sample| sample.input_ids.len()).sum();
     let seq: usize = rows.iter().map(row_len).max().unwrap_or(0);

@@ -1,7 +1,7 @@
-//! From records to samples to batches: conversations with their images, in JSON, parquet files and WebDataset's tar
-//! shards, `scenes`, a procedural dataset, all of them mixed by weight, and worker threads that make batches ahead of time, in an order that depends on neither their number nor on where
-//! a run was interrupted. All of it is plain memory: no tensors are made here, no model is run, nothing is downloaded,
-//! and what is learned from a batch is somebody else's business.
+//! From records to samples to batches. Records are conversations with their images, in JSON, parquet files and
+//! WebDataset's tar shards, or `scenes`, a procedural dataset; sources of them are mixed by weight. Worker threads make
+//! batches ahead of time, in an order that depends neither on their number nor on where a run was interrupted. All of it
+//! is plain memory: no tensors are made here, no model is run, and nothing is downloaded.
 //!
 //! ```
 //! use vora_data::scenes::{Scenes, ScenesConfig, Split};

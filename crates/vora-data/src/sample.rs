@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use anyhow::{Context, Result, ensure};
+use rayon::iter::{IntoParallelIterator, ParallelIterator};
 use thiserror::Error;
 use vora_image::{Pixels, RgbImage};
 use vora_text::{Message, Part, Piece, Span};
@@ -26,7 +27,7 @@ pub struct Sample {
     /// `[seq]`; a token that nothing follows is left out, it is only a target.
     pub input_ids: Vec<i64>,
     /// `[seq]`: at each token the one that is to follow it, where the assistant says that, else [`IGNORE_INDEX`].
-    /// What follows in the text need not be the next in `input_ids`, as branches lie behind each other there.
+    /// What follows in the text need not be the next in `input_ids`, as branches follow each other there.
     pub targets: Vec<i64>,
     /// Which tokens are text, which an image, and which branch they lie on.
     pub spans: Vec<Span>,
@@ -42,6 +43,7 @@ pub struct Sample {
 
 /// Why a sample cannot be made: not even its first answer fits, so nothing of it would be learned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
 #[error("it has {tokens} tokens up to its first answer, at most {max_length} are allowed")]
 pub struct TooLong {
     /// Tokens up to the end of its first answer.
@@ -53,7 +55,7 @@ pub struct TooLong {
 /// A question, and where its answer is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QuestionSpan {
-    /// What it is about: a [kind of scenes](crate::scenes::QuestionKind), or `turn` in a conversation.
+    /// What it is about: a [question type of scenes](crate::scenes::QuestionKind), or `turn` in a conversation.
     pub kind: String,
     /// The question.
     pub question: String,
@@ -96,15 +98,21 @@ impl SampleMaker {
         self.decoded_conversation(record, images.len(), |idx| Ok(Cow::Borrowed(&images[idx])))
     }
 
-    /// The same, of pictures that are decoded one after the other: only one at a time is in memory at its full size.
+    /// The same, of pictures that are decoded by rayon's threads: no more than there are threads are in memory at their
+    /// full size.
     pub(crate) fn decoded_conversation<'a>(
         &self,
         record: &Record,
         count: usize,
-        decode: impl Fn(usize) -> Result<Cow<'a, RgbImage>>,
+        decode: impl Fn(usize) -> Result<Cow<'a, RgbImage>> + Sync,
     ) -> Result<Sample> {
         let pixels = |idx| self.pixels(idx, &*decode(idx)?);
-        let images = (0..count).map(pixels).collect::<Result<Vec<_>>>()?;
+        let images: Vec<_> = match count {
+            0 | 1 => (0..count).map(pixels).collect(),
+            _ => (0..count).into_par_iter().map(pixels).collect(),
+        };
+        // Of several bad ones the first is told, whichever was decoded first.
+        let images = images.into_iter().collect::<Result<Vec<_>>>()?;
         let sample = || {
             let mut images = images;
             let mut messages = record.messages.clone();
@@ -136,8 +144,8 @@ impl SampleMaker {
     }
 
     /// Questions about one picture, packed: the picture and what all questions begin with is the trunk, the rest of
-    /// each, with its answer, a branch behind it. Trunk and branch together are the tokens of a chat with that one
-    /// question, so a model that is asked it alone sees the same.
+    /// each, with its answer, a branch after it. Trunk and branch together are the tokens of a chat with that one
+    /// question, so a model that is asked it alone reads the same.
     ///
     /// # Errors
     /// Where it is too long, or where the picture does not come before what is different.

@@ -19,8 +19,9 @@ pub const MAX_FILE: u64 = 256 << 20;
 /// as RGB. Together with a window of records it stays within 1 GiB.
 const MAX_DECODED: u64 = 704 << 20;
 
-/// Why a picture could not be decoded; comes out of [`decode_image`] by `downcast_ref`.
+/// Why a picture could not be decoded; found in the error of [`decode_image`] by `downcast_ref`.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum ImageError {
     /// No known signature at the start of the file.
     #[error("not a picture: the file starts like none of JPEG, PNG, GIF, WebP, BMP, TIFF or PNM")]
@@ -222,14 +223,14 @@ fn is_progressive(bytes: &[u8]) -> bool {
             _ => at += 2 + usize::from(u16::from_be_bytes([high, low])),
         }
     }
-    true // nobody knows
+    true // it does not say
 }
 
 /// Whether the segments of a JPEG file lead to its end-of-image marker (ITU-T T.81, annex B).
 fn jpeg_is_complete(bytes: &[u8]) -> bool {
     const END_OF_IMAGE: u8 = 0xd9;
     const START_OF_SCAN: u8 = 0xda;
-    let mut at = 2; // behind the start-of-image marker
+    let mut at = 2; // after the start-of-image marker
     loop {
         // Where entropy-coded data or padding stands, go to the next marker: 0xff, then neither 0 (a stuffed 0xff),
         // nor 0xff (fill), nor one of the restart markers that lie inside a scan.

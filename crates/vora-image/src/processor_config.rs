@@ -24,7 +24,7 @@ impl ImageProcessor {
         };
         let (path, json) = stored(folder)?.with_context(missing)?;
         let processor = Self::read(json, class_of_model(folder)).with_context(|| format!("in {}", path.display()))?;
-        // What the published VoRA code does before its processor sees a picture, in training and in its own `processing_vora`.
+        // What the published VoRA code does before its processor is given a picture, in training and in its own `processing_vora`.
         let pads = processor.pad.is_none() && is_published_vora(folder);
         Ok(if pads { processor.with_pad(Some([0; 3])) } else { processor })
     }
@@ -84,7 +84,7 @@ impl ImageProcessor {
         if let Some((_, std)) = mean_std {
             ensure!(std.iter().all(|&std| std > 0.0), "image_std is {std:?}, each must be above 0");
         }
-        // Pictures of a batch are padded to one size behind all else; these have one.
+        // Pictures of a batch are padded to one size after all else; these have one.
         let alike = crop_size.is_some() || matches!(size, Some(Size::Exact { .. }));
         let do_pad = keys.do_pad.unwrap_or(false);
         ensure!(

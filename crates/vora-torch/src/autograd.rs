@@ -5,10 +5,10 @@ use tch::Tensor;
 
 use crate::ffi;
 
-/// Adds to the gradients of all leaves behind `tensor` what follows from `gradient`, that by `tensor` itself.
+/// Runs the backward pass of `tensor` from `gradient`, the derivative by it, and adds what the leaves get to their gradients.
 ///
 /// # Errors
-/// Where no leaf behind `tensor` requires a gradient, or the two differ in shape.
+/// Where no leaf that `tensor` depends on requires a gradient, or the two differ in shape.
 pub fn backward(tensor: &Tensor, gradient: &Tensor) -> Result<()> {
     // SAFETY: two live tensors.
     ffi::check(unsafe { ffi::vora_backward(tensor.as_ptr(), gradient.as_ptr()) })

@@ -118,7 +118,7 @@ impl Conversations {
                         start = at + 1;
                     }
                     b']' | b'}' => {
-                        depth -= 1; // the first byte was a bracket, and none comes behind the last
+                        depth -= 1; // the first byte was a bracket, and none comes after the last
                         ended = depth == 0;
                         if ended && at > start {
                             self.add_line(start, at, false);

@@ -81,7 +81,7 @@ pub fn short_name(frame: &str) -> Cow<'_, str> {
     }
 }
 
-/// What is told of keys that look like pictures and are not read.
+/// Notes of keys that look like pictures and are not read.
 ///
 /// # Errors
 /// Where one names a picture and the record has none: it would be learned blind.

@@ -69,7 +69,7 @@ pub(super) fn messages(raw: Vec<RawTurn>) -> Result<(Vec<Message>, Vec<String>, 
     Ok((messages, named, has_picture_parts))
 }
 
-/// Takes the marks of a record without pictures for words, as the published code does; what is told of that.
+/// Takes the marks of a record without pictures for words, as the published code does; returns a note of that.
 pub(super) fn read_marks_as_words(messages: &mut [Message]) -> Option<String> {
     let mut found = false;
     for message in messages {
@@ -83,7 +83,7 @@ pub(super) fn read_marks_as_words(messages: &mut [Message]) -> Option<String> {
 
 /// Gives each image its place, as the published code does: where the first question says [`VIDEO_PLACE`], else where
 /// questions have marks, else before the first question. Several images without marks of their own are frames of a
-/// video, each behind its second. What is told of it, where no question said where.
+/// video, each after its second. Returns a note where no question said where.
 pub(super) fn place_images(messages: &mut [Message], num_images: usize) -> Result<Option<String>> {
     let num_places = |messages: &[Message]| {
         messages.iter().flat_map(|message| &message.content).filter(|part| **part == Part::Image).count()

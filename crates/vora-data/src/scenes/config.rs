@@ -29,7 +29,7 @@ pub struct ScenesConfig {
     /// Colour-shape pairs that the splits `train` and `test` never show nor name. Each colour and each shape keeps
     /// more than half of its partners.
     pub held_out: usize,
-    /// Share of objects with a colour that has no name; nobody asks for it.
+    /// Share of objects with a colour that has no name; no question asks for it.
     pub unnamed_share: f64,
     /// Pictures of the split `train` before this number ask the shape of no object whose colour has a name: while shapes
     /// are still guessed, a colour would otherwise come to stand for the shapes it is shown with, and against the one
@@ -37,7 +37,7 @@ pub struct ScenesConfig {
     pub shape_of_named_after: u64,
     /// Questions asked about one picture; fewer where it gives rise to fewer.
     pub questions_per_image: usize,
-    /// How often each kind is asked, relative to the others; a kind that is missing is not asked.
+    /// How often each question type is asked, relative to the others; one that is missing is not asked.
     pub kinds: BTreeMap<QuestionKind, f64>,
     /// The same for pictures of several objects; none where it is the same.
     pub kinds_of_several: Option<BTreeMap<QuestionKind, f64>>,
@@ -145,7 +145,7 @@ impl ScenesConfig {
             .collect()
     }
 
-    /// How often a kind is asked about a picture of this many objects.
+    /// How often a question type is asked about a picture of this many objects.
     pub(super) fn weight(&self, kind: QuestionKind, num_objects: usize) -> f64 {
         let several = self.kinds_of_several.as_ref().filter(|_| num_objects > 1);
         several.unwrap_or(&self.kinds).get(&kind).copied().unwrap_or(0.0)
@@ -179,7 +179,7 @@ fn check_kinds(key: &str, kinds: &BTreeMap<QuestionKind, f64>) -> Result<()> {
     for (kind, weight) in kinds {
         ensure!(*weight >= 0.0 && weight.is_finite(), "scenes.{key}.{kind} is {weight}, it must be 0 or more");
     }
-    // An object of an unnamed colour is not asked its colour, nor among several its shape: other kinds must be there.
+    // An object of an unnamed colour is not asked its colour, nor among several its shape: other question types must be there.
     use QuestionKind::{Caption, HowMany, Where, YesNo};
     ensure!(
         [Where, HowMany, YesNo, Caption].iter().any(|kind| kinds.get(kind).is_some_and(|weight| *weight > 0.0)),

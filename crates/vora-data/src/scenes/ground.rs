@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// What lies behind the objects; always one colour.
+/// What the objects lie on; always one colour.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Ground {

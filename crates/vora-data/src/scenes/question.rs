@@ -27,7 +27,7 @@ struct Candidates<'a> {
 
 impl Scenes {
     /// `questions_per_image` questions about the scene of this number, or as many as there are, in random order:
-    /// each kind in proportion to its weight in the config, no question twice.
+    /// each question type in proportion to its weight in the config, no question twice.
     pub fn questions(&self, index: u64) -> Vec<Question> {
         let draw = &mut Draw::new(self.config.seed, self.split as u64, index, Purpose::Questions);
         let scene = self.scene(index);

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 pub enum Split {
     /// What a model learns from.
     Train,
-    /// Other pictures of the same kind.
+    /// Other pictures, made the same way.
     Test,
     /// Pictures with an object whose colour and shape never come together in training; questions are about it.
     Unseen,

@@ -108,7 +108,7 @@ impl Cursor {
         }
     }
 
-    /// Starts to read at the window of `place`, or at the walk's start where nobody knows yet which one that is.
+    /// Starts to read at the window of `place`, or at the walk's start where that window is not known yet.
     fn restart(&mut self, shards: &Arc<Vec<Box<dyn Shard>>>, place: u64, seed: Option<u64>) -> Result<()> {
         self.windows.clear();
         let len: Option<u64> = self.lens.iter().copied().sum();
@@ -218,7 +218,7 @@ fn read(
             if let Err(error) = read.unwrap_or_else(|_| Err(anyhow!("a shard made its reader panic"))) {
                 take(Err(error.context("the rest of a shard is left out")));
             }
-            // One that promised more keeps its length, or the places behind it would be others.
+            // One that promised more keeps its length, or the places after it would be others.
             while wanted && lens[shard].is_some_and(|promised| len < promised) {
                 len += 1;
                 wanted = cutter.push(Err(anyhow!("left out with the rest of its shard")));

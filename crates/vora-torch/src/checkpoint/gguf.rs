@@ -30,7 +30,7 @@ pub(super) fn open(map: &Arc<MmapMut>) -> Result<Llm<Mapped>> {
     Gguf::parse(Mapped(Arc::clone(map))).and_then(Llm::new)
 }
 
-/// The kind that holds a stored tensor without loss, or with that of f32 arithmetic where it is quantised.
+/// The dtype that holds a stored tensor without loss, or with that of f32 arithmetic where it is quantised.
 fn kind_of(kind: TensorKind) -> Kind {
     match kind {
         TensorKind::F16 => Kind::Half,
@@ -54,7 +54,7 @@ pub(super) fn dequantise(model: &Llm<Mapped>, name: &str, shape: &[i64], kind: K
 /// Writes the values into a new contiguous CPU tensor whose elements are `T`s.
 fn fill<T: Send>(model: &Llm<Mapped>, name: &str, tensor: &Tensor, convert: impl Fn(f32) -> T + Sync) -> Result<()> {
     assert_eq!(size_of::<T>(), tensor.kind().elt_size_in_bytes(), "T is the element of the tensor's dtype");
-    // SAFETY: `numel` elements of this size, which nobody else sees yet.
+    // SAFETY: `numel` elements of this size, which nobody else has yet.
     let out = unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<T>(), tensor.numel()) };
     model.read(name, out, convert)
 }

@@ -42,7 +42,7 @@ pub(super) fn view(map: &Arc<MmapMut>, range: Range<usize>, entry: &Entry) -> Re
         return Tensor::f_from_data_size(bytes, &entry.shape, entry.kind).map_err(error::clean);
     }
     let owner = Arc::into_raw(Arc::clone(map)).cast_mut().cast::<c_void>();
-    // SAFETY: the range lies inside the map, is aligned for its kind, and the map lives until `release`.
+    // SAFETY: the range lies inside the map, is aligned for its dtype, and the map lives until `release`.
     let tensor = ffi::tensor(unsafe {
         ffi::vora_from_blob(
             bytes.as_ptr().cast_mut().cast(),
@@ -65,7 +65,7 @@ extern "C" fn release(owner: *mut c_void) {
     drop(unsafe { Arc::from_raw(owner.cast_const().cast::<MmapMut>()) });
 }
 
-/// `c10::ScalarType` of a kind that a checkpoint can hold, by its number in libtorch's ABI.
+/// `c10::ScalarType` of a dtype that a checkpoint can hold, by its number in libtorch's ABI.
 fn scalar_type(kind: Kind) -> i8 {
     match kind {
         Kind::Uint8 => 0,

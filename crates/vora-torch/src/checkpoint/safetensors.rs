@@ -52,7 +52,7 @@ impl<'de> Visitor<'de> for UniqueNames {
     }
 }
 
-/// libtorch's kind for a safetensors dtype.
+/// libtorch's name for a safetensors dtype.
 fn kind_of(dtype: Dtype) -> Result<Kind> {
     Ok(match dtype {
         Dtype::F64 => Kind::Double,
@@ -69,7 +69,7 @@ fn kind_of(dtype: Dtype) -> Result<Kind> {
     })
 }
 
-/// The safetensors dtype for a kind.
+/// The safetensors name for a dtype of libtorch's.
 pub(super) fn dtype_of(kind: Kind) -> Result<Dtype> {
     Ok(match kind {
         Kind::Double => Dtype::F64,

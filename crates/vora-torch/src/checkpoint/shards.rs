@@ -17,6 +17,7 @@ pub struct Shards {
 
 /// One file, and what goes into it.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Shard {
     /// `model.safetensors` where there is one file, else `model-00001-of-00003.safetensors`.
     pub file: String,
@@ -63,6 +64,9 @@ impl Shards {
 
     /// Writes the files into `folder`, and `model.safetensors.index.json` where there are several. Tensors are asked for
     /// by name, one by one, see [`save_each`].
+    ///
+    /// # Errors
+    /// As [`save_each`], or where the folder cannot be written to.
     pub fn write(&self, folder: &Path, mut tensor: impl FnMut(&str) -> Result<Tensor>) -> Result<()> {
         for shard in &self.files {
             save_each(&folder.join(&shard.file), &shard.tensors, &[], &mut tensor)?;

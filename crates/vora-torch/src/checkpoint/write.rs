@@ -16,7 +16,7 @@ use crate::error;
 pub struct TensorInfo {
     /// Its name.
     pub name: String,
-    /// The kind of its elements.
+    /// The dtype of its elements.
     pub kind: Kind,
     /// Its dimensions.
     pub shape: Vec<i64>,
@@ -24,6 +24,9 @@ pub struct TensorInfo {
 
 impl TensorInfo {
     /// What is to be said of this tensor.
+    ///
+    /// # Errors
+    /// Where its dtype is none that tch knows.
     pub fn of(name: &str, tensor: &Tensor) -> Result<Self> {
         let kind = tensor.f_kind().map_err(error::clean).with_context(|| format!("tensor `{name}`"))?;
         Ok(Self { name: name.to_owned(), kind, shape: tensor.size() })
@@ -47,6 +50,9 @@ fn bytes_of(tensor: &Tensor) -> &[u8] {
 
 /// Writes `tensors` to `path` atomically: beside its place, synced, renamed. `{"format": "pt"}` is added to the
 /// metadata, as HF transformers asks for.
+///
+/// # Errors
+/// Where the file cannot be written, or safetensors has no dtype for a tensor.
 pub fn save(path: &Path, tensors: &[(String, Tensor)], metadata: &[(&str, &str)]) -> Result<()> {
     let infos: Vec<TensorInfo> = tensors
         .iter()
@@ -61,7 +67,7 @@ pub fn save(path: &Path, tensors: &[(String, Tensor)], metadata: &[(&str, &str)]
 /// dropped.
 ///
 /// # Errors
-/// Also where two have one name, or a tensor is not of the kind and shape that was said of it.
+/// Also where two have one name, or a tensor is not of the dtype and shape that was said of it.
 pub fn save_each(
     path: &Path,
     infos: &[TensorInfo],

@@ -12,7 +12,7 @@ fn has_kernel(x: &Tensor) -> bool {
     x.device() == Device::Cpu && matches!(x.kind(), Kind::Float | Kind::BFloat16)
 }
 
-/// What a kernel made; it fails only where shapes or kinds are not those in its caller's doc comment.
+/// What a kernel made; it fails only where shapes or dtypes are not those in its caller's doc comment.
 fn made(tensor: anyhow::Result<Tensor>) -> Tensor {
     tensor.unwrap_or_else(|e| panic!("{e:#}"))
 }
@@ -102,7 +102,7 @@ mod tests {
 
     #[test]
     fn rms_norm_is_what_it_says() {
-        // Lengths with and without a rest behind whole vectors; rows for more than one thread.
+        // Lengths with and without a rest after whole vectors; rows for more than one thread.
         for shape in [vec![2, 3, 37], vec![1, 576], vec![300, 128]] {
             let hidden = [*shape.last().unwrap()];
             same(&[&shape, &hidden], |t| rms_norm(&t[0], &t[1], 1e-5), |t| plain::rms_norm(&t[0], &t[1], 1e-5));

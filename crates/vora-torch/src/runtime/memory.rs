@@ -40,8 +40,9 @@ pub fn process_size(key: &str) -> Option<u64> {
     Some(kibibytes.trim().parse::<u64>().ok()? * 1024)
 }
 
-/// Memory of a GPU as libtorch's allocator sees it, in bytes.
+/// Memory of a GPU as libtorch's allocator counts it, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct GpuMemory {
     /// Held by tensors now (`torch.cuda.memory_allocated`).
     pub allocated: u64,

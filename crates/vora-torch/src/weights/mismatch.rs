@@ -5,10 +5,10 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-/// How many names of each kind a mismatch shows.
+/// How many names of each list a mismatch shows.
 const NAMED: usize = 10;
 
-/// What does not fit between a checkpoint and the model that reads it, in one list; shown, the first ten of each kind
+/// What does not fit between a checkpoint and the model that reads it, in one list; shown, the first ten of each list
 /// and how many there are.
 #[derive(Debug, Error, PartialEq)]
 #[non_exhaustive]

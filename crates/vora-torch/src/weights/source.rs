@@ -34,8 +34,8 @@ struct Ledger {
 
 /// A source of weights and a place in its tree of names; clones share the source.
 ///
-/// Frozen tensors come from [`Weights::get`] in the kind asked for (on the CPU a view of the mapped file where the
-/// kinds agree); trained ones from [`Weights::parameter`] as f32 masters. A name that the checkpoint lacks is noted
+/// Frozen tensors come from [`Weights::get`] in the dtype asked for (on the CPU a view of the mapped file where the
+/// dtypes agree); trained ones from [`Weights::parameter`] as f32 masters. A name that the checkpoint lacks is noted
 /// and stood in for, so that [`Weights::finish`] can tell everything that does not fit in one error. What is frozen and
 /// what is trained is the module's choice; [`Weights::trained`] makes all of it trained.
 #[derive(Debug, Clone)]
@@ -50,7 +50,10 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Opens a folder or file of safetensors, or the GGUF file of a language model; see [`Checkpoint::open`].
+    /// Opens a folder or file of safetensors, or the GGUF file of a language model.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
     pub fn open(path: &Path, device: Device, kind: Kind) -> Result<Self> {
         Ok(Self::new(Source::File(Checkpoint::open(path)?), device, kind))
     }
@@ -76,8 +79,8 @@ impl Weights {
     }
 
     /// The same source for a model all of whose weights are trained: [`Weights::get`] gives what [`Weights::parameter`]
-    /// gives. [`Weights::kind`] stays the kind that such a model computes in, as mixed precision has it: its masters are
-    /// f32, cast where they meet activations of another kind.
+    /// gives. [`Weights::kind`] stays the dtype that such a model computes in, as mixed precision has it: its masters are
+    /// f32, cast where they meet activations of another dtype.
     ///
     /// For a language model that learns with what is put before it (LLaVA's second stage), or from nothing (Chameleon).
     #[must_use]
@@ -101,7 +104,7 @@ impl Weights {
         self.device
     }
 
-    /// The kind of frozen tensors, and of activations.
+    /// The dtype of frozen tensors, and of activations.
     pub fn kind(&self) -> Kind {
         self.kind
     }
@@ -150,8 +153,11 @@ impl Weights {
         names
     }
 
-    /// A tensor as it lies in the checkpoint, in its own kind; it does not count as asked for. A source of new weights
+    /// A tensor as it lies in the checkpoint, in its own dtype; it does not count as asked for. A source of new weights
     /// has none.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor`].
     pub fn stored_tensor(&self, name: &str) -> Result<Option<Tensor>> {
         let name = self.stored_name(name);
         match &*self.source {
@@ -162,8 +168,11 @@ impl Weights {
     }
 
     /// Every tensor that the checkpoint has below this place, by its name from here on, as it lies there: in its own
-    /// kind, from a file as a view of the mapped memory. None of them counts as asked for. A source of new weights has
+    /// dtype, from a file as a view of the mapped memory. None of them counts as asked for. A source of new weights has
     /// none.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor`].
     pub fn stored(&self) -> Result<Vec<(String, Tensor)>> {
         let mut stored = Vec::new();
         for name in self.names() {
@@ -174,7 +183,10 @@ impl Weights {
         Ok(stored)
     }
 
-    /// A frozen tensor, in the kind of this source; a trained one where the source is [`Weights::trained`].
+    /// A frozen tensor, in the dtype of this source; a trained one where the source is [`Weights::trained`].
+    ///
+    /// # Errors
+    /// Where a tensor cannot be read or made; one that is missing or misshapen is told by [`Weights::finish`].
     pub fn get(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
         if self.trained {
             return self.parameter(name, shape, init);
@@ -183,6 +195,9 @@ impl Weights {
     }
 
     /// A trained tensor: an f32 leaf that requires gradients, registered under its full name.
+    ///
+    /// # Errors
+    /// As [`Weights::get`].
     pub fn parameter(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
         let found = self.find(name, shape, init, Kind::Float)?.detach();
         let tensor = Tensor::empty(shape, (Kind::Float, self.device));
@@ -203,12 +218,18 @@ impl Weights {
         self.ledger().parameters.iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect()
     }
 
-    /// An error that lists everything missing, unexpected and misshapen; call it when the model is built.
+    /// Checks that checkpoint and model fit each other; call it when the model is built.
+    ///
+    /// # Errors
+    /// A [`Mismatch`] that lists everything missing, unexpected and misshapen.
     pub fn finish(&self) -> Result<()> {
         self.finish_allowing(|_| false)
     }
 
     /// As [`Weights::finish`], but lets unexpected names pass for which `allowed` is true.
+    ///
+    /// # Errors
+    /// As [`Weights::finish`].
     pub fn finish_allowing(&self, allowed: impl Fn(&str) -> bool) -> Result<()> {
         let ledger = self.ledger();
         let names: Vec<&str> = match &*self.source {
@@ -229,7 +250,7 @@ impl Weights {
         Err(Mismatch { path: self.origin(), missing, unexpected, misshapen }.into())
     }
 
-    /// The file or folder behind this source, for messages.
+    /// The file or folder that this source reads, for messages.
     pub fn origin(&self) -> PathBuf {
         match &*self.source {
             Source::File(checkpoint) => checkpoint.path().to_owned(),

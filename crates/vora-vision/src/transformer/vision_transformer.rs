@@ -23,6 +23,7 @@ pub struct VisionTransformer {
 
 /// What a vision transformer knows before its first block: a start for a student's own patch embedding.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Patchifier<'a> {
     /// `[hidden, 3, patch, patch]`
     pub weight: &'a Tensor,

@@ -31,6 +31,7 @@ pub struct VqModel {
 
 /// What a [`VqModel`] is trained on: the sum of both losses.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct VqLosses {
     /// Mean squared error of the decoded pictures, 0-dim.
     pub reconstruction: Tensor,

@@ -21,7 +21,7 @@ pub(super) const MAX_NAME: u64 = 4096;
 /// No header that stands before a member's own is longer.
 pub(super) const MAX_EXTENDED_HEADER: u64 = 1 << 20;
 
-/// Members of one name: what stands behind it, and what is inside or where.
+/// Members of one name: what each has after that name, and what is inside or where.
 pub(super) struct Group<P> {
     pub(super) name: String,
     pub(super) members: Vec<(String, P)>,

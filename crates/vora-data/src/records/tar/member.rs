@@ -27,7 +27,7 @@ pub(super) enum Part {
     Fault(String),
 }
 
-/// By what stands behind its record's name.
+/// By what a member's name has after its record's.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ending {
     Json,
