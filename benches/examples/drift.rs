@@ -117,7 +117,8 @@ fn main() -> Result<()> {
 
 /// Pictures of one to three objects, with captions and short answers alike.
 fn scenes_config() -> ScenesConfig {
-    let kinds: BTreeMap<QuestionKind, f64> = QuestionKind::ALL.into_iter().map(|kind| (kind, 1.0)).collect();
+    let asked = QuestionKind::ALL.into_iter().filter(|kind| *kind != QuestionKind::Describe);
+    let kinds: BTreeMap<QuestionKind, f64> = asked.map(|kind| (kind, 1.0)).collect();
     ScenesConfig {
         objects: [1.0; 3],
         lone_first: 0,

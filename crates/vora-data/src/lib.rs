@@ -19,6 +19,7 @@ mod batch;
 mod loader;
 mod pack;
 mod preparation;
+mod prompts;
 mod records;
 mod sample;
 pub mod scenes;

@@ -9,6 +9,8 @@
 //! ```
 
 mod blind;
+mod described;
+mod greedy;
 mod perplexity;
 mod question;
 mod question_set;
@@ -20,6 +22,8 @@ mod tally;
 mod task;
 
 pub use blind::show_other_pictures;
+pub use described::described;
+pub use greedy::greedy_answers;
 pub use perplexity::{Perplexity, perplexity};
 pub use question::Question;
 pub use question_set::QuestionSet;

@@ -11,7 +11,7 @@ use crate::question::Question;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Task {
-    /// Exact match.
+    /// Exact match; of descriptions of scenes, the same set of colour, shape and place.
     Exact,
     /// The accuracy of VQAv2.
     Vqa,

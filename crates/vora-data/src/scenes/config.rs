@@ -151,6 +151,17 @@ impl ScenesConfig {
         several.unwrap_or(&self.kinds).get(&kind).copied().unwrap_or(0.0)
     }
 
+    /// Whether the split `train` has pictures about which nothing can be asked yet: before `shape_of_named_after` a
+    /// description would tell the shape of an object whose colour has a name.
+    pub(super) fn describes_too_early(&self) -> bool {
+        let only_describes = |kinds: &BTreeMap<QuestionKind, f64>| {
+            let mut asked = kinds.iter().filter(|(_, weight)| **weight > 0.0);
+            asked.all(|(kind, _)| *kind == QuestionKind::Describe)
+        };
+        let mut kinds = std::iter::once(&self.kinds).chain(&self.kinds_of_several);
+        self.shape_of_named_after > 0 && kinds.any(only_describes)
+    }
+
     fn most_held_out(&self) -> usize {
         let (colours, shapes) = (&self.colours, &self.shapes);
         (0..=colours.len() * shapes.len())
@@ -180,10 +191,13 @@ fn check_kinds(key: &str, kinds: &BTreeMap<QuestionKind, f64>) -> Result<()> {
         ensure!(*weight >= 0.0 && weight.is_finite(), "scenes.{key}.{kind} is {weight}, it must be 0 or more");
     }
     // An object of an unnamed colour is not asked its colour, nor among several its shape: other question types must be there.
-    use QuestionKind::{Caption, HowMany, Where, YesNo};
+    use QuestionKind::{Caption, Describe, HowMany, Where, YesNo};
     ensure!(
-        [Where, HowMany, YesNo, Caption].iter().any(|kind| kinds.get(kind).is_some_and(|weight| *weight > 0.0)),
-        "scenes.{key} asks nothing that every picture can answer, it needs one of where, how_many, yes_no, caption"
+        [Where, HowMany, YesNo, Caption, Describe]
+            .iter()
+            .any(|kind| kinds.get(kind).is_some_and(|weight| *weight > 0.0)),
+        "scenes.{key} asks nothing that every picture can answer, it needs one of where, how_many, yes_no, caption, \
+         describe"
     );
     Ok(())
 }

@@ -21,6 +21,11 @@ impl Scenes {
     pub fn new(config: ScenesConfig, split: Split) -> Result<Self> {
         config.validate()?;
         ensure!(split != Split::Unseen || config.held_out > 0, "scenes.held_out is 0, so there is no split `unseen`");
+        ensure!(
+            split != Split::Train || !config.describes_too_early(),
+            "scenes.kinds asks for descriptions alone, which tell shapes: shape_of_named_after must be 0, not {}",
+            config.shape_of_named_after
+        );
         Ok(Self { held_out: config.held_out_pairs(), config, split })
     }
 
@@ -52,6 +57,7 @@ impl Scenes {
 
 #[cfg(test)]
 mod tests {
+    use super::super::QuestionKind;
     use super::*;
 
     #[test]
@@ -62,6 +68,15 @@ mod tests {
         assert_eq!(picture(0, Split::Train), picture(0, Split::Train));
         assert_ne!(picture(0, Split::Train), picture(0, Split::Test));
         assert_ne!(picture(0, Split::Train), picture(1, Split::Train));
+    }
+
+    #[test]
+    fn descriptions_alone_cannot_wait() {
+        let kinds = [(QuestionKind::Describe, 1.0)].into();
+        let config = ScenesConfig { kinds, kinds_of_several: None, shape_of_named_after: 9, ..ScenesConfig::default() };
+        let error = Scenes::new(config.clone(), Split::Train).unwrap_err().to_string();
+        assert!(error.contains("shape_of_named_after must be 0, not 9"), "{error}");
+        assert_eq!(Scenes::new(config, Split::Test).unwrap().questions(0).len(), 1);
     }
 
     #[test]

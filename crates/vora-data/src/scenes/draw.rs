@@ -10,6 +10,7 @@ pub(super) enum Purpose {
     Scene,
     Noise,
     Questions,
+    Wording,
 }
 
 /// The draws of one picture for one purpose.

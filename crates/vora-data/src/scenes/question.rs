@@ -1,6 +1,7 @@
 //! What is asked about a scene, and what is right.
 
 use super::dataset::Scenes;
+use super::description::Description;
 use super::draw::{Draw, Purpose};
 use super::question_kind::QuestionKind;
 use super::scene::{Object, Scene};
@@ -13,14 +14,29 @@ pub struct Question {
     pub kind: QuestionKind,
     /// The question.
     pub question: String,
-    /// The answer, one or two words but for captions.
+    /// The answer, one or two words but for captions and descriptions.
     pub answer: String,
 }
+
+/// How a description is asked for.
+const DESCRIBE: [&str; 10] = [
+    "Describe this image.",
+    "Describe the image in one sentence.",
+    "Describe the picture in a sentence.",
+    "Describe what you see.",
+    "What is in the picture?",
+    "What is in this image?",
+    "What does the picture show?",
+    "What can you see in this picture?",
+    "What do you see?",
+    "Tell me what is in the image.",
+];
 
 /// Questions about one scene to choose from, with their weights.
 struct Candidates<'a> {
     scenes: &'a Scenes,
     scene: &'a Scene,
+    index: u64,
     asks_shape_of_named: bool,
     found: Vec<(f64, Question)>,
 }
@@ -32,7 +48,7 @@ impl Scenes {
         let draw = &mut Draw::new(self.config.seed, self.split as u64, index, Purpose::Questions);
         let scene = self.scene(index);
         let asks_shape_of_named = self.split != Split::Train || index >= self.config.shape_of_named_after;
-        let mut candidates = Candidates { scenes: self, scene: &scene, asks_shape_of_named, found: Vec::new() };
+        let mut candidates = Candidates { scenes: self, scene: &scene, index, asks_shape_of_named, found: Vec::new() };
         candidates.all(draw);
         let mut left = candidates.found;
         let mut chosen = Vec::with_capacity(self.config.questions_per_image);
@@ -57,6 +73,7 @@ impl Candidates<'_> {
         self.is_colour(asked, draw);
         self.is_shape(asked, draw);
         self.push(1.0, QuestionKind::Caption, "Describe the picture.", &caption(self.scene));
+        self.describe();
     }
 
     fn push(&mut self, share: f64, kind: QuestionKind, question: impl Into<String>, answer: &str) {
@@ -93,6 +110,16 @@ impl Candidates<'_> {
             _ => format!("Where is the {shape}?"),
         };
         self.push(share, QuestionKind::Where, question, object.quarter.name());
+    }
+
+    /// The whole scene in a sentence. How it is asked for is drawn apart, so that the other questions stay what they are.
+    fn describe(&mut self) {
+        if self.asks_shape_of_named || self.scene.objects.iter().all(|object| object.colour.is_none()) {
+            let scenes = self.scenes;
+            let draw = &mut Draw::new(scenes.config.seed, scenes.split as u64, self.index, Purpose::Wording);
+            let answer = Description::of(self.scene).to_string();
+            self.push(1.0, QuestionKind::Describe, draw.pick(&DESCRIBE), &answer);
+        }
     }
 
     /// Whether something has a colour, once with yes and once with no. Where an object's colour has no name it is not
@@ -185,6 +212,10 @@ mod tests {
                             assert_eq!(objects.iter().any(named), answer == "yes", "{question}");
                         }
                         QuestionKind::Caption => assert_eq!(answer.split(", ").count(), objects.len()),
+                        QuestionKind::Describe => {
+                            let truth = Description::of(&scenes.scene(index));
+                            assert_eq!(Description::parse(&answer), Some(truth));
+                        }
                     }
                     if matches!(kind, QuestionKind::Colour | QuestionKind::Shape | QuestionKind::Where) {
                         assert_eq!(meant.len(), 1, "`{question}` in scene {index}");
@@ -216,7 +247,8 @@ mod tests {
                 for other in &objects[1..] {
                     let names = |text: &str| text.contains(other.shape.name());
                     assert!(
-                        kind == QuestionKind::Caption || !names(&question) && !names(&answer),
+                        matches!(kind, QuestionKind::Caption | QuestionKind::Describe)
+                            || !names(&question) && !names(&answer),
                         "{question} {answer}"
                     );
                 }
@@ -252,7 +284,12 @@ mod tests {
     fn at_first_only_objects_without_a_named_colour_are_asked_their_shape() {
         let config = ScenesConfig {
             shape_of_named_after: 300,
-            kinds: QuestionKind::ALL[..5].iter().map(|kind| (*kind, 1.0)).collect(),
+            questions_per_image: 20,
+            kinds: QuestionKind::ALL
+                .iter()
+                .filter(|kind| **kind != QuestionKind::Caption)
+                .map(|kind| (*kind, 1.0))
+                .collect(),
             kinds_of_several: None,
             ..ScenesConfig::default()
         };
@@ -260,7 +297,7 @@ mod tests {
             let scenes = Scenes::new(config.clone(), split).unwrap();
             let named = scenes.scene(index).objects.iter().any(|object| object.colour.is_some());
             let is_shape = |q: &Question| {
-                q.kind == QuestionKind::Shape
+                matches!(q.kind, QuestionKind::Shape | QuestionKind::Describe)
                     || q.kind == QuestionKind::YesNo && scenes.shapes().iter().any(|s| q.question.contains(s.name()))
             };
             named && scenes.questions(index).iter().any(is_shape)
@@ -268,6 +305,37 @@ mod tests {
         let count = |split, from: u64| (from..from + 300).filter(|index| asks_shape(split, *index)).count();
         assert_eq!(count(Split::Train, 0), 0);
         assert!(count(Split::Train, 300) > 100 && count(Split::Test, 0) > 100);
+    }
+
+    #[test]
+    fn a_description_is_asked_for_in_many_ways_and_changes_no_other_question() {
+        let kinds = [QuestionKind::ALL.map(|kind| (kind, 1.0)).into(), BTreeMap::from([(QuestionKind::Describe, 1.0)])];
+        let [all, describe] = kinds.map(|kinds| {
+            let config =
+                ScenesConfig { questions_per_image: 20, kinds, kinds_of_several: None, ..ScenesConfig::default() };
+            Scenes::new(config, Split::Unseen).unwrap()
+        });
+        let without = ScenesConfig {
+            kinds: QuestionKind::ALL[..6].iter().map(|kind| (*kind, 1.0)).collect(),
+            ..all.config().clone()
+        };
+        let without = Scenes::new(without, Split::Unseen).unwrap();
+        let mut wordings = HashSet::new();
+        let set =
+            |questions: Vec<Question>| questions.into_iter().map(|q| (q.question, q.answer)).collect::<HashSet<_>>();
+        for index in 0..200 {
+            let asked = describe.questions(index);
+            assert_eq!(
+                set(asked.clone()).union(&set(without.questions(index))).cloned().collect::<HashSet<_>>(),
+                set(all.questions(index))
+            );
+            let [Question { question, answer, .. }] = &asked[..] else { panic!("{asked:?}") };
+            let (colour, shape) =
+                (describe.scene(index).objects[0].colour.unwrap(), describe.scene(index).objects[0].shape);
+            assert!(answer.contains(&format!("{} {}", colour.name(), shape.name())), "{answer}");
+            wordings.insert(question.clone());
+        }
+        assert_eq!(wordings, DESCRIBE.map(str::to_owned).into());
     }
 
     #[test]

@@ -18,13 +18,17 @@ pub enum QuestionKind {
     HowMany,
     /// Whether there is one of this colour, or of this shape.
     YesNo,
-    /// All objects, each with colour, shape and quarter.
+    /// All objects, each with colour, shape and quarter, in keywords.
     Caption,
+    /// The same in a sentence, asked for in everyday words. The model's own sentence is judged, decoded greedily: it is right
+    /// where it tells the same set of colour, shape and quarter, in whatever order.
+    Describe,
 }
 
 impl QuestionKind {
     /// Every question type.
-    pub const ALL: [Self; 6] = [Self::Colour, Self::Shape, Self::Where, Self::HowMany, Self::YesNo, Self::Caption];
+    pub const ALL: [Self; 7] =
+        [Self::Colour, Self::Shape, Self::Where, Self::HowMany, Self::YesNo, Self::Caption, Self::Describe];
 
     /// Its key in run files and results.
     pub fn name(self) -> &'static str {
@@ -35,6 +39,7 @@ impl QuestionKind {
             Self::HowMany => "how_many",
             Self::YesNo => "yes_no",
             Self::Caption => "caption",
+            Self::Describe => "describe",
         }
     }
 }

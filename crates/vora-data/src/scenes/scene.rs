@@ -20,7 +20,7 @@ pub enum Quarter {
 }
 
 impl Quarter {
-    const ALL: [Self; 4] = [Self::TopLeft, Self::TopRight, Self::BottomLeft, Self::BottomRight];
+    pub(super) const ALL: [Self; 4] = [Self::TopLeft, Self::TopRight, Self::BottomLeft, Self::BottomRight];
 
     /// The words for it.
     pub fn name(self) -> &'static str {

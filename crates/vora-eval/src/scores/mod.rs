@@ -1,11 +1,12 @@
 //! Scores of answers against what was expected: pure functions on strings, each equal to the published scorer named at it.
 //!
 //! Exact match, VQA accuracy, yes/no as POPE reports it, and for captions BLEU, ROUGE-L and CIDEr on the words that
-//! [`ptb_tokenize`] makes. They know no model and read no file.
+//! [`ptb_tokenize`] makes; and for descriptions of scenes, which have no published scorer, whether they tell the same. They know no model and read no file.
 
 mod bleu;
 mod caption;
 mod cider;
+mod description;
 mod exact_match;
 #[cfg(test)]
 mod golden;
@@ -18,6 +19,7 @@ mod yes_no;
 pub use bleu::bleu;
 pub use caption::TokenizedCaption;
 pub use cider::cider;
+pub use description::same_description;
 pub use exact_match::exact_match;
 pub use ngrams::MAX_ORDER;
 pub use ptb::ptb_tokenize;

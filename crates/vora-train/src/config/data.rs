@@ -8,7 +8,7 @@ use anyhow::{Result, anyhow, bail, ensure};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
-use vora_data::scenes::{ScenesConfig, Split};
+use vora_data::scenes::{QuestionKind, ScenesConfig, Split};
 
 /// The data: what is learned from, and what is asked afterwards.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -62,6 +62,30 @@ pub struct EvalData {
     /// Questions about a picture of the split; absent: as many as in training.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub questions_per_image: Option<usize>,
+    /// How often each question type is asked about a picture of the split, whatever its number of objects; absent: as in
+    /// training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kinds: Option<BTreeMap<QuestionKind, f64>>,
+    /// Shares of pictures with one, two and three objects in the split; absent: as in training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub objects: Option<[f64; 3]>,
+    /// Share of the split's objects with a colour that has no name; absent: as in training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unnamed_share: Option<f64>,
+}
+
+impl EvalData {
+    /// The scenes of the split: those of training, but for what is said otherwise here.
+    pub(crate) fn scenes(&self, train: ScenesConfig) -> ScenesConfig {
+        ScenesConfig {
+            questions_per_image: self.questions_per_image.unwrap_or(train.questions_per_image),
+            kinds_of_several: if self.kinds.is_some() { None } else { train.kinds_of_several },
+            kinds: self.kinds.clone().unwrap_or(train.kinds),
+            objects: self.objects.unwrap_or(train.objects),
+            unnamed_share: self.unnamed_share.unwrap_or(train.unnamed_share),
+            ..train
+        }
+    }
 }
 
 /// Where annotations lie.
@@ -305,28 +329,38 @@ impl DataConfig {
         }
         for (name, eval) in &self.eval {
             ensure!(eval.samples >= 1, "data.eval.{name}.samples is 0, it must be at least 1");
-            ensure!(
-                eval.questions_per_image != Some(0),
-                "data.eval.{name}.questions_per_image is 0, it must be at least 1"
-            );
             match (&eval.split, &eval.data_fetch) {
                 (Some(_), Some(_)) | (None, None) => {
                     bail!("data.eval.{name} must have one of `split` (of the scenes) and `data_fetch`")
                 }
-                (Some(_), None) => ensure!(
-                    self.train.scenes.is_some(),
-                    "data.eval.{name}.split names a split of the scenes, but data.train has no `scenes`"
-                ),
+                (Some(_), None) => {
+                    let Some(train) = &self.train.scenes else {
+                        bail!("data.eval.{name}.split names a split of the scenes, but data.train has no `scenes`")
+                    };
+                    let scenes = eval.scenes(train.clone());
+                    let valid = scenes.validate();
+                    valid.map_err(|error| {
+                        anyhow!("data.eval.{name}{}", error.to_string().trim_start_matches("scenes"))
+                    })?;
+                }
                 (None, Some(fetch)) => {
                     fetch.validate(&format!("data.eval.{name}"))?;
                     ensure!(
                         fetch.data_paths.iter().all(|path| path.weight.is_none()),
                         "data.eval.{name}.data_fetch has a `weight`, but is asked about from its first record on"
                     );
-                    ensure!(
-                        eval.questions_per_image.is_none(),
-                        "data.eval.{name}.questions_per_image is for a split of the scenes, annotations hold their own"
-                    );
+                    let of_scenes = [
+                        ("questions_per_image", eval.questions_per_image.is_some()),
+                        ("kinds", eval.kinds.is_some()),
+                        ("objects", eval.objects.is_some()),
+                        ("unnamed_share", eval.unnamed_share.is_some()),
+                    ];
+                    for (key, is_given) in of_scenes {
+                        ensure!(
+                            !is_given,
+                            "data.eval.{name}.{key} is for a split of the scenes, annotations hold their own questions"
+                        );
+                    }
                 }
             }
         }

@@ -668,7 +668,7 @@ data:
 
     #[test]
     fn values_out_of_range_name_their_key() {
-        let cases: [(&str, &str); 18] = [
+        let cases: [(&str, &str); 20] = [
             ("model.lora.r=0", "model.lora.r is 0, it must be at least 1"),
             ("model.image_size=50", "model.image_size is 50, it must be a multiple of model.patch_size, 14"),
             ("model.vision_embedding=CLIP", "model.vision_embedding is `CLIP`"),
@@ -687,6 +687,11 @@ data:
             ("save_steps=0", "save_steps is 0, it must be at least 1"),
             ("data.eval.test.samples=3", "data.eval.test must have one of `split`"),
             ("data.eval={test: {split: test, questions_per_image: 0}}", "data.eval.test.questions_per_image is 0"),
+            (
+                "data.eval={one: {split: test, objects: [0, 0, 0]}}",
+                "data.eval.one.objects is [0.0, 0.0, 0.0], it must hold",
+            ),
+            ("data.eval={one: {split: test, kinds: {colour: 1}}}", "data.eval.one.kinds asks nothing"),
         ];
         for (entry, expected) in cases {
             fails(set(&[entry]), &[expected]);

@@ -52,8 +52,7 @@ pub fn held_out(config: &TrainConfig, maker: &Arc<SampleMaker>) -> Result<Vec<He
         let source = match (&eval.data_fetch, eval.split) {
             (Some(fetch), _) => annotated(fetch, &preprocess(config), maker),
             (None, split) => {
-                let mut asked = config.data.train.scenes.clone().unwrap_or_default();
-                asked.questions_per_image = eval.questions_per_image.unwrap_or(asked.questions_per_image);
+                let asked = eval.scenes(config.data.train.scenes.clone().unwrap_or_default());
                 scenes(asked, split.unwrap_or(Split::Test), maker)
             }
         };

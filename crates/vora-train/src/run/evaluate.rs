@@ -1,12 +1,14 @@
-//! Exact match by question type, always beside the blind control: the same questions about another picture.
+//! Exact match by question type, of descriptions by what they tell, always beside the blind control: the same questions about another picture.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use tch::Tensor;
 use vora_data::{Batch, Loader, LoaderConfig};
-use vora_eval::{Tally, show_other_pictures};
+use vora_eval::{Tally, described, greedy_answers, show_other_pictures};
 use vora_run::eval::EvalReport;
+use vora_text::Tokenizer;
 
 use crate::data::HeldOut;
 use crate::run::progress::Progress;
@@ -15,6 +17,7 @@ use crate::student::{DeviceBatch, Student};
 /// Asks every question of every split, with its picture and with another one; none where `stop` was set meanwhile.
 pub(crate) fn evaluate(
     student: &Student,
+    tokenizer: &Tokenizer,
     splits: &[HeldOut],
     batch_size: usize,
     num_workers: usize,
@@ -32,12 +35,12 @@ pub(crate) fn evaluate(
                 return Ok(None);
             }
             let mut batch = batch?;
-            for (kind, right) in answers(student, &batch)? {
+            for (kind, right) in answers(student, tokenizer, &batch)? {
                 tally.add(&kind, right);
             }
             let is_blind = show_other_pictures(&mut batch);
             for ((kind, right), _) in
-                answers(student, &batch)?.into_iter().zip(is_blind).filter(|(_, is_blind)| *is_blind)
+                answers(student, tokenizer, &batch)?.into_iter().zip(is_blind).filter(|(_, is_blind)| *is_blind)
             {
                 tally.add_blind(&kind, right);
             }
@@ -51,11 +54,17 @@ pub(crate) fn evaluate(
 
 /// Each question's type and whether it is answered right: all tokens of its answer are the most likely ones.
 ///
-/// Under teacher forcing that is so exactly when greedy decoding gives the answer.
-fn answers(student: &Student, batch: &Batch) -> Result<Vec<(String, bool)>> {
+/// Under teacher forcing that is so exactly when greedy decoding gives the answer. Of descriptions several are right:
+/// they are decoded greedily, and what they tell is compared.
+fn answers(student: &Student, tokenizer: &Tokenizer, batch: &Batch) -> Result<Vec<(String, bool)>> {
     let uploaded = DeviceBatch::new(batch, student.device());
     let right = tch::no_grad(|| right_tokens(&student.answer_logits(&uploaded)?, &uploaded.targets))?;
-    Ok(batch.questions().map(|(question, tokens)| (question.kind.clone(), right[tokens].iter().all(|&r| r))).collect())
+    let said = described(batch, |prompts, most| {
+        greedy_answers(&*student.model, tokenizer, &DeviceBatch::new(prompts, student.device()).input, most)
+    })?;
+    let is_right = |said: Option<bool>, tokens: Range<usize>| said.unwrap_or_else(|| right[tokens].iter().all(|&r| r));
+    let asked = batch.questions().zip(said);
+    Ok(asked.map(|((question, tokens), said)| (question.kind.clone(), is_right(said, tokens))).collect())
 }
 
 /// Whether the most likely token is the right one at each position: `[n, vocab]`, `[n]` -> n.

@@ -1,5 +1,6 @@
 //! A whole training step against the reference: Hugging Face's Llama and DINOv2, PEFT's adapters, torch's autograd.
 
+mod described;
 mod official;
 mod packing;
 

@@ -199,6 +199,7 @@ impl Trainer {
     pub fn evaluate(&self, progress: &mut dyn Progress) -> Result<Option<EvalReport>> {
         evaluate(
             &self.student,
+            &self.tokenizer,
             &self.held_out,
             self.config.per_device_eval_batch_size,
             self.config.dataloader_num_workers,
