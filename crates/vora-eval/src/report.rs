@@ -8,6 +8,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Map, Value, json};
 use vora_data::scenes::QuestionKind;
 use vora_data::short_name;
+use vora_run::interval::Interval;
 
 use crate::question::Question;
 use crate::scores::{
@@ -111,12 +112,22 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut table = Table::new();
-        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header([self.task.name(), "n", "score", "", "blind"]);
+        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header([
+            self.task.name(),
+            "n",
+            "score",
+            "",
+            "95%",
+            "blind",
+        ]);
         for row in &self.rows {
             let blind = row.blind.map_or(String::from("-"), |blind| format!("{blind:.3}"));
-            table.add_row([&row.kind, &row.n.to_string(), row.name, &format!("{:.3}", row.score), &blind]);
+            let is_share = ["exact_match", "accuracy"].contains(&row.name);
+            let interval = is_share.then(|| Interval::of_share(row.score, row.n as u64).to_string());
+            let [n, score] = [row.n.to_string(), format!("{:.3}", row.score)];
+            table.add_row([&row.kind, &n, row.name, &score, interval.as_deref().unwrap_or(""), &blind]);
         }
-        for column in [1, 3, 4] {
+        for column in [1, 3, 4, 5] {
             if let Some(column) = table.column_mut(column) {
                 column.set_cell_alignment(CellAlignment::Right);
             }

@@ -8,6 +8,8 @@ use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::{Deserialize, Serialize};
 
+use crate::interval::Interval;
+
 /// How many questions of one type were answered token for token; of descriptions of scenes, told the same.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Score {
@@ -17,6 +19,13 @@ pub struct Score {
     pub exact_match: f64,
     /// The same with another question's picture: what can be guessed. Absent where there was no other picture.
     pub blind_exact_match: Option<f64>,
+}
+
+impl Score {
+    /// The 95% interval of the share answered exactly.
+    pub fn interval(&self) -> Interval {
+        Interval::of_share(self.exact_match, self.n)
+    }
 }
 
 /// Split -> question type -> score; the type `all` is every question of the split.
@@ -53,15 +62,23 @@ impl fmt::Display for EvalReport {
     /// A table with a row for each split and question type.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut table = Table::new();
-        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(["split", "kind", "n", "exact match", "blind"]);
+        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header([
+            "split",
+            "kind",
+            "n",
+            "exact match",
+            "95%",
+            "blind",
+        ]);
         for (split, kinds) in &self.0 {
             let all = kinds.iter().filter(|(kind, _)| *kind == "all");
             for (kind, score) in kinds.iter().filter(|(kind, _)| *kind != "all").chain(all) {
                 let blind = score.blind_exact_match.map_or(String::from("-"), |share| format!("{share:.3}"));
-                table.add_row([split, kind, &score.n.to_string(), &format!("{:.3}", score.exact_match), &blind]);
+                let [n, exact] = [score.n.to_string(), format!("{:.3}", score.exact_match)];
+                table.add_row([split, kind, &n, &exact, &score.interval().to_string(), &blind]);
             }
         }
-        for column in 2..5 {
+        for column in 2..6 {
             if let Some(column) = table.column_mut(column) {
                 column.set_cell_alignment(CellAlignment::Right);
             }
@@ -90,5 +107,6 @@ mod tests {
         let table = report.to_string();
         let rows: Vec<&str> = table.lines().filter(|line| line.contains("test")).collect();
         assert!(rows.len() == 3 && rows[2].contains("all") && rows[2].contains("0.500"), "{table}");
+        assert!(rows[2].contains("0.095 to 0.905"), "{table}");
     }
 }

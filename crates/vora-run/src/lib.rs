@@ -17,6 +17,7 @@
 pub mod block_maps;
 pub mod checkpoint;
 pub mod eval;
+pub mod interval;
 pub mod metrics;
 #[cfg(feature = "drawn")]
 pub mod plot;

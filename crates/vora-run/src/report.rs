@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::block_maps::{self, Layout};
+use crate::interval::Interval;
 use crate::metrics::{Line, StepMetrics};
 use crate::results::TrainResults;
 use crate::{plot, samples};
@@ -225,7 +226,7 @@ fn time(seconds: f64) -> String {
     }
 }
 
-/// The scores of one split, whatever they are called; `all` is the last row.
+/// The scores of one split, whatever they are called, exact match with its 95% interval; `all` is the last row.
 fn table(name: String, kinds: &Value) -> Split {
     let kinds: BTreeMap<&str, Vec<(String, f64)>> = match kinds.as_object() {
         Some(kinds) => kinds.iter().map(|(kind, scores)| (kind.as_str(), numbers("", scores))).collect(),
@@ -240,9 +241,14 @@ fn table(name: String, kinds: &Value) -> Split {
     columns.sort_by_key(|column| (column != "n", column.contains("blind")));
     let row = |(kind, scores): (&&str, &Vec<(String, f64)>)| {
         let score = |column: &String| scores.iter().find(|score| score.0 == *column).map(|score| score.1);
+        let interval = |share| Some(Interval::of_share(share, scores.iter().find(|score| score.0 == "n")?.1 as u64));
         let cell = |column| match score(column) {
             None => "–".to_owned(),
             Some(number) if column == "n" => format!("{number:.0}"),
+            Some(share) if column == "exact_match" => {
+                let interval = interval(share).map_or(String::new(), |interval| format!(" ({interval})"));
+                format!("{share:.3}{interval}")
+            }
             Some(number) => format!("{number:.3}"),
         };
         ((*kind).to_owned(), columns.iter().map(cell).collect())
@@ -396,7 +402,10 @@ mod tests {
         }
         let row = "<th>photos</th><th>n</th><th>exact match</th><th>pope f1</th><th>blind exact match</th>";
         assert!(page.contains(row), "{page}");
-        assert!(page.contains("<td>all</td><td>12</td><td>0.500</td><td>0.125</td><td>0.250</td>"), "{page}");
+        assert!(
+            page.contains("<td>all</td><td>12</td><td>0.500 (0.254 to 0.746)</td><td>0.125</td><td>0.250</td>"),
+            "{page}"
+        );
         // Nothing is fetched from anywhere.
         for text in [" src=\"", " href=\"", "url("] {
             let mut places = page.match_indices(text);
