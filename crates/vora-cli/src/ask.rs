@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use vora_infer::{Assistant, OutputModality, Passage, SamplingParams};
+use vora_lora::ActsOn;
 use vora_torch::runtime;
 
 /// Ask a model about pictures; the answer is streamed.
@@ -14,6 +15,7 @@ use vora_torch::runtime;
 Examples:
   vora ask runs/scenes/merged picture.png \"What color is the circle?\"
   vora ask runs/scenes/final picture.png \"What color is the circle?\"
+  vora ask runs/scenes/final \"What is a circle?\"
   vora ask runs/scenes/merged one.jpg two.jpg \"What differs?\" --temperature 0.7 --top-p 0.9 --seed 1
   vora ask runs/scenes-chameleon/merged \"A red ring.\" --write image --images-to drawn")]
 pub(crate) struct Args {
@@ -49,6 +51,10 @@ pub(crate) struct Args {
     /// Print one JSON object when done instead of streaming
     #[arg(long)]
     json: bool,
+    /// The tokens that adapters act on, where they are apart from the weights: all, with_image or image_tokens; else as
+    /// the folder says
+    #[arg(long, value_name = "TOKENS", value_parser = ActsOn::parse)]
+    acts_on: Option<ActsOn>,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", env = "VORA_DEVICE")]
     device: String,
@@ -79,7 +85,12 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let images = pictures.iter().map(|path| vora_image::open_image(path.as_ref())).collect::<Result<Vec<_>>>()?;
     let device = runtime::device(&args.device)?;
     let kind = runtime::kind(&args.dtype, device)?;
-    let assistant = Assistant::open(&vora_hub::resolve(&args.model)?, device, kind, &vora_hub::resolve)?;
+    let folder = vora_hub::resolve(&args.model)?;
+    let mut model = vora_model::open(&folder, device, kind, &vora_hub::resolve)?;
+    if let Some(acts_on) = args.acts_on {
+        model.set_acts_on(acts_on).context("--acts-on")?;
+    }
+    let assistant = Assistant::new(model, &folder)?;
 
     let mut out = std::io::stdout();
     let modality = match args.write {

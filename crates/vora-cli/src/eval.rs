@@ -14,6 +14,8 @@ use vora_eval::{Answered, Perplexity, QuestionSet, Report, Task, answer, perplex
 use vora_files::write_bytes;
 use vora_infer::Assistant;
 use vora_llm::{CausalLm, LlmConfig};
+use vora_lora::ActsOn;
+use vora_model::VisionLanguageModel;
 use vora_text::Tokenizer;
 use vora_torch::runtime;
 use vora_torch::weights::Weights;
@@ -75,6 +77,10 @@ pub(crate) struct Args {
     /// Write the JSON into this file, with every question and its answers
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
+    /// The tokens that adapters act on, where they are apart from the weights: all, with_image or image_tokens; else as
+    /// the folder says
+    #[arg(long, value_name = "TOKENS", value_parser = ActsOn::parse)]
+    acts_on: Option<ActsOn>,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", env = "VORA_DEVICE")]
     device: String,
@@ -131,20 +137,23 @@ fn on_text(args: &Args, path: &Path, folder: &Path, device: Device, kind: Kind) 
     );
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let input_ids = Tokenizer::open(folder)?.encode_whole(&text)?;
-    let measure = |llm: &CausalLm| {
+    let measure = |llm: &CausalLm, acts_on| {
         let context = usize::try_from(llm.config().max_position_embeddings)?;
         let max_length = args.max_length.unwrap_or(context.min(1024));
         let stride = args.stride.unwrap_or((max_length / 2).max(1));
-        let found = perplexity(llm, &input_ids, max_length, stride).with_context(|| path.display().to_string())?;
+        let found =
+            perplexity(llm, acts_on, &input_ids, max_length, stride).with_context(|| path.display().to_string())?;
         Ok::<_, anyhow::Error>((found, max_length, stride))
     };
     let (found, max_length, stride) = if vora_model::is_vision_language_model(folder)? {
-        measure(vora_model::open(folder, device, kind, &vora_hub::resolve)?.llm())?
+        let model = opened(args, folder, device, kind)?;
+        measure(model.llm(), model.adapted().acts_on())?
     } else {
         let weights = Weights::open(folder, device, kind)?;
         let llm = CausalLm::load(&LlmConfig::open(folder)?, &weights)?;
         weights.finish().with_context(|| format!("loading {}", folder.display()))?;
-        measure(&llm)?
+        ensure!(args.acts_on.is_none(), "--acts-on: {} is a language model without adapters", args.model);
+        measure(&llm, ActsOn::All)?
     };
     let Perplexity { perplexity, loss, tokens, .. } = found;
     let mut table = Table::new();
@@ -165,6 +174,15 @@ fn on_text(args: &Args, path: &Path, folder: &Path, device: Device, kind: Kind) 
     Ok((table.to_string(), results, None))
 }
 
+/// The model in `folder`, its adapters acting on what the arguments ask for.
+fn opened(args: &Args, folder: &Path, device: Device, kind: Kind) -> Result<Box<dyn VisionLanguageModel>> {
+    let mut model = vora_model::open(folder, device, kind, &vora_hub::resolve)?;
+    if let Some(acts_on) = args.acts_on {
+        model.set_acts_on(acts_on).context("--acts-on")?;
+    }
+    Ok(model)
+}
+
 fn on_questions(args: &Args, data: &str, folder: &Path, device: Device, kind: Kind) -> Result<Found> {
     ensure!(args.task != PERPLEXITY, "perplexity is of a text: give --text instead of --data");
     let mut set = QuestionSet::open(data, args.images.as_deref(), args.limit)?;
@@ -180,7 +198,7 @@ fn on_questions(args: &Args, data: &str, folder: &Path, device: Device, kind: Ki
     for (note, count) in &set.notes {
         writeln!(stderr, "{count} records: {note}")?;
     }
-    let model = vora_model::open(folder, device, kind, &vora_hub::resolve)
+    let model = opened(args, folder, device, kind)
         .with_context(|| format!("{} is asked about pictures, and must be a model that sees", args.model))?;
     let assistant = Assistant::new(model, folder)?;
     let (answered, left_out) = answers(&assistant, &set, args.batch_size, args.max_tokens)?;

@@ -4,10 +4,11 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_image::ImageProcessor;
+use vora_lora::ActsOn;
 use vora_model::{Input, VisionLanguageModel, beside};
 use vora_text::{ChatTemplate, Message, Tokenizer};
 use vora_torch::runtime;
@@ -19,6 +20,7 @@ Examples:
   vora merge runs/scenes/final --out runs/scenes/merged
   vora merge runs/scenes/checkpoints/step-200 --out merged --check
   vora merge runs/scenes/final --out merged --llm merged-llm
+  vora merge runs/scenes/final --out whole --as apart
 
 A VoRA folder has the layout and tensor names of the published models, a LLaVA folder those of HF's
 LlavaForConditionalGeneration. With --llm the language model inside it is written as well, as a plain
@@ -36,9 +38,20 @@ pub(crate) struct Args {
     /// written
     #[arg(long)]
     check: bool,
+    /// What becomes of adapters that do not act on every token: `seeing` folds them in, so that they do; `apart` keeps
+    /// them beside the LLM's own weights, in a folder that runs by itself
+    #[arg(long = "as", value_enum)]
+    becomes: Option<Becomes>,
     /// The dtype of the merged weights: auto keeps what the LLM is stored in; bf16 or f32
     #[arg(long, default_value = "auto")]
     dtype: String,
+}
+
+/// The values of `--as`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Becomes {
+    Seeing,
+    Apart,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
@@ -52,6 +65,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         args.out.display()
     );
     let mut model = vora_model::open(&args.trained, Device::Cpu, kind, &vora_hub::resolve)?;
+    if becomes(&*model, args)? == Becomes::Apart {
+        ensure!(!args.check && args.llm.is_none(), "--as apart merges nothing: leave out --check and --llm");
+        model.save(&args.out)?;
+        beside::copy_beside(&args.trained, &args.out)?;
+        writeln!(std::io::stdout(), "model with its adapters apart: {}", args.out.display())?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let prompts = if args.check { prompts(&args.trained, &*model)? } else { Vec::new() };
     let before = logits(&*model, &prompts)?;
     model.merge().with_context(|| args.trained.display().to_string())?;
@@ -67,6 +87,26 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     }
     writeln!(out, "merged model: {}", args.out.display())?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What becomes of the adapters: without a word those that act on every token are folded in, and others left as they are.
+fn becomes(model: &dyn VisionLanguageModel, args: &Args) -> Result<Becomes> {
+    let (acts_on, trained) = (model.adapted().acts_on(), model.lora().map(|lora| lora.acts_on));
+    ensure!(
+        args.becomes != Some(Becomes::Seeing) || trained != Some(ActsOn::ImageTokens),
+        "--as seeing: the adapters of {} were trained through the tokens of pictures alone, and would act on words; \
+         --as apart keeps them from that",
+        args.trained.display()
+    );
+    match args.becomes {
+        Some(becomes) => Ok(becomes),
+        None if acts_on == ActsOn::All => Ok(Becomes::Seeing),
+        None => bail!(
+            "the adapters of {} act on `{acts_on}`, weights act on every token: say --as seeing for one set of weights \
+             that always sees, or --as apart for a folder that keeps the adapters beside the LLM's own weights",
+            args.trained.display()
+        ),
+    }
 }
 
 /// Of a hundred places, at this many the likeliest token must stay the same. Rounding in bf16 turns near ties.

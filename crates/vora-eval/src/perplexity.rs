@@ -4,6 +4,7 @@ use anyhow::{Result, bail, ensure};
 use serde::Serialize;
 use tch::Tensor;
 use vora_llm::{AttentionPlan, CausalLm, VisionAttention};
+use vora_lora::ActsOn;
 use vora_text::Spans;
 use vora_torch::nn::loss::cross_entropy;
 
@@ -27,11 +28,18 @@ pub struct Perplexity {
 /// Windows of at most `max_length` tokens begin every `stride` tokens; each scores those that none before it has, as in
 /// Hugging Face's page on perplexity, which takes the ids of
 /// [`Tokenizer::encode_whole`](vora_text::Tokenizer::encode_whole). That page weighs every window by one token less than
-/// it scores; here each token counts once.
+/// it scores; here each token counts once. The LLM's adapters, where it has some apart from its weights, act on the
+/// tokens of `acts_on`: a text has no picture.
 ///
 /// # Errors
 /// Where there are less than two tokens, the window is longer than the model's context, or windows would leave gaps.
-pub fn perplexity(llm: &CausalLm, input_ids: &[i64], max_length: usize, stride: usize) -> Result<Perplexity> {
+pub fn perplexity(
+    llm: &CausalLm,
+    acts_on: ActsOn,
+    input_ids: &[i64],
+    max_length: usize,
+    stride: usize,
+) -> Result<Perplexity> {
     let context = llm.config().max_position_embeddings;
     ensure!(input_ids.len() > 1, "the text has {} tokens, it takes two or more", input_ids.len());
     ensure!(max_length > 1, "a window of {max_length} tokens foretells nothing, it takes two or more");
@@ -50,7 +58,7 @@ pub fn perplexity(llm: &CausalLm, input_ids: &[i64], max_length: usize, stride: 
         // With windows that do not overlap, the first token of each has nothing before it.
         let first = scored.max(begin + 1);
         if first < end {
-            sum += window_loss(llm, &input_ids[begin..end], first - begin)?;
+            sum += window_loss(llm, acts_on, &input_ids[begin..end], first - begin)?;
             tokens += (end - first) as u64;
         }
         scored = end;
@@ -63,9 +71,10 @@ pub fn perplexity(llm: &CausalLm, input_ids: &[i64], max_length: usize, stride: 
 }
 
 /// The summed loss of the tokens of a window from `first` on.
-fn window_loss(llm: &CausalLm, input_ids: &[i64], first: usize) -> Result<f64> {
+fn window_loss(llm: &CausalLm, acts_on: ActsOn, input_ids: &[i64], first: usize) -> Result<f64> {
     let seq = input_ids.len() as i64;
     let plan = AttentionPlan::new(&Spans::text(&[seq]), VisionAttention::Causal, llm.device(), llm.kind())?;
+    let plan = plan.with_adapters(acts_on);
     let ids = Tensor::from_slice(input_ids).to_device(llm.device());
     let first = first as i64;
     let loss = tch::no_grad(|| {
@@ -100,7 +109,8 @@ mod tests {
         let llm = llm();
         for case in golden["cases"].as_array().unwrap() {
             let size = |name: &str| case[name].as_u64().unwrap();
-            let found = perplexity(&llm, &ids, size("max_length") as usize, size("stride") as usize).unwrap();
+            let found =
+                perplexity(&llm, ActsOn::All, &ids, size("max_length") as usize, size("stride") as usize).unwrap();
             assert_eq!(found.tokens, size("tokens"), "{case}");
             for (name, tolerance) in [("perplexity", 1e-5), ("page", 1e-3)] {
                 let ratio = found.perplexity / case[name].as_f64().unwrap();
@@ -113,7 +123,7 @@ mod tests {
     fn windows_that_make_no_sense_are_refused() {
         let llm = llm();
         let context = llm.config().max_position_embeddings as usize;
-        let error = |ids: &[i64], max, stride| perplexity(&llm, ids, max, stride).unwrap_err().to_string();
+        let error = |ids: &[i64], max, stride| perplexity(&llm, ActsOn::All, ids, max, stride).unwrap_err().to_string();
         assert!(error(&[1], 8, 8).contains("1 tokens, it takes two"));
         assert!(error(&[1, 2], context + 1, 8).contains("the model's context is"));
         assert!(error(&[1, 2], 8, 9).contains("stride is 9, it must lie in 1..=8"));

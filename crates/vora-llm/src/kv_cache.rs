@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
+use vora_lora::Active;
 
 use crate::config::LlmConfig;
 use crate::error::CacheError;
@@ -12,7 +13,8 @@ use crate::error::CacheError;
 #[derive(Debug)]
 pub struct KvCache {
     pub(crate) layers: Vec<LayerCache>,
-    lens: Vec<i64>, // tokens of each row
+    lens: Vec<i64>,     // tokens of each row
+    adapted: Vec<bool>, // whether adapters act on what is added to each row
     capacity: i64,
     kind: Kind,
     device: Device,
@@ -40,6 +42,8 @@ pub(crate) struct Step {
     kind: Kind,
     /// Row and slot of each new key, where rows differ in length.
     places: Option<[Tensor; 2]>,
+    /// The rows that adapters act on.
+    pub(crate) adapters: Active,
 }
 
 impl KvCache {
@@ -54,7 +58,8 @@ impl KvCache {
         // Zeros, since a masked value still meets its weight of zero in a product, and 0 * NaN is NaN.
         let zeros = || Tensor::zeros(shape, (kind, device));
         let layers = (0..config.num_hidden_layers).map(|_| LayerCache { keys: zeros(), values: zeros() }).collect();
-        Ok(Self { layers, lens: vec![0; batch as usize], capacity, kind, device })
+        let rows = batch as usize;
+        Ok(Self { layers, lens: vec![0; rows], adapted: vec![true; rows], capacity, kind, device })
     }
 
     /// Tokens held of each row.
@@ -106,8 +111,8 @@ impl KvCache {
         if found == expected { Ok(()) } else { Err(CacheError::Rows { found, expected }) }
     }
 
-    pub(crate) fn filled(&mut self, row_lens: &[i64]) {
-        self.lens = row_lens.to_vec();
+    pub(crate) fn filled(&mut self, row_lens: &[i64], adapted: &[bool]) {
+        (self.lens, self.adapted) = (row_lens.to_vec(), adapted.to_vec());
     }
 
     /// Plans a step that adds one token to every row.
@@ -125,8 +130,14 @@ impl KvCache {
         let seen = longest + 1;
         let ragged = longest != shortest;
         let places = ragged.then(|| [Tensor::arange(batch, (Kind::Int64, self.device)), lens.shallow_clone()]);
-        let step =
-            Step { position_ids: lens.unsqueeze(1), first: 0, seen, mask: None, shortest, kind: self.kind, places };
+        let adapted: Vec<i64> = (0..).zip(&self.adapted).filter(|(_, on)| **on).map(|(row, _)| row).collect();
+        let adapters = match adapted.len() {
+            0 => Active::Off,
+            all if all == self.adapted.len() => Active::All,
+            _ => Active::At(Tensor::from_slice(&adapted).to_device(self.device)),
+        };
+        let position_ids = lens.unsqueeze(1);
+        let step = Step { position_ids, first: 0, seen, mask: None, shortest, kind: self.kind, places, adapters };
         Ok(Step { mask: ragged.then(|| step.mask(None)), ..step })
     }
 
@@ -146,6 +157,7 @@ impl Step {
             first: (self.shortest + 1 - window).max(0),
             mask: None,
             places: self.places.as_ref().map(|places| places.each_ref().map(Tensor::shallow_clone)),
+            adapters: self.adapters.clone(),
             ..*self
         };
         Some(Self { mask: step.places.is_some().then(|| step.mask(Some(window))), ..step })
@@ -204,7 +216,7 @@ mod tests {
         cache.check_prefill(&[1, 3]).unwrap();
         let ones = Tensor::ones([2, 2, 3, 8], (F32.1, F32.0));
         cache.layers[0].fill(&ones, &ones);
-        cache.filled(&[1, 3]);
+        cache.filled(&[1, 3], &[true; 2]);
         let step = cache.next_step(2).unwrap();
         let new = Tensor::full([2, 2, 1, 8], 7.0, (F32.1, F32.0));
         let (keys, values) = cache.layers[0].append(&new, &new, &step);
@@ -224,7 +236,7 @@ mod tests {
     #[test]
     fn a_window_narrows_what_a_step_sees() {
         let mut cache = KvCache::new(&LlmConfig::tiny(8), 2, 9, F32.0, F32.1).unwrap();
-        cache.filled(&[3, 5]);
+        cache.filled(&[3, 5], &[true; 2]);
         let step = cache.next_step(2).unwrap();
         assert!(step.within(6).is_none());
         let windowed = step.within(2).unwrap();
@@ -237,7 +249,7 @@ mod tests {
         let kept: Vec<f32> = keys.select(3, 0).select(1, 1).flatten(0, -1).try_into().unwrap();
         assert_eq!(kept, [0.0, 7.0, 0.0, 0.0, 0.0, 0.0, 0.0, 7.0]);
         // Rows of one length need no mask.
-        cache.filled(&[4, 4]);
+        cache.filled(&[4, 4], &[true; 2]);
         let windowed = cache.next_step(2).unwrap().within(2).unwrap();
         assert!((windowed.first, windowed.seen) == (3, 5) && windowed.mask.is_none());
     }
@@ -255,7 +267,7 @@ mod tests {
         assert_eq!(refused(&cache, &[5]), CacheError::TooLong { seq: 5, capacity: 4 });
         assert_eq!(refused(&cache, &[1, 1]), CacheError::Rows { found: 2, expected: 1 });
         assert_eq!(refused(&cache, &[1, 1]).to_string(), "2 rows in a cache for 1");
-        cache.filled(&[4]);
+        cache.filled(&[4], &[true]);
         assert_eq!(cache.next_step(1).unwrap_err(), CacheError::Full { len: 4, capacity: 4 });
         assert_eq!(refused(&cache, &[1]), CacheError::Filled);
         cache.reset();

@@ -1,8 +1,8 @@
 //! The SwiGLU feed-forward block.
 
 use anyhow::Result;
-use tch::{Tensor, nn::Module};
-use vora_lora::Linear;
+use tch::Tensor;
+use vora_lora::{Active, Linear};
 use vora_torch::nn::fused;
 use vora_torch::weights::Weights;
 
@@ -29,13 +29,12 @@ impl Mlp {
             down_proj: Linear::load(&weights.pp("down_proj"), intermediate, hidden, bias)?,
         })
     }
-}
 
-impl Module for Mlp {
-    /// `[.., hidden]` -> `[.., hidden]`
-    fn forward(&self, x: &Tensor) -> Tensor {
-        let gated = fused::swiglu(&self.gate_proj.forward(x), &self.up_proj.forward(x)); // [.., intermediate]
-        self.down_proj.forward(&gated)
+    /// `[.., hidden]` -> `[.., hidden]`, with adapters on the tokens of `adapters`
+    pub fn forward(&self, x: &Tensor, adapters: &Active) -> Tensor {
+        let (gate, up) = (self.gate_proj.forward_on(x, adapters), self.up_proj.forward_on(x, adapters));
+        let gated = fused::swiglu(&gate, &up); // [.., intermediate]
+        self.down_proj.forward_on(&gated, adapters)
     }
 }
 
@@ -52,7 +51,7 @@ mod tests {
         let mlp = Mlp::load(&config, &weights).unwrap();
         weights.finish().unwrap();
         let x = golden["x"].detach().copy().set_requires_grad(true);
-        let y = mlp.forward(&x);
+        let y = mlp.forward(&x, &Active::All);
         fixtures::assert_close_to(&y, &golden["y"], 1e-5);
         (y * &golden["grad_y"]).sum(Kind::Float).backward();
         fixtures::assert_close_to(&x.grad(), &golden["grad_x"], 1e-5);

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
+use crate::acts_on::ActsOn;
 use crate::pattern::matches_end;
 
 /// The keys under `lora:` of a run file, spelled as the published VoRA recipes spell them; the last three as PEFT does.
@@ -31,6 +32,18 @@ pub struct LoraConfig {
     /// Whether the scaling is alpha over the root of the rank (rank-stabilised LoRA, arXiv 2312.03732).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub use_rslora: bool,
+    /// The tokens that they are trained through: `all`, those of documents `with_image`, or `image_tokens` alone.
+    #[serde(default, skip_serializing_if = "is_all")]
+    pub acts_on: ActsOn,
+    /// The tokens that they act on once the trained folder is opened to answer; absent: those of `acts_on`. What was
+    /// trained through `all` may answer `with_image`: a prompt without a picture then meets the untouched LLM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answers_on: Option<ActsOn>,
+}
+
+/// Whether the rule is the one that needs no word.
+fn is_all(acts_on: &ActsOn) -> bool {
+    *acts_on == ActsOn::All
 }
 
 /// Rank and scaling of one linear's adapter.
@@ -107,7 +120,14 @@ impl LoraConfig {
             rank_pattern: BTreeMap::new(),
             alpha_pattern: BTreeMap::new(),
             use_rslora: false,
+            acts_on: ActsOn::All,
+            answers_on: None,
         }
+    }
+
+    /// The tokens that they act on once the trained folder is opened to answer.
+    pub fn answers_on(&self) -> ActsOn {
+        self.answers_on.unwrap_or(self.acts_on)
     }
 
     /// The same over a model of so many layers: [`ALL_LAYERS`] become a number.
@@ -117,10 +137,10 @@ impl LoraConfig {
         Self { layers, ..self.clone() }
     }
 
-    /// Whether this and another ask for the same adapters: the order of targets says nothing.
+    /// Whether this and another ask for the same adapters: the order of targets says nothing, nor does what they act on.
     pub fn is_same(&self, other: &Self) -> bool {
         let sorted = |config: &Self| {
-            let mut config = config.clone();
+            let mut config = Self { acts_on: ActsOn::All, answers_on: None, ..config.clone() };
             config.target_modules.sort();
             config
         };
@@ -176,6 +196,7 @@ impl LoraConfig {
             !self.use_rslora || self.lora_alpha.is_some(),
             "lora.use_rslora is true, which scales lora.lora_alpha, but that is absent"
         );
+        self.acts_on.check_opened(self.answers_on()).context("lora.answers_on")?;
         Ok(())
     }
 
@@ -305,7 +326,11 @@ mod tests {
                 LoraConfig { alpha_pattern: [("q".into(), -1.0)].into(), ..good.clone() },
                 "`q` is -1, it must be above 0",
             ),
-            (LoraConfig { use_rslora: true, ..good }, "lora.lora_alpha, but that is absent"),
+            (LoraConfig { use_rslora: true, ..good.clone() }, "lora.lora_alpha, but that is absent"),
+            (
+                LoraConfig { acts_on: ActsOn::WithImage, answers_on: Some(ActsOn::All), ..good },
+                "lora.answers_on: adapters that were trained through `with_image` cannot act on `all`",
+            ),
         ];
         for (config, expected) in cases {
             let error = format!("{:#}", config.validate().unwrap_err());

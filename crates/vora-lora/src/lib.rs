@@ -1,7 +1,8 @@
 //! Low-rank adapters (LoRA, Hu et al. 2021): a frozen linear layer that can carry named ones, attaching them over a
 //! model, merging them into the weights, and PEFT's files. It knows no model, which hands it its linears, no
 //! optimizer, which finds the trained tensors in the source of weights, and no variant that is more than
-//! `W + scaling * B A` but DoRA, whose adapters it reads and merges.
+//! `W + scaling * B A` but DoRA, whose adapters it reads and merges. Adapters may act on some of a batch's tokens and
+//! leave the others to the frozen weights ([`ActsOn`], [`Active`]).
 //!
 //! ```
 //! use tch::{Device, Kind, Tensor, nn::Module};
@@ -28,6 +29,7 @@
 //! # }
 //! ```
 
+mod acts_on;
 mod adapter;
 mod attach;
 mod config;
@@ -36,6 +38,7 @@ mod pattern;
 mod peft;
 mod state_dict;
 
+pub use acts_on::{Active, ActsOn};
 pub use adapter::{Adapter, adapted_module};
 pub use attach::{Visit, attach_all};
 pub use config::{ALL_LAYERS, LoraConfig, Rank};

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor, nn::Module};
 use vora_torch::weights::{Init, Weights};
 
+use crate::acts_on::Active;
 use crate::adapter::Adapter;
 use crate::config::LoraConfig;
 
@@ -14,6 +15,7 @@ pub struct Linear {
     weight: Tensor,       // W [out, in], frozen, or a trained f32 master
     bias: Option<Tensor>, // b [out], likewise
     adapters: Vec<Adapter>,
+    adapters_bias: bool, // whether the bias came with the adapters and acts where they do
 }
 
 impl Linear {
@@ -25,7 +27,7 @@ impl Linear {
     pub fn load(weights: &Weights, in_features: i64, out_features: i64, bias: bool) -> Result<Self> {
         let weight = weights.get("weight", &[out_features, in_features], Init::Required)?;
         let bias = bias.then(|| weights.get("bias", &[out_features], Init::Zeros)).transpose()?;
-        Ok(Self { weight, bias, adapters: Vec::new() })
+        Ok(Self { weight, bias, adapters: Vec::new(), adapters_bias: false })
     }
 
     /// Adds the adapter `name`: `lora_A.weight` and `lora_B.weight` of `weights`, as trained f32 parameters, and DoRA's
@@ -43,13 +45,15 @@ impl Linear {
         Ok(())
     }
 
-    /// Gives it this bias, `[out_features]`, as the published VoRA code gives one to each layer with adapters.
+    /// Gives it this bias, `[out_features]`, as the published VoRA code gives one to each layer with adapters. Where
+    /// there are some it acts on the tokens that they act on.
     ///
     /// # Panics
     /// Where it has one already, or the bias is of another shape.
     pub fn set_bias(&mut self, bias: Tensor) {
         assert!(self.bias.is_none() && bias.size() == [self.out_features()], "a bias {:?}", bias.size());
         self.bias = Some(bias);
+        self.adapters_bias = !self.adapters.is_empty();
     }
 
     /// Takes the adapter `name` off again.
@@ -107,6 +111,7 @@ impl Linear {
         {
             self.bias = Some(bias.detach().to_kind(self.weight.kind()));
         }
+        self.adapters_bias = false;
         let adapters = std::mem::take(&mut self.adapters);
         let deltas: Vec<Tensor> = adapters.iter().map(|adapter| adapter.delta_weight(&self.weight)).collect();
         self.add(deltas);
@@ -145,9 +150,49 @@ impl Linear {
         }
     }
 
-    /// Weight and bias in the dtype of activations; frozen ones are in it already.
-    fn base(&self, kind: Kind) -> (Tensor, Option<Tensor>) {
-        (self.weight.to_kind(kind), self.bias.as_ref().map(|bias| bias.to_kind(kind)))
+    /// `[.., in_features]` -> `[.., out_features]`, in the dtype of `x`; adapters act on the tokens of `active` alone, whose
+    /// places count through the dimensions of `x` before its last. The others get what the layer would give them without
+    /// adapters, bit for bit.
+    pub fn forward_on(&self, x: &Tensor, active: &Active) -> Tensor {
+        let weight = self.weight.to_kind(x.kind());
+        let bias = self.bias.as_ref().map(|bias| bias.to_kind(x.kind())); // frozen ones are in it already
+        let own_bias = bias.as_ref().filter(|_| !self.adapters_bias);
+        if self.adapters.is_empty() || matches!(active, Active::Off) {
+            return x.linear(&weight, own_bias);
+        }
+        let mut shape = x.size();
+        // In two dimensions the adapter's product adds onto the base's output, with no second [tokens, out].
+        let x = x.reshape([-1, self.in_features()]); // [tokens, in]
+        let y = match active {
+            Active::At(places) => {
+                let mut y = x.linear(&weight, own_bias); // [tokens, out]
+                let mut at = y.index_select(0, places); // [n, out]
+                if let Some(bias) = bias.as_ref().filter(|_| self.adapters_bias) {
+                    at += bias;
+                }
+                let at = self.adapt(at, &x.index_select(0, places), &weight);
+                y.index_copy_(0, places, &at)
+            }
+            _ => self.adapt(x.linear(&weight, bias.as_ref()), &x, &weight),
+        };
+        *shape.last_mut().expect("x is [.., in_features]") = self.out_features();
+        y.reshape(shape)
+    }
+
+    /// What the adapters make of the base's output `y` `[tokens, out]`, which they write into, for `x` `[tokens, in]`.
+    fn adapt(&self, mut y: Tensor, x: &Tensor, weight: &Tensor) -> Tensor {
+        for adapter in &self.adapters {
+            let xa = x.mm(&adapter.lora_a().to_kind(x.kind()).tr()); // [tokens, r]
+            let b_t = adapter.scaled_b_t(x.kind()); // [r, out]
+            y = match adapter.row_scale(&self.weight) {
+                None => y.addmm_(&xa, &b_t),
+                Some(scale) => {
+                    let base = x.linear(weight, None::<&Tensor>); // the bias is not scaled
+                    y + base * (&scale - 1.0).to_kind(x.kind()) + xa.mm(&b_t) * scale.to_kind(x.kind())
+                }
+            };
+        }
+        y
     }
 
     fn position(&self, name: &str) -> Result<usize> {
@@ -159,29 +204,9 @@ impl Linear {
 }
 
 impl Module for Linear {
-    /// `[.., in_features]` -> `[.., out_features]`, in the dtype of `x`
+    /// `[.., in_features]` -> `[.., out_features]`, in the dtype of `x`; adapters act on every token
     fn forward(&self, x: &Tensor) -> Tensor {
-        let (weight, bias) = self.base(x.kind());
-        if self.adapters.is_empty() {
-            return x.linear(&weight, bias.as_ref());
-        }
-        let mut shape = x.size();
-        // In two dimensions the adapter's product adds onto the base's output, with no second [tokens, out].
-        let x = x.reshape([-1, self.in_features()]); // [tokens, in]
-        let mut y = x.linear(&weight, bias.as_ref()); // [tokens, out]
-        for adapter in &self.adapters {
-            let xa = x.mm(&adapter.lora_a().to_kind(x.kind()).tr()); // [tokens, r]
-            let b_t = adapter.scaled_b_t(x.kind()); // [r, out]
-            y = match adapter.row_scale(&self.weight) {
-                None => y.addmm_(&xa, &b_t),
-                Some(scale) => {
-                    let base = x.linear(&weight, None::<&Tensor>); // the bias is not scaled
-                    y + base * (&scale - 1.0).to_kind(x.kind()) + xa.mm(&b_t) * scale.to_kind(x.kind())
-                }
-            };
-        }
-        *shape.last_mut().expect("x is [.., in_features]") = self.out_features();
-        y.reshape(shape)
+        self.forward_on(x, &Active::All)
     }
 }
 
@@ -367,6 +392,69 @@ mod tests {
             assert_eq!(linear.weight().data_ptr(), parameters[0].1.data_ptr());
             assert!(linear.weight().is_leaf() && linear.weight().requires_grad());
             assert_close_to(&linear.forward(&x), &y, tolerance);
+        }
+    }
+
+    /// Adapters, a DoRA and a bias that came with them: at the places given as on everything, elsewhere as without them.
+    #[test]
+    fn adapters_act_where_they_are_told_to() {
+        let random = fixtures::Random::new(11);
+        let dora = || {
+            let magnitude = random.normal([6]).abs() + 0.5;
+            let tensors = [
+                ("lora_A.weight".to_owned(), random.normal([2, 4])),
+                ("lora_B.weight".to_owned(), random.normal([6, 2])),
+                ("lora_magnitude_vector".to_owned(), magnitude),
+            ];
+            let weights = Weights::random(3, Device::Cpu, Kind::Float);
+            let mut linear = Linear::load(&weights, 4, 6, true).unwrap();
+            let dora = Weights::from_tensors(tensors, Device::Cpu, Kind::Float);
+            linear.attach("dora", &config(2, None), &dora).unwrap();
+            linear
+        };
+        let biased = || {
+            let weights = Weights::random(4, Device::Cpu, Kind::Float);
+            let mut linear = Linear::load(&weights, 4, 6, false).unwrap();
+            linear.attach("a", &config(2, None), &weights.pp("a")).unwrap();
+            linear.set_bias(random.normal([6]));
+            linear
+        };
+        for mut linear in [random_linear(4, 6, &[2, 1], Kind::Float), dora(), biased()] {
+            let x = random.normal([2, 3, 4]).set_requires_grad(true);
+            let everywhere = linear.forward(&x);
+            let off = linear.forward_on(&x, &Active::Off);
+            let found = linear.forward_on(&x, &Active::At(Tensor::from_slice(&[1i64, 2, 5])));
+            assert_eq!(found.size(), [2, 3, 6]);
+            let (found, everywhere, off) = (found.flatten(0, 1), everywhere.flatten(0, 1), off.flatten(0, 1));
+            for place in 0..6 {
+                if [1, 2, 5].contains(&place) {
+                    assert_close_to(&found.get(place), &everywhere.get(place), 1e-6);
+                    assert!(!everywhere.get(place).allclose(&off.get(place), 1e-3, 1e-3, false));
+                } else {
+                    assert!(found.get(place).equal(&off.get(place)));
+                }
+            }
+            // The gradient is that of the rows picked from both.
+            let picked = [off.get(0), everywhere.get(1), everywhere.get(2), off.get(3), off.get(4), everywhere.get(5)];
+            let grad = random.normal([6, 6]);
+            let gradients = |y: &Tensor, linear: &Linear| {
+                (y * &grad).sum(Kind::Float).backward();
+                let halves = linear.adapters().flat_map(|a| [a.lora_a(), a.lora_b()]);
+                let all: Vec<Tensor> = halves.chain([&x]).map(|t| t.grad().copy()).collect();
+                for tensor in linear.adapters().flat_map(|a| [a.lora_a(), a.lora_b()]).chain([&x]) {
+                    tensor.shallow_clone().zero_grad();
+                }
+                all
+            };
+            let expected = gradients(&Tensor::stack(&picked, 0), &linear);
+            for (found, expected) in gradients(&found, &linear).iter().zip(&expected) {
+                assert_close_to(found, expected, 1e-5);
+            }
+            // Without its adapters the layer is what `Off` was, but for a bias of its own.
+            linear.adapters.clear();
+            if !linear.adapters_bias {
+                assert!(linear.forward(&x).flatten(0, 1).equal(&off));
+            }
         }
     }
 

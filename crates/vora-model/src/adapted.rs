@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use tch::Tensor;
 use vora_llm::CausalLm;
-use vora_lora::{Linear, LoraConfig, attach_all};
+use vora_lora::{ActsOn, Linear, LoraConfig, attach_all};
 use vora_torch::weights::Weights;
 
 /// A decoder, and the configuration of the adapters that are apart from its weights.
@@ -11,12 +11,13 @@ use vora_torch::weights::Weights;
 pub struct AdaptedLlm {
     llm: CausalLm,
     lora: Option<LoraConfig>,
+    acts_on: ActsOn,
 }
 
 impl AdaptedLlm {
     /// A decoder without adapters.
     pub fn new(llm: CausalLm) -> Self {
-        Self { llm, lora: None }
+        Self { llm, lora: None, acts_on: ActsOn::All }
     }
 
     /// The decoder.
@@ -34,6 +35,22 @@ impl AdaptedLlm {
         self.lora.as_ref()
     }
 
+    /// The tokens that the adapters act on: those that they are trained through, until somebody says otherwise.
+    pub fn acts_on(&self) -> ActsOn {
+        self.acts_on
+    }
+
+    /// Lets the adapters act on these tokens.
+    ///
+    /// # Errors
+    /// Where there are none, and where they were not trained for that; see [`ActsOn::check_opened`].
+    pub fn set_acts_on(&mut self, acts_on: ActsOn) -> Result<()> {
+        let lora = self.lora.as_ref().context("the adapters are merged into the weights, which act on every token")?;
+        lora.acts_on.check_opened(acts_on)?;
+        self.acts_on = acts_on;
+        Ok(())
+    }
+
     /// Puts a named adapter on the linear layers that `lora` asks for; its tensors stand at their layers' names below
     /// `weights`, the decoder's place in their source.
     ///
@@ -42,6 +59,7 @@ impl AdaptedLlm {
     pub fn attach(&mut self, name: &str, lora: &LoraConfig, weights: &Weights) -> Result<()> {
         attach_all(name, lora, &weights.pp("model.layers"), |visit| self.llm.linears_mut(visit))?;
         self.lora = Some(lora.clone());
+        self.acts_on = lora.acts_on;
         Ok(())
     }
 
@@ -59,6 +77,7 @@ impl AdaptedLlm {
             Ok(())
         })?;
         self.lora = None;
+        self.acts_on = ActsOn::All;
         Ok(())
     }
 

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind};
 use vora_files::checksums;
 use vora_llm::LlmConfig;
+use vora_lora::LoraConfig;
 use vora_torch::checkpoint::Checkpoint;
 use vora_torch::weights::Weights;
 use vora_vision::Encoder;
@@ -43,7 +44,7 @@ impl ModelType {
 /// Opens the folder of any model known here, by the `model_type` in its `config.json`: a whole one, merged or
 /// published, or what a run trained (its `final/`, or a checkpoint), whose adapters then stay apart from the weights.
 /// `resolve` finds the folders of LLM and encoder by the names that such a run knew them by. Checksums that a folder has
-/// are compared.
+/// are compared. Adapters act on the tokens that the folder says ([`LoraConfig::answers_on`]).
 ///
 /// # Errors
 /// Names the file, and what in it does not fit; [`FolderError`] where the folder is no model's.
@@ -54,14 +55,16 @@ pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) ->
         path: folder.join("config.json"),
         model_type: config.get("model_type").and_then(Value::as_str).map(str::to_owned),
     })?;
-    if trained::is_part(folder) {
-        return open_part(folder, model_type, &config, device, kind, resolve);
-    }
-    Ok(match model_type {
+    let mut model: Box<dyn VisionLanguageModel> = match model_type {
+        _ if trained::is_part(folder) => open_part(folder, model_type, &config, device, kind, resolve)?,
         ModelType::Vora => Box::new(Vora::open(folder, device, kind)?),
         ModelType::Llava => Box::new(Llava::open(folder, device, kind)?),
         ModelType::Chameleon => Box::new(Chameleon::open(folder, device, kind)?),
-    })
+    };
+    if let Some(answers_on) = model.lora().map(LoraConfig::answers_on) {
+        model.set_acts_on(answers_on)?;
+    }
+    Ok(model)
 }
 
 /// Opens what a run trained: frozen weights from where `resolve` finds them, trained ones from the folder.

@@ -8,7 +8,7 @@ use serde_json::Value;
 use tch::Tensor;
 use vora_image::RgbImage;
 use vora_llm::{AttentionPlan, CausalLm, Output, VisionAttention};
-use vora_lora::LoraConfig;
+use vora_lora::{ActsOn, LoraConfig};
 use vora_text::{Piece, Span, Spans};
 use vora_torch::weights::Weights;
 
@@ -91,6 +91,14 @@ pub trait VisionLanguageModel: Debug {
     /// See [`attach_all`](vora_lora::attach_all).
     fn attach(&mut self, name: &str, lora: &LoraConfig, weights: &Weights) -> Result<()> {
         self.adapted_mut().attach(name, lora, weights)
+    }
+
+    /// Lets the adapters act on these tokens; see [`AdaptedLlm::set_acts_on`].
+    ///
+    /// # Errors
+    /// Where there are none, and where they were not trained for that.
+    fn set_acts_on(&mut self, acts_on: ActsOn) -> Result<()> {
+        self.adapted_mut().set_acts_on(acts_on)
     }
 
     /// Folds every adapter into its layer's weight; see [`AdaptedLlm::merge`].
@@ -176,12 +184,13 @@ pub trait VisionLanguageModel: Debug {
         Ok(words.index_copy(0, &places, &features).view([batch, seq, -1]))
     }
 
-    /// How attention goes over these spans; made once a batch.
+    /// How attention goes over these spans, and which of their tokens the adapters act on; made once a batch.
     ///
     /// # Errors
     /// See [`AttentionPlan::new`].
     fn plan(&self, spans: &Spans) -> Result<AttentionPlan> {
-        AttentionPlan::new(spans, self.vision_attention(), self.llm().device(), self.llm().kind())
+        let plan = AttentionPlan::new(spans, self.vision_attention(), self.llm().device(), self.llm().kind())?;
+        Ok(plan.with_adapters(self.adapted().acts_on()))
     }
 
     /// Runs the decoder over a batch; keeps the hidden states of the first `hidden_layers` blocks.

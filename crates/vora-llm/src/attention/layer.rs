@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use tch::{Tensor, nn::Module};
-use vora_lora::Linear;
+use vora_lora::{Active, Linear};
 use vora_torch::weights::Weights;
 
 use super::attend::{attend, attend_dropping, repeat_heads, scaled_dot_product};
@@ -54,14 +54,14 @@ impl Attention {
 
     /// `[batch, seq, hidden]` -> `[batch, seq, hidden]`
     pub fn forward(&self, x: &Tensor, cos_sin: &CosSin, plan: &AttentionPlan) -> Tensor {
-        let [q, k, v] = self.project(x, cos_sin);
-        self.output(&attend(&q, &k, &v, plan))
+        let [q, k, v] = self.project(x, cos_sin, plan.adapters());
+        self.output(&attend(&q, &k, &v, plan), plan.adapters())
     }
 
     /// As [`Attention::forward`], without the attention weights that dropout takes.
     pub fn forward_train(&self, x: &Tensor, cos_sin: &CosSin, plan: &AttentionPlan) -> Tensor {
-        let [q, k, v] = self.project(x, cos_sin);
-        self.output(&attend_dropping(&q, &k, &v, plan, self.dropout))
+        let [q, k, v] = self.project(x, cos_sin, plan.adapters());
+        self.output(&attend_dropping(&q, &k, &v, plan, self.dropout), plan.adapters())
     }
 
     /// Whether it drops anything in training.
@@ -69,36 +69,36 @@ impl Attention {
         self.dropout > 0.0
     }
 
-    /// `q k^T / sqrt(head_dim)`, before mask and softmax: `[batch, seq, hidden]` -> `[batch, heads, seq, seq]`
+    /// `q k^T / sqrt(head_dim)`, before mask and softmax, with adapters on every token: `[batch, seq, hidden]` -> `[batch, heads, seq, seq]`
     pub fn logits(&self, x: &Tensor, cos_sin: &CosSin) -> Tensor {
-        let [q, k, _] = self.project(x, cos_sin);
+        let [q, k, _] = self.project(x, cos_sin, &Active::All);
         let k = repeat_heads(&k, self.num_heads / self.num_kv_heads);
         q.matmul(&k.transpose(2, 3)) / (self.head_dim as f64).sqrt()
     }
 
     /// As [`Attention::forward`], and keeps keys and values.
     pub(crate) fn prefill(&self, x: &Tensor, cos_sin: &CosSin, plan: &AttentionPlan, cache: &mut LayerCache) -> Tensor {
-        let [q, k, v] = self.project(x, cos_sin);
+        let [q, k, v] = self.project(x, cos_sin, plan.adapters());
         cache.fill(&k, &v);
-        self.output(&attend(&q, &k, &v, plan))
+        self.output(&attend(&q, &k, &v, plan), plan.adapters())
     }
 
     /// `[batch, 1, hidden]` -> `[batch, 1, hidden]`; each new token attends to what the cache holds of its row,
     /// and itself.
     pub(crate) fn decode_step(&self, x: &Tensor, cos_sin: &CosSin, step: &Step, cache: &mut LayerCache) -> Tensor {
-        let [q, k, v] = self.project(x, cos_sin);
+        let [q, k, v] = self.project(x, cos_sin, &step.adapters);
         let (k, v) = cache.append(&k, &v, step);
-        self.output(&scaled_dot_product(&q, &k, &v, step.mask.as_ref(), false, 0.0))
+        self.output(&scaled_dot_product(&q, &k, &v, step.mask.as_ref(), false, 0.0), &step.adapters)
     }
 
     /// `[batch, seq, hidden]` -> q as `[batch, heads, seq, head_dim]`, k and v as `[batch, kv_heads, seq, head_dim]`; q
     /// and k normed and rotated where the model does so
-    fn project(&self, x: &Tensor, cos_sin: &CosSin) -> [Tensor; 3] {
+    fn project(&self, x: &Tensor, cos_sin: &CosSin, adapters: &Active) -> [Tensor; 3] {
         let (batch, seq, _) = x.size3().expect("x is [batch, seq, hidden]");
         let split = |x: Tensor, heads| x.view([batch, seq, heads, self.head_dim]);
-        let mut q = split(self.q_proj.forward(x), self.num_heads); // [batch, seq, heads, head_dim]
-        let mut k = split(self.k_proj.forward(x), self.num_kv_heads);
-        let v = split(self.v_proj.forward(x), self.num_kv_heads);
+        let mut q = split(self.q_proj.forward_on(x, adapters), self.num_heads); // [batch, seq, heads, head_dim]
+        let mut k = split(self.k_proj.forward_on(x, adapters), self.num_kv_heads);
+        let v = split(self.v_proj.forward_on(x, adapters), self.num_kv_heads);
         if let Some(norm) = &self.q_norm {
             q = norm.forward(&q);
         }
@@ -112,9 +112,10 @@ impl Attention {
     }
 
     /// `[batch, heads, seq, head_dim]` -> `[batch, seq, hidden]`
-    fn output(&self, attended: &Tensor) -> Tensor {
+    fn output(&self, attended: &Tensor, adapters: &Active) -> Tensor {
         let (batch, heads, seq, head_dim) = attended.size4().expect("attended is [batch, heads, seq, head_dim]");
-        self.o_proj.forward(&attended.transpose(1, 2).reshape([batch, seq, heads * head_dim]))
+        let joined = attended.transpose(1, 2).reshape([batch, seq, heads * head_dim]);
+        self.o_proj.forward_on(&joined, adapters)
     }
 }
 
@@ -145,7 +146,11 @@ mod tests {
         let logits = attention.logits(&golden["x"], &cos_sin); // [batch, heads, seq, seq]
         let future = Tensor::ones([11, 11], F32).triu(1).to_kind(Kind::Bool);
         let seen = logits.masked_fill(&future, f64::NEG_INFINITY).softmax(-1, Kind::Float);
-        let [_, _, v] = attention.project(&golden["x"], &cos_sin);
-        fixtures::assert_close_to(&attention.output(&seen.matmul(&repeat_heads(&v, 2))), &golden["y"], 1e-5);
+        let [_, _, v] = attention.project(&golden["x"], &cos_sin, &Active::All);
+        fixtures::assert_close_to(
+            &attention.output(&seen.matmul(&repeat_heads(&v, 2)), &Active::All),
+            &golden["y"],
+            1e-5,
+        );
     }
 }

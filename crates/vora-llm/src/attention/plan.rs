@@ -1,9 +1,10 @@
-//! What a batch asks of attention, and the kernel that serves it.
+//! What a batch asks of its layers: the kernel that serves its attention, and the tokens that adapters act on.
 
 use std::collections::HashSet;
 
 use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
+use vora_lora::{Active, ActsOn};
 use vora_text::{Span, Spans};
 
 use super::mask::Tokens;
@@ -28,7 +29,7 @@ pub(super) enum Kernel {
     Mask(Tensor),
 }
 
-/// Everything about a batch that its attention layers share; made once per batch.
+/// Everything about a batch that its layers share; made once per batch.
 #[derive(Debug)]
 pub struct AttentionPlan {
     position_ids: Tensor, // [batch, seq]
@@ -39,6 +40,8 @@ pub struct AttentionPlan {
     mode: VisionAttention,
     kind: Kind,
     pub(super) kernel: Kernel,
+    adapters: Active,
+    adapted_rows: Vec<bool>, // whether adapters act on what generation adds to a row
 }
 
 /// Which kernel [`AttentionPlan::with_kernel`] is to take.
@@ -91,6 +94,19 @@ impl AttentionPlan {
         Ok(Self::build(spans, mode, device, kind, choice))
     }
 
+    /// The same with adapters that act on these tokens alone; without it they act on all.
+    #[must_use]
+    pub fn with_adapters(self, acts_on: ActsOn) -> Self {
+        let (adapters, adapted_rows) = active(&self.spans, acts_on, self.position_ids.device());
+        Self { adapters, adapted_rows, ..self }
+    }
+
+    /// The same without adapters: what the layers do is what they did before any was attached.
+    #[must_use]
+    pub fn without_adapters(self) -> Self {
+        Self { adapters: Active::Off, adapted_rows: vec![false; self.row_lens.len()], ..self }
+    }
+
     /// The same batch for layers with a sliding window: a token attends to itself and the `window - 1` positions before it,
     /// nothing earlier. None where no row is long enough for that to hide anything.
     ///
@@ -123,6 +139,8 @@ impl AttentionPlan {
             row_lens: self.row_lens.clone(),
             spans: self.spans.clone(),
             kernel,
+            adapters: self.adapters.clone(),
+            adapted_rows: self.adapted_rows.clone(),
             ..*self
         })
     }
@@ -150,12 +168,24 @@ impl AttentionPlan {
             mode,
             kind,
             kernel,
+            adapters: Active::All,
+            adapted_rows: vec![true; spans.rows.len()],
         }
     }
 
     /// The same plan once more.
     fn again(&self, device: Device) -> Self {
         Self::build(&self.spans, self.mode, device, self.kind, self.kernel_choice())
+    }
+
+    /// The tokens that adapters act on.
+    pub fn adapters(&self) -> &Active {
+        &self.adapters
+    }
+
+    /// Whether adapters act on what generation adds to each row.
+    pub(crate) fn adapted_rows(&self) -> &[bool] {
+        &self.adapted_rows
     }
 
     /// `[batch, seq]`, int64
@@ -192,6 +222,38 @@ impl AttentionPlan {
     pub(crate) fn is_cacheable(&self) -> bool {
         self.cacheable
     }
+}
+
+/// The tokens that adapters act on by that rule, and whether they act on what generation adds to each row.
+fn active(spans: &Spans, acts_on: ActsOn, device: Device) -> (Active, Vec<bool>) {
+    let has_image = |row: &[Span], document| row.iter().any(|span| span.is_image() && span.document() == document);
+    let acts = |row: &[Span], span: &Span| match acts_on {
+        ActsOn::All => true,
+        ActsOn::WithImage => has_image(row, span.document()),
+        ActsOn::ImageTokens => span.is_image(),
+    };
+    let (seq, mut places) = (spans.seq(), Vec::new());
+    for (row_idx, row) in (0..).zip(&spans.rows) {
+        let mut start = row_idx * seq;
+        for span in row {
+            if acts(row, span) {
+                places.extend(start..start + span.len());
+            }
+            start += span.len();
+        }
+    }
+    let all = places.len() as i64 == spans.num_tokens();
+    let active = match places.is_empty() {
+        true => Active::Off,
+        false if all => Active::All,
+        false => Active::At(Tensor::from_slice(&places).to_device(device)),
+    };
+    let goes_on = |row: &Vec<Span>| match acts_on {
+        ActsOn::All => true,
+        ActsOn::WithImage => row.iter().any(Span::is_image), // rows that can be continued are one document
+        ActsOn::ImageTokens => false,
+    };
+    (active, spans.rows.iter().map(goes_on).collect())
 }
 
 /// A mask reads and writes `seq^2` numbers that causal calls need not, so those come first; calls by segment follow
@@ -298,6 +360,43 @@ mod tests {
         let positions: Vec<i64> = plan.position_ids().get(1).narrow(0, 0, 9).try_into().unwrap();
         assert_eq!(positions, [0, 1, 2, 3, 0, 1, 2, 3, 4]);
         assert_eq!(plan.num_positions(), 13);
+    }
+
+    #[test]
+    fn adapters_act_on_the_tokens_of_their_rule() {
+        let rows = vec![
+            vec![
+                Span::text(1),
+                Span::image(1, 2),
+                Span::text(1).on_branch(0),
+                Span::text(2).in_document(1),
+                Span::text(1).in_document(2),
+                Span::image(1, 1).in_document(2),
+            ],
+            vec![Span::text(3)],
+        ];
+        let at = |rows: &[Vec<Span>], acts_on| {
+            let plan = plan(rows.to_vec(), VisionAttention::Bidirectional).with_adapters(acts_on);
+            let narrow = plan.within(2).map(|plan| format!("{:?}", plan.adapters()));
+            assert!(narrow.is_none_or(|narrow| narrow == format!("{:?}", plan.adapters())));
+            let places = match plan.adapters() {
+                Active::All => vec![-1],
+                Active::Off => vec![],
+                Active::At(places) => Vec::<i64>::try_from(places).unwrap(),
+            };
+            (places, plan.adapted_rows().to_vec())
+        };
+        assert_eq!(at(&rows, ActsOn::All), (vec![-1], vec![true, true]));
+        assert_eq!(at(&rows, ActsOn::WithImage).0, [0, 1, 2, 3, 6, 7]);
+        assert_eq!(at(&rows, ActsOn::ImageTokens), (vec![1, 2, 7], vec![false, false]));
+        // A row that is longer than another: places count padding.
+        let rows = [vec![Span::text(4)], vec![Span::text(1), Span::image(1, 1)]];
+        assert_eq!(at(&rows, ActsOn::WithImage), (vec![4, 5], vec![false, true]));
+        assert_eq!(at(&rows, ActsOn::ImageTokens), (vec![5], vec![false, false]));
+        assert_eq!(at(&rows[..1], ActsOn::WithImage), (vec![], vec![false]));
+        assert_eq!(at(&rows[1..], ActsOn::WithImage), (vec![-1], vec![true]));
+        let off = plan(rows.to_vec(), VisionAttention::Bidirectional).without_adapters();
+        assert!(matches!(off.adapters(), Active::Off) && off.adapted_rows() == [false, false]);
     }
 
     #[test]

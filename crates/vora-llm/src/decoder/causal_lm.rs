@@ -132,7 +132,7 @@ impl CausalLm {
             let x = self.model.through(inputs_embeds, |layer_idx, layer, x| {
                 layer.prefill(x, &shared.cos_sin, shared.by(layer), &mut cache.layers[layer_idx])
             }); // [batch, seq, hidden]
-            cache.filled(lens);
+            cache.filled(lens, plan.adapted_rows());
             let rows: Vec<Tensor> = (0..).zip(lens).map(|(row, len)| x.get(row).get(len - 1)).collect();
             self.logits(&self.model.norm.forward(&Tensor::stack(&rows, 0)))
         }))

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use tch::{Tensor, nn::Module};
-use vora_lora::Linear;
+use vora_lora::{Active, Linear};
 use vora_torch::nn::RmsNorm;
 use vora_torch::weights::Weights;
 
@@ -47,7 +47,7 @@ impl DecoderLayer {
 
     /// `[batch, seq, hidden]` -> `[batch, seq, hidden]`; a layer with a sliding window takes a plan within it.
     pub fn forward(&self, x: &Tensor, cos_sin: &CosSin, plan: &AttentionPlan) -> Tensor {
-        self.around(x, 0.0, |x| self.self_attn.forward(x, cos_sin, plan))
+        self.around(x, 0.0, plan.adapters(), |x| self.self_attn.forward(x, cos_sin, plan))
     }
 
     /// As [`DecoderLayer::forward`], without what dropout takes, which `seed` decides.
@@ -55,17 +55,17 @@ impl DecoderLayer {
         if self.dropout > 0.0 || self.self_attn.drops() {
             seed.begin();
         }
-        self.around(x, self.dropout, |x| self.self_attn.forward_train(x, cos_sin, plan))
+        self.around(x, self.dropout, plan.adapters(), |x| self.self_attn.forward_train(x, cos_sin, plan))
     }
 
     /// As [`DecoderLayer::forward`], and keeps keys and values in `cache`.
     pub(super) fn prefill(&self, x: &Tensor, cos_sin: &CosSin, plan: &AttentionPlan, cache: &mut LayerCache) -> Tensor {
-        self.around(x, 0.0, |x| self.self_attn.prefill(x, cos_sin, plan, cache))
+        self.around(x, 0.0, plan.adapters(), |x| self.self_attn.prefill(x, cos_sin, plan, cache))
     }
 
     /// `[batch, 1, hidden]` -> `[batch, 1, hidden]`; each new token attends to what `cache` holds of its row, and itself.
     pub(super) fn decode_step(&self, x: &Tensor, cos_sin: &CosSin, step: &Step, cache: &mut LayerCache) -> Tensor {
-        self.around(x, 0.0, |x| self.self_attn.decode_step(x, cos_sin, step, cache))
+        self.around(x, 0.0, &step.adapters, |x| self.self_attn.decode_step(x, cos_sin, step, cache))
     }
 
     /// What attention puts into its softmax, without the mask: `[batch, seq, hidden]`, as it goes into the layer, ->
@@ -83,15 +83,15 @@ impl DecoderLayer {
     }
 
     /// The residual stream around whichever form of attention.
-    fn around(&self, x: &Tensor, dropout: f64, attention: impl FnOnce(&Tensor) -> Tensor) -> Tensor {
+    fn around(&self, x: &Tensor, dropout: f64, adapters: &Active, attention: impl FnOnce(&Tensor) -> Tensor) -> Tensor {
         let drop = |x: Tensor| if dropout > 0.0 { x.dropout(dropout, true) } else { x };
         if self.swin_norm {
             let h = x + self.input_layernorm.forward(&drop(attention(x))); // [batch, seq, hidden]
-            let mlp = self.post_attention_layernorm.forward(&drop(self.mlp.forward(&h)));
+            let mlp = self.post_attention_layernorm.forward(&drop(self.mlp.forward(&h, adapters)));
             return h + mlp;
         }
         let h = x + drop(attention(&self.input_layernorm.forward(x))); // [batch, seq, hidden]
-        let mlp = drop(self.mlp.forward(&self.post_attention_layernorm.forward(&h)));
+        let mlp = drop(self.mlp.forward(&self.post_attention_layernorm.forward(&h), adapters));
         h + mlp
     }
 

@@ -8,6 +8,7 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
+use crate::acts_on::ActsOn;
 use crate::config::{LoraConfig, Rank, names};
 use crate::pattern::{layer_number, matches_end, matches_whole};
 
@@ -210,6 +211,8 @@ impl PeftConfig {
             rank_pattern,
             alpha_pattern,
             use_rslora: self.use_rslora,
+            acts_on: ActsOn::All,
+            answers_on: None,
         }
     }
 }

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
-use vora_files::write_folder_atomically;
+use vora_files::{tell_once, write_folder_atomically};
 use vora_llm::{CausalLm, LlmConfig};
-use vora_lora::{ADAPTER_TENSORS, AdapterFolder, LoraConfig, PEFT_PREFIX, merge_state_dict, save_adapter};
+use vora_lora::{ADAPTER_TENSORS, ActsOn, AdapterFolder, LoraConfig, PEFT_PREFIX, merge_state_dict, save_adapter};
 use vora_torch::checkpoint::Shards;
 use vora_torch::checkpoint::{Checkpoint, TensorInfo, save_each};
 use vora_torch::weights::Weights;
@@ -71,6 +71,7 @@ impl Conversion {
         if source.layout == Layout::Peft {
             source.add_base(resolve)?;
         }
+        refuse_other_tokens(&source, to)?;
         let in_source = || format!("converting {} from {} to {to}", source.path.display(), source.layout);
         let steps = plan::steps(&source, to, options.kind).with_context(in_source)?;
         let side_files = side_files::plan(&source, to, &steps, options.kind).with_context(in_source)?;
@@ -196,6 +197,27 @@ impl Conversion {
         }
         Ok(tensor)
     }
+}
+
+/// Adapters that act on some tokens alone: merged they would act on all, which somebody has to ask for; PEFT's layout has
+/// no word for it, which is told.
+fn refuse_other_tokens(source: &Source, to: Layout) -> Result<()> {
+    let answers_on = source.lora.as_ref().map(LoraConfig::answers_on).unwrap_or_default();
+    let path = source.path.display();
+    if answers_on == ActsOn::All {
+        return Ok(());
+    }
+    ensure!(
+        !source.layout.merges_into(to),
+        "the adapters of {path} act on `{answers_on}`; merged into the weights they act on every token, which \
+         `vora merge {path} --as seeing` is for"
+    );
+    if to == Layout::Peft {
+        tell_once(format!(
+            "the adapters of {path} act on `{answers_on}`, for which PEFT has no word: it lets them act on every token"
+        ));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
