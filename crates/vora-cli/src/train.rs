@@ -161,8 +161,9 @@ impl Progress for Terminal {
             let baseline = metrics.baseline_distill.map_or(String::new(), |baseline| format!(" of {baseline:.3}"));
             format!(" + distill {loss:.3}{baseline}")
         });
+        let anchor = metrics.loss_anchor.map_or(String::new(), |loss| format!(" + anchor {loss:.3}"));
         let line = format!(
-            "loss {:.3} = lm {:.3}{distill}, {:.1} samples/s",
+            "loss {:.3} = lm {:.3}{distill}{anchor}, {:.1} samples/s",
             metrics.loss, metrics.loss_lm, metrics.samples_per_second
         );
         self.bar.set_position(metrics.step);

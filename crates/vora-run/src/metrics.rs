@@ -14,7 +14,7 @@ use crate::eval::EvalReport;
 pub struct StepMetrics {
     /// Counted from 1.
     pub step: u64,
-    /// The sum that was trained on: language loss plus weighted distillation loss.
+    /// The sum that was trained on: language loss plus weighted distillation loss and text anchor.
     pub loss: f64,
     /// Cross-entropy per supervised token, in nats.
     pub loss_lm: f64,
@@ -27,6 +27,10 @@ pub struct StepMetrics {
     /// The cosine loss of the best answer that looks at no picture.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline_distill: Option<f64>,
+    /// The divergence from the frozen LLM on the anchor's texts, mean over their tokens, in nats; absent in steps without
+    /// any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_anchor: Option<f64>,
     /// The run's learning rate at this step; groups with their own move in proportion.
     pub lr: f64,
     /// 2-norm of the gradient before it was clipped.
@@ -183,6 +187,7 @@ mod tests {
             loss_distill: Some(0.5),
             distill_blocks: vec![0.4, 0.6],
             baseline_distill: None,
+            loss_anchor: None,
             lr: 1e-3,
             grad_norm: 0.1,
             samples_per_second: 10.0,

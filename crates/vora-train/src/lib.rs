@@ -4,7 +4,7 @@
 //! evaluation beside a blind control. [`Trainer`] is the file to read first.
 //!
 //! It draws no progress bar and catches no signal (its caller does, through [`Progress`] and
-//! [`Options::stop`]), downloads nothing, generates no text, and merges nothing.
+//! [`Options::stop`]), downloads nothing, answers no question (the LLM writes the texts of its own anchor), and merges nothing.
 //!
 //! ```
 //! use vora_train::TrainConfig;
@@ -33,6 +33,7 @@
 //! # }
 //! ```
 
+mod anchor;
 pub mod config;
 pub mod data;
 pub mod observe;

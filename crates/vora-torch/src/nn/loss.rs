@@ -1,4 +1,5 @@
-//! The language loss: cross-entropy in f32, over supervised positions only; and what keeps its logits from drifting.
+//! The language losses, in f32: cross-entropy over supervised positions, the divergence from another model's predictions,
+//! and what keeps logits from drifting.
 
 use tch::{Kind, Reduction, Tensor};
 
@@ -25,6 +26,17 @@ pub fn cross_entropy_and_z_loss(
         let logits = to_f32(&logits(hidden)); // [rows, vocab]
         let loss = summed_cross_entropy(&logits, targets);
         if z_coefficient == 0.0 { loss } else { loss + squared_log_z(&logits).sum(Kind::Float) * z_coefficient }
+    })
+}
+
+/// `sum over the vocabulary of p (log p - log q)`, summed over all rows, with `p` what the head makes of `teacher` and `q`
+/// what it makes of `hidden`: `[n, hidden]` both -> f32 scalar (Kullback and Leibler 1951; `KLDivLoss` with
+/// `reduction="sum"`). Nothing goes backward to `teacher`. Chunks as in [`cross_entropy`].
+pub fn kl_divergence(hidden: &Tensor, teacher: &Tensor, chunk: i64, logits: impl Fn(&Tensor) -> Tensor) -> Tensor {
+    in_chunks(hidden, teacher, chunk, |hidden, teacher| {
+        let p = tch::no_grad(|| to_f32(&logits(teacher)).log_softmax(-1, Kind::Float)); // [rows, vocab]
+        let q = to_f32(&logits(hidden)).log_softmax(-1, Kind::Float);
+        q.kl_div(&p, Reduction::Sum, true)
     })
 }
 
@@ -88,6 +100,28 @@ mod tests {
         fixtures::assert_close_to(&loss, &golden["ce.loss"], 1e-5);
         loss.backward();
         fixtures::assert_close_to(&hidden.grad(), &golden["ce.hidden_grad"], 1e-6);
+    }
+
+    #[test]
+    fn divergence_is_its_definition_and_its_gradient() {
+        let golden = fixtures::open("losses");
+        let head = &golden["ce.lm_head"];
+        let logits = |h: &Tensor| h.linear::<&Tensor>(head, None);
+        let teacher = &golden["ce.hidden"] * -0.7;
+        let n = teacher.size()[0];
+        for chunk in [1, 3, 1 << 10] {
+            let hidden = golden["ce.hidden"].copy().set_requires_grad(true);
+            let loss = kl_divergence(&hidden, &teacher, chunk, logits) / n as f64;
+            loss.backward();
+            let p = logits(&teacher).to_kind(Kind::Double).softmax(-1, Kind::Double);
+            let q = logits(&hidden.detach()).to_kind(Kind::Double).softmax(-1, Kind::Double);
+            let expected = (&p * (p.log() - q.log())).sum(Kind::Double) / n as f64;
+            fixtures::assert_close_to(&loss, &expected.to_kind(Kind::Float), 1e-5);
+            let gradient = (&q - &p).matmul(&head.to_kind(Kind::Double)) / n as f64;
+            fixtures::assert_close_to(&hidden.grad(), &gradient.to_kind(Kind::Float), 1e-6);
+            let same = kl_divergence(&hidden, &hidden.detach(), chunk, logits);
+            assert!(same.double_value(&[]).abs() < 1e-5);
+        }
     }
 
     #[test]

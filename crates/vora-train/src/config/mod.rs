@@ -1,5 +1,6 @@
 //! The run file: one YAML file is one run.
 
+pub mod anchor;
 pub mod data;
 pub mod distill;
 pub mod model;

@@ -7,10 +7,12 @@ use anyhow::{Context, Result, anyhow, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Kind};
+use vora_lora::ActsOn;
 use vora_torch::runtime;
 use vora_vision::PositionTable;
 
 use super::distill::{DistillConfig, Pairing};
+use crate::config::anchor::TextAnchor;
 use crate::config::data::{DataConfig, DataPreprocess, VqaProcessorParams};
 use crate::config::model::{ModelConfig, ModelType};
 use crate::config::overrides::{Difference, compare, from_yaml, set};
@@ -46,6 +48,9 @@ pub struct TrainConfig {
     /// The teacher's part in the loss.
     #[serde(default)]
     pub distill: DistillConfig,
+    /// What keeps the LLM's language, by its own predictions on texts; absent: nothing does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text_anchor: Option<TextAnchor>,
 
     /// Steps of the run; -1 leaves it to `num_train_epochs`.
     #[serde(default = "minus_one")]
@@ -307,6 +312,7 @@ impl TrainConfig {
             "distill.center is true, but model.aux_vision names no teacher"
         );
         self.data.validate(self.model.image_size)?;
+        self.validate_anchor()?;
         ensure!(
             self.max_steps > 0 || self.data.train.scenes.is_none(),
             "max_steps is -1, but scenes never end: say how many steps"
@@ -315,6 +321,23 @@ impl TrainConfig {
             self.max_steps > 0 || !self.data.train.packing,
             "max_steps is -1, but with data.train.packing it shows only on the way how many samples a step takes: say \
              how many steps"
+        );
+        Ok(())
+    }
+
+    /// An anchor holds adapters, which its texts must reach.
+    fn validate_anchor(&self) -> Result<()> {
+        let Some(anchor) = &self.text_anchor else { return Ok(()) };
+        anchor.validate()?;
+        let lora = self.model.adapters().context(
+            "text_anchor holds adapters to the LLM that they are on, but model.lora attaches none: the LLM is either \
+             untouched, or trained whole and nothing of what it was is left",
+        )?;
+        ensure!(
+            lora.acts_on == ActsOn::All,
+            "text_anchor: the adapters act on `{}`, and the anchor's texts have no picture: they would train nothing, nor \
+             is there anything to keep",
+            lora.acts_on
         );
         Ok(())
     }

@@ -63,6 +63,14 @@ pub fn held_out(config: &TrainConfig, maker: &Arc<SampleMaker>) -> Result<Vec<He
     Ok(splits)
 }
 
+/// Records that a section other than `data` names.
+///
+/// # Errors
+/// Names the file or folder that cannot be read.
+pub(crate) fn of_fetch(fetch: &DataFetch, config: &TrainConfig, maker: &Arc<SampleMaker>) -> Result<Arc<dyn Source>> {
+    annotated(fetch, &preprocess(config), maker)
+}
+
 fn preprocess(config: &TrainConfig) -> DataPreprocess {
     config.data.train.data_preprocess.clone().unwrap_or_default()
 }

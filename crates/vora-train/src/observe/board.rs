@@ -37,6 +37,7 @@ impl Board {
         let optional = [
             ("train/loss_distill", metrics.loss_distill),
             ("train/baseline_distill", metrics.baseline_distill),
+            ("train/loss_anchor", metrics.loss_anchor),
             ("system/memory", metrics.memory.map(|bytes| bytes as f64)),
         ];
         values.extend(optional.into_iter().filter_map(|(tag, value)| Some((tag.to_owned(), value?))));

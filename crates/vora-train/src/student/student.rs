@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_data::Preparation;
-use vora_llm::DropoutSeed;
+use vora_llm::{AttentionPlan, DropoutSeed, Pass};
 use vora_model::VisionLanguageModel;
 use vora_torch::nn::loss::cross_entropy_and_z_loss;
 use vora_torch::weights::Weights;
@@ -144,11 +144,7 @@ impl Student {
         let hidden_layers = distill.map_or(0, |distill| distill.heads().hidden_layers());
         let (inputs_embeds, positions, targets) = self.learned(batch)?;
         let (llm, plan) = (self.model.llm(), self.model.plan(&batch.input.spans)?);
-        let pass = if self.gradient_checkpointing {
-            llm.decoder().forward_recomputed(&inputs_embeds, &plan, hidden_layers, seed)
-        } else {
-            llm.decoder().forward_train(&inputs_embeds, &plan, hidden_layers, seed)
-        };
+        let pass = self.pass(&inputs_embeds, &plan, hidden_layers, seed);
         pass.backward(|output| {
             let hidden = output.last_hidden_state.flatten(0, 1).index_select(0, &positions); // [n, hidden]
             // The gradient of a head that is trained comes from all rows at once.
@@ -162,6 +158,22 @@ impl Student {
             let (distill, distill_blocks) = distill.transpose()?.unzip();
             Ok(total(Losses { lm_sum, distill, distill_blocks }))
         })
+    }
+
+    /// A training forward of the LLM, with the hidden states of so many layers.
+    pub(crate) fn pass<'a>(
+        &'a self,
+        inputs_embeds: &Tensor,
+        plan: &'a AttentionPlan,
+        hidden_layers: usize,
+        seed: DropoutSeed,
+    ) -> Pass<'a> {
+        let decoder = self.model.llm().decoder();
+        if self.gradient_checkpointing {
+            decoder.forward_recomputed(inputs_embeds, plan, hidden_layers, seed)
+        } else {
+            decoder.forward_train(inputs_embeds, plan, hidden_layers, seed)
+        }
     }
 
     /// Per block what the teacher has at the image tokens and what the head makes of them there, each

@@ -11,6 +11,7 @@ use vora_torch::runtime::memory;
 
 use super::not_finite::NotFinite;
 use super::trainer::Trainer;
+use crate::anchor::Anchor;
 use crate::student::DeviceBatch;
 use crate::student::heads::TeacherMean;
 
@@ -61,18 +62,29 @@ impl Trainer {
                 if self.loss_scale.is_some() { loss * scale } else { loss }
             })?;
         }
+        let anchor_weight = self.anchor.as_ref().map_or(0.0, Anchor::weight);
+        let loss_anchor = match &self.anchor {
+            Some(anchor) => anchor.backward(&self.student, self.step, seed.at(u64::MAX), |loss| {
+                let loss = loss * anchor_weight;
+                if self.loss_scale.is_some() { loss * scale } else { loss }
+            })?,
+            None => None,
+        };
         if self.loss_scale.is_some() {
             self.optimizer.scale_gradient(scale.recip())?;
         }
 
         // The one place where the host waits for the device.
-        let mut read = vec![Tensor::stack(&[loss_lm, loss_distill, self.optimizer.grad_norm()?], 0)];
+        let has_anchor = loss_anchor.is_some();
+        let loss_anchor = loss_anchor.unwrap_or_else(zero);
+        let mut read = vec![Tensor::stack(&[loss_lm, loss_distill, loss_anchor, self.optimizer.grad_norm()?], 0)];
         read.extend(distill_blocks);
         let read = Vec::<f64>::try_from(Tensor::cat(&read, 0).to_kind(Kind::Double))?;
-        let (loss_lm, loss_distill, grad_norm, distill_blocks) = (read[0], read[1], read[2], read[3..].to_vec());
+        let (loss_lm, loss_distill, loss_anchor) = (read[0], read[1], has_anchor.then_some(read[2]));
+        let (grad_norm, distill_blocks) = (read[3], read[4..].to_vec());
         let step = self.step + 1;
         if let Some(loss_scale) = &mut self.loss_scale {
-            let overflowed = !grad_norm.is_finite() && loss_lm.is_finite() && loss_distill.is_finite();
+            let overflowed = !grad_norm.is_finite() && read[..3].iter().all(|loss| loss.is_finite());
             loss_scale.update(overflowed);
             // A scale below 1 helps no gradient: it is not finite by itself.
             if overflowed && loss_scale.scale >= 1.0 {
@@ -87,7 +99,7 @@ impl Trainer {
         let factor = self.schedule.factor(self.step - self.skipped_steps);
         if !read.iter().all(|value| value.is_finite()) {
             let samples = self.culprits(&batches, &uploaded)?;
-            self.skip(NotFinite { step, loss_lm, loss_distill, grad_norm, samples })?;
+            self.skip(NotFinite { step, loss_lm, loss_distill, loss_anchor, grad_norm, samples })?;
         } else {
             self.optimizer.step(factor, grad_norm)?;
             if let Some(ema) = &mut self.ema {
@@ -103,7 +115,7 @@ impl Trainer {
         let num_tokens: i64 = batches.iter().map(|batch| batch.spans.num_tokens()).sum();
         let num_slots: i64 = batches.iter().map(|batch| batch.batch * batch.seq).sum();
         let num_samples: usize = batches.iter().map(|batch| batch.samples.len()).sum();
-        let loss = loss_lm + distill_weight * loss_distill;
+        let loss = loss_lm + distill_weight * loss_distill + anchor_weight * loss_anchor.unwrap_or(0.0);
         if !is_skipped && let Some(sigmas) = self.spikes.observe(loss) {
             let samples = ids(&batches);
             let message =
@@ -118,6 +130,7 @@ impl Trainer {
             loss_distill: (!distill_blocks.is_empty()).then_some(loss_distill),
             distill_blocks,
             baseline_distill: self.student.distill.as_ref().and_then(|d| d.mean()).map(TeacherMean::baseline),
+            loss_anchor,
             lr: self.config.learning_rate * factor,
             grad_norm,
             samples_per_second: num_samples as f64 / seconds,

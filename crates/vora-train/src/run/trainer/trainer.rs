@@ -18,6 +18,7 @@ use vora_torch::runtime::{machine, memory, peak_memory};
 use super::files::CONFIG;
 use super::options::{Options, Outcome};
 use super::{resume, teacher};
+use crate::anchor::{Anchor, Texts};
 use crate::config::run::{Strategy, TrainConfig};
 use crate::data::{self, HeldOut};
 use crate::observe::block_maps::BlockMaps;
@@ -46,6 +47,7 @@ pub struct Trainer {
     pub(super) run: Arc<RunFolder>,
     pub(super) saver: Saver,
     pub(super) student: Student,
+    pub(super) anchor: Option<Anchor>,
     pub(super) optimizer: Optimizer,
     pub(super) ema: Option<Ema>,
     pub(super) loss_scale: Option<LossScale>, // in f16
@@ -98,6 +100,21 @@ impl Trainer {
             teacher::measure_teacher(&mut student, &config, &training)?;
         }
 
+        let texts = config.text_anchor.as_ref().map(|anchor| match &last {
+            Some(_) => Texts::open(run.path()),
+            None => match &anchor.data_fetch {
+                Some(fetch) => {
+                    let source = data::of_fetch(fetch, &config, &maker).context("text_anchor")?;
+                    Texts::from_records(&*source, &maker, anchor).context("text_anchor")
+                }
+                None => Texts::written(student.model.llm(), maker.preparation(), anchor, config.seed),
+            },
+        });
+        let texts = texts.transpose()?;
+        let anchor = config.text_anchor.clone().zip(texts.as_ref());
+        let anchor = anchor.map(|(anchor, texts)| Anchor::new(anchor, config.seed, texts, student.model.llm()));
+        let anchor = anchor.transpose()?;
+
         let (step, start) = state.as_ref().map_or((0, 0), |state| (state.step, state.samples_seen));
         let held = state.as_ref().map_or(Vec::new(), |state| state.samples_held.clone());
         let skipped = state.as_ref().map_or((0, 0), |state| (state.skipped_steps, state.skipped_in_a_row));
@@ -124,9 +141,13 @@ impl Trainer {
         let metrics = MetricsLog::open(&run.path().join("metrics.jsonl"), step)?;
         let board = config.reports_to_tensorboard().then(|| Board::open(run.path(), step)).transpose()?;
         write_bytes(&run.path().join(CONFIG), yaml.as_bytes())?;
+        if let (Some(texts), None) = (&texts, &last) {
+            texts.save(run.path())?;
+        }
         Ok(Self {
             saver: Saver::new(run.clone()),
             student,
+            anchor,
             optimizer,
             ema,
             loss_scale: config.fp16.then(|| state.as_ref().and_then(|state| state.loss_scale).unwrap_or_default()),

@@ -1,0 +1,144 @@
+//! The loss that holds an adapted LLM to what it was, on a few texts a step.
+
+use anyhow::{Result, ensure};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use tch::{Kind, Tensor};
+use vora_llm::{AttentionPlan, CausalLm, DropoutSeed, VisionAttention};
+use vora_lora::ActsOn;
+use vora_text::Spans;
+use vora_torch::nn::loss::kl_divergence;
+
+use super::texts::Texts;
+use crate::config::anchor::TextAnchor;
+use crate::student::{MAX_LOGITS, Student};
+
+/// Texts whose states are computed side by side before the run.
+const ROWS: usize = 8;
+
+/// The anchor of a run. What the frozen LLM makes of each text is computed once, as the last hidden state of every token:
+/// the head, which nobody trains, makes the whole distribution of it at each step, in the memory of one step.
+#[derive(Debug)]
+pub(crate) struct Anchor {
+    config: TextAnchor,
+    seed: u64,
+    texts: Vec<Vec<i64>>,
+    frozen: Vec<Tensor>, // [tokens of the text, hidden] each, in the model's dtype
+}
+
+impl Anchor {
+    /// Runs the LLM with its adapters off over all texts.
+    ///
+    /// # Errors
+    /// Where a text has a token beyond the embedding, or more tokens than the LLM's context.
+    pub(crate) fn new(config: TextAnchor, seed: u64, texts: &Texts, llm: &CausalLm) -> Result<Self> {
+        let (vocab, context) = (llm.config().vocab_size, llm.config().max_position_embeddings);
+        let texts: Vec<Vec<i64>> = texts.ids().map(<[i64]>::to_vec).collect();
+        ensure!(!texts.is_empty(), "text_anchor has no texts");
+        for ids in &texts {
+            ensure!(ids.len() > 1, "a text of text_anchor has {} tokens, it takes two", ids.len());
+            ensure!(ids.iter().all(|id| (0..vocab).contains(id)), "a text of text_anchor has a token beyond {vocab}");
+            ensure!(ids.len() as i64 <= context, "text_anchor.max_length is above the LLM's context, {context}");
+        }
+        let mut frozen = Vec::with_capacity(texts.len());
+        for rows in texts.chunks(ROWS) {
+            let batch = TextBatch::new(&rows.iter().map(Vec::as_slice).collect::<Vec<_>>(), llm);
+            let plan = batch.plan(llm)?.without_adapters();
+            let states = tch::no_grad(|| {
+                let output = llm.decoder().forward(&llm.embed(&batch.input_ids), &plan, 0);
+                output.last_hidden_state.flatten(0, 1).index_select(0, &batch.places) // [tokens, hidden]
+            });
+            let lens: Vec<i64> = rows.iter().map(|ids| ids.len() as i64).collect();
+            frozen.extend(states.split_with_sizes(lens.as_slice(), 0).iter().map(Tensor::copy));
+        }
+        Ok(Self { config, seed, texts, frozen })
+    }
+
+    /// What the loss is multiplied with.
+    pub(crate) fn weight(&self) -> f64 {
+        self.config.weight
+    }
+
+    /// The texts that the step of this number takes, none where it takes none: pass after pass over all of them, each in an
+    /// order of its own.
+    fn taken(&self, step: u64) -> Vec<usize> {
+        if !step.is_multiple_of(self.config.every) {
+            return Vec::new();
+        }
+        let (num_texts, a_step) = (self.texts.len() as u64, self.config.texts_a_step() as u64);
+        let first = step / self.config.every * a_step;
+        let mut orders: Option<(u64, Vec<usize>)> = None;
+        let mut taken = Vec::new();
+        for place in first..first + a_step {
+            let pass = place / num_texts;
+            if orders.as_ref().is_none_or(|(of, _)| *of != pass) {
+                let mut order: Vec<usize> = (0..self.texts.len()).collect();
+                order.shuffle(&mut ChaCha8Rng::seed_from_u64(self.seed ^ pass.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+                orders = Some((pass, order));
+            }
+            taken.extend(orders.as_ref().map(|(_, order)| order[(place % num_texts) as usize]));
+        }
+        taken
+    }
+
+    /// `KL(frozen || adapted)`, mean over the tokens of the texts that this step takes, with the adapters on; `total` makes
+    /// of it what goes backward. The value without a graph, none where the step takes no text.
+    ///
+    /// # Errors
+    /// What libtorch says of the way back.
+    pub(crate) fn backward(
+        &self,
+        student: &Student,
+        step: u64,
+        seed: DropoutSeed,
+        total: impl FnOnce(&Tensor) -> Tensor,
+    ) -> Result<Option<Tensor>> {
+        let taken = self.taken(step);
+        if taken.is_empty() {
+            return Ok(None);
+        }
+        let llm = student.model.llm();
+        let texts: Vec<&[i64]> = taken.iter().map(|i| self.texts[*i].as_slice()).collect();
+        let batch = TextBatch::new(&texts, llm);
+        let frozen = Tensor::cat(&taken.iter().map(|i| &self.frozen[*i]).collect::<Vec<_>>(), 0); // [tokens, hidden]
+        let plan = batch.plan(llm)?.with_adapters(ActsOn::All);
+        let pass = student.pass(&llm.embed(&batch.input_ids), &plan, 0, seed);
+        let chunk = (MAX_LOGITS / llm.config().vocab_size).max(1);
+        let mut value = None;
+        pass.backward(|output| {
+            let hidden = output.last_hidden_state.flatten(0, 1).index_select(0, &batch.places); // [tokens, hidden]
+            let sum = kl_divergence(&hidden, &frozen, chunk, |rows| llm.logits(rows));
+            let mean = sum / frozen.size()[0] as f64;
+            value = Some(mean.detach());
+            Ok(total(&mean))
+        })?;
+        Ok(value.map(|mean| mean.to_kind(Kind::Float)))
+    }
+}
+
+/// Texts as rows, padded at their ends.
+struct TextBatch {
+    input_ids: Tensor, // [rows, seq]
+    places: Tensor,    // [tokens]: those of rows * seq that are no padding
+    spans: Spans,
+}
+
+impl TextBatch {
+    fn new(texts: &[&[i64]], llm: &CausalLm) -> Self {
+        let spans = Spans::text(&texts.iter().map(|ids| ids.len() as i64).collect::<Vec<_>>());
+        let seq = spans.seq();
+        let (mut ids, mut places) = (Vec::new(), Vec::new());
+        for (row, text) in (0..).zip(texts) {
+            places.extend(row * seq..row * seq + text.len() as i64);
+            ids.extend_from_slice(text);
+            ids.resize(ids.len() + seq as usize - text.len(), 0);
+        }
+        let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(llm.device());
+        Self { input_ids: tensor(&ids).view([-1, seq]), places: tensor(&places), spans }
+    }
+
+    fn plan(&self, llm: &CausalLm) -> Result<AttentionPlan> {
+        AttentionPlan::new(&self.spans, VisionAttention::Causal, llm.device(), llm.kind())
+    }
+}

@@ -1,0 +1,10 @@
+//! The text anchor: texts on which the adapted LLM is held to what it was, and the loss that holds it.
+
+#[expect(clippy::module_inception, reason = "the anchor is what the room is for")]
+mod anchor;
+mod prompts;
+mod texts;
+mod write;
+
+pub(crate) use anchor::Anchor;
+pub(crate) use texts::Texts;
