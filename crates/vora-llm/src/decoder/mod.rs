@@ -9,6 +9,8 @@ mod recompute;
 mod stack;
 
 #[cfg(test)]
+mod acts_on;
+#[cfg(test)]
 mod architectures;
 #[cfg(test)]
 mod training;

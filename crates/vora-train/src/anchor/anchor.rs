@@ -82,6 +82,12 @@ impl Anchor {
         taken
     }
 
+    /// The tokens of the texts that a step takes.
+    #[cfg(test)]
+    pub(crate) fn texts_of(&self, step: u64) -> Vec<Vec<i64>> {
+        self.taken(step).into_iter().map(|i| self.texts[i].clone()).collect()
+    }
+
     /// `KL(frozen || adapted)`, mean over the tokens of the texts that this step takes, with the adapters on; `total` makes
     /// of it what goes backward. The value without a graph, none where the step takes no text.
     ///

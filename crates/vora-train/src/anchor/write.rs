@@ -70,7 +70,8 @@ fn go_on(
     let input_ids = Tensor::from_slice(&padded).view([-1, seq]).to_device(llm.device());
     let plan = AttentionPlan::new(&Spans::text(&lens), VisionAttention::Causal, llm.device(), llm.kind())?;
     let plan = plan.without_adapters();
-    let mut cache = llm.new_cache(lens.len() as i64, config.max_length.max(seq as usize) as i64)?;
+    // The longest prompt's row goes on while the shortest one's text is not done.
+    let mut cache = llm.new_cache(lens.len() as i64, config.max_length as i64 + seq)?;
     let mut logits = llm.prefill(&llm.embed(&input_ids), &plan, &mut cache)?; // [rows, vocab]
     let mut texts = prompts.to_vec();
     let mut is_open = vec![true; texts.len()];
@@ -82,7 +83,7 @@ fn go_on(
                 *is_open = text.len() < config.max_length && !stop.contains(token);
             }
         }
-        if !is_open.contains(&true) || cache.lens().iter().max() == Some(&cache.capacity()) {
+        if !is_open.contains(&true) {
             return Ok(texts);
         }
         // A row that has ended goes on with whatever was drawn, of which nothing is kept.

@@ -2,10 +2,11 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor};
 use vora_data::Batch;
 use vora_llm::DropoutSeed;
+use vora_lora::ActsOn;
 use vora_run::metrics::{EventKind, EventMetrics, Line, StepMetrics};
 use vora_torch::runtime::memory;
 
@@ -34,6 +35,7 @@ impl Trainer {
         let too_long_before = self.loader.num_too_long();
         let batches = self.next_batches()?;
         let data_wait = start.elapsed().as_secs_f64();
+        self.refuse_untrained(&batches)?;
         let device = self.student.device();
         let uploaded: Vec<DeviceBatch> = batches.iter().map(|batch| DeviceBatch::new(batch, device)).collect();
         let num_targets = uploaded.iter().map(|batch| self.student.num_targets(batch)).sum::<i64>() as f64;
@@ -171,6 +173,25 @@ impl Trainer {
         if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW {
             let in_a_row = format!("{MOST_SKIPPED_IN_A_ROW} steps in a row were skipped");
             return Err(anyhow::Error::new(refused).context(in_a_row));
+        }
+        Ok(())
+    }
+
+    /// Samples without a picture are refused where adapters act on nothing of them.
+    fn refuse_untrained(&self, batches: &[Batch]) -> Result<()> {
+        let acts_on = self.student.model.adapted().acts_on();
+        if acts_on == ActsOn::All {
+            return Ok(());
+        }
+        for batch in batches {
+            for sample in &batch.samples {
+                ensure!(
+                    sample.num_images > 0,
+                    "record {} has no picture, and the adapters act on `{acts_on}`: it would train nothing; leave such \
+                     records out, or set model.lora.acts_on=all",
+                    sample.id
+                );
+            }
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! Runs of the tiny models.
 
+mod anchored;
 mod refused;
 mod resumed;
 mod steps;
