@@ -62,10 +62,12 @@ pub struct EvalData {
     /// Questions about a picture of the split; absent: as many as in training.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub questions_per_image: Option<usize>,
-    /// How often each question type is asked about a picture of the split, whatever its number of objects; absent: as in
-    /// training.
+    /// How often each question type is asked about a picture of the split; absent: as in training.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kinds: Option<BTreeMap<QuestionKind, f64>>,
+    /// The same for pictures of several objects; absent: `kinds` where that is given, else as in training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kinds_of_several: Option<BTreeMap<QuestionKind, f64>>,
     /// Shares of pictures with one, two and three objects in the split; absent: as in training.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub objects: Option<[f64; 3]>,
@@ -79,7 +81,10 @@ impl EvalData {
     pub(crate) fn scenes(&self, train: ScenesConfig) -> ScenesConfig {
         ScenesConfig {
             questions_per_image: self.questions_per_image.unwrap_or(train.questions_per_image),
-            kinds_of_several: if self.kinds.is_some() { None } else { train.kinds_of_several },
+            kinds_of_several: match &self.kinds_of_several {
+                Some(kinds) => Some(kinds.clone()),
+                None => train.kinds_of_several.filter(|_| self.kinds.is_none()),
+            },
             kinds: self.kinds.clone().unwrap_or(train.kinds),
             objects: self.objects.unwrap_or(train.objects),
             unnamed_share: self.unnamed_share.unwrap_or(train.unnamed_share),
@@ -352,6 +357,7 @@ impl DataConfig {
                     let of_scenes = [
                         ("questions_per_image", eval.questions_per_image.is_some()),
                         ("kinds", eval.kinds.is_some()),
+                        ("kinds_of_several", eval.kinds_of_several.is_some()),
                         ("objects", eval.objects.is_some()),
                         ("unnamed_share", eval.unnamed_share.is_some()),
                     ];

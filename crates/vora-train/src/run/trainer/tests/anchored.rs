@@ -55,7 +55,8 @@ fn the_anchor_adds_its_own_gradient_once_a_step() {
     let mut fresh = |overrides: &[&str]| {
         runs += 1;
         let common = ["max_grad_norm=0", "max_steps=3"];
-        let mut trainer = trainer(config("debug.yaml", &folder.path().join(runs.to_string()), &[&common, overrides].concat()));
+        let mut trainer =
+            trainer(config("debug.yaml", &folder.path().join(runs.to_string()), &[&common, overrides].concat()));
         for (name, tensor) in trainer.parameters() {
             if name.contains("lora_B") {
                 let values = fixtures::Random::new(name.len() as u64).normal(tensor.size()) * 0.1;
