@@ -10,13 +10,14 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use tch::{Device, Kind};
+use vora_eval::language::{Side, language};
 use vora_eval::{Answered, Perplexity, QuestionSet, Report, Task, answer, perplexity};
 use vora_files::write_bytes;
 use vora_infer::Assistant;
 use vora_llm::{CausalLm, LlmConfig};
 use vora_lora::ActsOn;
 use vora_model::VisionLanguageModel;
-use vora_text::Tokenizer;
+use vora_text::{ChatTemplate, Tokenizer};
 use vora_torch::runtime;
 use vora_torch::weights::Weights;
 
@@ -28,6 +29,7 @@ Examples:
   vora eval runs/photos/final --data photos_eval/captions.jsonl --out captions.json
   vora eval runs/photos/merged --data questions.jsonl --task vqa --max-tokens 10 --json
   vora eval runs/photos/merged --text held-out.txt
+  vora eval runs/scenes/merged --language
 
 MODEL is a folder that `vora merge` wrote, or a run's final/ or checkpoint, its adapters apart; for --text
 also a language model alone. The blind control asks the same questions about another picture.
@@ -45,7 +47,7 @@ pub(crate) struct Args {
     /// A model's folder, or its name in the hub's cache
     model: String,
     /// JSON lines or a JSON array, or scenes:test, scenes:unseen
-    #[arg(long, value_name = "FILE", required_unless_present = "text", conflicts_with = "text")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["text", "language"], conflicts_with_all = ["text", "language"])]
     data: Option<String>,
     /// The folder that the data's pictures are in; else that of the data
     #[arg(long, value_name = "DIR", conflicts_with = "text")]
@@ -53,6 +55,13 @@ pub(crate) struct Args {
     /// A text to measure the perplexity on
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
+    /// Measure what the model keeps of its LLM's language: perplexity of prose, and answers to 20 questions without a
+    /// picture
+    #[arg(long, conflicts_with = "text")]
+    language: bool,
+    /// With --language: the LLM that the model was, where its folder does not name it
+    #[arg(long, value_name = "DIR", requires = "language")]
+    base: Option<String>,
     /// What is scored; auto goes by the data
     #[arg(long, default_value = AUTO, value_parser = tasks())]
     task: String,
@@ -105,9 +114,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let kind = runtime::kind(&args.dtype, device)?;
     let folder = vora_hub::resolve(&args.model)?;
     let (table, mut results, answers) = match (&args.text, &args.data) {
+        _ if args.language => on_language(args, &folder, device, kind)?,
         (Some(text), _) => on_text(args, text, &folder, device, kind)?,
         (None, Some(data)) => on_questions(args, data, &folder, device, kind)?,
-        (None, None) => anyhow::bail!("give --data or --text"),
+        (None, None) => anyhow::bail!("give --data, --text or --language"),
     };
     results["model"] = args.model.as_str().into();
     results["dtype"] = runtime::name_of(kind).into();
@@ -181,6 +191,30 @@ fn opened(args: &Args, folder: &Path, device: Device, kind: Kind) -> Result<Box<
         model.set_acts_on(acts_on).context("--acts-on")?;
     }
     Ok(model)
+}
+
+/// What the model keeps of the language of its LLM: with adapters apart from its weights that is the LLM below them, else
+/// the one that `--base` or the model's folder names.
+fn on_language(args: &Args, folder: &Path, device: Device, kind: Kind) -> Result<Found> {
+    let model = opened(args, folder, device, kind)?;
+    let (tokenizer, chat) = (Tokenizer::open(folder)?, ChatTemplate::open(folder)?);
+    let this = Side { llm: model.llm(), acts_on: model.adapted().acts_on() };
+    let found = if model.lora().is_some() && args.base.is_none() {
+        language(Side::frozen(model.llm()), this, &tokenizer, &chat)?
+    } else {
+        let config = model.config_json()?;
+        let name = args.base.as_deref().or_else(|| config.get("llm")?.as_str()).filter(|name| !name.is_empty());
+        let name = name.with_context(|| format!("{} does not name the LLM that it was: give --base", args.model))?;
+        let base = vora_hub::resolve(name).context("--base")?;
+        let weights = Weights::open(&base, device, kind)?;
+        let llm = CausalLm::load(&LlmConfig::open(&base)?, &weights)?;
+        weights.finish().with_context(|| format!("loading {}", base.display()))?;
+        language(Side::whole(&llm), this, &tokenizer, &chat)?
+    };
+    let mut results = json!(found);
+    results["task"] = "language".into();
+    results["ratio"] = found.ratio().into();
+    Ok((found.to_string(), results, None))
 }
 
 fn on_questions(args: &Args, data: &str, folder: &Path, device: Device, kind: Kind) -> Result<Found> {

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use vora_run::language::Language;
 use vora_run::metrics::{EvalMetrics, StepMetrics};
 use vora_torch::runtime;
 use vora_train::Plan;
@@ -186,6 +187,10 @@ impl Progress for Terminal {
             .filter_map(|split| metrics.eval.all(split).map(|score| format!("{split} {:.3}", score.exact_match)))
             .collect();
         self.say(&format!("step {}  exact match: {}", metrics.step, scores.join(", ")));
+    }
+
+    fn compared(&mut self, language: &Language) {
+        self.say(&format!("what seeing cost in text, adapters on: {language}"));
     }
 
     fn saved(&mut self, folder: &Path) {

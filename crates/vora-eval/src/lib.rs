@@ -1,5 +1,5 @@
-//! How well a model answers: scores equal to the published scorers, each beside a blind control, perplexity, and the runner
-//! that asks a model every question of a file. It trains nothing and prints nothing.
+//! How well a model answers: scores equal to the published scorers, each beside a blind control, perplexity, what it
+//! keeps of its language, and the runner that asks a model every question of a file. It trains nothing and prints nothing.
 //!
 //! ```
 //! use vora_eval::scores::vqa_accuracy;
@@ -11,6 +11,7 @@
 mod blind;
 mod described;
 mod greedy;
+pub mod language;
 mod perplexity;
 mod question;
 mod question_set;

@@ -18,6 +18,7 @@ pub mod block_maps;
 pub mod checkpoint;
 pub mod eval;
 pub mod interval;
+pub mod language;
 pub mod metrics;
 #[cfg(feature = "drawn")]
 pub mod plot;

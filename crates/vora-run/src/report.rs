@@ -16,6 +16,7 @@ use serde_json::Value;
 
 use crate::block_maps::{self, Layout};
 use crate::interval::Interval;
+use crate::language::Language;
 use crate::metrics::{Line, StepMetrics};
 use crate::results::TrainResults;
 use crate::{plot, samples};
@@ -125,7 +126,7 @@ pub fn html(run: &Path, answers: Result<Answers, String>) -> Result<String> {
     let title = run_name.unwrap_or_else(|| name_of(run));
     let page = Page {
         title,
-        facts: facts(&steps, results.as_ref()),
+        facts: facts(&steps, results.as_ref(), Language::open(run)?.as_ref()),
         charts: plot::charts(&lines)?,
         scores: scores.unwrap_or_default().into_iter().map(|(name, kinds)| table(name, &kinds)).collect(),
         has_answers: samples.iter().any(|sample| sample.answer.is_some()),
@@ -182,7 +183,7 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
 }
 
 /// What a run came to, in a few numbers.
-fn facts(steps: &[&StepMetrics], results: Option<&TrainResults>) -> Vec<[String; 2]> {
+fn facts(steps: &[&StepMetrics], results: Option<&TrainResults>, language: Option<&Language>) -> Vec<[String; 2]> {
     let mut facts = Vec::new();
     let mut fact = |name: &str, value: String| facts.push([name.to_owned(), value]);
     if let (Some(first), Some(last)) = (steps.first(), steps.last()) {
@@ -203,6 +204,13 @@ fn facts(steps: &[&StepMetrics], results: Option<&TrainResults>) -> Vec<[String;
             let baseline = last.baseline_distill.map_or(String::new(), |b| format!(" ({b:.3} without looking)"));
             fact("cosine loss, first and last", format!("{before:.3}, {after:.3}{baseline}"));
         }
+        let anchored: Vec<f64> = steps.iter().filter_map(|step| step.loss_anchor).collect();
+        if let (Some(last), most) = (anchored.last(), anchored.iter().copied().fold(0.0, f64::max)) {
+            fact("text anchor, most and last", format!("{most:.3}, {last:.3}"));
+        }
+    }
+    if let Some(language) = language {
+        fact("what seeing cost in text, adapters on", language.to_string());
     }
     if let Some(results) = results {
         fact("trained parameters", format!("{:.2}M", results.trained_parameters as f64 / 1e6));

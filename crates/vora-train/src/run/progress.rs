@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use vora_run::language::Language;
 use vora_run::metrics::{EvalMetrics, StepMetrics};
 
 /// Told how a run goes, as it goes; the library itself prints nothing.
@@ -16,6 +17,8 @@ pub trait Progress {
     fn evaluating(&mut self, done: usize, total: usize);
     /// An evaluation is done.
     fn evaluated(&mut self, metrics: &EvalMetrics);
+    /// The run is at its end, and this is what seeing cost in text.
+    fn compared(&mut self, language: &Language);
     /// A checkpoint was written.
     fn saved(&mut self, folder: &Path);
 }
@@ -30,5 +33,6 @@ impl Progress for Silent {
     fn step(&mut self, _: &StepMetrics) {}
     fn evaluating(&mut self, _: usize, _: usize) {}
     fn evaluated(&mut self, _: &EvalMetrics) {}
+    fn compared(&mut self, _: &Language) {}
     fn saved(&mut self, _: &Path) {}
 }

@@ -6,8 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use tch::Tensor;
 use vora_data::{Loader, LoaderConfig, SampleMaker, Source};
+use vora_eval::language::{Side, language};
 use vora_files::write_bytes;
 use vora_run::eval::EvalReport;
+use vora_run::language::Language;
 use vora_run::metrics::{EvalMetrics, Line, MetricsLog};
 use vora_run::plot;
 use vora_run::results::TrainResults;
@@ -298,7 +300,27 @@ impl Trainer {
         }
         self.show(&shown)?;
         self.plot()?;
+        match self.language() {
+            Ok(Some(language)) => {
+                progress.compared(&language);
+                language.save(self.run.path())?;
+            }
+            Ok(None) => {}
+            // The model is there; a template that takes no question without a picture is no reason to lose the run.
+            Err(error) => tracing::warn!("what seeing cost in text was not measured: {error:#}"),
+        }
         Ok(Outcome::Finished(report))
+    }
+
+    /// What the adapters cost in text where they act on everything; none where there are no adapters, for then the LLM is
+    /// either untouched or nothing of what it was is left here.
+    fn language(&self) -> Result<Option<Language>> {
+        if self.student.model.lora().is_none() {
+            return Ok(None);
+        }
+        let (llm, preparation) = (self.student.model.llm(), self.student.preparation(&self.config)?);
+        let found = language(Side::frozen(llm), Side::whole(llm), &preparation.tokenizer, &preparation.chat);
+        found.map(Some)
     }
 
     /// The model has its averaged weights, where the run averages, until what is returned is dropped.

@@ -14,6 +14,7 @@ use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
 use vora_data::SampleMaker;
 use vora_run::eval::EvalReport;
+use vora_run::language::Language;
 use vora_run::metrics::{EvalMetrics, EventKind, Line, MetricsLog, StepMetrics};
 
 use super::{NotFinite, Options, Outcome, Trainer};
@@ -98,6 +99,7 @@ impl Progress for StopAfter {
     fn tokenizer_step(&mut self, _: u64, _: u64, _: f64) {}
     fn evaluating(&mut self, _: usize, _: usize) {}
     fn evaluated(&mut self, _: &EvalMetrics) {}
+    fn compared(&mut self, _: &Language) {}
     fn saved(&mut self, _: &Path) {}
 }
 
