@@ -1,5 +1,6 @@
 //! The real program, on a tiny model: exit codes, messages, and the way from training to an answer.
 
+mod acts_on;
 mod data;
 mod download;
 mod eval;

@@ -87,7 +87,11 @@ impl Source {
         } else {
             Layout::PeftLlm
         };
-        let lora = Some(adapter.config().clone());
+        // Which tokens it acts on PEFT's file has no word for; a run's config beside it has.
+        let said = config.as_ref().and_then(|config| config.get("lora"));
+        let said: Option<LoraConfig> = said.and_then(|lora| serde_json::from_value(lora.clone()).ok());
+        let (acts_on, answers_on) = said.map_or_else(Default::default, |lora| (lora.acts_on, lora.answers_on));
+        let lora = Some(LoraConfig { acts_on, answers_on, ..adapter.config().clone() });
         Ok(Self { path: path.to_owned(), layout, base_layout: None, checkpoints, config, vora, lora })
     }
 
