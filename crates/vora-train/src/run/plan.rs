@@ -136,6 +136,9 @@ impl fmt::Display for Plan {
             let all = cache.total.map_or(String::new(), |total| format!(", {} for all data", mebibytes(total)));
             writeln!(f, "distill.cache: {} a picture{all}", mebibytes(cache.bytes_per_picture))?;
         }
+        if let Some(anchor) = &size.anchor {
+            writeln!(f, "{anchor}")?;
+        }
         match &self.measured {
             Some(measured) => {
                 let peak = measured.peak_memory.map_or(String::new(), |peak| format!(", {} at most", mebibytes(peak)));
@@ -216,6 +219,21 @@ mod tests {
         let [kept, recomputed] =
             ["gradient_checkpointing=false", "gradient_checkpointing=true"].map(|key| measure(&[key]).size.memory);
         assert!(recomputed.activations < kept.activations && recomputed.masters == kept.masters);
+    }
+
+    #[test]
+    fn a_text_anchor_is_counted() {
+        let size = |keys: &[&str]| measure(&[&["bf16=false"], keys].concat());
+        let few = size(&["text_anchor={texts: 6, tokens: 24, max_length: 12, every: 3}"]);
+        let hidden = 64; // of the tiny LLM
+        assert_eq!(few.size.memory.anchor, 6 * 12 * hidden * 4);
+        assert!(few.to_string().contains("text_anchor: 2 of 6 texts of up to 12 tokens every 3 steps"), "{few}");
+        let none = size(&[]);
+        assert_eq!((none.size.memory.anchor, none.size.memory.logits), (0, few.size.memory.logits));
+        // More text than the batch has tokens makes the larger pass.
+        let many = size(&["text_anchor={texts: 9, tokens: 480, max_length: 240}"]);
+        assert!(many.size.memory.activations > none.size.memory.activations);
+        assert!(many.size.memory.logits > none.size.memory.logits);
     }
 
     #[test]

@@ -28,6 +28,9 @@ pub struct Size {
     /// on the CPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub available: Option<u64>,
+    /// What the text anchor adds to a step, in words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub anchor: Option<String>,
     /// What `distill.cache` will hold.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub teacher_cache: Option<TeacherCacheSize>,
@@ -80,6 +83,8 @@ pub struct Memory {
     pub optimizer: u64,
     /// The average of `ema_decay`.
     pub average: u64,
+    /// What the frozen LLM makes of the text anchor's texts.
+    pub anchor: u64,
     /// What the forward pass keeps for the backward pass, and what a layer's backward makes.
     pub activations: u64,
     /// Logits with their gradient.
@@ -138,7 +143,12 @@ impl Size {
             total: training.len().map(|samples| samples * pictures * bytes_per_picture / samples_in_batch.max(1)),
         });
         let available = available(student.device()).map(|more| more + held);
-        Ok(Self { parameters, batch, memory, available, teacher_cache })
+        let anchor = config.text_anchor.as_ref().map(|anchor| {
+            let (texts, every) = (anchor.texts_a_step(), anchor.every);
+            let often = if every == 1 { "a step".to_owned() } else { format!("every {every} steps") };
+            format!("text_anchor: {texts} of {} texts of up to {} tokens {often}", anchor.texts, anchor.max_length)
+        });
+        Ok(Self { parameters, batch, memory, available, anchor, teacher_cache })
     }
 
     /// The bytes needed, where that is more than there is.
@@ -173,7 +183,7 @@ impl Memory {
         self.rows().iter().map(|(_, bytes)| bytes).sum()
     }
 
-    pub(crate) fn rows(&self) -> [(&'static str, u64); 9] {
+    pub(crate) fn rows(&self) -> [(&'static str, u64); 10] {
         [
             ("program", self.program),
             ("weights, frozen", self.weights),
@@ -182,6 +192,7 @@ impl Memory {
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
             ("average of weights", self.average),
+            ("text anchor", self.anchor),
             ("activations", self.activations),
             ("logits", self.logits),
         ]
@@ -226,7 +237,17 @@ impl Memory {
         let masters = 4 * trained;
         let logits_rows = if llm.trains_head() { u64::MAX } else { MAX_LOGITS as u64 / llm.config().vocab_size as u64 };
         // In the model's kind, in f32, and the gradients of both.
-        let logits = batch.targets.min(logits_rows) * llm.config().vocab_size as u64 * 2 * (element + 4);
+        let wide = |rows: u64| rows.min(logits_rows) * llm.config().vocab_size as u64 * (element + 4);
+        let logits = 2 * wide(batch.targets);
+        let step = activations(config, student, parameters, batch);
+        // The anchor's pass follows when nothing of the batch's is left; its logits are there for both models.
+        let texts = config.text_anchor.as_ref().map(|anchor| {
+            let (rows, seq) = (anchor.texts_a_step() as u64, anchor.max_length as u64);
+            let batch = BatchShape { rows, seq, targets: rows * seq, pictures: 0, image_tokens: 0 };
+            let states = (anchor.texts * anchor.max_length) as u64 * llm.config().hidden_size as u64 * element;
+            (activations(config, student, parameters, &batch), 3 * wide(batch.targets), states)
+        });
+        let (anchor_step, anchor_logits, anchor) = texts.unwrap_or_default();
         Self {
             program,
             weights: element * parameters.frozen,
@@ -235,8 +256,9 @@ impl Memory {
             gradients: masters,
             optimizer: 2 * masters,
             average: config.ema_decay.map_or(0, |_| masters),
-            activations: activations(config, student, parameters, batch),
-            logits,
+            anchor,
+            activations: step.max(anchor_step),
+            logits: logits.max(anchor_logits),
         }
     }
 }
