@@ -17,11 +17,14 @@ const SMOKE: &str = "crates/vora-train/recipes/smoke.yaml";
 /// The models that recipes name and `download` knows how to get without the hub.
 pub(crate) const DEFAULT_MODELS: [&str; 2] = ["HuggingFaceTB/SmolLM2-135M-Instruct", "facebook/dinov2-small"];
 
-/// How many questions at most are asked after the training.
+/// How many questions at most are asked after the training, descriptions among them.
 const QUESTIONS: usize = 6;
 
+/// What the model is asked without a picture.
+const CHAT: &str = "What is the capital of France?";
+
 /// Tokens at most of an answer: a model that has learned nothing would go on for long.
-const MAX_NEW_TOKENS: &str = "32";
+const MAX_NEW_TOKENS: &str = "48";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -96,10 +99,20 @@ fn train_merge_ask(vora: &Vora, run: &Run, resume: bool) -> Result<()> {
     if merged.exists() {
         fs::remove_dir_all(&merged).with_context(|| format!("removing the older {}", merged.display()))?;
     }
-    cmd::run(vora.command("merge").arg(run_dir.join("final")).arg("--out").arg(&merged))?;
+    let last = run_dir.join("final");
+    let becomes = if acts_on_pictures_alone(&last) { "apart" } else { "seeing" };
+    cmd::run(vora.command("merge").arg(&last).arg("--out").arg(&merged).args(["--as", becomes]))?;
     ask(vora, &run_dir, run.device.as_deref())?;
+    chat(vora, &run_dir, run.device.as_deref())?;
     report(vora, &run_dir);
     Ok(())
+}
+
+/// Whether the adapters of a trained folder were trained through the tokens of pictures alone: they are never merged.
+fn acts_on_pictures_alone(last: &Path) -> bool {
+    let config = fs::read(last.join("config.json")).ok();
+    let config: Option<serde_json::Value> = config.and_then(|text| serde_json::from_slice(&text).ok());
+    config.is_some_and(|config| config["lora"]["acts_on"] == "image_tokens")
 }
 
 impl Run {
@@ -156,18 +169,33 @@ fn ask(vora: &Vora, run_dir: &Path, device: Option<&str>) -> Result<()> {
     let every = questions.len().div_ceil(QUESTIONS).max(1); // some of each split: they stand one after another
     for question in questions.iter().step_by(every) {
         let image = folder.join(&question.image);
-        let mut ask = vora.command("ask");
-        ask.arg(run_dir.join("merged")).arg(&image).arg(&question.question).args(["--max-new-tokens", MAX_NEW_TOKENS]);
-        if let Some(device) = device {
-            ask.args(["--device", device]);
-        }
-        let output = ask.output().context("cannot run vora")?;
-        let says = String::from_utf8_lossy(if output.status.success() { &output.stdout } else { &output.stderr });
-        ensure!(output.status.success(), "`vora ask` about {} failed: {}", image.display(), says.trim());
+        let says = says(vora, &run_dir.join("merged"), Some(&image), &question.question, device)?;
         println!("  {}", shown(&image));
-        println!("    {}\n    {}   (right: {})", question.question, says.trim(), question.answer);
+        println!("    {}\n    {says}   (right: {})", question.question, question.answer);
     }
     Ok(())
+}
+
+/// Shows what is said without a picture: by the folder whose adapters a picture switches on, where they do so, and merged.
+fn chat(vora: &Vora, run_dir: &Path, device: Option<&str>) -> Result<()> {
+    println!("\nwithout a picture:\n    {CHAT}");
+    for (folder, whose) in [("final", "adapters apart"), ("merged", "merged")] {
+        println!("    {}   ({whose})", says(vora, &run_dir.join(folder), None, CHAT, device)?);
+    }
+    Ok(())
+}
+
+/// What the model in `folder` answers.
+fn says(vora: &Vora, folder: &Path, image: Option<&Path>, question: &str, device: Option<&str>) -> Result<String> {
+    let mut ask = vora.command("ask");
+    ask.arg(folder).args(image).arg(question).args(["--max-new-tokens", MAX_NEW_TOKENS]);
+    if let Some(device) = device {
+        ask.args(["--device", device]);
+    }
+    let output = ask.output().context("cannot run vora")?;
+    let says = String::from_utf8_lossy(if output.status.success() { &output.stdout } else { &output.stderr });
+    ensure!(output.status.success(), "`vora ask` of {} failed: {}", folder.display(), says.trim());
+    Ok(says.trim().to_owned())
 }
 
 /// Says what lies where.
@@ -178,8 +206,9 @@ fn report(vora: &Vora, run_dir: &Path) {
         ("metrics.jsonl", "one line a step"),
         ("loss.svg", "both losses over the steps"),
         ("eval.json", "exact match by split and question type, and that of the blind control"),
+        ("language.json", "what seeing cost in text: perplexity of prose, and chats, beside the LLM's own"),
         ("checkpoints", "what `--resume` goes on from"),
-        ("final", "adapters and patch embedding, to train further"),
+        ("final", "adapters and patch embedding, to ask or to train further"),
         ("merged", "a plain checkpoint: nothing is left to pay for at inference"),
     ] {
         if run_dir.join(name).exists() {
@@ -244,8 +273,10 @@ mod tests {
         let log = fs::read_to_string(at("log")).unwrap().replace(dir.path().to_str().unwrap(), "");
         let expected = [
             "train --config /a.yaml --device cpu --resume",
-            "merge /run/final --out /run/merged",
-            "ask /run/merged /run/samples/0.png What shape? --max-new-tokens 32 --device cpu",
+            "merge /run/final --out /run/merged --as seeing",
+            "ask /run/merged /run/samples/0.png What shape? --max-new-tokens 48 --device cpu",
+            "ask /run/final What is the capital of France? --max-new-tokens 48 --device cpu",
+            "ask /run/merged What is the capital of France? --max-new-tokens 48 --device cpu",
         ];
         assert_eq!(log.lines().collect::<Vec<_>>(), expected);
         assert!(!at("run/merged").exists(), "the older one is removed");
