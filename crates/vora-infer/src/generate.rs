@@ -205,6 +205,7 @@ mod tests {
     use super::*;
     use tch::{Device, Kind};
     use vora_llm::LlmConfig;
+    use vora_lora::{ActsOn, LoraConfig};
     use vora_model::{Vora, VoraConfig};
     use vora_text::Spans;
     use vora_torch::weights::Weights;
@@ -288,6 +289,40 @@ mod tests {
         let two = Input::concat(vec![text(&[1]), text(&[2, 3])]).unwrap();
         let error = generate(&model(), &two, &SamplingParams::default(), &[], 1, |_| true).unwrap_err();
         assert_eq!(error.to_string(), "one prompt at a time, not 2");
+    }
+
+    /// Adapters that a picture switches on: a prompt without one is answered as by the model before it had any, alone and
+    /// beside one with a picture; a picture that comes late switches them on for the words before it too.
+    #[test]
+    fn a_picture_switches_adapters_on_for_its_own_row() {
+        let adapted = |acts_on| {
+            let lora = LoraConfig { acts_on, ..LoraConfig::new(3, 2) };
+            let config = VoraConfig { lora: Some(lora), ..model().config() };
+            let weights = Weights::random(9, Device::Cpu, Kind::Float);
+            let model = Vora::load(config, &weights).unwrap();
+            for (name, tensor) in weights.parameters().iter().filter(|(name, _)| name.contains("lora_B")) {
+                let values = fixtures::Random::new(name.len() as u64).normal(tensor.size()) * 0.3;
+                tch::no_grad(|| tensor.shallow_clone().copy_(&values));
+            }
+            model
+        };
+        let text = |ids: &[i64]| Input {
+            input_ids: Tensor::from_slice(ids).unsqueeze(0),
+            pixel_values: Vec::new(),
+            spans: Spans::text(&[ids.len() as i64]),
+        };
+        let say = |model: &Vora, input: &Input| {
+            generate(model, input, &SamplingParams::default(), &[], 5, |_| true).unwrap().ids
+        };
+        let (plain, everywhere, with_image) = (model(), adapted(ActsOn::All), adapted(ActsOn::WithImage));
+        let words = text(&[3, 1, 4, 1, 5]);
+        assert_eq!(say(&with_image, &words), say(&plain, &words));
+        assert_ne!(say(&everywhere, &words), say(&plain, &words));
+        assert_eq!(say(&with_image, &input(&[])), say(&everywhere, &input(&[])));
+        let batch = Input::concat(vec![words, input(&[])]).unwrap();
+        let rows = generate_batch(&with_image, &batch, &SamplingParams::default(), &[], 5).unwrap();
+        assert_eq!(rows[0].ids, say(&plain, &text(&[3, 1, 4, 1, 5])));
+        assert_eq!(rows[1].ids, say(&everywhere, &input(&[])));
     }
 
     #[test]

@@ -229,11 +229,11 @@ mod tests {
         assert_eq!(few.size.memory.anchor, 6 * 12 * hidden * 4);
         assert!(few.to_string().contains("text_anchor: 2 of 6 texts of up to 12 tokens every 3 steps"), "{few}");
         let none = size(&[]);
-        assert_eq!((none.size.memory.anchor, none.size.memory.logits), (0, few.size.memory.logits));
+        assert_eq!(none.size.memory.anchor, 0);
         // More text than the batch has tokens makes the larger pass.
         let many = size(&["text_anchor={texts: 9, tokens: 480, max_length: 240}"]);
         assert!(many.size.memory.activations > none.size.memory.activations);
-        assert!(many.size.memory.logits > none.size.memory.logits);
+        assert!(many.size.memory.logits > few.size.memory.logits);
     }
 
     #[test]
