@@ -1,6 +1,7 @@
-//! `cargo xtask bench`: the criterion benches, the comparison of whole trainings, Chameleon's drift of norms, what packing
-//! is worth, images a second of the loader, and what a plan foretells.
+//! `cargo xtask bench`: the criterion benches, the comparison of whole trainings, ablations over several seeds, Chameleon's drift of
+//! norms, what packing is worth, images a second of the loader, and what a plan foretells.
 
+mod ablations;
 mod compare;
 mod data;
 mod drift;
@@ -58,6 +59,8 @@ Examples:
   cargo xtask bench attention --train --set max_steps=100
   cargo xtask bench systems --train              train a VoRA, a LLaVA and a Chameleon on the same data
   cargo xtask bench attention --train --plot     draw again from the last two trainings
+  cargo xtask bench ablations                    vision attention x distillation x the tokens that adapters act on, by seeds
+  cargo xtask bench ablations --seeds 2 --steps 100 --dir runs/short
   cargo xtask bench drift                        what QK-norm and z-loss do to the norms of a small Chameleon
   cargo xtask bench drift -- --learning-rate 1e-2 --steps 300
   cargo xtask bench packing                      tokens/s and padding of samples in rows of their own and packed
@@ -71,8 +74,8 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// A file of benches/benches, without `.rs`, or data, drift, memory or packing; all benches by default. With --train:
-    /// attention or systems
+    /// A file of benches/benches, without `.rs`, or ablations, data, drift, memory or packing; all benches by default. With
+    /// --train: attention or systems
     #[arg(required_if_eq("train", "true"))]
     name: Option<String>,
     /// Compare whole trainings: one table and one picture of losses and accuracies
@@ -82,17 +85,24 @@ pub struct Args {
     #[arg(long)]
     plot: bool,
     /// Run file of all trainings in place of their own
-    #[arg(long, value_name = "FILE", requires = "train")]
+    #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Change one key of the run file, in all trainings
-    #[arg(long = "set", value_name = "KEY=VALUE", requires = "train", value_parser = train::key_value)]
+    #[arg(long = "set", value_name = "KEY=VALUE", value_parser = train::key_value)]
     set: Vec<String>,
     /// auto, cpu, cuda or cuda:N
-    #[arg(long, requires = "train")]
+    #[arg(long)]
     device: Option<String>,
-    /// Where the trainings and their comparison go; older ones there are replaced [default: runs/bench-NAME]
-    #[arg(long, value_name = "DIR")]
+    /// Where the trainings and their comparison go; older ones there are replaced, but for those of ablations, which go on
+    /// [default: runs/bench-NAME]
+    #[arg(long, visible_alias = "dir", value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Of ablations: trainings of each variant, three at most where adapters act on image tokens alone [default: 5]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    seeds: Option<u64>,
+    /// Of ablations: steps of each training [default: the run file's]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    steps: Option<u64>,
     /// Handed to the bench
     #[arg(last = true, value_name = "ARGS", conflicts_with = "train")]
     args: Vec<String>,
@@ -100,9 +110,18 @@ pub struct Args {
 
 /// Runs benches, or trains and compares.
 pub fn run(args: &Args) -> Result<()> {
+    let is_ablations = args.name.as_deref() == Some("ablations");
+    ensure!(is_ablations || args.seeds.is_none() && args.steps.is_none(), "--seeds and --steps are for ablations");
+    if is_ablations {
+        return ablate(args);
+    }
     if args.train {
         return compare_trainings(args);
     }
+    ensure!(
+        args.config.is_none() && args.set.is_empty() && args.device.is_none(),
+        "--config, --set and --device are for --train and for ablations"
+    );
     if args.name.as_deref() == Some("drift") {
         let out = args.out.clone().unwrap_or_else(|| "runs/drift".into());
         return drift::run(&cmd::root().join(out), args.plot, &args.args);
@@ -114,7 +133,10 @@ pub fn run(args: &Args) -> Result<()> {
         let out = args.out.clone().unwrap_or_else(|| "runs/bench-memory".into());
         return memory::run(&cmd::root().join(out), &args.args);
     }
-    ensure!(!args.plot && args.out.is_none(), "--plot and --out are for --train and for drift, --out for memory too");
+    ensure!(
+        !args.plot && args.out.is_none(),
+        "--plot and --out are for --train, ablations and drift, --out for memory too"
+    );
     if args.name.as_deref() == Some("data") {
         return data::run(&args.args);
     }
@@ -140,6 +162,22 @@ fn packing(args: &[String]) -> Result<()> {
     let mut example = cmd::cargo();
     example.args(["run", "--locked", "--package", "benches", "--example", "packing", "--", "--llm"]);
     cmd::run(example.arg(llm).args(args))
+}
+
+/// Trains what is missing of the ablations, and puts all of them side by side.
+fn ablate(args: &Args) -> Result<()> {
+    let mut set = args.set.clone();
+    set.extend(args.steps.map(|steps| format!("max_steps={steps}")));
+    let config = args.config.as_ref().map_or_else(|| Ok(cmd::root().join(train::SCENES)), std::path::absolute)?;
+    let base = Run { config, set, device: args.device.clone() };
+    let out = cmd::root().join(args.out.clone().unwrap_or_else(|| "runs/bench-ablations".into()));
+    let plan = ablations::Plan { base, seeds: args.seeds.unwrap_or(5), out };
+    if args.plot {
+        return ablations::run(None, &plan);
+    }
+    setup::ensure()?;
+    plan.base.download()?;
+    ablations::run(Some(&Vora::build()?), &plan)
 }
 
 fn compare_trainings(args: &Args) -> Result<()> {
