@@ -6,7 +6,7 @@ use tch::Tensor;
 use vora_image::{ImageProcessor, OPENAI_CLIP, Resample};
 use vora_torch::weights::{Init, Weights};
 
-use crate::encoders::family::{Family, FolderNames, patches_of_square, side};
+use crate::encoders::family::{Family, FolderNames, side};
 use crate::encoders::sizes::{Sizes, square};
 use crate::transformer::{
     Activation, Attention, Block, Embeddings, Interpolation, Mlp, Norm, Positions, VisionTransformer,
@@ -85,16 +85,6 @@ impl ClipVisionConfig {
             side,
         })
     }
-
-    fn sizes(&self) -> Sizes {
-        Sizes {
-            hidden_size: self.hidden_size,
-            num_attention_heads: self.num_attention_heads,
-            num_channels: self.num_channels,
-            image_size: self.image_size,
-            patch_size: self.patch_size,
-        }
-    }
 }
 
 /// The sizes of a `CLIPEncoderLayer`, which SigLIP has as well.
@@ -153,12 +143,14 @@ impl Family for ClipVisionConfig {
         self.load(weights)
     }
 
-    fn patch_size(&self) -> i64 {
-        self.patch_size
-    }
-
-    fn num_patches(&self) -> i64 {
-        patches_of_square(self.image_size, self.patch_size)
+    fn sizes(&self) -> Sizes {
+        Sizes {
+            hidden_size: self.hidden_size,
+            num_attention_heads: self.num_attention_heads,
+            num_channels: self.num_channels,
+            image_size: self.image_size,
+            patch_size: self.patch_size,
+        }
     }
 
     fn num_prefix_tokens(&self) -> i64 {

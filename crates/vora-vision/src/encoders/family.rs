@@ -4,6 +4,7 @@ use anyhow::Result;
 use vora_image::ImageProcessor;
 use vora_torch::weights::Weights;
 
+use crate::encoders::sizes::Sizes;
 use crate::transformer::VisionTransformer;
 
 /// The config of a family, and what follows from it.
@@ -14,11 +15,19 @@ pub(crate) trait Family {
     /// Builds the transformer from its own names at the root of `weights`.
     fn load(&self, weights: &Weights) -> Result<VisionTransformer>;
 
+    /// Its sizes, under the keys that every config has.
+    fn sizes(&self) -> Sizes;
+
     /// Side of a patch, in pixels.
-    fn patch_size(&self) -> i64;
+    fn patch_size(&self) -> i64 {
+        self.sizes().patch_size
+    }
 
     /// Patches of a picture of the size that it was trained for.
-    fn num_patches(&self) -> i64;
+    fn num_patches(&self) -> i64 {
+        let Sizes { image_size, patch_size, .. } = self.sizes();
+        (image_size / patch_size.max(1)).pow(2)
+    }
 
     /// Tokens before the patches: the class token and registers.
     fn num_prefix_tokens(&self) -> i64;
@@ -37,11 +46,6 @@ pub(crate) struct FolderNames {
     pub(crate) convolution: &'static str,
     /// What names of tensors begin with that no encoder reads.
     pub(crate) left_out: &'static [&'static str],
-}
-
-/// Patches of a square picture.
-pub(super) fn patches_of_square(image_size: i64, patch_size: i64) -> i64 {
-    (image_size / patch_size.max(1)).pow(2)
 }
 
 /// A config's `image_size` as a side of the pictures that a processor makes.

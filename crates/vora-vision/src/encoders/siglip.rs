@@ -8,7 +8,7 @@ use vora_image::{IMAGENET_STANDARD, ImageProcessor, Resample};
 use vora_torch::weights::{Init, Weights};
 
 use crate::encoders::clip::ClipLayer;
-use crate::encoders::family::{Family, FolderNames, patches_of_square, side};
+use crate::encoders::family::{Family, FolderNames, side};
 use crate::encoders::sizes::{Sizes, square};
 use crate::transformer::{Embeddings, Interpolation, Positions, VisionTransformer};
 use vora_torch::nn::LayerNorm;
@@ -91,16 +91,6 @@ impl SiglipVisionConfig {
             side,
         })
     }
-
-    pub(crate) fn sizes(&self) -> Sizes {
-        Sizes {
-            hidden_size: self.hidden_size,
-            num_attention_heads: self.num_attention_heads,
-            num_channels: self.num_channels,
-            image_size: self.image_size,
-            patch_size: self.patch_size,
-        }
-    }
 }
 
 /// Where SigLIP's tensors stand, and SigLIP 2's.
@@ -120,12 +110,14 @@ impl Family for SiglipVisionConfig {
         self.load(weights)
     }
 
-    fn patch_size(&self) -> i64 {
-        self.patch_size
-    }
-
-    fn num_patches(&self) -> i64 {
-        patches_of_square(self.image_size, self.patch_size)
+    fn sizes(&self) -> Sizes {
+        Sizes {
+            hidden_size: self.hidden_size,
+            num_attention_heads: self.num_attention_heads,
+            num_channels: self.num_channels,
+            image_size: self.image_size,
+            patch_size: self.patch_size,
+        }
     }
 
     fn num_prefix_tokens(&self) -> i64 {

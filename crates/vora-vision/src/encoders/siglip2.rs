@@ -7,7 +7,7 @@ use vora_torch::weights::{Init, Weights};
 
 use crate::encoders::family::{Family, FolderNames};
 use crate::encoders::siglip::{NAMES, SiglipVisionConfig};
-use crate::encoders::sizes::square;
+use crate::encoders::sizes::{Sizes, square};
 use crate::transformer::{Interpolation, VisionTransformer};
 
 /// The keys of a `Siglip2VisionConfig`; others pass.
@@ -60,10 +60,10 @@ impl Siglip2VisionConfig {
     /// # Errors
     /// Where the config contradicts itself; tensors that do not fit are told by `weights.finish()`.
     pub fn load(&self, weights: &Weights) -> Result<VisionTransformer> {
-        let siglip = self.siglip();
-        siglip.sizes().validate()?;
+        let sizes = self.sizes();
+        sizes.validate()?;
         ensure!(
-            siglip.sizes().side().pow(2) == self.num_patches,
+            sizes.side().pow(2) == self.num_patches,
             "num_patches is {}, which is not a square number",
             self.num_patches
         );
@@ -72,7 +72,7 @@ impl Siglip2VisionConfig {
         let linear = weights.pp("embeddings.patch_embedding");
         let linear = linear.get("weight", &[hidden, patch * patch * 3], Init::Required)?;
         let convolution = linear.view([hidden, patch, patch, 3]).permute([0, 3, 1, 2]).contiguous();
-        siglip.load_around(convolution, Interpolation::BilinearAntialias, weights)
+        self.siglip().load_around(convolution, Interpolation::BilinearAntialias, weights)
     }
 
     /// The SigLIP that has these layers, for pictures of as many patches as there are positions.
@@ -100,8 +100,8 @@ impl Family for Siglip2VisionConfig {
         self.load(weights)
     }
 
-    fn patch_size(&self) -> i64 {
-        self.patch_size
+    fn sizes(&self) -> Sizes {
+        self.siglip().sizes()
     }
 
     fn num_patches(&self) -> i64 {

@@ -5,7 +5,7 @@ use serde::Deserialize;
 use vora_image::{IMAGENET_STANDARD, ImageProcessor, Resample};
 use vora_torch::weights::{Init, Weights};
 
-use crate::encoders::family::{Family, FolderNames, patches_of_square, side};
+use crate::encoders::family::{Family, FolderNames, side};
 use crate::encoders::sizes::{Sizes, square};
 use crate::transformer::{
     Activation, Attention, Block, Embeddings, Interpolation, Mlp, Norm, Positions, VisionTransformer,
@@ -151,16 +151,6 @@ impl VitConfig {
             scale2: None,
         })
     }
-
-    fn sizes(&self) -> Sizes {
-        Sizes {
-            hidden_size: self.hidden_size,
-            num_attention_heads: self.num_attention_heads,
-            num_channels: self.num_channels,
-            image_size: self.image_size,
-            patch_size: self.patch_size,
-        }
-    }
 }
 
 impl Family for VitConfig {
@@ -177,12 +167,14 @@ impl Family for VitConfig {
         self.load(weights)
     }
 
-    fn patch_size(&self) -> i64 {
-        self.patch_size
-    }
-
-    fn num_patches(&self) -> i64 {
-        patches_of_square(self.image_size, self.patch_size)
+    fn sizes(&self) -> Sizes {
+        Sizes {
+            hidden_size: self.hidden_size,
+            num_attention_heads: self.num_attention_heads,
+            num_channels: self.num_channels,
+            image_size: self.image_size,
+            patch_size: self.patch_size,
+        }
     }
 
     fn num_prefix_tokens(&self) -> i64 {
