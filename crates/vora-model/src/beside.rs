@@ -10,19 +10,42 @@ use vora_image::ImageProcessor;
 /// How pictures are prepared.
 pub const PREPROCESSOR: &str = "preprocessor_config.json";
 
+/// The files that may say how pictures and videos become pixels.
+pub(crate) const PROCESSORS: [&str; 3] = [PREPROCESSOR, "processor_config.json", "video_preprocessor_config.json"];
+
 /// The chat template that is read before whatever else a folder says of templates.
 pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
 
-/// The files that a tokenizer and its chat template consist of.
-pub const TOKENIZER: [&str; 7] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    CHAT_TEMPLATE,
-    "chat_template.json",
-    "generation_config.json",
-];
+/// The files of a chat template, which go before the one in `tokenizer_config.json`.
+pub(crate) const CHAT_TEMPLATES: [&str; 2] = [CHAT_TEMPLATE, "chat_template.json"];
+
+/// The tokenizer itself.
+pub const TOKENIZER: &str = "tokenizer.json";
+
+/// The files that a tokenizer consists of.
+const TOKENIZER_FILES: [&str; 4] = [TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"];
+
+/// Files that say once more what `tokenizer.json` says, for tokenizers written in Python; a converted checkpoint keeps
+/// them, a trained one has tokens that they may not know.
+const PYTHON_TOKENIZER_FILES: [&str; 3] = ["tokenizer.model", "vocab.json", "merges.txt"];
+
+/// What is told about generation, the tokens that end it among others.
+const GENERATION: &str = "generation_config.json";
+
+/// The files that a trained model takes along from its language model: tokenizer, chat template, `generation_config.json`.
+pub fn text_files() -> impl Iterator<Item = &'static str> {
+    TOKENIZER_FILES.into_iter().chain(CHAT_TEMPLATES).chain([GENERATION])
+}
+
+/// The files of a tokenizer in whichever language it is written, `tokenizer.json` first.
+pub(crate) fn tokenizer_files() -> impl Iterator<Item = &'static str> {
+    TOKENIZER_FILES.into_iter().chain(PYTHON_TOKENIZER_FILES)
+}
+
+/// Whether a file of this name says how words become tokens, or which tokens end them.
+pub(crate) fn is_text_file(name: &str) -> bool {
+    text_files().chain(PYTHON_TOKENIZER_FILES).any(|known| known == name)
+}
 
 /// Takes what stands beside a model's weights from one of these folders to another: the tokenizer's files as they are,
 /// and the image processor as it is read there, as other files of the folder may say something of it too.
@@ -30,7 +53,7 @@ pub const TOKENIZER: [&str; 7] = [
 /// # Errors
 /// Names the file that cannot be read or written.
 pub fn copy_beside(from: &Path, to: &Path) -> Result<()> {
-    copy_files(TOKENIZER.into_iter(), from, to)?;
+    copy_files(text_files(), from, to)?;
     if ImageProcessor::is_stored(from)? {
         let json = ImageProcessor::open(from)?.to_json();
         write_bytes(&to.join(PREPROCESSOR), serde_json::to_string_pretty(&json)?.as_bytes())?;

@@ -15,28 +15,12 @@ use super::published;
 use super::report::{Change, FileReport, dtype};
 use super::source::{LLM_PREFIX, Source, read_object};
 use super::step::Step;
+use crate::beside::{CHAT_TEMPLATE, CHAT_TEMPLATES, PROCESSORS, TOKENIZER, is_text_file, tokenizer_files};
 use crate::files::keep_auto_map;
 use crate::llava::LlavaConfig;
 use crate::vora::MERGED;
 
 const CONFIG: &str = "config.json";
-
-/// What tells how pictures become pixels.
-const PROCESSOR: [&str; 3] = ["preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"];
-
-/// The files that a tokenizer consists of.
-const TOKENIZER: [&str; 7] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-];
-
-/// The files of a chat template, which go before the one in `tokenizer_config.json`.
-const TEMPLATE: [&str; 2] = ["chat_template.jinja", "chat_template.json"];
 
 /// A file beside the tensors.
 #[derive(Debug)]
@@ -127,11 +111,13 @@ struct OwnFiles {
 
 impl OwnFiles {
     /// Takes those of `names` that are in `folder`.
-    fn take(&mut self, folder: &Path, names: &[&'static str]) {
-        self.takes.extend(names);
-        for name in names.iter().filter(|name| folder.join(name).is_file()) {
-            let content = Some(Content::Copy(folder.join(name)));
-            self.files.push(SideFile { name: (*name).to_owned(), content });
+    fn take(&mut self, folder: &Path, names: impl IntoIterator<Item = &'static str>) {
+        for name in names {
+            self.takes.push(name);
+            if folder.join(name).is_file() {
+                let content = Some(Content::Copy(folder.join(name)));
+                self.files.push(SideFile { name: name.to_owned(), content });
+            }
         }
     }
 }
@@ -148,25 +134,25 @@ fn own_files(source: &Source, base: Option<&Path>) -> Result<OwnFiles> {
     let template_in = |folder: &Path| -> Result<Option<Value>> {
         Ok(read_object(&folder.join("tokenizer_config.json"))?.and_then(|mut config| config.remove("chat_template")))
     };
-    let own_tokenizer = has(&TOKENIZER[..1]);
+    let own_tokenizer = has(&[TOKENIZER]);
     if own_tokenizer {
-        own.take(folder, &TOKENIZER);
-        let of_base = base.map(|base| base.join(TOKENIZER[0])).filter(|path| path.is_file());
-        if of_base.is_some_and(|path| fs::read(path).ok() != fs::read(folder.join(TOKENIZER[0])).ok()) {
+        own.take(folder, tokenizer_files());
+        let of_base = base.map(|base| base.join(TOKENIZER)).filter(|path| path.is_file());
+        if of_base.is_some_and(|path| fs::read(path).ok() != fs::read(folder.join(TOKENIZER)).ok()) {
             tell_once(format!("{} has a tokenizer of its own: it is taken, not that of the base", folder.display()));
         }
     }
-    if has(&TEMPLATE) || (own_tokenizer && template_in(folder)?.is_some()) {
-        own.take(folder, &TEMPLATE);
+    if has(&CHAT_TEMPLATES) || (own_tokenizer && template_in(folder)?.is_some()) {
+        own.take(folder, CHAT_TEMPLATES);
     } else if own_tokenizer
-        && let Some(base) = base.filter(|base| TEMPLATE.iter().all(|name| !base.join(name).is_file()))
+        && let Some(base) = base.filter(|base| CHAT_TEMPLATES.iter().all(|name| !base.join(name).is_file()))
         && let Some(Value::String(template)) = template_in(base)?
     {
         let content = Some(Content::New(template.into_bytes()));
-        own.files.push(SideFile { name: TEMPLATE[0].to_owned(), content });
+        own.files.push(SideFile { name: CHAT_TEMPLATE.to_owned(), content });
     }
-    if source.layout == Layout::PeftLlava && has(&PROCESSOR) {
-        own.take(folder, &PROCESSOR);
+    if source.layout == Layout::PeftLlava && has(&PROCESSORS) {
+        own.take(folder, PROCESSORS);
     }
     Ok(own)
 }
@@ -179,8 +165,8 @@ fn is_weights(name: &str) -> bool {
 
 /// Whether a file of the source says anything about the new checkpoint.
 fn carried(from: Layout, to: Layout, name: &str) -> bool {
-    let tokenizer = TOKENIZER.iter().chain(&TEMPLATE).chain(&["generation_config.json"]).any(|known| *known == name);
-    let processor = PROCESSOR.contains(&name);
+    let tokenizer = is_text_file(name);
+    let processor = PROCESSORS.contains(&name);
     match (from, to) {
         (Layout::Peft, _) => tokenizer || processor || name == CONFIG,
         (Layout::PeftLlm, _) => tokenizer || name == CONFIG,

@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Tensor};
 use vora_files::write_bytes;
 use vora_lora::{LoraConfig, save_adapter};
-use vora_model::beside::{CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, copy_files};
+use vora_model::beside::{CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, copy_files, text_files};
 use vora_model::trained::{LLM, MODEL, Parts, VISION};
 use vora_torch::checkpoint::save;
 
@@ -76,10 +76,10 @@ impl Snapshot {
             write_bytes(&folder.join(CHAT_TEMPLATE), source.as_bytes())?;
         }
         let own_template = self.chat_template.is_some();
-        let names = TOKENIZER.into_iter().filter(|name| !(own_template && *name == CHAT_TEMPLATE));
+        let names = text_files().filter(|name| !(own_template && *name == CHAT_TEMPLATE));
         copy_files(names, &self.llm_folder, folder)?;
         match self.config["vocabulary_map"].as_object() {
-            Some(vocabulary) => name_tokens(&folder.join(TOKENIZER[0]), vocabulary),
+            Some(vocabulary) => name_tokens(&folder.join(TOKENIZER), vocabulary),
             None => Ok(()),
         }
     }
