@@ -3,7 +3,8 @@
 use anyhow::Result;
 use tch::nn::Module;
 use tch::{Kind, Tensor};
-use vora_torch::weights::{Init, Weights};
+use vora_torch::nn::Linear;
+use vora_torch::weights::Weights;
 
 use super::{LlavaConfig, MmProjectorType};
 
@@ -17,18 +18,12 @@ pub(super) struct MultiModalProjector {
     kind: Kind,
 }
 
-/// A weight `[out, in]` and a bias `[out]`.
-#[derive(Debug)]
-struct Linear {
-    weight: Tensor,
-    bias: Option<Tensor>,
-}
-
 impl MultiModalProjector {
     /// Takes `linear_1.{weight,bias}` and, where there are two layers, `linear_2.{weight,bias}`.
     pub(super) fn load(config: &LlavaConfig, encoder_hidden_size: i64, weights: &Weights) -> Result<Self> {
         let (inputs, hidden) = (encoder_hidden_size * config.features.num_layers(), config.llm.hidden_size);
-        let linear = |name, inputs| Linear::load(&weights.pp(name), inputs, hidden, config.multimodal_projector_bias);
+        let bias = config.multimodal_projector_bias;
+        let linear = |name, inputs| Linear::trained(&weights.pp(name), inputs, hidden, bias);
         Ok(Self {
             linear_1: linear("linear_1", inputs)?,
             linear_2: match config.mm_projector_type {
@@ -45,10 +40,7 @@ impl MultiModalProjector {
         let named: Vec<(String, &Tensor)> = linears
             .into_iter()
             .filter_map(|(name, linear)| Some((name, linear?)))
-            .flat_map(|(name, linear)| {
-                let bias = linear.bias.as_ref().map(|bias| (format!("{name}.bias"), bias));
-                [(format!("{name}.weight"), &linear.weight)].into_iter().chain(bias)
-            })
+            .flat_map(|(name, linear)| linear.tensors().map(move |(part, tensor)| (format!("{name}.{part}"), tensor)))
             .collect();
         let exact = |tensor: &Tensor| tensor.to_kind(self.kind).to_kind(Kind::Float).equal(tensor);
         let kind = if named.iter().all(|(_, tensor)| exact(tensor)) { self.kind } else { Kind::Float };
@@ -64,21 +56,5 @@ impl Module for MultiModalProjector {
             x = linear_2.forward(&x.gelu("none"));
         }
         x.to_kind(self.kind)
-    }
-}
-
-impl Linear {
-    fn load(weights: &Weights, inputs: i64, outputs: i64, bias: bool) -> Result<Self> {
-        Ok(Self {
-            weight: weights.parameter("weight", &[outputs, inputs], Init::KaimingUniform)?,
-            bias: bias.then(|| weights.parameter("bias", &[outputs], Init::Zeros)).transpose()?,
-        })
-    }
-}
-
-impl Module for Linear {
-    /// `[.., in]` -> `[.., out]`
-    fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, self.bias.as_ref())
     }
 }

@@ -24,6 +24,22 @@ impl Linear {
         })
     }
 
+    /// Takes both from the checkpoint, or new ones where there are none, as f32 leaves that training changes.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn trained(weights: &Weights, inputs: i64, outputs: i64, bias: bool) -> Result<Self> {
+        Ok(Self {
+            weight: weights.parameter("weight", &[outputs, inputs], Init::KaimingUniform)?,
+            bias: bias.then(|| weights.parameter("bias", &[outputs], Init::Zeros)).transpose()?,
+        })
+    }
+
+    /// `weight`, and `bias` where it has one.
+    pub fn tensors(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        [("weight", &self.weight)].into_iter().chain(self.bias.as_ref().map(|bias| ("bias", bias)))
+    }
+
     /// Its outputs in `N` equal parts, as layers over the same memory.
     pub fn split<const N: usize>(&self) -> [Self; N] {
         std::array::from_fn(|i| {
