@@ -208,7 +208,7 @@ mod tests {
         Parameter { name: name.to_owned(), tensor, learning_rate: 1e-2, weight_decay: 0.1 }
     }
 
-    /// Steps over the golden gradients, from `from` on.
+    /// Takes `steps` with the golden gradients.
     fn run(optimizer: &mut Optimizer, golden: &fixtures::Golden, steps: std::ops::Range<usize>) {
         for step in steps {
             optimizer.zero_grad().unwrap();
@@ -226,13 +226,24 @@ mod tests {
         }
     }
 
-    /// Two groups: the vision embedding learns at another rate.
+    /// Three groups: the vision embedding learns at another rate, and its bias does not decay.
     fn golden_optimizer(golden: &fixtures::Golden) -> Optimizer {
         let parameter = |(name, t): (String, Tensor)| {
             let learning_rate = if name.starts_with("vision_embedding") { 3e-3 } else { 1e-2 };
-            Parameter { learning_rate, ..of(&name, t.copy().set_requires_grad(true)) }
+            let weight_decay = if t.dim() >= 2 { 0.1 } else { 0.0 };
+            Parameter { learning_rate, weight_decay, ..of(&name, t.copy().set_requires_grad(true)) }
         };
         Optimizer::new(golden.under("adamw.start.").into_iter().map(parameter).collect(), config()).unwrap()
+    }
+
+    #[test]
+    fn matches_torch_with_groups_and_clipping() {
+        let golden = fixtures::open("losses");
+        let mut optimizer = golden_optimizer(&golden);
+        run(&mut optimizer, &golden, 0..6);
+        for (name, tensor) in optimizer.parameters() {
+            fixtures::assert_close_to(tensor, &golden[&*format!("adamw.end.{name}")], 1e-6);
+        }
     }
 
     #[test]

