@@ -13,12 +13,15 @@
 mod added_tokens;
 mod chat;
 mod spans;
+mod specials;
+mod stream;
 mod tokenizer;
 
 pub use added_tokens::special_tokens;
 pub use chat::{ChatTemplate, Message, Part, Piece};
 pub use spans::{Modality, Span, Spans};
-pub use tokenizer::{TokenStream, Tokenizer};
+pub use stream::TokenStream;
+pub use tokenizer::Tokenizer;
 
 #[cfg(test)]
 mod tests {

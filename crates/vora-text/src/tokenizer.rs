@@ -5,28 +5,15 @@
 //! in somebody's message is nine letters, whatever the model.
 
 use std::borrow::Cow;
-use std::collections::HashSet;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokenizers::{Encoding, PostProcessor, PostProcessorWrapper};
 use vora_gguf::folder::{open_json, read_json};
 
 use crate::added_tokens::AddedTokens;
-
-/// Characters from here on are this module's own; in text that comes from outside they become U+FFFD.
-const RESERVED: char = '\u{100000}';
-/// Special token `k` of the file is the character `ACTIVE + k`.
-const ACTIVE: u32 = 0x10_0000;
-/// The literal of special token `k`, found in somebody's text, is `INERT + k` on its way through a chat template.
-const INERT: u32 = 0x10_8000;
-/// One past the last `k`.
-const MAX_SPECIAL_TOKENS: u32 = 0x7f00;
-/// The place of an image, a token that goes into no model.
-pub(crate) const IMAGE: char = '\u{10fffd}';
-/// What a chat template writes for an image's place, found in somebody's text, on its way through the template.
-pub(crate) const INERT_IMAGE: char = '\u{10fffc}';
+use crate::specials::{ACTIVE, BEFORE, IMAGE, INERT, Specials, mark, unmark, without_reserved};
 
 /// A checkpoint's tokenizer. It adds no tokens on its own but in [`Tokenizer::encode_whole`] and, once it is
 /// [`for_processor`](Tokenizer::for_processor), around conversations: what stands at the start or end of a sequence is
@@ -110,7 +97,7 @@ impl Tokenizer {
         }
         let around = Around::of(&json["post_processor"]).context("post_processor")?;
         let specials = Specials::new(literals);
-        rename(&mut json, &specials);
+        specials.rename(&mut json);
         let begins_with_space = begins_with_space(&json);
 
         // Back to text, which the library's own parser wants.
@@ -206,11 +193,6 @@ impl Tokenizer {
         Ok(self.specials.restore(&text, ACTIVE).into_owned())
     }
 
-    /// A decoder that takes ids one by one; see [`TokenStream`].
-    pub fn stream(&self, skip_special: bool) -> TokenStream<'_> {
-        TokenStream { tokenizer: self, skip_special, ids: Vec::new(), read: 0, shown: String::new() }
-    }
-
     /// The id of one token by its literal, special or not.
     pub fn token_to_id(&self, token: &str) -> Option<i64> {
         self.inner.token_to_id(&self.name(token)).map(i64::from)
@@ -218,8 +200,7 @@ impl Tokenizer {
 
     /// The name that a token goes by here.
     fn name<'a>(&self, token: &'a str) -> Cow<'a, str> {
-        let special = self.specials.literals.iter().position(|literal| literal == token);
-        match special.and_then(|k| mark(ACTIVE, k).ok()) {
+        match self.specials.name(token) {
             Some(mark) => mark.to_string().into(),
             None => without_reserved(token),
         }
@@ -316,199 +297,12 @@ fn begins_with_space(json: &Value) -> bool {
         })
 }
 
-/// No token has this character and another one.
-const BEFORE: char = '\u{10fffb}';
-
 /// A token and the bytes of the text that it stands for.
 pub(crate) struct Token {
     /// None for the place of an image.
     pub(crate) id: Option<i64>,
     pub(crate) start: usize,
     pub(crate) end: usize,
-}
-
-/// Text that grows with every id, as it is generated: a piece comes out as soon as it is certain, so a character that
-/// several tokens make up comes whole. The pieces, with what [`TokenStream::finish`] gives, are the decoded whole.
-#[derive(Debug)]
-pub struct TokenStream<'a> {
-    tokenizer: &'a Tokenizer,
-    skip_special: bool,
-    ids: Vec<i64>, // the last piece's, for what a token looks like depends on the one before; then those not yet out
-    read: usize,   // how many of `ids` are out
-    shown: String, // text of ids[..read]
-}
-
-/// A character is at most four bytes, so at most four tokens; what is still broken after that stays so.
-const MAX_TOKENS_OF_A_CHAR: usize = 4;
-
-impl TokenStream<'_> {
-    /// Takes the next id; the new text, where there is some.
-    ///
-    /// # Errors
-    /// See [`Tokenizer::decode`].
-    pub fn push(&mut self, id: i64) -> Result<Option<String>> {
-        self.ids.push(id);
-        let text = self.tokenizer.decode(&self.ids, self.skip_special)?;
-        let broken = text.ends_with('\u{fffd}') && self.ids.len() - self.read < MAX_TOKENS_OF_A_CHAR;
-        if broken || text.len() <= self.shown.len() {
-            return Ok(None);
-        }
-        let piece = new_text(&self.shown, &text);
-        self.ids.drain(..self.read);
-        self.read = self.ids.len();
-        self.shown = self.tokenizer.decode(&self.ids, self.skip_special)?;
-        Ok(Some(piece))
-    }
-
-    /// The text that was still waiting for more.
-    ///
-    /// # Errors
-    /// See [`Tokenizer::decode`].
-    pub fn finish(self) -> Result<String> {
-        Ok(new_text(&self.shown, &self.tokenizer.decode(&self.ids, self.skip_special)?))
-    }
-}
-
-/// What `text` has beyond `shown`, its start unless bytes that are no text changed their looks.
-fn new_text(shown: &str, text: &str) -> String {
-    let common = shown.chars().zip(text.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum();
-    text[common..].to_owned()
-}
-
-/// The literals of the special tokens, and looking for them.
-#[derive(Debug)]
-struct Specials {
-    literals: Vec<String>,
-    longest_first: Vec<usize>,
-    starts: [bool; 256], // first bytes of the literals
-}
-
-impl Specials {
-    fn new(literals: Vec<String>) -> Self {
-        let mut longest_first: Vec<usize> = (0..literals.len()).collect();
-        longest_first.sort_by_key(|&k| std::cmp::Reverse(literals[k].len()));
-        let mut starts = [false; 256];
-        for literal in &literals {
-            starts[usize::from(literal.as_bytes()[0])] = true;
-        }
-        Self { literals, longest_first, starts }
-    }
-
-    /// Puts the mark `base + k` for every literal, from the left, the longest that fits.
-    fn replace<'a>(&self, text: &'a str, base: u32) -> Cow<'a, str> {
-        let mut out = String::new();
-        let (mut copied, mut at) = (0, 0);
-        while let Some(&byte) = text.as_bytes().get(at) {
-            let here = self.starts[usize::from(byte)].then(|| {
-                self.longest_first.iter().find(|&&k| text.as_bytes()[at..].starts_with(self.literals[k].as_bytes()))
-            });
-            match here.flatten().and_then(|&k| Some((k, mark(base, k).ok()?))) {
-                Some((k, mark)) => {
-                    out.push_str(&text[copied..at]);
-                    out.push(mark);
-                    at += self.literals[k].len();
-                    copied = at;
-                }
-                None => at += 1,
-            }
-        }
-        if copied == 0 {
-            return text.into();
-        }
-        out.push_str(&text[copied..]);
-        out.into()
-    }
-
-    /// Puts the literal for every mark `base + k`.
-    fn restore<'a>(&self, text: &'a str, base: u32) -> Cow<'a, str> {
-        if !text.contains(|c| unmark(c, base).is_some()) {
-            return text.into();
-        }
-        let mut out = String::with_capacity(text.len());
-        for c in text.chars() {
-            match unmark(c, base).and_then(|k| self.literals.get(k)) {
-                Some(literal) => out.push_str(literal),
-                None => out.push(c),
-            }
-        }
-        out.into()
-    }
-}
-
-/// The character for special token `k`.
-fn mark(base: u32, k: usize) -> Result<char> {
-    let k = u32::try_from(k).ok().filter(|&k| k < MAX_SPECIAL_TOKENS);
-    let c = k.and_then(|k| char::from_u32(base + k));
-    c.with_context(|| format!("more than {MAX_SPECIAL_TOKENS} special tokens"))
-}
-
-/// The special token that a character stands for.
-fn unmark(c: char, base: u32) -> Option<usize> {
-    u32::from(c).checked_sub(base).filter(|&k| k < MAX_SPECIAL_TOKENS).map(|k| k as usize)
-}
-
-/// Text without the characters that mean something here.
-fn without_reserved(text: &str) -> Cow<'_, str> {
-    if text.contains(|c| c >= RESERVED) { text.replace(|c| c >= RESERVED, "\u{fffd}").into() } else { text.into() }
-}
-
-/// Gives the special tokens of a `tokenizer.json` their private names, makes sure that no merge leads to one, adds
-/// the image's place, and drops what would add tokens or cut text.
-fn rename(json: &mut Value, specials: &Specials) {
-    let name = |token: &str| {
-        let k = specials.literals.iter().position(|literal| literal == token)?;
-        mark(ACTIVE, k).ok().map(|c| c.to_string())
-    };
-    for key in ["post_processor", "truncation", "padding"] {
-        json[key] = Value::Null;
-    }
-    let model = &mut json["model"];
-    if let Some(unknown) = model["unk_token"].as_str().and_then(name) {
-        model["unk_token"] = unknown.into();
-    }
-    match &mut model["vocab"] {
-        Value::Object(vocab) => {
-            for (k, literal) in specials.literals.iter().enumerate() {
-                if let (Some(id), Ok(name)) = (vocab.remove(literal), mark(ACTIVE, k)) {
-                    vocab.insert(name.to_string(), id);
-                }
-            }
-        }
-        Value::Array(pieces) => {
-            for piece in pieces {
-                if let Some(name) = piece[0].as_str().and_then(name) {
-                    piece[0] = name.into();
-                }
-            }
-        }
-        _ => {}
-    }
-    if let Some(merges) = model.get_mut("merges").and_then(Value::as_array_mut) {
-        let longest = specials.longest_first.first().map_or(0, |&k| specials.literals[k].len());
-        let literals: HashSet<&str> = specials.literals.iter().map(String::as_str).collect();
-        merges.retain(|merge| {
-            let (left, right) = match merge {
-                Value::String(both) => both.split_once(' ').unwrap_or((both, "")),
-                pair => (pair[0].as_str().unwrap_or_default(), pair[1].as_str().unwrap_or_default()),
-            };
-            let whole_fits = left.len() + right.len() <= longest;
-            let whole_is_special = whole_fits && literals.contains(format!("{left}{right}").as_str());
-            !(whole_is_special || literals.contains(left) || literals.contains(right))
-        });
-    }
-    let mut added = Vec::new();
-    for mut token in json["added_tokens"].as_array().cloned().unwrap_or_default() {
-        let special = token["special"].as_bool().unwrap_or(false);
-        if let Some(name) = token["content"].as_str().filter(|_| special).and_then(name) {
-            token["content"] = name.into();
-        }
-        added.push(token);
-    }
-    added.push(json!({
-        "id": 0, "content": IMAGE, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
-        "special": true,
-    }));
-    json["added_tokens"] = added.into();
 }
 
 /// The ids in the config files, and `named`, that of `eos_token`.
@@ -531,8 +325,10 @@ fn eos_ids(path: &Path, named: Option<i64>) -> Result<Vec<i64>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::fs;
+
+    use serde_json::json;
 
     use super::*;
     use crate::{ChatTemplate, Message, Piece, special_tokens};
@@ -542,11 +338,11 @@ mod tests {
         serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
     }
 
-    fn tiny() -> Tokenizer {
+    pub(crate) fn tiny() -> Tokenizer {
         Tokenizer::open(&fixtures::root().join("tiny/tokenizer")).unwrap()
     }
 
-    fn llama2() -> Tokenizer {
+    pub(crate) fn llama2() -> Tokenizer {
         Tokenizer::parse(golden()["llama2_tokenizer"].take()).unwrap()
     }
 
@@ -598,37 +394,6 @@ mod tests {
         let tokenizer = Tokenizer::parse(json).unwrap();
         assert!(!tokenizer.encode("a red one").unwrap().contains(&re.as_i64().unwrap()));
         assert_eq!(tokenizer.encode_template("re").unwrap(), ids(&json!([re])));
-    }
-
-    #[test]
-    fn a_stream_gives_whole_characters_and_the_whole_text() {
-        let text = "Is it 🙂👩‍👩‍👧 日本語? naïve — yes.<|im_end|>\n";
-        for tokenizer in [tiny(), llama2()] {
-            for skip_special in [false, true] {
-                let ids = tokenizer.encode_template(text).unwrap();
-                let mut stream = tokenizer.stream(skip_special);
-                let mut pieces = Vec::new();
-                for &id in &ids {
-                    pieces.extend(stream.push(id).unwrap());
-                }
-                assert!(pieces.len() > 10 && pieces.iter().all(|p| !p.contains('\u{fffd}') && !p.is_empty()));
-                let all = pieces.concat() + &stream.finish().unwrap();
-                assert_eq!(all, tokenizer.decode(&ids, skip_special).unwrap());
-            }
-        }
-    }
-
-    #[test]
-    fn a_stream_of_broken_characters_goes_on() {
-        let tokenizer = tiny();
-        let smile = tokenizer.encode("🙂").unwrap();
-        assert!(smile.len() > 1, "the tiny vocabulary has no smile");
-        let mut stream = tokenizer.stream(true);
-        assert_eq!(stream.push(smile[0]).unwrap(), None);
-        assert_eq!(stream.finish().unwrap(), "\u{fffd}");
-        let mut stream = tokenizer.stream(true);
-        let pushed: Vec<_> = (0..20).filter_map(|_| stream.push(smile[0]).unwrap()).collect();
-        assert!(pushed.len() >= 4, "{pushed:?}");
     }
 
     #[test]

@@ -7,7 +7,8 @@ use anyhow::{Context, Result, anyhow, ensure};
 use super::content::Turn;
 use super::{ChatTemplate, Message, Piece};
 use crate::Tokenizer;
-use crate::tokenizer::{IMAGE, INERT_IMAGE, Token};
+use crate::specials::{IMAGE, INERT_IMAGE};
+use crate::tokenizer::Token;
 
 /// A conversation's way through a template and a tokenizer: what came from outside is inert, what the template writes
 /// is not.
