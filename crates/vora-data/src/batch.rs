@@ -118,6 +118,14 @@ impl Batch {
             (question, tokens)
         })
     }
+
+    /// How many tokens the chosen and the rejected answer of each pair have; the pairs' answers follow each other in
+    /// [`Batch::supervised`]. Empty where the samples are no pairs.
+    pub fn pairs(&self) -> Vec<[i64; 2]> {
+        let questions: Vec<_> = self.samples.iter().flat_map(|sample| &sample.questions).collect();
+        let pairs = questions.windows(2).filter(|pair| !pair[0].is_rejected && pair[1].is_rejected);
+        pairs.map(|pair| [0, 1].map(|i| pair[i].tokens.len() as i64)).collect()
+    }
 }
 
 #[cfg(test)]
@@ -132,6 +140,7 @@ mod tests {
             question: String::new(),
             answer: String::new(),
             tokens: tokens.clone(),
+            is_rejected: false,
         };
         Sample {
             id: id.to_owned(),

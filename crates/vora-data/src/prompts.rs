@@ -103,8 +103,13 @@ mod tests {
     #[test]
     fn later_turns_and_their_pictures_are_not_there_yet() {
         let image = vora_image::Pixels { data: vec![0.0; 3], height: 1, width: 1 };
-        let turn =
-            |tokens| QuestionSpan { kind: "turn".to_owned(), question: String::new(), answer: String::new(), tokens };
+        let turn = |tokens| QuestionSpan {
+            kind: "turn".to_owned(),
+            question: String::new(),
+            answer: String::new(),
+            tokens,
+            is_rejected: false,
+        };
         let sample = Sample {
             id: "r".to_owned(),
             input_ids: (1..=8).collect(),

@@ -19,6 +19,9 @@ pub const IGNORE_INDEX: i64 = -100;
 /// Stands in `input_ids` where an image's patches go; it is not read.
 const IMAGE_ID: i64 = 0;
 
+/// What is noted of a preference where answers are learned.
+const NOT_REJECTED: &str = "it has a rejected answer, which is not read: only `loss: dpo` learns from it";
+
 /// What a model learns from one record.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sample {
@@ -63,12 +66,24 @@ pub struct QuestionSpan {
     pub answer: String,
     /// The tokens that predict the answer, the one that ends the turn included: `targets` has it in this range.
     pub tokens: Range<usize>,
+    /// Whether the answer is the rejected one of a pair; the chosen one stands right before it.
+    pub is_rejected: bool,
 }
 
 /// Makes samples for one model.
 #[derive(Debug)]
 pub struct SampleMaker {
     preparation: Preparation,
+    makes_pairs: bool,
+}
+
+/// A branch to be: a conversation with its last answer, in tokens and in words.
+struct Asked {
+    chat: Tokens,
+    kind: &'static str,
+    question: String,
+    answer: String,
+    is_rejected: bool,
 }
 
 /// A conversation as tokens, patches at the places of images.
@@ -82,7 +97,18 @@ struct Tokens {
 impl SampleMaker {
     /// Makes samples by `preparation`.
     pub fn new(preparation: Preparation) -> Self {
-        Self { preparation }
+        Self { preparation, makes_pairs: false }
+    }
+
+    /// Makes samples of preferences by `preparation`: what comes before the last answer is the trunk, and the chosen answer
+    /// and the rejected one are a branch each, in this order.
+    pub fn of_pairs(preparation: Preparation) -> Self {
+        Self { preparation, makes_pairs: true }
+    }
+
+    /// Whether its samples are preferences.
+    pub fn makes_pairs(&self) -> bool {
+        self.makes_pairs
     }
 
     /// How words and pictures are prepared.
@@ -90,10 +116,12 @@ impl SampleMaker {
         &self.preparation
     }
 
-    /// A conversation; the loss is on what the assistant says. Where it is too long, turns are left out at its end.
+    /// A conversation; the loss is on what the assistant says. Where it is too long, turns are left out at its end. Of a
+    /// preference the chosen answer is learned, as a note says; [`SampleMaker::of_pairs`] makes a pair of it.
     ///
     /// # Errors
-    /// Where not even the first answer fits, or where images and patches do not go together.
+    /// Where not even the first answer fits, or where images and patches do not go together; where a pair is to be made of
+    /// a record without a rejected answer.
     pub fn conversation(&self, record: &Record, images: &[RgbImage]) -> Result<Sample> {
         self.decoded_conversation(record, images.len(), |idx| Ok(Cow::Borrowed(&images[idx])))
     }
@@ -114,6 +142,9 @@ impl SampleMaker {
         // Of several bad ones the first is told, whichever was decoded first.
         let images = images.into_iter().collect::<Result<Vec<_>>>()?;
         let sample = || {
+            if self.makes_pairs {
+                return self.pair(record, images);
+            }
             let mut images = images;
             let mut messages = record.messages.clone();
             let mut tokens = self.tokens(&messages, &images)?;
@@ -128,9 +159,25 @@ impl SampleMaker {
                 images.truncate(num_images(&messages));
                 tokens = self.tokens(&messages, &images)?;
             }
-            Ok(Sample { cut_answers: ends.len() - fitting, ..tokens.into_sample(record, images)? })
+            let mut sample = Sample { cut_answers: ends.len() - fitting, ..tokens.into_sample(record, images)? };
+            sample.notes.extend(record.rejected.as_ref().map(|_| NOT_REJECTED.to_owned()));
+            Ok(sample)
         };
         sample().with_context(|| format!("sample {}", record.id))
+    }
+
+    /// Both answers of a preference after what they answer.
+    fn pair(&self, record: &Record, images: Vec<Pixels>) -> Result<Sample> {
+        let rejected =
+            record.rejected.as_ref().context("it has no `rejected` answer, which `loss: dpo` learns from")?;
+        let (chosen, prompt) = record.messages.split_last().context("it has no conversation")?;
+        let asked = |answer: &Message, is_rejected| {
+            let chat = self.tokens(&[prompt, std::slice::from_ref(answer)].concat(), &images)?;
+            let question = prompt.last().map(shown).unwrap_or_default();
+            anyhow::Ok(Asked { chat, kind: "turn", question, answer: shown(answer), is_rejected })
+        };
+        let branches = [asked(chosen, false)?, asked(rejected, true)?];
+        Ok(Sample { id: record.id.clone(), notes: record.notes.clone(), ..self.pack(&branches, images)? })
     }
 
     /// A record of a shard, whose images came with it.
@@ -150,46 +197,66 @@ impl SampleMaker {
     /// # Errors
     /// Where it is too long, or where the picture does not come before what is different.
     pub fn packed(&self, id: String, picture: &RgbImage, questions: Vec<Question>) -> Result<Sample> {
+        let asked = questions.into_iter().map(|question| (question, None));
+        self.packed_with(id, picture, asked.collect())
+    }
+
+    /// The same with a second branch to each question, its answer rejected in favour of the question's own.
+    ///
+    /// # Errors
+    /// As [`SampleMaker::packed`].
+    pub fn packed_pairs(&self, id: String, picture: &RgbImage, pairs: Vec<(Question, String)>) -> Result<Sample> {
+        self.packed_with(id, picture, pairs.into_iter().map(|(question, wrong)| (question, Some(wrong))).collect())
+    }
+
+    fn packed_with(&self, id: String, picture: &RgbImage, asked: Vec<(Question, Option<String>)>) -> Result<Sample> {
         let sample = || {
-            ensure!(!questions.is_empty(), "it has no questions");
+            ensure!(!asked.is_empty(), "it has no questions");
             let images = vec![self.pixels(0, picture)?];
-            let chats = questions
-                .iter()
-                .map(|question| {
-                    let answer = Message::new("assistant", &question.answer);
-                    self.tokens(&[Message::question_about(1, &question.question), answer], &images)
-                })
-                .collect::<Result<Vec<_>>>()?;
-            self.pack(chats, images, &questions)
+            let answers = asked.iter().flat_map(|(question, wrong)| {
+                let wrong = wrong.iter().map(move |wrong| (question, wrong, true));
+                std::iter::once((question, &question.answer, false)).chain(wrong)
+            });
+            let branches = answers.map(|(asked, answer, is_rejected)| {
+                let messages = [Message::question_about(1, &asked.question), Message::new("assistant", answer)];
+                let chat = self.tokens(&messages, &images)?;
+                let (kind, question) = (asked.kind.name(), asked.question.clone());
+                anyhow::Ok(Asked { chat, kind, question, answer: answer.clone(), is_rejected })
+            });
+            let branches = branches.collect::<Result<Vec<_>>>()?;
+            self.pack(&branches, images)
         };
         Ok(Sample { id: id.clone(), ..sample().with_context(|| format!("sample {id}"))? })
     }
 
-    fn pack(&self, chats: Vec<Tokens>, images: Vec<Pixels>, questions: &[Question]) -> Result<Sample> {
-        let trunk_len = trunk_len(&chats)?;
+    fn pack(&self, branches: &[Asked], images: Vec<Pixels>) -> Result<Sample> {
+        let trunk_len = trunk_len(branches)?;
+        let trunk = &branches[0].chat;
         let mut sample = Sample {
             id: String::new(),
-            input_ids: chats[0].ids[..trunk_len].to_vec(),
+            input_ids: trunk.ids[..trunk_len].to_vec(),
             targets: vec![IGNORE_INDEX; trunk_len],
-            spans: chats[0].trunk(trunk_len)?,
+            spans: trunk.trunk(trunk_len)?,
             images,
-            questions: Vec::with_capacity(questions.len()),
+            questions: Vec::with_capacity(branches.len()),
             cut_answers: 0,
             notes: Vec::new(),
         };
-        for (branch, (chat, question)) in chats.iter().zip(questions).enumerate() {
-            let answer = chat.only_answer()?;
+        for (branch, Asked { chat, kind, question, answer: said, is_rejected }) in branches.iter().enumerate() {
+            let answer = chat.last_answer()?;
             // From a token's place in the chat to its place in the row.
             let shift = sample.input_ids.len() - trunk_len;
             let range = trunk_len..answer.end - 1;
-            sample.targets.extend(range.clone().map(|place| chat.target(place)));
+            let target = |place| if place + 1 < answer.start { IGNORE_INDEX } else { chat.target(place) };
+            sample.targets.extend(range.clone().map(target));
             sample.spans.push(Span::text(range.len() as i64).on_branch(branch as i64));
             sample.input_ids.extend(&chat.ids[range]);
             sample.questions.push(QuestionSpan {
-                kind: question.kind.name().to_owned(),
-                question: question.question.clone(),
-                answer: question.answer.clone(),
+                kind: (*kind).to_owned(),
+                question: question.clone(),
+                answer: said.clone(),
                 tokens: answer.start - 1 + shift..answer.end - 1 + shift,
+                is_rejected: *is_rejected,
             });
         }
         let len = sample.input_ids.len();
@@ -237,12 +304,12 @@ fn num_images(messages: &[Message]) -> usize {
 
 /// How many tokens all chats begin with. The token that predicts an answer's first one is not among them: it has
 /// another target on each branch.
-fn trunk_len(chats: &[Tokens]) -> Result<usize> {
-    let first = &chats[0].ids;
+fn trunk_len(branches: &[Asked]) -> Result<usize> {
+    let first = &branches[0].chat.ids;
     let mut len = first.len();
-    for chat in chats {
+    for Asked { chat, .. } in branches {
         let common = first.iter().zip(&chat.ids).take_while(|(a, b)| a == b).count();
-        let answer = chat.only_answer()?;
+        let answer = chat.last_answer()?;
         len = len.min(common).min(answer.start - 1);
     }
     Ok(len)
@@ -280,9 +347,8 @@ impl Tokens {
             .filter_map(|(supervised, range)| supervised.then_some(range.start.max(1)..range.end))
     }
 
-    fn only_answer(&self) -> Result<Range<usize>> {
-        let mut answers = self.answers();
-        answers.next().filter(|_| answers.next().is_none()).context("the chat template makes no answer, or several")
+    fn last_answer(&self) -> Result<Range<usize>> {
+        self.answers().last().context("the chat template shows no answer")
     }
 
     fn target(&self, place: usize) -> i64 {
@@ -316,6 +382,7 @@ impl Tokens {
                 question,
                 answer,
                 tokens: tokens.start - 1..tokens.end - 1,
+                is_rejected: false,
             })
             .collect();
         let len = questions.last().context("the chat template shows no answer")?.tokens.end;
@@ -449,6 +516,63 @@ pub(crate) mod tests {
         );
         let alone = maker.packed("p".to_owned(), &picture(), vec![question("What color?", "red")]).unwrap();
         assert_eq!(alone.spans.last().unwrap().branch(), Some(0));
+    }
+
+    fn preference(turns: &[&str], rejected: &str, frames: usize) -> Record {
+        Record { rejected: Some(Message::new("assistant", rejected)), ..record(turns, frames) }
+    }
+
+    /// Each branch of a pair with the trunk is, token by token, what its whole conversation is.
+    #[test]
+    fn a_pair_reads_as_its_two_conversations() {
+        let (maker, alone) = (SampleMaker::of_pairs(preparation::tests::tiny()), tiny());
+        for (turns, frames) in [
+            (&["<image>\nWhat is it?", "a star"][..], 1),
+            (&["What is it?", "a star"], 0),
+            (&["<image>What?", "a star", "And <image>?", "a stone"], 2),
+        ] {
+            let pictures = vec![picture(); frames];
+            let pair = maker.conversation(&preference(turns, "a circle", frames), &pictures).unwrap();
+            let other = [&turns[..turns.len() - 1], &["a circle"]].concat();
+            let wholes = [turns, &other].map(|turns| alone.conversation(&record(turns, frames), &pictures).unwrap());
+            assert_eq!((pair.images.len(), pair.questions.len()), (frames, 2));
+            let trunk: i64 = pair.spans.iter().filter(|span| span.branch().is_none()).map(Span::len).sum();
+            let mut start = trunk as usize;
+            for (branch, (whole, asked)) in (0..).zip(wholes.iter().zip(&pair.questions)) {
+                let span = pair.spans.iter().find(|span| span.branch() == Some(branch)).unwrap();
+                let end = start + span.len() as usize;
+                assert_eq!([&pair.input_ids[..trunk as usize], &pair.input_ids[start..end]].concat(), whole.input_ids);
+                // Of an earlier answer, which is the prompt's, nothing is learned.
+                let last = whole.questions.last().unwrap();
+                assert_eq!(pair.targets[asked.tokens.clone()], whole.targets[last.tokens.clone()]);
+                assert_eq!(
+                    (asked.is_rejected, &asked.answer, &asked.question),
+                    (branch == 1, &last.answer, &last.question)
+                );
+                start = end;
+            }
+            let learned = pair.targets.iter().filter(|target| **target != IGNORE_INDEX).count();
+            assert_eq!(learned, pair.questions.iter().map(|asked| asked.tokens.len()).sum::<usize>());
+            assert!(pair.targets[..trunk as usize].iter().all(|target| *target == IGNORE_INDEX));
+            let batch = crate::collate(vec![pair.clone(), pair], 0);
+            let lens = [0, 1].map(|i| batch.samples[0].questions[i].tokens.len() as i64);
+            assert_eq!(batch.pairs(), [lens; 2]);
+            vora_text::Spans { rows: batch.spans.rows }.validate().unwrap();
+        }
+    }
+
+    #[test]
+    fn pairs_need_both_answers_and_room_for_them() {
+        let maker = SampleMaker::of_pairs(preparation::tests::tiny());
+        let message = format!("{:#}", maker.conversation(&record(&["What?", "a star"], 0), &[]).unwrap_err());
+        assert_eq!(message, "sample r: it has no `rejected` answer, which `loss: dpo` learns from");
+        let long = preference(&["What?", "a star"], &"a circle ".repeat(200), 0);
+        let error = maker.conversation(&long, &[]).unwrap_err();
+        assert!(error.downcast_ref::<TooLong>().is_some(), "{error:#}");
+        // Where answers are learned, it is the chosen one.
+        let plain = tiny().conversation(&preference(&["What?", "a star"], "a circle", 0), &[]).unwrap();
+        assert_eq!((plain.questions.len(), plain.questions[0].answer.as_str()), (1, "a star"));
+        assert_eq!(plain.notes, [NOT_REJECTED]);
     }
 
     #[test]

@@ -67,6 +67,7 @@ mod tests {
             question: String::new(),
             answer: String::new(),
             tokens: 0..1,
+            is_rejected: false,
         };
         vora_data::Sample {
             id: id.into(),

@@ -51,6 +51,7 @@ mod tests {
             question: String::new(),
             answer: answer.to_owned(),
             tokens: 2 + 3 * idx..4 + 3 * idx,
+            is_rejected: false,
         };
         Sample {
             id: String::new(),

@@ -17,7 +17,7 @@ pub(crate) struct Entry {
 impl Entry {
     /// How much it holds.
     pub(crate) fn size(&self) -> u64 {
-        let words = self.record.messages.iter().map(num_bytes).sum::<usize>();
+        let words = self.record.messages.iter().chain(&self.record.rejected).map(num_bytes).sum::<usize>();
         (words + self.images.iter().map(Vec::len).sum::<usize>()) as u64
     }
 }

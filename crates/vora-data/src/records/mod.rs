@@ -7,6 +7,7 @@ mod image_folder;
 mod keys;
 mod limits;
 mod parquet;
+mod preference;
 mod record;
 mod tar;
 mod turns;

@@ -16,6 +16,7 @@ use super::entry::{Entry, Shard, Take};
 use super::frames::{is_picture_key, picture_keys};
 use super::keys::RecordKeys;
 use super::limits::{MAX_LINE, MAX_RECORD};
+use super::preference;
 use super::record::Record;
 
 /// No row group is larger, uncompressed: 4 GiB.
@@ -48,8 +49,8 @@ pub(crate) fn row_groups(path: &Path, keys: &RecordKeys) -> Result<Vec<RowGroup>
         let schema = reader.metadata().file_metadata().schema();
         let columns: Vec<_> = schema.get_fields().iter().map(|field| field.name()).collect();
         ensure!(
-            columns.iter().any(|name| *name == keys.conversations || WORDS.contains(name)),
-            "it has no column `{}`, {}; its columns are {}",
+            columns.iter().any(|name| *name == keys.conversations || WORDS.contains(name) || *name == "chosen"),
+            "it has no column `{}`, {}, `chosen`; its columns are {}",
             keys.conversations,
             WORDS.map(|name| format!("`{name}`")).join(", "),
             columns.join(", ")
@@ -131,6 +132,7 @@ impl RowGroup {
             || column == "id"
             || column == self.keys.conversations
             || WORDS.contains(&column)
+            || preference::KEYS.contains(&column)
             || VIDEOS.contains(&column)
     }
 

@@ -2,7 +2,7 @@
 //!
 //! `{"id": .., "frames": ["a.jpg"], "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, ..]}`; LLaVA's
 //! `image` and the hub's `images` instead of `frames` are read too, and a turn may be `{"role": .., "content": ..}`, as
-//! the hub's chats are.
+//! the hub's chats are. TRL's preferences are records of their own form.
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::Deserialize;
@@ -12,7 +12,8 @@ use vora_text::{Message, Part};
 
 use super::frames::{frames, is_given, not_taken, picture_keys};
 use super::keys::RecordKeys;
-use super::turns::{RawText, RawTurn, messages, num_bytes, place_images, read_marks_as_words};
+use super::preference::{self, RawPreference};
+use super::turns::{RawText, RawTurn, messages, num_bytes, place_images, read_marks_as_words, shown};
 
 /// What a record says is no longer, all of it: 1 MiB. Its tokens take some hundred times as much while they are made.
 const MAX_WORDS: usize = 1 << 20;
@@ -27,6 +28,8 @@ pub struct Record {
     /// `user` and `assistant` by turns, after at most one `system`; the assistant has the last word. There are as many
     /// places for images as there are frames.
     pub messages: Vec<Message>,
+    /// The last answer that was rejected in favour of the one in `messages`, where the record has a preference.
+    pub rejected: Option<Message>,
     /// What of it was not taken as it stands, in words: it is told and counted by whoever makes batches.
     pub notes: Vec<String>,
 }
@@ -71,7 +74,8 @@ impl Record {
     }
 
     /// Its words are a conversation, under `keys.conversations` or `messages`, as JSON or as a string of JSON; or pairs
-    /// under `texts`; or a caption, under `caption` or `text`, the first where there are several.
+    /// under `texts`; or a caption, under `caption` or `text`, the first where there are several. A record with both
+    /// `chosen` and `rejected` is a preference, whatever else it has.
     fn read(
         mut object: Map<String, Value>,
         keys: &RecordKeys,
@@ -91,9 +95,13 @@ impl Record {
         for key in picture_keys(keys) {
             object.remove(key);
         }
-        let mut notes = Vec::new();
-        let messages = match words(&mut object, keys)? {
-            Words::Turns(turns) => {
+        let (mut notes, mut rejected) = (Vec::new(), None);
+        let said = words(&mut object, keys)?;
+        if let Words::Preference(preference) = &said {
+            rejected = messages(preference.rejected.clone())?.0.pop();
+        }
+        let messages = match said {
+            Words::Turns(turns) | Words::Preference(RawPreference { chosen: turns, .. }) => {
                 let (mut messages, named, has_picture_parts) = messages(turns)?;
                 if beside.is_none() && frames.is_empty() {
                     frames = named;
@@ -110,17 +118,23 @@ impl Record {
                 vec![question, Message::new("assistant", &caption)]
             }
         };
-        let len: usize = messages.iter().map(num_bytes).sum();
+        ensure!(
+            rejected.as_ref().is_none_or(
+                |rejected| messages.last().map(shown).as_deref().map(str::trim) != Some(shown(rejected).trim())
+            ),
+            "its `chosen` and `rejected` are the same answer"
+        );
+        let len: usize = messages.iter().chain(&rejected).map(num_bytes).sum();
         ensure!(len <= MAX_WORDS, "it says {len} bytes of text, at most {MAX_WORDS} are read");
         if beside.is_none_or(|num_images| num_images == 0) {
             notes.extend(not_taken(&object, keys, frames.is_empty())?);
         }
-        Ok(Self { id, frames, messages, notes })
+        Ok(Self { id, frames, messages, rejected, notes })
     }
 
     /// Whether it has a key under which words are read.
     pub(crate) fn has_words(object: &Map<String, Value>, keys: &RecordKeys) -> bool {
-        let words = [keys.conversations.as_str(), "messages", "texts", "caption", "text"];
+        let words = [keys.conversations.as_str(), "messages", "texts", "caption", "text", "chosen", "rejected"];
         words.iter().any(|key| object.get(*key).is_some_and(|value| !value.is_null()))
     }
 
@@ -138,10 +152,16 @@ impl Record {
 /// What a record says.
 enum Words {
     Turns(Vec<RawTurn>),
+    Preference(RawPreference),
     Caption(String),
 }
 
 fn words(object: &mut Map<String, Value>, keys: &RecordKeys) -> Result<Words> {
+    if preference::is_preference(object)
+        && let Some(preference) = RawPreference::take(object)?
+    {
+        return Ok(Words::Preference(preference));
+    }
     for key in [keys.conversations.as_str(), "messages"] {
         if let Some(Value::String(text)) = object.get(key) {
             let value = serde_json::from_str(text).map_err(|e| anyhow!("its `{key}` is a string, but no JSON: {e}"));
@@ -162,6 +182,10 @@ fn words(object: &mut Map<String, Value>, keys: &RecordKeys) -> Result<Words> {
             Some(OneOrMore::One(caption)) => caption,
             Some(OneOrMore::More(captions)) => captions.into_iter().next().context("it has no caption")?,
         }));
+    }
+    // One answer without the other says which is missing.
+    if let Some(preference) = RawPreference::take(object)? {
+        return Ok(Words::Preference(preference));
     }
     bail!("it has neither a conversation under `{}` or `messages` nor `texts`, `caption` or `text`", keys.conversations)
 }

@@ -17,7 +17,7 @@ pub const NO_MARK: &str = "it has a picture and no mark `<image>`: the picture s
 const VIDEO_PLACE: &str = "<video>";
 
 /// A turn as a record has it.
-#[derive(Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 pub(super) struct RawTurn {
     #[serde(alias = "role")]
     pub(super) from: String,
@@ -26,7 +26,7 @@ pub(super) struct RawTurn {
 }
 
 /// What a turn says, whole or in parts.
-#[derive(Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(untagged)]
 pub(super) enum RawText {
     Whole(String),

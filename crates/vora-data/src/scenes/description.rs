@@ -47,6 +47,12 @@ impl Description {
         }
         Some(Self { objects })
     }
+
+    /// How many objects both tell of in the same words.
+    #[cfg(test)]
+    pub(super) fn num_shared(&self, other: &Self) -> usize {
+        self.objects.intersection(&other.objects).count()
+    }
 }
 
 impl fmt::Display for Description {

@@ -11,6 +11,7 @@ pub(super) enum Purpose {
     Noise,
     Questions,
     Wording,
+    Rejected,
 }
 
 /// The draws of one picture for one purpose.

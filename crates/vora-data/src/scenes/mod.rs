@@ -9,6 +9,7 @@ mod dataset;
 mod description;
 mod draw;
 mod ground;
+mod pairs;
 mod question;
 mod question_kind;
 mod scene;

@@ -72,7 +72,7 @@ impl Candidates<'_> {
         self.push(1.0, QuestionKind::HowMany, "How many?", ["one", "two", "three"][objects.len() - 1]);
         self.is_colour(asked, draw);
         self.is_shape(asked, draw);
-        self.push(1.0, QuestionKind::Caption, "Describe the picture.", &caption(self.scene));
+        self.push(1.0, QuestionKind::Caption, "Describe the picture.", &whole_scene(self.scene, QuestionKind::Caption));
         self.describe();
     }
 
@@ -117,7 +117,7 @@ impl Candidates<'_> {
         if self.asks_shape_of_named || self.scene.objects.iter().all(|object| object.colour.is_none()) {
             let scenes = self.scenes;
             let draw = &mut Draw::new(scenes.config.seed, scenes.split as u64, self.index, Purpose::Wording);
-            let answer = Description::of(self.scene).to_string();
+            let answer = whole_scene(self.scene, QuestionKind::Describe);
             self.push(1.0, QuestionKind::Describe, draw.pick(&DESCRIBE), &answer);
         }
     }
@@ -151,6 +151,11 @@ impl Candidates<'_> {
 fn yes_and_no<T: Copy + PartialEq>(asked: &[T], present: &[T], all: &[T], draw: &mut Draw) -> [(T, &'static str); 2] {
     let absent: Vec<_> = all.iter().copied().filter(|item| !present.contains(item)).collect();
     [(draw.pick(asked), "yes"), (draw.pick(&absent), "no")]
+}
+
+/// All of a scene, in keywords or, where it is to be described, in a sentence.
+pub(super) fn whole_scene(scene: &Scene, kind: QuestionKind) -> String {
+    if kind == QuestionKind::Describe { Description::of(scene).to_string() } else { caption(scene) }
 }
 
 /// Objects from top left to bottom right: "red circle top left, ring bottom right".

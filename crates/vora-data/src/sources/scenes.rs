@@ -8,7 +8,7 @@ use super::source::Source;
 use crate::sample::{Sample, SampleMaker};
 use crate::scenes::Scenes;
 
-/// Procedural scenes, several questions packed after one picture.
+/// Procedural scenes, several questions packed after one picture; in pairs each with a right and a wrong answer.
 #[derive(Debug)]
 pub struct SceneSource {
     scenes: Scenes,
@@ -29,7 +29,11 @@ impl Source for SceneSource {
 
     fn sample(&self, index: u64) -> Result<Sample> {
         let id = format!("{}-{index}", self.scenes.split());
-        self.maker.packed(id, &self.scenes.render(index), self.scenes.questions(index))
+        let picture = self.scenes.render(index);
+        if self.maker.makes_pairs() {
+            return self.maker.packed_pairs(id, &picture, self.scenes.pairs(index));
+        }
+        self.maker.packed(id, &picture, self.scenes.questions(index))
     }
 }
 
@@ -38,6 +42,22 @@ mod tests {
     use super::*;
     use crate::sample;
     use crate::scenes::{ScenesConfig, Split};
+
+    #[test]
+    fn scenes_come_in_pairs() {
+        let maker = Arc::new(SampleMaker::of_pairs(sample::tests::tiny().preparation().clone()));
+        let scenes = Scenes::new(ScenesConfig::default(), Split::Train).unwrap();
+        let pairs = scenes.pairs(3);
+        let sample = SceneSource::new(scenes, maker.clone()).sample(3).unwrap();
+        assert_eq!(sample.questions.len(), 2 * pairs.len());
+        for (asked, (question, wrong)) in sample.questions.chunks(2).zip(&pairs) {
+            for (asked, answer) in asked.iter().zip([&question.answer, wrong]) {
+                assert_eq!((asked.kind.as_str(), &asked.question), (question.kind.name(), &question.question));
+                let said = maker.preparation().tokenizer.decode(&sample.targets[asked.tokens.clone()], true).unwrap();
+                assert_eq!((&said, asked.is_rejected), (answer, answer == wrong));
+            }
+        }
+    }
 
     #[test]
     fn scenes_come_packed() {

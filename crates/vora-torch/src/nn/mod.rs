@@ -4,6 +4,7 @@ pub mod fused;
 mod layer_norm;
 mod linear;
 pub mod loss;
+pub mod preference;
 mod rms_norm;
 
 pub use layer_norm::LayerNorm;

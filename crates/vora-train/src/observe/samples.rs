@@ -173,7 +173,7 @@ mod tests {
                 targets: vec![2],
                 spans: Vec::new(),
                 images: if index % 10 == 3 { Vec::new() } else { vec![pixels] },
-                questions: vec![QuestionSpan { kind, question, answer, tokens: 0..1 }],
+                questions: vec![QuestionSpan { kind, question, answer, tokens: 0..1, is_rejected: false }],
                 cut_answers: 0,
                 notes: Vec::new(),
             })

@@ -1,0 +1,121 @@
+//! Direct preference optimization: log-probabilities of whole answers, and the loss on pairs of them.
+
+use tch::{Kind, Tensor};
+
+/// `log softmax(logits(hidden))[target]` of each row, in f32: `[n, hidden]`, `[n]` -> `[n]`.
+///
+/// Logits are made `chunk` rows at a time; with more rows than that each chunk's gradient is taken at once, and the result
+/// carries it, so `logits` must have no trained weights of its own there.
+pub fn log_probabilities(hidden: &Tensor, targets: &Tensor, chunk: i64, logits: impl Fn(&Tensor) -> Tensor) -> Tensor {
+    let of = |hidden: &Tensor, targets: &Tensor| {
+        let log_probabilities = logits(hidden).to_kind(Kind::Float).log_softmax(-1, Kind::Float); // [rows, vocab]
+        log_probabilities.gather(-1, &targets.unsqueeze(-1), false).squeeze_dim(-1)
+    };
+    let n = targets.size()[0];
+    if n <= chunk {
+        return of(hidden, targets);
+    }
+    let (mut values, mut gradients) = (Vec::new(), Vec::new());
+    for start in (0..n).step_by(chunk.max(1) as usize) {
+        let rows = chunk.min(n - start);
+        let leaf = hidden.narrow(0, start, rows).detach().set_requires_grad(hidden.requires_grad());
+        let chosen = of(&leaf, &targets.narrow(0, start, rows));
+        if hidden.requires_grad() {
+            // No row's log-probability depends on another row: the gradient of the sum has that of each.
+            gradients.extend(Tensor::run_backward(&[chosen.sum(Kind::Float)], &[&leaf], false, false));
+        }
+        values.push(chosen.detach());
+    }
+    let value = Tensor::cat(&values, 0);
+    if gradients.is_empty() {
+        return value;
+    }
+    let carrier = (hidden * Tensor::cat(&gradients, 0)).sum_dim_intlist(-1, false, Kind::Float); // [n]
+    value + (&carrier - carrier.detach())
+}
+
+/// What DPO makes of pairs, `[pairs]` each in f32.
+#[derive(Debug)]
+pub struct Dpo {
+    /// The loss.
+    pub losses: Tensor,
+    /// `beta (log policy - log reference)` of the chosen answers, without a graph.
+    pub chosen_rewards: Tensor,
+    /// The same of the rejected ones.
+    pub rejected_rewards: Tensor,
+}
+
+/// `-log sigmoid(beta ((pc - rc) - (pr - rr)))` of each pair, from the log-probabilities of whole answers, `[pairs]` each:
+/// `pc` and `pr` the policy's of the chosen and the rejected one, `rc` and `rr` the reference's (arXiv 2305.18290, eq. 7;
+/// TRL's `loss_type="sigmoid"`).
+pub fn dpo(pc: &Tensor, pr: &Tensor, rc: &Tensor, rr: &Tensor, beta: f64) -> Dpo {
+    let (chosen, rejected) = ((pc - rc) * beta, (pr - rr) * beta);
+    let losses = -(&chosen - &rejected).log_sigmoid();
+    Dpo { losses, chosen_rewards: chosen.detach(), rejected_rewards: rejected.detach() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loss_and_rewards_are_those_of_trl() {
+        let golden = fixtures::open("dpo");
+        for (name, beta) in [("tenth", 0.1), ("two", 2.0)] {
+            let of = |key: &str| &golden[&format!("tensors.{name}.{key}")];
+            let policy = golden["tensors.policy"].copy().set_requires_grad(true);
+            let sums = |tokens: &Tensor| tokens.sum_dim_intlist(-1, false, Kind::Float).chunk(2, 0);
+            let (policies, references) = (sums(&policy), sums(&golden["tensors.reference"]));
+            let dpo = dpo(&policies[0], &policies[1], &references[0], &references[1], beta);
+            let loss = dpo.losses.mean(Kind::Float);
+            fixtures::assert_close_to(&loss, of("loss"), 1e-6);
+            loss.backward();
+            // TRL's log-probabilities outside an answer are 0 whatever the policy.
+            fixtures::assert_close_to(
+                &(policy.grad() * &golden["tensors.mask"]),
+                &(of("grad") * &golden["tensors.mask"]),
+                1e-6,
+            );
+            let (chosen, rejected) = (dpo.chosen_rewards, dpo.rejected_rewards);
+            let accuracies = chosen.gt_tensor(&rejected).to_kind(Kind::Float);
+            let rewards = [&chosen, &rejected, &accuracies, &(&chosen - &rejected)].map(|all| all.mean(Kind::Float));
+            fixtures::assert_close_to(&Tensor::stack(&rewards, 0), of("rewards"), 1e-6);
+        }
+    }
+
+    #[test]
+    fn a_pair_that_is_far_apart_has_a_finite_loss() {
+        let far = Tensor::from_slice(&[-2e4f32, 0.0]).set_requires_grad(true);
+        let zero = Tensor::from_slice(&[0f32, -2e4]);
+        let losses = dpo(&far, &zero, &zero, &far.detach(), 0.1).losses;
+        let found = Vec::<f32>::try_from(&losses).unwrap();
+        assert!((found[0] - 4e3).abs() < 1.0 && found[1] == 0.0, "{found:?}");
+        losses.sum(Kind::Float).backward();
+        assert!(far.grad().isfinite().all().int64_value(&[]) == 1);
+    }
+
+    #[test]
+    fn chunks_change_nothing() {
+        let golden = fixtures::open("losses");
+        let (targets, head) = (&golden["ce.targets"], &golden["ce.lm_head"]);
+        let weights = Tensor::arange(targets.size()[0], (Kind::Float, tch::Device::Cpu));
+        let run = |chunk| {
+            let hidden = golden["ce.hidden"].copy().set_requires_grad(true);
+            let found = log_probabilities(&(&hidden * 1.5), targets, chunk, |h| h.linear::<&Tensor>(head, None));
+            (&found * &weights).sum(Kind::Float).square().backward();
+            (found.detach(), hidden.grad())
+        };
+        let (whole, whole_grad) = run(1 << 10);
+        for chunk in [1, 3, 4] {
+            let (found, grad) = run(chunk);
+            fixtures::assert_close_to(&found, &whole, 1e-5);
+            fixtures::assert_close_to(&grad, &whole_grad, 1e-3);
+        }
+        let logits = |h: &Tensor| h.linear::<&Tensor>(head, None);
+        let frozen = log_probabilities(&(&golden["ce.hidden"] * 1.5), targets, 2, logits);
+        fixtures::assert_close_to(&frozen, &whole, 1e-5);
+        // The mean cross-entropy is the mean of these.
+        let mean = -log_probabilities(&golden["ce.hidden"], targets, 2, logits).mean(Kind::Float);
+        fixtures::assert_close_to(&mean, &golden["ce.loss"], 1e-5);
+    }
+}
