@@ -88,6 +88,8 @@ struct Answer {
     kind: String,
     question: String,
     answer: String,
+    /// Whether it is the rejected one of a pair.
+    is_rejected: bool,
     /// The labels, decoded.
     labels: String,
     agree: bool,
@@ -189,7 +191,7 @@ impl Shown {
             let unframed = unframed.strip_suffix(after.as_str()).unwrap_or(unframed).trim();
             let agree = said == asked.answer.trim() || unframed == asked.answer.trim();
             let (kind, question, answer) = (asked.kind.clone(), asked.question.clone(), asked.answer.clone());
-            anyhow::Ok(Answer { kind, question, answer, labels, agree })
+            anyhow::Ok(Answer { kind, question, answer, is_rejected: asked.is_rejected, labels, agree })
         });
         let answers = answers.collect::<Result<Vec<_>>>()?;
         let learned = sample.targets.iter().filter(|target| **target != IGNORE_INDEX).count();
@@ -231,9 +233,10 @@ impl Shown {
             text += &if run.learned { format!("{begin}{}{end}", run.text) } else { run.text.clone() };
         }
         text.push('\n');
-        for Answer { kind, question, answer, labels, agree } in &self.answers {
+        for Answer { kind, question, answer, is_rejected, labels, agree } in &self.answers {
+            let role = if *is_rejected { "rejected answer" } else { "answer" };
             let verdict = if *agree { "agree" } else { "DIFFER" };
-            let _ = write!(text, "\n{kind}: {question:?}\n  answer {answer:?}, labels {labels:?}: they {verdict}");
+            let _ = write!(text, "\n{kind}: {question:?}\n  {role} {answer:?}, labels {labels:?}: they {verdict}");
         }
         if !self.agree {
             text += "\nThe labels are not those of the answers.";

@@ -163,8 +163,10 @@ impl Progress for Terminal {
             format!(" + distill {loss:.3}{baseline}")
         });
         let anchor = metrics.loss_anchor.map_or(String::new(), |loss| format!(" + anchor {loss:.3}"));
+        let margin = metrics.rewards.map_or(String::new(), |rewards| format!(", margin {:.3}", rewards.margins));
+        let words = if metrics.rewards.is_some() { "dpo" } else { "lm" };
         let line = format!(
-            "loss {:.3} = lm {:.3}{distill}{anchor}, {:.1} samples/s",
+            "loss {:.3} = {words} {:.3}{distill}{anchor}{margin}, {:.1} samples/s",
             metrics.loss, metrics.loss_lm, metrics.samples_per_second
         );
         self.bar.set_position(metrics.step);

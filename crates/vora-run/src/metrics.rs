@@ -16,7 +16,7 @@ pub struct StepMetrics {
     pub step: u64,
     /// The sum that was trained on: language loss plus weighted distillation loss and text anchor.
     pub loss: f64,
-    /// Cross-entropy per supervised token, in nats.
+    /// Cross-entropy per supervised token, in nats; in a run with `loss: dpo` DPO's loss, mean over the step's pairs.
     pub loss_lm: f64,
     /// Cosine loss, mean over the blocks; absent without a teacher or a picture.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -31,6 +31,9 @@ pub struct StepMetrics {
     /// any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_anchor: Option<f64>,
+    /// What DPO makes of the step's pairs; absent in runs with another loss.
+    #[serde(flatten, default, skip_serializing_if = "Option::is_none")]
+    pub rewards: Option<RewardMetrics>,
     /// The run's learning rate at this step; groups with their own move in proportion.
     pub lr: f64,
     /// 2-norm of the gradient before it was clipped.
@@ -59,6 +62,23 @@ pub struct StepMetrics {
     pub skipped_steps: u64,
     /// Seconds since the run began, pauses between runs left out.
     pub seconds: f64,
+}
+
+/// DPO's implicit rewards, means over the pairs of a step, by TRL's names: `beta (log policy - log reference)` of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct RewardMetrics {
+    /// Of the chosen answers.
+    #[serde(rename = "rewards/chosen")]
+    pub chosen: f64,
+    /// Of the rejected answers.
+    #[serde(rename = "rewards/rejected")]
+    pub rejected: f64,
+    /// Share of the pairs whose chosen answer has the higher one.
+    #[serde(rename = "rewards/accuracies")]
+    pub accuracies: f64,
+    /// How much higher those of the chosen answers are.
+    #[serde(rename = "rewards/margins")]
+    pub margins: f64,
 }
 
 fn is_zero(n: &u64) -> bool {
@@ -188,6 +208,7 @@ mod tests {
             distill_blocks: vec![0.4, 0.6],
             baseline_distill: None,
             loss_anchor: None,
+            rewards: None,
             lr: 1e-3,
             grad_norm: 0.1,
             samples_per_second: 10.0,
@@ -229,6 +250,15 @@ mod tests {
         let text = serde_json::to_string(&step(2)).unwrap();
         assert!(text.contains("\"loss_lm\":1.0") && !text.contains("baseline"), "{text}");
         assert_eq!(serde_json::from_str::<Line>(&text).unwrap(), step(2));
+    }
+
+    #[test]
+    fn rewards_have_the_names_of_trl() {
+        let Line::Step(mut metrics) = step(2) else { panic!("a step") };
+        metrics.rewards = Some(RewardMetrics { chosen: 0.5, rejected: -0.25, accuracies: 1.0, margins: 0.75 });
+        let text = serde_json::to_string(&metrics).unwrap();
+        assert!(text.contains(r#""rewards/chosen":0.5,"rewards/rejected":-0.25,"rewards/accuracies":1.0"#), "{text}");
+        assert_eq!(serde_json::from_str::<Line>(&text).unwrap(), Line::Step(metrics));
     }
 
     #[test]

@@ -329,6 +329,7 @@ mod tests {
                 distill_blocks: vec![0.5 + 0.4 * (-x / 90.0).exp(), 0.6 + 0.4 * (-x / 200.0).exp()],
                 baseline_distill: Some(0.98),
                 loss_anchor: None,
+                rewards: None,
                 lr: 1e-3,
                 grad_norm: 1.0,
                 samples_per_second: 1.0,

@@ -17,7 +17,7 @@ use serde_json::Value;
 use crate::block_maps::{self, Layout};
 use crate::interval::Interval;
 use crate::language::Language;
-use crate::metrics::{Line, StepMetrics};
+use crate::metrics::{Line, RewardMetrics, StepMetrics};
 use crate::results::TrainResults;
 use crate::{plot, samples};
 
@@ -203,6 +203,12 @@ fn facts(steps: &[&StepMetrics], results: Option<&TrainResults>, language: Optio
         if let (Some(before), Some(after)) = (first.loss_distill, last.loss_distill) {
             let baseline = last.baseline_distill.map_or(String::new(), |b| format!(" ({b:.3} without looking)"));
             fact("cosine loss, first and last", format!("{before:.3}, {after:.3}{baseline}"));
+        }
+        if let (Some(before), Some(after)) = (first.rewards, last.rewards) {
+            let shown = |rewards: RewardMetrics| {
+                format!("{:.3} ({:.0}% of pairs right)", rewards.margins, 100.0 * rewards.accuracies)
+            };
+            fact("reward margin, first and last", format!("{}, {}", shown(before), shown(after)));
         }
         let anchored: Vec<f64> = steps.iter().filter_map(|step| step.loss_anchor).collect();
         if let (Some(last), most) = (anchored.last(), anchored.iter().copied().fold(0.0, f64::max)) {

@@ -184,6 +184,24 @@ mod tests {
     }
 
     #[test]
+    fn preferences_as_the_hub_has_them_are_pairs() {
+        let (plain, pairs) =
+            (sample::tests::tiny(), SampleMaker::of_pairs(sample::tests::tiny().preparation().clone()));
+        let [plain, pairs] = [plain, pairs].map(|maker| {
+            let mut sources = record_files(golden("preference.parquet")).open(&Arc::new(maker)).unwrap();
+            sources.remove(0)
+        });
+        for index in 0..3 {
+            let pair = pairs.sample(index).unwrap();
+            let answers = pair.questions.iter().map(|asked| (asked.answer.clone(), asked.is_rejected));
+            let expected = [(index, false), (index + 5, true)].map(|(n, rejected)| (format!("Number {n}."), rejected));
+            assert!(answers.eq(expected), "{:?}", pair.questions);
+            assert_eq!((&pair.questions[0].question, pair.images.len()), (&format!("<image>Which one is {index}?"), 1));
+            check(&plain.sample(index).unwrap(), index as usize);
+        }
+    }
+
+    #[test]
     fn columns_that_are_not_read_are_refused_by_name() {
         let error = format!("{:#}", open(golden("jpg.parquet")).err().unwrap());
         assert!(error.contains("its column `jpg` holds pictures") && error.contains("`frames_key: jpg`"), "{error}");

@@ -3,6 +3,7 @@
 pub mod anchor;
 pub mod data;
 pub mod distill;
+pub mod loss;
 pub mod model;
 pub(crate) mod overrides;
 pub(crate) mod run;

@@ -14,6 +14,7 @@ use vora_vision::PositionTable;
 use super::distill::{DistillConfig, Pairing};
 use crate::config::anchor::TextAnchor;
 use crate::config::data::{DataConfig, DataPreprocess, VqaProcessorParams};
+use crate::config::loss::{BETA, Loss};
 use crate::config::model::{ModelConfig, ModelType};
 use crate::config::overrides::{Difference, compare, from_yaml, set};
 use crate::step::optim::{LearningRates, OptimConfig};
@@ -45,6 +46,14 @@ pub struct TrainConfig {
     pub model: ModelConfig,
     /// The data.
     pub data: DataConfig,
+    /// What the data is learned by: `cross_entropy` of the answers, or `dpo`, direct preference optimization, on TRL's
+    /// records of preferences (`prompt`, `chosen`, `rejected`, `images`) and on `scenes`, which make right and wrong
+    /// answers. DPO's reference is the same model with the adapters off.
+    #[serde(default, skip_serializing_if = "Loss::is_default")]
+    pub loss: Loss,
+    /// TRL's: how strongly DPO holds the model to its reference, the lower the weaker; absent: 0.1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub beta: Option<f64>,
     /// The teacher's part in the loss.
     #[serde(default)]
     pub distill: DistillConfig,
@@ -312,6 +321,7 @@ impl TrainConfig {
             "distill.center is true, but model.aux_vision names no teacher"
         );
         self.data.validate(self.model.image_size)?;
+        self.validate_loss()?;
         self.validate_anchor()?;
         ensure!(
             self.max_steps > 0 || self.data.train.scenes.is_none(),
@@ -323,6 +333,26 @@ impl TrainConfig {
              how many steps"
         );
         Ok(())
+    }
+
+    /// DPO compares adapters with what is there without them.
+    fn validate_loss(&self) -> Result<()> {
+        if self.loss != Loss::Dpo {
+            ensure!(self.beta.is_none(), "beta is DPO's, but `loss: dpo` is not set");
+            return Ok(());
+        }
+        let beta = self.beta.unwrap_or(BETA);
+        ensure!(beta > 0.0 && beta.is_finite(), "beta is {beta}, it must be above 0");
+        ensure!(
+            self.model.adapters().is_some(),
+            "loss is dpo, whose reference is the model with its adapters off, but model.lora attaches none"
+        );
+        Ok(())
+    }
+
+    /// DPO's beta; none where the run has another loss.
+    pub fn dpo_beta(&self) -> Option<f64> {
+        (self.loss == Loss::Dpo).then(|| self.beta.unwrap_or(BETA))
     }
 
     /// An anchor holds adapters, which its texts must reach.

@@ -20,11 +20,13 @@ pub struct HeldOut {
     pub samples: u64,
 }
 
-/// What is learned from.
+/// What is learned from: pairs of answers where the loss is on those.
 ///
 /// # Errors
 /// Names the file or folder that cannot be read, or the weight that is wrong.
 pub fn training(config: &TrainConfig, maker: &Arc<SampleMaker>) -> Result<Arc<dyn Source>> {
+    let pairs = config.dpo_beta().map(|_| Arc::new(SampleMaker::of_pairs(maker.preparation().clone())));
+    let maker = pairs.as_ref().unwrap_or(maker);
     let train = &config.data.train;
     let procedural = || scenes(train.scenes.clone().unwrap_or_default(), Split::Train, maker);
     let Some(fetch) = &train.data_fetch else { return procedural() };

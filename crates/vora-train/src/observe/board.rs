@@ -38,6 +38,10 @@ impl Board {
             ("train/loss_distill", metrics.loss_distill),
             ("train/baseline_distill", metrics.baseline_distill),
             ("train/loss_anchor", metrics.loss_anchor),
+            ("train/rewards/chosen", metrics.rewards.map(|rewards| rewards.chosen)),
+            ("train/rewards/rejected", metrics.rewards.map(|rewards| rewards.rejected)),
+            ("train/rewards/accuracies", metrics.rewards.map(|rewards| rewards.accuracies)),
+            ("train/rewards/margins", metrics.rewards.map(|rewards| rewards.margins)),
             ("system/memory", metrics.memory.map(|bytes| bytes as f64)),
         ];
         values.extend(optional.into_iter().filter_map(|(tag, value)| Some((tag.to_owned(), value?))));

@@ -13,6 +13,9 @@ pub struct DeviceBatch {
     pub positions: Tensor,
     /// `[n]`: the right token at each.
     pub targets: Tensor,
+    /// How many of these the chosen and the rejected answer of each pair have, one pair after the other; empty where
+    /// the samples are no pairs.
+    pub pairs: Vec<[i64; 2]>,
     /// `[image tokens]`: places of patches in `batch * seq`.
     pub image_places: Tensor,
 }
@@ -34,6 +37,7 @@ impl DeviceBatch {
             },
             positions: list(&supervised.positions),
             targets: list(&supervised.targets),
+            pairs: batch.pairs(),
             image_places: list(&batch.spans.image_positions()),
         }
     }

@@ -40,6 +40,7 @@ pub(super) fn student(
         pictures,
         chat_template: config.chat_template(),
         z_loss: section.z_loss(),
+        beta: None, // it has no adapters
         is_whole: false,
         gradient_checkpointing: config.gradient_checkpointing,
         trained: vec![(model.llm_prefix(), llm)],

@@ -60,6 +60,7 @@ pub(super) fn student(
         pictures,
         chat_template: config.chat_template(),
         z_loss: 0.0,
+        beta: config.dpo_beta(),
         is_whole: false,
         gradient_checkpointing: config.gradient_checkpointing,
         made: Vec::new(),

@@ -6,8 +6,10 @@ mod chameleon;
 mod distill;
 pub mod heads;
 mod llava;
+mod logits;
 mod open;
 pub mod parts;
+mod preference;
 #[expect(clippy::module_inception, reason = "the student is what the room is for")]
 mod student;
 mod teacher_cache;
@@ -15,5 +17,6 @@ mod vora;
 
 pub use batch::DeviceBatch;
 pub use distill::Distill;
-pub(crate) use student::MAX_LOGITS;
+pub(crate) use logits::MAX_LOGITS;
+pub use preference::Rewards;
 pub use student::{Losses, Student};

@@ -12,18 +12,20 @@ use vora_torch::weights::Weights;
 
 use super::batch::DeviceBatch;
 use super::distill::Distill;
+use super::logits::logits_chunk;
+use super::preference::{Reference, Rewards};
 use crate::config::run::TrainConfig;
 use crate::data::{Pictures, preparation_over};
-
-/// Logits that exist at once while the loss is computed: 256 MiB of f32.
-pub(crate) const MAX_LOGITS: i64 = 64 << 20;
 
 /// The losses of one forward pass, f32 scalars.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Losses {
-    /// Cross-entropy, and z-loss where the run has it, summed over [`Student::num_targets`] tokens.
+    /// Cross-entropy, and z-loss where the run has it, summed over [`Student::num_targets`] tokens; where the run learns
+    /// from preferences DPO's loss, summed over as many pairs.
     pub lm_sum: Tensor,
+    /// The rewards of the pairs.
+    pub rewards: Option<Rewards>,
     /// Cosine loss, mean over blocks and image tokens; none without a teacher or a picture.
     pub distill: Option<Tensor>,
     /// `[blocks]`: the cosine loss of each, without a graph.
@@ -42,6 +44,7 @@ pub struct Student {
     pub(super) pictures: Pictures,
     pub(super) chat_template: Option<String>,
     pub(super) z_loss: f64,
+    pub(super) beta: Option<f64>, // of DPO, where the run learns from preferences
     pub(super) is_whole: bool,
     pub(super) gradient_checkpointing: bool,
     pub(super) trained: Vec<(&'static str, Weights)>, // sources that handed out parameters, and where in the folder they stand
@@ -101,9 +104,12 @@ impl Student {
         &self.made
     }
 
-    /// Tokens that the language loss is summed over: supervised words, and the pictures' tokens where the model writes
-    /// them.
+    /// What the language loss is summed over: the pairs of a run that learns from preferences, else tokens: supervised
+    /// words, and the pictures' tokens where the model writes them.
     pub fn num_targets(&self, batch: &DeviceBatch) -> i64 {
+        if self.beta.is_some() {
+            return batch.pairs.len() as i64;
+        }
         batch.targets.size()[0] + if self.writes_pictures() { batch.num_image_tokens() } else { 0 }
     }
 
@@ -144,19 +150,31 @@ impl Student {
         let hidden_layers = distill.map_or(0, |distill| distill.heads().hidden_layers());
         let (inputs_embeds, positions, targets) = self.learned(batch)?;
         let (llm, plan) = (self.model.llm(), self.model.plan(&batch.input.spans)?);
+        let dpo = self.beta.map(|beta| {
+            let plan = self.model.plan(&batch.input.spans)?;
+            anyhow::Ok((Reference::new(llm, &inputs_embeds, plan, batch), beta))
+        });
+        let dpo = dpo.transpose()?;
         let pass = self.pass(&inputs_embeds, &plan, hidden_layers, seed);
         pass.backward(|output| {
-            let hidden = output.last_hidden_state.flatten(0, 1).index_select(0, &positions); // [n, hidden]
-            // The gradient of a head that is trained comes from all rows at once.
-            let chunk = if llm.trains_head() { i64::MAX } else { (MAX_LOGITS / llm.config().vocab_size).max(1) };
-            let lm_sum = cross_entropy_and_z_loss(&hidden, &targets, chunk, self.z_loss, |rows| llm.logits(rows));
+            let (lm_sum, rewards) = match &dpo {
+                Some((reference, beta)) => {
+                    let pairs = reference.dpo(llm, &output.last_hidden_state, batch, *beta);
+                    (pairs.losses.sum(Kind::Float), Some(Rewards::of(&pairs)))
+                }
+                None => {
+                    let hidden = output.last_hidden_state.flatten(0, 1).index_select(0, &positions); // [n, hidden]
+                    let (chunk, logits) = (logits_chunk(llm), |rows: &Tensor| llm.logits(rows));
+                    (cross_entropy_and_z_loss(&hidden, &targets, chunk, self.z_loss, logits), None)
+                }
+            };
             let distill = distill.map(|distill| {
                 let targets = distill.targets(&batch.input.pixel_values)?;
                 let losses = distill.heads().losses(&output.hidden_states, &batch.image_places, &targets); // [blocks]
                 anyhow::Ok((losses.mean(Kind::Float), losses.detach()))
             });
             let (distill, distill_blocks) = distill.transpose()?.unzip();
-            Ok(total(Losses { lm_sum, distill, distill_blocks }))
+            Ok(total(Losses { lm_sum, rewards, distill, distill_blocks }))
         })
     }
 

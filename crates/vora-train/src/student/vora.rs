@@ -129,6 +129,7 @@ pub(super) fn student(
         pictures,
         chat_template: config.chat_template(),
         z_loss: 0.0,
+        beta: config.dpo_beta(),
         is_whole: lora.is_none(),
         gradient_checkpointing: config.gradient_checkpointing,
         trained: sources,

@@ -241,6 +241,7 @@ fn batch(golden: &fixtures::Golden) -> DeviceBatch {
     DeviceBatch {
         positions: Tensor::from_slice(&[8i64, 9, 10, 13 + 10, 13 + 11]),
         targets: Tensor::from_slice(&[10i64, 11, 12, 16, 17]),
+        pairs: Vec::new(),
         image_places: Tensor::from_slice(&input.spans.image_positions()),
         input,
     }

@@ -7,14 +7,14 @@ use tch::{Kind, Tensor};
 use vora_data::Batch;
 use vora_llm::DropoutSeed;
 use vora_lora::ActsOn;
-use vora_run::metrics::{EventKind, EventMetrics, Line, StepMetrics};
+use vora_run::metrics::{EventKind, EventMetrics, Line, RewardMetrics, StepMetrics};
 use vora_torch::runtime::memory;
 
 use super::not_finite::NotFinite;
 use super::trainer::Trainer;
 use crate::anchor::Anchor;
-use crate::student::DeviceBatch;
 use crate::student::heads::TeacherMean;
+use crate::student::{DeviceBatch, Rewards};
 
 /// Training stops after this many skipped steps in a row; by then no single batch is to blame.
 const MOST_SKIPPED_IN_A_ROW: u64 = 3;
@@ -48,11 +48,16 @@ impl Trainer {
         let zero = || Tensor::zeros([], (Kind::Float, device));
         let (mut loss_lm, mut loss_distill) = (zero(), zero());
         let mut distill_blocks: Option<Tensor> = None; // [blocks]
+        let mut rewards: Option<Tensor> = None; // [3]: chosen, rejected, accuracies
         let seed = DropoutSeed::new(self.config.seed).at(self.step);
         for (number, batch) in uploaded.iter().enumerate() {
             self.student.backward(batch, seed.at(number as u64), |losses| {
                 let mut loss = losses.lm_sum / num_targets;
                 loss_lm += loss.detach();
+                if let Some(Rewards { chosen, rejected, accuracies }) = losses.rewards {
+                    let means = Tensor::stack(&[chosen, rejected, accuracies], 0) / num_targets;
+                    rewards = Some(rewards.take().map_or_else(|| means.shallow_clone(), |sum| sum + &means));
+                }
                 let share = batch.num_image_tokens() as f64 / num_image_tokens;
                 if let (Some(distill), Some(blocks)) = (losses.distill, losses.distill_blocks) {
                     let (distill, blocks) = (distill * share, blocks * share);
@@ -80,10 +85,19 @@ impl Trainer {
         let has_anchor = loss_anchor.is_some();
         let loss_anchor = loss_anchor.unwrap_or_else(zero);
         let mut read = vec![Tensor::stack(&[loss_lm, loss_distill, loss_anchor, self.optimizer.grad_norm()?], 0)];
+        let num_rewards = rewards.as_ref().map_or(0, |_| 3);
+        read.extend(rewards);
         read.extend(distill_blocks);
         let read = Vec::<f64>::try_from(Tensor::cat(&read, 0).to_kind(Kind::Double))?;
         let (loss_lm, loss_distill, loss_anchor) = (read[0], read[1], has_anchor.then_some(read[2]));
-        let (grad_norm, distill_blocks) = (read[3], read[4..].to_vec());
+        let (rewards, distill_blocks) = read[4..].split_at(num_rewards);
+        let (grad_norm, distill_blocks) = (read[3], distill_blocks.to_vec());
+        let rewards = match rewards {
+            &[chosen, rejected, accuracies] => {
+                Some(RewardMetrics { chosen, rejected, accuracies, margins: chosen - rejected })
+            }
+            _ => None,
+        };
         let step = self.step + 1;
         if let Some(loss_scale) = &mut self.loss_scale {
             let overflowed = !grad_norm.is_finite() && read[..3].iter().all(|loss| loss.is_finite());
@@ -133,6 +147,7 @@ impl Trainer {
             distill_blocks,
             baseline_distill: self.student.distill.as_ref().and_then(|d| d.mean()).map(TeacherMean::baseline),
             loss_anchor,
+            rewards,
             lr: self.config.learning_rate * factor,
             grad_norm,
             samples_per_second: num_samples as f64 / seconds,

@@ -1,6 +1,7 @@
 //! Runs of the tiny models.
 
 mod anchored;
+mod preferring;
 mod refused;
 mod resumed;
 mod steps;
