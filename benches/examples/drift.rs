@@ -23,12 +23,12 @@ use serde::Serialize;
 use tch::{Device, Kind, Reduction, Tensor};
 use vora_data::scenes::{QuestionKind, Scenes, ScenesConfig, Split};
 use vora_llm::{AttentionPlan, CausalLm, LlmConfig, Output, VisionAttention};
+use vora_recipe::{Curve, LearningRates, OptimConfig, Schedule, SchedulerKwargs};
 use vora_text::Spans;
 use vora_torch::nn::loss::cross_entropy_and_z_loss;
 use vora_torch::runtime;
 use vora_torch::weights::Weights;
-use vora_train::step::optim::{LearningRates, OptimConfig, optimizer};
-use vora_train::step::schedule::{Curve, Schedule, SchedulerKwargs};
+use vora_train::step::optim::optimizer;
 
 const PATCH: u32 = 7;
 const LEVELS: i64 = 4;

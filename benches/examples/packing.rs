@@ -14,8 +14,8 @@ use tch::Device;
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_data::{Batch, Record, RecordKeys, Sample, SampleMaker, collate, pack};
 use vora_llm::DropoutSeed;
+use vora_recipe::TrainConfig;
 use vora_torch::runtime;
-use vora_train::TrainConfig;
 use vora_train::student::{DeviceBatch, Student};
 
 /// Measures rows with one sample against packed rows

@@ -10,9 +10,10 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use vora_data::{IGNORE_INDEX, Preparation, Sample, SampleMaker};
 use vora_image::RgbImage;
+use vora_recipe::TrainConfig;
 use vora_text::{Message, Modality, Piece, Span};
+use vora_train::data;
 use vora_train::observe::samples;
-use vora_train::{TrainConfig, data};
 
 /// Look at what a run learns from.
 #[derive(Debug, clap::Args)]

@@ -8,11 +8,12 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use vora_recipe::TrainConfig;
 use vora_run::language::Language;
 use vora_run::metrics::{EvalMetrics, StepMetrics};
 use vora_torch::runtime;
 use vora_train::Plan;
-use vora_train::{Options, Outcome, Progress, TrainConfig, Trainer};
+use vora_train::{Options, Outcome, Progress, Trainer};
 
 /// Train a model that sees, a VoRA, a LLaVA or a Chameleon, as a run file says.
 #[derive(Debug, clap::Args)]

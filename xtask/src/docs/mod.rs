@@ -18,7 +18,7 @@ use crate::house::workspace::Workspace;
 
 const RUN_FILE: &str = "docs/run-file.md";
 /// The type that a run file is read into.
-const ROOT: (&str, &str) = ("vora_train", "TrainConfig");
+const ROOT: (&str, &str) = ("vora_recipe", "TrainConfig");
 
 /// Writes `docs/run-file.md`.
 pub fn run() -> Result<()> {

@@ -17,7 +17,7 @@ our own beside them. A key without a default must be there; where the default is
 its description says.
 
 This page is written by `cargo xtask docs` from the types that read the file
-([`crates/vora-train/src/config`](../crates/vora-train/src/config)) and their doc comments: change those, and run it again.
+([`crates/vora-recipe/src`](../crates/vora-recipe/src)) and their doc comments: change those, and run it again.
 ";
 
 /// Writes a section after the other, each at the first key that holds it.

@@ -7,11 +7,11 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 use vora_llm::{AttentionPlan, CausalLm, DropoutSeed, VisionAttention};
 use vora_lora::ActsOn;
+use vora_recipe::TextAnchor;
 use vora_text::Spans;
 use vora_torch::nn::loss::kl_divergence;
 
 use super::texts::Texts;
-use crate::config::anchor::TextAnchor;
 use crate::student::{MAX_LOGITS, Student};
 
 /// Texts whose states are computed side by side before the run.

@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 use vora_data::{Preparation, SampleMaker, Source};
 use vora_files::write_bytes;
 use vora_llm::CausalLm;
+use vora_recipe::TextAnchor;
 
 use super::write::write;
-use crate::config::anchor::TextAnchor;
 
 /// The file of a run folder that holds them.
 const FILE: &str = "text_anchor.json";

@@ -6,10 +6,10 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 use vora_data::Preparation;
 use vora_llm::{AttentionPlan, CausalLm, VisionAttention};
+use vora_recipe::TextAnchor;
 use vora_text::{Message, Piece, Spans};
 
 use super::prompts::{QUESTIONS, STARTS};
-use crate::config::anchor::TextAnchor;
 
 /// Texts that are written side by side.
 const ROWS: usize = 48;

@@ -8,11 +8,8 @@ use vora_image::{Aspect, IMAGENET_DEFAULT, ImageProcessor, Resample, chameleon_p
 use vora_llm::LlmConfig;
 use vora_model::trained::{self, VISION};
 use vora_model::{Chameleon, Resolve};
+use vora_recipe::{FramesOps, ImageAspectRatio, ModelType, TrainConfig, Way};
 use vora_vision::EncoderConfig;
-
-use crate::config::data::FramesOps;
-use crate::config::model::{ImageAspectRatio, ModelType, Way};
-use crate::config::run::TrainConfig;
 
 /// What a run's model is shown of a picture.
 #[derive(Debug, Clone)]

@@ -6,11 +6,10 @@ use anyhow::{Context, Result};
 use vora_data::Preparation;
 use vora_llm::LlmConfig;
 use vora_model::Resolve;
+use vora_recipe::{ModelType, TrainConfig};
 use vora_text::{ChatTemplate, Tokenizer, special_tokens};
 
 use super::pictures::Pictures;
-use crate::config::model::ModelType;
-use crate::config::run::TrainConfig;
 
 /// Where the LLM of a run lies.
 ///

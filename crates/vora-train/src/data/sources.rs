@@ -5,9 +5,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_data::{Chain, Mix, RecordFiles, RecordKeys, SampleMaker, SceneSource, Source};
-
-use crate::config::data::{DataFetch, DataPath, DataPreprocess};
-use crate::config::run::TrainConfig;
+use vora_recipe::{DataFetch, DataPath, DataPreprocess, TrainConfig};
 
 /// A held-out split.
 #[non_exhaustive]

@@ -3,9 +3,8 @@
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use vora_recipe::split_of;
 use vora_run::eval::EvalReport;
-
-use crate::config::run::split_of;
 
 /// The checkpoint whose evaluation was the best so far.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

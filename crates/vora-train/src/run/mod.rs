@@ -2,6 +2,7 @@
 
 mod available;
 mod best;
+mod dtype;
 mod evaluate;
 pub(crate) mod plan;
 pub(crate) mod progress;

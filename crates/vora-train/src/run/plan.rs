@@ -10,10 +10,11 @@ use comfy_table::{CellAlignment, Table};
 use serde::Serialize;
 use tch::Device;
 use vora_data::SampleMaker;
+use vora_recipe::TrainConfig;
 use vora_torch::runtime::{memory, peak_memory};
 
-use crate::config::run::TrainConfig;
 use crate::data;
+use crate::run::dtype;
 use crate::run::size::{BatchShape, SMALLER, Size, mebibytes};
 use crate::run::trainer::{Options, Trainer};
 use crate::student::Student;
@@ -102,7 +103,7 @@ impl Plan {
     /// Opens the model, counts, and closes it.
     fn open(config: &TrainConfig, options: &Options<'_>) -> Result<Size> {
         let program = memory(options.device).unwrap_or(0);
-        let student = Student::new(config, options.device, config.kind(options.device)?, options.resolve)?;
+        let student = Student::new(config, options.device, dtype::kind(config, options.device)?, options.resolve)?;
         let maker = Arc::new(SampleMaker::new(student.preparation(config)?));
         Size::count(config, &student, &data::training(config, &maker)?, program)
     }

@@ -8,9 +8,9 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use tch::Kind;
 use vora_data::{Loader, LoaderConfig, Source};
+use vora_recipe::TrainConfig;
 use vora_torch::runtime::memory;
 
-use crate::config::run::TrainConfig;
 use crate::run::available::available;
 use crate::student::{MAX_LOGITS, Student};
 

@@ -6,13 +6,12 @@ use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor};
 use vora_data::Source;
 use vora_model::VQMODEL;
+use vora_recipe::{Curve, LearningRates, OptimConfig, Schedule, SchedulerKwargs, TrainConfig};
 use vora_torch::weights::Weights;
 use vora_vision::VqModel;
 
-use crate::config::run::TrainConfig;
 use crate::run::progress::Progress;
-use crate::step::optim::{LearningRates, OptimConfig, optimizer};
-use crate::step::schedule::{Curve, Schedule, SchedulerKwargs};
+use crate::step::optim::optimizer;
 use crate::student::Student;
 
 /// Bad records in a row that end the search for a picture.

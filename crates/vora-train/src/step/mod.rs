@@ -1,6 +1,5 @@
-//! What a step is made of beside the losses: AdamW over groups, the schedule, averaged weights, the scale of f16's loss.
+//! What a step is made of beside the losses: AdamW over groups, averaged weights, the scale of f16's loss.
 
 pub mod ema;
 pub mod loss_scale;
 pub mod optim;
-pub mod schedule;

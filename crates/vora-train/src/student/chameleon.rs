@@ -6,12 +6,11 @@ use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_llm::LlmConfig;
 use vora_model::{Chameleon, VQMODEL, VisionLanguageModel};
+use vora_recipe::{TrainConfig, VqTraining};
 use vora_torch::checkpoint::Checkpoint;
 use vora_torch::weights::Weights;
 
 use super::Student;
-use crate::config::model::VqTraining;
-use crate::config::run::TrainConfig;
 use crate::data::Pictures;
 
 /// Opens the LLM, widens its vocabulary, and puts a new image tokenizer before it.

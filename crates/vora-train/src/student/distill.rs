@@ -5,12 +5,12 @@ use std::path::Path;
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_llm::LlmConfig;
+use vora_recipe::{DistillConfig, Pairing};
 use vora_torch::weights::Weights;
 use vora_vision::Teacher;
 
 use super::heads::{DistillHeads, TeacherMean, resample};
 use super::teacher_cache::TeacherCache;
-use crate::config::distill::{DistillConfig, Pairing};
 
 /// Pixels of one channel that the teacher looks at at once: sixteen pictures of 448 x 448.
 const MAX_TEACHER_PIXELS: i64 = 16 * 448 * 448;

@@ -3,11 +3,10 @@
 use anyhow::{Result, ensure};
 use tch::nn::Module;
 use tch::{Kind, Tensor};
+use vora_recipe::Pairing;
 use vora_torch::checkpoint::Checkpoint;
 use vora_torch::nn::RmsNorm;
 use vora_torch::weights::{Init, Weights};
-
-use crate::config::distill::Pairing;
 
 /// One head: RMSNorm, then a linear map without bias.
 #[derive(Debug)]

@@ -6,13 +6,13 @@ use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind};
 use vora_llm::LlmConfig;
 use vora_model::{Llava, LlavaConfig, VisionLanguageModel};
+use vora_recipe::TrainConfig;
 use vora_torch::weights::Weights;
 use vora_vision::Encoder;
 
 use vora_model::Resolve;
 
 use super::{Student, parts};
-use crate::config::run::TrainConfig;
 use crate::data::Pictures;
 
 /// Opens LLM and encoder and puts a new projection, and adapters where asked for, between and on them.

@@ -3,11 +3,10 @@
 use anyhow::Result;
 use tch::{Device, Kind};
 use vora_model::Resolve;
+use vora_recipe::{TrainConfig, Way};
 
 use super::student::Student;
 use super::{chameleon, llava, vora};
-use crate::config::model::Way;
-use crate::config::run::TrainConfig;
 use crate::data;
 
 impl Student {

@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 use vora_data::Preparation;
 use vora_llm::{AttentionPlan, DropoutSeed, Pass};
 use vora_model::VisionLanguageModel;
+use vora_recipe::TrainConfig;
 use vora_torch::nn::loss::cross_entropy_and_z_loss;
 use vora_torch::weights::Weights;
 
@@ -14,7 +15,6 @@ use super::batch::DeviceBatch;
 use super::distill::Distill;
 use super::logits::logits_chunk;
 use super::preference::{Reference, Rewards};
-use crate::config::run::TrainConfig;
 use crate::data::{Pictures, preparation_over};
 
 /// The losses of one forward pass, f32 scalars.

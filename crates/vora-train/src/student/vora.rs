@@ -7,15 +7,13 @@ use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_llm::{LlmConfig, VisionAttention};
 use vora_model::{VisionLanguageModel, Vora, VoraConfig};
+use vora_recipe::{DataPreprocess, ModelConfig, TeacherStart, TrainConfig};
 use vora_torch::weights::Weights;
 use vora_vision::{EncoderConfig, Teacher};
 
 use vora_model::Resolve;
 
 use super::{Distill, Student, parts};
-use crate::config::data::DataPreprocess;
-use crate::config::model::{ModelConfig, TeacherStart};
-use crate::config::run::TrainConfig;
 use crate::data::Pictures;
 
 /// Channels of the patch embedding where nothing says otherwise, as in the published model.

@@ -6,7 +6,8 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use tch::Device;
 use vora_data::scenes::{Description, Scenes, ScenesConfig, Split};
-use vora_train::{Options, Outcome, Silent, TrainConfig, Trainer};
+use vora_recipe::TrainConfig;
+use vora_train::{Options, Outcome, Silent, Trainer};
 
 fn resolve(name: &str) -> Result<PathBuf> {
     Ok(fixtures::root().parent().context("the workspace")?.join(name))

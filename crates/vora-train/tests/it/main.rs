@@ -9,10 +9,10 @@ use tch::{Device, Kind, Tensor};
 use vora_llm::LlmConfig;
 use vora_lora::LoraConfig;
 use vora_model::{Input, VisionLanguageModel, Vora, VoraConfig};
+use vora_recipe::Pairing;
 use vora_text::{Span, Spans};
 use vora_torch::nn::loss::cross_entropy;
 use vora_torch::weights::Weights;
-use vora_train::config::distill::Pairing;
 use vora_train::student::heads::DistillHeads;
 use vora_vision::Dinov2Config;
 

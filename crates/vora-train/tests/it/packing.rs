@@ -7,9 +7,10 @@ use tch::{Device, Kind, Tensor};
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_data::{Batch, Record, RecordKeys, Sample, SampleMaker, collate, pack};
 use vora_llm::DropoutSeed;
+use vora_recipe::TrainConfig;
 use vora_run::metrics::{Line, MetricsLog, StepMetrics};
 use vora_train::student::{DeviceBatch, Losses, Student};
-use vora_train::{Options, TrainConfig, Trainer, data};
+use vora_train::{Options, Trainer, data};
 
 /// The ways to see, by their `model` sections.
 const SYSTEMS: [&str; 3] = [

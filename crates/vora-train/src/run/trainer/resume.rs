@@ -3,11 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use vora_recipe::{Difference, TrainConfig};
 use vora_torch::checkpoint::Checkpoint;
 
 use super::files::{CONFIG, EMA, OPTIMIZER, TEACHER_MEAN};
-use crate::config::overrides::Difference;
-use crate::config::run::TrainConfig;
 use crate::step::ema::Ema;
 use crate::student::heads::TeacherMean;
 use crate::student::{Student, parts};

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use tch::Tensor;
 use vora_data::Source;
+use vora_recipe::TrainConfig;
 
-use crate::config::run::TrainConfig;
 use crate::student::Student;
 
 /// Looks at the first pictures of the training data through the teacher's eyes.

@@ -8,6 +8,7 @@ use tch::Tensor;
 use vora_data::{Loader, LoaderConfig, SampleMaker, Source};
 use vora_eval::language::{Side, language};
 use vora_files::write_bytes;
+use vora_recipe::{Schedule, Strategy, TrainConfig};
 use vora_run::eval::EvalReport;
 use vora_run::language::Language;
 use vora_run::metrics::{EvalMetrics, Line, MetricsLog};
@@ -21,7 +22,6 @@ use super::files::CONFIG;
 use super::options::{Options, Outcome};
 use super::{resume, teacher};
 use crate::anchor::{Anchor, Texts};
-use crate::config::run::{Strategy, TrainConfig};
 use crate::data::{self, HeldOut};
 use crate::observe::block_maps::BlockMaps;
 use crate::observe::board::Board;
@@ -32,11 +32,10 @@ use crate::run::evaluate::evaluate;
 use crate::run::progress::Progress;
 use crate::run::spikes::SpikeDetector;
 use crate::run::state::TrainerState;
-use crate::run::{size, snapshot, vq};
+use crate::run::{dtype, size, snapshot, vq};
 use crate::step::ema::{Ema, InPlace};
 use crate::step::loss_scale::LossScale;
 use crate::step::optim::optimizer;
-use crate::step::schedule::Schedule;
 use crate::student::{Student, parts};
 use vora_run::checkpoint::{self, RunFolder, Saver};
 
@@ -86,7 +85,7 @@ impl Trainer {
             tracing::warn!("{key} has no effect here: {reason}");
         }
 
-        let (program, kind) = (memory(options.device).unwrap_or(0), config.kind(options.device)?);
+        let (program, kind) = (memory(options.device).unwrap_or(0), dtype::kind(&config, options.device)?);
         let mut student = Student::new(&config, options.device, kind, options.resolve)?;
         let maker = Arc::new(SampleMaker::new(student.preparation(&config)?));
         let training = data::training(&config, &maker)?;

@@ -14,12 +14,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
 use vora_data::SampleMaker;
+use vora_recipe::TrainConfig;
 use vora_run::eval::EvalReport;
 use vora_run::language::Language;
 use vora_run::metrics::{EvalMetrics, EventKind, Line, MetricsLog, StepMetrics};
 
 use super::{NotFinite, Options, Outcome, Trainer};
-use crate::config::run::TrainConfig;
 use crate::data;
 use crate::observe::samples;
 use crate::run::best::Best;

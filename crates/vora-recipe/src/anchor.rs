@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::data::DataFetch;
+use crate::data::DataFetch;
 
 /// Texts on which the adapted LLM is held to what it was: the divergence of its predictions from those of the same
 /// weights with the adapters off, `KL(frozen || adapted)`, a mean over the texts' tokens.

@@ -6,19 +6,17 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tch::{Device, Kind};
 use vora_lora::ActsOn;
-use vora_torch::runtime;
 use vora_vision::PositionTable;
 
-use super::distill::{DistillConfig, Pairing};
-use crate::config::anchor::TextAnchor;
-use crate::config::data::{DataConfig, DataPreprocess, VqaProcessorParams};
-use crate::config::loss::{BETA, Loss};
-use crate::config::model::{ModelConfig, ModelType};
-use crate::config::overrides::{Difference, compare, from_yaml, set};
-use crate::step::optim::{LearningRates, OptimConfig};
-use crate::step::schedule::{Curve, Schedule, SchedulerKwargs};
+use crate::anchor::TextAnchor;
+use crate::data::{DataConfig, DataPreprocess, VqaProcessorParams};
+use crate::distill::{DistillConfig, Pairing};
+use crate::loss::{BETA, Loss};
+use crate::model::{ModelConfig, ModelType};
+use crate::optim::{LearningRates, OptimConfig};
+use crate::overrides::{Difference, compare, from_yaml, set};
+use crate::schedule::{Curve, Schedule, SchedulerKwargs};
 
 /// One run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -474,19 +472,8 @@ impl TrainConfig {
         self.data.train.packing.then_some(preprocess.max_seq_len)
     }
 
-    /// The dtype of activations and of weights that are not trained.
-    ///
-    /// # Errors
-    /// Where the device does not compute in it.
-    pub fn kind(&self, device: Device) -> Result<Kind> {
-        match (self.fp16, self.bf16) {
-            (true, _) => runtime::kind("f16", device).context("fp16"),
-            (false, bf16) => runtime::kind(bf16.map_or("auto", |bf16| if bf16 { "bf16" } else { "f32" }), device),
-        }
-    }
-
     /// Where the teacher's features are kept, for data that comes again.
-    pub(crate) fn teacher_cache(&self) -> Option<&Path> {
+    pub fn teacher_cache(&self) -> Option<&Path> {
         self.distill.cache.as_deref().filter(|_| self.data.train.scenes.is_none())
     }
 
@@ -525,7 +512,7 @@ impl TrainConfig {
 }
 
 /// The split that a metric is of: `eval_test_exact_match` and `test_exact_match` are the exact match of the split `test`.
-pub(crate) fn split_of(metric: &str) -> Option<&str> {
+pub fn split_of(metric: &str) -> Option<&str> {
     metric.strip_prefix("eval_").unwrap_or(metric).strip_suffix("_exact_match")
 }
 
@@ -557,6 +544,11 @@ mod tests {
     }
 
     const RECIPES: [&str; 4] = ["pretrain_I8M", "pretrain_I30M_T6M", "pretrain_debug", "finetuning"];
+
+    /// The folder of our own.
+    fn recipes() -> PathBuf {
+        fixtures::root().join("../crates/vora-train/recipes")
+    }
 
     const SMALL: &str = "\
 output_dir: runs/x
@@ -683,7 +675,7 @@ data:
 
     #[test]
     fn every_recipe_is_a_run() {
-        for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes")).unwrap() {
+        for entry in std::fs::read_dir(recipes()).unwrap() {
             let config = TrainConfig::open(&entry.unwrap().path(), &[]).unwrap();
             assert!(config.without_effect().iter().all(|(key, _)| *key == "distill"));
         }
@@ -691,10 +683,7 @@ data:
 
     #[test]
     fn the_recipes_that_are_compared_differ_in_their_models_alone() {
-        let open = |name: &str| {
-            let recipes = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
-            TrainConfig::open(&recipes.join(name), &[]).unwrap()
-        };
+        let open = |name: &str| TrainConfig::open(&recipes().join(name), &[]).unwrap();
         for other in ["scenes-llava.yaml", "scenes-chameleon.yaml"] {
             let differences = open("scenes.yaml").differences(&open(other)).unwrap();
             let keys: Vec<&str> =

@@ -78,7 +78,7 @@ pub struct EvalData {
 
 impl EvalData {
     /// The scenes of the split: those of training, but for what is said otherwise here.
-    pub(crate) fn scenes(&self, train: ScenesConfig) -> ScenesConfig {
+    pub fn scenes(&self, train: ScenesConfig) -> ScenesConfig {
         ScenesConfig {
             questions_per_image: self.questions_per_image.unwrap_or(train.questions_per_image),
             kinds_of_several: match &self.kinds_of_several {
@@ -162,7 +162,7 @@ impl Default for DataPreprocess {
 
 impl DataPreprocess {
     /// Whether it has keys that only recipes for the published code have.
-    pub(crate) fn is_published(&self) -> bool {
+    pub fn is_published(&self) -> bool {
         self.vqa_processor_params.is_some() || self.frames_ops.is_some()
     }
 }
@@ -439,14 +439,14 @@ mod tests {
             Message::new("assistant", "It is."),
         ];
         let params: VqaProcessorParams =
-            crate::config::overrides::from_yaml("system_message: You are a helpful assistant.").unwrap();
+            crate::overrides::from_yaml("system_message: You are a helpful assistant.").unwrap();
         let expected = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n#\nWhat?<|im_end|>\n\
                         <|im_start|>assistant\n[A cat.<|im_end|>]\n<|im_start|>user\nWhy?<|im_end|>\n\
                         <|im_start|>assistant\n[It is.<|im_end|>]";
         assert_eq!(chat(&params, &turns), expected);
         let own = [&[Message::new("system", "Be brief.")], &turns[..2]].concat();
         assert!(chat(&params, &own).starts_with("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n#"));
-        let none: VqaProcessorParams = crate::config::overrides::from_yaml("system_message: null").unwrap();
+        let none: VqaProcessorParams = crate::overrides::from_yaml("system_message: null").unwrap();
         assert!(chat(&none, &turns[..2]).starts_with("<|im_start|>system\n<|im_end|>\n<|im_start|>user"));
         // Whatever characters they are made of.
         let params = VqaProcessorParams {
@@ -459,7 +459,7 @@ mod tests {
     }
 
     fn validate(yaml: &str) -> Result<()> {
-        let config: DataConfig = crate::config::overrides::from_yaml(yaml)?;
+        let config: DataConfig = crate::overrides::from_yaml(yaml)?;
         config.validate(56)
     }
 

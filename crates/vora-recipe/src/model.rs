@@ -419,7 +419,7 @@ impl ModelConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::overrides::from_yaml;
+    use crate::overrides::from_yaml;
 
     const VORA: &str = "{llm: x, patch_size: 14, image_size: 56, lora: {layers: 2, r: 4}}";
     const LLAVA: &str = "{type: llava, llm: x, image_size: 56, vision_tower: y}";

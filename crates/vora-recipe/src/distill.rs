@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::step::schedule::Ramp;
+use crate::schedule::Ramp;
 
 /// The teacher's part in the loss.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
