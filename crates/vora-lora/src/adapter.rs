@@ -9,11 +9,18 @@ use crate::config::LoraConfig;
 /// DoRA's tensor beside `lora_A.weight` and `lora_B.weight`.
 pub(crate) const MAGNITUDE: &str = "lora_magnitude_vector";
 
+/// What a linear's `A` `[r, in]` and `B` `[out, r]` are called beside it on disk.
+pub const LINEAR_HALVES: [&str; 2] = ["lora_A.weight", "lora_B.weight"];
+
+/// What an embedding's `A` `[r, vocab]` and `B` `[hidden, r]` are called beside it on disk: it is adapted as the linear
+/// whose weight is the embedding turned over, `E + scaling * (B A)^T`.
+pub const EMBEDDING_HALVES: [&str; 2] = ["lora_embedding_A", "lora_embedding_B"];
+
 /// The module whose adapter the tensor `name` is a part of: `q_proj` of `q_proj.lora_A.weight`; none for what is no part
 /// of one.
 pub fn adapted_module(name: &str) -> Option<&str> {
-    let module = ["lora_A.weight", "lora_B.weight", MAGNITUDE].iter().find_map(|part| name.strip_suffix(part))?;
-    module.strip_suffix('.')
+    let parts = LINEAR_HALVES.into_iter().chain(EMBEDDING_HALVES).chain([MAGNITUDE]);
+    parts.into_iter().find_map(|part| name.strip_suffix(part))?.strip_suffix('.')
 }
 
 /// A low-rank addition to a linear: `W + scaling * B A`; where it has a magnitude (DoRA, arXiv 2402.09353), each row

@@ -39,7 +39,7 @@ mod peft;
 mod state_dict;
 
 pub use acts_on::{Active, ActsOn};
-pub use adapter::{Adapter, adapted_module};
+pub use adapter::{Adapter, EMBEDDING_HALVES, LINEAR_HALVES, adapted_module};
 pub use attach::{Visit, attach_all};
 pub use config::{ALL_LAYERS, LoraConfig, Rank};
 pub use linear::Linear;

@@ -42,7 +42,7 @@ pub(super) struct PeftConfig {
     #[serde(default)]
     modules_to_save: Option<Vec<String>>,
     #[serde(default = "none")]
-    bias: String,
+    pub(super) bias: String,
     #[serde(default)]
     lora_dropout: f64,
     #[serde(default)]
@@ -65,10 +65,11 @@ fn none() -> String {
 
 /// Keys that other adapters than plain ones have too, or that say how training began or where it ran: they change
 /// nothing about what is computed.
-const HARMLESS: [&str; 12] = [
+const HARMLESS: [&str; 13] = [
     "auto_mapping",
     "ensure_weight_tying",
     "eva_config",
+    "fan_in_fan_out", // of `Conv1D`, which no model here has; at a linear PEFT sets it to false (`dispatch_default`)
     "init_lora_weights", // see `REWRITES_BASE`
     "lora_ga_config",
     "loftq_config",
@@ -130,7 +131,8 @@ impl PeftConfig {
     /// An error that names what is more than plain LoRA or DoRA.
     pub(super) fn refuse_variants(&self) -> Result<()> {
         ensure!(self.peft_type == "LORA", "`peft_type` is `{}`, expected `LORA`", self.peft_type);
-        ensure!(self.bias == "none", "`bias` is `{}`, expected `none`", self.bias);
+        let known = ["none", "all", "lora_only"].contains(&self.bias.as_str());
+        ensure!(known, "`bias` is `{}`, expected `none`, `all` or `lora_only`", self.bias);
         ensure!(self.target_modules.is_some(), "`target_modules` is missing, expected names or an expression");
         let init = self.others.get("init_lora_weights").and_then(Value::as_str).unwrap_or_default();
         ensure!(
@@ -160,7 +162,8 @@ impl PeftConfig {
         let target = self.target_modules.as_ref().context("`target_modules` is missing")?;
         ensure!(target.contains(path).context("`target_modules`")?, left_out("target_modules"));
         let layers = self.layers_to_transform.as_ref().map_or(&[][..], OneOrMany::as_slice);
-        if !layers.is_empty() {
+        // A module that is named by its whole path lies in no layer that is asked about.
+        if !layers.is_empty() && !target.has(path) {
             let layer = self.layer_of(path).context("`layers_pattern`")?;
             ensure!(layer.is_some_and(|layer| layers.contains(&layer)), left_out("layers_to_transform"));
         }
@@ -233,6 +236,11 @@ enum Modules {
 }
 
 impl Modules {
+    /// Whether `path` is one of the names.
+    fn has(&self, path: &str) -> bool {
+        matches!(self, Self::Names(list) if list.iter().any(|name| name == path))
+    }
+
     fn contains(&self, path: &str) -> Result<bool> {
         Ok(match self {
             Self::Expression(word) if word.eq_ignore_ascii_case("all-linear") => true,

@@ -11,7 +11,7 @@ use vora_torch::checkpoint::{Checkpoint, save};
 use vora_torch::weights::Weights;
 
 use super::config::{ADAPTER_TENSORS, CONFIG, PEFT_PREFIX, PeftConfig};
-use crate::adapter::{MAGNITUDE, adapted_module};
+use crate::adapter::{EMBEDDING_HALVES, LINEAR_HALVES, MAGNITUDE, adapted_module};
 use crate::attach::{Visit, attach_all};
 use crate::config::LoraConfig;
 
@@ -34,7 +34,9 @@ pub enum AdapterError {
 pub struct AdapterFolder {
     path: PathBuf,
     config: LoraConfig,
-    modules: Vec<String>, // that carry an adapter, by their paths in the base model
+    modules: Vec<String>,    // that carry an adapter, by their paths in the base model
+    embeddings: Vec<String>, // those of them that are embeddings
+    bias: String,            // which biases were trained as well
     base_model: Option<String>,
 }
 
@@ -57,12 +59,18 @@ impl AdapterFolder {
         let (file, pickle) = (folder.join(ADAPTER_TENSORS), folder.join("adapter_model.bin"));
         let tensors = Checkpoint::open(if pickle.exists() && !file.exists() { &pickle } else { &file })?;
         let modules = modules(&tensors).with_context(|| format!("in {}", file.display()))?;
-        let mut ranks = BTreeMap::new();
+        let (mut ranks, mut embeddings) = (BTreeMap::new(), Vec::new());
         for module in &modules {
             peft.targets(module).with_context(in_file)?;
             let rank = peft.rank(module).with_context(in_file)?;
-            for (half, dim) in [("lora_A", 0), ("lora_B", 1)] {
-                let name = format!("{PEFT_PREFIX}{module}.{half}.weight");
+            let has = |half: &str| tensors.info(&format!("{PEFT_PREFIX}{module}.{half}")).is_some();
+            let is_embedding = EMBEDDING_HALVES.into_iter().any(has);
+            if is_embedding {
+                embeddings.push(module.clone());
+            }
+            let halves = if is_embedding { EMBEDDING_HALVES } else { LINEAR_HALVES };
+            for (dim, half) in halves.into_iter().enumerate() {
+                let name = format!("{PEFT_PREFIX}{module}.{half}");
                 let (_, shape) =
                     tensors.info(&name).with_context(|| format!("{} has no tensor `{name}`", file.display()))?;
                 ensure!(
@@ -85,7 +93,8 @@ impl AdapterFolder {
         }
         let config = peft.lora_config(&ranks);
         config.validate().with_context(in_file)?;
-        Ok(Self { path: folder.to_owned(), config, modules, base_model: peft.base_model_name_or_path })
+        let (bias, base_model) = (peft.bias, peft.base_model_name_or_path);
+        Ok(Self { path: folder.to_owned(), config, modules, embeddings, bias, base_model })
     }
 
     /// What the adapter adapts. Where PEFT's file has other layers than the first ones, an expression or exclusions,
@@ -99,11 +108,29 @@ impl AdapterFolder {
         self.base_model.as_deref()
     }
 
+    /// An error where it has more than linears can carry; `vora convert` merges that as well.
+    fn linears_only(&self) -> Result<()> {
+        let at = self.path.display();
+        if let Some(embedding) = self.embeddings.first() {
+            bail!(
+                "the adapter in {at} has LoRA on the embedding {embedding}, which can only be merged: `vora convert` does"
+            )
+        }
+        let bias = &self.bias;
+        ensure!(
+            bias == "none",
+            "the adapter in {at} has trained biases (`bias` is `{bias}`), which can only be merged: `vora convert` does"
+        );
+        Ok(())
+    }
+
     /// Compares the adapter with what `config` asks for.
     ///
     /// # Errors
-    /// [`AdapterError::OtherConfig`], which names the first key in which they differ, with both values.
+    /// [`AdapterError::OtherConfig`], which names the first key in which they differ, with both values; and where it
+    /// adapts an embedding or has trained biases, which no `config` asks for.
     pub fn expect(&self, config: &LoraConfig) -> Result<()> {
+        self.linears_only()?;
         let at = self.path.display();
         let (found, wanted) = (&self.config, config);
         let same = |is_same: bool, key: &'static str, message: &dyn Fn() -> String| {
@@ -151,7 +178,7 @@ impl AdapterFolder {
     /// [`AdapterFolder::weights`].
     ///
     /// # Errors
-    /// Lists what does not fit: an adapter of another model.
+    /// Lists what does not fit: an adapter of another model. LoRA on an embedding and trained biases can only be merged.
     pub fn attach(
         &self,
         name: &str,
@@ -163,6 +190,7 @@ impl AdapterFolder {
             Some(base) => format!("attaching the adapter {}, made for {base}", self.path.display()),
             None => format!("attaching the adapter {}", self.path.display()),
         };
+        self.linears_only()?;
         let weights = self.weights(device, Kind::Float)?;
         let attached = attach_all(name, &self.config, &weights.pp(layers), linears).with_context(doing)?;
         weights.finish_allowing(|name| adapted_module(name).is_none()).with_context(doing)?;
@@ -179,7 +207,9 @@ fn modules(tensors: &Checkpoint) -> Result<Vec<String>> {
         };
         match adapted_module(in_base) {
             Some(module) => drop(modules.insert(module.to_owned())),
-            None => ensure!(!in_base.contains(".lora_"), "tensor `{name}` is no part of a linear layer's LoRA or DoRA"),
+            None => {
+                ensure!(!in_base.contains(".lora_"), "tensor `{name}` is no part of a LoRA or DoRA that is known here")
+            }
         }
     }
     ensure!(!modules.is_empty(), "there is no adapter: no tensor ends with .lora_A.weight");

@@ -316,6 +316,49 @@ fn a_dora_trains_and_merges_for_good() {
 }
 
 #[test]
+fn what_can_only_be_merged_is_not_attached() {
+    let theirs: Value = serde_json::from_slice(&fs::read(peft_folder().join(CONFIG)).unwrap()).unwrap();
+    let tensors = Tensor::read_safetensors(peft_folder().join(ADAPTER_TENSORS)).unwrap();
+    let attach = |change: &dyn Fn(&mut Value, &mut Vec<(String, Tensor)>)| {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut config, mut tensors) =
+            (theirs.clone(), tensors.iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect());
+        change(&mut config, &mut tensors);
+        fs::write(folder.path().join(CONFIG), config.to_string()).unwrap();
+        vora_torch::checkpoint::save(&folder.path().join(ADAPTER_TENSORS), &tensors, &[]).unwrap();
+        let adapter = AdapterFolder::open(folder.path())?;
+        let expected = adapter.expect(adapter.config());
+        let golden = fixtures::open("lora");
+        let attached = Model::load(&golden, 8).attach(folder.path()).map(drop);
+        assert_eq!(expected.is_ok(), attached.is_ok());
+        attached
+    };
+    attach(&|_, _| ()).unwrap();
+    // PEFT says itself that it means nothing at a linear layer.
+    attach(&|config, _| config["fan_in_fan_out"] = true.into()).unwrap();
+    for bias in ["all", "lora_only"] {
+        let error = attach(&|config, _| config["bias"] = bias.into()).unwrap_err().to_string();
+        assert!(error.contains(&format!("`bias` is `{bias}`")) && error.contains("`vora convert` does"), "{error}");
+    }
+    let embedding = |a: i64| {
+        move |config: &mut Value, tensors: &mut Vec<(String, Tensor)>| {
+            let names = config["target_modules"].as_array_mut().unwrap();
+            names.push("embed_tokens".into());
+            for (half, shape) in [("A", [a, 7]), ("B", [8, 2])] {
+                let name = format!("{PEFT_PREFIX}model.embed_tokens.lora_embedding_{half}");
+                tensors.push((name, Tensor::zeros(shape, (Kind::Float, Device::Cpu))));
+            }
+            // It is named by its last part, and lies in no layer.
+            config["layers_to_transform"] = Value::Null;
+        }
+    };
+    let error = attach(&embedding(2)).unwrap_err().to_string();
+    assert!(error.contains("LoRA on the embedding model.embed_tokens, which can only be merged"), "{error}");
+    let error = attach(&embedding(3)).unwrap_err().to_string();
+    assert!(error.contains("embed_tokens.lora_embedding_A` is [3, 7], but r is 2"), "{error}");
+}
+
+#[test]
 fn errors_name_file_and_key() {
     let folder = tempfile::tempdir().unwrap();
     let open = || format!("{:#}", AdapterFolder::open(folder.path()).unwrap_err());
@@ -332,9 +375,8 @@ fn errors_name_file_and_key() {
     let json = |text: &str| -> Value { serde_json::from_str(text).unwrap() };
     let cases = [
         ("peft_type", "IA3".into(), "`peft_type` is `IA3`, expected `LORA`"),
-        ("bias", "all".into(), "`bias` is `all`"),
+        ("bias", "some".into(), "`bias` is `some`, expected `none`, `all` or `lora_only`"),
         ("lora_bias", true.into(), "`lora_bias` is true"),
-        ("fan_in_fan_out", true.into(), "`fan_in_fan_out` is true"),
         ("use_qalora", true.into(), "`use_qalora` is true"),
         ("layer_replication", json("[[0, 2]]"), "`layer_replication` is [[0,2]]"),
         ("target_parameters", json(r#"["experts"]"#), r#"`target_parameters` is ["experts"]"#),

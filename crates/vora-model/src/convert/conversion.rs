@@ -173,8 +173,9 @@ impl Conversion {
             }
             _ => {}
         }
-        // Rounded once: where another dtype is asked for, the sum stays in f32 until then.
-        let weight = read(0, self.kind.map(|_| Kind::Float))?;
+        // Rounded once: where another dtype is to be written, the sum stays in f32 until then.
+        let is_other = self.kind.is_some() || step.kind != step.stored_kind;
+        let weight = read(0, is_other.then_some(Kind::Float))?;
         let mut parts = vec![(step.from[0].name.clone(), weight)];
         for (idx, part) in step.from.iter().enumerate().skip(1) {
             parts.push((part.name.clone(), read(idx, None)?));

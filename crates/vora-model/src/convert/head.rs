@@ -1,9 +1,10 @@
 //! Whether the head of a model with an adapter of others merged into it is its own, or its embedding still.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde_json::Value;
 use vora_files::tell_once;
 use vora_llm::LlmConfig;
+use vora_lora::{EMBEDDING_HALVES, LINEAR_HALVES};
 
 use super::layout::Layout;
 use super::source::{Part, Source, read_object};
@@ -12,16 +13,17 @@ use crate::llava::LlavaConfig;
 /// Makes `parts` those of the model that PEFT's `merge_and_unload().save_pretrained()` writes, where the base ties its
 /// head to its embedding and the adapter has one of them or both; gives the parts that are dropped for it, and why.
 ///
-/// # Errors
-/// Where the adapter adapts a head that is the embedding: PEFT then merges it into both, which is another model than the
-/// one that was trained.
+/// Where an adapter is on either of the two, both are written, as they were trained: PEFT's layers add it to the head or
+/// to the embedding alone, but its merge adds it in place to the one tensor that both are, which is another model, as it
+/// warns (`BaseTuner`: merging "can lead to complications").
 pub(super) fn settle(source: &Source, parts: &mut Vec<Part>) -> Result<Vec<(Part, &'static str)>> {
     if !source.is_foreign_adapter() || !ties(source)? {
         return Ok(Vec::new());
     }
     let [head, embedding] =
         ["lm_head", "model.embed_tokens"].map(|name| format!("{}{name}.weight", source.llm_prefix()));
-    let adapter_of_head = format!("{}lm_head.lora_A.weight", source.llm_prefix());
+    let adapted = [(&head, LINEAR_HALVES[0]), (&embedding, EMBEDDING_HALVES[0])]
+        .map(|(weight, half)| format!("{}{half}", weight.trim_end_matches("weight")));
     let find = |name: &str| parts.iter().find(|part| part.name == name).cloned();
     let tensor = |part: &Part| source.checkpoints[part.checkpoint].tensor(&part.stored);
     let in_base = |name: &str| source.parts().into_iter().find(|part| part.checkpoint > 0 && part.name == name);
@@ -34,14 +36,7 @@ pub(super) fn settle(source: &Source, parts: &mut Vec<Part>) -> Result<Vec<(Part
     let is_own = |part: &Option<Part>| part.as_ref().is_some_and(|part| part.checkpoint == 0);
     let (found_head, found_embedding) = (find(&head), find(&embedding));
     let own_embedding = is_own(&found_embedding);
-    let is_adapted = find(&adapter_of_head).is_some();
-    ensure!(
-        !is_adapted || own_embedding,
-        "the adapter has LoRA on lm_head, which the base ties to its embedding: merged, it would change the embedding as \
-         well. Save the base with a head of its own (`tie_word_embeddings: false` and an lm_head.weight) and give that \
-         as --base"
-    );
-    let is_tied = if is_adapted {
+    let is_tied = if adapted.iter().any(|name| find(name).is_some()) {
         false
     } else if let (Some(head), Some(embedding), true) = (&found_head, &found_embedding, is_own(&found_head)) {
         tensor(head)?.equal(&tensor(embedding)?)

@@ -5,11 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use fixtures::Golden;
+use fixtures::{Golden, assert_close_to};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
-use vora_llm::LlmConfig;
+use vora_llm::{AttentionPlan, CausalLm, LlmConfig, VisionAttention};
+use vora_text::Spans;
 use vora_torch::checkpoint::{Checkpoint, save};
+use vora_torch::weights::Weights;
 
 use super::{Conversion, Layout, Options, Report};
 use crate::files::save_folder;
@@ -91,18 +93,25 @@ fn assert_same(folder: &Path, expected: &BTreeMap<String, Tensor>, what: &str) {
 #[test]
 fn heads_and_embeddings_become_what_peft_writes() {
     let peft = Peft::open();
-    for base in ["tied", "untied"] {
+    for base in ["tied", "untied", "biased"] {
         for case in peft.cases(base) {
             let (adapter, out) = (peft.adapter(&case, str::to_owned), peft.at(&case));
-            let done = convert(&adapter, &out, None, &peft.at(base));
-            if case == "tied, head adapted" {
-                // There PEFT writes another model than the one that was trained, and warns.
-                let error = format!("{:#}", done.unwrap_err());
-                assert!(error.contains("LoRA on lm_head, which the base ties to its embedding"), "{error}");
-                assert!(error.contains("give that as --base") && !out.exists(), "{error}");
+            convert(&adapter, &out, None, &peft.at(base)).unwrap();
+            let trained = peft.golden.under(&format!("logits.{case}")).into_iter().find(|(rest, _)| rest.is_empty());
+            if let Some((_, trained)) = trained {
+                // There PEFT merges into head and embedding at once, which is another model than the one that it trained.
+                let weights = Weights::open(&out, Device::Cpu, Kind::Float).unwrap();
+                let config = LlmConfig::open(&out).unwrap();
+                let llm = CausalLm::load(&config, &weights).unwrap();
+                assert!(!config.tie_word_embeddings, "{case}");
+                let ids = (Tensor::arange(8, (Kind::Int64, Device::Cpu)) * 3).unsqueeze(0);
+                let spans = Spans::text(&[8]);
+                let plan =
+                    AttentionPlan::new(&spans, VisionAttention::Bidirectional, Device::Cpu, Kind::Float).unwrap();
+                let hidden = llm.decoder().forward(&llm.embed(&ids), &plan, 0).last_hidden_state;
+                assert_close_to(&llm.logits(&hidden), &trained, 1e-4);
                 continue;
             }
-            done.unwrap();
             assert_same(&out, &peft.merged(&case), &case);
             let (config, expected) = (LlmConfig::open(&out).unwrap(), &peft.json["cases"][&case]);
             assert_eq!(config.tie_word_embeddings, expected["tie_word_embeddings"], "{case}");
@@ -190,6 +199,43 @@ fn a_llavas_larger_vocabulary_is_told_in_its_text_config() {
     convert(&adapter, &peft.at("out"), None, &peft.at("llava")).unwrap();
     let llm = LlavaConfig::open(&peft.at("out")).unwrap().llm;
     assert_eq!((llm.vocab_size, llm.tie_word_embeddings), (34, false));
+}
+
+#[test]
+fn a_sum_is_not_rounded_to_the_dtype_of_the_adapters_copy() {
+    let peft = Peft::open();
+    for case in ["untied, head adapted", "untied, embedding adapted"] {
+        let adapter = peft.adapter(case, str::to_owned);
+        let file = adapter.join("adapter_model.safetensors");
+        let read = Checkpoint::open(&file).unwrap();
+        let half = |name: &str| (name.to_owned(), read.tensor(name).unwrap().to_kind(Kind::BFloat16));
+        let tensors: Vec<_> = read.names().map(half).collect();
+        drop(read);
+        save(&file, &tensors, &[]).unwrap();
+        let out = peft.at("out");
+        let _ = fs::remove_dir_all(&out);
+        convert(&adapter, &out, None, &peft.at("untied")).unwrap();
+        let written = Checkpoint::open(&out).unwrap();
+        let name = if case.contains("head") { "lm_head.weight" } else { "model.embed_tokens.weight" };
+        // The base is in f32, and so is what PEFT adds to it.
+        let weight = written.tensor(name).unwrap();
+        assert_eq!(weight.kind(), Kind::Float, "{case}");
+        assert_close_to(&weight, &peft.merged(case)[name], 0.02);
+        let rounded = weight.to_kind(Kind::BFloat16).to_kind(Kind::Float);
+        assert!(!weight.equal(&rounded), "{case}");
+    }
+}
+
+#[test]
+fn biases_that_fit_nothing_are_told() {
+    let peft = Peft::open();
+    let adapter = peft.adapter("biased, all", |name| name.replace("k_proj.bias", "o_proj.bias"));
+    let error = format!("{:#}", convert(&adapter, &peft.at("x"), None, &peft.at("biased")).unwrap_err());
+    assert!(error.contains("fit nothing in its base") && error.contains("o_proj.bias"), "{error}");
+    let adapter =
+        peft.adapter("untied, embedding adapted", |name| name.replace("lora_embedding_B", "lora_embedding_X"));
+    let error = format!("{:#}", convert(&adapter, &peft.at("x"), None, &peft.at("untied")).unwrap_err());
+    assert!(error.contains("lora_embedding_X` is no part of a LoRA or DoRA"), "{error}");
 }
 
 #[test]

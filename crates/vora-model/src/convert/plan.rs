@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use anyhow::{Context, Result, bail, ensure};
 use tch::Kind;
-use vora_lora::{PEFT_PREFIX, adapted_module};
+use vora_lora::{EMBEDDING_HALVES, LINEAR_HALVES, PEFT_PREFIX, adapted_module};
 
 use super::head;
 use super::layout::Layout;
@@ -91,8 +91,10 @@ pub(super) fn steps(source: &Source, to: Layout, kind: Option<Kind>) -> Result<V
     let mut seen = HashSet::new();
     let replaced = parts.extract_if(.., |part| !seen.insert(part.name.clone())).collect::<Vec<_>>();
     let replaced_names: HashSet<String> = replaced.iter().map(|part| part.name.clone()).collect();
+    let mut replaced_kinds = BTreeMap::new();
     for part in replaced {
         let (stored, shape) = info(&part)?;
+        replaced_kinds.insert(part.name.clone(), stored);
         steps.push(Step::dropped(part, "the adapter's folder has its own", stored, shape));
     }
     check_whole(source, &parts, &replaced_names)?;
@@ -139,7 +141,11 @@ pub(super) fn steps(source: &Source, to: Layout, kind: Option<Kind>) -> Result<V
             () if part.stored == name => Change::Kept,
             () => Change::Renamed,
         };
-        let kind = kind.filter(|_| is_real).unwrap_or(stored);
+        // A sum is not rounded to a copy's dtype where the base has a wider one.
+        let base = replaced_kinds.get(&part.name).filter(|_| !adapter.is_empty());
+        let widest =
+            base.filter(|base| base.elt_size_in_bytes() > stored.elt_size_in_bytes()).copied().unwrap_or(stored);
+        let kind = kind.filter(|_| is_real).unwrap_or(widest);
         let from = std::iter::once(part).chain(adapter).collect();
         steps.push(Step { from, to: Some(name), change, why: None, stored_kind: stored, kind, shape, scaling: 1.0 });
     }
@@ -208,16 +214,20 @@ fn check_adapters(source: &Source, parts: &[Part], to: Layout) -> Result<()> {
     let mut wrong = Vec::new();
     for module in modules {
         let shape = |name: &str| shapes.get(format!("{module}.{name}").as_str()).copied();
-        match (shape("weight"), shape("lora_A.weight"), shape("lora_B.weight")) {
+        let is_embedding = EMBEDDING_HALVES.into_iter().any(|half| shape(half).is_some());
+        let halves = if is_embedding { EMBEDDING_HALVES } else { LINEAR_HALVES };
+        match (shape("weight"), shape(halves[0]), shape(halves[1])) {
             (Some(weight), Some(a), Some(b)) => {
                 let r = lora.rank(module)?.r;
-                if !matches!((weight, a, b), ([out, width], [ar, aw], [bo, br]) if [ar, br] == [&r; 2] && aw == width && bo == out)
+                let turned: Vec<i64> = weight.iter().rev().copied().collect();
+                let linear = if is_embedding { &turned } else { weight };
+                if !matches!((linear, a, b), ([out, width], [ar, aw], [bo, br]) if [ar, br] == [&r; 2] && aw == width && bo == out)
                 {
                     wrong.push(format!("{module}: weight {weight:?}, A {a:?} and B {b:?} of rank {r} do not fit"));
                 }
             }
             (weight, a, b) => {
-                let names = [(weight, "weight"), (a, "lora_A.weight"), (b, "lora_B.weight")];
+                let names = [(weight, "weight"), (a, halves[0]), (b, halves[1])];
                 let missing: Vec<&str> = names.iter().filter(|(found, _)| found.is_none()).map(|(_, n)| *n).collect();
                 wrong.push(format!("{module} lacks {}", missing.join(", ")));
             }
