@@ -1,7 +1,7 @@
-//! From records to samples to batches. Records are conversations with their images, in JSON, parquet files and
-//! WebDataset's tar shards, or `scenes`, a procedural dataset; sources of them are mixed by weight. Worker threads make
-//! batches ahead of time, in an order that depends neither on their number nor on where a run was interrupted. All of it
-//! is plain memory: no tensors are made here, no model is run, and nothing is downloaded.
+//! From records to samples to batches. Records are conversations with their images, or preferences among answers, in JSON,
+//! parquet files and WebDataset's tar shards, or `scenes`, a procedural dataset; sources of them are mixed by weight.
+//! Worker threads make batches ahead of time, in an order that depends neither on their number nor on where a run was
+//! interrupted. All of it is plain memory: no tensors are made here, no model is run, and nothing is downloaded.
 //!
 //! ```
 //! use vora_data::scenes::{Scenes, ScenesConfig, Split};
