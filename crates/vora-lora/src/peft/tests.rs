@@ -319,7 +319,8 @@ fn a_dora_trains_and_merges_for_good() {
 fn what_can_only_be_merged_is_not_attached() {
     let theirs: Value = serde_json::from_slice(&fs::read(peft_folder().join(CONFIG)).unwrap()).unwrap();
     let tensors = Tensor::read_safetensors(peft_folder().join(ADAPTER_TENSORS)).unwrap();
-    let attach = |change: &dyn Fn(&mut Value, &mut Vec<(String, Tensor)>)| {
+    type Change<'a> = &'a dyn Fn(&mut Value, &mut Vec<(String, Tensor)>);
+    let attach = |change: Change<'_>| {
         let folder = tempfile::tempdir().unwrap();
         let (mut config, mut tensors) =
             (theirs.clone(), tensors.iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect());

@@ -97,7 +97,7 @@ fn heads_and_embeddings_become_what_peft_writes() {
         for case in peft.cases(base) {
             let (adapter, out) = (peft.adapter(&case, str::to_owned), peft.at(&case));
             convert(&adapter, &out, None, &peft.at(base)).unwrap();
-            let trained = peft.golden.under(&format!("logits.{case}")).into_iter().find(|(rest, _)| rest.is_empty());
+            let trained = peft.golden.under("logits.").into_iter().find(|(of, _)| *of == case);
             if let Some((_, trained)) = trained {
                 // There PEFT merges into head and embedding at once, which is another model than the one that it trained.
                 let weights = Weights::open(&out, Device::Cpu, Kind::Float).unwrap();
