@@ -160,6 +160,13 @@ impl PeftConfig {
             ensure!(!exclude.contains(path).context("`exclude_modules`")?, left_out("exclude_modules"));
         }
         let target = self.target_modules.as_ref().context("`target_modules` is missing")?;
+        // A head that is tied to an adapted embedding gets an adapter of its own, though nobody named it.
+        let ties = self.others.get("ensure_weight_tying").and_then(Value::as_bool) == Some(true);
+        if let (true, Some(before)) = (ties, path.strip_suffix("lm_head"))
+            && target.contains(&format!("{before}model.embed_tokens"))?
+        {
+            return Ok(());
+        }
         ensure!(target.contains(path).context("`target_modules`")?, left_out("target_modules"));
         let layers = self.layers_to_transform.as_ref().map_or(&[][..], OneOrMany::as_slice);
         // A module that is named by its whole path lies in no layer that is asked about.
