@@ -164,7 +164,7 @@ fn decode_as(bytes: &[u8], format: ImageFormat, name: &'static str) -> Result<Rg
         ImageFormat::Tiff => decoder.total_bytes(), // a copy
         _ => 0,
     };
-    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let orientation = orientation(&mut decoder);
     let turned = orientation != Orientation::NoTransforms;
     let again = if turned || decoder.color_type() != ColorType::Rgb8 { 3 * pixels } else { 0 };
     if bytes.len() as u64 + own + decoder.total_bytes() + again > MAX_DECODED {
@@ -177,6 +177,18 @@ fn decode_as(bytes: &[u8], format: ImageFormat, name: &'static str) -> Result<Rg
     let mut upright = DynamicImage::ImageRgb8(rgb);
     upright.apply_orientation(orientation);
     Ok(upright.into_rgb8())
+}
+
+/// How the picture is to be turned. EXIF data begin with their own name in files that Pillow wrote as an animation, where the
+/// decoder takes them for none.
+fn orientation(decoder: &mut impl ImageDecoder) -> Orientation {
+    let found = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    if found != Orientation::NoTransforms {
+        return found;
+    }
+    let exif = decoder.exif_metadata().ok().flatten();
+    let named = exif.as_deref().and_then(|exif| exif.strip_prefix(b"Exif\0\0"));
+    named.and_then(Orientation::from_exif_chunk).unwrap_or(found)
 }
 
 fn to_rgb(image: DynamicImage) -> RgbImage {
@@ -415,5 +427,32 @@ mod tests {
         }
         let broken = refusal(&noise).to_string();
         assert!(broken.starts_with("the PNG picture is") && !broken.contains("0x"), "{broken}");
+    }
+
+    /// A WebP whose EXIF data say that it lies on its side, without and with the name that Pillow writes before them in
+    /// animations.
+    #[test]
+    fn exif_data_with_their_name_before_them_turn_a_picture() {
+        let plain = std::fs::read(fixtures::root().join("images/lossless.webp")).unwrap();
+        let upright = decode_image(&plain).unwrap();
+        let tiff = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0";
+        for exif in [tiff.to_vec(), [b"Exif\0\0".as_slice(), tiff].concat()] {
+            let mut header = vec![0x08, 0, 0, 0]; // it has EXIF data
+            for side in [upright.width(), upright.height()] {
+                header.extend_from_slice(&(side - 1).to_le_bytes()[..3]);
+            }
+            let mut body = b"WEBP".to_vec();
+            for (name, chunk) in [(b"VP8X", header.as_slice()), (b"EXIF", &exif)] {
+                if name == b"EXIF" {
+                    body.extend_from_slice(&plain[12..]);
+                }
+                body.extend_from_slice(name);
+                body.extend_from_slice(&(chunk.len() as u32).to_le_bytes());
+                body.extend_from_slice(chunk);
+            }
+            let file = [b"RIFF".as_slice(), &(body.len() as u32).to_le_bytes(), &body].concat();
+            let turned = decode_image(&file).unwrap();
+            assert_eq!(turned, image::imageops::rotate90(&upright));
+        }
     }
 }
