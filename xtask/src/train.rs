@@ -28,7 +28,7 @@ const MAX_NEW_TOKENS: &str = "48";
 
 const EXAMPLES: &str = "\
 Examples:
-  cargo xtask train                                        the default recipe, ten minutes on two cores
+  cargo xtask train                                        the default recipe, a quarter of an hour on two cores
   cargo xtask train --smoke                                every step in seconds, with a tiny random model
   cargo xtask train --set max_steps=200 --set output_dir=runs/short
   cargo xtask train --resume                               go on from the last checkpoint
