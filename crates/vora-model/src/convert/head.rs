@@ -36,9 +36,12 @@ pub(super) fn settle(source: &Source, parts: &mut Vec<Part>) -> Result<Vec<(Part
     let is_own = |part: &Option<Part>| part.as_ref().is_some_and(|part| part.checkpoint == 0);
     let (found_head, found_embedding) = (find(&head), find(&embedding));
     let own_embedding = is_own(&found_embedding);
-    let is_tied = if adapted.iter().any(|name| find(name).is_some()) {
-        false
-    } else if let (Some(head), Some(embedding), true) = (&found_head, &found_embedding, is_own(&found_head)) {
+    let is_adapted = adapted.iter().any(|name| find(name).is_some());
+    if is_adapted {
+        let copy = [&found_head, &found_embedding].into_iter().find(|part| is_own(part)).cloned().flatten();
+        return Ok(both(parts, copy, base, [head, embedding]));
+    }
+    let is_tied = if let (Some(head), Some(embedding), true) = (&found_head, &found_embedding, is_own(&found_head)) {
         tensor(head)?.equal(&tensor(embedding)?)
     } else if own_embedding {
         stays_tied(source, found_embedding.as_ref().context("an embedding")?, &base)?
@@ -54,6 +57,18 @@ pub(super) fn settle(source: &Source, parts: &mut Vec<Part>) -> Result<Vec<(Part
         parts.push(Part { name: head, ..base });
     }
     Ok(Vec::new())
+}
+
+/// Gives `parts` a head and an embedding, both of them the adapter's `copy` of either, into which PEFT loads it, for they
+/// are one there; without a copy, what the `base` has of both. Gives what that leaves of the base.
+fn both(parts: &mut Vec<Part>, copy: Option<Part>, base: Part, names: [String; 2]) -> Vec<(Part, &'static str)> {
+    let is_replaced = |part: &mut Part| copy.is_some() && part.checkpoint > 0 && names.contains(&part.name);
+    let dropped: Vec<Part> = parts.extract_if(.., is_replaced).collect();
+    let tensor = copy.unwrap_or(base);
+    for name in names.iter().filter(|name| parts.iter().all(|part| part.name != **name)).collect::<Vec<_>>() {
+        parts.push(Part { name: name.clone(), ..tensor.clone() });
+    }
+    dropped.into_iter().map(|part| (part, "the adapter's folder has its own")).collect()
 }
 
 /// Whether the base's head is its embedding by what its config says.

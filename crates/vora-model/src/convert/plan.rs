@@ -100,6 +100,9 @@ pub(super) fn steps(source: &Source, to: Layout, kind: Option<Kind>) -> Result<V
     check_whole(source, &parts, &replaced_names)?;
     for (part, why) in head::settle(source, &mut parts)? {
         let (stored, shape) = info(&part)?;
+        // Head and embedding were one tensor of the base.
+        let tied = parts.iter().map(|part| &part.name).filter(|name| name.ends_with("lm_head.weight"));
+        replaced_kinds.extend(tied.chain([&part.name]).map(|name| (name.clone(), stored)));
         steps.push(Step::dropped(part, why, stored, shape));
     }
     check_adapters(source, &parts, to)?;
