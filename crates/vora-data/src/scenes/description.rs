@@ -99,8 +99,7 @@ impl fmt::Display for Described {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
+    use super::super::draw::{Draw, Purpose};
     use super::super::{Scenes, ScenesConfig, Split};
     use super::*;
 
@@ -163,9 +162,9 @@ mod tests {
         }
     }
 
-    proptest! {
-        #[test]
-        fn a_scene_is_read_back_from_its_sentence(seed: u64, index: u64, split in 0..3_usize, turn in 0..3_usize) {
+    #[test]
+    fn a_scene_is_read_back_from_its_sentence() {
+        for (seed, split) in [7, 2024].into_iter().flat_map(|seed| Split::ALL.map(|split| (seed, split))) {
             let config = ScenesConfig {
                 seed,
                 colours: Colour::ALL.to_vec(),
@@ -174,23 +173,31 @@ mod tests {
                 lone_first: 0,
                 ..ScenesConfig::default()
             };
-            let scene = Scenes::new(config, Split::ALL[split]).unwrap().scene(index);
-            let right = Description::of(&scene);
-            let read = Description::parse(&right.to_string());
-            prop_assert_eq!(read.as_ref(), Some(&right));
-            // The same objects in another order, and all of them but one.
-            let mut phrases: Vec<String> = right.objects.iter().map(Described::to_string).collect();
-            let num_objects = phrases.len();
-            phrases.rotate_left(turn % num_objects);
-            let sentence = |phrases: &[String]| format!("{OPENING} {}.", phrases.join(" and "));
-            prop_assert_eq!(Description::parse(&sentence(&phrases)), Some(right.clone()));
-            prop_assert_ne!(Description::parse(&sentence(&phrases[1..])), Some(right));
+            let scenes = Scenes::new(config, split).unwrap();
+            for index in (0..200).chain([u64::MAX]) {
+                let right = Description::of(&scenes.scene(index));
+                assert_eq!(Description::parse(&right.to_string()).as_ref(), Some(&right));
+                // The same objects in another order, and all of them but one.
+                let mut phrases: Vec<String> = right.objects.iter().map(Described::to_string).collect();
+                let num_objects = phrases.len();
+                phrases.rotate_left(index as usize % num_objects);
+                let sentence = |phrases: &[String]| format!("{OPENING} {}.", phrases.join(" and "));
+                assert_eq!(Description::parse(&sentence(&phrases)), Some(right.clone()));
+                assert_ne!(Description::parse(&sentence(&phrases[1..])), Some(right));
+            }
         }
+    }
 
-        #[test]
-        fn no_text_is_too_odd_to_read(text: String) {
-            prop_assert_eq!(Description::parse(&text), None);
-            Description::parse(&format!("{OPENING} {text}"));
+    #[test]
+    fn no_text_is_too_odd_to_read() {
+        let odd = ["a", " ", ",", " and ", "a ring at the top left", "\u{130}", "\u{1f600}", "\0", "the", ".", "é"];
+        let mut draw = Draw::new(1, 0, 0, Purpose::Questions);
+        for _ in 0..5000 {
+            let text: String = (0..draw.below(8)).map(|_| draw.pick(&odd)).collect();
+            assert_eq!(Description::parse(&text), None);
+            if let Some(told) = Description::parse(&format!("{OPENING} {text}")) {
+                assert_eq!(Description::parse(&told.to_string()), Some(told), "{text}");
+            }
         }
     }
 }
