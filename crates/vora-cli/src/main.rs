@@ -27,7 +27,7 @@ use clap::{Parser, Subcommand};
 Examples:
   vora train --config crates/vora-train/recipes/scenes.yaml
   vora data show crates/vora-train/recipes/scenes.yaml
-  vora merge runs/scenes/final --out runs/scenes/merged
+  vora merge runs/scenes/final --out runs/scenes/merged --as seeing
   vora ask runs/scenes/merged picture.png \"What color is the circle?\"
   vora eval runs/scenes/merged --data scenes:unseen
   vora report runs/scenes

@@ -17,9 +17,9 @@ use vora_torch::runtime;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
-  vora merge runs/scenes/final --out runs/scenes/merged
-  vora merge runs/scenes/checkpoints/step-200 --out merged --check
-  vora merge runs/scenes/final --out merged --llm merged-llm
+  vora merge runs/scenes/final --out runs/scenes/merged --as seeing
+  vora merge runs/scenes/checkpoints/step-240 --out merged --as seeing --check
+  vora merge runs/scenes/final --out merged --as seeing --llm merged-llm
   vora merge runs/scenes/final --out whole --as apart
 
 A VoRA folder has the layout and tensor names of the published models, a LLaVA folder those of HF's
