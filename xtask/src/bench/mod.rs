@@ -1,11 +1,12 @@
-//! `cargo xtask bench`: the criterion benches, the comparison of whole trainings, ablations over several seeds, Chameleon's drift of
-//! norms, what packing is worth, images a second of the loader, and what a plan foretells.
+//! `cargo xtask bench`: the criterion benches, the comparison of whole trainings, the default recipe and ablations over several
+//! seeds, Chameleon's drift of norms, what packing is worth, images a second of the loader, and what a plan foretells.
 
 mod ablations;
 mod compare;
 mod data;
 mod drift;
 mod memory;
+mod seeds;
 
 use std::fs;
 use std::path::PathBuf;
@@ -59,6 +60,8 @@ Examples:
   cargo xtask bench attention --train --set max_steps=100
   cargo xtask bench systems --train              train a VoRA, a LLaVA and a Chameleon on the same data
   cargo xtask bench attention --train --plot     draw again from the last two trainings
+  cargo xtask bench seeds                        the default recipe with three seeds, and what seeing cost in text
+  cargo xtask bench seeds --seeds 1 --set text_anchor.tokens=384 --dir runs/anchor-384
   cargo xtask bench ablations                    vision attention x distillation x the tokens that adapters act on, by seeds
   cargo xtask bench ablations --seeds 2 --steps 100 --dir runs/short
   cargo xtask bench drift                        what QK-norm and z-loss do to the norms of a small Chameleon
@@ -74,8 +77,8 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// A file of benches/benches, without `.rs`, or ablations, data, drift, memory or packing; all benches by default. With
-    /// --train: attention or systems
+    /// A file of benches/benches, without `.rs`, or ablations, data, drift, memory, packing or seeds; all benches by default.
+    /// With --train: attention or systems
     #[arg(required_if_eq("train", "true"))]
     name: Option<String>,
     /// Compare whole trainings: one table and one picture of losses and accuracies
@@ -93,14 +96,15 @@ pub struct Args {
     /// auto, cpu, cuda or cuda:N
     #[arg(long)]
     device: Option<String>,
-    /// Where the trainings and their comparison go; older ones there are replaced, but for those of ablations, which go on
-    /// [default: runs/bench-NAME]
+    /// Where the trainings and their comparison go; older ones there are replaced, but for those of ablations and seeds, which
+    /// go on [default: runs/bench-NAME]
     #[arg(long, visible_alias = "dir", value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Of ablations: trainings of each variant, three at most where adapters act on image tokens alone [default: 5]
+    /// Of seeds: trainings [default: 3]. Of ablations: trainings of each variant, three at most where adapters act on image
+    /// tokens alone [default: 5]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     seeds: Option<u64>,
-    /// Of ablations: steps of each training [default: the run file's]
+    /// Of seeds and ablations: steps of each training [default: the run file's]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     steps: Option<u64>,
     /// Handed to the bench
@@ -110,17 +114,17 @@ pub struct Args {
 
 /// Runs benches, or trains and compares.
 pub fn run(args: &Args) -> Result<()> {
-    let is_ablations = args.name.as_deref() == Some("ablations");
-    ensure!(is_ablations || args.seeds.is_none() && args.steps.is_none(), "--seeds and --steps are for ablations");
-    if is_ablations {
-        return ablate(args);
+    match args.name.as_deref() {
+        Some("ablations") => return ablate(args),
+        Some("seeds") => return over_seeds(args),
+        _ => ensure!(args.seeds.is_none() && args.steps.is_none(), "--seeds and --steps are for seeds and ablations"),
     }
     if args.train {
         return compare_trainings(args);
     }
     ensure!(
         args.config.is_none() && args.set.is_empty() && args.device.is_none(),
-        "--config, --set and --device are for --train and for ablations"
+        "--config, --set and --device are for --train, seeds and ablations"
     );
     if args.name.as_deref() == Some("drift") {
         let out = args.out.clone().unwrap_or_else(|| "runs/drift".into());
@@ -135,7 +139,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     ensure!(
         !args.plot && args.out.is_none(),
-        "--plot and --out are for --train, ablations and drift, --out for memory too"
+        "--plot and --out are for --train, seeds, ablations and drift, --out for memory too"
     );
     if args.name.as_deref() == Some("data") {
         return data::run(&args.args);
@@ -166,18 +170,35 @@ fn packing(args: &[String]) -> Result<()> {
 
 /// Trains what is missing of the ablations, and puts all of them side by side.
 fn ablate(args: &Args) -> Result<()> {
+    let (base, out) = many(args, "runs/bench-ablations")?;
+    let vora = program(args, &base)?;
+    ablations::run(vora.as_ref(), &ablations::Plan { base, seeds: args.seeds.unwrap_or(5), out })
+}
+
+/// Trains and measures what is missing of the default recipe's seeds, and makes their tables.
+fn over_seeds(args: &Args) -> Result<()> {
+    let (base, out) = many(args, "runs/bench-seeds")?;
+    let vora = program(args, &base)?;
+    seeds::run(vora.as_ref(), &seeds::Plan { base, seeds: args.seeds.unwrap_or(3), out })
+}
+
+/// What many trainings share, and where they go.
+fn many(args: &Args, out: &str) -> Result<(Run, PathBuf)> {
     let mut set = args.set.clone();
     set.extend(args.steps.map(|steps| format!("max_steps={steps}")));
     let config = args.config.as_ref().map_or_else(|| Ok(cmd::root().join(train::SCENES)), std::path::absolute)?;
-    let base = Run { config, set, device: args.device.clone() };
-    let out = cmd::root().join(args.out.clone().unwrap_or_else(|| "runs/bench-ablations".into()));
-    let plan = ablations::Plan { base, seeds: args.seeds.unwrap_or(5), out };
+    let out = cmd::root().join(args.out.clone().unwrap_or_else(|| out.into()));
+    Ok((Run { config, set, device: args.device.clone() }, out))
+}
+
+/// The program, built, with all that its trainings need; none where nothing is to be trained.
+fn program(args: &Args, base: &Run) -> Result<Option<Vora>> {
     if args.plot {
-        return ablations::run(None, &plan);
+        return Ok(None);
     }
     setup::ensure()?;
-    plan.base.download()?;
-    ablations::run(Some(&Vora::build()?), &plan)
+    base.download()?;
+    Vora::build().map(Some)
 }
 
 fn compare_trainings(args: &Args) -> Result<()> {
