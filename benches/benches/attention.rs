@@ -43,7 +43,7 @@ fn forward_and_backward(criterion: &mut Criterion, device: Device, kind: Kind) -
         let mut group = criterion.benchmark_group(format!("{place}/{kind_name}/attention/{pass}"));
         for side in SIDES {
             let row = vec![Span::text(12), Span::image(side, side), Span::text(20)];
-            let spans = Spans { rows: vec![row; BATCH as usize] };
+            let spans = Spans::new(vec![row; BATCH as usize]);
             let seq = spans.seq();
             tch::manual_seed(0);
             let states = |heads| {

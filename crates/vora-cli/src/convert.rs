@@ -89,7 +89,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let src = PathBuf::from(&args.src);
     let src = if src.exists() { src } else { vora_hub::resolve(&args.src)? };
     ensure_vacant(&args.dst)?;
-    let options = Options { to: args.to, kind: args.dtype.map(Dtype::kind), max_shard_size: args.max_shard_size };
+    let options = Options::default()
+        .with_layout(args.to)
+        .with_kind(args.dtype.map(Dtype::kind))
+        .with_max_shard_size(args.max_shard_size);
     let base = |name: &str| match &args.base {
         Some(base) => Ok(base.clone()),
         None => vora_hub::resolve(name).context("--base DIR says where it lies"),

@@ -9,6 +9,7 @@ use crate::sample::{IGNORE_INDEX, QuestionSpan, Sample};
 
 /// What a model takes at once. Everything of `[batch, seq]` is a list of rows, one after the other.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Batch {
     /// Rows.
     pub batch: i64,
@@ -73,6 +74,7 @@ pub fn collate_rows(rows: Vec<Vec<Sample>>, pad_id: i64) -> Batch {
         images: Vec::new(),
         samples: Vec::new(),
     };
+    let mut rows_spans = Vec::with_capacity(rows.len());
     for (row_idx, row) in rows.into_iter().enumerate() {
         let mut spans = Vec::new();
         for (document, mut sample) in row.into_iter().enumerate() {
@@ -95,9 +97,9 @@ pub fn collate_rows(rows: Vec<Vec<Sample>>, pad_id: i64) -> Batch {
         }
         batch.input_ids.resize((row_idx + 1) * seq, pad_id);
         batch.targets.resize((row_idx + 1) * seq, IGNORE_INDEX);
-        batch.spans.rows.push(spans);
+        rows_spans.push(spans);
     }
-    batch
+    Batch { spans: Spans::new(rows_spans), ..batch }
 }
 
 impl Batch {
@@ -167,7 +169,7 @@ mod tests {
         assert_eq!(supervised.targets, [7, 8, 3, 5]);
         let tokens: Vec<_> = batch.questions().map(|(_, tokens)| tokens).collect();
         assert_eq!(tokens, [0..1, 1..2, 2..3, 3..4]);
-        assert_eq!(batch.spans.rows, [[Span::text(2)], [Span::text(4)]]);
+        assert_eq!(batch.spans.rows(), [[Span::text(2)], [Span::text(4)]]);
         assert_eq!((batch.samples[1].id.as_str(), batch.samples[1].num_images), ("long", 1));
     }
 
@@ -180,7 +182,7 @@ mod tests {
         let batch = collate_rows(vec![vec![a, b], vec![c]], 0);
         assert_eq!((batch.batch, batch.seq, batch.images.len()), (2, 5, 3));
         assert_eq!(batch.input_ids, [1, 2, 3, 4, 5, 7, 8, 9, 10, 0]);
-        assert_eq!(batch.spans.rows, [vec![Span::text(3), Span::text(2).in_document(1)], vec![Span::text(4)]]);
+        assert_eq!(batch.spans.rows(), [vec![Span::text(3), Span::text(2).in_document(1)], vec![Span::text(4)]]);
         let places: Vec<_> = batch.samples.iter().map(|s| (s.id.as_str(), s.row, s.tokens.clone())).collect();
         assert_eq!(places, [("a", 0, 0..3), ("b", 0, 3..5), ("c", 1, 0..4)]);
         // Every answer is found in the table and among the supervised tokens.

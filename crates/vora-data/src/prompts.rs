@@ -24,7 +24,7 @@ impl Batch {
         let end = question.tokens.start + 1; // the token that predicts the answer's first one is the last
         let row = &self.input_ids[sample.row * self.seq as usize..];
         let mut start = 0;
-        let placed = self.spans.rows[sample.row].iter().map(|span| {
+        let placed = self.spans.rows()[sample.row].iter().map(|span| {
             let placed = (start, span);
             start += span.len() as usize;
             placed

@@ -500,7 +500,7 @@ pub(crate) mod tests {
             start = end;
         }
         assert_eq!(start, packed.input_ids.len());
-        vora_text::Spans { rows: vec![packed.spans] }.validate().unwrap();
+        vora_text::Spans::new(vec![packed.spans]).validate().unwrap();
     }
 
     #[test]
@@ -557,7 +557,7 @@ pub(crate) mod tests {
             let batch = crate::collate(vec![pair.clone(), pair], 0);
             let lens = [0, 1].map(|i| batch.samples[0].questions[i].tokens.len() as i64);
             assert_eq!(batch.pairs(), [lens; 2]);
-            vora_text::Spans { rows: batch.spans.rows }.validate().unwrap();
+            batch.spans.validate().unwrap();
         }
     }
 

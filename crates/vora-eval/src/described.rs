@@ -27,7 +27,12 @@ pub fn described(
     };
     let prompts = collate(batch.prompts(is_asked), 0);
     let said = say(&prompts, longest + MORE_TOKENS)?;
-    ensure!(said.len() == prompts.spans.rows.len(), "{} answers to {} prompts", said.len(), prompts.spans.rows.len());
+    ensure!(
+        said.len() == prompts.spans.rows().len(),
+        "{} answers to {} prompts",
+        said.len(),
+        prompts.spans.rows().len()
+    );
     let mut said = said.into_iter();
     let mut is_right = |question: &QuestionSpan| {
         let said = said.next().flatten();

@@ -34,11 +34,11 @@ mod tests {
 
     /// A picture, and a word.
     fn prompt(word: i64) -> Input {
-        Input {
-            input_ids: Tensor::from_slice(&[0, 0, 0, 0, word]).unsqueeze(0),
-            pixel_values: vec![fixtures::Random::new(1).normal([3, 8, 8])],
-            spans: Spans { rows: vec![vec![Span::image(2, 2), Span::text(1)]] },
-        }
+        Input::new(
+            Tensor::from_slice(&[0, 0, 0, 0, word]).unsqueeze(0),
+            vec![fixtures::Random::new(1).normal([3, 8, 8])],
+            Spans::new(vec![vec![Span::image(2, 2), Span::text(1)]]),
+        )
     }
 
     #[test]

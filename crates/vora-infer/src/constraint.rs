@@ -183,7 +183,7 @@ mod tests {
 
     fn input(ids: &[i64]) -> Input {
         let spans = Spans::text(&[ids.len() as i64]);
-        Input { input_ids: Tensor::from_slice(ids).unsqueeze(0), pixel_values: Vec::new(), spans }
+        Input::new(Tensor::from_slice(ids).unsqueeze(0), Vec::new(), spans)
     }
 
     /// So hot that image tokens, half of the vocabulary, would come everywhere.
@@ -206,11 +206,11 @@ mod tests {
             let model = model(&golden, name);
             let constraint = Constraint::new(OutputModality::Text, &model);
             for (row, before) in [(0, 4), (1, 2)] {
-                let prompt = Input {
-                    input_ids: golden["input_ids"].narrow(0, row, 1),
-                    pixel_values: vec![golden["pixel_values"].get(row)],
-                    spans: Spans { rows: vec![vec![Span::text(before), Span::image(4, 4), Span::text(10 - before)]] },
-                };
+                let prompt = Input::new(
+                    golden["input_ids"].narrow(0, row, 1),
+                    vec![golden["pixel_values"].get(row)],
+                    Spans::new(vec![vec![Span::text(before), Span::image(4, 4), Span::text(10 - before)]]),
+                );
                 let expected = Vec::<i64>::try_from(golden[&format!("{name}.generated")].get(row)).unwrap();
                 let found = generate_within(&constraint, &prompt, &SamplingParams::default(), &[], 8, |_| true);
                 assert_eq!(found.unwrap().ids, expected, "{name}, row {row}");
@@ -291,10 +291,10 @@ mod tests {
         }
         assert!(pictures >= 4 && words >= 100, "{pictures} pictures, {words} words");
         // A picture of the prompt that lacks its end gets that first.
-        let places = Spans { rows: vec![vec![Span::text(2), Span::image(4, 4)]] };
+        let places = Spans::new(vec![vec![Span::text(2), Span::image(4, 4)]]);
         let prompt = [[14, model.begin_image_id()].as_slice(), &[0; IMAGE_TOKENS]].concat();
         let pixel_values = vec![Tensor::zeros([3, 8, 8], (Kind::Float, Device::Cpu))];
-        let prompt = Input { pixel_values, spans: places, ..input(&prompt) };
+        let prompt = Input::new(input(&prompt).input_ids, pixel_values, places);
         let generated = generate_within(&constraint, &prompt, &sampled(0), &[], 3, |_| true).unwrap();
         assert_eq!(generated.ids[0], model.end_image_id());
     }

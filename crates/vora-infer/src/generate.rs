@@ -85,7 +85,7 @@ pub fn generate_within(
 
 /// What the only row of `input` becomes.
 fn one(input: &Input, run: impl FnOnce() -> Result<Vec<Generated>>) -> Result<Generated> {
-    let rows = input.spans.rows.len();
+    let rows = input.spans.rows().len();
     ensure!(rows == 1, "one prompt at a time, not {rows}");
     run()?.pop().context("a row became nothing")
 }
@@ -197,7 +197,7 @@ fn words(input: &Input) -> Result<Vec<Vec<i64>>> {
         }
         words
     };
-    Ok(input.spans.rows.iter().zip(ids.chunks(seq.max(1))).map(row).collect())
+    Ok(input.spans.rows().iter().zip(ids.chunks(seq.max(1))).map(row).collect())
 }
 
 #[cfg(test)]
@@ -218,11 +218,11 @@ mod tests {
     /// Words, a picture, words, and what was generated so far.
     fn input(new: &[i64]) -> Input {
         let ids = [&[5, 6, 0, 0, 0, 0, 7, 8, 9], new].concat();
-        Input {
-            input_ids: Tensor::from_slice(&ids).unsqueeze(0),
-            pixel_values: vec![fixtures::Random::new(1).normal([3, 8, 8])],
-            spans: Spans { rows: vec![vec![Span::text(2), Span::image(2, 2), Span::text(3 + new.len() as i64)]] },
-        }
+        Input::new(
+            Tensor::from_slice(&ids).unsqueeze(0),
+            vec![fixtures::Random::new(1).normal([3, 8, 8])],
+            Spans::new(vec![vec![Span::text(2), Span::image(2, 2), Span::text(3 + new.len() as i64)]]),
+        )
     }
 
     fn run(params: &SamplingParams, stop: &[i64], max: usize) -> Generated {
@@ -268,10 +268,8 @@ mod tests {
 
     #[test]
     fn a_row_of_a_batch_gets_what_it_gets_alone() {
-        let text = |ids: &[i64]| Input {
-            input_ids: Tensor::from_slice(ids).unsqueeze(0),
-            pixel_values: Vec::new(),
-            spans: Spans::text(&[ids.len() as i64]),
+        let text = |ids: &[i64]| {
+            Input::new(Tensor::from_slice(ids).unsqueeze(0), Vec::new(), Spans::text(&[ids.len() as i64]))
         };
         let prompts = || vec![input(&[]), text(&[3, 1, 4, 1, 5]), input(&[2, 2, 6]), text(&[60; 20])];
         let free = SamplingParams::default();
@@ -306,10 +304,8 @@ mod tests {
             }
             model
         };
-        let text = |ids: &[i64]| Input {
-            input_ids: Tensor::from_slice(ids).unsqueeze(0),
-            pixel_values: Vec::new(),
-            spans: Spans::text(&[ids.len() as i64]),
+        let text = |ids: &[i64]| {
+            Input::new(Tensor::from_slice(ids).unsqueeze(0), Vec::new(), Spans::text(&[ids.len() as i64]))
         };
         let say = |model: &Vora, input: &Input| {
             generate(model, input, &SamplingParams::default(), &[], 5, |_| true).unwrap().ids

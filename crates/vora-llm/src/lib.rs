@@ -12,7 +12,7 @@
 //! let weights = Weights::random(42, Device::Cpu, Kind::Float);
 //! let llm = CausalLm::load(&LlmConfig::tiny(64), &weights)?;
 //! // Two words, an image of two by two patches, one word.
-//! let spans = Spans { rows: vec![vec![Span::text(2), Span::image(2, 2), Span::text(1)]] };
+//! let spans = Spans::new(vec![vec![Span::text(2), Span::image(2, 2), Span::text(1)]]);
 //! let plan = AttentionPlan::new(&spans, VisionAttention::Bidirectional, Device::Cpu, Kind::Float)?;
 //! let inputs_embeds = llm.embed(&Tensor::from_slice(&[[5i64, 3, 0, 0, 0, 0, 9]].concat()).unsqueeze(0));
 //! let output = llm.decoder().forward(&inputs_embeds, &plan, 1);

@@ -16,11 +16,11 @@
 //! # fn main() -> anyhow::Result<()> {
 //! let config = VoraConfig::new(LlmConfig::tiny(64), 32, 14, 28); // 28 px: 2 x 2 patches of 14
 //! let model = Vora::load(config, &Weights::random(0, Device::Cpu, Kind::Float))?;
-//! let input = Input {
-//!     input_ids: Tensor::from_slice(&[5i64, 0, 0, 0, 0, 6, 7]).view([1, 7]), // ids at image places are not read
-//!     pixel_values: vec![Tensor::zeros([3, 28, 28], (Kind::Float, Device::Cpu))],
-//!     spans: Spans { rows: vec![vec![Span::text(1), Span::image(2, 2), Span::text(2)]] },
-//! };
+//! let input = Input::new(
+//!     Tensor::from_slice(&[5i64, 0, 0, 0, 0, 6, 7]).view([1, 7]), // ids at image places are not read
+//!     vec![Tensor::zeros([3, 28, 28], (Kind::Float, Device::Cpu))],
+//!     Spans::new(vec![vec![Span::text(1), Span::image(2, 2), Span::text(2)]]),
+//! );
 //! let output = tch::no_grad(|| model.forward(&input, 0))?;
 //! assert_eq!(output.last_hidden_state.size()[..2], [1, 7]);
 //! # Ok(())

@@ -17,6 +17,7 @@ use crate::files::save_folder;
 
 /// One batch, as the model takes it.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Input {
     /// `[batch, seq]`; what stands at image places is not read.
     pub input_ids: Tensor,
@@ -232,6 +233,12 @@ pub trait ImageWriter: VisionLanguageModel {
 }
 
 impl Input {
+    /// A batch of these ids `[batch, seq]`, pictures and spans; see the fields. [`VisionLanguageModel::embed`] checks that
+    /// they go together.
+    pub fn new(input_ids: Tensor, pixel_values: Vec<Tensor>, spans: Spans) -> Self {
+        Self { input_ids, pixel_values, spans }
+    }
+
     /// One prompt: text and image places in order, with a picture `[3, height, width]` for each place, and around it
     /// the [`image_marks`](VisionLanguageModel::image_marks).
     ///
@@ -263,7 +270,7 @@ impl Input {
         let device = model.llm().device();
         let input_ids = Tensor::from_slice(&ids).unsqueeze(0).to_device(device);
         let pixel_values = pixel_values.into_iter().map(|p| p.to_device(device)).collect();
-        Ok(Self { input_ids, pixel_values, spans: Spans { rows: vec![spans] } })
+        Ok(Self::new(input_ids, pixel_values, Spans::new(vec![spans])))
     }
 
     /// Several of these as one, row after row; shorter rows are padded at their end.
@@ -275,8 +282,8 @@ impl Input {
         let padded = |input: &Self| input.input_ids.f_constant_pad_nd([0, seq - input.spans.seq()]);
         let input_ids = Tensor::f_cat(&inputs.iter().map(padded).collect::<Result<Vec<_>, _>>()?, 0)?;
         let (pixel_values, rows): (Vec<_>, Vec<_>) =
-            inputs.into_iter().map(|input| (input.pixel_values, input.spans.rows)).unzip();
-        let spans = Spans { rows: rows.into_iter().flatten().collect() };
-        Ok(Self { input_ids, pixel_values: pixel_values.into_iter().flatten().collect(), spans })
+            inputs.into_iter().map(|input| (input.pixel_values, input.spans.into_rows())).unzip();
+        let spans = Spans::new(rows.into_iter().flatten().collect());
+        Ok(Self::new(input_ids, pixel_values.into_iter().flatten().collect(), spans))
     }
 }

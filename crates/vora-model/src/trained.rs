@@ -20,6 +20,7 @@ pub const MODEL: &str = "model.safetensors";
 
 /// Named tensors, parted by the file that they go into.
 #[derive(Debug, Default)]
+#[non_exhaustive]
 pub struct Parts {
     /// The adapter, by its names in the LLM.
     pub adapter: Vec<(String, Tensor)>,
@@ -32,6 +33,16 @@ pub struct Parts {
 }
 
 impl Parts {
+    /// A whole model alone.
+    pub fn of_whole(whole: Vec<(String, Tensor)>) -> Self {
+        Self { whole, ..Self::default() }
+    }
+
+    /// Vision weights alone.
+    pub fn of_vision(vision: Vec<(String, Tensor)>) -> Self {
+        Self { vision, ..Self::default() }
+    }
+
     /// Parts what stands in a model's folder, its LLM's names after `llm_prefix`, which they lose.
     pub fn of(parameters: Vec<(String, Tensor)>, llm_prefix: &str) -> Self {
         let mut parts = Self::default();
@@ -49,6 +60,13 @@ impl Parts {
             parts.vision.extend(biases);
         }
         parts
+    }
+
+    /// The same parts, each as `map` makes it anew.
+    #[must_use]
+    pub fn map(self, map: impl Fn(Vec<(String, Tensor)>) -> Vec<(String, Tensor)>) -> Self {
+        let Self { adapter, llm, vision, whole } = self;
+        Self { adapter: map(adapter), llm: map(llm), vision: map(vision), whole: map(whole) }
     }
 
     /// Copies the values in `folder` into these tensors, in place.

@@ -430,8 +430,7 @@ mod tests {
 
     #[test]
     fn a_recipes_system_message_and_roles_are_used() {
-        let question =
-            |text: &str| Message { role: "user".to_owned(), content: vec![Part::Image, Part::Text(text.to_owned())] };
+        let question = |text: &str| Message::of_parts("user", vec![Part::Image, Part::Text(text.to_owned())]);
         let turns = [
             question("\nWhat?"),
             Message::new("assistant", "A cat."),

@@ -6,7 +6,7 @@
 //! use vora_text::{Span, Spans};
 //!
 //! // Two words, an image of two by two patches, one word.
-//! let spans = Spans { rows: vec![vec![Span::text(2), Span::image(2, 2), Span::text(1)]] };
+//! let spans = Spans::new(vec![vec![Span::text(2), Span::image(2, 2), Span::text(1)]]);
 //! assert_eq!((spans.num_tokens(), spans.image_positions()), (7, vec![2, 3, 4, 5]));
 //! ```
 

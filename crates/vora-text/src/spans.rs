@@ -96,14 +96,40 @@ impl Span {
 /// The spans of every row of a batch, in order; rows shorter than the longest are padded at their end.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Spans {
-    /// One list a row.
-    pub rows: Vec<Vec<Span>>,
+    rows: Vec<Vec<Span>>,
 }
 
 impl Spans {
+    /// A batch of these rows, one list of spans each.
+    pub fn new(rows: Vec<Vec<Span>>) -> Self {
+        Self { rows }
+    }
+
     /// Rows of nothing but text, of these lengths.
     pub fn text(lens: &[i64]) -> Self {
         Self { rows: lens.iter().map(|&len| vec![Span::text(len)]).collect() }
+    }
+
+    /// Texts as rows of nothing but text: their ids, `[batch, seq]` row after row, shorter ones padded with 0 at their end,
+    /// and their spans.
+    pub fn padded(texts: &[impl AsRef<[i64]>]) -> (Vec<i64>, Self) {
+        let spans = Self::text(&texts.iter().map(|text| text.as_ref().len() as i64).collect::<Vec<_>>());
+        let mut input_ids = Vec::with_capacity(texts.len() * spans.seq() as usize);
+        for (text, end) in texts.iter().zip((1..).map(|row| row * spans.seq() as usize)) {
+            input_ids.extend_from_slice(text.as_ref());
+            input_ids.resize(end, 0);
+        }
+        (input_ids, spans)
+    }
+
+    /// The spans of each row, in order.
+    pub fn rows(&self) -> &[Vec<Span>] {
+        &self.rows
+    }
+
+    /// The rows themselves.
+    pub fn into_rows(self) -> Vec<Vec<Span>> {
+        self.rows
     }
 
     /// Rows in the batch.
@@ -185,10 +211,17 @@ mod tests {
 
     #[test]
     fn counts_and_places() {
-        let spans =
-            Spans { rows: vec![vec![Span::text(1), Span::image(1, 2)], vec![Span::image(1, 1), Span::text(4)]] };
+        let spans = Spans::new(vec![vec![Span::text(1), Span::image(1, 2)], vec![Span::image(1, 1), Span::text(4)]]);
         assert_eq!((spans.batch(), spans.seq(), spans.num_tokens()), (2, 5, 8));
         assert_eq!(spans.image_positions(), [1, 2, 5]);
+    }
+
+    #[test]
+    fn shorter_texts_are_padded_at_their_end() {
+        let (input_ids, spans) = Spans::padded(&[vec![5, 6], vec![7, 8, 9, 10], vec![11]]);
+        assert_eq!(input_ids, [5, 6, 0, 0, 7, 8, 9, 10, 11, 0, 0, 0]);
+        assert_eq!(spans, Spans::text(&[2, 4, 1]));
+        assert_eq!(Spans::padded(&[[0i64; 0]; 0]), (vec![], Spans::default()));
     }
 
     #[test]
@@ -204,7 +237,7 @@ mod tests {
             (vec![vec![Span::text(1).on_branch(-1)]], "branch is -1"),
             (vec![vec![Span::text(1), Span::text(1).on_branch(0), Span::text(1)]], "trunk of document 0 after"),
         ] {
-            let error = Spans { rows }.validate().unwrap_err();
+            let error = Spans::new(rows).validate().unwrap_err();
             assert!(error.to_string().contains(says), "{error}");
         }
     }

@@ -114,7 +114,7 @@ impl Record {
             }
             Words::Caption(caption) => {
                 ensure!(!frames.is_empty(), "it has a caption, but no image");
-                let question = Message { role: "user".to_owned(), content: vec![Part::Image; frames.len()] };
+                let question = Message::of_parts("user", vec![Part::Image; frames.len()]);
                 vec![question, Message::new("assistant", &caption)]
             }
         };

@@ -60,7 +60,7 @@ pub(super) fn messages(raw: Vec<RawTurn>) -> Result<(Vec<Message>, Vec<String>, 
         ensure!(role == expected, "turn {} is from `{from}`, it is the {expected}'s", messages.len() + 1);
         // Only a question has places; elsewhere the mark is text like any other.
         let content = if role == "user" { split_places(&value) } else { vec![Part::Text(value)] };
-        messages.push(Message { role: role.to_owned(), content });
+        messages.push(Message::of_parts(role, content));
     }
     match messages.last() {
         None => bail!("it has no conversation"),

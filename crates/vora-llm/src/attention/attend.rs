@@ -154,8 +154,8 @@ mod tests {
                 vec![KernelChoice::Documents],
             ),
         ] {
-            let lens: Vec<i64> = Spans { rows: rows.clone() }.row_lens().collect();
-            let spans = Spans { rows: rows.clone() };
+            let lens: Vec<i64> = Spans::new(rows.clone()).row_lens().collect();
+            let spans = Spans::new(rows.clone());
             let plan = |choice, window: Option<i64>| {
                 let plan = AttentionPlan::with_kernel(&spans, mode, Device::Cpu, Kind::Float, choice).unwrap();
                 match window {

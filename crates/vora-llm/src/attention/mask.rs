@@ -28,7 +28,7 @@ impl Tokens {
             branches: Vec::with_capacity(size),
             images: Vec::with_capacity(size),
         };
-        for (row_idx, row) in spans.rows.iter().enumerate() {
+        for (row_idx, row) in spans.rows().iter().enumerate() {
             let mut ends: HashMap<(i64, Option<i64>), i64> = HashMap::new();
             let mut last_images: HashMap<(i64, Option<i64>), i64> = HashMap::new(); // by the way they lie on
             for (span_idx, span) in row.iter().enumerate() {

@@ -163,13 +163,13 @@ impl AttentionPlan {
             num_positions: tokens.positions.iter().max().map_or(0, |last| last + 1),
             position_ids: tokens.tensor(&tokens.positions, device),
             row_lens: spans.row_lens().collect(),
-            cacheable: spans.rows.iter().all(single),
+            cacheable: spans.rows().iter().all(single),
             spans: spans.clone(),
             mode,
             kind,
             kernel,
             adapters: Active::All,
-            adapted_rows: vec![true; spans.rows.len()],
+            adapted_rows: vec![true; spans.rows().len()],
         }
     }
 
@@ -233,7 +233,7 @@ fn active(spans: &Spans, acts_on: ActsOn, device: Device) -> (Active, Vec<bool>)
         ActsOn::ImageTokens => span.is_image(),
     };
     let (seq, mut places) = (spans.seq(), Vec::new());
-    for (row_idx, row) in (0..).zip(&spans.rows) {
+    for (row_idx, row) in (0..).zip(spans.rows()) {
         let mut start = row_idx * seq;
         for span in row {
             if acts(row, span) {
@@ -253,7 +253,7 @@ fn active(spans: &Spans, acts_on: ActsOn, device: Device) -> (Active, Vec<bool>)
         ActsOn::WithImage => row.iter().any(Span::is_image), // rows that can be continued are one document
         ActsOn::ImageTokens => false,
     };
-    (active, spans.rows.iter().map(goes_on).collect())
+    (active, spans.rows().iter().map(goes_on).collect())
 }
 
 /// A mask reads and writes `seq^2` numbers that causal calls need not, so those come first; calls by segment follow
@@ -268,7 +268,7 @@ fn choose(spans: &Spans, mode: VisionAttention, device: Device) -> KernelChoice 
         Some(layout) if layout.is_causal() => KernelChoice::Causal,
         _ if device != Device::Cpu => KernelChoice::Mask,
         Some(layout) if layout.min_image() >= MIN_IMAGE_FOR_SEGMENTS => KernelChoice::Segments,
-        None if spans.rows.iter().any(is_packed) && documents(spans).is_some() => KernelChoice::Documents,
+        None if spans.rows().iter().any(is_packed) && documents(spans).is_some() => KernelChoice::Documents,
         _ => KernelChoice::Mask,
     }
 }
@@ -278,10 +278,10 @@ fn documents(spans: &Spans) -> Option<Vec<Vec<Spans>>> {
     let of_row = |row: &Vec<Span>| {
         let documents: Vec<&[Span]> = row.chunk_by(|a, b| a.document() == b.document()).collect();
         let distinct: HashSet<i64> = documents.iter().map(|document| document[0].document()).collect();
-        let alone = |document: &[Span]| Spans { rows: vec![document.to_vec()] };
+        let alone = |document: &[Span]| Spans::new(vec![document.to_vec()]);
         (distinct.len() == documents.len()).then(|| documents.into_iter().map(alone).collect())
     };
-    spans.rows.iter().map(of_row).collect()
+    spans.rows().iter().map(of_row).collect()
 }
 
 #[cfg(test)]
@@ -291,7 +291,7 @@ mod tests {
     const F32: (Device, Kind) = (Device::Cpu, Kind::Float);
 
     fn plan(rows: Vec<Vec<Span>>, mode: VisionAttention) -> AttentionPlan {
-        AttentionPlan::new(&Spans { rows }, mode, F32.0, F32.1).unwrap()
+        AttentionPlan::new(&Spans::new(rows), mode, F32.0, F32.1).unwrap()
     }
 
     /// The rule of [`Span`], token by token; how far back a token looks is counted over the tokens on its way.
@@ -339,7 +339,7 @@ mod tests {
         let windows = [17, 12, 5, 3, 1];
         let modes = [VisionAttention::Bidirectional, VisionAttention::BidirectionalFused, VisionAttention::Causal];
         for (mode, window) in modes.into_iter().flat_map(|m| windows.map(|w| (m, w))) {
-            let spans = Spans { rows: rows.clone() };
+            let spans = Spans::new(rows.clone());
             let plan = AttentionPlan::with_kernel(&spans, mode, F32.0, F32.1, KernelChoice::Mask).unwrap();
             let plan = if window == 17 { plan } else { plan.within(window).unwrap() };
             let Kernel::Mask(mask) = &plan.kernel else { panic!("{:?}", plan.kernel) };
@@ -403,7 +403,7 @@ mod tests {
     fn adjacent_images_fuse_where_it_is_asked_for() {
         let row = vec![Span::text(1), Span::image(1, 2), Span::image(1, 1), Span::text(1), Span::image(1, 1)];
         let seen = |mode| {
-            let spans = Spans { rows: vec![row.clone()] };
+            let spans = Spans::new(vec![row.clone()]);
             let plan = AttentionPlan::with_kernel(&spans, mode, F32.0, F32.1, KernelChoice::Mask).unwrap();
             let Kernel::Mask(mask) = &plan.kernel else { panic!("{:?}", plan.kernel) };
             let rows = Vec::<Vec<f32>>::try_from(mask.view([6, 6])).unwrap();
@@ -439,12 +439,12 @@ mod tests {
         ] {
             assert_eq!(plan(rows.clone(), mode).kernel_choice(), expected, "{rows:?}");
         }
-        let (gpu, batch) = (Device::Cuda(0), |row| Spans { rows: vec![row] });
+        let (gpu, batch) = (Device::Cuda(0), |row| Spans::new(vec![row]));
         assert_eq!(choose(&batch(vec![Span::text(5)]), Bidirectional, gpu), KernelChoice::Causal);
         assert_eq!(choose(&batch(vec![Span::text(2), long]), Bidirectional, gpu), KernelChoice::Mask);
         let packed = batch(vec![Span::text(2), Span::text(2).in_document(1)]);
         assert_eq!(choose(&packed, Causal, gpu), KernelChoice::Mask);
-        let spans = Spans { rows: vec![vec![Span::image(1, 2)]] };
+        let spans = Spans::new(vec![vec![Span::image(1, 2)]]);
         let error = AttentionPlan::with_kernel(&spans, Bidirectional, F32.0, F32.1, KernelChoice::Causal).unwrap_err();
         assert!(error.to_string().contains("kernel Causal does not serve these spans"), "{error}");
     }

@@ -27,7 +27,7 @@ pub(super) struct Layout {
 
 impl Layout {
     pub(super) fn of(spans: &Spans, mode: VisionAttention) -> Option<Self> {
-        let mut layouts = spans.rows.iter().map(|row| Self::of_row(row, mode));
+        let mut layouts = spans.rows().iter().map(|row| Self::of_row(row, mode));
         let first = layouts.next()??;
         layouts.try_fold(first, |layout, other| layout.join(other?))
     }

@@ -34,7 +34,7 @@ fn plan() -> AttentionPlan {
         vec![Span::text(7)],
         vec![Span::text(2), Span::image(2, 2), Span::text(1)],
     ];
-    AttentionPlan::new(&Spans { rows }, VisionAttention::Causal, Device::Cpu, Kind::Float).unwrap()
+    AttentionPlan::new(&Spans::new(rows), VisionAttention::Causal, Device::Cpu, Kind::Float).unwrap()
 }
 
 fn logits(llm: &CausalLm, input_ids: &Tensor, plan: &AttentionPlan) -> Tensor {
@@ -120,7 +120,7 @@ fn what_follows_picture_tokens_is_written_without_adapters() {
     // The same by one forward over the longer rows.
     let rows = [vec![Span::text(1), Span::image(1, 3), Span::text(4)], vec![Span::text(8)]];
     let third = vec![Span::text(2), Span::image(2, 2), Span::text(2)];
-    let spans = Spans { rows: [rows.to_vec(), vec![third]].concat() };
+    let spans = Spans::new([rows.to_vec(), vec![third]].concat());
     let longer = AttentionPlan::new(&spans, VisionAttention::Causal, Device::Cpu, Kind::Float).unwrap();
     let ids = Tensor::cat(&[input_ids.shallow_clone(), golden["step_ids"].narrow(1, 0, 1)], 1);
     let expected = logits(&llm, &ids, &longer.with_adapters(ActsOn::ImageTokens)).select(1, 7);

@@ -201,7 +201,7 @@ fn windows_and_images_with_and_without_cache() {
     for case in cases().iter().filter(|case| case.config.sliding_window.is_some()) {
         let llm = case.load(Kind::Float);
         for mode in [VisionAttention::Bidirectional, VisionAttention::Causal] {
-            let plan = |rows| AttentionPlan::new(&Spans { rows }, mode, Device::Cpu, Kind::Float).unwrap();
+            let plan = |rows| AttentionPlan::new(&Spans::new(rows), mode, Device::Cpu, Kind::Float).unwrap();
             let row = |new: i64| vec![Span::text(1), Span::image(2, 3), Span::text(2 + new)];
             let embeds = random.normal([1, 9, 32]);
             let mut cache = llm.new_cache(1, 20).unwrap();

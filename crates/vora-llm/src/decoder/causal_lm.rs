@@ -236,11 +236,11 @@ mod tests {
     const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
 
     fn plan(rows: Vec<Vec<Span>>, mode: VisionAttention) -> AttentionPlan {
-        AttentionPlan::new(&Spans { rows }, mode, Device::Cpu, Kind::Float).unwrap()
+        AttentionPlan::new(&Spans::new(rows), mode, Device::Cpu, Kind::Float).unwrap()
     }
 
     fn text(lens: &[i64]) -> AttentionPlan {
-        plan(Spans::text(lens).rows, VisionAttention::Bidirectional)
+        plan(Spans::text(lens).into_rows(), VisionAttention::Bidirectional)
     }
 
     /// The golden Llama, with further tensors under `own` for another architecture.
@@ -384,7 +384,7 @@ mod tests {
                 Span::image(1, 2).on_branch(1),
             ],
         ];
-        let lens: Vec<i64> = Spans { rows: rows.clone() }.row_lens().collect();
+        let lens: Vec<i64> = Spans::new(rows.clone()).row_lens().collect();
         let plan = plan(rows, VisionAttention::Bidirectional);
         let inputs_embeds = golden["spans.inputs_embeds"].copy().set_requires_grad(true);
         let found = llm.decoder().forward(&inputs_embeds, &plan, 0).last_hidden_state;
@@ -519,7 +519,7 @@ mod tests {
         let llm = CausalLm::load(&LlmConfig::tiny(64), &weights).unwrap();
         let rows = vec![vec![Span::text(2), Span::image(2, 2)]];
         let plan =
-            AttentionPlan::new(&Spans { rows }, VisionAttention::Bidirectional, Device::Cpu, Kind::BFloat16).unwrap();
+            AttentionPlan::new(&Spans::new(rows), VisionAttention::Bidirectional, Device::Cpu, Kind::BFloat16).unwrap();
         let embeds = fixtures::Random::new(1).normal([1, 6, 32]).to_kind(Kind::BFloat16);
         assert_eq!(llm.decoder().forward(&embeds, &plan, 0).last_hidden_state.kind(), Kind::BFloat16);
         let mut cache = llm.new_cache(1, 8).unwrap();

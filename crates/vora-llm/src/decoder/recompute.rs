@@ -92,7 +92,7 @@ mod tests {
             }
         }
         let embeds = adapters.parameter("embeds", &[2, 9, config.hidden_size], Init::Normal { std: 1.0 }).unwrap();
-        let spans = Spans { rows: vec![vec![Span::text(2), Span::image(2, 2), Span::text(3)], vec![Span::text(9)]] };
+        let spans = Spans::new(vec![vec![Span::text(2), Span::image(2, 2), Span::text(3)], vec![Span::text(9)]]);
         let choice = KernelChoice::Mask;
         let plan = AttentionPlan::with_kernel(&spans, VisionAttention::Bidirectional, Device::Cpu, kind, choice);
         let (layers, plan, inputs_embeds) = (config.num_hidden_layers, plan.unwrap(), embeds.to_kind(kind) * 1.5);

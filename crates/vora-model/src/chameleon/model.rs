@@ -288,11 +288,11 @@ mod tests {
     /// The rows that the golden file was made from: words, a begin, a picture, an end, words.
     fn input(golden: &Golden) -> Input {
         let spans = |before| vec![Span::text(before), Span::image(4, 4), Span::text(26 - before - 16)];
-        Input {
-            input_ids: golden["input_ids"].shallow_clone(),
-            pixel_values: golden["pixel_values"].unbind(0),
-            spans: Spans { rows: vec![spans(4), spans(2)] },
-        }
+        Input::new(
+            golden["input_ids"].shallow_clone(),
+            golden["pixel_values"].unbind(0),
+            Spans::new(vec![spans(4), spans(2)]),
+        )
     }
 
     #[test]

@@ -22,7 +22,15 @@ use crate::trained::VISION;
 use crate::vora::{Vora, VoraConfig};
 
 /// What is asked of a conversion beside its two ends.
+///
+/// ```
+/// use vora_model::convert::{Layout, Options};
+///
+/// let options = Options::default().with_layout(Layout::Vora).with_max_shard_size(1_000_000_000);
+/// assert_eq!((options.to, options.kind), (Some(Layout::Vora), None));
+/// ```
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct Options {
     /// The layout to write; none: that of the source, or the only one that it can become.
     pub to: Option<Layout>,
@@ -30,6 +38,36 @@ pub struct Options {
     pub kind: Option<Kind>,
     /// The most bytes of tensors in one file.
     pub max_shard_size: u64,
+}
+
+impl Options {
+    /// The largest file of tensors that is written unless another size is asked for: HF's, in bytes.
+    pub const MAX_SHARD_SIZE: u64 = 5_000_000_000;
+
+    /// The same with another layout to write.
+    #[must_use]
+    pub fn with_layout(self, to: impl Into<Option<Layout>>) -> Self {
+        Self { to: to.into(), ..self }
+    }
+
+    /// The same with another dtype of real numbers.
+    #[must_use]
+    pub fn with_kind(self, kind: impl Into<Option<Kind>>) -> Self {
+        Self { kind: kind.into(), ..self }
+    }
+
+    /// The same with another size of files.
+    #[must_use]
+    pub fn with_max_shard_size(self, max_shard_size: u64) -> Self {
+        Self { max_shard_size, ..self }
+    }
+}
+
+impl Default for Options {
+    /// The layout and the dtypes of the source, in files of at most [`Options::MAX_SHARD_SIZE`].
+    fn default() -> Self {
+        Self { to: None, kind: None, max_shard_size: Self::MAX_SHARD_SIZE }
+    }
 }
 
 /// A conversion that is planned, and not yet written.
@@ -234,10 +272,8 @@ mod tests {
     use crate::files::save_folder;
     use crate::model::VisionLanguageModel;
 
-    const ASIS: Options = Options { to: None, kind: None, max_shard_size: 5_000_000_000 };
-
     fn to(to: Layout) -> Options {
-        Options { to: Some(to), ..ASIS }
+        Options::default().with_layout(to)
     }
 
     fn convert(from: &Path, destination: &Path, options: &Options, base: &Path) -> Result<Report> {
@@ -380,7 +416,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let [one, many, back] = ["one", "many", "back"].map(|name| root.path().join(name));
         folder(&one, &json!({"model_type": "new", "torch_dtype": "float32"}), &["a.0", "a.1", "a.10", "a.2", "b"]);
-        let report = convert(&one, &many, &Options { max_shard_size: 70, ..ASIS }, root.path()).unwrap();
+        let report = convert(&one, &many, &Options::default().with_max_shard_size(70), root.path()).unwrap();
         let files: Vec<_> = report.files.iter().map(|shard| (shard.file.as_str(), shard.tensors)).collect();
         assert_eq!(
             files,
@@ -391,7 +427,7 @@ mod tests {
             ]
         );
         assert_eq!(read(&many), read(&one));
-        convert(&many, &back, &ASIS, root.path()).unwrap();
+        convert(&many, &back, &Options::default(), root.path()).unwrap();
         let names = |path: &Path| -> Vec<_> {
             let mut names: Vec<_> = fs::read_dir(path).unwrap().map(|entry| entry.unwrap().file_name()).collect();
             names.sort();
@@ -402,7 +438,7 @@ mod tests {
             assert_eq!(fs::read(back.join(&name)).unwrap(), fs::read(one.join(&name)).unwrap(), "{name:?}");
         }
         // A single file has no config, and is one all the same.
-        convert(&one.join("model.safetensors"), &root.path().join("file"), &ASIS, root.path()).unwrap();
+        convert(&one.join("model.safetensors"), &root.path().join("file"), &Options::default(), root.path()).unwrap();
         assert_eq!(names(&root.path().join("file")), ["model.safetensors"]);
     }
 
@@ -471,14 +507,14 @@ mod tests {
         for name in ["adapter_config.json", "adapter_model.safetensors"] {
             fs::copy(at("adapter").join(name), only_adapter.join(name)).unwrap();
         }
-        let report = convert(&only_adapter, &at("plain"), &ASIS, &at("frozen")).unwrap();
+        let report = convert(&only_adapter, &at("plain"), &Options::default(), &at("frozen")).unwrap();
         assert_eq!((report.from, report.to), (Layout::PeftLlm, Layout::Llm));
         convert(&at("merged"), &at("llm"), &to(Layout::Llm), root.path()).unwrap();
         assert_eq!(read(&at("plain")), read(&at("llm")));
         assert_eq!(LlmConfig::open(&at("plain")).unwrap(), LlmConfig::open(&at("frozen")).unwrap());
 
         // In another dtype, the sum is rounded once.
-        let f32s = Options { kind: Some(Kind::Float), ..to(Layout::Vora) };
+        let f32s = to(Layout::Vora).with_kind(Kind::Float);
         convert(&at("whole"), &at("f32"), &f32s, root.path()).unwrap();
         let (whole, f32s) = (Checkpoint::open(&at("whole")).unwrap(), Checkpoint::open(&at("f32")).unwrap());
         let module = "llm.model.layers.0.mlp.up_proj";
@@ -517,7 +553,7 @@ mod tests {
 
         let strays = [("model.layers.7.mlp.norm.weight", head.copy()), ("visual.proj.weight", head.copy())];
         adapter_with(&at("stray"), &at("base"), &strays);
-        let error = format!("{:#}", convert(&at("stray"), &at("out"), &ASIS, &at("base")).unwrap_err());
+        let error = format!("{:#}", convert(&at("stray"), &at("out"), &Options::default(), &at("base")).unwrap_err());
         let named =
             "another model?\n  base_model.model.model.layers.7.mlp.norm.weight\n  base_model.model.visual.proj.weight";
         assert!(error.contains("fit nothing in its base") && error.ends_with(named), "{error}");
@@ -526,7 +562,7 @@ mod tests {
         // A larger vocabulary, and a head apart from the embedding although the base ties them.
         let whole = [("model.embed_tokens.weight", embedding.copy()), ("lm_head.weight", head.copy())];
         adapter_with(&at("both"), &at("base"), &whole);
-        convert(&at("both"), &at("merged"), &ASIS, &at("base")).unwrap();
+        convert(&at("both"), &at("merged"), &Options::default(), &at("base")).unwrap();
         let config = LlmConfig::open(&at("merged")).unwrap();
         assert_eq!((config.vocab_size, config.tie_word_embeddings), (66, false));
         let weights = Weights::open(&at("merged"), Device::Cpu, Kind::Float).unwrap();
@@ -537,7 +573,7 @@ mod tests {
 
         // The embedding alone: the head is tied to it still.
         adapter_with(&at("embedding"), &at("base"), &whole[..1]);
-        convert(&at("embedding"), &at("tied"), &ASIS, &at("base")).unwrap();
+        convert(&at("embedding"), &at("tied"), &Options::default(), &at("base")).unwrap();
         let config = LlmConfig::open(&at("tied")).unwrap();
         assert_eq!((config.vocab_size, config.tie_word_embeddings), (66, true));
     }
@@ -547,7 +583,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let file = fixtures::root().join("golden/gguf_file.gguf");
         let out = root.path().join("llm");
-        let report = convert(&file, &out, &Options { kind: Some(Kind::BFloat16), ..ASIS }, root.path()).unwrap();
+        let report = convert(&file, &out, &Options::default().with_kind(Kind::BFloat16), root.path()).unwrap();
         assert_eq!((report.from, report.to), (Layout::Gguf, Layout::Llm));
         let written = Checkpoint::open(&out).unwrap();
         let expected = fixtures::open("gguf_file").under("hf.");
@@ -572,7 +608,7 @@ mod tests {
             ];
             save(&at("a").join("model.safetensors"), &tensors, &[]).unwrap();
         };
-        let half = Options { kind: Some(Kind::Half), ..ASIS };
+        let half = Options::default().with_kind(Kind::Half);
         write(70_000.0);
         let error = format!("{:#}", convert(&at("a"), &at("b"), &half, root.path()).unwrap_err());
         assert!(error.contains("tensor `w`: 1 numbers are beyond the largest of f16"), "{error}");
@@ -602,11 +638,11 @@ mod tests {
             "{said}"
         );
         convert(&at("whole"), &at("adapter"), &to(Layout::Peft), root.path()).unwrap();
-        let said = error("adapter", "x", &ASIS);
+        let said = error("adapter", "x", &Options::default());
         assert!(said.ends_with("peft can become vora-unmerged or vora: say which"), "{said}");
         let said = error("adapter", "x", &to(Layout::Vora));
         assert!(said.contains("the model below the adapter") && said.contains("nowhere"), "{said}");
-        assert!(error("whole", "adapter", &ASIS).contains("adapter is not empty: choose another folder"));
+        assert!(error("whole", "adapter", &Options::default()).contains("adapter is not empty: choose another folder"));
         assert!("ggml".parse::<Layout>().unwrap_err().to_string().contains("known are gguf, llm, frozen-llm, vora"));
 
         let mut tensors: Vec<_> = Checkpoint::open(&at("whole"))

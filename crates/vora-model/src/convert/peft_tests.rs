@@ -17,10 +17,8 @@ use super::{Conversion, Layout, Options, Report};
 use crate::files::save_folder;
 use crate::{Llava, LlavaConfig};
 
-const ASIS: Options = Options { to: None, kind: None, max_shard_size: 5_000_000_000 };
-
 fn convert(from: &Path, destination: &Path, to: Option<Layout>, base: &Path) -> Result<Report> {
-    let conversion = Conversion::plan(from, &Options { to, ..ASIS }, &|_| Ok(base.to_owned()))?;
+    let conversion = Conversion::plan(from, &Options::default().with_layout(to), &|_| Ok(base.to_owned()))?;
     conversion.write(destination)?;
     Ok(conversion.report())
 }

@@ -224,7 +224,7 @@ mod tests {
         let pixel_values = golden["pixel_values"].unbind(0);
         let (rows, cols) = model.image_grid(8, 8).unwrap();
         let row = |before, after| vec![Span::text(before), Span::image(rows, cols), Span::text(after)];
-        Input { input_ids, pixel_values, spans: Spans { rows: vec![row(3, 4), row(1, 3)] } }
+        Input::new(input_ids, pixel_values, Spans::new(vec![row(3, 4), row(1, 3)]))
     }
 
     /// Logits of the rows, padding left out: `[tokens, vocab]`

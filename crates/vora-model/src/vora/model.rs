@@ -224,11 +224,11 @@ mod tests {
     }
 
     fn input() -> Input {
-        Input {
-            input_ids: Tensor::arange(9, (Kind::Int64, Device::Cpu)).unsqueeze(0),
-            pixel_values: vec![Tensor::linspace(-1, 1, 3 * 8 * 8, CPU).view([3, 8, 8])],
-            spans: Spans { rows: vec![vec![Span::text(2), Span::image(2, 2), Span::text(3)]] },
-        }
+        Input::new(
+            Tensor::arange(9, (Kind::Int64, Device::Cpu)).unsqueeze(0),
+            vec![Tensor::linspace(-1, 1, 3 * 8 * 8, CPU).view([3, 8, 8])],
+            Spans::new(vec![vec![Span::text(2), Span::image(2, 2), Span::text(3)]]),
+        )
     }
 
     fn logits(model: &Vora) -> Tensor {
@@ -302,11 +302,11 @@ mod tests {
         let flat = open(VisionAttention::Bidirectional, PositionTable::FirstRows);
         // Two pictures side by side, each with its own size of grid.
         let picture = |width: i64| Tensor::linspace(-1, 1, 3 * 4 * width, CPU).view([3, 4, width]);
-        let input = Input {
-            input_ids: Tensor::arange(5, (Kind::Int64, Device::Cpu)).unsqueeze(0),
-            pixel_values: vec![picture(8), picture(4)],
-            spans: Spans { rows: vec![vec![Span::text(1), Span::image(1, 2), Span::image(1, 1), Span::text(1)]] },
-        };
+        let input = Input::new(
+            Tensor::arange(5, (Kind::Int64, Device::Cpu)).unsqueeze(0),
+            vec![picture(8), picture(4)],
+            Spans::new(vec![vec![Span::text(1), Span::image(1, 2), Span::image(1, 1), Span::text(1)]]),
+        );
         let hidden = |model: &Vora| tch::no_grad(|| model.forward(&input, 0)).unwrap().last_hidden_state;
         let differs = |a: &Tensor, b: &Tensor, place| (a - b).select(1, place).abs().max().double_value(&[]) > 1e-4;
         // The word before sees neither; the first picture sees the second only where they are one block.

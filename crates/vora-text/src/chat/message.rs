@@ -2,6 +2,7 @@
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Message {
     /// `system`, `user`, `assistant`, or whatever else the template knows.
     pub role: String,
@@ -21,7 +22,12 @@ pub enum Part {
 impl Message {
     /// A turn of text alone.
     pub fn new(role: impl Into<String>, text: impl Into<String>) -> Self {
-        Self { role: role.into(), content: vec![Part::Text(text.into())] }
+        Self::of_parts(role, vec![Part::Text(text.into())])
+    }
+
+    /// A turn of words and pictures.
+    pub fn of_parts(role: impl Into<String>, content: Vec<Part>) -> Self {
+        Self { role: role.into(), content }
     }
 
     /// A user's turn: images, and below them what is asked about them.
@@ -31,7 +37,7 @@ impl Message {
         let mut content = vec![Part::Image; num_images];
         let line = if num_images > 0 { format!("\n{question}") } else { question.to_owned() };
         content.push(Part::Text(line));
-        Self { role: "user".to_owned(), content }
+        Self::of_parts("user", content)
     }
 }
 

@@ -38,14 +38,8 @@ impl Snapshot {
     /// # Errors
     /// Where the model's config cannot be said in JSON.
     pub fn of(student: &Student) -> Result<Self> {
-        let Parts { adapter, llm, vision, whole } = parts_of(student)?;
         Ok(Self {
-            parts: Parts {
-                adapter: on_host(adapter),
-                llm: on_host(llm),
-                vision: on_host(vision),
-                whole: on_host(whole),
-            },
+            parts: parts_of(student)?.map(on_host),
             lora: student.model.lora().cloned(),
             llm_name: student.llm_name().to_owned(),
             llm_folder: student.llm_folder().to_owned(),

@@ -25,16 +25,10 @@ impl DeviceBatch {
     pub fn new(batch: &Batch, device: Device) -> Self {
         let supervised = batch.supervised();
         let list = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+        let input_ids = list(&batch.input_ids).view([batch.batch, batch.seq]);
+        let pixel_values = batch.images.iter().map(|pixels| vora_vision::pixel_values(pixels).to_device(device));
         Self {
-            input: Input {
-                input_ids: list(&batch.input_ids).view([batch.batch, batch.seq]),
-                pixel_values: batch
-                    .images
-                    .iter()
-                    .map(|pixels| vora_vision::pixel_values(pixels).to_device(device))
-                    .collect(),
-                spans: batch.spans.clone(),
-            },
+            input: Input::new(input_ids, pixel_values.collect(), batch.spans.clone()),
             positions: list(&supervised.positions),
             targets: list(&supervised.targets),
             pairs: batch.pairs(),

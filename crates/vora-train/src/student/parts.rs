@@ -14,7 +14,7 @@ pub(crate) fn parts_of(student: &Student) -> Result<Parts> {
     if student.is_whole() {
         let heads = student.parameters().into_iter().filter(|(name, _)| name.starts_with("aux_vision."));
         let whole = student.model.tensors()?.into_iter().chain(heads).collect();
-        return Ok(Parts { whole, ..Parts::default() });
+        return Ok(Parts::of_whole(whole));
     }
     let made = student.made().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
     let mut parts = Parts::of(student.parameters(), student.model.llm_prefix());
@@ -37,8 +37,8 @@ pub fn read(student: &Student, folder: &Path) -> Result<()> {
 /// # Errors
 /// Where a tensor is missing, has another shape, or is of no use.
 pub fn start_from(student: &Student, folder: &Path) -> Result<()> {
-    let Parts { vision, .. } = Parts::of(student.parameters(), student.model.llm_prefix());
-    Parts { vision, ..Parts::default() }.fill_from(folder)
+    let parts = Parts::of(student.parameters(), student.model.llm_prefix());
+    Parts::of_vision(parts.vision).fill_from(folder)
 }
 
 /// The teacher's heads in a folder of [`Snapshot::write`], by their names there; a model that was merged has none.

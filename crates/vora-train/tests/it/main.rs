@@ -39,11 +39,11 @@ fn model(golden: &fixtures::Golden) -> (Vora, DistillHeads, Weights) {
 fn input(golden: &fixtures::Golden) -> Input {
     let plain = vec![Span::text(3), Span::image(2, 2), Span::text(5)];
     let two_questions = vec![Span::text(2), Span::image(2, 2), Span::text(3).on_branch(0), Span::text(3).on_branch(1)];
-    Input {
-        input_ids: golden["input_ids"].shallow_clone(),
-        pixel_values: golden["pixel_values"].unbind(0),
-        spans: Spans { rows: vec![plain, two_questions] },
-    }
+    Input::new(
+        golden["input_ids"].shallow_clone(),
+        golden["pixel_values"].unbind(0),
+        Spans::new(vec![plain, two_questions]),
+    )
 }
 
 /// What the teacher says of the pictures, per block `[image tokens, hidden]`.

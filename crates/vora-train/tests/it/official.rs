@@ -38,11 +38,7 @@ fn input(golden: &fixtures::Golden) -> Input {
     }];
     let ids: [[i64; 13]; 2] =
         [[5, 6, 7, 0, 0, 0, 0, 8, 9, 10, 11, 12, 2], [13, 14, 0, 0, 0, 0, 0, 0, 0, 0, 15, 16, 17]];
-    Input {
-        input_ids: Tensor::from_slice2(&ids),
-        pixel_values: golden["pixel_values"].unbind(0),
-        spans: Spans { rows: rows.into() },
-    }
+    Input::new(Tensor::from_slice2(&ids), golden["pixel_values"].unbind(0), Spans::new(rows.into()))
 }
 
 /// `[12 + 13, vocab]`: the logits of both rows.
@@ -117,7 +113,7 @@ fn a_merged_official_folder_keeps_its_biases_and_names_no_code() {
 }
 
 fn convert(from: &Path, out: &Path, to: Layout, base: &Path) -> Result<()> {
-    let options = Options { to: Some(to), kind: None, max_shard_size: 5_000_000_000 };
+    let options = Options::default().with_layout(to);
     Conversion::plan(from, &options, &|_| Ok(base.to_owned()))?.write(out)
 }
 
