@@ -1,7 +1,7 @@
 //! One of the two models that are compared.
 
-use anyhow::{Context, Result};
-use tch::{Kind, Tensor};
+use anyhow::Result;
+use tch::Tensor;
 use vora_llm::{AttentionPlan, CausalLm, VisionAttention};
 use vora_lora::ActsOn;
 use vora_text::Spans;
@@ -31,11 +31,9 @@ impl<'a> Side<'a> {
 impl Side<'_> {
     /// The likeliest tokens after each prompt, up to `max_new_tokens` or one of `stop`, which is the last.
     pub(super) fn greedy(&self, prompts: &[Vec<i64>], stop: &[i64], max_new_tokens: usize) -> Result<Vec<Vec<i64>>> {
-        let rows = Rows::new(prompts)?;
-        let mut cache = self.llm.new_cache(prompts.len() as i64, rows.spans.seq() + max_new_tokens as i64)?;
-        let device = self.llm.device();
-        let embeds = self.llm.embed(&rows.input_ids.to_device(device));
-        let mut logits = self.llm.prefill(&embeds, &self.plan(&rows)?, &mut cache)?; // [rows, vocab]
+        let (input_ids, plan) = self.rows(prompts)?;
+        let mut cache = self.llm.new_cache(prompts.len() as i64, input_ids.size()[1] + max_new_tokens as i64)?;
+        let mut logits = self.llm.prefill(&self.llm.embed(&input_ids), &plan, &mut cache)?; // [rows, vocab]
         let mut texts = vec![Vec::new(); prompts.len()];
         let mut is_open = vec![true; prompts.len()];
         for _ in 0..max_new_tokens {
@@ -57,10 +55,9 @@ impl Side<'_> {
     /// The likeliest token at each token of `answers` after `prompts`, told what stands before it.
     pub(super) fn forced(&self, prompts: &[Vec<i64>], answers: &[Vec<i64>]) -> Result<Vec<Vec<i64>>> {
         let whole: Vec<Vec<i64>> = prompts.iter().zip(answers).map(|(p, a)| [p.as_slice(), a].concat()).collect();
-        let rows = Rows::new(&whole)?;
-        let plan = self.plan(&rows)?;
+        let (input_ids, plan) = self.rows(&whole)?;
         tch::no_grad(|| {
-            let embeds = self.llm.embed(&rows.input_ids.to_device(self.llm.device()));
+            let embeds = self.llm.embed(&input_ids);
             let hidden = self.llm.decoder().forward(&embeds, &plan, 0).last_hidden_state; // [rows, seq, hidden]
             let likeliest = |(row, (prompt, answer)): (i64, (&Vec<i64>, &Vec<i64>))| {
                 let places = hidden.get(row).narrow(0, prompt.len() as i64 - 1, answer.len() as i64);
@@ -70,23 +67,11 @@ impl Side<'_> {
         })
     }
 
-    fn plan(&self, rows: &Rows) -> Result<AttentionPlan> {
-        let plan = AttentionPlan::new(&rows.spans, VisionAttention::Causal, self.llm.device(), self.llm.kind())?;
-        Ok(plan.with_adapters(self.acts_on))
-    }
-}
-
-/// Texts as rows, padded at their ends.
-struct Rows {
-    input_ids: Tensor, // [rows, seq]
-    spans: Spans,
-}
-
-impl Rows {
-    fn new(texts: &[Vec<i64>]) -> Result<Self> {
-        let seq = texts.iter().map(Vec::len).max().context("no texts")?;
-        let padded = |text: &Vec<i64>| Tensor::from_slice(text).constant_pad_nd([0, (seq - text.len()) as i64]);
-        let input_ids = Tensor::stack(&texts.iter().map(padded).collect::<Vec<_>>(), 0).to_kind(Kind::Int64);
-        Ok(Self { input_ids, spans: Spans::text(&texts.iter().map(|text| text.len() as i64).collect::<Vec<_>>()) })
+    /// Texts as rows, `[rows, seq]`, and how attention goes over them.
+    fn rows(&self, texts: &[Vec<i64>]) -> Result<(Tensor, AttentionPlan)> {
+        let (ids, spans) = Spans::padded(texts);
+        let plan = AttentionPlan::new(&spans, VisionAttention::Causal, self.llm.device(), self.llm.kind())?;
+        let input_ids = Tensor::from_slice(&ids).view([-1, spans.seq()]).to_device(self.llm.device());
+        Ok((input_ids, plan.with_adapters(self.acts_on)))
     }
 }

@@ -132,14 +132,10 @@ struct TextBatch {
 
 impl TextBatch {
     fn new(texts: &[&[i64]], llm: &CausalLm) -> Self {
-        let spans = Spans::text(&texts.iter().map(|ids| ids.len() as i64).collect::<Vec<_>>());
+        let (ids, spans) = Spans::padded(texts);
         let seq = spans.seq();
-        let (mut ids, mut places) = (Vec::new(), Vec::new());
-        for (row, text) in (0..).zip(texts) {
-            places.extend(row * seq..row * seq + text.len() as i64);
-            ids.extend_from_slice(text);
-            ids.resize(ids.len() + seq as usize - text.len(), 0);
-        }
+        let starts = (0..spans.batch()).map(|row| row * seq);
+        let places: Vec<i64> = starts.zip(spans.row_lens()).flat_map(|(start, len)| start..start + len).collect();
         let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(llm.device());
         Self { input_ids: tensor(&ids).view([-1, seq]), places: tensor(&places), spans }
     }

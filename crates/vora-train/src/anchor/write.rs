@@ -60,18 +60,11 @@ fn go_on(
     config: &TextAnchor,
     random: &mut ChaCha8Rng,
 ) -> Result<Vec<Vec<i64>>> {
-    let lens: Vec<i64> = prompts.iter().map(|ids| ids.len() as i64).collect();
-    let seq = lens.iter().copied().max().context("a batch of no prompts")?;
-    let padded = prompts.iter().flat_map(|ids| {
-        let padding = std::iter::repeat_n(0, seq as usize - ids.len());
-        ids.iter().copied().chain(padding)
-    });
-    let padded: Vec<i64> = padded.collect();
-    let input_ids = Tensor::from_slice(&padded).view([-1, seq]).to_device(llm.device());
-    let plan = AttentionPlan::new(&Spans::text(&lens), VisionAttention::Causal, llm.device(), llm.kind())?;
-    let plan = plan.without_adapters();
+    let (padded, spans) = Spans::padded(prompts);
+    let plan = AttentionPlan::new(&spans, VisionAttention::Causal, llm.device(), llm.kind())?.without_adapters();
+    let input_ids = Tensor::from_slice(&padded).view([-1, spans.seq()]).to_device(llm.device());
     // The longest prompt's row goes on while the shortest one's text is not done.
-    let mut cache = llm.new_cache(lens.len() as i64, config.max_length as i64 + seq)?;
+    let mut cache = llm.new_cache(spans.batch(), config.max_length as i64 + spans.seq())?;
     let mut logits = llm.prefill(&llm.embed(&input_ids), &plan, &mut cache)?; // [rows, vocab]
     let mut texts = prompts.to_vec();
     let mut is_open = vec![true; texts.len()];
