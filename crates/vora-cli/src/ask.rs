@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
-use vora_infer::{Assistant, OutputModality, Passage, SamplingParams};
+use vora_infer::{Assistant, OutputModality, Passage, Request, SamplingParams};
 use vora_lora::ActsOn;
 use vora_torch::runtime;
 
@@ -40,7 +40,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Tokens at most
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = Request::MAX_NEW_TOKENS)]
     max_new_tokens: usize,
     /// What the answer may be made of; only a Chameleon writes pictures
     #[arg(long, value_enum, default_value_t = Modality::Text)]
@@ -72,13 +72,12 @@ enum Modality {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    let params = SamplingParams {
-        temperature: args.temperature,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        repetition_penalty: args.repetition_penalty,
-        seed: args.seed,
-    };
+    let params = SamplingParams::default()
+        .with_temperature(args.temperature)
+        .with_top_k(args.top_k)
+        .with_top_p(args.top_p)
+        .with_repetition_penalty(args.repetition_penalty)
+        .with_seed(args.seed);
     params.validate()?;
     let Some((question, pictures)) = args.rest.split_last() else { anyhow::bail!("no question given") };
     ensure!(!PathBuf::from(question).is_file(), "the last argument, {question}, is a file: put the question after it");
@@ -91,6 +90,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         model.set_acts_on(acts_on).context("--acts-on")?;
     }
     let assistant = Assistant::new(model, &folder)?;
+    let request = Request::question(&images, question).with_sampling(params).with_max_new_tokens(args.max_new_tokens);
 
     let mut out = std::io::stdout();
     let modality = match args.write {
@@ -99,10 +99,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         Modality::Interleaved => Some(OutputModality::Interleaved),
     };
     if let Some(modality) = modality {
-        let passages = assistant.write(&images, question, modality, &params, args.max_new_tokens)?;
+        let passages = assistant.write(&request, modality)?;
         return show(&passages, &assistant, args, &mut out);
     }
-    let answer = assistant.ask(&images, question, &params, args.max_new_tokens, |text| {
+    let answer = assistant.reply(&request, |text| {
         // A reader that went away ends the answer.
         args.json || (write!(out, "{text}").is_ok() && out.flush().is_ok())
     })?;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use vora_files::write_bytes;
-use vora_infer::{Assistant, SamplingParams};
+use vora_infer::{Assistant, Request};
 use vora_run::report::{Answers, html};
 use vora_run::samples;
 use vora_torch::runtime;
@@ -61,12 +61,10 @@ fn answers(run: &Path, device: &str) -> Result<Answers> {
     let device = runtime::device(device)?;
     let model = vora_model::open(&trained, device, runtime::kind("auto", device)?, &vora_hub::resolve)?;
     let assistant = Assistant::new(model, &trained)?;
-    let greedy = SamplingParams::default();
     let ask = |question: samples::Question| {
-        let picture = vora_image::open_image(&folder.join(&question.image))?;
-        let answer = assistant
-            .ask(&[picture], &question.question, &greedy, MAX_NEW_TOKENS, |_| true)
-            .with_context(|| format!("asking about {}", question.image))?;
+        let picture = [vora_image::open_image(&folder.join(&question.image))?];
+        let request = Request::question(&picture, &question.question).with_max_new_tokens(MAX_NEW_TOKENS);
+        let answer = assistant.reply(&request, |_| true).with_context(|| format!("asking about {}", question.image))?;
         Ok((question.image, answer.text))
     };
     questions.into_iter().map(ask).collect()

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use vora_image::RgbImage;
-use vora_infer::{Assistant, SamplingParams};
+use vora_infer::{Assistant, Request};
 use vora_text::Message;
 
 use crate::blind::other_pictures;
@@ -60,18 +60,13 @@ fn replies<'a>(
     prompts: impl Iterator<Item = Result<Prompt<'a>>>,
     max_tokens: usize,
 ) -> Vec<Result<String>> {
-    let greedy = SamplingParams::default();
     let prompts: Vec<Result<Prompt<'a>>> = prompts.collect();
-    let good = || prompts.iter().flatten().map(|(pictures, messages)| (pictures.as_slice(), *messages));
-    let together = assistant.reply_all(&good().collect::<Vec<_>>(), &greedy, max_tokens);
-    let mut answers: Vec<Result<String>> = match together {
+    let good = prompts.iter().flatten();
+    let requests: Vec<Request<'_>> =
+        good.map(|(pictures, messages)| Request::new(pictures, *messages).with_max_new_tokens(max_tokens)).collect();
+    let mut answers: Vec<Result<String>> = match assistant.reply_all(&requests) {
         Ok(answers) => answers.into_iter().map(|answer| Ok(answer.text)).collect(),
-        Err(_) => {
-            let alone = |(pictures, messages): (&[RgbImage], &[Message])| {
-                Ok(assistant.reply(pictures, messages, &greedy, max_tokens, |_| true)?.text)
-            };
-            good().map(alone).collect()
-        }
+        Err(_) => requests.iter().map(|request| Ok(assistant.reply(request, |_| true)?.text)).collect(),
     };
     let mut answers = answers.drain(..);
     let answer = |prompt: Result<Prompt<'a>>| prompt.and_then(|_| answers.next().context("an answer is missing")?);

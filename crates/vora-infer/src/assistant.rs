@@ -4,14 +4,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use tch::{Device, Kind};
-use vora_image::{ImageProcessor, RgbImage};
+use vora_image::ImageProcessor;
 use vora_model::{Input, Resolve, VisionLanguageModel};
+use vora_text::ChatTemplate;
 use vora_text::Tokenizer;
-use vora_text::{ChatTemplate, Message};
 
-use crate::{
-    Constraint, Generated, OutputModality, Passage, SamplingParams, generate, generate_batch, generate_within, passages,
-};
+use crate::generate::generate_rows;
+use crate::{Constraint, Generated, OutputModality, Passage, Request, generate, generate_within, passages};
 
 /// A model with everything that stands between it and a person.
 #[derive(Debug)]
@@ -66,29 +65,23 @@ impl Assistant {
         &self.tokenizer
     }
 
-    /// Goes on from `text` about `images` with words, one picture, or both; for a Chameleon, which writes pictures.
+    /// Answers a request with words, one picture, or both; for a Chameleon, which writes pictures.
     ///
     /// # Errors
     /// Where the model writes none or cannot draw what it wrote, and where prompt and picture do not fit its context.
-    pub fn write(
-        &self,
-        images: &[RgbImage],
-        text: &str,
-        modality: OutputModality,
-        params: &SamplingParams,
-        max_new_tokens: usize,
-    ) -> Result<Vec<Passage>> {
+    pub fn write(&self, request: &Request<'_>, modality: OutputModality) -> Result<Vec<Passage>> {
         let model = self.model.image_writer().context("the model writes no pictures; a Chameleon does")?;
         let constraint = Constraint::new(modality, model);
-        let message = Message::question_about(images.len(), text);
-        let (input, stop) = (self.prompt(images, &[message])?, self.tokenizer.eos_ids());
-        passages(model, &generate_within(&constraint, &input, params, stop, max_new_tokens, |_| true)?.ids)
+        let (input, stop) = (self.prompt(request)?, self.tokenizer.eos_ids());
+        let Request { sampling, max_new_tokens, .. } = request;
+        passages(model, &generate_within(&constraint, &input, sampling, stop, *max_new_tokens, |_| true)?.ids)
     }
 
-    /// The prompt of a conversation that has a place for each picture.
-    fn prompt(&self, images: &[RgbImage], messages: &[Message]) -> Result<Input> {
-        let pieces = self.chat.encode_prompt(&self.tokenizer, messages)?;
-        let pixel_values = images
+    /// What is asked, as the model takes it.
+    fn prompt(&self, request: &Request<'_>) -> Result<Input> {
+        let pieces = self.chat.encode_prompt(&self.tokenizer, &request.messages)?;
+        let pixel_values = request
+            .images
             .iter()
             .enumerate()
             .map(|(i, image)| {
@@ -100,42 +93,18 @@ impl Assistant {
         Input::prompt(&pieces, pixel_values, &*self.model)
     }
 
-    /// Answers `question` about `images`, which stand before it; `on_text` gets the text as it comes and may answer
-    /// false to end it.
-    ///
-    /// # Errors
-    /// Where the prompt is longer than the model's context.
-    pub fn ask(
-        &self,
-        images: &[RgbImage],
-        question: &str,
-        params: &SamplingParams,
-        max_new_tokens: usize,
-        on_text: impl FnMut(&str) -> bool,
-    ) -> Result<Answer> {
-        let message = Message::question_about(images.len(), question);
-        self.reply(images, &[message], params, max_new_tokens, on_text)
-    }
-
-    /// Answers the last of `messages`, a conversation in which every picture has its place; otherwise as
-    /// [`ask`](Self::ask).
+    /// Answers a request; `on_text` gets the text as it comes and may answer false to end it.
     ///
     /// # Errors
     /// Where pictures and places differ in number, and where the prompt is longer than the model's context.
-    pub fn reply(
-        &self,
-        images: &[RgbImage],
-        messages: &[Message],
-        params: &SamplingParams,
-        max_new_tokens: usize,
-        mut on_text: impl FnMut(&str) -> bool,
-    ) -> Result<Answer> {
-        let input = self.prompt(images, messages)?;
+    pub fn reply(&self, request: &Request<'_>, mut on_text: impl FnMut(&str) -> bool) -> Result<Answer> {
+        let (input, stop) = (self.prompt(request)?, self.tokenizer.eos_ids());
+        let Request { sampling, max_new_tokens, .. } = request;
         let mut stream = self.tokenizer.stream(true);
         let mut failed = None;
         let mut text = String::new();
-        let generated = generate(&*self.model, &input, params, self.tokenizer.eos_ids(), max_new_tokens, |token| {
-            match stream.push(token) {
+        let generated =
+            generate(&*self.model, &input, sampling, stop, *max_new_tokens, |token| match stream.push(token) {
                 Ok(Some(new)) => {
                     text.push_str(&new);
                     on_text(&new)
@@ -145,8 +114,7 @@ impl Assistant {
                     failed = Some(error);
                     false
                 }
-            }
-        })?;
+            })?;
         if let Some(error) = failed {
             return Err(error);
         }
@@ -158,21 +126,14 @@ impl Assistant {
         Ok(Answer { text, generated })
     }
 
-    /// Answers several conversations, each with its pictures, together; otherwise as [`reply`](Self::reply).
+    /// Answers several requests together; otherwise as [`reply`](Self::reply).
     ///
     /// # Errors
     /// As [`reply`](Self::reply), of any of them.
-    pub fn reply_all(
-        &self,
-        conversations: &[(&[RgbImage], &[Message])],
-        params: &SamplingParams,
-        max_new_tokens: usize,
-    ) -> Result<Vec<Answer>> {
-        let prompts =
-            conversations.iter().map(|(images, messages)| self.prompt(images, messages)).collect::<Result<_>>()?;
-        let input = Input::concat(prompts)?;
-        let stop = self.tokenizer.eos_ids();
-        let generated = generate_batch(&*self.model, &input, params, stop, max_new_tokens)?;
+    pub fn reply_all(&self, requests: &[Request<'_>]) -> Result<Vec<Answer>> {
+        let input = Input::concat(requests.iter().map(|request| self.prompt(request)).collect::<Result<_>>()?)?;
+        let wanted: Vec<_> = requests.iter().map(|request| (&request.sampling, request.max_new_tokens)).collect();
+        let generated = generate_rows(&*self.model, &input, &wanted, self.tokenizer.eos_ids())?;
         let answer =
             |generated: Generated| Ok(Answer { text: self.tokenizer.decode(&generated.ids, true)?, generated });
         generated.into_iter().map(answer).collect()

@@ -47,7 +47,7 @@ pub fn generate(
     mut on_token: impl FnMut(i64) -> bool,
 ) -> Result<Generated> {
     let words = model.image_writer().map(|writer| Constraint::new(OutputModality::Text, writer));
-    one(input, || run(model, input, words.as_ref(), params, stop, max_new_tokens, |_, token| on_token(token)))
+    one(input, || run(model, input, words.as_ref(), &[(params, max_new_tokens)], stop, |_, token| on_token(token)))
 }
 
 /// As [`generate`], after each row of `input`, which go through the decoder together. Rows may differ in length; each
@@ -63,8 +63,18 @@ pub fn generate_batch(
     stop: &[i64],
     max_new_tokens: usize,
 ) -> Result<Vec<Generated>> {
+    generate_rows(model, input, &vec![(params, max_new_tokens); input.spans.rows().len()], stop)
+}
+
+/// As [`generate_batch`], each row with its own rules and length.
+pub(crate) fn generate_rows(
+    model: &dyn VisionLanguageModel,
+    input: &Input,
+    wanted: &[(&SamplingParams, usize)],
+    stop: &[i64],
+) -> Result<Vec<Generated>> {
     let words = model.image_writer().map(|writer| Constraint::new(OutputModality::Text, writer));
-    run(model, input, words.as_ref(), params, stop, max_new_tokens, |_, _| true)
+    run(model, input, words.as_ref(), wanted, stop, |_, _| true)
 }
 
 /// As [`generate`] with the constraint's model, of nothing but what the constraint allows.
@@ -80,7 +90,7 @@ pub fn generate_within(
     mut on_token: impl FnMut(i64) -> bool,
 ) -> Result<Generated> {
     let model = constraint.model();
-    one(input, || run(model, input, Some(constraint), params, stop, max_new_tokens, |_, token| on_token(token)))
+    one(input, || run(model, input, Some(constraint), &[(params, max_new_tokens)], stop, |_, token| on_token(token)))
 }
 
 /// What the only row of `input` becomes.
@@ -127,24 +137,24 @@ impl Row<'_> {
     }
 }
 
+/// Goes on from each row of `input` by the rules and up to the length that `wanted` has for it.
 fn run(
     model: &dyn VisionLanguageModel,
     input: &Input,
     constraint: Option<&Constraint<'_>>,
-    params: &SamplingParams,
+    wanted: &[(&SamplingParams, usize)],
     stop: &[i64],
-    max_new_tokens: usize,
     mut on_token: impl FnMut(usize, i64) -> bool,
 ) -> Result<Vec<Generated>> {
     let context = model.llm().config().max_position_embeddings;
-    let row = |(prompt_tokens, words): (i64, Vec<i64>)| {
+    let row = |((prompt_tokens, words), (params, max_new_tokens)): ((i64, Vec<i64>), &(&SamplingParams, usize))| {
         ensure!(
             prompt_tokens < context,
             "the prompt has {prompt_tokens} tokens, the model's context is {context}: shorten the text or use fewer pictures"
         );
-        let max_new_tokens = max_new_tokens.min(usize::try_from(context - prompt_tokens)?);
+        let max_new_tokens = (*max_new_tokens).min(usize::try_from(context - prompt_tokens)?);
         Ok(Row {
-            sampler: Sampler::new(params.clone(), &words)?,
+            sampler: Sampler::new((*params).clone(), &words)?,
             progress: constraint.map(|constraint| constraint.start(input, max_new_tokens)).transpose()?,
             ids: Vec::new(),
             max_new_tokens,
@@ -152,7 +162,8 @@ fn run(
             finish_reason: None,
         })
     };
-    let mut rows: Vec<Row<'_>> = input.spans.row_lens().zip(words(input)?).map(row).collect::<Result<_>>()?;
+    let prompts = input.spans.row_lens().zip(words(input)?);
+    let mut rows: Vec<Row<'_>> = prompts.zip(wanted).map(row).collect::<Result<_>>()?;
     let device = input.input_ids.device();
 
     tch::no_grad(|| {
@@ -319,6 +330,19 @@ mod tests {
         let rows = generate_batch(&with_image, &batch, &SamplingParams::default(), &[], 5).unwrap();
         assert_eq!(rows[0].ids, say(&plain, &text(&[3, 1, 4, 1, 5])));
         assert_eq!(rows[1].ids, say(&everywhere, &input(&[])));
+    }
+
+    #[test]
+    fn rows_may_differ_in_rules_and_length() {
+        let model = model();
+        let batch = Input::concat(vec![input(&[]), input(&[2, 6]), input(&[2, 2, 6])]).unwrap();
+        let hot = SamplingParams { temperature: 1.0, seed: 3, ..SamplingParams::default() };
+        let wanted = [(&SamplingParams::default(), 2), (&hot, 5), (&SamplingParams { seed: 4, ..hot.clone() }, 3)];
+        let rows = generate_rows(&model, &batch, &wanted, &[]).unwrap();
+        for ((row, new), (params, max)) in rows.iter().zip([&[][..], &[2, 6], &[2, 2, 6]]).zip(wanted) {
+            assert_eq!(row, &generate(&model, &input(new), params, &[], max, |_| true).unwrap());
+            assert_eq!(row.ids.len(), max);
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //! use vora_infer::{Sampler, SamplingParams};
 //!
 //! # fn main() -> anyhow::Result<()> {
-//! let params = SamplingParams { temperature: 0.7, top_p: 0.9, seed: 1, ..SamplingParams::default() };
+//! let params = SamplingParams::default().with_temperature(0.7).with_top_p(0.9).with_seed(1);
 //! let mut sampler = Sampler::new(params, &[])?;
 //! let token = sampler.next_token(&Tensor::from_slice(&[0.1f32, 9.0, 0.2]))?;
 //! assert_eq!(token, 1);
@@ -20,10 +20,12 @@ mod assistant;
 mod constraint;
 mod generate;
 mod passages;
+mod request;
 mod sampling;
 
 pub use assistant::{Answer, Assistant};
 pub use constraint::{Constraint, OutputModality};
 pub use generate::{FinishReason, Generated, generate, generate_batch, generate_within};
 pub use passages::{Passage, passages};
+pub use request::Request;
 pub use sampling::{Sampler, SamplingParams};

@@ -6,7 +6,15 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 
 /// How tokens are chosen. The default is greedy.
+///
+/// ```
+/// use vora_infer::SamplingParams;
+///
+/// let params = SamplingParams::default().with_temperature(0.7).with_top_p(0.9).with_seed(1);
+/// assert_eq!((params.temperature, params.top_k, params.top_p), (0.7, 0, 0.9));
+/// ```
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct SamplingParams {
     /// Divides the logits; 0 takes the most likely token and needs no random numbers.
     pub temperature: f64,
@@ -27,6 +35,36 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
+    /// The same with this [`temperature`](Self::temperature).
+    #[must_use]
+    pub fn with_temperature(self, temperature: f64) -> Self {
+        Self { temperature, ..self }
+    }
+
+    /// The same with this [`top_k`](Self::top_k).
+    #[must_use]
+    pub fn with_top_k(self, top_k: usize) -> Self {
+        Self { top_k, ..self }
+    }
+
+    /// The same with this [`top_p`](Self::top_p).
+    #[must_use]
+    pub fn with_top_p(self, top_p: f64) -> Self {
+        Self { top_p, ..self }
+    }
+
+    /// The same with this [`repetition_penalty`](Self::repetition_penalty).
+    #[must_use]
+    pub fn with_repetition_penalty(self, repetition_penalty: f64) -> Self {
+        Self { repetition_penalty, ..self }
+    }
+
+    /// The same with this [`seed`](Self::seed).
+    #[must_use]
+    pub fn with_seed(self, seed: u64) -> Self {
+        Self { seed, ..self }
+    }
+
     /// Checks every field's range.
     ///
     /// # Errors
