@@ -16,6 +16,7 @@
 //! ```
 
 mod batch;
+mod error;
 mod loader;
 mod pack;
 mod preparation;
@@ -27,9 +28,10 @@ mod shuffle;
 mod sources;
 
 pub use batch::{Batch, SampleInfo, Supervised, collate, collate_rows};
+pub use error::{DataError, TooLong};
 pub use loader::{Loader, LoaderConfig};
 pub use pack::pack;
 pub use preparation::Preparation;
 pub use records::{Conversations, IMAGE_PLACE, NO_MARK, Record, RecordKeys, short_name};
-pub use sample::{IGNORE_INDEX, QuestionSpan, Sample, SampleMaker, TooLong};
+pub use sample::{IGNORE_INDEX, QuestionSpan, Sample, SampleMaker};
 pub use sources::{Chain, ConversationSource, Mix, RecordFiles, SceneSource, Source};

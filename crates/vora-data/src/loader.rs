@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::batch::{Batch, collate_rows};
+use crate::error::{DataError, TooLong};
 use crate::pack::OpenBatch;
-use crate::sample::{Sample, TooLong};
+use crate::sample::Sample;
 use crate::sources::Source;
 
 /// As many bad samples in a row stop the run: then it is not the records that are wrong.
@@ -107,7 +108,7 @@ impl Loader {
         ensure!(config.row_len != Some(0), "the length of packed rows is 0, it must be at least 1");
         ensure!(config.num_workers > 0, "the number of data workers is 0, it must be at least 1");
         ensure!(config.rank < config.world_size, "rank {} of {} processes", config.rank, config.world_size);
-        ensure!(!source.is_empty(), "the data has no records");
+        ensure!(!source.is_empty(), DataError::no_records("the data"));
         // Each worker is ahead by its share of two batches.
         let ahead = (2 * config.batch_size).div_ceil(config.num_workers);
         let workers = (0..config.num_workers)

@@ -5,10 +5,10 @@ use std::ops::Range;
 
 use anyhow::{Context, Result, ensure};
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
-use thiserror::Error;
 use vora_image::{Pixels, RgbImage};
 use vora_text::{Message, Part, Piece, Span};
 
+use crate::error::{DataError, TooLong};
 use crate::preparation::Preparation;
 use crate::records::{Entry, Record, shown};
 use crate::scenes::Question;
@@ -42,17 +42,6 @@ pub struct Sample {
     pub cut_answers: usize,
     /// What of its record was not taken as it stands, in words.
     pub notes: Vec<String>,
-}
-
-/// Why a sample cannot be made: not even its first answer fits, so nothing of it would be learned.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[non_exhaustive]
-#[error("it has {tokens} tokens up to its first answer, at most {max_length} are allowed")]
-pub struct TooLong {
-    /// Tokens up to the end of its first answer.
-    pub tokens: usize,
-    /// As many it may have.
-    pub max_length: usize,
 }
 
 /// A question, and where its answer is.
@@ -168,8 +157,7 @@ impl SampleMaker {
 
     /// Both answers of a preference after what they answer.
     fn pair(&self, record: &Record, images: Vec<Pixels>) -> Result<Sample> {
-        let rejected =
-            record.rejected.as_ref().context("it has no `rejected` answer, which `loss: dpo` learns from")?;
+        let rejected = record.rejected.as_ref().ok_or(DataError::NoRejected)?;
         let (chosen, prompt) = record.messages.split_last().context("it has no conversation")?;
         let asked = |answer: &Message, is_rejected| {
             let chat = self.tokens(&[prompt, std::slice::from_ref(answer)].concat(), &images)?;
@@ -564,8 +552,9 @@ pub(crate) mod tests {
     #[test]
     fn pairs_need_both_answers_and_room_for_them() {
         let maker = SampleMaker::of_pairs(preparation::tests::tiny());
-        let message = format!("{:#}", maker.conversation(&record(&["What?", "a star"], 0), &[]).unwrap_err());
-        assert_eq!(message, "sample r: it has no `rejected` answer, which `loss: dpo` learns from");
+        let error = maker.conversation(&record(&["What?", "a star"], 0), &[]).unwrap_err();
+        assert_eq!(format!("{error:#}"), "sample r: it has no `rejected` answer, which `loss: dpo` learns from");
+        assert!(matches!(error.downcast_ref(), Some(DataError::NoRejected)));
         let long = preference(&["What?", "a star"], &"a circle ".repeat(200), 0);
         let error = maker.conversation(&long, &[]).unwrap_err();
         assert!(error.downcast_ref::<TooLong>().is_some(), "{error:#}");

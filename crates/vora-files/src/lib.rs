@@ -13,10 +13,12 @@
 //! ```
 
 pub mod checksums;
+mod error;
 mod notes;
 mod object;
 mod write;
 
+pub use error::FilesError;
 pub use notes::tell_once;
 pub use object::object;
 pub use write::{ensure_vacant, write_atomically, write_bytes, write_folder_atomically};

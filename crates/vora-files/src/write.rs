@@ -6,6 +6,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::error::FilesError;
+
 /// [`write_atomically`] of bytes that are at hand.
 ///
 /// # Errors
@@ -64,11 +66,11 @@ pub fn write_folder_atomically<T>(path: &Path, write: impl FnOnce(&Path) -> Resu
 /// Checks that a new folder can take the place `path`.
 ///
 /// # Errors
-/// Where something is there, other than an empty folder.
+/// [`FilesError::NotEmpty`] where a folder is there that is not empty; where a file is, what the disk says.
 pub fn ensure_vacant(path: &Path) -> Result<()> {
     match fs::read_dir(path) {
         Ok(mut entries) => {
-            ensure!(entries.next().is_none(), "{} is not empty: choose another folder", path.display());
+            ensure!(entries.next().is_none(), FilesError::NotEmpty(path.to_owned()));
             Ok(())
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
@@ -95,8 +97,9 @@ mod tests {
         fs::create_dir(&path).unwrap();
         write_folder_atomically(&path, write).unwrap();
         assert_eq!(fs::read(path.join("a")).unwrap(), b"1");
-        let error = write_folder_atomically(&path, write).unwrap_err().to_string();
-        assert!(error.contains("deep/new is not empty: choose another folder"), "{error}");
+        let error = write_folder_atomically(&path, write).unwrap_err();
+        assert!(error.to_string().contains("deep/new is not empty: choose another folder"), "{error}");
+        assert_eq!(error.downcast_ref(), Some(&FilesError::NotEmpty(path.clone())));
         let error = format!("{:#}", write_folder_atomically(&path.join("a"), write).unwrap_err());
         assert!(error.contains("a cannot be a new folder"), "{error}");
         assert_eq!(fs::read_dir(root.path().join("deep")).unwrap().count(), 1);

@@ -12,6 +12,7 @@
 
 mod added_tokens;
 mod chat;
+mod error;
 mod spans;
 mod specials;
 mod stream;
@@ -19,6 +20,7 @@ mod tokenizer;
 
 pub use added_tokens::special_tokens;
 pub use chat::{ChatTemplate, Message, Part, Piece};
+pub use error::TextError;
 pub use spans::{Modality, Span, Spans};
 pub use stream::TokenStream;
 pub use tokenizer::Tokenizer;
@@ -59,9 +61,20 @@ mod tests {
         copy(tiny.join("tokenizer.json"), "tokenizer.json");
         let tokenizer = Tokenizer::open(folder.path()).unwrap();
         assert_eq!((tokenizer.vocab_size(), tokenizer.eos_ids()), (512, &[2][..])); // the model's config names the end
-        let error = format!("{:#}", ChatTemplate::open(folder.path()).unwrap_err());
-        assert!(error.contains("has no chat template"), "{error}");
+        let error = ChatTemplate::open(folder.path()).unwrap_err();
+        assert_eq!(error.downcast_ref(), Some(&TextError::NoChatTemplate(folder.path().to_owned())), "{error:#}");
         copy(tiny.join("chat_template.jinja"), "chat_template.jinja");
         ChatTemplate::open(folder.path()).unwrap();
+    }
+
+    #[test]
+    fn a_template_without_an_end_is_told_from_one_that_refuses() {
+        let error = |source: &str| {
+            let chat = ChatTemplate::new(source, Vec::new(), "test").unwrap();
+            chat.render(&[Message::new("user", "hello")], true).unwrap_err()
+        };
+        let endless = error("{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}");
+        assert_eq!(endless.downcast_ref(), Some(&TextError::OutOfFuel { origin: "test".to_owned() }), "{endless:#}");
+        assert!(error("{{ raise_exception('no') }}").downcast_ref::<TextError>().is_none());
     }
 }

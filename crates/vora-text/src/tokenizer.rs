@@ -13,6 +13,7 @@ use tokenizers::{Encoding, PostProcessor, PostProcessorWrapper};
 use vora_gguf::folder::{open_json, read_json};
 
 use crate::added_tokens::AddedTokens;
+use crate::error::TextError;
 use crate::specials::{ACTIVE, BEFORE, IMAGE, INERT, Specials, mark, unmark, without_reserved};
 
 /// A checkpoint's tokenizer. It adds no tokens on its own but in [`Tokenizer::encode_whole`] and, once it is
@@ -145,18 +146,14 @@ impl Tokenizer {
         let Some(rows) = self.embedding_rows else { return Ok(()) };
         let Some(id) = ids.find(|&id| id >= rows) else { return Ok(()) };
         let token = u32::try_from(id).ok().and_then(|id| self.inner.id_to_token(id)).unwrap_or_default();
-        bail!(
-            "token `{}` has id {id}, but the model's embedding has {rows} rows, the tokenizer {} tokens: take the \
-             tokenizer and chat template that belong to the model, or resize its embedding",
-            self.specials.restore(&token, ACTIVE),
-            self.vocab_size()
-        )
+        let token = self.specials.restore(&token, ACTIVE).into_owned();
+        Err(TextError::BeyondEmbedding { token, id, rows, vocab_size: self.vocab_size() }.into())
     }
 
     /// The ids of plain text; the literal of a special token is text like any other. No token is added.
     ///
     /// # Errors
-    /// A token that the model's embedding has no row for, where its rows are known.
+    /// [`TextError::BeyondEmbedding`] of a token that the model's embedding has no row for, where its rows are known.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
         self.ids(&without_reserved(text))
     }
@@ -502,6 +499,8 @@ pub(crate) mod tests {
                 "token `{token}` has id {id}, but the model's embedding has 512 rows, the tokenizer 514 tokens"
             );
             assert!(error.to_string().starts_with(&expected), "{error}");
+            let expected = TextError::BeyondEmbedding { token: token.to_owned(), id, rows: 512, vocab_size: 514 };
+            assert_eq!(error.downcast_ref(), Some(&expected));
         }
     }
 

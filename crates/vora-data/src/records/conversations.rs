@@ -12,6 +12,7 @@ use super::image_folder::ImageFolder;
 use super::keys::RecordKeys;
 use super::limits::MAX_LINE;
 use super::record::Record;
+use crate::error::DataError;
 
 /// What some editors begin a UTF-8 file with.
 pub(crate) const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -56,7 +57,7 @@ impl Conversations {
         } else {
             found.find_lines(&mut file, start).with_context(|| format!("reading {shown}"))?;
         }
-        ensure!(!found.lines.is_empty(), "{shown} has no records");
+        ensure!(!found.lines.is_empty(), DataError::no_records(shown));
         Ok(found)
     }
 
@@ -347,6 +348,12 @@ mod tests {
             assert!(error(frame).contains("does not lie in the image folder"), "{}", error(frame));
         }
         assert!(error("b.png").contains("cannot read image `b.png`"));
+        let missing = found.image("b.png").unwrap_err();
+        let is_missing = |error: &std::io::Error| error.kind() == std::io::ErrorKind::NotFound;
+        match missing.downcast_ref() {
+            Some(DataError::NoImage { name, source, .. }) => assert!(name == "b.png" && is_missing(source)),
+            _ => panic!("{missing:#}"),
+        }
         assert!(error("sub").contains("is not a file"));
     }
 

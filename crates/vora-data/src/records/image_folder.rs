@@ -8,6 +8,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
 use super::frames::short_name;
+use crate::error::DataError;
 
 /// A folder of images, its path without links or dots; none for text alone.
 #[derive(Debug)]
@@ -55,8 +56,10 @@ impl ImageFolder {
         ensure!(inside && !frame.is_empty(), "image `{shown}` does not lie in the image folder");
         let folder = self.0.as_ref();
         let folder = folder.with_context(|| format!("image `{shown}` of a source without an image folder"))?;
-        let path = fs::canonicalize(folder.join(frame))
-            .with_context(|| format!("cannot read image `{shown}` in {}", folder.display()))?;
+        let path = fs::canonicalize(folder.join(frame)).map_err(|source| {
+            let (name, folder) = (shown.to_string(), folder.clone());
+            DataError::NoImage { name, folder, source }
+        })?;
         ensure!(
             path.starts_with(folder) || is_beside(&path, folder) || is_blob(&path),
             "image `{shown}` is a link out of the image folder"

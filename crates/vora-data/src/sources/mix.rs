@@ -5,6 +5,7 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 
 use super::source::Source;
+use crate::error::DataError;
 use crate::sample::Sample;
 use crate::shuffle::Shuffle;
 
@@ -41,7 +42,7 @@ impl Mix {
         let sum: f64 = sources.iter().map(|(weight, _)| weight).sum();
         let part = |(weight, source): (f64, Arc<dyn Source>)| {
             ensure!(weight > 0.0 && sum.is_finite(), "the weight of a source is {weight}, it must be above 0");
-            ensure!(!source.is_empty(), "a source has no records");
+            ensure!(!source.is_empty(), DataError::no_records("a source"));
             Ok((((weight / sum * (1_u64 << 40) as f64).round() as u64).max(1), source))
         };
         Ok(Self { parts: sources.into_iter().map(part).collect::<Result<_>>()?, len: None })

@@ -9,6 +9,7 @@ use std::thread;
 use anyhow::{Context, Result, anyhow};
 
 use super::source::Source;
+use crate::error::DataError;
 use crate::records::{Entry, Shard};
 use crate::sample::{Sample, SampleMaker};
 use crate::shuffle::Shuffle;
@@ -131,7 +132,7 @@ impl Cursor {
         let said = self.said.as_ref().context("no shard is being read")?;
         let Ok(Said { entries, bytes, lens }) = said.recv() else {
             self.said = None;
-            return Err(anyhow!("the shards have no records"));
+            return Err(DataError::no_records("the source of shards").into());
         };
         for (shard, len) in lens {
             self.lens[shard] = Some(len);
@@ -363,6 +364,7 @@ mod tests {
     fn shards_of_nothing_say_so() {
         let shard = Counted { first: 0, len: 0, known: false, broken: false, bytes: 0 };
         let source = ShardStream::new(vec![Box::new(shard)], Arc::new(sample::tests::tiny()));
-        assert_eq!(source.sample(0).unwrap_err().to_string(), "the shards have no records");
+        let error = source.sample(0).unwrap_err();
+        assert!(matches!(error.downcast_ref(), Some(DataError::NoRecords { .. })), "{error:#}");
     }
 }

@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 
 use super::Message;
@@ -12,6 +12,7 @@ use super::content::{ContentForms, Turn};
 use super::jinja::environment;
 use super::source::adapted;
 use crate::added_tokens::special_tokens;
+use crate::error::TextError;
 use vora_gguf::folder::{origin, read_json};
 
 /// The longest template that is parsed, in bytes; the longest in use have some tens of thousands.
@@ -38,7 +39,7 @@ impl ChatTemplate {
     /// `default` is meant.
     ///
     /// # Errors
-    /// Where there is none, or the file that has it cannot be read or is no template.
+    /// [`TextError::NoChatTemplate`] where there is none; where the file that has it cannot be read or is no template.
     pub fn open(path: &Path) -> Result<Self> {
         let (source, origin) = find(path)?;
         let mut template = Self::new(&source, special_tokens(path)?, origin)?;
@@ -72,7 +73,7 @@ impl ChatTemplate {
     /// `add_generation_prompt` it ends where the assistant's answer begins.
     ///
     /// # Errors
-    /// What the template itself refuses, and a template that runs for too long or writes too much.
+    /// What the template itself refuses, and [`TextError::OutOfFuel`] of one that runs for too long or writes too much.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let turns: Vec<Turn> = messages.iter().map(|m| self.forms().turn(m, "<image>", str::to_owned)).collect();
         self.render_turns(&turns, add_generation_prompt)
@@ -87,7 +88,7 @@ impl ChatTemplate {
     pub(super) fn render_turns(&self, turns: &[Turn], add_generation_prompt: bool) -> Result<String> {
         self.try_render(turns, add_generation_prompt).map_err(|error| {
             if error.kind() == ErrorKind::OutOfFuel {
-                return anyhow::anyhow!("{}: the chat template runs for too long or writes too much", self.origin);
+                return TextError::OutOfFuel { origin: self.origin.clone() }.into();
             }
             anyhow::anyhow!("{}: {error}", self.origin)
         })
@@ -123,9 +124,5 @@ fn find(path: &Path) -> Result<(String, String)> {
         })?;
         return Ok((source.to_owned(), origin.display().to_string()));
     }
-    bail!(
-        "{} has no chat template: neither chat_template.jinja nor chat_template.json, nor `chat_template` in \
-         tokenizer_config.json, nor `tokenizer.chat_template` in a GGUF file",
-        path.display()
-    )
+    Err(TextError::NoChatTemplate(path.to_owned()).into())
 }

@@ -13,6 +13,7 @@ use tar::Archive;
 
 use super::group::{Group, group};
 use super::member::Part;
+use crate::error::DataError;
 use crate::records::entry::{Entry, Shard, Take};
 use crate::records::keys::RecordKeys;
 use crate::records::limits::MAX_RECORD;
@@ -93,7 +94,7 @@ impl TarIndex {
                 groups.push(group);
                 true
             })?;
-            ensure!(!groups.is_empty(), "it has no records");
+            ensure!(!groups.is_empty(), DataError::no_records("it"));
             ensure!(len - last >= END_MARK, "it is cut short, an archive ends in blocks of zeros");
             let wordless: HashSet<_> = groups.iter().filter(|g| !g.has_words()).map(|g| g.name.clone()).collect();
             let apart = groups.iter_mut().filter(|group| group.is_words_alone() && wordless.contains(&group.name));
