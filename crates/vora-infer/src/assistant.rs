@@ -9,6 +9,7 @@ use vora_model::{Input, Resolve, VisionLanguageModel};
 use vora_text::ChatTemplate;
 use vora_text::Tokenizer;
 
+use crate::error::InferError;
 use crate::generate::generate_rows;
 use crate::{Constraint, Generated, OutputModality, Passage, Request, generate, generate_within, passages};
 
@@ -68,9 +69,10 @@ impl Assistant {
     /// Answers a request with words, one picture, or both; for a Chameleon, which writes pictures.
     ///
     /// # Errors
-    /// Where the model writes none or cannot draw what it wrote, and where prompt and picture do not fit its context.
+    /// [`InferError::WritesNoPictures`]; where it cannot draw what it wrote, and where prompt and picture do not fit its
+    /// context.
     pub fn write(&self, request: &Request<'_>, modality: OutputModality) -> Result<Vec<Passage>> {
-        let model = self.model.image_writer().context("the model writes no pictures; a Chameleon does")?;
+        let model = self.model.image_writer().ok_or(InferError::WritesNoPictures)?;
         let constraint = Constraint::new(modality, model);
         let (input, stop) = (self.prompt(request)?, self.tokenizer.eos_ids());
         let Request { sampling, max_new_tokens, .. } = request;

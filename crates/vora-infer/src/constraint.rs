@@ -7,6 +7,7 @@ use tch::{Kind, Tensor};
 use vora_model::{ImageWriter, Input};
 
 use crate::Sampler;
+use crate::error::InferError;
 
 /// What a generation is to be made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,10 +78,7 @@ impl<'a> Constraint<'a> {
             (None, OutputModality::Image) => self.image_tokens + 2,
             (None, _) => 0,
         };
-        ensure!(
-            needed <= max_new_tokens,
-            "the picture takes {needed} tokens, max_new_tokens and the model's context leave {max_new_tokens}"
-        );
+        ensure!(needed <= max_new_tokens, InferError::NoRoomForPicture { needed, room: max_new_tokens });
         Ok(Progress { constraint: self, left, finished: false })
     }
 

@@ -6,6 +6,7 @@ use vora_model::{Input, VisionLanguageModel};
 use vora_text::{Modality, Span};
 
 use crate::constraint::Progress;
+use crate::error::InferError;
 use crate::{Constraint, OutputModality, Sampler, SamplingParams};
 
 /// Why a generation ended.
@@ -37,7 +38,7 @@ pub struct Generated {
 /// Chameleon; [`generate_within`] takes them.
 ///
 /// # Errors
-/// Where the prompt does not fit the model's context, or pictures and places do not match.
+/// [`InferError::PromptTooLong`], and where pictures and places do not match.
 pub fn generate(
     model: &dyn VisionLanguageModel,
     input: &Input,
@@ -80,7 +81,7 @@ pub(crate) fn generate_rows(
 /// As [`generate`] with the constraint's model, of nothing but what the constraint allows.
 ///
 /// # Errors
-/// As [`generate`], and where a picture that has to be made has no room.
+/// As [`generate`], and [`InferError::NoRoomForPicture`] of a picture that has to be made.
 pub fn generate_within(
     constraint: &Constraint<'_>,
     input: &Input,
@@ -148,10 +149,7 @@ fn run(
 ) -> Result<Vec<Generated>> {
     let context = model.llm().config().max_position_embeddings;
     let row = |((prompt_tokens, words), (params, max_new_tokens)): ((i64, Vec<i64>), &(&SamplingParams, usize))| {
-        ensure!(
-            prompt_tokens < context,
-            "the prompt has {prompt_tokens} tokens, the model's context is {context}: shorten the text or use fewer pictures"
-        );
+        ensure!(prompt_tokens < context, InferError::PromptTooLong { tokens: prompt_tokens, context });
         let max_new_tokens = (*max_new_tokens).min(usize::try_from(context - prompt_tokens)?);
         Ok(Row {
             sampler: Sampler::new((*params).clone(), &words)?,
@@ -348,6 +346,8 @@ mod tests {
     #[test]
     fn a_prompt_over_the_context_is_an_error() {
         let long = generate(&model(), &input(&[1; 20]), &SamplingParams::default(), &[], 1, |_| true);
-        assert!(long.unwrap_err().to_string().contains("29 tokens, the model's context is 24"));
+        let error = long.unwrap_err();
+        assert!(error.to_string().contains("29 tokens, the model's context is 24"));
+        assert_eq!(error.downcast_ref(), Some(&InferError::PromptTooLong { tokens: 29, context: 24 }));
     }
 }

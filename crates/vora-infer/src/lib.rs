@@ -18,6 +18,7 @@
 
 mod assistant;
 mod constraint;
+mod error;
 mod generate;
 mod passages;
 mod request;
@@ -25,6 +26,7 @@ mod sampling;
 
 pub use assistant::{Answer, Assistant};
 pub use constraint::{Constraint, OutputModality};
+pub use error::InferError;
 pub use generate::{FinishReason, Generated, generate, generate_batch, generate_within};
 pub use passages::{Passage, passages};
 pub use request::Request;
