@@ -96,11 +96,8 @@ mod tests {
         let choice = KernelChoice::Mask;
         let plan = AttentionPlan::with_kernel(&spans, VisionAttention::Bidirectional, Device::Cpu, kind, choice);
         let (layers, plan, inputs_embeds) = (config.num_hidden_layers, plan.unwrap(), embeds.to_kind(kind) * 1.5);
-        let pass = if recomputed {
-            llm.decoder().forward_recomputed(&inputs_embeds, &plan, layers, SEED)
-        } else {
-            llm.decoder().forward_train(&inputs_embeds, &plan, layers, SEED)
-        };
+        let forward = if recomputed { Decoder::forward_recomputed } else { Decoder::forward_train };
+        let pass = forward(llm.decoder(), &inputs_embeds, &plan, layers, SEED);
         let mut value = 0.0;
         let loss = |output: &Output| {
             assert_eq!(output.hidden_states.len(), layers + 1);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_data::Preparation;
-use vora_llm::{AttentionPlan, DropoutSeed, Pass};
+use vora_llm::{AttentionPlan, Decoder, DropoutSeed, Pass};
 use vora_model::VisionLanguageModel;
 use vora_recipe::TrainConfig;
 use vora_torch::nn::loss::cross_entropy_and_z_loss;
@@ -186,12 +186,8 @@ impl Student {
         hidden_layers: usize,
         seed: DropoutSeed,
     ) -> Pass<'a> {
-        let decoder = self.model.llm().decoder();
-        if self.gradient_checkpointing {
-            decoder.forward_recomputed(inputs_embeds, plan, hidden_layers, seed)
-        } else {
-            decoder.forward_train(inputs_embeds, plan, hidden_layers, seed)
-        }
+        let forward = if self.gradient_checkpointing { Decoder::forward_recomputed } else { Decoder::forward_train };
+        forward(self.model.llm().decoder(), inputs_embeds, plan, hidden_layers, seed)
     }
 
     /// Per block what the teacher has at the image tokens and what the head makes of them there, each
