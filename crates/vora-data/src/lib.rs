@@ -18,6 +18,7 @@
 mod batch;
 mod error;
 mod loader;
+mod maker;
 mod pack;
 mod preparation;
 mod prompts;
@@ -26,12 +27,14 @@ mod sample;
 pub mod scenes;
 mod shuffle;
 mod sources;
+mod tokens;
 
 pub use batch::{Batch, SampleInfo, Supervised, collate, collate_rows};
 pub use error::{DataError, TooLong};
 pub use loader::{Loader, LoaderConfig};
+pub use maker::SampleMaker;
 pub use pack::pack;
 pub use preparation::Preparation;
 pub use records::{Conversations, IMAGE_PLACE, NO_MARK, Record, RecordKeys, short_name};
-pub use sample::{IGNORE_INDEX, QuestionSpan, Sample, SampleMaker};
+pub use sample::{IGNORE_INDEX, QuestionSpan, Sample};
 pub use sources::{Chain, ConversationSource, Mix, RecordFiles, SceneSource, Source};

@@ -61,12 +61,12 @@ mod tests {
 
     use super::*;
     use crate::batch::{collate, collate_rows};
-    use crate::sample;
+    use crate::maker;
     use crate::scenes::{Scenes, ScenesConfig, Split};
     use crate::sources::{SceneSource, Source};
 
     /// What a prompt reads like, `#` for each patch.
-    fn read(maker: &sample::SampleMaker, prompt: &Sample) -> String {
+    fn read(maker: &maker::SampleMaker, prompt: &Sample) -> String {
         let mut ids = prompt.input_ids.iter();
         let span = |span: &Span| {
             let ids: Vec<i64> = ids.by_ref().take(span.len() as usize).copied().collect();
@@ -78,7 +78,7 @@ mod tests {
 
     #[test]
     fn a_question_of_several_is_asked_as_if_alone() {
-        let maker = Arc::new(sample::tests::tiny());
+        let maker = Arc::new(maker::tests::tiny());
         let scenes = Scenes::new(ScenesConfig::default(), Split::Test).unwrap();
         let source = SceneSource::new(scenes, maker.clone());
         let samples = || (0..4).map(|index| source.sample(index).unwrap()).collect::<Vec<_>>();

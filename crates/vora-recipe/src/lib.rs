@@ -32,6 +32,7 @@
 //! ```
 
 mod anchor;
+mod checks;
 mod data;
 mod distill;
 mod loss;

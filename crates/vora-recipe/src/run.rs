@@ -3,10 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use vora_lora::ActsOn;
 use vora_vision::PositionTable;
 
 use crate::anchor::TextAnchor;
@@ -264,140 +263,9 @@ impl TrainConfig {
         Ok(serde_saphyr::to_string(self)?)
     }
 
-    /// Checks what the types leave open.
-    ///
-    /// # Errors
-    /// Names the key.
-    pub fn validate(&self) -> Result<()> {
-        let at_least_one = [
-            ("per_device_train_batch_size", self.per_device_train_batch_size as i64),
-            ("per_device_eval_batch_size", self.per_device_eval_batch_size as i64),
-            ("gradient_accumulation_steps", self.gradient_accumulation_steps as i64),
-            ("dataloader_num_workers", self.dataloader_num_workers as i64),
-            ("logging_steps", self.logging_steps as i64),
-            ("save_steps", self.save_steps as i64),
-            ("save_total_limit", self.save_total_limit as i64),
-            ("eval_steps", self.eval_steps as i64),
-        ];
-        for (key, value) in at_least_one {
-            ensure!(value >= 1, "{key} is {value}, it must be at least 1");
-        }
-        for (part, rate) in &self.learning_rates.0 {
-            ensure!(*rate >= 0.0 && rate.is_finite(), "learning_rates.{part} is {rate}, it must be 0 or more");
-        }
-        let not_negative = [
-            ("learning_rate", self.learning_rate),
-            ("weight_decay", self.weight_decay),
-            ("max_grad_norm", self.max_grad_norm),
-            ("num_train_epochs", self.num_train_epochs),
-        ];
-        for (key, value) in not_negative {
-            ensure!(value >= 0.0 && value.is_finite(), "{key} is {value}, it must be 0 or more");
-        }
-        let shares = [
-            ("adam_beta1", self.adam_beta1),
-            ("adam_beta2", self.adam_beta2),
-            ("warmup_ratio", self.warmup_ratio),
-            ("ema_decay", self.ema_decay.unwrap_or(0.0)),
-        ];
-        for (key, value) in shares {
-            ensure!((0.0..1.0).contains(&value), "{key} is {value}, it must be at least 0 and below 1");
-        }
-        self.lr_scheduler_kwargs.validate(self.lr_scheduler_type)?;
-        ensure!(!(self.fp16 && self.bf16 == Some(true)), "bf16 and fp16 are both true, a run computes in one of them");
-        self.distill.validate()?;
-        ensure!(self.adam_epsilon > 0.0, "adam_epsilon is {}, it must be above 0", self.adam_epsilon);
-        ensure!(
-            self.max_steps == -1 || self.max_steps > 0,
-            "max_steps is {}, it must be at least 1, or -1 to leave it to num_train_epochs",
-            self.max_steps
-        );
-        self.validate_best()?;
-        self.model.validate()?;
-        ensure!(
-            self.model.model_type != ModelType::Vora || self.model.aux_vision.is_some() || !self.distill.center,
-            "distill.center is true, but model.aux_vision names no teacher"
-        );
-        self.data.validate(self.model.image_size)?;
-        self.validate_loss()?;
-        self.validate_anchor()?;
-        ensure!(
-            self.max_steps > 0 || self.data.train.scenes.is_none(),
-            "max_steps is -1, but scenes never end: say how many steps"
-        );
-        ensure!(
-            self.max_steps > 0 || !self.data.train.packing,
-            "max_steps is -1, but with data.train.packing it shows only on the way how many samples a step takes: say \
-             how many steps"
-        );
-        Ok(())
-    }
-
-    /// DPO compares adapters with what is there without them.
-    fn validate_loss(&self) -> Result<()> {
-        if self.loss != Loss::Dpo {
-            ensure!(self.beta.is_none(), "beta is DPO's, but `loss: dpo` is not set");
-            return Ok(());
-        }
-        let beta = self.beta.unwrap_or(BETA);
-        ensure!(beta > 0.0 && beta.is_finite(), "beta is {beta}, it must be above 0");
-        ensure!(
-            self.model.adapters().is_some(),
-            "loss is dpo, whose reference is the model with its adapters off, but model.lora attaches none"
-        );
-        Ok(())
-    }
-
     /// DPO's beta; none where the run has another loss.
     pub fn dpo_beta(&self) -> Option<f64> {
         (self.loss == Loss::Dpo).then(|| self.beta.unwrap_or(BETA))
-    }
-
-    /// An anchor holds adapters, which its texts must reach.
-    fn validate_anchor(&self) -> Result<()> {
-        let Some(anchor) = &self.text_anchor else { return Ok(()) };
-        anchor.validate()?;
-        let lora = self.model.adapters().context(
-            "text_anchor holds adapters to the LLM that they are on, but model.lora attaches none: the LLM is either \
-             untouched, or trained whole and nothing of what it was is left",
-        )?;
-        ensure!(
-            lora.acts_on == ActsOn::All,
-            "text_anchor: the adapters act on `{}`, and the anchor's texts have no picture: they would train nothing, nor \
-             is there anything to keep",
-            lora.acts_on
-        );
-        Ok(())
-    }
-
-    /// A best checkpoint needs evaluations of checkpoints.
-    fn validate_best(&self) -> Result<()> {
-        ensure!(
-            !self.load_best_model_at_end || self.ema_decay.is_none(),
-            "load_best_model_at_end and ema_decay are both set: the averaged weights are evaluated, and only those of the \
-             last step are known at the end"
-        );
-        let Some(metric) = &self.metric_for_best_model else {
-            ensure!(
-                !self.load_best_model_at_end,
-                "load_best_model_at_end is true, but metric_for_best_model does not say what is best"
-            );
-            return Ok(());
-        };
-        ensure!(
-            split_of(metric).is_some_and(|split| self.data.eval.contains_key(split)),
-            "metric_for_best_model is {metric}, it must be eval_SPLIT_exact_match, SPLIT being one of data.eval: {}",
-            self.data.eval.keys().map(String::as_str).collect::<Vec<_>>().join(", ")
-        );
-        ensure!(
-            [self.save_strategy, self.evaluation_strategy] == [Strategy::Steps; 2]
-                && self.save_steps.is_multiple_of(self.eval_steps),
-            "metric_for_best_model needs an evaluation of each checkpoint: save_strategy and evaluation_strategy must \
-             be steps, and save_steps ({}) a multiple of eval_steps ({})",
-            self.save_steps,
-            self.eval_steps
-        );
-        Ok(())
     }
 
     /// What stands in place of the LLM's own chat template.
@@ -409,61 +277,6 @@ impl TrainConfig {
     /// Whether TensorBoard's event files are written.
     pub fn reports_to_tensorboard(&self) -> bool {
         self.report_to.as_deref() != Some("none")
-    }
-
-    /// Keys that the file gives and that change nothing here, with the reason.
-    pub fn without_effect(&self) -> Vec<(&'static str, &'static str)> {
-        let preprocess = self.data.train.data_preprocess.as_ref();
-        let all = [
-            ("tf32", self.tf32.is_some(), "matrix products run in the dtype of the weights"),
-            (
-                "distill.cache",
-                self.distill.cache.is_some() && self.data.train.scenes.is_some(),
-                "scenes never end, and none comes twice",
-            ),
-            (
-                "report_to",
-                self.report_to.as_deref().is_some_and(|to| !["none", "all", "tensorboard"].contains(&to)),
-                "TensorBoard's event files are written; none leaves them out",
-            ),
-            (
-                "greater_is_better",
-                self.greater_is_better.is_some() && self.metric_for_best_model.is_none(),
-                "metric_for_best_model does not say of what",
-            ),
-            ("wandb_project", self.wandb_project.is_some(), "metrics go to metrics.jsonl"),
-            ("deepspeed", self.deepspeed.is_some(), "one process trains"),
-            ("data_preprocess.tokenizer", preprocess.is_some_and(|p| p.tokenizer.is_some()), "the LLM's own is used"),
-            (
-                "data_preprocess.max_prompt_len",
-                preprocess.is_some_and(|p| p.max_prompt_len.is_some()),
-                "max_seq_len is the limit",
-            ),
-            (
-                "data_preprocess.vqa_processor_params",
-                preprocess.is_some_and(|p| p.vqa_processor_params.is_some()) && self.model.chat_template.is_some(),
-                "model.chat_template is used",
-            ),
-            (
-                "model.reuse_aux_vision_embedding_layers",
-                self.model.reuse_aux_vision_embedding_layers.is_some() && self.model.aux_vision.is_none(),
-                "model.aux_vision names no teacher",
-            ),
-            (
-                "data_preprocess.num_segments",
-                preprocess.is_some_and(|p| p.num_segments.is_some_and(|n| n != 1)),
-                "each frame is a picture",
-            ),
-            (
-                "distill",
-                self.model.model_type != ModelType::Vora
-                    && self.distill != DistillConfig { pairing: Some(Pairing::Output), ..DistillConfig::default() },
-                "only a VoRA has a teacher",
-            ),
-        ];
-        let kwargs = self.lr_scheduler_kwargs.without_effect(self.lr_scheduler_type);
-        let kwargs = kwargs.into_iter().map(|key| (key, "this lr_scheduler_type does not read it"));
-        all.into_iter().filter(|(_, given, _)| *given).map(|(key, _, reason)| (key, reason)).chain(kwargs).collect()
     }
 
     /// Tokens of a row that samples are packed into; none where each has a row of its own.
@@ -533,7 +346,7 @@ fn overridden(text: &str, as_written: Result<TrainConfig>, overrides: &[String])
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use vora_llm::VisionAttention;
 
@@ -565,13 +378,13 @@ data:
     scenes: {}
 ";
 
-    fn set(overrides: &[&str]) -> Result<TrainConfig> {
+    pub(crate) fn set(overrides: &[&str]) -> Result<TrainConfig> {
         let overrides: Vec<String> = overrides.iter().map(|&s| s.to_owned()).collect();
         TrainConfig::parse(SMALL, &overrides)
     }
 
     #[track_caller]
-    fn fails(result: Result<TrainConfig>, texts: &[&str]) {
+    pub(crate) fn fails(result: Result<TrainConfig>, texts: &[&str]) {
         let message = format!("{:#}", result.unwrap_err());
         for text in texts {
             assert!(message.contains(text), "`{message}` lacks `{text}`");
@@ -710,38 +523,6 @@ data:
     }
 
     #[test]
-    fn values_out_of_range_name_their_key() {
-        let cases: [(&str, &str); 20] = [
-            ("model.lora.r=0", "model.lora.r is 0, it must be at least 1"),
-            ("model.image_size=50", "model.image_size is 50, it must be a multiple of model.patch_size, 14"),
-            ("model.vision_embedding=CLIP", "model.vision_embedding is `CLIP`"),
-            ("model.background_color=[1, 2]", "background_color"),
-            ("data.train.scenes.image_size=84", "data.train.scenes.image_size is 84, model.image_size is 56"),
-            ("data.train.scenes=null", "data.train has neither `scenes` nor `data_fetch`"),
-            ("max_steps=-1", "scenes never end"),
-            ("max_steps=0", "max_steps is 0"),
-            ("learning_rate=-1", "learning_rate is -1, it must be 0 or more"),
-            ("adam_beta2=1", "adam_beta2 is 1, it must be at least 0 and below 1"),
-            ("lr_scheduler_type=warmup_stable_decay", "lr_scheduler_kwargs.num_decay_steps is missing"),
-            ("lr_scheduler_kwargs.decay_type=sqrt", "unknown variant `sqrt`"),
-            ("ema_decay=1", "ema_decay is 1, it must be at least 0 and below 1"),
-            ("distill.blocks={}", "distill.blocks is empty"),
-            ("distill.weight_schedule={type: linear, end: -1}", "distill.weight_schedule.end is -1"),
-            ("save_steps=0", "save_steps is 0, it must be at least 1"),
-            ("data.eval.test.samples=3", "data.eval.test must have one of `split`"),
-            ("data.eval={test: {split: test, questions_per_image: 0}}", "data.eval.test.questions_per_image is 0"),
-            (
-                "data.eval={one: {split: test, objects: [0, 0, 0]}}",
-                "data.eval.one.objects is [0.0, 0.0, 0.0], it must hold",
-            ),
-            ("data.eval={one: {split: test, kinds: {colour: 1}}}", "data.eval.one.kinds asks nothing"),
-        ];
-        for (entry, expected) in cases {
-            fails(set(&[entry]), &[expected]);
-        }
-    }
-
-    #[test]
     fn overrides_reach_into_the_tree() {
         let config = set(&[
             "model.lora.r=64",
@@ -779,39 +560,6 @@ data:
         assert_eq!(weights("null"), [2.0; 4]);
         assert_eq!(weights("{type: linear, end: 0}"), [2.0, 1.5, 1.0, 0.0]);
         assert_eq!(weights("{type: cosine, end: 1, steps: 10}"), [2.0, 1.5, 1.0, 1.0]);
-    }
-
-    #[test]
-    fn a_run_computes_in_one_kind() {
-        assert!(set(&["fp16=true", "bf16=false"]).unwrap().fp16);
-        fails(set(&["fp16=true", "bf16=true"]), &["bf16 and fp16 are both true"]);
-    }
-
-    #[test]
-    fn a_best_checkpoint_needs_evaluations_of_checkpoints() {
-        let with = |lines: &str| {
-            let eval = "\ndata: { train: { scenes: { image_size: 56 } }, eval: { test: { split: test } } }";
-            let model = "\nmodel: { llm: x, patch_size: 14, image_size: 56, lora: { layers: 1, r: 1 } }";
-            TrainConfig::parse(&format!("output_dir: x\nmax_steps: 1\n{lines}{eval}{model}"), &[])
-        };
-        let metric = "metric_for_best_model: eval_test_exact_match\n";
-        let steps = "evaluation_strategy: steps\neval_steps: 50\nsave_steps: 100\n";
-        assert!(with(&format!("{metric}{steps}load_best_model_at_end: true")).is_ok());
-        fails(with(&format!("{metric}save_steps: 100")), &["needs an evaluation of each checkpoint"]);
-        fails(
-            with(&format!("{metric}{steps}").replace("save_steps: 100", "save_steps: 75")),
-            &["save_steps (75) a multiple of eval_steps (50)"],
-        );
-        fails(
-            with(&format!("{metric}{steps}load_best_model_at_end: true\nema_decay: 0.9")),
-            &["load_best_model_at_end and ema_decay are both set"],
-        );
-        fails(with("load_best_model_at_end: true"), &["metric_for_best_model does not say what is best"]);
-        for wrong in ["metric_for_best_model: eval_other_exact_match", "metric_for_best_model: loss"] {
-            fails(with(&format!("{wrong}\n{steps}")), &["one of data.eval: test"]);
-        }
-        let config = with("greater_is_better: true").unwrap();
-        assert!(config.without_effect().iter().any(|(key, _)| *key == "greater_is_better"));
     }
 
     #[test]

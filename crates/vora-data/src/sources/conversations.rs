@@ -6,8 +6,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 
 use super::source::Source;
+use crate::maker::SampleMaker;
 use crate::records::{Conversations, short_name};
-use crate::sample::{Sample, SampleMaker};
+use crate::sample::Sample;
 
 /// Conversations of one annotation file.
 #[derive(Debug)]
@@ -46,11 +47,11 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::{Loader, LoaderConfig, sample};
+    use crate::{Loader, LoaderConfig, maker};
 
     fn conversations(folder: &Path, image_folder: &Path) -> ConversationSource {
         let conversations = Conversations::open(&folder.join("conversations.jsonl"), image_folder).unwrap();
-        ConversationSource::new(conversations, Arc::new(sample::tests::tiny()))
+        ConversationSource::new(conversations, Arc::new(maker::tests::tiny()))
     }
 
     #[test]

@@ -11,8 +11,8 @@ use super::conversations::ConversationSource;
 use super::shards::ShardStream;
 use super::source::Source;
 use super::tar::TarSource;
+use crate::maker::SampleMaker;
 use crate::records::{Conversations, GzipTar, RecordKeys, Shard, TarIndex, row_groups};
-use crate::sample::SampleMaker;
 
 /// What a shard's name ends in, in a folder of shards.
 const SUFFIXES: [&str; 6] = [".json", ".jsonl", ".parquet", ".tar", ".tar.gz", ".tgz"];
@@ -125,14 +125,15 @@ impl Format {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sample::{self, Sample};
+    use crate::maker;
+    use crate::sample::Sample;
 
     fn record_files(path: PathBuf) -> RecordFiles {
         RecordFiles { path, image_folder: PathBuf::new(), keys: RecordKeys::default() }
     }
 
     fn open(path: PathBuf) -> Result<Vec<Arc<dyn Source>>> {
-        record_files(path).open(&Arc::new(sample::tests::tiny()))
+        record_files(path).open(&Arc::new(maker::tests::tiny()))
     }
 
     fn golden(name: &str) -> PathBuf {
@@ -185,8 +186,7 @@ mod tests {
 
     #[test]
     fn preferences_as_the_hub_has_them_are_pairs() {
-        let (plain, pairs) =
-            (sample::tests::tiny(), SampleMaker::of_pairs(sample::tests::tiny().preparation().clone()));
+        let (plain, pairs) = (maker::tests::tiny(), SampleMaker::of_pairs(maker::tests::tiny().preparation().clone()));
         let [plain, pairs] = [plain, pairs].map(|maker| {
             let mut sources = record_files(golden("preference.parquet")).open(&Arc::new(maker)).unwrap();
             sources.remove(0)
@@ -207,7 +207,7 @@ mod tests {
         assert!(error.contains("its column `jpg` holds pictures") && error.contains("`frames_key: jpg`"), "{error}");
         let keys = RecordKeys { frames: "jpg".to_owned(), ..RecordKeys::default() };
         let files = RecordFiles { keys, ..record_files(golden("jpg.parquet")) };
-        let sample = files.open(&Arc::new(sample::tests::tiny())).unwrap()[0].sample(1).unwrap();
+        let sample = files.open(&Arc::new(maker::tests::tiny())).unwrap()[0].sample(1).unwrap();
         check(&sample, 1);
         assert_eq!(sample.images.len(), 1);
         let error = format!("{:#}", open(golden("bomb.parquet")).err().unwrap());

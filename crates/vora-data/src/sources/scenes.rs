@@ -5,7 +5,8 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use super::source::Source;
-use crate::sample::{Sample, SampleMaker};
+use crate::maker::SampleMaker;
+use crate::sample::Sample;
 use crate::scenes::Scenes;
 
 /// Procedural scenes, several questions packed after one picture; in pairs each with a right and a wrong answer.
@@ -40,12 +41,12 @@ impl Source for SceneSource {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sample;
+    use crate::maker;
     use crate::scenes::{ScenesConfig, Split};
 
     #[test]
     fn scenes_come_in_pairs() {
-        let maker = Arc::new(SampleMaker::of_pairs(sample::tests::tiny().preparation().clone()));
+        let maker = Arc::new(SampleMaker::of_pairs(maker::tests::tiny().preparation().clone()));
         let scenes = Scenes::new(ScenesConfig::default(), Split::Train).unwrap();
         let pairs = scenes.pairs(3);
         let sample = SceneSource::new(scenes, maker.clone()).sample(3).unwrap();
@@ -61,7 +62,7 @@ mod tests {
 
     #[test]
     fn scenes_come_packed() {
-        let maker = Arc::new(sample::tests::tiny());
+        let maker = Arc::new(maker::tests::tiny());
         let scenes = Scenes::new(ScenesConfig::default(), Split::Train).unwrap();
         let questions = scenes.questions(3);
         let sample = SceneSource::new(scenes, maker.clone()).sample(3).unwrap();

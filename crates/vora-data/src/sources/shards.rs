@@ -10,8 +10,9 @@ use anyhow::{Context, Result, anyhow};
 
 use super::source::Source;
 use crate::error::DataError;
+use crate::maker::SampleMaker;
 use crate::records::{Entry, Shard};
-use crate::sample::{Sample, SampleMaker};
+use crate::sample::Sample;
 use crate::shuffle::Shuffle;
 
 /// Records that are shuffled among each other, and read ahead; few in tests, which then have many windows.
@@ -240,8 +241,8 @@ fn read(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::maker;
     use crate::records::{Record, Take};
-    use crate::sample;
     use crate::{Loader, LoaderConfig};
 
     /// Records `first..first + len`, the length known or not; then an error where it is broken.
@@ -286,7 +287,7 @@ mod tests {
             Box::new(Counted { first, len, known, broken: broken && first > 0, bytes: 0 }) as Box<dyn Shard>
         };
         let shards = vec![shard(0, 70), shard(70, 1), shard(71, 50), shard(121, 0)];
-        Arc::new(ShardStream::new(shards, Arc::new(sample::tests::tiny())))
+        Arc::new(ShardStream::new(shards, Arc::new(maker::tests::tiny())))
     }
 
     fn ids(source: &Arc<ShardStream>, config: &LoaderConfig, samples: usize) -> (Vec<u64>, u64) {
@@ -363,7 +364,7 @@ mod tests {
     #[test]
     fn shards_of_nothing_say_so() {
         let shard = Counted { first: 0, len: 0, known: false, broken: false, bytes: 0 };
-        let source = ShardStream::new(vec![Box::new(shard)], Arc::new(sample::tests::tiny()));
+        let source = ShardStream::new(vec![Box::new(shard)], Arc::new(maker::tests::tiny()));
         let error = source.sample(0).unwrap_err();
         assert!(matches!(error.downcast_ref(), Some(DataError::NoRecords { .. })), "{error:#}");
     }

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use super::source::Source;
+use crate::maker::SampleMaker;
 use crate::records::TarIndex;
-use crate::sample::{Sample, SampleMaker};
+use crate::sample::Sample;
 
 /// Records of a plain tar file, by number.
 pub(crate) struct TarSource {

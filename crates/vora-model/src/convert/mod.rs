@@ -6,6 +6,7 @@
 mod conversion;
 mod head;
 mod layout;
+mod options;
 mod plan;
 mod published;
 mod report;
@@ -16,6 +17,7 @@ mod step;
 #[cfg(test)]
 mod peft_tests;
 
-pub use conversion::{Conversion, Options};
+pub use conversion::Conversion;
 pub use layout::Layout;
+pub use options::Options;
 pub use report::{Change, FileReport, Report, ShardReport, TensorReport};

@@ -8,11 +8,11 @@ use flate2::{Compression, write::GzEncoder};
 use image::{ImageFormat, Rgb, RgbImage};
 
 use super::*;
+use crate::maker;
 use crate::records::RecordKeys;
 use crate::records::conversations::BYTE_ORDER_MARK;
 use crate::records::tar::group::{MAX_EXTENDED_HEADER, MAX_NAME};
 use crate::records::tar::member::{natural, split};
-use crate::sample;
 use crate::sources::{RecordFiles, Source};
 
 /// Members by name, in a plain and in a compressed file.
@@ -35,7 +35,7 @@ fn open_archive(archive: &[u8]) -> (tempfile::TempDir, [Arc<dyn Source>; 2]) {
     let open = |name| {
         let (path, image_folder) = (folder.path().join(name), PathBuf::new());
         let files = RecordFiles { path, image_folder, keys: RecordKeys::default() };
-        files.open(&Arc::new(sample::tests::tiny())).unwrap().remove(0)
+        files.open(&Arc::new(maker::tests::tiny())).unwrap().remove(0)
     };
     let sources = [open("a.tar"), open("b.tar.gz")];
     (folder, sources)
