@@ -9,6 +9,7 @@ use super::colour::Colour;
 use super::ground::Ground;
 use super::question_kind::QuestionKind;
 use super::shape::Shape;
+use super::split::Split;
 
 /// The `scenes:` section of a run file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -35,6 +36,9 @@ pub struct ScenesConfig {
     /// are still guessed, a colour would otherwise come to stand for the shapes it is shown with, and against the one
     /// that is held out from it.
     pub shape_of_named_after: u64,
+    /// `unnamed_share` of the pictures of the split `train` from `shape_of_named_after` on; absent: the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unnamed_share_after: Option<f64>,
     /// Questions asked about one picture; fewer where it gives rise to fewer.
     pub questions_per_image: usize,
     /// How often each question type is asked, relative to the others; one that is missing is not asked.
@@ -68,6 +72,7 @@ impl Default for ScenesConfig {
             held_out: 4,
             unnamed_share: 0.2,
             shape_of_named_after: 0,
+            unnamed_share_after: None,
             questions_per_image: 4,
             kinds: BTreeMap::from([(AskColour, 1.0), (AskShape, 1.5), (Where, 1.0), (HowMany, 0.3), (YesNo, 2.5)]),
             kinds_of_several: Some(BTreeMap::from([(HowMany, 4.0), (YesNo, 2.5)])),
@@ -109,7 +114,9 @@ impl ScenesConfig {
             self.colours.len(),
             self.shapes.len()
         );
-        for (key, share) in [("unnamed_share", self.unnamed_share), ("named_share", self.named_share)] {
+        let after = self.unnamed_share_after.map(|share| ("unnamed_share_after", share));
+        let shares = [("unnamed_share", self.unnamed_share), ("named_share", self.named_share)];
+        for (key, share) in shares.into_iter().chain(after) {
             ensure!((0.0..=1.0).contains(&share), "scenes.{key} is {share}, it must be 0 to 1");
         }
         ensure!(self.questions_per_image > 0, "scenes.questions_per_image is 0, it must be at least 1");
@@ -149,6 +156,12 @@ impl ScenesConfig {
     pub(super) fn weight(&self, kind: QuestionKind, num_objects: usize) -> f64 {
         let several = self.kinds_of_several.as_ref().filter(|_| num_objects > 1);
         several.unwrap_or(&self.kinds).get(&kind).copied().unwrap_or(0.0)
+    }
+
+    /// Share of objects with a colour that has no name in the picture of this number.
+    pub(super) fn unnamed_share_of(&self, split: Split, index: u64) -> f64 {
+        let after = self.unnamed_share_after.filter(|_| split == Split::Train && index >= self.shape_of_named_after);
+        after.unwrap_or(self.unnamed_share)
     }
 
     /// Whether the split `train` has pictures about which nothing can be asked yet: before `shape_of_named_after` a
@@ -234,6 +247,7 @@ mod tests {
         says(ScenesConfig { held_out: 40, ..default() }, "scenes.held_out is 40, it must be at most");
         says(ScenesConfig { objects: [0.0; 3], ..default() }, "scenes.objects");
         says(ScenesConfig { noise: f32::NAN, ..default() }, "scenes.noise is NaN");
+        says(ScenesConfig { unnamed_share_after: Some(1.5), ..default() }, "scenes.unnamed_share_after is 1.5");
         says(ScenesConfig { kinds: BTreeMap::from([(QuestionKind::Colour, 1.0)]), ..default() }, "scenes.kinds");
         says(ScenesConfig { radius: [0.5, 0.4], ..default() }, "the smaller one first");
     }

@@ -72,24 +72,24 @@ impl Scenes {
         let several = draw.weighted(self.config.objects);
         let alone = self.split == Split::Train && index < self.config.lone_first;
         let num_objects = if alone { 1 } else { 1 + several };
+        let unnamed_share = self.config.unnamed_share_of(self.split, index);
         let quarters: [usize; 4] = draw.permutation();
         let mut objects: Vec<Object> = Vec::with_capacity(num_objects);
         for quarter in &quarters[..num_objects] {
-            let first = objects.is_empty();
-            let object = self.object(draw, Quarter::ALL[*quarter], first, &objects);
+            let pair = if objects.is_empty() && self.split == Split::Unseen {
+                let (colour, shape) = draw.pick(&self.held_out);
+                (Some(colour), shape)
+            } else {
+                self.seen_pair(draw, unnamed_share, &objects)
+            };
+            let object = self.object(draw, Quarter::ALL[*quarter], pair);
             objects.push(object);
         }
         let ground = self.ground(draw, &objects);
         Scene { objects, ground }
     }
 
-    fn object(&self, draw: &mut Draw, quarter: Quarter, first: bool, others: &[Object]) -> Object {
-        let (colour, shape) = if first && self.split == Split::Unseen {
-            let (colour, shape) = draw.pick(&self.held_out);
-            (Some(colour), shape)
-        } else {
-            self.seen_pair(draw, others)
-        };
+    fn object(&self, draw: &mut Draw, quarter: Quarter, (colour, shape): (Option<Colour>, Shape)) -> Object {
         let config = &self.config;
         let rgb = match colour {
             Some(colour) => colour.shade(draw, config.colour_jitter),
@@ -104,8 +104,8 @@ impl Scenes {
     }
 
     /// A pair that training may show, of a colour and a shape that no other object of the scene has.
-    fn seen_pair(&self, draw: &mut Draw, others: &[Object]) -> (Option<Colour>, Shape) {
-        let unnamed = draw.chance(self.config.unnamed_share);
+    fn seen_pair(&self, draw: &mut Draw, unnamed_share: f64, others: &[Object]) -> (Option<Colour>, Shape) {
+        let unnamed = draw.chance(unnamed_share);
         // At least four colours and four shapes, at most two taken of each, most pairs allowed: soon found.
         loop {
             let (colour, shape) = (draw.pick(self.colours()), draw.pick(self.shapes()));
@@ -254,6 +254,22 @@ mod tests {
         let num_objects = |split, index| Scenes::new(config.clone(), split).unwrap().scene(index).objects.len();
         assert_eq!((num_objects(Split::Train, 0), num_objects(Split::Train, 19)), (1, 1));
         assert!(num_objects(Split::Train, 20) > 1 && num_objects(Split::Test, 0) > 1);
+    }
+
+    #[test]
+    fn colours_without_a_name_may_become_rarer_in_training() {
+        let config = ScenesConfig {
+            unnamed_share: 1.0,
+            unnamed_share_after: Some(0.0),
+            shape_of_named_after: 200,
+            ..ScenesConfig::default()
+        };
+        let named = |split, index: u64| {
+            let objects = Scenes::new(config.clone(), split).unwrap().scene(index).objects;
+            objects.iter().filter(|object| object.colour.is_some()).count() == objects.len()
+        };
+        assert!((0..200).all(|index| !named(Split::Train, index)));
+        assert!((200..400).all(|index| named(Split::Train, index) && !named(Split::Test, index)));
     }
 
     #[test]
