@@ -86,8 +86,7 @@ impl Record {
             ensure!(!object.get(key).is_some_and(is_given), "its `{key}` has a video, which is not read yet");
         }
         let id = id(&mut object);
-        let given = |key: &str| object.get(key).is_some_and(|value| !value.is_null());
-        is_text_only |= beside.is_none() && !picture_keys(keys).into_iter().any(given);
+        is_text_only |= beside.is_none() && !Self::has_place_for_pictures(&object, keys);
         let mut frames = match beside {
             Some(num_images) => (0..num_images).map(|idx| idx.to_string()).collect(),
             None => frames(&mut object, keys)?,
@@ -136,6 +135,11 @@ impl Record {
     pub(crate) fn has_words(object: &Map<String, Value>, keys: &RecordKeys) -> bool {
         let words = [keys.conversations.as_str(), "messages", "texts", "caption", "text", "chosen", "rejected"];
         words.iter().any(|key| object.get(*key).is_some_and(|value| !value.is_null()))
+    }
+
+    /// Whether it has a key under which pictures are read, with or without one there.
+    pub(crate) fn has_place_for_pictures(object: &Map<String, Value>, keys: &RecordKeys) -> bool {
+        picture_keys(keys).into_iter().any(|key| object.get(key).is_some_and(|value| !value.is_null()))
     }
 
     /// How many pictures it names under the keys that are read.

@@ -185,6 +185,24 @@ mod tests {
     }
 
     #[test]
+    fn a_mark_in_a_row_of_text_alone_is_a_word() {
+        let question = "What does <image> mean in HTML?";
+        for (name, mark_is_word) in [("words.parquet", vec![true]), ("some-words.parquet", vec![true, false])] {
+            let source = &open(golden(name)).unwrap()[0];
+            for (index, mark_is_word) in mark_is_word.into_iter().enumerate() {
+                let sample = source.sample(index as u64).unwrap();
+                assert_eq!(sample.questions[0].question, question);
+                assert_eq!(sample.images.len(), usize::from(!mark_is_word), "{name}, {index}");
+                let told = sample.notes == ["it has a mark `<image>` and no picture: the mark is read as words"];
+                assert_eq!(told, mark_is_word, "{:?}", sample.notes);
+            }
+        }
+        // A list without pictures is one that lacks a picture.
+        let error = format!("{:#}", open(golden("some-words.parquet")).unwrap()[0].sample(2).unwrap_err());
+        assert!(error.contains("some-words.parquet: row 3: 1 places `<image>` in the questions, 0 images"), "{error}");
+    }
+
+    #[test]
     fn preferences_as_the_hub_has_them_are_pairs() {
         let (plain, pairs) = (maker::tests::tiny(), SampleMaker::of_pairs(maker::tests::tiny().preparation().clone()));
         let [plain, pairs] = [plain, pairs].map(|maker| {

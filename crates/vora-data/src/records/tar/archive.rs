@@ -63,7 +63,7 @@ impl Shard for GzipTar {
                     skipped += 1;
                     return true;
                 }
-                take(group.entry(&self.path, &self.keys))
+                take(group.entry(&self.path, &self.keys, wordless.is_empty()))
             })
         };
         read().with_context(|| format!("cannot read {}", self.path.display()))
@@ -76,6 +76,7 @@ pub(crate) struct TarIndex {
     keys: RecordKeys,
     file: Mutex<File>,
     groups: Vec<Group<Place>>,
+    all_have_words: bool,
 }
 
 impl TarIndex {
@@ -99,10 +100,10 @@ impl TarIndex {
             let wordless: HashSet<_> = groups.iter().filter(|g| !g.has_words()).map(|g| g.name.clone()).collect();
             let apart = groups.iter_mut().filter(|group| group.is_words_alone() && wordless.contains(&group.name));
             apart.for_each(Group::lies_apart);
-            Ok((file, groups))
+            Ok((file, groups, wordless.is_empty()))
         };
-        let (file, groups) = index().with_context(|| format!("cannot read {}", path.display()))?;
-        Ok(Self { path: path.to_owned(), keys, file: Mutex::new(file), groups })
+        let (file, groups, all_have_words) = index().with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(Self { path: path.to_owned(), keys, file: Mutex::new(file), groups, all_have_words })
     }
 
     /// How many records there are, good and bad.
@@ -121,7 +122,8 @@ impl TarIndex {
             Ok((suffix.clone(), part.with_context(|| format!("{} has become shorter", self.path.display()))?))
         };
         let members = group.members.iter().map(read).collect::<Result<_>>()?;
-        Group { name: group.name.clone(), members, fault: group.fault.clone() }.entry(&self.path, &self.keys)
+        let group = Group { name: group.name.clone(), members, fault: group.fault.clone() };
+        group.entry(&self.path, &self.keys, self.all_have_words)
     }
 }
 

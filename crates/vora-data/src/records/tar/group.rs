@@ -159,8 +159,11 @@ fn only(name: &str, mut words: Vec<(String, Vec<u8>)>, plain: &[&str]) -> Result
 }
 
 impl Group<Part> {
-    pub(super) fn entry(mut self, file: &Path, keys: &RecordKeys) -> Result<Entry> {
+    /// The record that the members are. `all_have_words` says that no record of the shard is one of pictures alone: then
+    /// words without a picture beside them are text alone, and a mark in them is a word.
+    pub(super) fn entry(mut self, file: &Path, keys: &RecordKeys, all_have_words: bool) -> Result<Entry> {
         let place = format!("{}: record `{}`", file.display(), self.name);
+        let is_words_alone = all_have_words && self.is_words_alone();
         let mut record = || {
             if let Some(fault) = self.fault.take() {
                 bail!(fault);
@@ -194,7 +197,11 @@ impl Group<Part> {
                 let text = String::from_utf8(bytes).with_context(|| format!("its .{suffix} is not UTF-8"))?;
                 object.insert("caption".to_owned(), Value::String(text.trim().to_owned()));
             }
-            Ok((Record::with_images(object, keys, images.len())?, images))
+            let record = match is_words_alone && !Record::has_place_for_pictures(&object, keys) {
+                true => Record::of_words(object, keys)?,
+                false => Record::with_images(object, keys, images.len())?,
+            };
+            Ok((record, images))
         };
         let (mut record, images) = record().with_context(|| place.clone())?;
         if record.id.is_empty() {

@@ -200,6 +200,35 @@ fn parts_that_do_not_go_together_are_bad_records() {
 }
 
 #[test]
+fn a_mark_in_a_record_of_text_alone_is_a_word() {
+    let question = "What does <image> mean in HTML?";
+    let (words, picture) = (talk(question, "A picture."), talk("<image>What?", "Number 1."));
+    let members = [("0.json", words.clone()), ("1.json", picture), ("1.png", png(1))];
+    let (_folder, sources) = open(&members);
+    for source in sources {
+        let sample = source.sample(0).unwrap();
+        assert_eq!((sample.images.len(), sample.questions[0].question.as_str()), (0, question));
+        assert_eq!(sample.notes, ["it has a mark `<image>` and no picture: the mark is read as words"]);
+        let sample = source.sample(1).unwrap();
+        assert_eq!((sample.images.len(), sample.notes.len()), (1, 0));
+    }
+    // Where it could be a picture's: the shard has pictures apart from words, the record says that it has none, or it
+    // has members that nobody reads.
+    let none = String::from_utf8(words.clone()).unwrap().replacen('{', r#"{"images": [], "#, 1).into_bytes();
+    for members in [
+        vec![("0_view.png", png(1)), ("0.json", words.clone())],
+        vec![("1.json", none), ("0.json", talk("What?", "Nothing."))],
+        vec![("1.raw", b"raw".to_vec()), ("1.json", words)],
+    ] {
+        let (_folder, sources) = open(&members);
+        for source in sources {
+            let all: Vec<_> = members.iter().enumerate().map(|(index, _)| seen(&*source, index as u64)).collect();
+            assert!(all.join("\n").contains("1 places `<image>` in the questions, 0 images"), "{all:?}");
+        }
+    }
+}
+
+#[test]
 fn names_of_any_length_are_read_up_to_a_limit() {
     let long = format!("{}/0.json", "x".repeat(300));
     check(&[(&long, talk("What?", "Long."))], &["/0 [] Long."]);
