@@ -1,6 +1,7 @@
 //! Runs of the tiny models.
 
 mod anchored;
+mod encoded_once;
 mod preferring;
 mod refused;
 mod resumed;
