@@ -6,6 +6,7 @@ mod download;
 mod eval;
 mod faults;
 mod memory;
+mod told_once;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
