@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use vora_files::write_bytes;
 use vora_image::ImageProcessor;
+use vora_text::special_tokens_by_class;
 
 /// How pictures are prepared.
 pub const PREPROCESSOR: &str = "preprocessor_config.json";
@@ -22,8 +23,11 @@ pub(crate) const CHAT_TEMPLATES: [&str; 2] = [CHAT_TEMPLATE, "chat_template.json
 /// The tokenizer itself.
 pub const TOKENIZER: &str = "tokenizer.json";
 
+/// What is said about the tokenizer.
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+
 /// The files that a tokenizer consists of.
-const TOKENIZER_FILES: [&str; 4] = [TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"];
+const TOKENIZER_FILES: [&str; 4] = [TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"];
 
 /// Files that say once more what `tokenizer.json` says, for tokenizers written in Python; a converted checkpoint keeps
 /// them, a trained one has tokens that they may not know.
@@ -53,7 +57,7 @@ pub(crate) fn is_text_file(name: &str) -> bool {
 /// # Errors
 /// Names the file that cannot be read or written.
 pub fn copy_beside(from: &Path, to: &Path) -> Result<()> {
-    copy_files(text_files(), from, to)?;
+    copy_text_files(text_files(), from, to)?;
     if ImageProcessor::is_stored(from)? {
         let json = ImageProcessor::open(from)?.to_json();
         write_bytes(&to.join(PREPROCESSOR), serde_json::to_string_pretty(&json)?.as_bytes())?;
@@ -61,11 +65,36 @@ pub fn copy_beside(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Copies those of the named text files that `from` has. Special tokens that it has by the class of its tokenizer alone are
+/// named in the copy: in a folder of another model the same files may stand for another class.
+///
+/// # Errors
+/// Names the file that cannot be read or written.
+pub fn copy_text_files(names: impl Iterator<Item = &'static str>, from: &Path, to: &Path) -> Result<()> {
+    copy_files(names, from, to)?;
+    let tokens = special_tokens_by_class(from)?;
+    if tokens.is_empty() {
+        return Ok(());
+    }
+    let path = to.join(TOKENIZER_CONFIG);
+    let text = if path.exists() { fs::read_to_string(&path) } else { Ok("{}".to_owned()) };
+    let text = text.with_context(|| format!("cannot read {}", path.display()))?;
+    write_bytes(&path, with_entries(&text, &tokens).as_bytes())
+}
+
+/// The JSON object `text` with more entries at its start: the order of the others says something too.
+fn with_entries(text: &str, entries: &[(&str, &str)]) -> String {
+    let entries: Vec<_> = entries.iter().map(|(key, value)| format!("{key:?}: {value:?}")).collect();
+    let rest = text.trim_start().trim_start_matches('{').trim_start();
+    let comma = if rest.starts_with('}') { "" } else { ", " };
+    format!("{{{}{comma}{rest}", entries.join(", "))
+}
+
 /// Copies those of the named files that `from` has.
 ///
 /// # Errors
 /// Names the file that cannot be read or written.
-pub fn copy_files(names: impl Iterator<Item = &'static str>, from: &Path, to: &Path) -> Result<()> {
+fn copy_files(names: impl Iterator<Item = &'static str>, from: &Path, to: &Path) -> Result<()> {
     for name in names {
         let source = from.join(name);
         if source.exists() {
@@ -74,4 +103,38 @@ pub fn copy_files(names: impl Iterator<Item = &'static str>, from: &Path, to: &P
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_class_names_is_named_in_a_folder_of_another_model() {
+        let [from, to] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        fs::copy(fixtures::root().join("tiny/tokenizer/tokenizer.json"), from.path().join(TOKENIZER)).unwrap();
+        fs::write(to.path().join("config.json"), r#"{"model_type": "llava"}"#).unwrap();
+        let write = |text: &str| fs::write(from.path().join(TOKENIZER_CONFIG), text).unwrap();
+        let special = |folder: &Path| vora_text::special_tokens(folder).unwrap();
+        for config in [
+            r#"{"tokenizer_class": "GPT2Tokenizer"}"#,
+            r#"{ "tokenizer_class": "GPT2Tokenizer", "z_token": "<z>", "a_token": "<a>", "bos_token": null}"#,
+            r#"{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}"#,
+        ] {
+            write(config);
+            copy_beside(from.path(), to.path()).unwrap();
+            assert_eq!(special(to.path()), special(from.path()), "{config}");
+        }
+        assert_eq!(
+            fs::read(to.path().join(TOKENIZER_CONFIG)).unwrap(),
+            fs::read(from.path().join(TOKENIZER_CONFIG)).unwrap()
+        );
+        // No file but the tokenizer's own, and a model whose type has a class.
+        fs::remove_file(from.path().join(TOKENIZER_CONFIG)).unwrap();
+        fs::remove_file(to.path().join(TOKENIZER_CONFIG)).unwrap();
+        fs::write(from.path().join("config.json"), r#"{"model_type": "qwen2"}"#).unwrap();
+        copy_beside(from.path(), to.path()).unwrap();
+        assert_eq!(special(to.path()), special(from.path()));
+        assert_eq!(special(to.path()).len(), 3);
+    }
 }

@@ -13,6 +13,8 @@ use serde_json::{Value, json};
 use vora_files::tell_once;
 use vora_gguf::folder::read_json;
 
+use crate::tokenizer_class::TokenizerClass;
+
 /// The special tokens that every tokenizer has a name for, in HF's order. Other keys on `_token` are a model's own.
 const NAMES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
@@ -53,6 +55,9 @@ impl AddedTokens {
             }
         }
         rename_additional(&mut config);
+        for (key, token) in by_class(path, &config)? {
+            config.insert(key.to_owned(), Entry::Other(token.into()));
+        }
 
         let mut named = Vec::new();
         for name in NAMES {
@@ -161,6 +166,26 @@ impl AddedTokens {
 /// Names the file that cannot be read, or is no such JSON.
 pub fn special_tokens(path: &Path) -> Result<Vec<(String, String)>> {
     Ok(AddedTokens::open(path)?.named())
+}
+
+/// Of [`special_tokens`] those that no file of the folder names, but the class of its tokenizer in HF transformers: a folder
+/// that takes the tokenizer's files over has them too once its `tokenizer_config.json` names them.
+///
+/// # Errors
+/// As [`special_tokens`].
+pub fn special_tokens_by_class(path: &Path) -> Result<Vec<(&'static str, &'static str)>> {
+    let mut config: Pairs<Entry> = read_json(path, "tokenizer_config.json")?;
+    if config.get("added_tokens_decoder").is_none() {
+        let map: Pairs<Entry> = read_json(path, "special_tokens_map.json")?;
+        map.0.into_iter().for_each(|(key, value)| config.insert(key, value));
+    }
+    by_class(path, &config)
+}
+
+/// The special tokens of a tokenizer's class that `config` has no key for; `null` is one that it has none of.
+fn by_class(path: &Path, config: &Pairs<Entry>) -> Result<Vec<(&'static str, &'static str)>> {
+    let class = TokenizerClass::of(path, config.get("tokenizer_class").and_then(Entry::content))?;
+    Ok(class.special_tokens().iter().filter(|(key, _)| config.get(key).is_none()).copied().collect())
 }
 
 /// The newer name of `additional_special_tokens`, where the file does not have both.
@@ -365,9 +390,22 @@ mod tests {
             assert_eq!(tokenizer.encode_whole("a red ring").unwrap(), ids(&case["whole"]), "{name}");
             let named: BTreeMap<String, String> = special_tokens(folder.path()).unwrap().into_iter().collect();
             assert_eq!(json!(named), case["named"], "{name}");
-            let eos = tokenizer.token_to_id(named["eos_token"].as_str()).unwrap();
-            assert!(tokenizer.eos_ids().contains(&eos), "{name}");
+            let eos = named.get("eos_token").map(|eos| tokenizer.token_to_id(eos).unwrap());
+            assert_eq!(tokenizer.eos_ids(), eos.as_slice(), "{name}");
         }
+    }
+
+    #[test]
+    fn tokens_of_a_class_are_told_apart_from_those_of_the_files() {
+        let of = |config: &str| {
+            let files = json!({"tokenizer": {}, "tokenizer_config.json": config, "special_tokens_map.json": r#"{"bos_token": "<x>"}"#});
+            special_tokens_by_class(folder(&files).path()).unwrap()
+        };
+        let end = |key| (key, "<|endoftext|>");
+        assert_eq!(of(r#"{"tokenizer_class": "GPT2Tokenizer"}"#), [end("eos_token"), end("unk_token")]);
+        let listed = r#"{"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": {}, "unk_token": null}"#;
+        assert_eq!(of(listed), [end("bos_token"), end("eos_token")]);
+        assert!(of(r#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#).is_empty());
     }
 
     #[test]

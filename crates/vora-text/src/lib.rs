@@ -17,8 +17,9 @@ mod spans;
 mod specials;
 mod stream;
 mod tokenizer;
+mod tokenizer_class;
 
-pub use added_tokens::special_tokens;
+pub use added_tokens::{special_tokens, special_tokens_by_class};
 pub use chat::{ChatTemplate, Message, Part, Piece};
 pub use error::TextError;
 pub use spans::{Modality, Span, Spans};

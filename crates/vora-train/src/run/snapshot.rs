@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Tensor};
 use vora_files::write_bytes;
 use vora_lora::{LoraConfig, save_adapter};
-use vora_model::beside::{CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, copy_files, text_files};
+use vora_model::beside::{CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, copy_text_files, text_files};
 use vora_model::trained::{LLM, MODEL, Parts, VISION};
 use vora_torch::checkpoint::save;
 
@@ -71,7 +71,7 @@ impl Snapshot {
         }
         let own_template = self.chat_template.is_some();
         let names = text_files().filter(|name| !(own_template && *name == CHAT_TEMPLATE));
-        copy_files(names, &self.llm_folder, folder)?;
+        copy_text_files(names, &self.llm_folder, folder)?;
         match self.config["vocabulary_map"].as_object() {
             Some(vocabulary) => name_tokens(&folder.join(TOKENIZER), vocabulary),
             None => Ok(()),
