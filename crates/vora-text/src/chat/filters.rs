@@ -62,13 +62,13 @@ fn join(
 }
 
 /// A filter's arguments by place or by name, as Python's functions take them.
-struct Args {
-    placed: Rest<Value>,
-    named: Kwargs,
+pub(super) struct Args {
+    pub(super) placed: Rest<Value>,
+    pub(super) named: Kwargs,
 }
 
 impl Args {
-    fn get(&self, idx: usize, name: &str) -> Result<Option<Value>, Error> {
+    pub(super) fn get(&self, idx: usize, name: &str) -> Result<Option<Value>, Error> {
         let named = self.named.get::<Option<Value>>(name)?;
         Ok(named.or_else(|| self.placed.get(idx).cloned()))
     }
@@ -77,7 +77,7 @@ impl Args {
         Ok(self.get(idx, name)?.is_some_and(|value| value.is_true()))
     }
 
-    fn count(&self, idx: usize, name: &str, default: usize) -> Result<usize, Error> {
+    pub(super) fn count(&self, idx: usize, name: &str, default: usize) -> Result<usize, Error> {
         self.get(idx, name)?.filter(|value| !value.is_none()).map_or(Ok(default), usize::try_from)
     }
 }

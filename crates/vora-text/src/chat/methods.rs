@@ -4,6 +4,7 @@ use minijinja::value::{Kwargs, Rest, Tuple, ValueKind, from_args};
 use minijinja::{Error, State, Value};
 use minijinja_contrib::pycompat;
 
+use super::format::{format, format_map};
 use super::python::{invalid, is_printable, is_space, spend_text};
 
 /// Calls `value.method(args)`.
@@ -135,6 +136,8 @@ fn string_method(state: &State, said: &str, method: &str, args: &[Value]) -> Res
             let count = window(said, start, end).map_or(0, |(part, _)| part.matches(wanted).count());
             Ok(Some(Value::from(count)))
         }
+        "format" => made(format(state, said, args)?),
+        "format_map" => made(format_map(state, said, args)?),
         "zfill" | "center" | "ljust" | "rjust" => {
             let (width, fill): (usize, Option<char>) = from_args(args)?;
             let missing = width.saturating_sub(said.chars().count());
@@ -260,7 +263,7 @@ fn words(text: &str, most: usize, from_end: bool) -> Vec<&str> {
 }
 
 /// The lines as `splitlines` cuts them.
-fn lines(text: &str, keep: bool) -> Vec<&str> {
+pub(super) fn lines(text: &str, keep: bool) -> Vec<&str> {
     let is_end = |c: char| "\n\r\x0b\x0c\x1c\x1d\x1e\u{85}\u{2028}\u{2029}".contains(c);
     let (mut lines, mut rest) = (Vec::new(), text);
     while let Some(at) = rest.find(is_end) {

@@ -5,15 +5,18 @@ mod content;
 mod date;
 mod encode;
 mod filters;
+mod format;
 mod jinja;
 mod json;
 mod message;
 mod methods;
+mod nesting;
 mod python;
 mod source;
 mod template;
 #[cfg(test)]
 mod tests;
+mod text_filters;
 
 pub use message::{Message, Part, Piece};
 pub use template::ChatTemplate;

@@ -27,6 +27,14 @@ pub(super) fn repr(state: &State, value: &Value) -> Result<String, Error> {
     Ok(out)
 }
 
+/// `ascii(value)`, of a string.
+pub(super) fn ascii(state: &State, value: &Value) -> Result<String, Error> {
+    let Some(text) = value.as_str() else { return repr(state, value) };
+    let mut out = String::new();
+    quote(text, true, &mut out);
+    Ok(out)
+}
+
 fn print(state: &State, value: &Value, out: &mut String, depth: usize) -> Result<(), Error> {
     spend(state, value, depth)?;
     match value.kind() {
@@ -107,6 +115,13 @@ pub(super) fn float(number: f64) -> String {
 /// C's exponent: a sign and at least two digits.
 fn with_exponent(mantissa: &str, exponent: i32, e: char) -> String {
     format!("{mantissa}{e}{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
+}
+
+/// The digits of a number with so many after the point, and the power of ten that they stand for.
+fn scientific(number: f64, precision: usize) -> (String, i32) {
+    let text = format!("{number:.precision$e}");
+    let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+    (mantissa.to_owned(), exponent.parse().unwrap_or(0))
 }
 
 /// A string's literal: in single quotes unless only those are in it.
@@ -191,7 +206,7 @@ pub(super) fn format_filter(state: &State, form: &str, args: Rest<Value>, named:
 
 /// How one value is written.
 #[derive(Default)]
-struct Field {
+pub(super) struct Field {
     left: bool,
     zero: bool,
     plus: bool,
@@ -202,7 +217,7 @@ struct Field {
 }
 
 /// No field is wider.
-const MAX_WIDTH: usize = 1 << 16;
+pub(super) const MAX_WIDTH: usize = 1 << 16;
 
 /// `form % args`: one value, several in a tuple, or a dictionary's by name.
 fn format(state: &State, form: &str, args: &Value) -> Result<String, Error> {
@@ -274,6 +289,11 @@ fn format(state: &State, form: &str, args: &Value) -> Result<String, Error> {
 }
 
 impl Field {
+    /// For a number of such digits.
+    pub(super) fn of_digits(precision: Option<usize>, alternate: bool) -> Self {
+        Self { precision, alternate, ..Self::default() }
+    }
+
     fn fill(&self, state: &State, conversion: char, value: &Value) -> Result<String, Error> {
         let number = || match value.kind() {
             ValueKind::Bool => Ok(f64::from(u8::from(value.is_true()))),
@@ -294,14 +314,7 @@ impl Field {
         Ok(match conversion {
             's' => self.pad_text(&cut(text(state, value)?)),
             'r' => self.pad_text(&cut(repr(state, value)?)),
-            'a' => {
-                let mut out = String::new();
-                match value.as_str() {
-                    Some(text) => quote(text, true, &mut out),
-                    None => out = repr(state, value)?,
-                }
-                self.pad_text(&cut(out))
-            }
+            'a' => self.pad_text(&cut(ascii(state, value)?)),
             'c' => {
                 let code = value.as_usize().and_then(|code| char::from_u32(u32::try_from(code).ok()?));
                 let mut chars = value.as_str().unwrap_or_default().chars();
@@ -333,36 +346,34 @@ impl Field {
     }
 
     /// A number that is not negative.
-    fn float(&self, number: f64, conversion: char) -> String {
+    pub(super) fn float(&self, number: f64, conversion: char) -> String {
         if !number.is_finite() {
             return float(number);
         }
         let precision = self.precision.unwrap_or(6);
-        let scientific = |precision: usize| {
-            let text = format!("{number:.precision$e}");
-            let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));
-            (mantissa.to_owned(), exponent.parse::<i32>().unwrap_or(0))
-        };
         match conversion.to_ascii_lowercase() {
             'f' => format!("{number:.precision$}"),
             'e' => {
-                let (mantissa, exponent) = scientific(precision);
+                let (mantissa, exponent) = scientific(number, precision);
                 with_exponent(&mantissa, exponent, 'e')
             }
-            _ => {
-                let precision = precision.max(1);
-                let (mantissa, exponent) = scientific(precision - 1);
-                let short = |text: &str| match text.contains('.') && !self.alternate {
-                    true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
-                    false => text.to_owned(),
-                };
-                if exponent < -4 || exponent >= precision as i32 {
-                    return with_exponent(&short(&mantissa), exponent, 'e');
-                }
-                let decimals = (precision as i32 - 1 - exponent).max(0) as usize;
-                short(&format!("{number:.decimals$}"))
-            }
+            _ => self.general(number, precision.max(1)),
         }
+    }
+
+    /// `%g` of a number that is not negative; from ten to the power of `fixed` on it has an exponent.
+    pub(super) fn general(&self, number: f64, fixed: usize) -> String {
+        let precision = self.precision.unwrap_or(6).max(1);
+        let (mantissa, exponent) = scientific(number, precision - 1);
+        let short = |text: &str| match text.contains('.') && !self.alternate {
+            true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
+            false => text.to_owned(),
+        };
+        if exponent < -4 || exponent >= fixed as i32 {
+            return with_exponent(&short(&mantissa), exponent, 'e');
+        }
+        let decimals = (precision as i32 - 1 - exponent).max(0) as usize;
+        short(&format!("{number:.decimals$}"))
     }
 
     fn pad_text(&self, text: &str) -> String {

@@ -5,13 +5,16 @@
 
 use anyhow::{Result, ensure};
 
+use super::nesting::{MAX_NESTING, Nesting};
+
 /// The function that stands for `%`.
 pub(super) const MODULO: &str = "python_modulo";
 
 /// The same template for our engine.
 ///
 /// # Errors
-/// Where a loop is left from inside a scope of its own, which the engine does not survive.
+/// What the engine does not survive: a loop that is left from inside a scope of its own, and what is nested too deep. What
+/// it has not: arguments of a macro that its list does not name.
 pub(super) fn adapted(source: &str) -> Result<String> {
     let mut blocks = Blocks::default();
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
@@ -32,7 +35,7 @@ pub(super) fn adapted(source: &str) -> Result<String> {
                         out.push_str(stand_in);
                         len
                     }
-                    None => expression(body, "%}", &mut out),
+                    None => expression(body, "%}", &blocks, &mut out)?,
                 };
                 rest = &body[len..];
                 continue;
@@ -40,7 +43,7 @@ pub(super) fn adapted(source: &str) -> Result<String> {
             "{{" => {
                 let mark = inside.len() - inside.strip_prefix(['-', '+']).unwrap_or(inside).len();
                 out.push_str(&inside[..mark]);
-                rest = &inside[mark + expression(&inside[mark..], "}}", &mut out)..];
+                rest = &inside[mark + expression(&inside[mark..], "}}", &blocks, &mut out)?..];
                 continue;
             }
             _ => 0,
@@ -53,31 +56,59 @@ pub(super) fn adapted(source: &str) -> Result<String> {
 
 /// The loops and scopes around a place, the outermost first.
 #[derive(Default)]
-struct Blocks<'a>(Vec<&'a str>);
+struct Blocks<'a> {
+    names: Vec<&'a str>,
+    /// The branches of each `if` around the place.
+    branches: Vec<usize>,
+    /// The tag of the macro around the place.
+    signature: Option<&'a str>,
+}
 
 impl<'a> Blocks<'a> {
     /// Goes past a tag.
     fn enter(&mut self, body: &'a str) -> Result<()> {
         let name = tag_name(body);
         match name {
-            "for" | "with" | "generation" | "filter" | "call" | "macro" => self.0.push(name),
+            "for" | "with" | "generation" | "filter" | "call" => self.names.push(name),
+            "macro" => {
+                self.names.push(name);
+                self.signature = Some(body.split("%}").next().unwrap_or_default());
+            }
+            "if" => self.branches.push(1),
+            "endif" => _ = self.branches.pop(),
+            "elif" => {
+                let branches = self.branches.last_mut().map_or(0, |branches| {
+                    *branches += 1;
+                    *branches
+                });
+                ensure!(branches <= MAX_NESTING, "an `if` has more than {MAX_NESTING} branches");
+            }
             "set" => {
                 let target = body[name.len()..].trim_start().trim_start_matches(is_word).trim_start();
                 if ["|", "%}", "-%}", "+%}"].iter().any(|begin| target.starts_with(begin)) {
-                    self.0.push(name); // it has a body
+                    self.names.push(name); // it has a body
                 }
             }
             "break" | "continue" => ensure!(
-                self.0.last().is_none_or(|block| *block == "for"),
+                self.names.last().is_none_or(|block| *block == "for"),
                 "`{name}` stands inside `{}`, which is not supported: put it outside, or use `if` in its place",
-                self.0.last().copied().unwrap_or_default()
+                self.names.last().copied().unwrap_or_default()
             ),
             _ => {
-                if self.0.last().is_some_and(|block| name.strip_prefix("end") == Some(block)) {
-                    self.0.pop();
+                if self.names.last().is_some_and(|block| name.strip_prefix("end") == Some(block)) {
+                    self.names.pop();
+                    self.signature = self.signature.filter(|_| name != "endmacro");
                 }
             }
         }
+        Ok(())
+    }
+
+    /// `varargs` and `kwargs` hold what a macro is called with beyond the arguments that it names.
+    fn refuse_more_arguments(&self, word: &str) -> Result<()> {
+        let Some(signature) = self.signature.filter(|_| ["varargs", "kwargs"].contains(&word)) else { return Ok(()) };
+        let is_named = signature.split(|c| !is_word(c)).any(|name| name == word);
+        ensure!(is_named, "`{word}` in a macro is not supported: name the macro's arguments in `{}`", signature.trim());
         Ok(())
     }
 }
@@ -124,10 +155,15 @@ struct Level {
 }
 
 /// Writes the expression or statement that `text` begins with, up to `closer`, which is written too; how long it was.
-fn expression(text: &str, closer: &str, out: &mut String) -> usize {
+///
+/// # Errors
+/// What is nested too deep, and names that macros have in Jinja2 alone.
+fn expression(text: &str, closer: &str, blocks: &Blocks<'_>, out: &mut String) -> Result<usize> {
     let fresh = |out: &String| Level { product: out.len(), right_side: false, operand: false };
     let mut levels = vec![fresh(out)];
+    let mut nesting = Nesting::new();
     let (mut at, mut after_is, mut first) = (0, false, closer == "%}");
+    let mut before = ""; // the token before
     while at < text.len() {
         let rest = &text[at..];
         let top = levels.len() - 1;
@@ -137,9 +173,25 @@ fn expression(text: &str, closer: &str, out: &mut String) -> usize {
             end_right_side(level, out);
             let len = rest.find(closer).unwrap_or(0) + closer.len();
             out.push_str(&rest[..len]);
-            return at + len;
+            return Ok(at + len);
         }
         at += token.len();
+        match token {
+            "(" | "[" | "{" => nesting.open()?,
+            ")" | "]" | "}" => nesting.close(),
+            "," => nesting.next(),
+            "and" | "or" | "not" | "in" | "is" | "if" | "else" => nesting.deeper()?,
+            _ if token.starts_with(|c: char| is_word(c) || c.is_whitespace() || "\"':".contains(c)) => {}
+            _ => nesting.deeper()?,
+        }
+        let after = rest[token.len()..].trim_start();
+        let is_key = after.starts_with('=') && !after.starts_with("==");
+        if before != "." && before != "|" && !is_key {
+            blocks.refuse_more_arguments(token)?;
+        }
+        if !token.starts_with(char::is_whitespace) {
+            before = token;
+        }
         let is_test = std::mem::take(&mut after_is);
         match token {
             _ if first && token.starts_with(is_word) => {
@@ -200,7 +252,7 @@ fn expression(text: &str, closer: &str, out: &mut String) -> usize {
             }
         }
     }
-    at
+    Ok(at)
 }
 
 fn end_right_side(level: &mut Level, out: &mut String) {

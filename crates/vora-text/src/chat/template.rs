@@ -9,7 +9,7 @@ use minijinja::{Environment, Error, ErrorKind, Value, context};
 
 use super::Message;
 use super::content::{ContentForms, Turn};
-use super::jinja::environment;
+use super::jinja::{environments, on_large_stack};
 use super::source::adapted;
 use crate::added_tokens::special_tokens;
 use crate::error::TextError;
@@ -26,7 +26,7 @@ pub(super) const MAX_TEMPLATE_LEN: usize = 1 << 18;
 /// Templates are other people's programs: one that runs for too long or writes too much ends in an error.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    environments: [Environment<'static>; 2], // with little fuel, and with all
     pub(super) origin: String,
     special_tokens: Vec<(String, String)>, // bos_token, eos_token, ..
     image_token: Option<String>,
@@ -61,12 +61,14 @@ impl ChatTemplate {
             "{origin}: a chat template of {} bytes; at most {MAX_TEMPLATE_LEN} are allowed",
             source.len()
         );
-        let mut environment = environment()?;
-        environment
-            .add_template_owned("chat_template", adapted(source).with_context(|| format!("{origin}: syntax error"))?)
-            .map_err(|e| anyhow::anyhow!("{origin}: {e}"))?;
+        let source = adapted(source).with_context(|| format!("{origin}: syntax error"))?;
+        let mut environments = environments()?;
+        for environment in &mut environments {
+            let added = environment.add_template_owned("chat_template", source.clone());
+            added.map_err(|e| anyhow::anyhow!("{origin}: {e}"))?;
+        }
         let image_token = special_tokens.iter().find(|(key, _)| key == "image_token").map(|(_, token)| token.clone());
-        Ok(Self { environment, origin, special_tokens, image_token, forms: OnceLock::new() })
+        Ok(Self { environments, origin, special_tokens, image_token, forms: OnceLock::new() })
     }
 
     /// The conversation as text; images are what the template writes for them, `<image>` where it takes strings. With
@@ -86,19 +88,51 @@ impl ChatTemplate {
     }
 
     pub(super) fn render_turns(&self, turns: &[Turn], add_generation_prompt: bool) -> Result<String> {
-        self.try_render(turns, add_generation_prompt).map_err(|error| {
-            if error.kind() == ErrorKind::OutOfFuel {
-                return TextError::OutOfFuel { origin: self.origin.clone() }.into();
-            }
-            anyhow::anyhow!("{}: {error}", self.origin)
-        })
+        self.try_render(turns, add_generation_prompt).map_err(|error| self.named(&error))
+    }
+
+    /// An error of the template with its origin.
+    pub(super) fn named(&self, error: &Error) -> anyhow::Error {
+        if error.kind() == ErrorKind::OutOfFuel {
+            return TextError::OutOfFuel { origin: self.origin.clone() }.into();
+        }
+        anyhow::anyhow!("{}: {error}", self.origin)
     }
 
     fn try_render(&self, turns: &[Turn], add_generation_prompt: bool) -> Result<String, Error> {
+        match self.render_in(&self.environments[0], turns, add_generation_prompt) {
+            Err(error) if error.kind() == ErrorKind::OutOfFuel => {
+                // An error keeps the template's values, which are to be let go of there too.
+                on_large_stack(|| self.render_whole(turns, add_generation_prompt).map_err(without_values))?
+            }
+            done => done,
+        }
+    }
+
+    /// Renders with all the fuel that a template may have, for which the stack must be large.
+    pub(super) fn render_whole(&self, turns: &[Turn], add_generation_prompt: bool) -> Result<String, Error> {
+        self.render_in(&self.environments[1], turns, add_generation_prompt)
+    }
+
+    fn render_in(
+        &self,
+        environment: &Environment<'static>,
+        turns: &[Turn],
+        add_generation_prompt: bool,
+    ) -> Result<String, Error> {
         let special_tokens = Value::from_pairs(self.special_tokens.iter().map(|(k, v)| (k.as_str(), v.as_str())));
-        let template = self.environment.get_template("chat_template")?;
+        let template = environment.get_template("chat_template")?;
         let messages: Vec<Value> = turns.iter().map(Turn::to_value).collect();
         template.render(context! { messages, add_generation_prompt, tools => (), documents => (), ..special_tokens })
+    }
+}
+
+/// The same error as text alone.
+fn without_values(error: Error) -> Error {
+    let place = error.name().zip(error.line()).map(|(name, line)| format!(" (in {name}:{line})"));
+    match error.detail() {
+        Some(detail) => Error::new(error.kind(), detail.to_owned() + &place.unwrap_or_default()),
+        None => Error::from(error.kind()),
     }
 }
 

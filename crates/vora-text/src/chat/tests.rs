@@ -1,6 +1,8 @@
 use serde_json::Value as Json;
 
 use super::date::strftime;
+use super::jinja::on_large_stack;
+use super::nesting::MAX_NESTING;
 use super::template::MAX_TEMPLATE_LEN;
 use super::{ChatTemplate, Message, Part, Piece};
 use crate::Tokenizer;
@@ -259,19 +261,121 @@ fn hostile_templates_end_soon() {
     for source in sources {
         let attempt = || {
             let started = thread_cpu_ms();
-            let done = ChatTemplate::new(source, Vec::new(), "hostile")
-                .and_then(|template| template.render(&[Message::new("user", "x")], true));
+            let done = ChatTemplate::new(source, Vec::new(), "hostile").and_then(|template| {
+                let turn = template.forms().turn(&Message::new("user", "x"), "<image>", str::to_owned);
+                template.render_whole(&[turn], true).map_err(|error| template.named(&error))
+            });
             let elapsed = thread_cpu_ms() - started;
             let error = done.unwrap_err().to_string();
             assert!(error.starts_with("hostile: "), "{error}");
             elapsed
         };
+        let attempt = || on_large_stack(attempt).unwrap();
         let start = &source[..source.len().min(80)];
         assert!(attempt() < allowed, "longer than {allowed} ms: {start}");
     }
     let long = "x".repeat(MAX_TEMPLATE_LEN + 1);
     let error = ChatTemplate::new(&long, Vec::new(), "long").unwrap_err().to_string();
     assert!(error.contains("262145 bytes"), "{error}");
+}
+
+#[test]
+fn what_is_nested_deeper_than_the_engine_survives_is_refused() {
+    let written = |depth: usize| {
+        let (n, more) = (depth, depth - 1);
+        [
+            format!("{{{{ messages{} }}}}", ".x".repeat(n)),
+            format!("{{{{ messages{} }}}}", "|list".repeat(n)),
+            format!("{{{{ messages{} }}}}", "[0]".repeat(n)),
+            format!("{{{{ 1{} }}}}", " + 1".repeat(n)),
+            format!("{{{{ 'a'{} }}}}", " ~ 'a'".repeat(n)),
+            format!("{{{{ {}1 }}}}", "- ".repeat(n)),
+            format!("{{{{ {}true }}}}", "not ".repeat(n)),
+            format!("{{{{ 1{} }}}}", " if true else 2".repeat(n / 2)),
+            format!("{{% if 1 %}}1{}{{% endif %}}", "{% elif 1 %}1".repeat(more)),
+            format!("{{% set x = [1, ['a', (1{})]] %}}", " * 7".repeat(n - 4)),
+        ]
+    };
+    for source in written(MAX_NESTING) {
+        // Lists in lists are nested deeper for the engine's own limit, which says so itself.
+        ChatTemplate::new(&source, Vec::new(), "deep").unwrap_or_else(|error| panic!("{source:.60}: {error}"));
+    }
+    for source in written(MAX_NESTING + 2) {
+        let error = format!("{:#}", ChatTemplate::new(&source, Vec::new(), "deep").unwrap_err());
+        assert!(
+            error.starts_with("deep: syntax error: an ") && error.contains("more than 400"),
+            "{source:.60}: {error}"
+        );
+    }
+    for (open, close) in [("[", "]"), ("(", ")"), ("{'a': ", "}"), ("range(", ")")] {
+        let source = format!("{{{{ {}1{} }}}}", open.repeat(MAX_NESTING + 1), close.repeat(MAX_NESTING + 1));
+        let error = format!("{:#}", ChatTemplate::new(&source, Vec::new(), "deep").unwrap_err());
+        assert!(error.contains("more than 400 operations and brackets in each other"), "{error}");
+    }
+    // Wide is not deep.
+    let wide = format!("{{{{ [{}] | length }}}}", "a.b | default('c' ~ 1), ".repeat(1000));
+    assert_eq!(inline(&wide).render(&[], false).unwrap(), "1000");
+}
+
+#[test]
+fn lists_in_each_other_take_no_more_stack_than_there_is() {
+    // As a value that is made in a loop: deeper than what is rendered on this thread's own stack.
+    let source =
+        "{% set ns = namespace(a=1) %}{% for i in range(3000) %}{% set ns.a = [ns.a] %}{% endfor %}{{ 'done' }}";
+    assert_eq!(inline(source).render(&[], false).unwrap(), "done");
+    let failing = source.replace("'done'", "raise_exception('done with it')");
+    let error = inline(&failing).render(&[], false).unwrap_err().to_string();
+    assert!(error.contains("done with it (in chat_template:1)"), "{error}");
+    let printed = inline(&source.replace("'done'", "ns.a")).render(&[], false).unwrap_err().to_string();
+    assert!(printed.contains("more than 200 lists in each other"), "{printed}");
+}
+
+#[test]
+fn what_macros_have_in_jinja2_alone_is_refused_by_name() {
+    let open = |source: &str| ChatTemplate::new(source, Vec::new(), "inline").map_err(|error| format!("{error:#}"));
+    for word in ["varargs", "kwargs"] {
+        let source = format!(
+            "{{% macro said(a) -%}}{{{{ a }}}}{{% for x in {word} %}}{{{{ x }}}}{{% endfor %}}{{% endmacro %}}"
+        );
+        let error = open(&source).unwrap_err();
+        let expected = format!("`{word}` in a macro is not supported: name the macro's arguments in `macro said(a) -`");
+        assert!(error.contains(&expected), "{error}");
+    }
+    // Names like any other.
+    for (source, expected) in [
+        ("{% macro said(kwargs) %}{{ kwargs }}{% endmacro %}{{ said(kwargs=1) }}", "1"),
+        (
+            "{% macro said(a) %}{{ a.kwargs }}{{ 'varargs' }}{% endmacro %}{{ said({'kwargs': 2}) }}{{ kwargs }}",
+            "2varargs",
+        ),
+    ] {
+        assert_eq!(open(source).unwrap().render(&[], false).unwrap(), expected);
+    }
+    let more = open("{% macro said(a) %}{{ a }}{% endmacro %}{{ said(1, 2) }}").unwrap().render(&[], false);
+    assert!(more.unwrap_err().to_string().contains("too many arguments"));
+}
+
+#[test]
+fn what_text_filters_and_formats_lack_is_said_in_one_line() {
+    for (expression, expected) in [
+        ("'{:010,}'.format(3)", "format specifier `010,` is not supported"),
+        ("'{:n}'.format(3)", "format code `n` is not supported"),
+        ("'{:d}'.format('a')", "the format of a string is one of numbers"),
+        ("'{:>3}'.format([])", "unsupported format string passed to sequence"),
+        ("'{} {0}'.format(1)", "numbers its fields all by hand, or none"),
+        ("'{} {}'.format(1)", "replacement index out of range"),
+        ("'{a}'.format(1)", "the format string's `a` is not among the arguments"),
+        ("'{'.format(1)", "expected `}` before end of string"),
+        ("'}'.format(1)", "single `}`"),
+        ("'{:99999999}'.format(1)", "at most 65536 wide"),
+        ("'&hearts;' | striptags", "the character reference `&hearts;` is not supported"),
+        ("'&#128;' | striptags", "stands for no plain character"),
+        ("'a' | wordwrap(0)", "a width of 0"),
+        ("[1] | urlencode", "not iterable"),
+    ] {
+        let error = inline(&format!("{{{{ {expression} }}}}")).render(&[], false).unwrap_err().to_string();
+        assert!(error.contains(expected) && !error.contains('\n'), "{expression}: {error}");
+    }
 }
 
 #[test]
