@@ -1,6 +1,6 @@
 //! A run folder as files, for whoever writes one and whoever reads it: `metrics.jsonl`, `eval.json`,
 //! `train_results.json`, samples, block maps, and, with the feature `drawn`, TensorBoard's events, plots, and all of it as
-//! one HTML page. It trains nothing and links no libtorch.
+//! one HTML page; with `compared`, several runs side by side. It trains nothing and links no libtorch.
 //!
 //! ```
 //! use vora_run::metrics::{Line, MetricsLog};
@@ -26,5 +26,7 @@ pub mod plot;
 pub mod report;
 pub mod results;
 pub mod samples;
+#[cfg(feature = "compared")]
+pub mod side_by_side;
 #[cfg(feature = "drawn")]
 pub mod tensorboard;

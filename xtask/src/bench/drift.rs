@@ -7,8 +7,8 @@ use anyhow::{Context, Result, ensure};
 use comfy_table::{CellAlignment, Table};
 use plotters::prelude::*;
 use serde_json::Value;
+use vora_run::side_by_side::draw_curves;
 
-use super::compare::draw_curves;
 use crate::{cmd, setup};
 
 /// What is drawn: its key in `metrics.jsonl`, its name, whether its axis is logarithmic.

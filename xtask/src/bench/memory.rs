@@ -10,8 +10,8 @@ use comfy_table::{CellAlignment, Table};
 use serde_json::Value;
 use vora_run::metrics::{MetricsLog, StepMetrics};
 use vora_run::results::TrainResults;
+use vora_run::side_by_side::steps;
 
-use super::compare::steps;
 use crate::cmd::{self, Vora};
 use crate::setup;
 use crate::train::{self, Run};

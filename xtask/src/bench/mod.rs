@@ -2,7 +2,6 @@
 //! seeds, Chameleon's drift of norms, what packing is worth, images a second of the loader, and what a plan foretells.
 
 mod ablations;
-mod compare;
 mod data;
 mod drift;
 mod memory;
@@ -12,11 +11,11 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
+use vora_run::side_by_side::{self, Variant};
 
 use crate::cmd::{self, Vora};
 use crate::train::{self, Run};
 use crate::{download, setup};
-use compare::Variant;
 
 /// Whole trainings that are compared under one name.
 #[derive(Debug)]
@@ -230,10 +229,10 @@ fn compare_trainings(args: &Args) -> Result<()> {
         }
     }
     let variants: Vec<_> = trainings.iter().map(|t| Variant::read(t.name, &out.join(t.name))).collect::<Result<_>>()?;
-    let (table, svg) = (compare::table(&variants), out.join(format!("{name}.svg")));
+    let (table, svg) = (side_by_side::table(&variants), out.join(format!("{name}.svg")));
     println!("{table}");
     fs::write(svg.with_extension("txt"), format!("{table}\n")).with_context(|| format!("cannot write {name}.txt"))?;
-    compare::draw(&variants, &svg)?;
+    side_by_side::draw(&variants, &svg)?;
     println!("{} and {name}.txt beside it", cmd::shown(&svg));
     Ok(())
 }

@@ -7,9 +7,9 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use vora_run::interval::Interval;
+use vora_run::side_by_side::COLOURS;
 
 use super::variant::Variant;
-use crate::bench::compare::COLOURS;
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 

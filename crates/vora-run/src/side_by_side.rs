@@ -7,9 +7,10 @@ use anyhow::{Context, Result, ensure};
 use comfy_table::{CellAlignment, Table};
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
-use vora_run::eval::{EvalReport, Score};
-use vora_run::metrics::{Line, MetricsLog, StepMetrics};
-use vora_run::results::TrainResults;
+
+use crate::eval::{EvalReport, Score};
+use crate::metrics::{Line, MetricsLog, StepMetrics};
+use crate::results::TrainResults;
 
 /// One for each variant, in order.
 pub const COLOURS: [RGBColor; 4] =
@@ -26,6 +27,9 @@ pub struct Variant {
 
 impl Variant {
     /// Reads `metrics.jsonl`, `eval.json` and `train_results.json` of a run folder.
+    ///
+    /// # Errors
+    /// Where one of them is missing or cannot be read, or no step is in the log.
     pub fn read(name: &str, dir: &Path) -> Result<Self> {
         let ended = || format!("reading the run {}; has this training ended?", dir.display());
         let steps = steps(MetricsLog::read(&dir.join("metrics.jsonl")).with_context(ended)?);
@@ -97,6 +101,9 @@ fn keys(variants: &[Variant]) -> Vec<Key> {
 }
 
 /// Writes an SVG: the two losses over the steps above, exact match by question type below, a black line for the blind control.
+///
+/// # Errors
+/// Where the file cannot be written.
 pub fn draw(variants: &[Variant], path: &Path) -> Result<()> {
     let keys = keys(variants);
     let root = SVGBackend::new(path, (960, 720)).into_drawing_area();
@@ -137,6 +144,9 @@ fn draw_loss(
 pub type Chart<'a> = ChartContext<'a, SVGBackend<'a>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 
 /// A curve for each name, in its colour, and the legend.
+///
+/// # Errors
+/// What the drawing says.
 pub fn draw_curves<'a>(
     chart: &mut Chart<'_>,
     curves: impl Iterator<Item = (&'a str, Vec<(f64, f64)>)>,
