@@ -313,7 +313,7 @@ fn what_is_nested_deeper_than_the_engine_survives_is_refused() {
         assert!(error.contains("more than 400 operations and brackets in each other"), "{error}");
     }
     // Wide is not deep.
-    let wide = format!("{{{{ [{}] | length }}}}", "a.b | default('c' ~ 1), ".repeat(1000));
+    let wide = format!("{{{{ [{}] | length }}}}", "messages.b | default('c' ~ 1), ".repeat(1000));
     assert_eq!(inline(&wide).render(&[], false).unwrap(), "1000");
 }
 
