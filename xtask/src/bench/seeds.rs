@@ -29,8 +29,9 @@ const ASKED: [&str; 9] = [
     "data.eval.describe_3.samples=300",
 ];
 
-/// What a run folder has once its merged model has been measured.
-const MERGED_LANGUAGE: &str = "merged/language.json";
+/// The two folders that a training is answered from, and where in the run folder what each keeps of its language is written.
+/// What the run itself writes is measured with the adapters on, whatever a prompt holds.
+const ANSWERING: [(&str, &str); 2] = [("final", "language/apart"), ("merged", "language/merged")];
 
 /// What is trained.
 #[derive(Debug)]
@@ -71,13 +72,18 @@ impl Plan {
             let run = Run { config: self.base.config.clone(), set, device: self.base.device.clone() };
             cmd::run(run.command(vora.command("train")).arg("--resume"))?;
         }
-        let (last, merged, language) = (dir.join("final"), dir.join("merged"), dir.join(MERGED_LANGUAGE));
+        let (last, merged) = (dir.join("final"), dir.join("merged"));
         if !merged.exists() {
             cmd::run(vora.command("merge").arg(last).arg("--out").arg(&merged).args(["--as", "seeing"]))?;
         }
-        if !language.exists() {
+        for (folder, language) in ANSWERING.map(|(folder, language)| (dir.join(folder), dir.join(language))) {
+            let file = language.join("language.json");
+            if file.exists() {
+                continue;
+            }
+            fs::create_dir_all(&language).with_context(|| format!("cannot make {}", language.display()))?;
             let mut eval = vora.command("eval");
-            eval.arg(&merged).arg("--language").arg("--out").arg(&language);
+            eval.arg(folder).arg("--language").arg("--out").arg(file);
             if let Some(device) = &self.base.device {
                 eval.args(["--device", device]);
             }
@@ -98,15 +104,17 @@ struct Seed {
 
 impl Seed {
     fn read(dir: &Path) -> Result<Self> {
-        let language = |dir: &Path| {
-            let found = Language::open(dir)?;
-            found.with_context(|| format!("{} has no language.json; without --plot it is made", cmd::shown(dir)))
+        let language = |(_, place): (&str, &str)| {
+            let folder = dir.join(place);
+            let found = Language::open(&folder)?;
+            found.with_context(|| format!("{} has no language.json; without --plot it is made", cmd::shown(&folder)))
         };
+        let [apart, merged] = ANSWERING;
         Ok(Self {
             results: TrainResults::open(dir)?,
             report: EvalReport::open(&dir.join("eval.json"))?,
-            apart: language(dir)?,
-            merged: language(&dir.join("merged"))?,
+            apart: language(apart)?,
+            merged: language(merged)?,
         })
     }
 
@@ -208,11 +216,14 @@ case $1 in
     mkdir -p "$dir"
     score="{\"n\":100,\"exact_match\":0.$((9 - seed)),\"blind_exact_match\":0.$seed}"
     echo "{\"test\":{\"all\":$score,\"colour\":$score}}" > "$dir/eval.json"
-    language 20.0 20 > "$dir/language.json"
     echo '{"steps":2,"train_runtime":8.0,"train_steps_per_second":0.25,"trained_parameters":1,"machine":"two cores"}' \
       > "$dir/train_results.json" ;;
   merge) mkdir -p "$made" ;;
-  eval) language 21.0 7 > "$made" ;;
+  eval)
+    case $made in
+      */apart/*) language 20.0 20 > "$made" ;;
+      *) language 21.0 7 > "$made" ;;
+    esac ;;
 esac
 "#;
 
@@ -233,12 +244,13 @@ esac
         let calls = || fs::read_to_string(path("calls")).unwrap().lines().map(str::to_owned).collect::<Vec<_>>();
         let first = calls();
         let kinds: Vec<&str> = first.iter().map(|call| call.split(' ').next().unwrap()).collect();
-        assert_eq!(kinds, ["train", "merge", "eval", "train", "merge", "eval"]);
+        assert_eq!(kinds, ["train", "merge", "eval", "eval", "train", "merge", "eval", "eval"]);
         let seed_1 = path("out/seed-1").display().to_string();
-        assert!(first[3].ends_with(&format!("--set max_steps=2 --set seed=1 --set output_dir={seed_1} --resume")));
-        assert!(first[3].contains("--set data.eval.describe_3.samples=300"), "{}", first[3]);
-        assert_eq!(first[4], format!("merge {seed_1}/final --out {seed_1}/merged --as seeing"));
-        assert_eq!(first[5], format!("eval {seed_1}/merged --language --out {seed_1}/merged/language.json"));
+        assert!(first[4].ends_with(&format!("--set max_steps=2 --set seed=1 --set output_dir={seed_1} --resume")));
+        assert!(first[4].contains("--set data.eval.describe_3.samples=300"), "{}", first[4]);
+        assert_eq!(first[5], format!("merge {seed_1}/final --out {seed_1}/merged --as seeing"));
+        assert_eq!(first[6], format!("eval {seed_1}/final --language --out {seed_1}/language/apart/language.json"));
+        assert_eq!(first[7], format!("eval {seed_1}/merged --language --out {seed_1}/language/merged/language.json"));
 
         let text = fs::read_to_string(plan.out.join("seeds.md")).unwrap();
         let cells =
@@ -258,9 +270,12 @@ esac
         assert_eq!(row(&["the same chats as the LLM's, merged"]), ["7 of 20", "7 of 20"]);
         assert!(text.contains("(two cores)"));
 
-        fs::remove_file(plan.out.join("seed-1/merged/language.json")).unwrap();
+        fs::remove_file(plan.out.join("seed-1/language/merged/language.json")).unwrap();
         let nothing = run(None, &plan).unwrap_err().to_string();
-        assert!(nothing.ends_with("seed-1/merged has no language.json; without --plot it is made"), "{nothing}");
+        assert!(
+            nothing.ends_with("seed-1/language/merged has no language.json; without --plot it is made"),
+            "{nothing}"
+        );
         run(Some(&vora), &plan).unwrap();
         assert_eq!(calls().len(), first.len() + 1, "only what is missing is made");
     }
