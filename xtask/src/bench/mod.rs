@@ -5,6 +5,7 @@ mod ablations;
 mod data;
 mod drift;
 mod memory;
+mod plan;
 mod seeds;
 
 use std::fs;
@@ -13,6 +14,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use vora_run::side_by_side::{self, Variant};
 
+use self::plan::Plan;
 use crate::cmd::{self, Vora};
 use crate::train::{self, Run};
 use crate::{download, setup};
@@ -169,25 +171,24 @@ fn packing(args: &[String]) -> Result<()> {
 
 /// Trains what is missing of the ablations, and puts all of them side by side.
 fn ablate(args: &Args) -> Result<()> {
-    let (base, out) = many(args, "runs/bench-ablations")?;
-    let vora = program(args, &base)?;
-    ablations::run(vora.as_ref(), &ablations::Plan { base, seeds: args.seeds.unwrap_or(5), out })
+    let plan = plan(args, "runs/bench-ablations", 5)?;
+    ablations::run(program(args, &plan.base)?.as_ref(), &plan)
 }
 
 /// Trains and measures what is missing of the default recipe's seeds, and makes their tables.
 fn over_seeds(args: &Args) -> Result<()> {
-    let (base, out) = many(args, "runs/bench-seeds")?;
-    let vora = program(args, &base)?;
-    seeds::run(vora.as_ref(), &seeds::Plan { base, seeds: args.seeds.unwrap_or(3), out })
+    let plan = plan(args, "runs/bench-seeds", 3)?;
+    seeds::run(program(args, &plan.base)?.as_ref(), &plan)
 }
 
-/// What many trainings share, and where they go.
-fn many(args: &Args, out: &str) -> Result<(Run, PathBuf)> {
+/// The trainings that are asked for, by default so many into `out`.
+fn plan(args: &Args, out: &str, seeds: u64) -> Result<Plan> {
     let mut set = args.set.clone();
     set.extend(args.steps.map(|steps| format!("max_steps={steps}")));
     let config = args.config.as_ref().map_or_else(|| Ok(cmd::root().join(train::SCENES)), std::path::absolute)?;
     let out = cmd::root().join(args.out.clone().unwrap_or_else(|| out.into()));
-    Ok((Run { config, set, device: args.device.clone() }, out))
+    let base = Run { config, set, device: args.device.clone() };
+    Ok(Plan { base, seeds: args.seeds.unwrap_or(seeds), out })
 }
 
 /// The program, built, with all that its trainings need; none where nothing is to be trained.

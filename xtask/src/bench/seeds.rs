@@ -12,8 +12,8 @@ use vora_run::interval::Interval;
 use vora_run::language::Language;
 use vora_run::results::TrainResults;
 
+use super::plan::Plan;
 use crate::cmd::{self, Vora};
-use crate::train::Run;
 
 /// Five hundred questions at least of each type, and 300 descriptions of each number of objects. Most objects have a colour
 /// with a name here, so that it can be asked.
@@ -33,26 +33,17 @@ const ASKED: [&str; 9] = [
 /// What the run itself writes is measured with the adapters on, whatever a prompt holds.
 const ANSWERING: [(&str, &str); 2] = [("final", "language/apart"), ("merged", "language/merged")];
 
-/// What is trained.
-#[derive(Debug)]
-pub struct Plan {
-    /// What all trainings share: run file, settings, device.
-    pub base: Run,
-    /// How many: seeds 0, 1, 2, ...
-    pub seeds: u64,
-    /// Where the trainings go, each into `seed-N`.
-    pub out: PathBuf,
-}
-
 /// Trains, merges and measures whatever is not there yet, where there is a program for it; then writes `seeds.md`.
 ///
 /// # Errors
-/// Where a training, a merge or a measurement fails; the same command goes on from there.
+/// Where `out` has trainings of other settings, and where a training, a merge or a measurement fails; the same command goes on
+/// from there.
 pub fn run(vora: Option<&Vora>, plan: &Plan) -> Result<()> {
     let dirs: Vec<PathBuf> = (0..plan.seeds).map(|seed| plan.out.join(format!("seed-{seed}"))).collect();
     if let Some(vora) = vora {
+        plan.settle()?;
         for (seed, dir) in dirs.iter().enumerate() {
-            plan.complete(vora, seed, dir)?;
+            complete(plan, vora, seed as u64, dir)?;
         }
     }
     let seeds = dirs.iter().map(|dir| Seed::read(dir)).collect::<Result<Vec<_>>>()?;
@@ -63,34 +54,30 @@ pub fn run(vora: Option<&Vora>, plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-impl Plan {
-    fn complete(&self, vora: &Vora, seed: usize, dir: &Path) -> Result<()> {
-        if !dir.join("eval.json").exists() {
-            let mut set: Vec<String> = ASKED.map(str::to_owned).into();
-            set.extend(self.base.set.iter().cloned());
-            set.extend([format!("seed={seed}"), format!("output_dir={}", dir.display())]);
-            let run = Run { config: self.base.config.clone(), set, device: self.base.device.clone() };
-            cmd::run(run.command(vora.command("train")).arg("--resume"))?;
-        }
-        let (last, merged) = (dir.join("final"), dir.join("merged"));
-        if !merged.exists() {
-            cmd::run(vora.command("merge").arg(last).arg("--out").arg(&merged).args(["--as", "seeing"]))?;
-        }
-        for (folder, language) in ANSWERING.map(|(folder, language)| (dir.join(folder), dir.join(language))) {
-            let file = language.join("language.json");
-            if file.exists() {
-                continue;
-            }
-            fs::create_dir_all(&language).with_context(|| format!("cannot make {}", language.display()))?;
-            let mut eval = vora.command("eval");
-            eval.arg(folder).arg("--language").arg("--out").arg(file);
-            if let Some(device) = &self.base.device {
-                eval.args(["--device", device]);
-            }
-            cmd::run(&mut eval)?;
-        }
-        Ok(())
+/// Makes of one seed what is not there yet.
+fn complete(plan: &Plan, vora: &Vora, seed: u64, dir: &Path) -> Result<()> {
+    if !dir.join("eval.json").exists() {
+        let run = plan.training(&ASKED, &[], seed, dir);
+        cmd::run(run.command(vora.command("train")).arg("--resume"))?;
     }
+    let (last, merged) = (dir.join("final"), dir.join("merged"));
+    if !merged.exists() {
+        cmd::run(vora.command("merge").arg(last).arg("--out").arg(&merged).args(["--as", "seeing"]))?;
+    }
+    for (folder, language) in ANSWERING.map(|(folder, language)| (dir.join(folder), dir.join(language))) {
+        let file = language.join("language.json");
+        if file.exists() {
+            continue;
+        }
+        fs::create_dir_all(&language).with_context(|| format!("cannot make {}", language.display()))?;
+        let mut eval = vora.command("eval");
+        eval.arg(folder).arg("--language").arg("--out").arg(file);
+        if let Some(device) = &plan.base.device {
+            eval.args(["--device", device]);
+        }
+        cmd::run(&mut eval)?;
+    }
+    Ok(())
 }
 
 /// What one training came to.
@@ -196,6 +183,7 @@ mod tests {
     use std::process::Command;
 
     use super::*;
+    use crate::train::Run;
 
     /// A program that trains, merges and measures at once: every seed more makes it a tenth worse. It notes what it was called
     /// with.
@@ -236,6 +224,7 @@ esac
         write.args(["-c", "printf %s \"$1\" > \"$2\"", "sh", PROGRAM]).arg(path("vora"));
         assert!(write.status().unwrap().success());
         fs::set_permissions(path("vora"), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(path("run.yaml"), "max_steps: 1\n").unwrap();
         let base = Run { config: path("run.yaml"), set: vec!["max_steps=2".to_owned()], device: None };
         let plan = Plan { base, seeds: 2, out: path("out") };
         let vora = Vora { program: path("vora") };
@@ -278,5 +267,8 @@ esac
         );
         run(Some(&vora), &plan).unwrap();
         assert_eq!(calls().len(), first.len() + 1, "only what is missing is made");
+        fs::write(path("run.yaml"), "max_steps: 3\n").unwrap();
+        let other = run(Some(&vora), &plan).unwrap_err().to_string();
+        assert!(other.contains("has trainings of another run file or other settings"), "{other}");
     }
 }

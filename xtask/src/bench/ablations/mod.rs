@@ -6,4 +6,4 @@ mod table;
 mod trainings;
 mod variant;
 
-pub use trainings::{Plan, run};
+pub use trainings::run;

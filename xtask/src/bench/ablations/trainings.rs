@@ -9,6 +9,7 @@ use vora_run::eval::EvalReport;
 use super::picture::draw;
 use super::table::text;
 use super::variant::{FACTORS, Levels, Variant, folder, splits};
+use crate::bench::plan::Plan;
 use crate::cmd::{self, ChildFailed, Vora};
 use crate::train::Run;
 
@@ -18,19 +19,8 @@ const EVAL: &str = "eval.json";
 /// Settings of all trainings: an anchor would act through every token.
 const SET: [&str; 2] = ["text_anchor=null", "model.lora.answers_on=null"];
 
-/// Seeds of trainings whose adapters act on image tokens alone.
+/// Seeds at most of trainings whose adapters act on image tokens alone.
 const IMAGE_TOKEN_SEEDS: u64 = 3;
-
-/// What is trained.
-#[derive(Debug)]
-pub struct Plan {
-    /// What all trainings share: run file, settings, device.
-    pub base: Run,
-    /// Seeds of each variant; at most [`IMAGE_TOKEN_SEEDS`] of those with adapters on image tokens alone.
-    pub seeds: u64,
-    /// Where the trainings go, each into `VARIANT/seed-N`.
-    pub out: PathBuf,
-}
 
 /// Trains whatever is not there yet, where there is a program for it, then writes `ablations.md` and `ablations.svg`.
 ///
@@ -40,13 +30,13 @@ pub fn run(vora: Option<&Vora>, plan: &Plan) -> Result<()> {
     if vora.is_some() {
         plan.settle()?;
     }
-    let trainings = plan.trainings();
+    let trainings = trainings(plan.seeds);
     let mut variants: Vec<Variant> = Vec::new();
     for (idx, &(levels, seed)) in trainings.iter().enumerate() {
-        let dir = plan.dir(levels, seed);
+        let dir = dir(plan, levels, seed);
         if let Some(vora) = vora.filter(|_| !dir.join(EVAL).exists()) {
             eprintln!("training {} of {}: {}", idx + 1, trainings.len(), cmd::shown(&dir));
-            train(vora, &plan.training(levels, seed))?;
+            train(vora, &training(plan, levels, seed))?;
         }
         let eval = dir.join(EVAL);
         let report = eval.exists().then(|| EvalReport::open(&eval)).transpose()?;
@@ -60,7 +50,7 @@ pub fn run(vora: Option<&Vora>, plan: &Plan) -> Result<()> {
     fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
     draw(&variants, &splits(&variants), &path.with_extension("svg"))?;
     println!("{} and ablations.svg beside it", cmd::shown(&path));
-    let failed = trainings.iter().map(|&(levels, seed)| plan.dir(levels, seed)).filter(|dir| !dir.join(EVAL).exists());
+    let failed = trainings.iter().map(|&(levels, seed)| dir(plan, levels, seed)).filter(|dir| !dir.join(EVAL).exists());
     let failed: Vec<String> = failed.map(|dir| cmd::shown(&dir)).collect();
     ensure!(
         vora.is_none() || failed.is_empty(),
@@ -84,43 +74,21 @@ fn train(vora: &Vora, run: &Run) -> Result<()> {
     Ok(())
 }
 
-impl Plan {
-    /// Every training, variant by variant.
-    fn trainings(&self) -> Vec<(Levels, u64)> {
-        let levels = (0..8).map(|bits| [bits & 1, bits >> 1 & 1, bits >> 2]);
-        let seeds = |levels: Levels| if levels[2] == 1 { self.seeds.min(IMAGE_TOKEN_SEEDS) } else { self.seeds };
-        levels.flat_map(|levels| (0..seeds(levels)).map(move |seed| (levels, seed))).collect()
-    }
+/// Every training, variant by variant.
+fn trainings(seeds: u64) -> Vec<(Levels, u64)> {
+    let levels = (0..8).map(|bits| [bits & 1, bits >> 1 & 1, bits >> 2]);
+    let seeds = |levels: Levels| if levels[2] == 1 { seeds.min(IMAGE_TOKEN_SEEDS) } else { seeds };
+    levels.flat_map(|levels| (0..seeds(levels)).map(move |seed| (levels, seed))).collect()
+}
 
-    fn dir(&self, levels: Levels, seed: u64) -> PathBuf {
-        self.out.join(folder(levels)).join(format!("seed-{seed}"))
-    }
+fn dir(plan: &Plan, levels: Levels, seed: u64) -> PathBuf {
+    plan.out.join(folder(levels)).join(format!("seed-{seed}"))
+}
 
-    fn training(&self, levels: Levels, seed: u64) -> Run {
-        let of_levels = levels.iter().zip(FACTORS).filter_map(|(&level, factor)| factor.values[level].set);
-        let mut set: Vec<String> = SET.map(str::to_owned).into();
-        set.extend(self.base.set.iter().cloned().chain(of_levels.map(str::to_owned)));
-        set.extend([format!("seed={seed}"), format!("output_dir={}", self.dir(levels, seed).display())]);
-        Run { config: self.base.config.clone(), set, device: self.base.device.clone() }
-    }
-
-    /// Notes the settings in a new folder, and compares them with those of one that is gone on with.
-    fn settle(&self) -> Result<()> {
-        fs::create_dir_all(&self.out).with_context(|| format!("cannot make {}", self.out.display()))?;
-        let file = &self.base.config;
-        let config = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-        let settings = format!("# --set {}\n{config}", self.base.set.join(" --set "));
-        let path = self.out.join("settings.yaml");
-        match fs::read_to_string(&path) {
-            Ok(noted) => ensure!(
-                noted == settings,
-                "{} has trainings of another run file or other settings, as its settings.yaml says: choose another --dir",
-                cmd::shown(&self.out)
-            ),
-            Err(_) => fs::write(&path, settings).with_context(|| format!("cannot write {}", path.display()))?,
-        }
-        Ok(())
-    }
+fn training(plan: &Plan, levels: Levels, seed: u64) -> Run {
+    let of_levels: Vec<&str> =
+        levels.iter().zip(FACTORS).filter_map(|(&level, factor)| factor.values[level].set).collect();
+    plan.training(&SET, &of_levels, seed, &dir(plan, levels, seed))
 }
 
 #[cfg(test)]
