@@ -21,8 +21,14 @@ fn main() {
         .flag_if_supported("-fopenmp")
         .flag_if_supported("-fno-math-errno")
         .flag_if_supported("-fno-trapping-math")
-        .files(["csrc/vora_torch.cpp", "csrc/fused.cpp"])
+        .files(["csrc/vora_torch.cpp", "csrc/fused.cpp", "csrc/attention.cpp"])
         .compile("vora_torch");
+    let target = std::env::var("TARGET").expect("cargo sets TARGET");
+    attention_kernel("plain", "4", &[]);
+    if target.starts_with("x86_64") {
+        attention_kernel("avx2", "8", &["-mavx2", "-mfma"]);
+        attention_kernel("avx512", "16", &["-mavx512f"]);
+    }
     // Cargo puts a search path that lies in its target folder on LD_LIBRARY_PATH of what it runs, doctests included:
     // so libtorch is reached through a link there.
     let link = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("libtorch");
@@ -33,4 +39,14 @@ fn main() {
     // The static library above refers to these two; named here, they follow it on the link line.
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");
+}
+
+/// Compiles the attention kernels for one instruction set, whose vectors hold that many floats.
+fn attention_kernel(isa: &str, floats: &str, flags: &[&str]) {
+    let mut build = cc::Build::new();
+    build.cpp(true).std("c++17").opt_level(3).define("VORA_ISA", isa).define("VORA_VECTOR", floats);
+    for flag in flags.iter().chain(&["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]) {
+        build.flag_if_supported(flag);
+    }
+    build.file("csrc/attention_kernel.cpp").compile(&format!("vora_attention_{isa}"));
 }

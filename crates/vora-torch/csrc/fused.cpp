@@ -15,13 +15,9 @@
 #include <string>
 #include <vector>
 
+#include "element.h"
 #include "guard.h"
-
-#if defined(__GNUC__)
-#define INLINE inline __attribute__((always_inline))
-#else
-#define INLINE inline
-#endif
+#include "isa.h"
 
 namespace {
 
@@ -29,26 +25,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
-
-using bf16 = uint16_t;
-
-INLINE float load(float x) { return x; }
-
-INLINE float load(bf16 x) {
-  uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
-INLINE void store(float& to, float x) { to = x; }
-
-INLINE void store(bf16& to, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  to = static_cast<bf16>(x == x ? rounded : 0x7fc0);
-}
 
 // e^x within two units in the last place (Cephes' polynomial), in a form that compilers vectorise.
 INLINE float exponential(float x) {
@@ -144,33 +120,13 @@ INLINE void rotate_heads(const T* x, int64_t stride, const float* cos, const flo
   }
 }
 
-// The same for both kinds, each in one version an instruction set.
-// Each kernel below is compiled for three instruction sets. The one that runs is the one that libtorch runs its own
-// kernels in, which ATEN_CPU_CAPABILITY forces: both change together.
-enum class Isa { plain, avx2, avx512 };
-
 #if defined(__x86_64__) && defined(__GNUC__)
 #define AVX2 __attribute__((target("avx2")))
 #define AVX512 __attribute__((target("avx512f")))
-
-Isa chosen_isa() {
-  const std::string libtorchs = at::get_cpu_capability();
-  __builtin_cpu_init();
-  if (libtorchs == "AVX512" && __builtin_cpu_supports("avx512f")) return Isa::avx512;
-  if ((libtorchs == "AVX512" || libtorchs == "AVX2") && __builtin_cpu_supports("avx2")) return Isa::avx2;
-  return Isa::plain;
-}
 #else
 #define AVX2
 #define AVX512
-
-Isa chosen_isa() { return Isa::plain; }
 #endif
-
-Isa isa() {
-  static const Isa chosen = chosen_isa();
-  return chosen;
-}
 
 // `NAME_f32` and `NAME_bf16`, which call `KERNEL` compiled for the instruction set in use.
 #define FOR_KIND(NAME, T, KERNEL, PARAMS, ARGS) \

@@ -44,6 +44,13 @@ unsafe extern "C" {
     pub(crate) fn vora_cpu_has_bf16() -> i32;
     pub(crate) fn vora_rms_norm(x: *const C_tensor, weight: *const C_tensor, eps: f64) -> *mut C_tensor;
     pub(crate) fn vora_swiglu(gate: *const C_tensor, up: *const C_tensor) -> *mut C_tensor;
+    pub(crate) fn vora_attention(
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        runs: *const C_tensor,
+        bands: *const C_tensor,
+    ) -> *mut C_tensor;
     pub(crate) fn vora_rotate(x: *const C_tensor, cos: *const C_tensor, sin: *const C_tensor) -> *mut C_tensor;
 }
 

@@ -2,6 +2,8 @@
 
 use tch::{Kind, Tensor};
 
+use vora_torch::nn::attention::attention;
+
 use super::plan::{AttentionPlan, Kernel};
 
 /// `softmax(q k^T / sqrt(head_dim) + mask) v`, where `plan` says which tokens may attend to which.
@@ -28,29 +30,12 @@ pub(super) fn attend_dropping(q: &Tensor, k: &Tensor, v: &Tensor, plan: &Attenti
                 .collect();
             Tensor::cat(&outputs, 2)
         }
-        Kernel::Documents(rows) => {
-            // One split for all documents: its gradient is put together once, that of a narrow for each.
-            let [q, k, v] = [q, k, v].map(|t| t.split(1, 0)); // each [1, heads, seq, head_dim]
-            let outputs: Vec<Tensor> = rows
-                .iter()
-                .enumerate()
-                .map(|(row, plans)| attend_row([&q[row], &k[row], &v[row]], plans, dropout))
-                .collect();
-            Tensor::cat(&outputs, 0)
+        Kernel::Bands(bands) if dropout == 0.0 => attention(q, k, v, bands),
+        Kernel::Bands(bands) => {
+            let mask = bands.mask(q.size()[2], k.size()[2], q.device(), q.kind());
+            scaled_dot_product(q, k, v, Some(&mask), false, dropout)
         }
     }
-}
-
-/// One row of documents, one after the other, `[1, heads, seq, head_dim]`; padding gets zeros.
-fn attend_row(qkv: [&Tensor; 3], documents: &[AttentionPlan], dropout: f64) -> Tensor {
-    let mut lens: Vec<i64> = documents.iter().map(|plan| plan.row_lens()[0]).collect();
-    let padding = qkv[0].size()[2] - lens.iter().sum::<i64>();
-    lens.push(padding);
-    let [q, k, v] = qkv.map(|t| t.split_with_sizes(&lens, 2));
-    let mut outputs: Vec<Tensor> =
-        documents.iter().enumerate().map(|(i, plan)| attend_dropping(&q[i], &k[i], &v[i], plan, dropout)).collect();
-    outputs.push(q[documents.len()].zeros_like());
-    Tensor::cat(&outputs, 2)
 }
 
 pub(super) fn scaled_dot_product(
@@ -118,25 +103,33 @@ mod tests {
             (
                 vec![vec![text(9)], vec![text(9)]],
                 VisionAttention::Bidirectional,
-                vec![KernelChoice::Causal, KernelChoice::Segments],
+                vec![KernelChoice::Causal, KernelChoice::Segments, KernelChoice::Bands],
             ),
-            (vec![vec![text(9)], vec![text(5)]], VisionAttention::Bidirectional, vec![KernelChoice::Causal]),
+            (
+                vec![vec![text(9)], vec![text(5)]],
+                VisionAttention::Bidirectional,
+                vec![KernelChoice::Causal, KernelChoice::Bands],
+            ),
             (
                 vec![vec![text(2), image], vec![text(3), image, text(2)]],
                 VisionAttention::Causal,
-                vec![KernelChoice::Causal],
+                vec![KernelChoice::Causal, KernelChoice::Bands],
             ),
             (
                 vec![vec![text(2), image, text(4), image, image, text(1)]; 2],
                 VisionAttention::Bidirectional,
-                vec![KernelChoice::Segments],
+                vec![KernelChoice::Segments, KernelChoice::Bands],
             ),
             (
                 vec![vec![text(2), image, text(4), image, image, text(1)]; 2],
                 VisionAttention::BidirectionalFused,
-                vec![KernelChoice::Segments],
+                vec![KernelChoice::Segments, KernelChoice::Bands],
             ),
-            (vec![vec![image, text(7)], vec![image]], VisionAttention::Bidirectional, vec![KernelChoice::Segments]),
+            (
+                vec![vec![image, text(7)], vec![image]],
+                VisionAttention::Bidirectional,
+                vec![KernelChoice::Segments, KernelChoice::Bands],
+            ),
             (
                 vec![
                     vec![
@@ -151,7 +144,7 @@ mod tests {
                     vec![image.in_document(4), text(5).in_document(3)],
                 ],
                 VisionAttention::Bidirectional,
-                vec![KernelChoice::Documents],
+                vec![KernelChoice::Bands],
             ),
         ] {
             let lens: Vec<i64> = Spans::new(rows.clone()).row_lens().collect();

@@ -1,6 +1,7 @@
 //! Attention over spans: which tokens may attend to which, the plan that a batch's layers share, the kernels, the layer.
 
 mod attend;
+mod bands;
 mod layer;
 mod mask;
 mod mode;

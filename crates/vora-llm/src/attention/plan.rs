@@ -1,20 +1,15 @@
 //! What a batch asks of its layers: the kernel that serves its attention, and the tokens that adapters act on.
 
-use std::collections::HashSet;
-
 use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 use vora_lora::{Active, ActsOn};
 use vora_text::{Span, Spans};
+use vora_torch::nn::attention::Bands;
 
+use super::bands::bands;
 use super::mask::Tokens;
 use super::mode::VisionAttention;
 use super::segments::{Layout, Segment};
-
-/// Tokens that every image needs for calls of their own to be worth it. Measured on one CPU core in f32 with nine
-/// heads, 76 tokens of text around one image, forward / forward and backward, against one call with a mask: 64 tokens
-/// -7% / -10%, 256 tokens -24% / -5%, 1024 tokens -24% / -11%.
-const MIN_IMAGE_FOR_SEGMENTS: i64 = 64;
 
 /// The kernel that serves a batch.
 #[derive(Debug)]
@@ -23,8 +18,8 @@ pub(super) enum Kernel {
     Causal,
     /// One call a segment, for rows that all have the same simple layout.
     Segments(Vec<Segment>),
-    /// A plan for each document of each row, in order: none attends to another.
-    Documents(Vec<Vec<AttentionPlan>>),
+    /// One call that is told the keys of each query.
+    Bands(Bands),
     /// One call with an additive mask `[batch, 1, seq, seq]`: 0 where a query attends to a key, minus infinity elsewhere.
     Mask(Tensor),
 }
@@ -51,25 +46,24 @@ pub enum KernelChoice {
     Causal,
     /// One call for each text and image span.
     Segments,
-    /// For each document what it would take alone, for rows that hold several one after the other.
-    Documents,
+    /// One call that computes what each query attends to and nothing else; serves everything, in f32 and bf16 on the CPU.
+    Bands,
     /// One call with a mask; serves everything.
     Mask,
 }
 
 impl AttentionPlan {
-    /// Checks `spans` and plans for them: a plain causal call where nothing asks for more; on the CPU a call for each
-    /// span where all rows have the same layout and their images are long, and each document for itself where rows are
-    /// packed with several, so that time and memory grow as if each had a row of its own; else one mask for all layers.
+    /// Checks `spans` and plans for them: on the CPU a call that computes what each query attends to, so that time grows
+    /// as if each packed document had a row of its own, and memory with the number of tokens; elsewhere a plain causal call
+    /// where nothing asks for more, else one mask for all layers.
     ///
-    /// `kind` is the queries' dtype. Padding attends only to padding, or, in a causal call, whatever came before it; its
-    /// outputs are finite and mean nothing.
+    /// `kind` is the queries' dtype. Outputs of padding are finite and mean nothing.
     ///
     /// # Errors
     /// See [`Spans::validate`].
     pub fn new(spans: &Spans, mode: VisionAttention, device: Device, kind: Kind) -> Result<Self> {
         spans.validate()?;
-        Ok(Self::build(spans, mode, device, kind, choose(spans, mode, device)))
+        Ok(Self::build(spans, mode, device, kind, choose(spans, mode, device, kind)))
     }
 
     /// As [`AttentionPlan::new`] with the kernel given, to compare kernels.
@@ -87,7 +81,7 @@ impl AttentionPlan {
         let layout = Layout::of(spans, mode);
         match (choice, &layout) {
             (KernelChoice::Mask, _) | (KernelChoice::Segments, Some(_)) => {}
-            (KernelChoice::Documents, _) if documents(spans).is_some() => {}
+            (KernelChoice::Bands, _) if has_bands(device, kind) => {}
             (KernelChoice::Causal, Some(layout)) if layout.is_causal() => {}
             _ => bail!("kernel {choice:?} does not serve these spans"),
         }
@@ -114,25 +108,21 @@ impl AttentionPlan {
     /// attend to all of each other go on to do so, however large it is; text after the image attends to the part that
     /// its window reaches. HF combines Gemma 3's windows and images in the same way.
     ///
-    /// Rows, or packed documents, that a causal call or calls by segment serve are cut into segments no longer than the
-    /// window, so time and memory grow with `seq * window`; the others take one mask.
+    /// On the CPU, and where a causal call or calls by segment serve the rows, time and memory grow with `seq * window`;
+    /// the others take one mask.
     #[must_use]
     pub fn within(&self, window: i64) -> Option<Self> {
         if self.num_positions <= window {
             return None;
         }
         let device = self.position_ids.device();
-        let layout = match self.kernel {
-            Kernel::Mask(_) | Kernel::Documents(_) => None,
-            Kernel::Causal | Kernel::Segments(_) => Layout::of(&self.spans, self.mode),
-        };
-        let kernel = match (&self.kernel, layout) {
-            (Kernel::Documents(rows), _) => {
-                let within = |plan: &Self| plan.within(window).unwrap_or_else(|| plan.again(device));
-                Kernel::Documents(rows.iter().map(|row| row.iter().map(within).collect()).collect())
+        let layout = || Layout::of(&self.spans, self.mode);
+        let kernel = match &self.kernel {
+            Kernel::Bands(_) => Kernel::Bands(bands(&self.spans, self.mode, Some(window))),
+            Kernel::Causal | Kernel::Segments(_) if let Some(layout) = layout() => {
+                Kernel::Segments(layout.segments(Some(window), device, self.kind))
             }
-            (_, Some(layout)) => Kernel::Segments(layout.segments(Some(window), device, self.kind)),
-            (_, None) => Kernel::Mask(Tokens::of(&self.spans, self.mode).mask(Some(window), device, self.kind)),
+            _ => Kernel::Mask(Tokens::of(&self.spans, self.mode).mask(Some(window), device, self.kind)),
         };
         Some(Self {
             position_ids: self.position_ids.shallow_clone(),
@@ -147,13 +137,10 @@ impl AttentionPlan {
 
     fn build(spans: &Spans, mode: VisionAttention, device: Device, kind: Kind, choice: KernelChoice) -> Self {
         let tokens = Tokens::of(spans, mode);
-        let kernel = match (choice, Layout::of(spans, mode), documents(spans)) {
-            (KernelChoice::Causal, ..) => Kernel::Causal,
-            (KernelChoice::Segments, Some(layout), _) => Kernel::Segments(layout.segments(None, device, kind)),
-            (KernelChoice::Documents, _, Some(rows)) => {
-                let plan = |spans: &Spans| Self::build(spans, mode, device, kind, choose(spans, mode, device));
-                Kernel::Documents(rows.iter().map(|row| row.iter().map(plan).collect()).collect())
-            }
+        let kernel = match (choice, Layout::of(spans, mode)) {
+            (KernelChoice::Causal, _) => Kernel::Causal,
+            (KernelChoice::Bands, _) => Kernel::Bands(bands(spans, mode, None)),
+            (KernelChoice::Segments, Some(layout)) => Kernel::Segments(layout.segments(None, device, kind)),
             _ => Kernel::Mask(tokens.mask(None, device, kind)),
         };
         let single = |row: &Vec<Span>| {
@@ -171,11 +158,6 @@ impl AttentionPlan {
             adapters: Active::All,
             adapted_rows: vec![true; spans.rows().len()],
         }
-    }
-
-    /// The same plan once more.
-    fn again(&self, device: Device) -> Self {
-        Self::build(&self.spans, self.mode, device, self.kind, self.kernel_choice())
     }
 
     /// The tokens that adapters act on.
@@ -213,7 +195,7 @@ impl AttentionPlan {
         match self.kernel {
             Kernel::Causal => KernelChoice::Causal,
             Kernel::Segments(_) => KernelChoice::Segments,
-            Kernel::Documents(_) => KernelChoice::Documents,
+            Kernel::Bands(_) => KernelChoice::Bands,
             Kernel::Mask(_) => KernelChoice::Mask,
         }
     }
@@ -256,32 +238,19 @@ fn active(spans: &Spans, acts_on: ActsOn, device: Device) -> (Active, Vec<bool>)
     (active, spans.rows().iter().map(goes_on).collect())
 }
 
-/// A mask reads and writes `seq^2` numbers that causal calls need not, so those come first; calls by segment follow
-/// where every image is long. Of a packed row's mask most is minus infinity, so each document is served alone.
-///
-/// Not so on a GPU: a call costs the host more than its work costs the device. On an H200 the segments around one image
-/// of 64 to 1024 tokens took 1.4 ms forward and backward, whatever its size, a causal call 0.25 ms; and a batch of 3,500
-/// packed samples took 20 s a step.
-fn choose(spans: &Spans, mode: VisionAttention, device: Device) -> KernelChoice {
-    let is_packed = |row: &Vec<Span>| row.iter().any(|span| span.document() != row[0].document());
+/// A mask reads and writes `seq^2` numbers that neither bands nor causal calls need. On a GPU it goes before calls by
+/// segment: a call costs the host more than its work costs the device. On an H200 the segments around one image of 64 to
+/// 1024 tokens took 1.4 ms forward and backward, whatever its size, a causal call 0.25 ms.
+fn choose(spans: &Spans, mode: VisionAttention, device: Device, kind: Kind) -> KernelChoice {
     match Layout::of(spans, mode) {
+        _ if has_bands(device, kind) => KernelChoice::Bands,
         Some(layout) if layout.is_causal() => KernelChoice::Causal,
-        _ if device != Device::Cpu => KernelChoice::Mask,
-        Some(layout) if layout.min_image() >= MIN_IMAGE_FOR_SEGMENTS => KernelChoice::Segments,
-        None if spans.rows().iter().any(is_packed) && documents(spans).is_some() => KernelChoice::Documents,
         _ => KernelChoice::Mask,
     }
 }
 
-/// The documents of each row, each as a batch of its own; none where a document is in pieces with another between.
-fn documents(spans: &Spans) -> Option<Vec<Vec<Spans>>> {
-    let of_row = |row: &Vec<Span>| {
-        let documents: Vec<&[Span]> = row.chunk_by(|a, b| a.document() == b.document()).collect();
-        let distinct: HashSet<i64> = documents.iter().map(|document| document[0].document()).collect();
-        let alone = |document: &[Span]| Spans::new(vec![document.to_vec()]);
-        (distinct.len() == documents.len()).then(|| documents.into_iter().map(alone).collect())
-    };
-    spans.rows().iter().map(of_row).collect()
+fn has_bands(device: Device, kind: Kind) -> bool {
+    device == Device::Cpu && matches!(kind, Kind::Float | Kind::BFloat16)
 }
 
 #[cfg(test)]
@@ -340,18 +309,25 @@ mod tests {
         let modes = [VisionAttention::Bidirectional, VisionAttention::BidirectionalFused, VisionAttention::Causal];
         for (mode, window) in modes.into_iter().flat_map(|m| windows.map(|w| (m, w))) {
             let spans = Spans::new(rows.clone());
-            let plan = AttentionPlan::with_kernel(&spans, mode, F32.0, F32.1, KernelChoice::Mask).unwrap();
-            let plan = if window == 17 { plan } else { plan.within(window).unwrap() };
-            let Kernel::Mask(mask) = &plan.kernel else { panic!("{:?}", plan.kernel) };
-            assert_eq!(mask.size(), [3, 1, 17, 17]);
-            for (row_idx, row) in rows.iter().enumerate() {
-                let found: Vec<f32> = mask.get(row_idx as i64).flatten(0, -1).try_into().unwrap();
-                let expected: Vec<f32> = reference(row, mode, window as usize, 17)
-                    .concat()
-                    .iter()
-                    .map(|&seen| if seen { 0.0 } else { f32::NEG_INFINITY })
-                    .collect();
-                assert_eq!(found, expected, "row {row_idx}, {mode:?}, {window}");
+            for choice in [KernelChoice::Mask, KernelChoice::Bands] {
+                let plan = AttentionPlan::with_kernel(&spans, mode, F32.0, F32.1, choice).unwrap();
+                let plan = if window == 17 { plan } else { plan.within(window).unwrap() };
+                let (mask, is_dense) = match &plan.kernel {
+                    Kernel::Mask(mask) => (mask.shallow_clone(), true),
+                    Kernel::Bands(bands) => (bands.mask(17, 17, F32.0, F32.1), false),
+                    other => panic!("{other:?}"),
+                };
+                assert_eq!(mask.size(), [3, 1, 17, 17]);
+                for (row_idx, row) in rows.iter().enumerate() {
+                    // Bands have no padding: there a mask made of them hides nothing.
+                    let len = if is_dense { 17 } else { row.iter().map(Span::len).sum::<i64>() };
+                    let found = mask.get(row_idx as i64).narrow(1, 0, len);
+                    let found: Vec<f32> = found.flatten(0, -1).try_into().unwrap();
+                    let expected = reference(row, mode, window as usize, 17)[..len as usize].concat();
+                    let expected: Vec<f32> =
+                        expected.iter().map(|&seen| if seen { 0.0 } else { f32::NEG_INFINITY }).collect();
+                    assert_eq!(found, expected, "{choice:?}, row {row_idx}, {mode:?}, {window}");
+                }
             }
         }
         let plan = plan(rows, VisionAttention::Bidirectional);
@@ -419,31 +395,20 @@ mod tests {
 
     #[test]
     fn the_cheapest_kernel_that_serves() {
-        use VisionAttention::{Bidirectional, BidirectionalFused, Causal};
-        let long = Span::image(8, 8);
-        for (rows, mode, expected) in [
-            (vec![vec![Span::text(5)]; 2], Bidirectional, KernelChoice::Causal),
-            (vec![vec![Span::text(5)], vec![Span::text(2)]], Bidirectional, KernelChoice::Causal),
-            (vec![vec![Span::text(2), Span::image(2, 2)], vec![Span::image(2, 1)]], Causal, KernelChoice::Causal),
-            (vec![vec![Span::text(2), Span::image(2, 2)]], Bidirectional, KernelChoice::Mask),
-            (vec![vec![Span::text(2), long, Span::text(3)], vec![Span::text(2), long]], Bidirectional, {
-                KernelChoice::Segments
-            }),
-            (vec![vec![Span::text(2), long], vec![Span::text(3), long]], Bidirectional, KernelChoice::Mask),
-            (vec![vec![Span::image(4, 8); 2]], Bidirectional, KernelChoice::Mask),
-            (vec![vec![Span::image(4, 8); 2]], BidirectionalFused, KernelChoice::Segments),
-            (vec![vec![Span::text(2), Span::text(2).in_document(1)]], Causal, KernelChoice::Documents),
-            (vec![vec![long, Span::text(2).in_document(1)], vec![long]], Bidirectional, KernelChoice::Documents),
-            (vec![[0, 1, 0].map(|n| Span::text(2).in_document(n)).to_vec()], Causal, KernelChoice::Mask),
-            (vec![vec![Span::text(2), Span::text(2).on_branch(0)]], Causal, KernelChoice::Mask),
+        use VisionAttention::{Bidirectional, Causal};
+        let gpu = Device::Cuda(0);
+        for (row, mode, device, kind, expected) in [
+            (vec![Span::text(5)], Bidirectional, Device::Cpu, Kind::Float, KernelChoice::Bands),
+            (vec![Span::text(2), Span::image(2, 2)], Bidirectional, Device::Cpu, Kind::BFloat16, KernelChoice::Bands),
+            (vec![Span::text(5)], Bidirectional, Device::Cpu, Kind::Double, KernelChoice::Causal),
+            (vec![Span::text(2), Span::image(2, 2)], Bidirectional, Device::Cpu, Kind::Double, KernelChoice::Mask),
+            (vec![Span::text(5)], Bidirectional, gpu, Kind::Float, KernelChoice::Causal),
+            (vec![Span::text(2), Span::image(2, 2)], Causal, gpu, Kind::Float, KernelChoice::Causal),
+            (vec![Span::text(2), Span::image(8, 8)], Bidirectional, gpu, Kind::Float, KernelChoice::Mask),
+            (vec![Span::text(2), Span::text(2).in_document(1)], Causal, gpu, Kind::Float, KernelChoice::Mask),
         ] {
-            assert_eq!(plan(rows.clone(), mode).kernel_choice(), expected, "{rows:?}");
+            assert_eq!(choose(&Spans::new(vec![row.clone()]), mode, device, kind), expected, "{row:?} on {device:?}");
         }
-        let (gpu, batch) = (Device::Cuda(0), |row| Spans::new(vec![row]));
-        assert_eq!(choose(&batch(vec![Span::text(5)]), Bidirectional, gpu), KernelChoice::Causal);
-        assert_eq!(choose(&batch(vec![Span::text(2), long]), Bidirectional, gpu), KernelChoice::Mask);
-        let packed = batch(vec![Span::text(2), Span::text(2).in_document(1)]);
-        assert_eq!(choose(&packed, Causal, gpu), KernelChoice::Mask);
         let spans = Spans::new(vec![vec![Span::image(1, 2)]]);
         let error = AttentionPlan::with_kernel(&spans, Bidirectional, F32.0, F32.1, KernelChoice::Causal).unwrap_err();
         assert!(error.to_string().contains("kernel Causal does not serve these spans"), "{error}");
@@ -451,7 +416,9 @@ mod tests {
 
     #[test]
     fn a_window_that_hides_nothing_needs_no_plan_of_its_own() {
-        let text = plan(vec![vec![Span::text(5)], vec![Span::text(3)]], VisionAttention::Bidirectional);
+        let spans = Spans::text(&[5, 3]);
+        let mode = VisionAttention::Bidirectional;
+        let text = AttentionPlan::with_kernel(&spans, mode, F32.0, F32.1, KernelChoice::Causal).unwrap();
         assert!(text.within(5).is_none());
         let windowed = text.within(4).unwrap();
         assert_eq!((windowed.num_positions(), windowed.row_lens()), (5, &[5, 3][..]));

@@ -66,10 +66,6 @@ impl Layout {
         self.parts.len() == 1
     }
 
-    pub(super) fn min_image(&self) -> i64 {
-        self.parts.iter().filter(|(_, whole)| *whole).map(|(len, _)| *len).min().unwrap_or(0)
-    }
-
     pub(super) fn segments(&self, window: Option<i64>, device: Device, kind: Kind) -> Vec<Segment> {
         let mut segments = Vec::new();
         let mut start = 0;

@@ -1,5 +1,6 @@
 //! Layers and losses of every model, and the kernels that they run through.
 
+pub mod attention;
 pub mod fused;
 mod layer_norm;
 mod linear;

@@ -1,0 +1,309 @@
+// Attention on the CPU, told which bands of keys each run of queries attends to: an autograd function around the kernels
+// of attention_kernel.cpp, which it packs operands for.
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "attention_kernel.h"
+#include "element.h"
+#include "guard.h"
+#include "isa.h"
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+using vora::Head;
+using vora::LANE;
+
+#if defined(__x86_64__)
+#define DISPATCH(FUNCTION) \
+  void FUNCTION(const Head& head) { \
+    switch (isa()) { \
+      case Isa::avx512: return vora::avx512::FUNCTION(head); \
+      case Isa::avx2: return vora::avx2::FUNCTION(head); \
+      case Isa::plain: return vora::plain::FUNCTION(head); \
+    } \
+  }
+#else
+#define DISPATCH(FUNCTION) \
+  void FUNCTION(const Head& head) { vora::plain::FUNCTION(head); }
+#endif
+DISPATCH(forward)
+DISPATCH(backward)
+
+int64_t padded(int64_t n) { return (n + LANE - 1) / LANE * LANE; }
+
+// One head of a [batch, heads, seq, head_dim] tensor of either kind, whose last dimension is contiguous.
+struct View {
+  View(const at::Tensor& t, int64_t row, int64_t head)
+      : data(static_cast<char*>(t.data_ptr()) + (row * t.stride(0) + head * t.stride(1)) * t.element_size()),
+        bf16_(t.scalar_type() == at::kBFloat16),
+        step(t.stride(2)),
+        seq(t.size(2)),
+        dim(t.size(3)) {}
+
+  // Token `i`'s numbers times `scale`, `to_step` apart.
+  void read(int64_t i, float scale, float* to, int64_t to_step) const {
+    if (bf16_) {
+      const bf16* from = reinterpret_cast<const bf16*>(data) + i * step;
+      for (int64_t d = 0; d < dim; d++) to[d * to_step] = load(from[d]) * scale;
+    } else {
+      const float* from = reinterpret_cast<const float*>(data) + i * step;
+      for (int64_t d = 0; d < dim; d++) to[d * to_step] = from[d] * scale;
+    }
+  }
+
+  void write(int64_t i, float scale, const float* from) const {
+    if (bf16_) {
+      bf16* to = reinterpret_cast<bf16*>(data) + i * step;
+      for (int64_t d = 0; d < dim; d++) store(to[d], from[d] * scale);
+    } else {
+      float* to = reinterpret_cast<float*>(data) + i * step;
+      for (int64_t d = 0; d < dim; d++) to[d] = from[d] * scale;
+    }
+  }
+
+  char* data;
+  bool bf16_;
+  int64_t step, seq, dim;
+};
+
+// The numbers of one call.
+struct Call {
+  Call(const at::Tensor& q, const at::Tensor& k, const at::Tensor& runs, const at::Tensor& bands)
+      : batch(q.size(0)),
+        kv_heads(k.size(1)),
+        groups(q.size(1) / k.size(1)),
+        queries(q.size(2)),
+        keys(k.size(2)),
+        dim(padded(q.size(3))),
+        key_row(padded(k.size(2)) + LANE),
+        scale(1.0f / std::sqrt(static_cast<float>(q.size(3)))),
+        bands(reinterpret_cast<const vora::KeyBand*>(bands.const_data_ptr<int64_t>())) {
+    const int64_t heads = batch * kv_heads, threads = at::get_num_threads();
+    // Few heads are cut, so that each thread has work; the pieces of a head take turns, since later queries cost more.
+    parts = heads == 0 || heads >= 2 * threads || queries < 2 * vora::BLOCK_ROWS ? 1 : 2 * threads / heads + 1;
+    of_part.resize(batch * parts);
+    const auto* run = reinterpret_cast<const vora::Run*>(runs.const_data_ptr<int64_t>());
+    const int64_t piece = parts == 1 ? queries : std::max<int64_t>(1, vora::BLOCK_ROWS / groups);
+    int64_t turn = 0, covered = 0;
+    for (int64_t i = 0; i < runs.size(0); i++, run++) {
+      covered += run->end - run->start;
+      for (int64_t start = run->start; start < run->end; start += piece) {
+        const int64_t end = std::min(run->end, start + piece);
+        of_part[run->row * parts + turn++ % parts].push_back({run->row, start, end, run->first_band, run->end_band});
+      }
+    }
+    has_gaps = covered != batch * queries;
+  }
+
+  int64_t items() const { return batch * kv_heads * parts; }
+
+  // The part of a head that item `i` is, without the arrays.
+  Head head(int64_t i) const {
+    const auto& runs = of_part[row(i) * parts + i % parts];
+    Head head{};
+    head.runs = runs.data();
+    head.num_runs = static_cast<int64_t>(runs.size());
+    head.bands = bands;
+    head.groups = groups;
+    head.dim = dim;
+    head.keys = key_row;
+    return head;
+  }
+
+  int64_t row(int64_t i) const { return i / parts / kv_heads; }
+  int64_t kv_head(int64_t i) const { return i / parts % kv_heads; }
+
+  // Calls `each(query, packed place)` for the queries of an item in one of its groups.
+  template <typename Each>
+  void each_query(const Head& head, int64_t group, Each each) const {
+    for (int64_t i = 0; i < head.num_runs; i++) {
+      for (int64_t q = head.runs[i].start; q < head.runs[i].end; q++) each(q, q * groups + group);
+    }
+  }
+
+  int64_t batch, kv_heads, groups, queries, keys, dim, key_row;
+  float scale;
+  int64_t parts;
+  bool has_gaps;  // queries without a run
+  const vora::KeyBand* bands;
+  std::vector<std::vector<vora::Run>> of_part;  // [batch, parts]
+};
+
+// Memory for one item after another.
+struct Scratch {
+  explicit Scratch(int64_t len) : memory(at::zeros({len}, at::kFloat)), next(memory.data_ptr<float>()) {}
+
+  float* take(int64_t len) {
+    float* taken = next;
+    next += len;
+    return taken;
+  }
+
+  at::Tensor memory;
+  float* next;
+};
+
+at::Tensor like_heads(const at::Tensor& t) {
+  const int64_t heads = t.size(1), seq = t.size(2), dim = t.size(3);
+  return at::empty_strided(t.sizes(), {heads * seq * dim, dim, heads * dim, 1}, t.options());
+}
+
+at::Tensor readable(const at::Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); }
+
+struct Attention : Function<Attention> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& q_in, const at::Tensor& k_in,
+                            const at::Tensor& v_in, const at::Tensor& runs, const at::Tensor& bands) {
+    const auto q = readable(q_in), k = readable(k_in), v = readable(v_in);
+    const Call call(q, k, runs, bands);
+    auto out = like_heads(q);
+    // Queries without a run keep zeros, which backward leaves alone as well.
+    if (call.has_gaps) out.zero_();
+    auto lse = at::empty({call.batch, call.kv_heads, call.queries, call.groups}, q.options().dtype(at::kFloat));
+    const int64_t q_len = call.queries * call.groups * call.dim, k_len = call.keys * call.dim;
+    at::parallel_for(0, call.items(), 1, [&](int64_t from, int64_t to) {
+      Scratch scratch(2 * q_len + k_len + call.dim * call.key_row + vora::scratch_len(call.groups));
+      float *q_packed = scratch.take(q_len), *out_packed = scratch.take(q_len), *v_packed = scratch.take(k_len);
+      float* kt = scratch.take(call.dim * call.key_row);
+      float* tiles = scratch.take(vora::scratch_len(call.groups));
+      for (int64_t item = from; item < to; item++) {
+        const int64_t row = call.row(item), kv_head = call.kv_head(item);
+        Head head = call.head(item);
+        const View k_view(k, row, kv_head), v_view(v, row, kv_head);
+        for (int64_t i = 0; i < call.keys; i++) {
+          k_view.read(i, 1.0f, kt + i, call.key_row);
+          v_view.read(i, 1.0f, v_packed + i * call.dim, 1);
+        }
+        for (int64_t g = 0; g < call.groups; g++) {
+          const View q_view(q, row, kv_head * call.groups + g);
+          call.each_query(head, g, [&](int64_t i, int64_t at) {
+            q_view.read(i, call.scale, q_packed + at * call.dim, 1);
+          });
+        }
+        head.q = q_packed;
+        head.kt = kt;
+        head.v = v_packed;
+        head.out = out_packed;
+        head.lse = lse.data_ptr<float>() + (row * call.kv_heads + kv_head) * call.queries * call.groups;
+        head.scratch = tiles;
+        ::forward(head);
+        for (int64_t g = 0; g < call.groups; g++) {
+          const View out_view(out, row, kv_head * call.groups + g);
+          call.each_query(head, g, [&](int64_t i, int64_t at) { out_view.write(i, 1.0f, out_packed + at * call.dim); });
+        }
+      }
+    });
+    ctx->save_for_backward({q, k, v, out, lse, runs, bands});
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3], &lse = saved[4];
+    const auto dout = readable(grads[0]);
+    const Call call(q, k, saved[5], saved[6]);
+    auto dq = like_heads(q), dk = like_heads(k), dv = like_heads(v);
+    if (call.has_gaps) dq.zero_();
+    const int64_t q_rows = call.queries * call.groups, q_len = q_rows * call.dim, k_len = call.keys * call.dim;
+    const auto sums = at::zeros({call.items(), 2, k_len}, q.options().dtype(at::kFloat));
+    at::parallel_for(0, call.items(), 1, [&](int64_t from, int64_t to) {
+      Scratch scratch(3 * q_len + q_rows + k_len + 2 * call.dim * call.key_row + vora::scratch_len(call.groups));
+      float *q_packed = scratch.take(q_len), *dout_packed = scratch.take(q_len), *dq_packed = scratch.take(q_len);
+      float *delta = scratch.take(q_rows), *k_packed = scratch.take(k_len);
+      float *kt = scratch.take(call.dim * call.key_row), *vt = scratch.take(call.dim * call.key_row);
+      float* tiles = scratch.take(vora::scratch_len(call.groups));
+      for (int64_t item = from; item < to; item++) {
+        const int64_t row = call.row(item), kv_head = call.kv_head(item);
+        Head head = call.head(item);
+        const View k_view(k, row, kv_head), v_view(v, row, kv_head);
+        for (int64_t i = 0; i < call.keys; i++) {
+          k_view.read(i, 1.0f, k_packed + i * call.dim, 1);
+          k_view.read(i, 1.0f, kt + i, call.key_row);
+          v_view.read(i, 1.0f, vt + i, call.key_row);
+        }
+        for (int64_t g = 0; g < call.groups; g++) {
+          const int64_t h = kv_head * call.groups + g;
+          const View q_view(q, row, h), out_view(out, row, h), dout_view(dout, row, h);
+          call.each_query(head, g, [&](int64_t i, int64_t at) {
+            float *grad = dout_packed + at * call.dim, *made = dq_packed + at * call.dim;
+            q_view.read(i, call.scale, q_packed + at * call.dim, 1);
+            dout_view.read(i, 1.0f, grad, 1);
+            out_view.read(i, 1.0f, made, 1);
+            float sum = 0;
+            for (int64_t d = 0; d < q_view.dim; d++) sum += grad[d] * made[d];
+            delta[at] = sum;
+            std::fill_n(made, call.dim, 0.0f);
+          });
+        }
+        head.q = q_packed;
+        head.kt = kt;
+        head.lse = lse.data_ptr<float>() + (row * call.kv_heads + kv_head) * q_rows;
+        head.k = k_packed;
+        head.vt = vt;
+        head.dout = dout_packed;
+        head.delta = delta;
+        head.dq = dq_packed;
+        head.dk = sums.data_ptr<float>() + item * 2 * k_len;
+        head.dv = head.dk + k_len;
+        head.scratch = tiles;
+        ::backward(head);
+        for (int64_t g = 0; g < call.groups; g++) {
+          const View dq_view(dq, row, kv_head * call.groups + g);
+          call.each_query(head, g, [&](int64_t i, int64_t at) {
+            dq_view.write(i, call.scale, dq_packed + at * call.dim);
+          });
+        }
+      }
+    });
+    at::parallel_for(0, call.batch * call.kv_heads, 1, [&](int64_t from, int64_t to) {
+      for (int64_t head = from; head < to; head++) {
+        float* sum = sums.data_ptr<float>() + head * call.parts * 2 * k_len;
+        for (int64_t part = 1; part < call.parts; part++) {
+          const float* other = sum + part * 2 * k_len;
+          for (int64_t i = 0; i < 2 * k_len; i++) sum[i] += other[i];
+        }
+        const View dk_view(dk, head / call.kv_heads, head % call.kv_heads);
+        const View dv_view(dv, head / call.kv_heads, head % call.kv_heads);
+        for (int64_t i = 0; i < call.keys; i++) {
+          dk_view.write(i, 1.0f, sum + i * call.dim);
+          dv_view.write(i, 1.0f, sum + k_len + i * call.dim);
+        }
+      }
+    });
+    return {dq, dk, dv, Variable(), Variable()};
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// q [batch, heads, queries, head_dim], k and v [batch, kv_heads, keys, head_dim] of one kind, f32 or bf16; runs [n, 5] and
+// bands [m, 4] as the structs of attention_kernel.h have them, runs in order and apart -> as q
+at::Tensor* vora_attention(const at::Tensor* q, const at::Tensor* k, const at::Tensor* v, const at::Tensor* runs,
+                           const at::Tensor* bands) {
+  return guard<at::Tensor*>(nullptr, [&] {
+    TORCH_CHECK(q->dim() == 4 && k->dim() == 4 && k->sizes() == v->sizes() && q->size(0) == k->size(0) &&
+                    q->size(3) == k->size(3) && k->size(1) > 0 && q->size(1) % k->size(1) == 0,
+                "attention of q ", q->sizes(), ", k ", k->sizes(), ", v ", v->sizes());
+    const auto kind = q->scalar_type();
+    TORCH_CHECK(q->is_cpu() && (kind == at::kFloat || kind == at::kBFloat16) && k->scalar_type() == kind &&
+                    v->scalar_type() == kind,
+                "attention takes q, k and v of one kind, f32 or bf16, on the CPU");
+    return new at::Tensor(Attention::apply(*q, *k, *v, *runs, *bands));
+  });
+}
+
+}  // extern "C"
