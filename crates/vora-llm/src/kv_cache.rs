@@ -3,6 +3,7 @@
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_lora::Active;
+use vora_torch::nn::attention::{Band, Bands, Run, has_attention};
 
 use crate::config::LlmConfig;
 use crate::error::CacheError;
@@ -36,14 +37,24 @@ pub(crate) struct Step {
     first: i64,
     /// One more than the last key that any row attends to, which is the new one of the longest.
     pub(crate) seen: i64,
-    /// Additive `[batch, 1, 1, seen - first]`, where rows differ in length.
-    pub(crate) mask: Option<Tensor>,
-    shortest: i64, // tokens of the shortest row, the new one not counted
+    pub(crate) kernel: StepKernel,
+    lens: Vec<i64>, // tokens of each row, the new one not counted
     kind: Kind,
     /// Row and slot of each new key, where rows differ in length.
     places: Option<[Tensor; 2]>,
     /// The rows that adapters act on.
     pub(crate) adapters: Active,
+}
+
+/// What serves a step's attention.
+#[derive(Debug)]
+pub(crate) enum StepKernel {
+    /// A call over all keys.
+    Plain,
+    /// A call with an additive mask `[batch, 1, 1, seen - first]`, where rows differ in length.
+    Mask(Tensor),
+    /// A call that is told the keys of each row, counted from `first`.
+    Bands(Bands),
 }
 
 impl KvCache {
@@ -137,8 +148,8 @@ impl KvCache {
             _ => Active::At(Tensor::from_slice(&adapted).to_device(self.device)),
         };
         let position_ids = lens.unsqueeze(1);
-        let step = Step { position_ids, first: 0, seen, mask: None, shortest, kind: self.kind, places, adapters };
-        Ok(Step { mask: ragged.then(|| step.mask(None)), ..step })
+        let (lens, kind, kernel) = (self.lens.clone(), self.kind, StepKernel::Plain);
+        Ok(Step { position_ids, first: 0, seen, kernel, lens, kind, places, adapters }.with_kernel(None))
     }
 
     pub(crate) fn stepped(&mut self) {
@@ -152,15 +163,36 @@ impl Step {
         if self.seen <= window {
             return None;
         }
+        let shortest = self.lens.iter().min().expect("batch is at least 1");
         let step = Self {
             position_ids: self.position_ids.shallow_clone(),
-            first: (self.shortest + 1 - window).max(0),
-            mask: None,
+            first: (shortest + 1 - window).max(0),
+            kernel: StepKernel::Plain,
+            lens: self.lens.clone(),
             places: self.places.as_ref().map(|places| places.each_ref().map(Tensor::shallow_clone)),
             adapters: self.adapters.clone(),
             ..*self
         };
-        Some(Self { mask: step.places.is_some().then(|| step.mask(Some(window))), ..step })
+        Some(step.with_kernel(Some(window)))
+    }
+
+    fn with_kernel(self, window: Option<i64>) -> Self {
+        let kernel = if has_attention(self.position_ids.device(), self.kind) {
+            StepKernel::Bands(self.bands(window))
+        } else if self.places.is_some() {
+            StepKernel::Mask(self.mask(window))
+        } else {
+            StepKernel::Plain
+        };
+        Self { kernel, ..self }
+    }
+
+    fn bands(&self, window: Option<i64>) -> Bands {
+        let row = |&len: &i64| {
+            let first = window.map_or(0, |window| (len + 1 - window).max(0));
+            vec![Run { queries: 0..1, bands: vec![Band::all(first - self.first..len + 1 - self.first)] }]
+        };
+        Bands::new(&self.lens.iter().map(row).collect::<Vec<_>>()).expect("one query a row")
     }
 
     /// `[batch, 1, 1, seen - first]`, additive
@@ -226,9 +258,8 @@ mod tests {
             let kept: Vec<f32> = kept.select(3, 0).select(1, 1).flatten(0, -1).try_into().unwrap();
             assert_eq!(kept, [1.0, 7.0, 1.0, 0.0, 1.0, 1.0, 1.0, 7.0]);
         }
-        let mask: Vec<f32> = step.mask.unwrap().flatten(0, -1).try_into().unwrap();
         let unseen = f32::NEG_INFINITY;
-        assert_eq!(mask, [0.0, 0.0, unseen, unseen, 0.0, 0.0, 0.0, 0.0]);
+        assert_eq!(masks(&step, None), [[0.0, 0.0, unseen, unseen, 0.0, 0.0, 0.0, 0.0]; 2]);
         cache.truncate(3);
         assert_eq!(cache.lens(), [2, 3]);
     }
@@ -241,17 +272,26 @@ mod tests {
         assert!(step.within(6).is_none());
         let windowed = step.within(2).unwrap();
         assert_eq!((windowed.first, windowed.seen), (2, 6));
-        let mask: Vec<f32> = windowed.mask.as_ref().unwrap().flatten(0, -1).try_into().unwrap();
         let unseen = f32::NEG_INFINITY;
-        assert_eq!(mask, [0.0, 0.0, unseen, unseen, unseen, unseen, 0.0, 0.0]);
+        assert_eq!(masks(&windowed, Some(2)), [[0.0, 0.0, unseen, unseen, unseen, unseen, 0.0, 0.0]; 2]);
         let new = Tensor::full([2, 2, 1, 8], 7.0, (F32.1, F32.0));
         let (keys, _) = cache.layers[0].append(&new, &new, &windowed);
         let kept: Vec<f32> = keys.select(3, 0).select(1, 1).flatten(0, -1).try_into().unwrap();
         assert_eq!(kept, [0.0, 7.0, 0.0, 0.0, 0.0, 0.0, 0.0, 7.0]);
-        // Rows of one length need no mask.
+        // Rows of one length attend to all that is handed over, and need no mask where there are no bands.
+        let mut cache = KvCache::new(&LlmConfig::tiny(8), 2, 9, Device::Cpu, Kind::Double).unwrap();
         cache.filled(&[4, 4], &[true; 2]);
         let windowed = cache.next_step(2).unwrap().within(2).unwrap();
-        assert!((windowed.first, windowed.seen) == (3, 5) && windowed.mask.is_none());
+        assert!((windowed.first, windowed.seen) == (3, 5) && matches!(windowed.kernel, StepKernel::Plain));
+        cache.filled(&[4, 2], &[true; 2]);
+        assert!(matches!(cache.next_step(2).unwrap().kernel, StepKernel::Mask(_)));
+    }
+
+    /// What a step with bands attends to, by those and by a mask.
+    fn masks(step: &Step, window: Option<i64>) -> [Vec<f32>; 2] {
+        let StepKernel::Bands(bands) = &step.kernel else { panic!("{:?}", step.kernel) };
+        let of_bands = bands.mask(1, step.seen - step.first, F32.0, F32.1);
+        [of_bands, step.mask(window)].map(|mask| mask.flatten(0, -1).try_into().unwrap())
     }
 
     #[test]

@@ -27,20 +27,21 @@ using vora::Head;
 using vora::LANE;
 
 #if defined(__x86_64__)
-#define DISPATCH(FUNCTION) \
-  void FUNCTION(const Head& head) { \
+#define DISPATCH(FUNCTION, ARGUMENT) \
+  void FUNCTION(const ARGUMENT& argument) { \
     switch (isa()) { \
-      case Isa::avx512: return vora::avx512::FUNCTION(head); \
-      case Isa::avx2: return vora::avx2::FUNCTION(head); \
-      case Isa::plain: return vora::plain::FUNCTION(head); \
+      case Isa::avx512: return vora::avx512::FUNCTION(argument); \
+      case Isa::avx2: return vora::avx2::FUNCTION(argument); \
+      case Isa::plain: return vora::plain::FUNCTION(argument); \
     } \
   }
 #else
-#define DISPATCH(FUNCTION) \
-  void FUNCTION(const Head& head) { vora::plain::FUNCTION(head); }
+#define DISPATCH(FUNCTION, ARGUMENT) \
+  void FUNCTION(const ARGUMENT& argument) { vora::plain::FUNCTION(argument); }
 #endif
-DISPATCH(forward)
-DISPATCH(backward)
+DISPATCH(forward, Head)
+DISPATCH(backward, Head)
+DISPATCH(answer, vora::Query)
 
 int64_t padded(int64_t n) { return (n + LANE - 1) / LANE * LANE; }
 
@@ -48,14 +49,14 @@ int64_t padded(int64_t n) { return (n + LANE - 1) / LANE * LANE; }
 struct View {
   View(const at::Tensor& t, int64_t row, int64_t head)
       : data(static_cast<char*>(t.data_ptr()) + (row * t.stride(0) + head * t.stride(1)) * t.element_size()),
-        bf16_(t.scalar_type() == at::kBFloat16),
+        is_bf16(t.scalar_type() == at::kBFloat16),
         step(t.stride(2)),
         seq(t.size(2)),
         dim(t.size(3)) {}
 
   // Token `i`'s numbers times `scale`, `to_step` apart.
   void read(int64_t i, float scale, float* to, int64_t to_step) const {
-    if (bf16_) {
+    if (is_bf16) {
       const bf16* from = reinterpret_cast<const bf16*>(data) + i * step;
       for (int64_t d = 0; d < dim; d++) to[d * to_step] = load(from[d]) * scale;
     } else {
@@ -65,7 +66,7 @@ struct View {
   }
 
   void write(int64_t i, float scale, const float* from) const {
-    if (bf16_) {
+    if (is_bf16) {
       bf16* to = reinterpret_cast<bf16*>(data) + i * step;
       for (int64_t d = 0; d < dim; d++) store(to[d], from[d] * scale);
     } else {
@@ -75,7 +76,7 @@ struct View {
   }
 
   char* data;
-  bool bf16_;
+  bool is_bf16;
   int64_t step, seq, dim;
 };
 
@@ -286,6 +287,49 @@ struct Attention : Function<Attention> {
   }
 };
 
+// One query a row without gradients: keys and values are read where they lie.
+at::Tensor answered(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in, const at::Tensor& runs,
+                    const at::Tensor& bands) {
+  const auto q = readable(q_in), k = readable(k_in), v = readable(v_in);
+  const Call call(q, k, runs, bands);
+  auto out = like_heads(q);
+  if (call.has_gaps) out.zero_();
+  const int64_t scores = call.keys + LANE, len = call.groups * call.dim;
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, call.keys * call.dim));
+  at::parallel_for(0, call.batch * call.kv_heads, grain, [&](int64_t from, int64_t to) {
+    Scratch scratch(2 * len + call.groups * scores);
+    vora::Query query{};
+    float *q_packed = scratch.take(len), *out_packed = scratch.take(len);
+    query.scratch = scratch.take(call.groups * scores);
+    for (int64_t item = from; item < to; item++) {
+      const int64_t row = item / call.kv_heads, kv_head = item % call.kv_heads;
+      const auto& of_row = call.of_part[row * call.parts];
+      if (of_row.empty()) continue;
+      const View k_view(k, row, kv_head), v_view(v, row, kv_head);
+      for (int64_t g = 0; g < call.groups; g++) {
+        View(q, row, kv_head * call.groups + g).read(0, call.scale, q_packed + g * call.dim, 1);
+      }
+      query.bands = call.bands + of_row[0].first_band;
+      query.num_bands = of_row[0].end_band - of_row[0].first_band;
+      query.groups = call.groups;
+      query.dim = call.dim;
+      query.q = q_packed;
+      query.k = k_view.data;
+      query.v = v_view.data;
+      query.k_step = k_view.step;
+      query.v_step = v_view.step;
+      query.is_bf16 = k_view.is_bf16;
+      query.out = out_packed;
+      query.scores = scores;
+      answer(query);
+      for (int64_t g = 0; g < call.groups; g++) {
+        View(out, row, kv_head * call.groups + g).write(0, 1.0f, out_packed + g * call.dim);
+      }
+    }
+  });
+  return out;
+}
+
 }  // namespace
 
 extern "C" {
@@ -302,6 +346,10 @@ at::Tensor* vora_attention(const at::Tensor* q, const at::Tensor* k, const at::T
     TORCH_CHECK(q->is_cpu() && (kind == at::kFloat || kind == at::kBFloat16) && k->scalar_type() == kind &&
                     v->scalar_type() == kind,
                 "attention takes q, k and v of one kind, f32 or bf16, on the CPU");
+    const bool wants_grad = at::GradMode::is_enabled() && (q->requires_grad() || k->requires_grad() || v->requires_grad());
+    if (q->size(2) == 1 && q->size(3) % LANE == 0 && !wants_grad) {
+      return new at::Tensor(answered(*q, *k, *v, *runs, *bands));
+    }
     return new at::Tensor(Attention::apply(*q, *k, *v, *runs, *bands));
   });
 }

@@ -182,7 +182,125 @@ INLINE void soften(float* scores, int64_t width, float* out, int64_t dim, float*
   *sum += added;
 }
 
+typedef uint16_t Shorts __attribute__((vector_size(VORA_VECTOR * 2), aligned(2), may_alias));
+
+INLINE Vec read(const float* p) { return load(p); }
+
+INLINE Vec read(const uint16_t* p) {
+  const Ints wide = __builtin_convertvector(*reinterpret_cast<const Shorts*>(p), Ints);
+  return (Vec)(wide << 16);
+}
+
+INLINE float total(Vec x) {
+  float sum = 0;
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < V; i++) sum += x[i];
+  return sum;
+}
+
+// scores[g] = q_g . k for R groups and one key after the other.
+template <int R, typename T>
+INLINE void score(const Query& s, const float* q, const T* k, int64_t keys, float* scores) {
+  for (int64_t i = 0; i < keys; i++, k += s.k_step) {
+    Vec sum[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) sum[r] = Vec{};
+    for (int64_t d = 0; d < s.dim; d += V) {
+      const Vec x = read(k + d);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) sum[r] += x * load(q + r * s.dim + d);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) scores[r * s.scores + i] = total(sum[r]);
+  }
+}
+
+// out += weights v for R groups and W vectors of them.
+template <int R, int W, typename T>
+INLINE void mix(const Query& s, const float* weights, const T* v, int64_t keys, float* out) {
+  Vec sum[R][W];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+    for (int w = 0; w < W; w++) sum[r][w] = load(out + r * s.dim + w * V);
+  }
+  for (int64_t i = 0; i < keys; i++, v += s.v_step) {
+    Vec x[W];
+#pragma GCC unroll 4
+    for (int w = 0; w < W; w++) x[w] = read(v + w * V);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const float weight = weights[r * s.scores + i];
+#pragma GCC unroll 4
+      for (int w = 0; w < W; w++) sum[r][w] += weight * x[w];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+    for (int w = 0; w < W; w++) store(out + r * s.dim + w * V, sum[r][w]);
+  }
+}
+
+// The keys of a band that query 0 attends to.
+template <typename Each>
+INLINE void each_range(const Query& s, Each each) {
+  int64_t at = 0;
+  for (int64_t b = 0; b < s.num_bands; b++) {
+    const KeyBand& band = s.bands[b];
+    const int64_t from = band.first > band.start ? band.first : band.start, to = least(band.end, band.last + 1);
+    if (from >= to) continue;
+    each(from, to - from, at);
+    at += to - from;
+  }
+}
+
+template <int R, typename T>
+INLINE void answer_groups(const Query& s, int64_t group) {
+  const float* q = s.q + group * s.dim;
+  float *out = s.out + group * s.dim, *scores = s.scratch;
+  int64_t keys = 0;
+  each_range(s, [&](int64_t from, int64_t n, int64_t at) {
+    score<R>(s, q, static_cast<const T*>(s.k) + from * s.k_step, n, scores + at);
+    keys = at + n;
+  });
+  for (int64_t i = 0; i < R * s.dim; i++) out[i] = 0;
+  if (keys == 0) return;
+  float sum[R];
+  for (int r = 0; r < R; r++) {
+    float* row = scores + r * s.scores;
+    for (int64_t i = keys; i % V != 0; i++) row[i] = -__builtin_inff();
+    float max = -__builtin_inff();
+    sum[r] = 0;
+    soften(row, keys, out, 0, &max, sum + r);
+  }
+  each_range(s, [&](int64_t from, int64_t n, int64_t at) {
+    const T* v = static_cast<const T*>(s.v) + from * s.v_step;
+    int64_t d = 0;
+    for (; d + 4 * V <= s.dim; d += 4 * V) mix<R, 4>(s, scores + at, v + d, n, out + d);
+    for (; d < s.dim; d += V) mix<R, 1>(s, scores + at, v + d, n, out + d);
+  });
+  for (int r = 0; r < R; r++) {
+    for (int64_t d = 0; d < s.dim; d++) out[r * s.dim + d] /= sum[r];
+  }
+}
+
+template <typename T>
+INLINE void answer_all(const Query& s) {
+  int64_t group = 0;
+  for (; group + 3 <= s.groups; group += 3) answer_groups<3, T>(s, group);
+  for (; group < s.groups; group++) answer_groups<1, T>(s, group);
+}
+
 }  // namespace
+
+void answer(const Query& s) {
+  if (s.is_bf16) {
+    answer_all<uint16_t>(s);
+  } else {
+    answer_all<float>(s);
+  }
+}
 
 void forward(const Head& h) {
   float* scores = h.scratch;  // [block_rows, BLOCK_KEYS]

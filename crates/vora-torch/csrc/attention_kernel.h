@@ -54,10 +54,27 @@ struct Head {
   float* scratch;     // scratch_len(groups) numbers
 };
 
+// One query of one row in all groups of one key-value head, whose keys and values are read where they lie: what
+// generation asks for, where packing would cost more than the work.
+struct Query {
+  const KeyBand* bands;
+  int64_t num_bands;
+  int64_t groups, dim;
+  const float* q;       // [groups, dim], scaled by 1 / sqrt(head_dim)
+  const void* k;        // [keys, dim], rows k_step numbers apart; bf16 or f32, and so is v
+  const void* v;
+  int64_t k_step, v_step;
+  bool is_bf16;
+  float* out;           // [groups, dim]
+  float* scratch;       // [groups, scores], a row of scores as long as all bands and LANE more
+  int64_t scores;
+};
+
 #define VORA_DECLARE(ISA) \
   namespace ISA { \
   void forward(const Head&); \
   void backward(const Head&); \
+  void answer(const Query&); \
   }
 VORA_DECLARE(plain)
 VORA_DECLARE(avx2)

@@ -3,13 +3,14 @@
 use anyhow::Result;
 use tch::{Tensor, nn::Module};
 use vora_lora::{Active, Linear};
+use vora_torch::nn::attention::attention;
 use vora_torch::weights::Weights;
 
 use super::attend::{attend, attend_dropping, repeat_heads, scaled_dot_product};
 use super::plan::AttentionPlan;
 use crate::config::LlmConfig;
 use crate::head_norm::HeadNorm;
-use crate::kv_cache::{LayerCache, Step};
+use crate::kv_cache::{LayerCache, Step, StepKernel};
 use crate::rotary::CosSin;
 
 /// Self-attention of one decoder layer.
@@ -88,7 +89,12 @@ impl Attention {
     pub(crate) fn decode_step(&self, x: &Tensor, cos_sin: &CosSin, step: &Step, cache: &mut LayerCache) -> Tensor {
         let [q, k, v] = self.project(x, cos_sin, &step.adapters);
         let (k, v) = cache.append(&k, &v, step);
-        self.output(&scaled_dot_product(&q, &k, &v, step.mask.as_ref(), false, 0.0), &step.adapters)
+        let attended = match &step.kernel {
+            StepKernel::Bands(bands) => attention(&q, &k, &v, bands),
+            StepKernel::Mask(mask) => scaled_dot_product(&q, &k, &v, Some(mask), false, 0.0),
+            StepKernel::Plain => scaled_dot_product(&q, &k, &v, None, false, 0.0),
+        };
+        self.output(&attended, &step.adapters)
     }
 
     /// `[batch, seq, hidden]` -> q as `[batch, heads, seq, head_dim]`, k and v as `[batch, kv_heads, seq, head_dim]`; q

@@ -4,7 +4,7 @@ use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 use vora_lora::{Active, ActsOn};
 use vora_text::{Span, Spans};
-use vora_torch::nn::attention::Bands;
+use vora_torch::nn::attention::{Bands, has_attention};
 
 use super::bands::bands;
 use super::mask::Tokens;
@@ -81,7 +81,7 @@ impl AttentionPlan {
         let layout = Layout::of(spans, mode);
         match (choice, &layout) {
             (KernelChoice::Mask, _) | (KernelChoice::Segments, Some(_)) => {}
-            (KernelChoice::Bands, _) if has_bands(device, kind) => {}
+            (KernelChoice::Bands, _) if has_attention(device, kind) => {}
             (KernelChoice::Causal, Some(layout)) if layout.is_causal() => {}
             _ => bail!("kernel {choice:?} does not serve these spans"),
         }
@@ -200,6 +200,14 @@ impl AttentionPlan {
         }
     }
 
+    /// The additive mask `[batch, 1, seq, seq]` of a plan that has one.
+    pub fn mask(&self) -> Option<&Tensor> {
+        match &self.kernel {
+            Kernel::Mask(mask) => Some(mask),
+            _ => None,
+        }
+    }
+
     /// Whether generation can go on from every row: each is one document without branches.
     pub(crate) fn is_cacheable(&self) -> bool {
         self.cacheable
@@ -243,14 +251,10 @@ fn active(spans: &Spans, acts_on: ActsOn, device: Device) -> (Active, Vec<bool>)
 /// 1024 tokens took 1.4 ms forward and backward, whatever its size, a causal call 0.25 ms.
 fn choose(spans: &Spans, mode: VisionAttention, device: Device, kind: Kind) -> KernelChoice {
     match Layout::of(spans, mode) {
-        _ if has_bands(device, kind) => KernelChoice::Bands,
+        _ if has_attention(device, kind) => KernelChoice::Bands,
         Some(layout) if layout.is_causal() => KernelChoice::Causal,
         _ => KernelChoice::Mask,
     }
-}
-
-fn has_bands(device: Device, kind: Kind) -> bool {
-    device == Device::Cpu && matches!(kind, Kind::Float | Kind::BFloat16)
 }
 
 #[cfg(test)]

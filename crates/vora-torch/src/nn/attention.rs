@@ -93,6 +93,12 @@ impl Bands {
         Ok(Self { runs, bands, rows: rows.len() as i64, end_query, end_key })
     }
 
+    /// Every one of `len` tokens of a row attends to all of them.
+    pub fn all(rows: i64, len: i64) -> Self {
+        let row = vec![Run { queries: 0..len, bands: vec![Band::all(0..len)] }];
+        Self::new(&vec![row; rows.max(0) as usize]).expect("one run a row")
+    }
+
     /// The same as an additive mask, `[batch, 1, queries, keys]`: 0 where a query attends to a key, minus infinity
     /// elsewhere. A query that attends to nothing has zeros, so that its softmax stays finite.
     pub fn mask(&self, queries: i64, keys: i64, device: Device, kind: Kind) -> Tensor {
@@ -140,9 +146,9 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, bands: &Bands) -> Tensor {
     ffi::tensor(made).unwrap_or_else(|e| panic!("{e:#}"))
 }
 
-/// Whether [`attention`] serves a tensor.
-pub fn has_attention(x: &Tensor) -> bool {
-    x.device() == Device::Cpu && matches!(x.kind(), Kind::Float | Kind::BFloat16)
+/// Whether [`attention`] serves tensors there, of that dtype.
+pub fn has_attention(device: Device, kind: Kind) -> bool {
+    device == Device::Cpu && matches!(kind, Kind::Float | Kind::BFloat16)
 }
 
 #[cfg(test)]
@@ -237,6 +243,28 @@ mod tests {
             println!("seed {seed}: {queries} queries, {keys} keys, {groups} x {kv_heads} heads of {dim}, {kind:?}");
             check((queries, keys), &rows, groups, kv_heads, dim, kind);
         }
+    }
+
+    /// Generation's one query a row, over a part of a cache.
+    #[test]
+    fn one_query_is_its_definition() {
+        for (seed, kind) in [(1, Kind::Float), (2, Kind::BFloat16), (3, Kind::Float), (4, Kind::BFloat16)] {
+            let random = fixtures::Random::new(seed);
+            let (groups, dim) = ([1, 3, 4, 7][seed as usize - 1], [16, 64, 80, 48][seed as usize - 1]);
+            let states = |heads| (random.normal([3, heads, 90, dim]) * 2).to_kind(kind);
+            let (q, k, v) = (states(2 * groups).narrow(2, 0, 1), states(2), states(2));
+            let (k, v) = (k.narrow(2, 7, 70), v.narrow(2, 7, 70));
+            let row = |bands| vec![Run { queries: 0..1, bands }];
+            let rows = [vec![Band::all(0..70)], vec![Band::all(3..20), Band::all(40..41)], vec![Band::causal(0..9)]];
+            let bands = Bands::new(&rows.map(row)).unwrap();
+            let found = attention(&q, &k, &v, &bands).to_kind(Kind::Double);
+            let [q, k, v] = [q, k, v].map(|t| t.to_kind(Kind::Double));
+            let tolerance = if kind == Kind::Float { 1e-5 } else { 2e-2 };
+            fixtures::assert_close_to(&found, &reference(&q, &k, &v, &bands), tolerance);
+        }
+        let x = Tensor::ones([2, 1, 1, 16], F32);
+        let bands = Bands::new(&[vec![Run { queries: 0..1, bands: vec![] }], vec![]]).unwrap();
+        assert_eq!(attention(&x, &x, &x, &bands).abs().sum(Kind::Float).double_value(&[]), 0.0);
     }
 
     #[test]
