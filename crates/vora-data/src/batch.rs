@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use vora_image::Pixels;
-use vora_text::Spans;
+use vora_text::{Span, Spans};
 
 use crate::sample::{IGNORE_INDEX, QuestionSpan, Sample};
 
@@ -35,7 +35,7 @@ pub struct SampleInfo {
     pub id: String,
     /// The row it stands in.
     pub row: usize,
-    /// Its tokens within the row.
+    /// Its tokens within the row, without what all samples of the row begin with.
     pub tokens: Range<usize>,
     /// How many of the batch's images are its own.
     pub num_images: usize,
@@ -58,6 +58,40 @@ pub struct Supervised {
 /// Puts samples into one batch, a row each, shorter ones padded at their end with `pad_id`.
 pub fn collate(samples: Vec<Sample>, pad_id: i64) -> Batch {
     collate_rows(samples.into_iter().map(|sample| vec![sample]).collect(), pad_id)
+}
+
+/// Puts samples into one batch of one row. Words that all of them begin with, such as a system message, stand there once,
+/// where none of them is learned: a model computes them once, and makes of every sample what it makes of it alone. Samples
+/// with a picture and samples without share nothing, as adapters may act on the ones and not on the others.
+pub fn collate_sharing(mut samples: Vec<Sample>, pad_id: i64) -> Batch {
+    let len = shared_len(&samples);
+    let start = samples.first().map_or(Vec::new(), |sample| sample.input_ids[..len].to_vec());
+    for sample in &mut samples {
+        sample.drop_start(len);
+    }
+    let mut batch = collate_rows(vec![samples], pad_id);
+    if len > 0 {
+        batch.begin_with(start);
+    }
+    batch
+}
+
+/// How many tokens of text, on the trunk and not learned, all samples begin with.
+fn shared_len(samples: &[Sample]) -> usize {
+    let Some((first, others)) = samples.split_first() else { return 0 };
+    let is_mixed = others.iter().any(|sample| sample.images.is_empty() != first.images.is_empty());
+    if others.is_empty() || is_mixed {
+        return 0;
+    }
+    let text = |sample: &Sample| {
+        let is_text = |span: &&Span| !span.is_image() && span.branch().is_none();
+        let text: usize = sample.spans.iter().take_while(is_text).map(|span| span.len() as usize).sum();
+        // A sample keeps a token of its own.
+        let text = text.min(sample.input_ids.len().saturating_sub(1));
+        sample.targets[..text].iter().take_while(|target| **target == IGNORE_INDEX).count()
+    };
+    let alike = |sample: &Sample| first.input_ids.iter().zip(&sample.input_ids).take_while(|(a, b)| a == b).count();
+    others.iter().map(|sample| alike(sample).min(text(sample))).fold(text(first), usize::min)
 }
 
 /// Puts samples into one batch, those of each row one after the other. Each is a document of its row: its positions
@@ -103,6 +137,23 @@ pub fn collate_rows(rows: Vec<Vec<Sample>>, pad_id: i64) -> Batch {
 }
 
 impl Batch {
+    /// Puts words in front of its only row that all documents begin with.
+    fn begin_with(&mut self, input_ids: Vec<i64>) {
+        let len = input_ids.len();
+        let shared = Span::text(len as i64).in_all_documents();
+        self.seq += len as i64;
+        self.input_ids.splice(..0, input_ids);
+        self.targets.splice(..0, vec![IGNORE_INDEX; len]);
+        self.spans = Spans::new(self.spans.rows().iter().map(|row| [&[shared], &row[..]].concat()).collect());
+        let moved = |tokens: &Range<usize>| tokens.start + len..tokens.end + len;
+        for sample in &mut self.samples {
+            sample.tokens = moved(&sample.tokens);
+            for question in &mut sample.questions {
+                question.tokens = moved(&question.tokens);
+            }
+        }
+    }
+
     /// The places with a target, and their targets.
     pub fn supervised(&self) -> Supervised {
         let places = self.targets.iter().enumerate().filter(|(_, target)| **target != IGNORE_INDEX);
@@ -171,6 +222,34 @@ mod tests {
         assert_eq!(tokens, [0..1, 1..2, 2..3, 3..4]);
         assert_eq!(batch.spans.rows(), [[Span::text(2)], [Span::text(4)]]);
         assert_eq!((batch.samples[1].id.as_str(), batch.samples[1].num_images), ("long", 1));
+    }
+
+    #[test]
+    fn what_samples_begin_with_stands_there_once() {
+        let none = IGNORE_INDEX;
+        let mut a = sample("a", &[1, 2, 3, 4], &[none, none, 4, 9], &[2..3, 3..4]);
+        let b = sample("b", &[1, 2, 5], &[none, none, 6], &[2..3]);
+        a.spans = vec![Span::text(1), Span::text(1), Span::text(2).on_branch(0)];
+        let batch = collate_sharing(vec![a.clone(), b.clone()], 0);
+        assert_eq!((batch.batch, batch.seq), (1, 5));
+        assert_eq!(batch.input_ids, [1, 2, 3, 4, 5]);
+        assert_eq!(batch.targets, [none, none, 4, 9, 6]);
+        let row = [Span::text(2).in_all_documents(), Span::text(2).on_branch(0), Span::text(1).in_document(1)];
+        assert_eq!(batch.spans.rows(), [row]);
+        batch.spans.validate().unwrap();
+        let places: Vec<_> = batch.samples.iter().map(|sample| sample.tokens.clone()).collect();
+        assert_eq!(places, [2..4, 4..5]);
+        for (question, among) in batch.questions() {
+            assert_eq!(batch.targets[question.tokens.clone()], batch.supervised().targets[among]);
+        }
+        // Nothing is shared of a single sample, with one of words alone, where it is learned, or in a picture.
+        let len = |samples: &[Sample]| shared_len(samples);
+        assert_eq!(len(&[a.clone(), b.clone()]), 2);
+        assert_eq!((len(&[]), len(std::slice::from_ref(&a))), (0, 0));
+        assert_eq!(len(&[a.clone(), Sample { images: vec![], ..b.clone() }]), 0);
+        assert_eq!(len(&[a.clone(), Sample { targets: vec![none, 2, 6], ..b.clone() }]), 1);
+        let spans = vec![Span::text(1), Span::image(1, 2)];
+        assert_eq!(len(&[Sample { spans: spans.clone(), ..b.clone() }, Sample { spans, ..b }]), 1);
     }
 
     #[test]

@@ -29,7 +29,7 @@ mod shuffle;
 mod sources;
 mod tokens;
 
-pub use batch::{Batch, SampleInfo, Supervised, collate, collate_rows};
+pub use batch::{Batch, SampleInfo, Supervised, collate, collate_rows, collate_sharing};
 pub use error::{DataError, TooLong};
 pub use loader::{Loader, LoaderConfig};
 pub use maker::SampleMaker;

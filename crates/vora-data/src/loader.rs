@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 
-use crate::batch::{Batch, collate_rows};
+use crate::batch::{Batch, collate_rows, collate_sharing};
 use crate::error::{DataError, TooLong};
 use crate::pack::OpenBatch;
 use crate::sample::Sample;
@@ -25,6 +25,8 @@ pub struct LoaderConfig {
     pub batch_size: usize,
     /// Tokens of a row that samples are packed into, as many as fit; none: they are not packed.
     pub row_len: Option<usize>,
+    /// Whether the samples of a batch stand in one row where they are not packed, and what all begin with is there once.
+    pub shares_starts: bool,
     /// Worker threads, at least 1.
     pub num_workers: usize,
     /// Whether the source is walked in random order, another one each pass; scenes are random already.
@@ -53,6 +55,7 @@ impl Default for LoaderConfig {
         Self {
             batch_size: 8,
             row_len: None,
+            shares_starts: false,
             num_workers: 1,
             shuffle: false,
             seed: 0,
@@ -178,11 +181,19 @@ impl Loader {
         while let Some((place, sample)) = self.next_good()? {
             let open = &mut self.open[usize::from(self.config.group_by_modality && sample.images.is_empty())];
             if let Some(rows) = open.push(place, sample) {
-                return Ok(Some(collate_rows(rows, self.config.pad_id)));
+                return Ok(Some(self.collate(rows)));
             }
         }
-        let rest = self.open.iter_mut().find(|open| !open.is_empty());
-        Ok(rest.map(|open| collate_rows(open.take(), self.config.pad_id)))
+        let rest = self.open.iter_mut().find(|open| !open.is_empty()).map(OpenBatch::take);
+        Ok(rest.map(|rows| self.collate(rows)))
+    }
+
+    fn collate(&self, rows: Vec<Vec<Sample>>) -> Batch {
+        let LoaderConfig { pad_id, row_len, shares_starts, .. } = self.config;
+        if shares_starts && row_len.is_none() {
+            return collate_sharing(rows.into_iter().flatten().collect(), pad_id);
+        }
+        collate_rows(rows, pad_id)
     }
 
     /// The next sample that is not bad, with its place in the walk; none after the end.

@@ -29,8 +29,10 @@ impl Batch {
             start += span.len() as usize;
             placed
         });
-        let own: Vec<(usize, &Span)> =
-            placed.filter(|(start, _)| (sample.tokens.start..sample.tokens.end.min(end)).contains(start)).collect();
+        let is_own = |(start, span): &(usize, &Span)| {
+            span.document().is_none() || (sample.tokens.start..sample.tokens.end.min(end)).contains(start)
+        };
+        let own: Vec<(usize, &Span)> = placed.filter(is_own).collect();
         let branch = own.last().and_then(|(_, span)| span.branch());
         let (mut input_ids, mut spans) = (Vec::new(), Vec::new());
         for (start, span) in own.into_iter().filter(|(_, span)| span.branch().is_none() || span.branch() == branch) {
@@ -60,7 +62,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::batch::{collate, collate_rows};
+    use crate::batch::{collate, collate_rows, collate_sharing};
     use crate::maker;
     use crate::scenes::{Scenes, ScenesConfig, Split};
     use crate::sources::{SceneSource, Source};
@@ -83,8 +85,10 @@ mod tests {
         let source = SceneSource::new(scenes, maker.clone());
         let samples = || (0..4).map(|index| source.sample(index).unwrap()).collect::<Vec<_>>();
         let rows = collate_rows(samples().into_iter().map(|sample| vec![sample]).collect(), 0);
+        let sharing = collate_sharing(samples(), 0);
+        assert!(sharing.spans.rows()[0][0].document().is_none());
         let [a, b, c, d] = samples().try_into().unwrap();
-        for batch in [rows, collate_rows(vec![vec![a, b, c], vec![d]], 0)] {
+        for batch in [rows, sharing, collate_rows(vec![vec![a, b, c], vec![d]], 0)] {
             let asked: Vec<_> = batch.samples.iter().flat_map(|s| s.questions.iter().map(move |q| (s, q))).collect();
             let prompts = batch.prompts(|_| true);
             assert_eq!(prompts.len(), asked.len());

@@ -30,6 +30,27 @@ pub struct Sample {
     pub notes: Vec<String>,
 }
 
+impl Sample {
+    /// Takes off its first `len` tokens, which are text on the trunk.
+    pub(crate) fn drop_start(&mut self, len: usize) {
+        self.input_ids.drain(..len);
+        self.targets.drain(..len);
+        let mut left = len as i64;
+        self.spans.retain_mut(|span| {
+            let dropped = left.min(span.len());
+            left -= dropped;
+            if dropped > 0 && dropped < span.len() {
+                *span = span.with_len(span.len() - dropped);
+                return true;
+            }
+            dropped == 0
+        });
+        for question in &mut self.questions {
+            question.tokens = question.tokens.start - len..question.tokens.end - len;
+        }
+    }
+}
+
 /// A question, and where its answer is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QuestionSpan {

@@ -19,30 +19,37 @@ pub enum Modality {
 /// A run of tokens of one modality.
 ///
 /// A token attends to the earlier tokens of its own document that lie on the trunk (`branch` none) or on its own
-/// branch: several questions can share one image prefix in a single row without attending to each other.
+/// branch: several questions can share one image prefix in a single row without attending to each other. Text that all
+/// documents of a row begin with (`document` none) stands at its start, once for all of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
     modality: Modality,
     len: i64, // an image has rows * cols
-    document: i64,
+    document: Option<i64>,
     branch: Option<i64>,
 }
 
 impl Span {
     /// Text on the trunk of document 0.
     pub fn text(len: i64) -> Self {
-        Self { modality: Modality::Text, len, document: 0, branch: None }
+        Self { modality: Modality::Text, len, document: Some(0), branch: None }
     }
 
     /// An image on the trunk of document 0.
     pub fn image(rows: i64, cols: i64) -> Self {
-        Self { modality: Modality::Image { rows, cols }, len: rows * cols, document: 0, branch: None }
+        Self { modality: Modality::Image { rows, cols }, len: rows * cols, document: Some(0), branch: None }
     }
 
     /// The same span in another document of the row.
     #[must_use]
     pub fn in_document(self, document: i64) -> Self {
-        Self { document, ..self }
+        Self { document: Some(document), ..self }
+    }
+
+    /// The same text as the beginning of every document of the row.
+    #[must_use]
+    pub fn in_all_documents(self) -> Self {
+        Self { document: None, ..self }
     }
 
     /// The same span on a branch of its document.
@@ -76,8 +83,9 @@ impl Span {
         self.len <= 0
     }
 
-    /// Which of the documents packed into the row it belongs to; positions of each start at 0.
-    pub fn document(&self) -> i64 {
+    /// Which of the documents packed into the row it belongs to; none for the text that all of them begin with. Positions
+    /// of each start at 0, or go on from that text's end.
+    pub fn document(&self) -> Option<i64> {
         self.document
     }
 
@@ -180,7 +188,18 @@ impl Spans {
             for (span_idx, span) in row.iter().enumerate() {
                 let place = || format!("row {row_idx}, span {span_idx}");
                 ensure!(span.len > 0, "{}: length is {}, it must be at least 1", place(), span.len);
-                ensure!(span.document >= 0, "{}: document is {}, it must not be negative", place(), span.document);
+                match span.document {
+                    Some(document) => {
+                        ensure!(document >= 0, "{}: document is {document}, it must not be negative", place())
+                    }
+                    None => ensure!(
+                        !span.is_image()
+                            && span.branch.is_none()
+                            && row[..span_idx].iter().all(|s| s.document.is_none()),
+                        "{}: what all documents begin with is text without a branch, at the start of the row",
+                        place()
+                    ),
+                }
                 if let Modality::Image { rows, cols } = span.modality {
                     ensure!(
                         rows > 0 && cols > 0 && rows.checked_mul(cols) == Some(span.len),
@@ -196,7 +215,7 @@ impl Spans {
                         !branched.contains(&span.document),
                         "{}: trunk of document {} after one of its branches",
                         place(),
-                        span.document
+                        span.document.unwrap_or_default()
                     ),
                 }
             }
@@ -235,6 +254,12 @@ mod tests {
             (vec![vec![wrong]], "row 0, span 0: length is 5, its image has 2 rows of 3"),
             (vec![vec![Span::text(1).in_document(-1)]], "document is -1"),
             (vec![vec![Span::text(1).on_branch(-1)]], "branch is -1"),
+            (
+                vec![vec![Span::text(1), Span::text(1).in_all_documents()]],
+                "row 0, span 1: what all documents begin with",
+            ),
+            (vec![vec![Span::image(1, 1).in_all_documents()]], "what all documents begin with is text"),
+            (vec![vec![Span::text(1).in_all_documents().on_branch(0)]], "what all documents begin with is text"),
             (vec![vec![Span::text(1), Span::text(1).on_branch(0), Span::text(1)]], "trunk of document 0 after"),
         ] {
             let error = Spans::new(rows).validate().unwrap_err();

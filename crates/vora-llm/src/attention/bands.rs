@@ -8,10 +8,13 @@ use vora_torch::nn::attention::{Band, Bands, Run};
 
 use super::mode::VisionAttention;
 
+/// A document and a branch of it.
+type Way = (Option<i64>, Option<i64>);
+
 /// Tokens of one row that stand together, on one way of one document.
 #[derive(Debug, Clone)]
 struct Part {
-    document: i64,
+    document: Option<i64>, // none: what all begin with
     branch: Option<i64>,
     places: Range<i64>,
     position: i64,        // of its first token
@@ -19,7 +22,7 @@ struct Part {
 }
 
 impl Part {
-    fn is_on(&self, way: (i64, Option<i64>)) -> bool {
+    fn is_on(&self, way: Way) -> bool {
         (self.document, self.branch) == way
     }
 
@@ -38,11 +41,12 @@ pub(super) fn bands(spans: &Spans, mode: VisionAttention, window: Option<i64>) -
 /// The parts of a row; text goes on in the part before it where nothing else lies between.
 fn parts(row: &[Span], mode: VisionAttention) -> Vec<Part> {
     let mut parts: Vec<Part> = Vec::new();
-    let mut last: HashMap<(i64, Option<i64>), usize> = HashMap::new(); // the last part of a way
+    let mut last: HashMap<Way, usize> = HashMap::new(); // the last part of a way
     let mut place = 0;
     for span in row {
         let way = (span.document(), span.branch());
-        let before = last.get(&way).or_else(|| last.get(&(span.document(), None))).map(|&i| &parts[i]);
+        let ways = [way, (span.document(), None), (None, None)];
+        let before = ways.iter().find_map(|way| last.get(way)).map(|&i| &parts[i]);
         let position = before.map_or(0, |part| part.position + part.places.end - part.places.start);
         let own = last.get(&way).copied();
         let whole = span.is_image() && mode.is_bidirectional();
@@ -63,8 +67,10 @@ fn parts(row: &[Span], mode: VisionAttention) -> Vec<Part> {
 
 fn runs(parts: &[Part], window: Option<i64>) -> Vec<Run> {
     let run = |(idx, part): (usize, &Part)| {
-        let is_seen =
-            |other: &Part| other.document == part.document && (other.branch.is_none() || other.branch == part.branch);
+        let is_seen = |other: &Part| {
+            let is_mine = other.document.is_none() || other.document == part.document;
+            is_mine && (other.branch.is_none() || other.branch == part.branch)
+        };
         let mut bands = Vec::new();
         for (other_idx, other) in parts.iter().enumerate().filter(|(_, other)| is_seen(other)) {
             let keys = other.places.clone();

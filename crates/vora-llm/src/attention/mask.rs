@@ -7,12 +7,17 @@ use vora_text::{Span, Spans};
 
 use super::mode::VisionAttention;
 
+/// The document of what all documents of a row begin with.
+const ALL: i64 = -1;
+/// The document of padding.
+const PADDING: i64 = -2;
+
 /// What each place of the batch, `[batch, seq]` flattened, belongs to; -1 stands for none.
 #[derive(Debug)]
 pub(super) struct Tokens {
     shape: [i64; 2],
     pub(super) positions: Vec<i64>,
-    documents: Vec<i64>, // -1: padding
+    documents: Vec<i64>, // ALL, or PADDING
     branches: Vec<i64>,  // -1: the trunk
     images: Vec<i64>,    // the span that the block of a bidirectional image begins with; -1: not within one
 }
@@ -29,10 +34,11 @@ impl Tokens {
             images: Vec::with_capacity(size),
         };
         for (row_idx, row) in spans.rows().iter().enumerate() {
-            let mut ends: HashMap<(i64, Option<i64>), i64> = HashMap::new();
-            let mut last_images: HashMap<(i64, Option<i64>), i64> = HashMap::new(); // by the way they lie on
+            let mut ends: HashMap<(Option<i64>, Option<i64>), i64> = HashMap::new(); // by the way they lie on, as below
+            let mut last_images: HashMap<(Option<i64>, Option<i64>), i64> = HashMap::new();
             for (span_idx, span) in row.iter().enumerate() {
-                let trunk_end = ends.get(&(span.document(), None)).copied().unwrap_or(0);
+                let trunks = [(span.document(), None), (None, None)];
+                let trunk_end = trunks.iter().find_map(|way| ends.get(way)).copied().unwrap_or(0);
                 let end = ends.entry((span.document(), span.branch())).or_insert(trunk_end);
                 tokens.positions.extend(*end..*end + span.len());
                 *end += span.len();
@@ -46,7 +52,7 @@ impl Tokens {
             }
             let row_end = (row_idx + 1) * seq as usize;
             tokens.positions.resize(row_end, 0);
-            tokens.documents.resize(row_end, -1);
+            tokens.documents.resize(row_end, PADDING);
             tokens.branches.resize(row_end, -1);
             tokens.images.resize(row_end, -1);
         }
@@ -55,7 +61,7 @@ impl Tokens {
 
     fn fill(&mut self, span: &Span, image: i64) {
         let end = self.documents.len() + span.len() as usize;
-        self.documents.resize(end, span.document());
+        self.documents.resize(end, span.document().unwrap_or(ALL));
         self.branches.resize(end, span.branch().unwrap_or(-1));
         self.images.resize(end, image);
     }
@@ -77,7 +83,10 @@ impl Tokens {
         if let Some(window) = window {
             causal = causal.logical_and(&(of_query(&self.positions) - of_key(&self.positions)).lt(window));
         }
-        let seen = causal.logical_or(&same_image).logical_and(&same(&self.documents));
+        let is_padding = of_query(&self.documents).eq(PADDING);
+        let is_all = of_key(&self.documents).eq(ALL).logical_and(&is_padding.logical_not());
+        let my_document = same(&self.documents).logical_or(&is_all);
+        let seen = causal.logical_or(&same_image).logical_and(&my_document);
         Tensor::zeros([batch, seq, seq], (kind, device))
             .masked_fill(&seen.logical_not(), f64::NEG_INFINITY)
             .unsqueeze(1)

@@ -216,7 +216,9 @@ impl AttentionPlan {
 
 /// The tokens that adapters act on by that rule, and whether they act on what generation adds to each row.
 fn active(spans: &Spans, acts_on: ActsOn, device: Device) -> (Active, Vec<bool>) {
-    let has_image = |row: &[Span], document| row.iter().any(|span| span.is_image() && span.document() == document);
+    // What all documents begin with is theirs alike: there no picture of one is none of the others'.
+    let is_of = |span: &Span, document: Option<i64>| document.is_none() || span.document() == document;
+    let has_image = |row: &[Span], document| row.iter().any(|span| span.is_image() && is_of(span, document));
     let acts = |row: &[Span], span: &Span| match acts_on {
         ActsOn::All => true,
         ActsOn::WithImage => has_image(row, span.document()),
@@ -272,7 +274,8 @@ mod tests {
         let owner: Vec<usize> = row.iter().enumerate().flat_map(|(i, s)| vec![i; s.len() as usize]).collect();
         let reaches = |q: usize, k: usize| {
             let (from, to) = (&row[owner[q]], &row[owner[k]]);
-            from.document() == to.document() && k <= q && (to.branch().is_none() || to.branch() == from.branch())
+            let is_mine = to.document().is_none() || to.document() == from.document();
+            is_mine && k <= q && (to.branch().is_none() || to.branch() == from.branch())
         };
         let fused = |a: usize, b: usize| {
             let way = |span: &Span| (span.document(), span.branch());
@@ -307,7 +310,15 @@ mod tests {
                 Span::text(1).on_branch(0),
             ],
             vec![Span::image(2, 1), Span::text(2), Span::text(3).in_document(1), Span::image(1, 2).in_document(1)],
-            vec![Span::text(4)],
+            vec![
+                Span::text(2).in_all_documents(),
+                Span::text(1).in_all_documents(),
+                Span::image(1, 2),
+                Span::text(1).on_branch(0),
+                Span::text(2).on_branch(1),
+                Span::image(1, 3).in_document(1),
+                Span::text(2).in_document(1),
+            ],
         ];
         let windows = [17, 12, 5, 3, 1];
         let modes = [VisionAttention::Bidirectional, VisionAttention::BidirectionalFused, VisionAttention::Causal];
@@ -339,6 +350,8 @@ mod tests {
         assert_eq!(positions, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 9, 10, 11, 12, 12]);
         let positions: Vec<i64> = plan.position_ids().get(1).narrow(0, 0, 9).try_into().unwrap();
         assert_eq!(positions, [0, 1, 2, 3, 0, 1, 2, 3, 4]);
+        let positions: Vec<i64> = plan.position_ids().get(2).narrow(0, 0, 13).try_into().unwrap();
+        assert_eq!(positions, [0, 1, 2, 3, 4, 5, 5, 6, 3, 4, 5, 6, 7]);
         assert_eq!(plan.num_positions(), 13);
     }
 

@@ -28,7 +28,8 @@ pub(crate) fn evaluate(
     let mut done = 0;
     let mut report = EvalReport::default();
     for split in splits {
-        let config = LoaderConfig { batch_size, num_workers, end: Some(split.samples), ..LoaderConfig::default() };
+        let (end, shares_starts) = (Some(split.samples), student.shares_starts());
+        let config = LoaderConfig { batch_size, num_workers, end, shares_starts, ..LoaderConfig::default() };
         let mut tally = Tally::default();
         for batch in Loader::new(split.source.clone(), config)? {
             if stop.load(Ordering::Relaxed) {

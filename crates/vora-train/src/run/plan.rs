@@ -129,9 +129,10 @@ impl fmt::Display for Plan {
         memory.add_row(["all".to_owned(), mebibytes(size.memory.total())]);
         writeln!(f, "{}", right(memory))?;
         let BatchShape { rows, seq, pictures, image_tokens, targets } = &size.batch;
+        let row = if *rows == 1 { "row" } else { "rows" };
         writeln!(
             f,
-            "a batch: {rows} rows of up to {seq} tokens, {pictures} pictures of {image_tokens} tokens in all, {targets} targets"
+            "a batch: {rows} {row} of up to {seq} tokens, {pictures} pictures of {image_tokens} tokens in all, {targets} targets"
         )?;
         if let Some(cache) = &size.teacher_cache {
             let all = cache.total.map_or(String::new(), |total| format!(", {} for all data", mebibytes(total)));
@@ -206,11 +207,11 @@ mod tests {
         let memory = &plan.size.memory;
         assert_eq!(memory.masters, 4 * plan.size.parameters.num_trained());
         assert_eq!((memory.gradients, memory.optimizer), (memory.masters, 2 * memory.masters));
-        assert_eq!((plan.size.batch.rows, plan.size.batch.pictures, plan.size.batch.image_tokens), (2, 2, 32));
+        assert_eq!((plan.size.batch.rows, plan.size.batch.pictures, plan.size.batch.image_tokens), (1, 2, 32));
         let measured = plan.measured.as_ref().unwrap();
         assert!(measured.seconds_per_step > 0.0 && plan.size.exceeds().is_none());
         let text = plan.to_string();
-        for part in ["trained: adapters", "optimizer", "a batch: 2 rows", "s a step"] {
+        for part in ["trained: adapters", "optimizer", "a batch: 1 row of", "s a step"] {
             assert!(text.contains(part), "{part} is missing in\n{text}");
         }
     }

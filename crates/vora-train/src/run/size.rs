@@ -113,6 +113,7 @@ impl Size {
         let first = LoaderConfig {
             batch_size: config.per_device_train_batch_size,
             row_len: config.packed_row_len(),
+            shares_starts: student.shares_starts(),
             shuffle: config.shuffle,
             seed: config.seed,
             group_by_modality: config.data.train.group_by_modality,

@@ -8,6 +8,7 @@ use vora_data::Preparation;
 use vora_llm::{AttentionPlan, Decoder, DropoutSeed, Pass};
 use vora_model::VisionLanguageModel;
 use vora_recipe::TrainConfig;
+use vora_torch::nn::attention::has_attention;
 use vora_torch::nn::loss::cross_entropy_and_z_loss;
 use vora_torch::weights::Weights;
 
@@ -116,6 +117,14 @@ impl Student {
     /// Whether the model learns to write pictures as well as words.
     pub(crate) fn writes_pictures(&self) -> bool {
         self.model.image_writer().is_some()
+    }
+
+    /// Whether batches are to compute once what all their samples begin with: where attention computes of a long row what
+    /// its documents attend to and nothing more. Not where pictures are written, as the place before one predicts it.
+    pub(crate) fn shares_starts(&self) -> bool {
+        let llm = self.model.llm();
+        let drops = llm.config().attention_dropout.is_some_and(|dropped| dropped > 0.0); // takes a mask
+        has_attention(llm.device(), llm.kind()) && !drops && !self.writes_pictures()
     }
 
     /// What goes into the decoder, `[batch, seq, hidden]`, the places in `batch * seq` that are learned to predict from,

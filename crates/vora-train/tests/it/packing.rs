@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
-use vora_data::{Batch, Record, RecordKeys, Sample, SampleMaker, collate, pack};
+use vora_data::{Batch, Record, RecordKeys, Sample, SampleMaker, collate, collate_sharing, pack};
 use vora_llm::DropoutSeed;
 use vora_recipe::TrainConfig;
 use vora_run::metrics::{Line, MetricsLog, StepMetrics};
@@ -96,6 +96,34 @@ fn packed_rows_have_the_loss_and_the_gradient_of_rows_with_one_sample() {
         assert!(apart < 1e-5, "{system}: {distill:?} {packed_distill:?}");
         assert!(gradients.len() == packed_gradients.len() && !gradients.is_empty());
         for ((name, a), (other, b)) in gradients.iter().zip(&packed_gradients) {
+            let largest = a.abs().max().double_value(&[]);
+            let apart = (a - b).abs().max().double_value(&[]);
+            assert!(name == other && apart < 1e-5 * largest.max(1.0), "{system}, {name}: {apart} of {largest}");
+        }
+    }
+}
+
+/// What all samples begin with, computed once in one row for all of them, gives the losses and the gradient of rows that
+/// each compute it.
+#[test]
+fn a_shared_start_has_the_loss_and_the_gradient_of_every_samples_own() {
+    for (number, system) in SYSTEMS[..2].iter().enumerate() {
+        let config = config(&[system, "bf16=false"]);
+        let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
+        let mut samples = samples(&SampleMaker::new(student.preparation(&config).unwrap()));
+        samples.retain(|sample| !sample.images.is_empty());
+        let (sharing, alone) = (collate_sharing(samples.clone(), 0), collate(samples, 0));
+        let shared = sharing.spans.rows()[0][0];
+        assert!(sharing.batch == 1 && shared.document().is_none() && shared.len() > 1, "{shared:?}");
+        assert_eq!(sharing.seq, alone.spans.num_tokens() - (alone.batch - 1) * shared.len());
+
+        let (lm, distill, gradients) = learned(&config, &alone);
+        let (shared_lm, shared_distill, shared_gradients) = learned(&config, &sharing);
+        assert!((lm - shared_lm).abs() < 1e-5, "{system}: {lm} {shared_lm}");
+        assert_eq!(distill.is_some(), number == 0);
+        let apart = distill.zip(shared_distill).map_or(0.0, |(a, b)| (a - b).abs());
+        assert!(apart < 1e-5, "{system}: {distill:?} {shared_distill:?}");
+        for ((name, a), (other, b)) in gradients.iter().zip(&shared_gradients) {
             let largest = a.abs().max().double_value(&[]);
             let apart = (a - b).abs().max().double_value(&[]);
             assert!(name == other && apart < 1e-5 * largest.max(1.0), "{system}, {name}: {apart} of {largest}");

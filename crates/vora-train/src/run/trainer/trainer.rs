@@ -125,6 +125,7 @@ impl Trainer {
             LoaderConfig {
                 batch_size: config.per_device_train_batch_size,
                 row_len: config.packed_row_len(),
+                shares_starts: student.shares_starts(),
                 num_workers: config.dataloader_num_workers,
                 shuffle: config.shuffle,
                 seed: config.seed,
