@@ -32,19 +32,29 @@ pub(crate) fn matches_reference(name: &str, sizes: &[&str]) {
     }
 }
 
-/// In bf16 no state is further from f32 than one and a half times what Hugging Face's own bf16 is.
+/// In bf16 states are as far from f32 as Hugging Face's own bf16 is. What is compared is the largest difference of each state,
+/// one number of hundreds: another order of rounding moves it by a factor of two, its mean over the states by a quarter.
 pub(crate) fn rounds_as_the_reference(name: &str, sizes: &[&str]) {
     let golden = fixtures::open(name);
     let model = load(name, golden.under("weights."), Kind::BFloat16);
+    let mut of_theirs = Vec::new();
     for size in sizes {
         let theirs = Vec::<f64>::try_from(&golden[&format!("{size}.bf16_difference")].to_kind(Kind::Double)).unwrap();
         let states = states(&model, &golden, size);
         assert_eq!(states.len(), theirs.len());
         for ((state, expected), theirs) in states.iter().zip(expected(&model, &golden, size)).zip(theirs) {
             assert_eq!(state.kind(), Kind::BFloat16);
-            fixtures::assert_close_to(state, &expected, 1.5 * theirs);
+            fixtures::assert_close_to(state, &expected, 2.5 * theirs);
+            let difference = (state.to_kind(Kind::Float) - expected).abs().max().double_value(&[]);
+            of_theirs.push(difference / theirs.max(f64::MIN_POSITIVE));
         }
     }
+    let mean = of_theirs.iter().sum::<f64>() / of_theirs.len() as f64;
+    assert!(
+        mean < 1.3,
+        "{name}: differences are {mean} of the reference's, on the mean over {} states",
+        of_theirs.len()
+    );
 }
 
 /// What the encoder makes of the pictures of one size: all hidden states, then the last one normed.
