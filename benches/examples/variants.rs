@@ -3,7 +3,6 @@
 //!
 //! `cargo xtask bench attention --variants` runs it. All kernels of a layout take turns in every round; medians over the
 //! rounds are reported.
-#![allow(clippy::print_stdout, reason = "a program says what it measured")]
 
 use std::fs;
 use std::path::PathBuf;
@@ -50,7 +49,7 @@ struct Args {
     device: String,
     /// Where to write what was measured, as JSON
     #[arg(long)]
-    json: Option<PathBuf>,
+    json: PathBuf,
 }
 
 /// One way to attend to one size of picture, by one kernel.
@@ -62,6 +61,8 @@ struct Measured {
     picture_tokens: i64,
     /// Of a forward and of a forward with its backward.
     milliseconds: [f64; 2],
+    /// What a forward with its backward held at most beside its inputs; none where the system does not tell it.
+    mebibytes: Option<f64>,
     /// 10^9 multiplications and additions that the layout needs: two products of every query and its keys forward, five
     /// more backward.
     gflop: [f64; 2],
@@ -81,26 +82,8 @@ fn main() -> Result<()> {
             }
         }
     }
-    println!(
-        "{:<15} {:<10} {:<5} {:>7} {:>11} {:>14} {:>8}",
-        "layout", "kernel", "dtype", "picture", "forward ms", "and backward", "GFLOP/s"
-    );
-    for m in &all {
-        let [forward, both] = m.milliseconds;
-        println!(
-            "{:<15} {:<10} {:<5} {:>7} {forward:>11.3} {both:>14.3} {:>8.1}",
-            m.layout,
-            m.kernel,
-            m.dtype,
-            m.picture_tokens,
-            m.gflop[1] / both * 1e3
-        );
-    }
-    if let Some(file) = &args.json {
-        fs::write(file, serde_json::to_string_pretty(&all)?)
-            .with_context(|| format!("cannot write {}", file.display()))?;
-    }
-    Ok(())
+    fs::write(&args.json, serde_json::to_string_pretty(&all)?)
+        .with_context(|| format!("cannot write {}", args.json.display()))
 }
 
 fn measure(
@@ -160,18 +143,13 @@ fn measure(
         x.transpose(1, 2).detach()
     });
     let leaves = states.each_ref().map(|t| t.detach().set_requires_grad(true));
+    let held: Vec<_> = kernels.iter().map(|(_, kernel)| peak(device, || pass(kernel, &leaves, device))).collect();
     let mut times = vec![[Vec::new(), Vec::new()]; kernels.len()];
     for round in 0..args.rounds + 2 {
         for ((_, kernel), times) in kernels.iter().zip(&mut times) {
             for (states, times) in [&states, &leaves].into_iter().zip(times) {
                 let start = Instant::now();
-                let output = kernel(states);
-                if states[0].requires_grad() {
-                    let grad = output.ones_like();
-                    let loss = (&output * grad).sum(kind);
-                    Tensor::run_backward(&[loss], &states.each_ref(), false, false);
-                }
-                runtime::synchronize(device);
+                pass(kernel, states, device);
                 if round >= 2 {
                     times.push(start.elapsed().as_secs_f64() * 1e3);
                 }
@@ -187,13 +165,38 @@ fn measure(
     Ok(kernels
         .iter()
         .zip(&times)
-        .map(|((kernel, _), times)| Measured {
+        .zip(held)
+        .map(|(((kernel, _), times), held)| Measured {
             layout,
             kernel,
             dtype: dtype.to_owned(),
             picture_tokens: tokens,
             milliseconds: times.each_ref().map(median),
+            mebibytes: held.map(|bytes| bytes as f64 / f64::from(1 << 20)),
             gflop: [2.0 * flop, 7.0 * flop],
         })
         .collect())
+}
+
+/// One forward, and its backward where the states want gradients.
+fn pass(kernel: &Kernel, states: &[Tensor; 3], device: Device) {
+    let output = kernel(states);
+    if states[0].requires_grad() {
+        Tensor::run_backward(&[output.sum(output.kind())], &states.each_ref(), false, false);
+    }
+    runtime::synchronize(device);
+}
+
+/// Bytes that the process held at most during `run`, beyond what it held before.
+fn peak(device: Device, run: impl FnOnce()) -> Option<u64> {
+    if device.is_cuda() {
+        run();
+        return None; // its peak is the highest of all so far
+    }
+    // SAFETY: it gives free memory back to the system, and touches no other.
+    unsafe { libc::malloc_trim(0) };
+    fs::write("/proc/self/clear_refs", "5").ok()?; // the peak begins anew
+    let before = runtime::memory(device)?;
+    run();
+    Some(runtime::peak_memory(device)?.saturating_sub(before))
 }

@@ -7,6 +7,7 @@ mod drift;
 mod memory;
 mod plan;
 mod seeds;
+mod variants;
 
 use std::fs;
 use std::path::PathBuf;
@@ -57,6 +58,8 @@ Examples:
   cargo xtask bench                              every bench
   cargo xtask bench attention                    benches/benches/attention.rs
   cargo xtask bench attention -- cpu/bf16        only benches with this in their name
+  cargo xtask bench attention --variants         ways to attend x kernels: time, counted operations, memory; table and plot
+  cargo xtask bench attention --variants -- --tokens 4096 --dtype bf16
   cargo xtask bench attention --train            train with bidirectional and with causal vision attention, same seed
   cargo xtask bench attention --train --set max_steps=100
   cargo xtask bench systems --train              train a VoRA, a LLaVA and a Chameleon on the same data
@@ -85,6 +88,9 @@ pub struct Args {
     /// Compare whole trainings: one table and one picture of losses and accuracies
     #[arg(long)]
     train: bool,
+    /// Of attention: every way that pictures may attend, by every kernel that serves it
+    #[arg(long, conflicts_with = "train")]
+    variants: bool,
     /// Train nothing, only make table and picture of the trainings that are there
     #[arg(long)]
     plot: bool,
@@ -127,6 +133,11 @@ pub fn run(args: &Args) -> Result<()> {
         args.config.is_none() && args.set.is_empty() && args.device.is_none(),
         "--config, --set and --device are for --train, seeds and ablations"
     );
+    if args.variants {
+        ensure!(args.name.as_deref() == Some("attention"), "--variants is for attention");
+        let out = args.out.clone().unwrap_or_else(|| "runs/bench-variants".into());
+        return variants::run(&cmd::root().join(out), args.plot, &args.args);
+    }
     if args.name.as_deref() == Some("drift") {
         let out = args.out.clone().unwrap_or_else(|| "runs/drift".into());
         return drift::run(&cmd::root().join(out), args.plot, &args.args);

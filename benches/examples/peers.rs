@@ -1,0 +1,332 @@
+//! A training step beside Hugging Face's: a VoRA of SmolLM2-135M, LoRA on twelve blocks, taught by DINOv2-small, by this
+//! project and by transformers with PEFT (`benches/peers.py`), from the same weights on the same batches.
+//!
+//! `cargo xtask bench peers` runs it. Each is a process of its own that waits for its turn; the turns alternate, and CPU
+//! seconds are counted, so that what else the machine does matters little. Losses and gradients are compared first.
+#![allow(clippy::print_stdout, reason = "a program says what it measured")]
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+use vora_llm::DropoutSeed;
+use vora_model::Input;
+use vora_recipe::TrainConfig;
+use vora_text::{Span, Spans};
+use vora_torch::{optim::Optimizer, runtime};
+use vora_train::step::optim::optimizer;
+use vora_train::student::{DeviceBatch, Student};
+
+/// Side of a patch.
+const PATCH: i64 = 14;
+/// Batches that the steps go through, over and over.
+const BATCHES: i64 = 3;
+/// How far the losses and the length of the gradient of the first step may lie apart, of 1: the peer computes in bf16 what is
+/// f32 here.
+const APART: [(&str, f64); 2] = [("f32", 2e-3), ("bf16", 5e-2)];
+
+/// Measures a training step of ours against Hugging Face's
+#[derive(Debug, Parser)]
+struct Args {
+    /// Folder of the language model
+    #[arg(long)]
+    llm: PathBuf,
+    /// Folder of the teacher
+    #[arg(long)]
+    teacher: PathBuf,
+    /// Where the start, the batches and what was measured go
+    #[arg(long)]
+    out: PathBuf,
+    /// Python with torch, transformers and peft
+    #[arg(long)]
+    python: PathBuf,
+    /// `benches/peers.py`
+    #[arg(long)]
+    script: PathBuf,
+    /// Tokens of a picture
+    #[arg(long, value_delimiter = ',', default_values_t = [64, 256])]
+    tokens: Vec<i64>,
+    /// Tokens of text after it, all of them learned
+    #[arg(long, default_value_t = 32)]
+    words: i64,
+    /// Samples of a step
+    #[arg(long, default_value_t = 8)]
+    batch: i64,
+    /// f32 or bf16
+    #[arg(long, default_value = "f32")]
+    dtype: String,
+    /// Rank of the adapters
+    #[arg(long, default_value_t = 64)]
+    rank: i64,
+    /// Steps of a turn
+    #[arg(long, default_value_t = 2)]
+    steps: usize,
+    /// Turns of each, behind one that is not counted
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// To be the process that trains, which the others are started by
+    #[arg(long, hide = true)]
+    turns: bool,
+}
+
+/// What a process says of a turn.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+struct Turn {
+    cpu_seconds: f64,
+    peak_mib: f64,
+    /// Cross-entropy, cosine loss and length of the gradient of the first step.
+    first: [f64; 3],
+}
+
+/// One row of the table.
+#[derive(Debug, Serialize)]
+struct Row {
+    tokens: i64,
+    dtype: String,
+    name: &'static str,
+    samples_per_cpu_second: f64,
+    peak_mib: f64,
+    first: [f64; 3],
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    ensure!(args.rounds > 0 && args.steps > 0, "rounds and steps are at least 1");
+    if args.turns { Trained::new(&args)?.take_turns() } else { compare(&args) }
+}
+
+/// The processes that take turns.
+const NAMES: [&str; 3] = ["this project", "transformers + PEFT, logits where learned", "transformers + PEFT as usual"];
+
+fn compare(args: &Args) -> Result<()> {
+    let mut rows = Vec::new();
+    for &tokens in &args.tokens {
+        let out = args.out.join(format!("{tokens}-{}", args.dtype));
+        fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
+        let paths = [("--llm", &args.llm), ("--teacher", &args.teacher), ("--out", &out)];
+        let unused = [("--python", &args.python), ("--script", &args.script)];
+        let numbers = [("--tokens", tokens), ("--words", args.words), ("--batch", args.batch), ("--rank", args.rank)];
+        let mut ours = Command::new(std::env::current_exe()?);
+        ours.args(["--turns", "--dtype", &args.dtype, "--steps", &args.steps.to_string()]);
+        for (key, path) in paths.iter().chain(&unused) {
+            ours.arg(key).arg(path);
+        }
+        for (key, number) in numbers {
+            ours.args([key, &number.to_string()]);
+        }
+        let mut processes = vec![Process::start(ours)?]; // which writes what the others start from
+        for how in ["learned", "usual"] {
+            let mut theirs = Command::new(&args.python);
+            theirs.arg(&args.script).arg(&out).arg(&args.llm).arg(&args.teacher).args(["--logits", how]);
+            theirs.args(["--dtype", &args.dtype, "--rank", &args.rank.to_string(), "--steps", &args.steps.to_string()]);
+            processes.push(Process::start(theirs)?);
+        }
+        let mut turns = vec![Vec::new(); processes.len()];
+        for _ in 0..=args.rounds {
+            for (process, turns) in processes.iter_mut().zip(&mut turns) {
+                turns.push(process.turn()?);
+            }
+        }
+        let samples = args.steps as f64 * args.batch as f64;
+        for (name, turns) in NAMES.into_iter().zip(turns) {
+            let mut rates: Vec<f64> = turns[1..].iter().map(|turn| samples / turn.cpu_seconds).collect();
+            rates.sort_by(f64::total_cmp);
+            let (samples_per_cpu_second, last) = (rates[rates.len() / 2], &turns[turns.len() - 1]);
+            let dtype = args.dtype.clone();
+            let row =
+                Row { tokens, dtype, name, samples_per_cpu_second, peak_mib: last.peak_mib, first: turns[0].first };
+            println!("{}", row.line());
+            rows.push(row);
+        }
+        agree(&rows[rows.len() - NAMES.len()..])?;
+    }
+    let file = args.out.join("peers.json");
+    fs::write(&file, serde_json::to_string_pretty(&rows)?)
+        .with_context(|| format!("cannot write {}", file.display()))?;
+    let header = "| picture tokens | kind | | samples per CPU-second | ours over it | peak MiB | ours over it |\n|---|---|---|---|---|---|---|\n";
+    let line = |row: &Row| {
+        let ours = rows.iter().find(|ours| ours.tokens == row.tokens).expect("the row itself at least");
+        format!(
+            "| {} | {} | {} | {:.2} | {:.2} | {:.0} | {:.2} |\n",
+            row.tokens,
+            row.dtype,
+            row.name,
+            row.samples_per_cpu_second,
+            ours.samples_per_cpu_second / row.samples_per_cpu_second,
+            row.peak_mib,
+            ours.peak_mib / row.peak_mib
+        )
+    };
+    let table = header.to_owned() + &rows.iter().map(line).collect::<String>();
+    print!("{table}");
+    fs::write(args.out.join("peers.md"), table).context("cannot write peers.md")
+}
+
+/// Checks that all computed the same in their first step, and that something was learned.
+fn agree(rows: &[Row]) -> Result<()> {
+    for row in rows {
+        let apart = APART.iter().find(|(dtype, _)| *dtype == row.dtype).map_or(5e-2, |(_, apart)| *apart);
+        for (what, (theirs, ours)) in
+            ["cross-entropy", "cosine loss", "gradient"].iter().zip(row.first.iter().zip(rows[0].first))
+        {
+            let is_close = (theirs - ours).abs() <= apart * ours.abs();
+            ensure!(ours > 0.0 && is_close, "{what} of the first step: {} has {theirs}, ours is {ours}", row.name);
+        }
+    }
+    Ok(())
+}
+
+impl Row {
+    fn line(&self) -> String {
+        let [lm, distill, gradient] = self.first;
+        format!(
+            "{:>5} tokens, {}: {:.2} samples per CPU-second, {:.0} MiB; first step: cross-entropy {lm:.4}, cosine loss {distill:.4}, gradient {gradient:.4}",
+            self.tokens, self.name, self.samples_per_cpu_second, self.peak_mib
+        )
+    }
+}
+
+/// A process that trains when it is told to.
+struct Process {
+    child: Child,
+    lines: BufReader<std::process::ChildStdout>,
+}
+
+impl Process {
+    fn start(mut command: Command) -> Result<Self> {
+        let threads = [("OMP_NUM_THREADS", "1"), ("MKL_NUM_THREADS", "1")];
+        let mut child = command
+            .envs(threads)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot run {}", command.get_program().display()))?;
+        let lines = BufReader::new(child.stdout.take().context("its output")?);
+        let mut process = Self { child, lines };
+        ensure!(process.line()? == "ready", "a process that is not ready");
+        Ok(process)
+    }
+
+    fn line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        ensure!(self.lines.read_line(&mut line)? > 0, "a process ended before its turn was over");
+        Ok(line.trim().to_owned())
+    }
+
+    fn turn(&mut self) -> Result<Turn> {
+        writeln!(self.child.stdin.as_mut().context("its input")?, "go")?;
+        let line = self.line()?;
+        serde_json::from_str(&line).with_context(|| format!("what a process says of its turn: {line}"))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill(); // it may have ended by itself
+        let _ = self.child.wait();
+    }
+}
+
+/// What this project trains.
+struct Trained {
+    student: Student,
+    optimizer: Optimizer,
+    batches: Vec<DeviceBatch>,
+    next: usize,
+    steps: usize,
+}
+
+impl Trained {
+    /// Opens everything, and writes what the others start from.
+    fn new(args: &Args) -> Result<Self> {
+        let device = Device::Cpu;
+        let tokens = *args.tokens.last().context("--tokens")?;
+        let side = (tokens as f64).sqrt() as i64;
+        ensure!(side * side == tokens, "--tokens {tokens} is no square");
+        let text = format!(
+            "model: {{ llm: LLM, aux_vision: TEACHER, patch_size: {PATCH}, image_size: {}, lora: {{ layers: 12, r: {} }} }}\n\
+             data: {{ train: {{ scenes: {{}} }} }}\noutput_dir: unused\nmax_steps: 1\nlearning_rate: 1e-4\nweight_decay: 0.05",
+            side * PATCH,
+            args.rank
+        );
+        let config = TrainConfig::parse(&text, &[])?;
+        let kind = runtime::kind(&args.dtype, device)?;
+        let folders = (args.llm.clone(), args.teacher.clone());
+        let student = Student::new(&config, device, kind, &move |name| {
+            Ok(if name == "LLM" { folders.0.clone() } else { folders.1.clone() })
+        })?;
+
+        let random = fixtures::Random::new(5);
+        let vocab = student.model.llm().config().vocab_size;
+        let shape = [BATCHES * args.batch, 3, side * PATCH, side * PATCH];
+        let pixel_values = random.normal(shape);
+        let input_ids = random.integers(0, vocab, [BATCHES * args.batch, args.words]);
+        let mut start = student.parameters();
+        start.push(("pixel_values".to_owned(), pixel_values.shallow_clone()));
+        start.push(("input_ids".to_owned(), input_ids.shallow_clone()));
+        let start: Vec<_> = start.iter().map(|(name, tensor)| (name.as_str(), tensor.detach().contiguous())).collect();
+        Tensor::write_safetensors(&start, args.out.join("start.safetensors"))?;
+
+        let seq = tokens + args.words;
+        let row = vec![Span::image(side, side), Span::text(args.words)];
+        let spans = Spans::new(vec![row; args.batch as usize]);
+        let places: Vec<i64> = (0..args.batch).flat_map(|row| row * seq + tokens - 1..(row + 1) * seq - 1).collect();
+        let batches = (0..BATCHES).map(|i| {
+            let words = input_ids.narrow(0, i * args.batch, args.batch);
+            let blank = Tensor::zeros([args.batch, tokens], (Kind::Int64, device));
+            let pictures = pixel_values.narrow(0, i * args.batch, args.batch).unbind(0);
+            DeviceBatch {
+                input: Input::new(Tensor::cat(&[&blank, &words], 1), pictures, spans.clone()),
+                positions: Tensor::from_slice(&places),
+                targets: words.flatten(0, 1),
+                pairs: Vec::new(),
+                image_places: Tensor::from_slice(&spans.image_positions()),
+            }
+        });
+        let optimizer = optimizer(student.parameters(), &config.optim())?;
+        Ok(Self { optimizer, batches: batches.collect(), next: 0, steps: args.steps, student })
+    }
+
+    /// Takes a turn for each line that comes in.
+    fn take_turns(mut self) -> Result<()> {
+        println!("ready");
+        for _ in std::io::stdin().lines() {
+            let before = cpu_seconds()?;
+            let losses = (0..self.steps).map(|_| self.step()).collect::<Result<Vec<_>>>()?;
+            let cpu_seconds = cpu_seconds()? - before;
+            let peak_mib = runtime::peak_memory(Device::Cpu).unwrap_or(0) as f64 / f64::from(1 << 20);
+            println!("{}", serde_json::to_string(&Turn { cpu_seconds, peak_mib, first: losses[0] })?);
+        }
+        Ok(())
+    }
+
+    fn step(&mut self) -> Result<[f64; 3]> {
+        let batch = &self.batches[self.next % self.batches.len()];
+        self.next += 1;
+        self.optimizer.zero_grad()?;
+        let (words, mut read) = (batch.targets.numel() as f64, Vec::new());
+        self.student.backward(batch, DropoutSeed::new(0), |losses| {
+            let (lm, distill) = (losses.lm_sum / words, losses.distill.expect("a teacher"));
+            read = vec![lm.detach(), distill.detach()];
+            lm + distill
+        })?;
+        let gradient = self.optimizer.grad_norm()?.double_value(&[]);
+        self.optimizer.step(1.0, gradient)?;
+        Ok([read[0].double_value(&[]), read[1].double_value(&[]), gradient])
+    }
+}
+
+/// User and system time of this process so far.
+fn cpu_seconds() -> Result<f64> {
+    let stat = fs::read_to_string(Path::new("/proc/self/stat"))?;
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let ticks = |i: usize| fields.get(i).and_then(|field| field.parse::<f64>().ok());
+    // SAFETY: it reads a constant of the system's.
+    let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as f64;
+    Ok(ticks(11).zip(ticks(12)).map(|(user, system)| user + system).context("/proc/self/stat")? / per_second)
+}
