@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use vora_files::tell_once;
 use vora_gguf::folder::read_json;
 
+use crate::class_parts::ClassParts;
 use crate::tokenizer_class::TokenizerClass;
 
 /// The special tokens that every tokenizer has a name for, in HF's order. Other keys on `_token` are a model's own.
@@ -27,6 +28,8 @@ pub(crate) struct AddedTokens {
     extra: Vec<Value>,
     /// `added_tokens_decoder`, or what `added_tokens.json` has instead, in the order of the ids that they should have.
     listed: BTreeMap<u64, Value>,
+    /// What the tokenizer's class is, in HF transformers.
+    pub(crate) class: ClassParts,
 }
 
 impl AddedTokens {
@@ -55,9 +58,12 @@ impl AddedTokens {
             }
         }
         rename_additional(&mut config);
-        for (key, token) in by_class(path, &config)? {
+        let class = class(path, &config)?;
+        for (key, token) in by_class(class, &config) {
             config.insert(key.to_owned(), Entry::Other(token.into()));
         }
+        let setting = |key: &str| config.get(key).and_then(Entry::flag);
+        let class = ClassParts { class, add_prefix_space: setting("add_prefix_space"), legacy: setting("legacy") };
 
         let mut named = Vec::new();
         for name in NAMES {
@@ -76,7 +82,7 @@ impl AddedTokens {
             Some(Entry::Other(Value::Array(tokens))) => tokens.clone(),
             _ => Vec::new(),
         };
-        let mut tokens = Self { named, extra, listed: BTreeMap::new() };
+        let mut tokens = Self { named, extra, listed: BTreeMap::new(), class };
         tokens.listed = match config.get("added_tokens_decoder") {
             Some(listed) => {
                 listed.tokens_by_id().with_context(|| path.join("tokenizer_config.json").display().to_string())?
@@ -179,13 +185,17 @@ pub fn special_tokens_by_class(path: &Path) -> Result<Vec<(&'static str, &'stati
         let map: Pairs<Entry> = read_json(path, "special_tokens_map.json")?;
         map.0.into_iter().for_each(|(key, value)| config.insert(key, value));
     }
-    by_class(path, &config)
+    Ok(by_class(class(path, &config)?, &config))
 }
 
-/// The special tokens of a tokenizer's class that `config` has no key for; `null` is one that it has none of.
-fn by_class(path: &Path, config: &Pairs<Entry>) -> Result<Vec<(&'static str, &'static str)>> {
-    let class = TokenizerClass::of(path, config.get("tokenizer_class").and_then(Entry::content))?;
-    Ok(class.special_tokens().iter().filter(|(key, _)| config.get(key).is_none()).copied().collect())
+/// The class of the folder's tokenizer.
+fn class(path: &Path, config: &Pairs<Entry>) -> Result<TokenizerClass> {
+    TokenizerClass::of(path, config.get("tokenizer_class").and_then(Entry::content))
+}
+
+/// The special tokens of a class that `config` has no key for; `null` is one that it has none of.
+fn by_class(class: TokenizerClass, config: &Pairs<Entry>) -> Vec<(&'static str, &'static str)> {
+    class.special_tokens().iter().filter(|(key, _)| config.get(key).is_none()).copied().collect()
 }
 
 /// The newer name of `additional_special_tokens`, where the file does not have both.
@@ -272,6 +282,13 @@ impl Entry {
         match self {
             Self::Object(object) => object.get("content")?.as_str(),
             Self::Other(value) => value.as_str(),
+        }
+    }
+
+    fn flag(&self) -> Option<bool> {
+        match self {
+            Self::Object(_) => None,
+            Self::Other(value) => value.as_bool(),
         }
     }
 

@@ -12,6 +12,7 @@
 
 mod added_tokens;
 mod chat;
+mod class_parts;
 mod error;
 mod spans;
 mod specials;

@@ -10,6 +10,7 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 use tokenizers::{Encoding, PostProcessor, PostProcessorWrapper};
+use vora_files::tell_once;
 use vora_gguf::folder::{open_json, read_json};
 
 use crate::added_tokens::AddedTokens;
@@ -69,7 +70,12 @@ impl Tokenizer {
         let added = AddedTokens::open(path)?;
         let parse = |json: &mut Value| {
             added.add_to(json)?;
-            Self::parse(json.take())
+            let remark = added.class.remark(&origin, json)?;
+            let tokenizer = Self::parse(json.take())?;
+            if let Some(remark) = remark {
+                tell_once(remark);
+            }
+            anyhow::Ok(tokenizer)
         };
         let mut tokenizer = parse(&mut json).with_context(|| format!("reading {}", origin.display()))?;
         let named = added.named();

@@ -3,7 +3,8 @@
 //!
 //! Its classes also build normalizer, splitting and decoder anew from the vocabulary; here `tokenizer.json` is read as it
 //! stands, whichever class a folder names: it is what models were trained with, it travels with them, and a class does
-//! not, as it depends on the type of the model in the same folder.
+//! not, as it depends on the type of the model in the same folder. Where that means something else, it is said once
+//! ([`ClassParts`](crate::class_parts::ClassParts)).
 
 use std::path::Path;
 
@@ -12,9 +13,10 @@ use serde_json::Value;
 use vora_gguf::folder::read_json;
 
 /// A class with special tokens of its own, among those of the decoders here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) enum TokenizerClass {
     /// `TokenizersBackend`, known as `PreTrainedTokenizerFast` before, and whatever is not known here.
+    #[default]
     Plain,
     Llama,
     Gpt2,
@@ -58,6 +60,15 @@ impl TokenizerClass {
             "GPT2Tokenizer" => Self::Gpt2,
             "Qwen2Tokenizer" => Self::Qwen2,
             _ => Self::Plain,
+        }
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "TokenizersBackend",
+            Self::Llama => "LlamaTokenizer",
+            Self::Gpt2 => "GPT2Tokenizer",
+            Self::Qwen2 => "Qwen2Tokenizer",
         }
     }
 

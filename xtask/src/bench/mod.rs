@@ -18,7 +18,7 @@ use vora_run::side_by_side::{self, Variant};
 use self::plan::Plan;
 use crate::cmd::{self, Vora};
 use crate::train::{self, Run};
-use crate::{download, setup};
+use crate::{download, fixtures, setup};
 
 /// Whole trainings that are compared under one name.
 #[derive(Debug)]
@@ -68,6 +68,8 @@ Examples:
   cargo xtask bench seeds --seeds 1 --set text_anchor.tokens=384 --dir runs/anchor-384
   cargo xtask bench ablations                    vision attention x distillation x the tokens that adapters act on, by seeds
   cargo xtask bench ablations --seeds 2 --steps 100 --dir runs/short
+  cargo xtask bench peers                        a training step beside transformers with PEFT: samples a CPU-second, memory
+  cargo xtask bench peers -- --tokens 64,256,1024 --dtype bf16
   cargo xtask bench drift                        what QK-norm and z-loss do to the norms of a small Chameleon
   cargo xtask bench drift -- --learning-rate 1e-2 --steps 300
   cargo xtask bench packing                      tokens/s and padding of samples in rows of their own and packed
@@ -81,7 +83,7 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// A file of benches/benches, without `.rs`, or ablations, data, drift, memory, packing or seeds; all benches by default.
+    /// A file of benches/benches, without `.rs`, or ablations, data, drift, memory, packing, peers or seeds; all benches by default.
     /// With --train: attention or systems
     #[arg(required_if_eq("train", "true"))]
     name: Option<String>,
@@ -156,6 +158,9 @@ pub fn run(args: &Args) -> Result<()> {
     if args.name.as_deref() == Some("data") {
         return data::run(&args.args);
     }
+    if args.name.as_deref() == Some("peers") {
+        return peers(&args.args);
+    }
     criterion(args)
 }
 
@@ -168,6 +173,17 @@ fn criterion(args: &Args) -> Result<()> {
         None => bench.arg("--benches"),
     };
     cmd::run(bench.arg("--").args(&args.args))
+}
+
+/// Runs `benches/examples/peers.rs` over the default recipe's models, beside `benches/peers.py`.
+fn peers(args: &[String]) -> Result<()> {
+    setup::ensure()?;
+    let [llm, teacher] = [download::ensure(train::DEFAULT_MODELS[0])?, download::ensure(train::DEFAULT_MODELS[1])?];
+    let mut example = cmd::cargo();
+    example.args(["run", "--locked", "--release", "--package", "benches", "--example", "peers", "--"]);
+    example.arg("--llm").arg(llm).arg("--teacher").arg(teacher).arg("--python").arg(fixtures::python()?);
+    example.arg("--script").arg(cmd::root().join("benches/peers.py"));
+    cmd::run(example.arg("--out").arg(cmd::root().join("runs/bench-peers")).args(args))
 }
 
 /// Runs `benches/examples/packing.rs` over the default recipe's language model.

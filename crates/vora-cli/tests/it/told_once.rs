@@ -7,15 +7,19 @@ use tch::Tensor;
 
 use super::{succeeded, text, vora, workspace};
 
-/// The tiny LLM in `folder`, whose files disagree in four ways.
+/// The tiny LLM in `folder`, whose files disagree in four ways, and a class of HF transformers with its tokenizer.
 fn disagreeing_llm(folder: &Path) {
     let tiny = workspace().join("fixtures/tiny/llm");
-    for name in ["config.json", "generation_config.json", "chat_template.jinja", "tokenizer_config.json"] {
+    for name in ["config.json", "generation_config.json", "chat_template.jinja"] {
         std::fs::copy(tiny.join(name), folder.join(name)).unwrap();
     }
     let write = |name: &str, json: &Value| std::fs::write(folder.join(name), json.to_string()).unwrap();
     write("special_tokens_map.json", &json!({"eos_token": "<|endoftext|>"}));
-    let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(tiny.join("tokenizer.json")).unwrap()).unwrap();
+    let read = |name: &str| serde_json::from_slice::<Value>(&std::fs::read(tiny.join(name)).unwrap()).unwrap();
+    let mut config = read("tokenizer_config.json");
+    config["tokenizer_class"] = "GPT2Tokenizer".into();
+    write("tokenizer_config.json", &config);
+    let mut tokenizer = read("tokenizer.json");
     tokenizer["added_tokens"].as_array_mut().unwrap().push(json!({"id": 600, "content": "<loc>", "special": true,
         "single_word": false, "lstrip": false, "rstrip": false, "normalized": false}));
     write("tokenizer.json", &tokenizer);
@@ -32,7 +36,11 @@ fn what_files_disagree_about_is_told_once() {
     let (llm, run) = (folder.path().join("llm"), folder.path().join("run"));
     std::fs::create_dir(&llm).unwrap();
     disagreeing_llm(&llm);
-    let of_tokenizer = ["eos_token is `<|im_end|>` in tokenizer_config.json", "the added token `<loc>` the id 600"];
+    let of_tokenizer = [
+        "eos_token is `<|im_end|>` in tokenizer_config.json",
+        "the added token `<loc>` the id 600",
+        "tokenizer.json: GPT2Tokenizer of transformers 5 has another pre_tokenizer; the file is read as it stands",
+    ];
     let of_weights =
         ["has model.safetensors and model.safetensors.index.json", "the config ties the head to the embedding, but"];
 
@@ -41,10 +49,11 @@ fn what_files_disagree_about_is_told_once() {
     let smoke = "crates/vora-train/recipes/smoke.yaml";
     let trained = run.join("final").to_string_lossy().into_owned();
     let merged = folder.path().join("merged").to_string_lossy().into_owned();
-    let runs: [(&[&str], &[&str]); 4] = [
+    let runs: [(&[&str], &[&str]); 5] = [
         (&["data", "show", smoke, "--count", "20"], &of_tokenizer),
-        (&["train", "--config", smoke], &[of_tokenizer, of_weights].concat()),
+        (&["train", "--config", smoke], &[&of_tokenizer[..], &of_weights].concat()),
         (&["merge", &trained, "--out", &merged, "--check"], &[&of_tokenizer[..], &of_weights[..1]].concat()),
+        (&["ask", &merged, "Is it red?", "--max-new-tokens", "2"], &of_tokenizer),
         (&["eval", &merged, "--data", "scenes:test", "--limit", "4"], &of_tokenizer),
     ];
     for (args, remarks) in runs {
