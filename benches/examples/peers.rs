@@ -250,9 +250,10 @@ impl Trained {
         ensure!(side * side == tokens, "--tokens {tokens} is no square");
         let text = format!(
             "model: {{ llm: LLM, aux_vision: TEACHER, patch_size: {PATCH}, image_size: {}, lora: {{ layers: 12, r: {} }} }}\n\
-             data: {{ train: {{ scenes: {{}} }} }}\noutput_dir: unused\nmax_steps: 1\nlearning_rate: 1e-4\nweight_decay: 0.05",
+             data: {{ train: {{ scenes: {{ image_size: {} }} }} }}\noutput_dir: unused\nmax_steps: 1\nlearning_rate: 1e-4\nweight_decay: 0.05",
             side * PATCH,
-            args.rank
+            args.rank,
+            side * PATCH
         );
         let config = TrainConfig::parse(&text, &[])?;
         let kind = runtime::kind(&args.dtype, device)?;
