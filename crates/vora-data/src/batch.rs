@@ -228,7 +228,7 @@ mod tests {
     fn what_samples_begin_with_stands_there_once() {
         let none = IGNORE_INDEX;
         let mut a = sample("a", &[1, 2, 3, 4], &[none, none, 4, 9], &[2..3, 3..4]);
-        let b = sample("b", &[1, 2, 5], &[none, none, 6], &[2..3]);
+        let b = sample("b", &[1, 2, 5], &[none, none, 6], std::slice::from_ref(&(2..3)));
         a.spans = vec![Span::text(1), Span::text(1), Span::text(2).on_branch(0)];
         let batch = collate_sharing(vec![a.clone(), b.clone()], 0);
         assert_eq!((batch.batch, batch.seq), (1, 5));

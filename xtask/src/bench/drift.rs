@@ -30,10 +30,7 @@ struct Variant {
 pub fn run(out: &Path, plot: bool, args: &[String]) -> Result<()> {
     if !plot {
         setup::ensure()?;
-        // libtorch does the work, and is optimised in any profile.
-        let mut example = cmd::cargo();
-        example.args(["run", "--locked", "--package", "benches", "--example", "drift", "--", "--out"]);
-        cmd::run(example.arg(out).args(args))?;
+        cmd::run(super::example("drift").arg("--out").arg(out).args(args))?;
     }
     let path = out.join("metrics.jsonl");
     let jsonl = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;

@@ -11,6 +11,7 @@ mod variants;
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use vora_run::side_by_side::{self, Variant};
@@ -175,12 +176,18 @@ fn criterion(args: &Args) -> Result<()> {
     cmd::run(bench.arg("--").args(&args.args))
 }
 
+/// A program of `benches/examples`. What does its work is optimised in any profile.
+fn example(name: &str) -> Command {
+    let mut example = cmd::cargo();
+    example.args(["run", "--locked", "--package", "benches", "--example", name, "--"]);
+    example
+}
+
 /// Runs `benches/examples/peers.rs` over the default recipe's models, beside `benches/peers.py`.
 fn peers(args: &[String]) -> Result<()> {
     setup::ensure()?;
     let [llm, teacher] = [download::ensure(train::DEFAULT_MODELS[0])?, download::ensure(train::DEFAULT_MODELS[1])?];
-    let mut example = cmd::cargo();
-    example.args(["run", "--locked", "--release", "--package", "benches", "--example", "peers", "--"]);
+    let mut example = example("peers");
     example.arg("--llm").arg(llm).arg("--teacher").arg(teacher).arg("--python").arg(fixtures::python()?);
     example.arg("--script").arg(cmd::root().join("benches/peers.py"));
     cmd::run(example.arg("--out").arg(cmd::root().join("runs/bench-peers")).args(args))
@@ -190,10 +197,7 @@ fn peers(args: &[String]) -> Result<()> {
 fn packing(args: &[String]) -> Result<()> {
     setup::ensure()?;
     let llm = download::ensure(train::DEFAULT_MODELS[0])?;
-    // libtorch does the work, and is optimised in any profile.
-    let mut example = cmd::cargo();
-    example.args(["run", "--locked", "--package", "benches", "--example", "packing", "--", "--llm"]);
-    cmd::run(example.arg(llm).args(args))
+    cmd::run(example("packing").arg("--llm").arg(llm).args(args))
 }
 
 /// Trains what is missing of the ablations, and puts all of them side by side.

@@ -36,10 +36,7 @@ pub fn run(out: &Path, plot: bool, args: &[String]) -> Result<()> {
     if !plot {
         setup::ensure()?;
         fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
-        // The kernels are optimised in any profile.
-        let mut example = cmd::cargo();
-        example.args(["run", "--locked", "--package", "benches", "--example", "variants", "--", "--json"]);
-        cmd::run(example.arg(&json).args(args))?;
+        cmd::run(super::example("variants").arg("--json").arg(&json).args(args))?;
     }
     let text = fs::read_to_string(&json).with_context(|| format!("cannot read {}", json.display()))?;
     let all: Vec<Measured> = serde_json::from_str(&text).with_context(|| json.display().to_string())?;
@@ -98,12 +95,7 @@ fn draw(all: &[Measured], path: &Path) -> Result<()> {
             .x_label_area_size(28)
             .y_label_area_size(32)
             .build_cartesian_2d(from - 0.2..to + 0.2, 0.0..highest * 1.05)?;
-        chart
-            .configure_mesh()
-            .x_desc("picture tokens")
-            .x_label_formatter(&|x| format!("{:.0}", x.exp2()))
-            .max_light_lines(0)
-            .draw()?;
+        chart.configure_mesh().x_desc("picture tokens").x_label_formatter(&|x| format!("{:.0}", x.exp2())).draw()?;
         let curve = |kernel: &str| mine().filter(|m| m.kernel == kernel).map(|m| (place(m), m.speed())).collect();
         draw_curves(
             &mut chart,
