@@ -71,7 +71,7 @@ fn table(all: &[Measured]) -> Table {
     table
 }
 
-/// Writes an SVG of a panel for each layout and kind: operations a second over picture tokens, a curve a kernel.
+/// Writes an SVG of a panel for each layout and kind: operations a second over the picture's tokens.
 fn draw(all: &[Measured], path: &Path) -> Result<()> {
     let distinct = |of: fn(&Measured) -> &str| {
         let mut names: Vec<&str> = Vec::new();
@@ -90,18 +90,14 @@ fn draw(all: &[Measured], path: &Path) -> Result<()> {
         let place = |m: &Measured| (m.picture_tokens as f64).log2();
         let (from, to) = mine().map(place).fold((f64::MAX, f64::MIN), |(low, high), x| (low.min(x), high.max(x)));
         let mut chart = ChartBuilder::on(area)
-            .caption(format!("{layout}, {dtype}: GFLOP/s"), ("sans-serif", 14))
+            .caption(format!("{layout}, {dtype}: GFLOP/s by tokens"), ("sans-serif", 14))
             .margin(8)
             .x_label_area_size(28)
             .y_label_area_size(32)
-            .build_cartesian_2d(from - 0.2..to + 0.2, 0.0..highest * 1.05)?;
-        chart.configure_mesh().x_desc("picture tokens").x_label_formatter(&|x| format!("{:.0}", x.exp2())).draw()?;
+            .build_cartesian_2d(from - 0.2..to + 0.2, 0.0..highest * 1.5)?;
+        chart.configure_mesh().disable_mesh().x_label_formatter(&|x| format!("{:.0}", x.exp2())).draw()?;
         let curve = |kernel: &str| mine().filter(|m| m.kernel == kernel).map(|m| (place(m), m.speed())).collect();
-        draw_curves(
-            &mut chart,
-            kernels.iter().map(|kernel| (*kernel, curve(kernel))),
-            SeriesLabelPosition::LowerRight,
-        )?;
+        draw_curves(&mut chart, kernels.iter().map(|kernel| (*kernel, curve(kernel))), SeriesLabelPosition::UpperLeft)?;
     }
     root.present().with_context(|| format!("cannot write {}", path.display()))
 }

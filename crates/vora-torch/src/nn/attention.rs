@@ -241,7 +241,7 @@ mod tests {
             let dice = Dice(fixtures::Random::new(seed));
             let (queries, keys) = (1 + dice.below(150), 1 + dice.below(300));
             let rows = [dice.row(queries, keys), dice.row(queries, keys)];
-            let (groups, kv_heads) = (dice.of(&[1, 2, 3, 5, 64]), dice.of(&[1, 2]));
+            let (groups, kv_heads) = (dice.of(&[1, 2, 3, 5, 1, 2, 3, 49]), dice.of(&[1, 2]));
             let (dim, kind) = (dice.of(&[1, 8, 24, 64, 80]), dice.of(&[Kind::Float, Kind::BFloat16]));
             check((queries, keys), &rows, groups, kv_heads, dim, kind);
         }
