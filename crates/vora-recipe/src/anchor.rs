@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::DataFetch;
 
 /// Texts on which the adapted LLM is held to what it was: the divergence of its predictions from those of the same
-/// weights with the adapters off, `KL(frozen || adapted)`, a mean over the texts' tokens.
+/// weights with the adapters off, `KL(frozen || adapted)`, a mean over the tokens that are held.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TextAnchor {
@@ -23,7 +23,8 @@ pub struct TextAnchor {
     /// At what temperature the LLM writes the texts, where it does.
     pub temperature: f64,
     /// Records without pictures that texts are taken from, in their order, longer ones cut into several. Absent: the LLM
-    /// writes them itself before the first step, half of them answers to everyday questions.
+    /// writes them itself before the first step, half of them answers in its chat template, to everyday questions and to
+    /// its own, of which the answer alone is held.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data_fetch: Option<DataFetch>,
 }

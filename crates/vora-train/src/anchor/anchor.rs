@@ -11,20 +11,20 @@ use vora_recipe::TextAnchor;
 use vora_text::Spans;
 use vora_torch::nn::loss::kl_divergence;
 
-use super::texts::Texts;
+use super::texts::{Held, Texts};
 use crate::student::{MAX_LOGITS, Student};
 
 /// Texts whose states are computed side by side before the run.
 const ROWS: usize = 8;
 
-/// The anchor of a run. What the frozen LLM makes of each text is computed once, as the last hidden state of every token:
-/// the head, which nobody trains, makes the whole distribution of it at each step, in the memory of one step.
+/// The anchor of a run. What the frozen LLM makes of each text is computed once, as the last hidden state of every token
+/// that is held: the head, which nobody trains, makes the whole distribution of it at each step, in the memory of one step.
 #[derive(Debug)]
 pub(crate) struct Anchor {
     config: TextAnchor,
     seed: u64,
-    texts: Vec<Vec<i64>>,
-    frozen: Vec<Tensor>, // [tokens of the text, hidden] each, in the model's dtype
+    texts: Vec<Held>,
+    frozen: Vec<Tensor>, // [tokens that foretell what is held, hidden] each, in the model's dtype
 }
 
 impl Anchor {
@@ -34,22 +34,27 @@ impl Anchor {
     /// Where a text has a token beyond the embedding, or more tokens than the LLM's context.
     pub(crate) fn new(config: TextAnchor, seed: u64, texts: &Texts, llm: &CausalLm) -> Result<Self> {
         let (vocab, context) = (llm.config().vocab_size, llm.config().max_position_embeddings);
-        let texts: Vec<Vec<i64>> = texts.ids().map(<[i64]>::to_vec).collect();
+        let texts: Vec<Held> = texts.held().cloned().collect();
         ensure!(!texts.is_empty(), "text_anchor has no texts");
-        for ids in &texts {
+        for Held { ids, from } in &texts {
             ensure!(ids.len() > 1, "a text of text_anchor has {} tokens, it takes two", ids.len());
             ensure!(ids.iter().all(|id| (0..vocab).contains(id)), "a text of text_anchor has a token beyond {vocab}");
             ensure!(ids.len() as i64 <= context, "text_anchor.max_length is above the LLM's context, {context}");
+            ensure!(
+                *from < ids.len(),
+                "a text of text_anchor has {} tokens and is held from number {from} on",
+                ids.len()
+            );
         }
         let mut frozen = Vec::with_capacity(texts.len());
         for rows in texts.chunks(ROWS) {
-            let batch = TextBatch::new(&rows.iter().map(Vec::as_slice).collect::<Vec<_>>(), llm);
+            let batch = TextBatch::new(&rows.iter().collect::<Vec<_>>(), llm);
             let plan = batch.plan(llm)?.without_adapters();
             let states = tch::no_grad(|| {
                 let output = llm.decoder().forward(&llm.embed(&batch.input_ids), &plan, 0);
                 output.last_hidden_state.flatten(0, 1).index_select(0, &batch.places) // [tokens, hidden]
             });
-            let lens: Vec<i64> = rows.iter().map(|ids| ids.len() as i64).collect();
+            let lens: Vec<i64> = rows.iter().map(|text| (text.ids.len() - text.from) as i64).collect();
             frozen.extend(states.split_with_sizes(lens.as_slice(), 0).iter().map(Tensor::copy));
         }
         Ok(Self { config, seed, texts, frozen })
@@ -82,13 +87,13 @@ impl Anchor {
         taken
     }
 
-    /// The tokens of the texts that a step takes.
+    /// The texts that a step takes.
     #[cfg(test)]
-    pub(crate) fn texts_of(&self, step: u64) -> Vec<Vec<i64>> {
+    pub(crate) fn texts_of(&self, step: u64) -> Vec<Held> {
         self.taken(step).into_iter().map(|i| self.texts[i].clone()).collect()
     }
 
-    /// `KL(frozen || adapted)`, mean over the tokens of the texts that this step takes, with the adapters on; `total` makes
+    /// `KL(frozen || adapted)`, mean over what is held of the texts that this step takes, with the adapters on; `total` makes
     /// of it what goes backward. The value without a graph, none where the step takes no text.
     ///
     /// # Errors
@@ -105,7 +110,7 @@ impl Anchor {
             return Ok(None);
         }
         let llm = student.model.llm();
-        let texts: Vec<&[i64]> = taken.iter().map(|i| self.texts[*i].as_slice()).collect();
+        let texts: Vec<&Held> = taken.iter().map(|i| &self.texts[*i]).collect();
         let batch = TextBatch::new(&texts, llm);
         let frozen = Tensor::cat(&taken.iter().map(|i| &self.frozen[*i]).collect::<Vec<_>>(), 0); // [tokens, hidden]
         let plan = batch.plan(llm)?.with_adapters(ActsOn::All);
@@ -126,16 +131,17 @@ impl Anchor {
 /// Texts as rows, padded at their ends.
 struct TextBatch {
     input_ids: Tensor, // [rows, seq]
-    places: Tensor,    // [tokens]: those of rows * seq that are no padding
+    places: Tensor,    // [tokens]: those of rows * seq that foretell what is held
     spans: Spans,
 }
 
 impl TextBatch {
-    fn new(texts: &[&[i64]], llm: &CausalLm) -> Self {
-        let (ids, spans) = Spans::padded(texts);
+    fn new(texts: &[&Held], llm: &CausalLm) -> Self {
+        let (ids, spans) = Spans::padded(&texts.iter().map(|text| &text.ids).collect::<Vec<_>>());
         let seq = spans.seq();
-        let starts = (0..spans.batch()).map(|row| row * seq);
-        let places: Vec<i64> = starts.zip(spans.row_lens()).flat_map(|(start, len)| start..start + len).collect();
+        let starts = (0..).map(|row| row * seq);
+        let held = starts.zip(texts).map(|(start, text)| start + text.from as i64..start + text.ids.len() as i64);
+        let places: Vec<i64> = held.flatten().collect();
         let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(llm.device());
         Self { input_ids: tensor(&ids).view([-1, seq]), places: tensor(&places), spans }
     }

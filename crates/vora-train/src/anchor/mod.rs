@@ -7,4 +7,6 @@ mod texts;
 mod write;
 
 pub(crate) use anchor::Anchor;
+#[cfg(test)]
+pub(crate) use texts::Held;
 pub(crate) use texts::Texts;

@@ -24,9 +24,18 @@ pub(crate) struct Texts {
 /// One text.
 #[derive(Debug, Serialize, Deserialize)]
 struct Text {
-    ids: Vec<i64>,
+    #[serde(flatten)]
+    held: Held,
     /// The same to be read by people.
     text: String,
+}
+
+/// A text's tokens, and which of its predictions an LLM is held to: those made at the token of number `from` and later.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Held {
+    pub(crate) ids: Vec<i64>,
+    #[serde(default)]
+    pub(crate) from: usize,
 }
 
 impl Texts {
@@ -69,20 +78,21 @@ impl Texts {
             }
             let sample = source.sample(index)?;
             ensure!(sample.images.is_empty(), "record {} has a picture: an anchor's texts have none", sample.id);
-            texts.extend(sample.input_ids.chunks(config.max_length).filter(|ids| ids.len() > 1).map(<[i64]>::to_vec));
+            let chunks = sample.input_ids.chunks(config.max_length).filter(|ids| ids.len() > 1);
+            texts.extend(chunks.map(|ids| Held { ids: ids.to_vec(), from: 0 }));
         }
         texts.truncate(config.texts);
         ensure!(!texts.is_empty(), "no record has a text of two tokens or more");
         Self::of(texts, maker.preparation())
     }
 
-    fn of(texts: Vec<Vec<i64>>, preparation: &Preparation) -> Result<Self> {
-        let text = |ids: Vec<i64>| Ok(Text { text: preparation.tokenizer.decode(&ids, false)?, ids });
+    fn of(texts: Vec<Held>, preparation: &Preparation) -> Result<Self> {
+        let text = |held: Held| Ok(Text { text: preparation.tokenizer.decode(&held.ids, false)?, held });
         Ok(Self { texts: texts.into_iter().map(text).collect::<Result<_>>()? })
     }
 
-    /// The tokens of each.
-    pub(crate) fn ids(&self) -> impl Iterator<Item = &[i64]> {
-        self.texts.iter().map(|text| text.ids.as_slice())
+    /// Each of them.
+    pub(crate) fn held(&self) -> impl Iterator<Item = &Held> {
+        self.texts.iter().map(|text| &text.held)
     }
 }

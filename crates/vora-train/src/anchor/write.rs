@@ -10,77 +10,113 @@ use vora_recipe::TextAnchor;
 use vora_text::{Message, Piece, Spans};
 
 use super::prompts::{QUESTIONS, STARTS};
+use super::texts::Held;
 
 /// Texts that are written side by side.
 const ROWS: usize = 48;
 
-/// Writes as many texts as the configuration asks for, with the adapters off. Every other one answers a question, in
-/// the run's own chat template.
+/// Tokens at most of a question that the LLM asks itself.
+const QUESTION_LENGTH: usize = 40;
+
+/// Writes as many texts as the configuration asks for, with the adapters off. Half of them answer a question in the run's
+/// own chat template, and the answer alone is held; half of the questions are the LLM's own.
 ///
 /// # Errors
 /// Where the chat template does not take a question, or the LLM's context is shorter than a beginning.
-pub(super) fn write(
-    llm: &CausalLm,
-    preparation: &Preparation,
-    config: &TextAnchor,
-    seed: u64,
-) -> Result<Vec<Vec<i64>>> {
-    let prompts = (0..config.texts).map(|i| prompt(preparation, i, config.max_length)).collect::<Result<Vec<_>>>()?;
-    let mut random = ChaCha8Rng::seed_from_u64(seed);
+pub(super) fn write(llm: &CausalLm, preparation: &Preparation, config: &TextAnchor, seed: u64) -> Result<Vec<Held>> {
+    let mut writer = Writer {
+        llm,
+        stop: preparation.tokenizer.eos_ids(),
+        temperature: config.temperature,
+        random: ChaCha8Rng::seed_from_u64(seed),
+    };
+    let num_chats = config.texts / 2;
+    let own = writer.ask(preparation, num_chats / 2)?;
+    let questions = (0..num_chats).map(|i| match own.get(i / 2).filter(|_| i % 2 == 1) {
+        Some(question) => question.as_str(),
+        None => QUESTIONS[i / 2 % QUESTIONS.len()],
+    });
+    let chats = questions.map(|question| Ok((chat(preparation, question)?, true)));
+    let starts = (0..config.texts - num_chats).map(|i| STARTS[i % STARTS.len()]);
+    let starts = starts.map(|start| Ok((preparation.tokenizer.encode(start)?, false)));
+    let mut prompts = starts.chain(chats).collect::<Result<Vec<(Vec<i64>, bool)>>>()?;
+    for (prompt, _) in &mut prompts {
+        prompt.truncate(config.max_length - 1);
+    }
     let mut texts = Vec::with_capacity(prompts.len());
     for prompts in prompts.chunks(ROWS) {
-        texts.extend(go_on(llm, prompts, preparation.tokenizer.eos_ids(), config, &mut random)?);
+        let written =
+            writer.go_on(&prompts.iter().map(|(ids, _)| ids.clone()).collect::<Vec<_>>(), config.max_length)?;
+        texts.extend(written.into_iter().zip(prompts).map(|(ids, (prompt, is_chat))| {
+            // The last token of the prompt is what foretells the answer's first.
+            Held { from: if *is_chat { prompt.len().saturating_sub(1) } else { 0 }, ids }
+        }));
     }
     Ok(texts)
 }
 
-/// What the text of this number begins with.
-fn prompt(preparation: &Preparation, number: usize, max_length: usize) -> Result<Vec<i64>> {
-    let tokenizer = &preparation.tokenizer;
-    let mut ids = if number.is_multiple_of(2) {
-        tokenizer.encode(STARTS[number / 2 % STARTS.len()])?
-    } else {
-        let message = Message::new("user", QUESTIONS[number / 2 % QUESTIONS.len()]);
-        let pieces = preparation.chat.encode_prompt(tokenizer, &[message]).context("text_anchor")?;
-        let ids = pieces.into_iter().filter_map(|piece| match piece {
-            Piece::Text { ids, .. } => Some(ids),
-            Piece::Image => None,
-        });
-        ids.flatten().collect()
-    };
-    ids.truncate(max_length - 1);
-    Ok(ids)
+/// A chat up to where the answer to `question` begins.
+fn chat(preparation: &Preparation, question: &str) -> Result<Vec<i64>> {
+    let message = Message::new("user", question);
+    let pieces = preparation.chat.encode_prompt(&preparation.tokenizer, &[message]).context("text_anchor")?;
+    let ids = pieces.into_iter().filter_map(|piece| match piece {
+        Piece::Text { ids, .. } => Some(ids),
+        Piece::Image => None,
+    });
+    Ok(ids.flatten().collect())
 }
 
-/// Each prompt with what the LLM adds to it, up to `max_length` tokens or a token of `stop`, which is part of the text.
-fn go_on(
-    llm: &CausalLm,
-    prompts: &[Vec<i64>],
-    stop: &[i64],
-    config: &TextAnchor,
-    random: &mut ChaCha8Rng,
-) -> Result<Vec<Vec<i64>>> {
-    let (padded, spans) = Spans::padded(prompts);
-    let plan = AttentionPlan::new(&spans, VisionAttention::Causal, llm.device(), llm.kind())?.without_adapters();
-    let input_ids = Tensor::from_slice(&padded).view([-1, spans.seq()]).to_device(llm.device());
-    // The longest prompt's row goes on while the shortest one's text is not done.
-    let mut cache = llm.new_cache(spans.batch(), config.max_length as i64 + spans.seq())?;
-    let mut logits = llm.prefill(&llm.embed(&input_ids), &plan, &mut cache)?; // [rows, vocab]
-    let mut texts = prompts.to_vec();
-    let mut is_open = vec![true; texts.len()];
-    loop {
-        let drawn = draw(&logits, config.temperature, random)?;
-        for ((text, is_open), token) in texts.iter_mut().zip(&mut is_open).zip(&drawn) {
-            if *is_open {
-                text.push(*token);
-                *is_open = text.len() < config.max_length && !stop.contains(token);
+/// An LLM that goes on with what it is given, its adapters off.
+struct Writer<'a> {
+    llm: &'a CausalLm,
+    /// The tokens that end a text.
+    stop: &'a [i64],
+    temperature: f64,
+    random: ChaCha8Rng,
+}
+
+impl Writer<'_> {
+    /// Questions that the LLM asks where its chat template begins a user's turn (Magpie, arXiv 2406.08464). Some of an LLM
+    /// that was not taught to chat are none; those that are blank are left out.
+    fn ask(&mut self, preparation: &Preparation, count: usize) -> Result<Vec<String>> {
+        let [one, other] = [chat(preparation, "A")?, chat(preparation, "1")?];
+        let start: Vec<i64> = one.iter().zip(&other).take_while(|(a, b)| a == b).map(|(id, _)| *id).collect();
+        let mut questions = Vec::with_capacity(count);
+        while !start.is_empty() && questions.len() < count {
+            let rows = vec![start.clone(); ROWS.min(count - questions.len())];
+            for ids in self.go_on(&rows, start.len() + QUESTION_LENGTH)? {
+                questions.push(preparation.tokenizer.decode(&ids[start.len()..], true)?.trim().to_owned());
             }
         }
-        if !is_open.contains(&true) {
-            return Ok(texts);
+        questions.retain(|question| !question.is_empty());
+        Ok(questions)
+    }
+
+    /// Each prompt with what the LLM adds to it, up to `max_length` tokens or one that ends a text, which is part of it.
+    fn go_on(&mut self, prompts: &[Vec<i64>], max_length: usize) -> Result<Vec<Vec<i64>>> {
+        let llm = self.llm;
+        let (padded, spans) = Spans::padded(prompts);
+        let plan = AttentionPlan::new(&spans, VisionAttention::Causal, llm.device(), llm.kind())?.without_adapters();
+        let input_ids = Tensor::from_slice(&padded).view([-1, spans.seq()]).to_device(llm.device());
+        // The longest prompt's row goes on while the shortest one's text is not done.
+        let mut cache = llm.new_cache(spans.batch(), max_length as i64 + spans.seq())?;
+        let mut logits = llm.prefill(&llm.embed(&input_ids), &plan, &mut cache)?; // [rows, vocab]
+        let mut texts = prompts.to_vec();
+        let mut is_open = vec![true; texts.len()];
+        loop {
+            let drawn = draw(&logits, self.temperature, &mut self.random)?;
+            for ((text, is_open), token) in texts.iter_mut().zip(&mut is_open).zip(&drawn) {
+                if *is_open {
+                    text.push(*token);
+                    *is_open = text.len() < max_length && !self.stop.contains(token);
+                }
+            }
+            if !is_open.contains(&true) {
+                return Ok(texts);
+            }
+            // A row that has ended goes on with whatever was drawn, of which nothing is kept.
+            logits = llm.decode_step(&Tensor::from_slice(&drawn).unsqueeze(1).to_device(llm.device()), &mut cache)?;
         }
-        // A row that has ended goes on with whatever was drawn, of which nothing is kept.
-        logits = llm.decode_step(&Tensor::from_slice(&drawn).unsqueeze(1).to_device(llm.device()), &mut cache)?;
     }
 }
 
@@ -119,9 +155,10 @@ mod tests {
     fn a_text_goes_on_from_its_prompt_up_to_its_length_or_its_end() {
         let llm = CausalLm::load(&LlmConfig::tiny(64), &Weights::random(2, Device::Cpu, Kind::Float)).unwrap();
         let prompts = vec![vec![5, 6, 7], vec![9]];
-        let config = TextAnchor { max_length: 12, ..TextAnchor::default() };
-        let write =
-            |seed, stop: &[i64]| go_on(&llm, &prompts, stop, &config, &mut ChaCha8Rng::seed_from_u64(seed)).unwrap();
+        let write = |seed, stop: &[i64]| {
+            let random = ChaCha8Rng::seed_from_u64(seed);
+            Writer { llm: &llm, stop, temperature: 1.0, random }.go_on(&prompts, 12).unwrap()
+        };
         let texts = write(1, &[]);
         assert!(texts.iter().zip(&prompts).all(|(text, prompt)| text.len() == 12 && text.starts_with(prompt)));
         assert_eq!(write(1, &[]), texts);

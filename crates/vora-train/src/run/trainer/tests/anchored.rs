@@ -1,6 +1,7 @@
 //! Runs with a text anchor.
 
 use super::*;
+use crate::anchor::Held;
 use vora_llm::{AttentionPlan, VisionAttention};
 use vora_lora::ActsOn;
 use vora_text::Spans;
@@ -90,14 +91,16 @@ fn the_anchor_adds_its_own_gradient_once_a_step() {
         let llm = trainer.student.model.llm();
         let texts = trainer.anchor.as_ref().unwrap().texts_of(0);
         assert_eq!(texts.len(), 2);
-        let num_tokens = texts.iter().map(Vec::len).sum::<usize>() as f64;
+        assert!(texts.iter().any(|text| text.from > 0), "{texts:?}");
+        let num_tokens = texts.iter().map(|text| text.ids.len() - text.from).sum::<usize>() as f64;
         let mut divergence = Tensor::zeros([], (Kind::Float, Device::Cpu));
-        for ids in texts {
+        for Held { ids, from } in texts {
             let spans = Spans::text(&[ids.len() as i64]);
             let plan = || AttentionPlan::new(&spans, VisionAttention::Causal, Device::Cpu, Kind::Float).unwrap();
             let embeds = llm.embed(&Tensor::from_slice(&ids).unsqueeze(0));
             let log_probabilities = |plan: AttentionPlan| {
-                llm.logits(&llm.decoder().forward(&embeds, &plan, 0).last_hidden_state).log_softmax(-1, Kind::Float)
+                let states = llm.decoder().forward(&embeds, &plan, 0).last_hidden_state;
+                llm.logits(&states.slice(1, from as i64, None, 1)).log_softmax(-1, Kind::Float)
             };
             let p = log_probabilities(plan().without_adapters()).detach();
             let q = log_probabilities(plan().with_adapters(ActsOn::All));
