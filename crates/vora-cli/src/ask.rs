@@ -16,6 +16,7 @@ Examples:
   vora ask runs/scenes/merged picture.png \"What color is the circle?\"
   vora ask runs/scenes/final picture.png \"What color is the circle?\"
   vora ask runs/scenes/final \"What is a circle?\"
+  vora ask HuggingFaceTB/SmolLM2-135M-Instruct \"What is a circle?\"
   vora ask runs/scenes/merged one.jpg two.jpg \"What differs?\" --temperature 0.7 --top-p 0.9 --seed 1
   vora ask runs/scenes-chameleon/merged \"A red ring.\" --write image --images-to drawn")]
 pub(crate) struct Args {

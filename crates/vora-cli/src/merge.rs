@@ -65,6 +65,11 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         args.out.display()
     );
     let mut model = vora_model::open(&args.trained, Device::Cpu, kind, &vora_hub::resolve)?;
+    ensure!(
+        model.sees(),
+        "{} is a language model alone, of which there is nothing to merge; `vora convert` merges PEFT's adapters into one",
+        args.trained.display()
+    );
     if becomes(&*model, args)? == Becomes::Apart {
         ensure!(!args.check && args.llm.is_none(), "--as apart merges nothing: leave out --check and --llm");
         model.save(&args.out)?;

@@ -19,7 +19,7 @@ pub struct Assistant {
     model: Box<dyn VisionLanguageModel>,
     tokenizer: Tokenizer,
     chat: ChatTemplate,
-    processor: ImageProcessor,
+    processor: Option<ImageProcessor>, // none where the model takes no picture
 }
 
 /// An answer.
@@ -33,8 +33,8 @@ pub struct Answer {
 }
 
 impl Assistant {
-    /// Opens a folder that `vora merge` wrote, or a run's `final/` or checkpoint: weights, `tokenizer.json`, chat template,
-    /// `preprocessor_config.json`. `resolve` finds the models that a run left where they were; see [`vora_model::open`].
+    /// Opens a folder that `vora merge` wrote, a run's `final/` or checkpoint, or a language model alone: weights,
+    /// `tokenizer.json`, chat template, and `preprocessor_config.json` of a model that sees. `resolve` finds the models that a run left where they were; see [`vora_model::open`].
     ///
     /// # Errors
     /// Names the file, and what in it does not fit.
@@ -48,11 +48,12 @@ impl Assistant {
     /// As [`Assistant::open`].
     pub fn new(model: Box<dyn VisionLanguageModel>, folder: &Path) -> Result<Self> {
         let (rows, has_processor) = (model.llm().config().vocab_size, model.has_processor());
+        let processor = model.sees().then(|| ImageProcessor::open(folder)).transpose()?;
         Ok(Self {
             model,
             tokenizer: Tokenizer::open(folder)?.for_embedding(rows).for_processor(has_processor),
             chat: ChatTemplate::open(folder)?,
-            processor: ImageProcessor::open(folder)?,
+            processor,
         })
     }
 
@@ -81,17 +82,13 @@ impl Assistant {
 
     /// What is asked, as the model takes it.
     fn prompt(&self, request: &Request<'_>) -> Result<Input> {
+        let pixel_values = request.images.iter().enumerate().map(|(i, image)| {
+            let processor = self.processor.as_ref().ok_or(InferError::SeesNoPictures)?;
+            let pixels = processor.preprocess(image).with_context(|| format!("picture {i}"))?;
+            Ok(vora_vision::pixel_values(&pixels))
+        });
+        let pixel_values = pixel_values.collect::<Result<Vec<_>>>()?;
         let pieces = self.chat.encode_prompt(&self.tokenizer, &request.messages)?;
-        let pixel_values = request
-            .images
-            .iter()
-            .enumerate()
-            .map(|(i, image)| {
-                Ok(vora_vision::pixel_values(
-                    &self.processor.preprocess(image).with_context(|| format!("picture {i}"))?,
-                ))
-            })
-            .collect::<Result<Vec<_>>>()?;
         Input::prompt(&pieces, pixel_values, &*self.model)
     }
 

@@ -22,6 +22,9 @@ pub enum InferError {
         /// Tokens that may still come.
         room: usize,
     },
+    /// A picture is shown to a language model alone.
+    #[error("the model is a language model alone, which takes no picture")]
+    SeesNoPictures,
     /// A picture is asked of a model that only sees them.
     #[error("the model writes no pictures; a Chameleon does")]
     WritesNoPictures,

@@ -8,6 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 use tch::Tensor;
 use vora_files::write_bytes;
+use vora_llm::MODEL_TYPES;
 use vora_lora::LoraConfig;
 use vora_torch::checkpoint::save;
 
@@ -25,9 +26,10 @@ pub enum FolderError {
     },
     /// Its `config.json` names no model known here.
     #[error(
-        "model_type of {} is {}, known are vora, llava, chameleon",
+        "model_type of {} is {}, known are vora, llava, chameleon, and of language models alone {}",
         path.display(),
-        model_type.as_ref().map_or_else(|| "missing".to_owned(), |name| format!("`{name}`"))
+        model_type.as_ref().map_or_else(|| "missing".to_owned(), |name| format!("`{name}`")),
+        MODEL_TYPES.iter().copied().filter(|name| *name != "chameleon").collect::<Vec<_>>().join(", ")
     )]
     UnknownModelType {
         /// The `config.json`.

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value};
 use tch::{Device, Kind};
 use vora_files::checksums;
-use vora_llm::LlmConfig;
+use vora_llm::{LlmConfig, MODEL_TYPES};
 use vora_lora::LoraConfig;
 use vora_torch::checkpoint::Checkpoint;
 use vora_torch::weights::Weights;
@@ -16,6 +16,7 @@ use crate::chameleon::{Chameleon, VQMODEL};
 use crate::files::{FolderError, read_config};
 use crate::llava::{Llava, LlavaConfig};
 use crate::model::VisionLanguageModel;
+use crate::plain::PlainLlm;
 use crate::trained::{self, LLM, Parts, VISION};
 use crate::vora::{Vora, VoraConfig};
 
@@ -23,11 +24,12 @@ use crate::vora::{Vora, VoraConfig};
 pub type Resolve<'a> = dyn Fn(&str) -> Result<PathBuf> + 'a;
 
 /// The models known here, by the `model_type` of their `config.json`.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ModelType {
     Vora,
     Llava,
     Chameleon,
+    PlainLlm,
 }
 
 impl ModelType {
@@ -36,13 +38,15 @@ impl ModelType {
             "vora" => Some(Self::Vora),
             "llava" => Some(Self::Llava),
             "chameleon" => Some(Self::Chameleon),
+            plain if MODEL_TYPES.contains(&plain) => Some(Self::PlainLlm),
             _ => None,
         }
     }
 }
 
 /// Opens the folder of any model known here, by the `model_type` in its `config.json`: a whole one, merged or
-/// published, or what a run trained (its `final/`, or a checkpoint), whose adapters then stay apart from the weights.
+/// published, a language model alone, or what a run trained (its `final/`, or a checkpoint), whose adapters then stay apart
+/// from the weights.
 /// `resolve` finds the folders of LLM and encoder by the names that such a run knew them by. Checksums that a folder has
 /// are compared. Adapters act on the tokens that the folder says ([`LoraConfig::answers_on`]).
 ///
@@ -60,6 +64,7 @@ pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) ->
         ModelType::Vora => Box::new(Vora::open(folder, device, kind)?),
         ModelType::Llava => Box::new(Llava::open(folder, device, kind)?),
         ModelType::Chameleon => Box::new(Chameleon::open(folder, device, kind)?),
+        ModelType::PlainLlm => Box::new(PlainLlm::open(folder, device, kind)?),
     };
     if let Some(answers_on) = model.lora().map(LoraConfig::answers_on) {
         model.set_acts_on(answers_on)?;
@@ -104,6 +109,7 @@ fn open_part(
             vision.finish()?;
             return Ok(Box::new(model));
         }
+        ModelType::PlainLlm => return Ok(Box::new(PlainLlm::open(folder, device, kind)?)),
     };
     trained::expect(folder, model.lora())?;
     Parts::of(new.parameters(), model.llm_prefix()).fill_from(folder)?;
@@ -115,7 +121,7 @@ fn open_part(
 /// # Errors
 /// Where it has no readable `config.json`.
 pub fn is_vision_language_model(folder: &Path) -> Result<bool> {
-    Ok(ModelType::of(&read_config(folder)?).is_some())
+    Ok(ModelType::of(&read_config(folder)?).is_some_and(|model_type| model_type != ModelType::PlainLlm))
 }
 
 /// The dtype that the LLM of a model's folder is stored in: its own folder's, or f32 where it was trained.
@@ -149,6 +155,7 @@ mod tests {
     use super::*;
     use anyhow::bail;
     use serde_json::json;
+    use vora_llm::CausalLm;
 
     use crate::files::save_folder;
 
@@ -177,9 +184,16 @@ mod tests {
             assert!(model.tensors().unwrap().iter().any(|(name, _)| *name == first), "{first}");
         }
 
+        let llm = CausalLm::load(&LlmConfig::tiny(64), &Weights::random(0, Device::Cpu, Kind::Float)).unwrap();
+        PlainLlm::new(llm).save(&root.path().join("llama")).unwrap();
+        let model = open("llama").unwrap();
+        assert!(!is_vision_language_model(&root.path().join("llama")).unwrap() && !model.sees());
+        let error = model.image_grid(28, 28).unwrap_err().to_string();
+        assert_eq!(error, "a llama is a language model alone, which takes no picture");
+
         for (name, config, expected) in [
-            ("other", json!({"model_type": "paligemma"}), "is `paligemma`, known are vora, llava, chameleon"),
-            ("none", json!({}), "config.json is missing, known are vora, llava, chameleon"),
+            ("other", json!({"model_type": "paligemma"}), "is `paligemma`, known are vora, llava, chameleon, "),
+            ("none", json!({}), "config.json is missing, known are vora, llava, chameleon, "),
         ] {
             save_folder(&root.path().join(name), &config, &[]).unwrap();
             assert!(!is_vision_language_model(&root.path().join(name)).unwrap());

@@ -1,7 +1,7 @@
 //! The ways a language model gets to see, on one interface: [`Vora`], which splices the patches of a picture among the
 //! word embeddings of a decoder that carries adapters, [`Llava`], which sees through a frozen encoder and a projection,
-//! and [`Chameleon`], to which pictures are tokens as words are. It reads and writes their checkpoint folders; [`open`]
-//! takes any of them.
+//! and [`Chameleon`], to which pictures are tokens as words are; beside them [`PlainLlm`], which sees nothing. It reads and
+//! writes their checkpoint folders; [`open`] takes any of them.
 //!
 //! It trains nothing and generates nothing: losses live in `vora-train`, decoding loops in `vora-infer`. It reads no
 //! image file either; pixels come in as tensors.
@@ -35,6 +35,7 @@ mod files;
 mod folder;
 mod llava;
 mod model;
+mod plain;
 pub mod trained;
 mod vora;
 
@@ -44,4 +45,5 @@ pub use files::FolderError;
 pub use folder::{Resolve, is_vision_language_model, open, stored_kind};
 pub use llava::{Llava, LlavaConfig, MmProjectorType};
 pub use model::{ImageWriter, Input, VisionLanguageModel};
+pub use plain::PlainLlm;
 pub use vora::{Vora, VoraConfig};

@@ -48,6 +48,11 @@ pub trait VisionLanguageModel: Debug {
     /// Whether the tokens of a picture see each other in both directions.
     fn vision_attention(&self) -> VisionAttention;
 
+    /// Whether it takes pictures at all.
+    fn sees(&self) -> bool {
+        true
+    }
+
     /// Rows and columns of tokens that a picture of this size becomes.
     ///
     /// # Errors

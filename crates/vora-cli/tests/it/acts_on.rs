@@ -44,6 +44,15 @@ fn a_picture_switches_adapters_on() {
     let (everywhere, _) = language(&last, &["--acts-on", "all"]);
     assert!((everywhere - 1.0).abs() > 1e-4, "{everywhere}");
     assert_eq!(says(&last, &[]), says(&last, &["--acts-on", "all"]));
+    // The LLM's own folder says the same, and takes no picture.
+    let hello = |model: &str| succeeded(&vora(&["ask", model, "Hello?", "--dtype", "f32", "--max-new-tokens", "8"]));
+    assert_eq!(hello("fixtures/tiny/llm"), hello(&last));
+    assert!(!hello(&last).trim().is_empty());
+    fails(
+        &["ask", "fixtures/tiny/llm", "fixtures/images/rgb.png", "What?"],
+        1,
+        &["language model alone", "no picture"],
+    );
     let kept: Value = serde_json::from_slice(&std::fs::read(folder.path().join("run/language.json")).unwrap()).unwrap();
     assert!(kept["perplexity"] != kept["base_perplexity"], "{kept}");
 
