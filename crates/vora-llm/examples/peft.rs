@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
 use vora_llm::{AttentionPlan, CausalLm, LlmConfig, VisionAttention};
-use vora_lora::{AdapterFolder, LoraConfig, attach_all, save_adapter};
+use vora_lora::{AdapterFolder, BaseModel, LoraConfig, attach_all, save_adapter};
 use vora_text::Spans;
 use vora_torch::weights::Weights;
 
@@ -24,7 +24,7 @@ fn main() -> Result<()> {
     }
 
     let mut llm = load(llm_folder)?;
-    AdapterFolder::open(adapter)?.attach("check", "model.layers", Device::Cpu, |visit| llm.linears_mut(visit))?;
+    AdapterFolder::open(adapter)?.attach("check", Device::Cpu, |visit| llm.linears_mut(visit))?;
     let spans = Spans::text(&[ids.size()[1]]);
     let plan = AttentionPlan::new(&spans, VisionAttention::Bidirectional, Device::Cpu, Kind::Float)?;
     let logits = tch::no_grad(|| llm.logits(&llm.decoder().forward(&llm.embed(&ids), &plan, 0).last_hidden_state));
@@ -51,7 +51,7 @@ fn make(llm_folder: &Path, folder: &Path) -> Result<()> {
     };
     let mut llm = load(llm_folder)?;
     let weights = Weights::random(1, Device::Cpu, Kind::Float);
-    attach_all("new", &config, &weights.pp("model.layers"), |visit| llm.linears_mut(visit))?;
+    attach_all("new", &config, &weights, |visit| llm.linears_mut(visit))?;
     tch::manual_seed(1);
     for (name, tensor) in weights.parameters() {
         if name.contains("lora_B") {
@@ -59,5 +59,5 @@ fn make(llm_folder: &Path, folder: &Path) -> Result<()> {
             tch::no_grad(|| tensor.shallow_clone().copy_(&random));
         }
     }
-    save_adapter(folder, &config, &llm_folder.display().to_string(), &weights.parameters())
+    save_adapter(folder, &config, BaseModel::causal_lm(&llm_folder.display().to_string()), &weights.parameters())
 }

@@ -3,20 +3,21 @@
 use anyhow::{Result, ensure};
 use vora_torch::weights::Weights;
 
-use crate::config::{ALL_LAYERS, LoraConfig, names};
+use crate::config::{ALL_LAYERS, LoraConfig, in_layer, names};
 use crate::linear::Linear;
 use crate::pattern::matches_end;
 
-/// What a model calls once for every linear it has: layer, path within the layer (`self_attn.q_proj`), linear.
-pub type Visit<'a> = dyn FnMut(usize, &str, &mut Linear) -> Result<()> + 'a;
+/// What a model calls once for every linear it has, with its path (`model.layers.0.self_attn.q_proj`, `fc1`).
+pub type Visit<'a> = dyn FnMut(&str, &mut Linear) -> Result<()> + 'a;
 
 /// Puts the adapter `name` on every linear that `config` asks for, and says how many that were.
 ///
-/// `linears` is the model's walk over its linears. `layers` is where in the source of the adapters' weights the
-/// layers lie: `A` of layer 0's `self_attn.q_proj` is `0.self_attn.q_proj.lora_A.weight` there.
+/// `linears` is the model's walk over its linears. Below `weights` an adapter lies where its linear lies in the model: `A` of
+/// `model.layers.0.self_attn.q_proj` is `model.layers.0.self_attn.q_proj.lora_A.weight`.
 ///
-/// Targets and patterns are matched with the whole path, the place of `layers` included, so that a target may also name
-/// one linear of one layer.
+/// Targets and patterns are matched with the whole path, the place of `weights` included, so that a target may also name
+/// one linear of one layer. The layer is the first number in a path; a linear that lies in none is adapted where all layers
+/// are, or where a target is its whole path.
 ///
 /// # Errors
 /// Where a target names no linear of the first layers, a pattern none that gets an
@@ -24,23 +25,24 @@ pub type Visit<'a> = dyn FnMut(usize, &str, &mut Linear) -> Result<()> + 'a;
 pub fn attach_all(
     name: &str,
     config: &LoraConfig,
-    layers: &Weights,
+    weights: &Weights,
     linears: impl FnOnce(&mut Visit<'_>) -> Result<()>,
 ) -> Result<usize> {
     config.validate()?;
     let most = config.layers;
     let mut num_layers = 0;
-    let mut modules: Vec<String> = Vec::new(); // of the layers that may carry adapters
+    let mut modules: Vec<String> = Vec::new(); // that may carry adapters, by their paths within a layer
     let (mut paths, mut adapted): (Vec<String>, Vec<String>) = (Vec::new(), Vec::new()); // of their linears
-    linears(&mut |layer_idx, module, linear| {
-        num_layers = num_layers.max(layer_idx as i64 + 1);
-        if layer_idx as i64 >= most {
+    linears(&mut |path, linear| {
+        let (layer, module) = in_layer(path);
+        num_layers = num_layers.max(layer.map_or(0, |layer| layer + 1));
+        let weights = weights.pp(path);
+        if !config.reaches(weights.path()) {
             return Ok(());
         }
         if !modules.iter().any(|known| known == module) {
             modules.push(module.to_owned());
         }
-        let weights = layers.pp(layer_idx).pp(module);
         if config.targets(weights.path()) {
             linear.attach(name, config, &weights)?;
             adapted.push(weights.path().to_owned());
@@ -59,7 +61,7 @@ pub fn attach_all(
         unmatched.is_empty(),
         "lora.target_modules: {} match no linear layer of the model, which has {}",
         some_of(&unmatched),
-        modules.join(", ")
+        if modules.is_empty() { "none in a numbered layer".to_owned() } else { modules.join(", ") }
     );
     for (key, pattern) in config.patterns() {
         let mut used = false;
@@ -93,10 +95,10 @@ mod tests {
 
     fn attach(model: &mut [[(&'static str, Linear); 2]], config: &LoraConfig) -> Result<(usize, Weights)> {
         let weights = Weights::random(2, Device::Cpu, Kind::Float);
-        let attached = attach_all("sight", config, &weights.pp("model.layers"), |visit| {
+        let attached = attach_all("sight", config, &weights, |visit| {
             for (layer_idx, layer) in model.iter_mut().enumerate() {
                 for (module, linear) in layer {
-                    visit(layer_idx, module, linear)?;
+                    visit(&format!("model.layers.{layer_idx}.{module}"), linear)?;
                 }
             }
             Ok(())
@@ -130,6 +132,25 @@ mod tests {
         assert_eq!(attach(&mut model, &config).unwrap().0, 2);
         let r = |layer: usize, linear: usize| model[layer][linear].1.adapters().map(|a| a.r()).next();
         assert_eq!([r(0, 0), r(0, 1), r(1, 0), r(1, 1)], [Some(2), None, None, Some(3)]);
+    }
+
+    /// A model without layers, as people have them beside the ones here.
+    #[test]
+    fn linears_that_lie_in_no_layer_get_adapters_where_all_layers_do() {
+        let source = Weights::random(1, Device::Cpu, Kind::Float);
+        let attached = |config: &LoraConfig| {
+            let mut model = ["fc1", "head.fc2"].map(|path| (path, Linear::load(&source, 4, 6, false).unwrap()));
+            let weights = Weights::random(2, Device::Cpu, Kind::Float);
+            attach_all("a", config, &weights, |visit| {
+                model.iter_mut().try_for_each(|(path, linear)| visit(path, linear))
+            })?;
+            anyhow::Ok(weights.parameters().into_iter().map(|(name, _)| name).collect::<Vec<_>>())
+        };
+        let found = attached(&LoraConfig::of_modules(2, ["fc2"])).unwrap();
+        assert_eq!(found, ["head.fc2.lora_A.weight", "head.fc2.lora_B.weight"]);
+        assert_eq!(attached(&config(ALL_LAYERS, &["fc1", "fc2"])).unwrap().len(), 4);
+        let error = attached(&config(1, &["fc1"])).unwrap_err().to_string();
+        assert_eq!(error, "lora.layers is 1, the model has 0 layers");
     }
 
     #[test]

@@ -125,6 +125,12 @@ impl LoraConfig {
         }
     }
 
+    /// Rank `r` on these modules of every layer, and on those that lie in none; scaling 1. For models other than a Llama.
+    pub fn of_modules(r: i64, target_modules: impl IntoIterator<Item: Into<String>>) -> Self {
+        let target_modules = target_modules.into_iter().map(Into::into).collect();
+        Self { target_modules, ..Self::new(r, ALL_LAYERS) }
+    }
+
     /// The tokens that they act on once the trained folder is opened to answer.
     pub fn answers_on(&self) -> ActsOn {
         self.answers_on.unwrap_or(self.acts_on)
@@ -206,6 +212,15 @@ impl LoraConfig {
         ranks.chain(self.alpha_pattern.keys().map(|pattern| ("lora.alpha_pattern", pattern.as_str())))
     }
 
+    /// Whether the module at `path` may carry an adapter, for the layer that it lies in: one of the first ones, all of them,
+    /// or any where a target is its whole path.
+    pub(crate) fn reaches(&self, path: &str) -> bool {
+        let (layer, _) = in_layer(path);
+        self.layers == ALL_LAYERS
+            || layer.is_some_and(|layer| layer < self.layers)
+            || self.target_modules.iter().any(|target| target == path)
+    }
+
     /// Whether the module at `path` is a target: the path equals one or ends with `.` and one. Which layer it lies in
     /// is not asked.
     pub fn targets(&self, path: &str) -> bool {
@@ -227,6 +242,18 @@ fn agreed<T: Copy + PartialEq>(key: &'static str, patterns: &BTreeMap<String, T>
         }
     }
     Ok(found.map(|(_, value)| value))
+}
+
+/// The layer that a module lies in, the first number in its path, and its path within it; all of it where it lies in none.
+pub(crate) fn in_layer(path: &str) -> (Option<i64>, &str) {
+    let mut start = 0;
+    for part in path.split('.') {
+        start += part.len() + 1;
+        if let (true, Ok(layer)) = (part.bytes().all(|byte| byte.is_ascii_digit()), part.parse()) {
+            return (Some(layer), path.get(start..).unwrap_or_default());
+        }
+    }
+    (None, path)
 }
 
 /// Whether `target` is the whole `path` or its last parts.

@@ -5,26 +5,45 @@
 //! leave the others to the frozen weights ([`ActsOn`], [`Active`]).
 //!
 //! ```
-//! use tch::{Device, Kind, Tensor, nn::Module};
-//! use vora_lora::{Linear, LoraConfig};
-//! use vora_torch::weights::Weights;
+//! use vora_lora::optim::{Optimizer, OptimizerConfig};
+//! use vora_lora::tch::{Device, Kind, Tensor, nn::Module};
+//! use vora_lora::{BaseModel, Linear, LoraConfig, Weights, attach_all, save_adapter};
 //!
 //! # fn main() -> anyhow::Result<()> {
-//! let weights = Weights::random(42, Device::Cpu, Kind::Float);
-//! let mut q_proj = Linear::load(&weights.pp("q_proj"), 64, 64, false)?;
-//! let x = Tensor::ones([2, 5, 64], (Kind::Float, Device::Cpu)); // [batch, seq, hidden]
-//! let before = q_proj.forward(&x);
+//! // A model of one's own: two frozen linears.
+//! let base = Weights::random(42, Device::Cpu, Kind::Float); // or Weights::open(a folder of safetensors, ...)
+//! let mut fc1 = Linear::load(&base.pp("fc1"), 16, 64, true)?;
+//! let mut fc2 = Linear::load(&base.pp("fc2"), 64, 16, true)?;
 //!
-//! let config = LoraConfig::new(8, 1); // rank 8, the first layer, scaling 1
-//! q_proj.attach("sight", &config, &weights.pp("q_proj"))?;
-//! assert_eq!(q_proj.num_adapter_parameters(), 2 * 8 * 64);
-//! assert_eq!(weights.parameters()[1].0, "q_proj.lora_B.weight"); // what an optimizer trains
-//! assert!(q_proj.forward(&x).equal(&before)); // B is zero at the start
+//! // Adapters of rank 4 on both; B is zero at the start, so that nothing changes yet.
+//! let config = LoraConfig::of_modules(4, ["fc1", "fc2"]);
+//! let adapters = Weights::random(7, Device::Cpu, Kind::Float);
+//! attach_all("mine", &config, &adapters, |visit| {
+//!     visit("fc1", &mut fc1)?;
+//!     visit("fc2", &mut fc2)
+//! })?;
 //!
-//! tch::no_grad(|| weights.parameters()[1].1.shallow_clone().fill_(0.1)); // somebody trains
-//! let trained = q_proj.forward(&x);
-//! q_proj.merge(); // nothing is left to pay for
-//! assert!(q_proj.forward(&x).allclose(&trained, 1e-4, 1e-4, false));
+//! // Training: only the adapters learn.
+//! let mut optimizer = Optimizer::adamw(adapters.parameters(), 1e-2, OptimizerConfig::default())?;
+//! let (x, y) = (Tensor::ones([8, 16], (Kind::Float, Device::Cpu)), Tensor::zeros([8, 16], (Kind::Float, Device::Cpu)));
+//! let loss = |fc1: &Linear, fc2: &Linear| (fc2.forward(&fc1.forward(&x).relu()) - &y).square().mean(Kind::Float);
+//! let before = loss(&fc1, &fc2).double_value(&[]);
+//! for _ in 0..5 {
+//!     optimizer.zero_grad()?;
+//!     loss(&fc1, &fc2).backward();
+//!     let norm = optimizer.grad_norm()?.double_value(&[]);
+//!     optimizer.step(1.0, norm)?; // 1.0: the schedule's factor
+//! }
+//! let trained = loss(&fc1, &fc2).double_value(&[]);
+//! assert!(trained < before);
+//!
+//! // A folder that PEFT reads, and weights with nothing left to pay for.
+//! # let folder = tempfile::tempdir()?;
+//! # let folder = folder.path();
+//! save_adapter(folder, &config, BaseModel::new("me/my-model"), &adapters.parameters())?;
+//! fc1.merge();
+//! fc2.merge();
+//! assert!((loss(&fc1, &fc2).double_value(&[]) - trained).abs() < 1e-5);
 //! # Ok(())
 //! # }
 //! ```
@@ -43,5 +62,7 @@ pub use adapter::{Adapter, EMBEDDING_HALVES, LINEAR_HALVES, adapted_module};
 pub use attach::{Visit, attach_all};
 pub use config::{ALL_LAYERS, LoraConfig, Rank};
 pub use linear::Linear;
-pub use peft::{ADAPTER_TENSORS, AdapterError, AdapterFolder, PEFT_PREFIX, save_adapter};
+pub use peft::{ADAPTER_TENSORS, AdapterError, AdapterFolder, BaseModel, PEFT_PREFIX, save_adapter};
 pub use state_dict::merge_state_dict;
+pub use tch;
+pub use vora_torch::{optim, weights::Weights};

@@ -57,7 +57,7 @@ impl AdaptedLlm {
     /// # Errors
     /// See [`attach_all`].
     pub fn attach(&mut self, name: &str, lora: &LoraConfig, weights: &Weights) -> Result<()> {
-        attach_all(name, lora, &weights.pp("model.layers"), |visit| self.llm.linears_mut(visit))?;
+        attach_all(name, lora, weights, |visit| self.llm.linears_mut(visit))?;
         self.lora = Some(lora.clone());
         self.acts_on = lora.acts_on;
         Ok(())
@@ -69,10 +69,8 @@ impl AdaptedLlm {
     /// Where an adapter holds a number that is not finite, by the name of its layer: merged, it would reach every answer.
     /// Nothing is merged then.
     pub fn merge(&mut self) -> Result<()> {
-        self.llm.linears(&mut |layer_idx, name, linear| {
-            ensure_finite(linear).with_context(|| format!("cannot merge: layers.{layer_idx}.{name}"))
-        })?;
-        self.llm.linears_mut(&mut |_, _, linear| {
+        self.llm.linears(&mut |path, linear| ensure_finite(linear).with_context(|| format!("cannot merge: {path}")))?;
+        self.llm.linears_mut(&mut |_, linear| {
             linear.merge();
             Ok(())
         })?;
@@ -86,7 +84,7 @@ impl AdaptedLlm {
     /// # Errors
     /// Where one is.
     pub fn merged(&self) -> Result<&CausalLm> {
-        self.llm.linears(&mut |_, _, linear| {
+        self.llm.linears(&mut |_, linear| {
             ensure!(linear.adapters().next().is_none(), "the adapters are still apart from the weights: merge first");
             Ok(())
         })?;
@@ -96,9 +94,9 @@ impl AdaptedLlm {
     /// The tensors of all adapters, by the names that they have beside the decoder's own on disk.
     pub(crate) fn adapter_tensors(&self) -> Result<Vec<(String, Tensor)>> {
         let mut tensors = Vec::new();
-        self.llm.linears(&mut |layer_idx, module, linear| {
+        self.llm.linears(&mut |path, linear| {
             for (name, tensor) in linear.adapters().flat_map(|adapter| adapter.tensors()) {
-                tensors.push((format!("model.layers.{layer_idx}.{module}.{name}"), tensor.shallow_clone()));
+                tensors.push((format!("{path}.{name}"), tensor.shallow_clone()));
             }
             Ok(())
         })?;

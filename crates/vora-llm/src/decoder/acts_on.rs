@@ -21,7 +21,7 @@ fn adapted(golden: &Golden) -> (CausalLm, Weights) {
     let mut llm = base(golden);
     let adapter = Weights::from_tensors(golden.under("adapter."), Device::Cpu, Kind::Float);
     let lora = LoraConfig { lora_alpha: Some(4.5), ..LoraConfig::new(3, 1) };
-    attach_all("a", &lora, &adapter.pp("model.layers"), |visit| llm.linears_mut(visit)).unwrap();
+    attach_all("a", &lora, &adapter, |visit| llm.linears_mut(visit)).unwrap();
     adapter.finish().unwrap();
     (llm, adapter)
 }

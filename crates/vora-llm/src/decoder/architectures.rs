@@ -172,9 +172,9 @@ fn adapters_attach_and_merge() {
         let lora = LoraConfig::new(2, case.config.num_hidden_layers as i64);
         let mut count = 0;
         let random = fixtures::Random::new(9);
-        llm.linears_mut(&mut |layer_idx, name, linear| {
+        llm.linears_mut(&mut |path, linear| {
             count += 1;
-            linear.attach("sight", &lora, &new.pp("layers").pp(layer_idx).pp(name))?;
+            linear.attach("sight", &lora, &new.pp(path))?;
             for adapter in linear.adapters() {
                 let b = adapter.lora_b().shallow_clone();
                 tch::no_grad(|| b.shallow_clone().copy_(&(random.normal(b.size()) * 0.1)));
@@ -185,7 +185,7 @@ fn adapters_attach_and_merge() {
         assert_eq!(count, 7 * case.config.num_hidden_layers);
         let attached = case.logits(&llm);
         assert!(difference(&attached, &before) > 0.1, "{}", case.name);
-        llm.linears_mut(&mut |_, _, linear| {
+        llm.linears_mut(&mut |_, linear| {
             linear.merge();
             Ok(())
         })

@@ -157,14 +157,14 @@ impl CausalLm {
         }))
     }
 
-    /// Visits every linear layer: its layer's index, its name within (`self_attn.q_proj`), itself.
+    /// Visits every linear layer of the blocks, by its name in a checkpoint: `model.layers.0.self_attn.q_proj`.
     ///
     /// # Errors
     /// The first that `visit` returns.
-    pub fn linears_mut(&mut self, visit: &mut dyn FnMut(usize, &str, &mut Linear) -> Result<()>) -> Result<()> {
+    pub fn linears_mut(&mut self, visit: &mut dyn FnMut(&str, &mut Linear) -> Result<()>) -> Result<()> {
         for (layer_idx, layer) in self.model.layers.iter_mut().enumerate() {
             for (name, linear) in layer.linears_mut() {
-                visit(layer_idx, name, linear)?;
+                visit(&format!("model.layers.{layer_idx}.{name}"), linear)?;
             }
         }
         Ok(())
@@ -174,10 +174,10 @@ impl CausalLm {
     ///
     /// # Errors
     /// The first that `visit` returns.
-    pub fn linears(&self, visit: &mut dyn FnMut(usize, &str, &Linear) -> Result<()>) -> Result<()> {
+    pub fn linears(&self, visit: &mut dyn FnMut(&str, &Linear) -> Result<()>) -> Result<()> {
         for (layer_idx, layer) in self.model.layers.iter().enumerate() {
             for (name, linear) in layer.linears() {
-                visit(layer_idx, name, linear)?;
+                visit(&format!("model.layers.{layer_idx}.{name}"), linear)?;
             }
         }
         Ok(())
@@ -228,7 +228,7 @@ fn has_another_head(weights: &Weights) -> Result<bool> {
 mod tests {
     use super::*;
     use fixtures::Golden;
-    use vora_lora::LoraConfig;
+    use vora_lora::{LoraConfig, attach_all};
 
     use crate::{CacheError, VisionAttention};
     use vora_text::{Span, Spans};
@@ -460,16 +460,12 @@ mod tests {
         let weights = Weights::random(5, Device::Cpu, Kind::Float);
         let mut llm = CausalLm::load(&LlmConfig::tiny(64), &weights).unwrap();
         let lora = LoraConfig { target_modules: vec!["self_attn.v_proj".into()], ..LoraConfig::new(2, 1) };
-        llm.linears_mut(&mut |layer_idx, name, linear| {
-            if layer_idx == 0 && lora.target_modules.iter().any(|target| target == name) {
-                linear.attach("vision", &lora, &weights.pp(format!("layers.{layer_idx}.{name}")))?;
-            }
-            Ok(())
-        })
-        .unwrap();
+        let adapters = Weights::random(6, Device::Cpu, Kind::Float);
+        attach_all("vision", &lora, &adapters, |visit| llm.linears_mut(visit)).unwrap();
         let output = llm.decoder().forward(&llm.embed(&Tensor::from_slice(&[1i64, 2, 3]).unsqueeze(0)), &text(&[3]), 0);
         llm.logits(&output.last_hidden_state.squeeze_dim(0)).square().mean(Kind::Float).backward();
-        let parameters = weights.parameters();
+        assert!(weights.parameters().is_empty());
+        let parameters = adapters.parameters();
         assert_eq!(parameters.len(), 2);
         let b = &parameters.iter().find(|(name, _)| name.contains("lora_B")).unwrap().1;
         assert!(b.grad().abs().sum(Kind::Float).double_value(&[]) > 0.0);

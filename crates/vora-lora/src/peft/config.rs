@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
 use crate::acts_on::ActsOn;
-use crate::config::{LoraConfig, Rank, names};
+use crate::config::{ALL_LAYERS, LoraConfig, Rank, in_layer, names};
 use crate::pattern::{layer_number, matches_end, matches_whole};
 
 /// What PEFT puts before every tensor's name in the base model.
@@ -20,6 +20,28 @@ pub const ADAPTER_TENSORS: &str = "adapter_model.safetensors";
 
 /// PEFT's file of an adapter's configuration.
 pub(super) const CONFIG: &str = "adapter_config.json";
+
+/// The model that an adapter is for, as PEFT finds it again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BaseModel<'a> {
+    /// `base_model_name_or_path`: a name of the hub, or a folder.
+    pub name_or_path: &'a str,
+    /// `task_type`: which of PEFT's and transformers' classes the model is opened by, if one.
+    pub task_type: Option<&'a str>,
+}
+
+impl<'a> BaseModel<'a> {
+    /// A model of no class that PEFT knows.
+    pub fn new(name_or_path: &'a str) -> Self {
+        Self { name_or_path, task_type: None }
+    }
+
+    /// A language model: `AutoPeftModelForCausalLM` opens it.
+    pub fn causal_lm(name_or_path: &'a str) -> Self {
+        Self { task_type: Some("CAUSAL_LM"), ..Self::new(name_or_path) }
+    }
+}
 
 /// The keys of `adapter_config.json` that say what the tensors mean.
 #[derive(Debug, Serialize, Deserialize)]
@@ -93,21 +115,22 @@ impl PeftConfig {
     pub(super) fn new(
         config: &LoraConfig,
         ranks: &BTreeMap<String, Rank>,
-        base_model: &str,
+        base_model: BaseModel<'_>,
         modules_to_save: Vec<String>,
         use_dora: bool,
     ) -> Result<Self> {
         let common = Rank::new(config.r, config.lora_alpha, config.use_rslora);
         let (rank_pattern, alpha_pattern) = patterns(ranks, common.r, common.lora_alpha);
-        let peft = Self {
+        let is_everywhere = config.layers == ALL_LAYERS;
+        let mut peft = Self {
             peft_type: "LORA".to_owned(),
-            task_type: Some("CAUSAL_LM".to_owned()),
-            base_model_name_or_path: Some(base_model.to_owned()),
+            task_type: base_model.task_type.map(str::to_owned),
+            base_model_name_or_path: Some(base_model.name_or_path.to_owned()),
             r: common.r,
             lora_alpha: common.lora_alpha,
             target_modules: Some(Modules::Names(config.target_modules.clone())),
             exclude_modules: None,
-            layers_to_transform: Some(OneOrMany::Many((0..config.layers).collect())),
+            layers_to_transform: (!is_everywhere).then(|| OneOrMany::Many((0..config.layers).collect())),
             layers_pattern: None,
             modules_to_save: (!modules_to_save.is_empty()).then_some(modules_to_save),
             bias: none(),
@@ -119,9 +142,17 @@ impl PeftConfig {
             alpha_pattern: Patterns(alpha_pattern.into_iter().collect()),
             others: Map::new(),
         };
+        for module in ranks.keys() {
+            ensure!(config.targets(module), left_out(module, "target_modules"));
+            ensure!(config.reaches(module), left_out(module, "layers_to_transform"));
+        }
+        // PEFT looks for a layer's number behind two names: where it would find none, every module is named whole.
+        if ranks.keys().any(|module| peft.targets(module).is_err()) {
+            peft.target_modules = Some(Modules::Names(ranks.keys().cloned().collect()));
+            peft.layers_to_transform = None;
+        }
         for (module, rank) in ranks {
-            // What PEFT will make of it: it looks for the layer's number after a name and a dot, and for patterns in order.
-            peft.targets(module)?;
+            // What PEFT will make of it: it goes through patterns in order.
             let found = peft.rank(module)?;
             ensure!(found == *rank, "the patterns of {module} would be read as {found:?}, not as {rank:?}");
         }
@@ -155,9 +186,8 @@ impl PeftConfig {
 
     /// An error where PEFT would leave the module at `path` without an adapter (its `check_target_module_exists`).
     pub(super) fn targets(&self, path: &str) -> Result<()> {
-        let left_out = |key: &str| format!("`{path}` has an adapter in {ADAPTER_TENSORS}, but `{key}` leaves it out");
         if let Some(exclude) = &self.exclude_modules {
-            ensure!(!exclude.contains(path).context("`exclude_modules`")?, left_out("exclude_modules"));
+            ensure!(!exclude.contains(path).context("`exclude_modules`")?, left_out(path, "exclude_modules"));
         }
         let target = self.target_modules.as_ref().context("`target_modules` is missing")?;
         // A head that is tied to an adapted embedding gets an adapter of its own, though nobody named it.
@@ -167,12 +197,12 @@ impl PeftConfig {
         {
             return Ok(());
         }
-        ensure!(target.contains(path).context("`target_modules`")?, left_out("target_modules"));
+        ensure!(target.contains(path).context("`target_modules`")?, left_out(path, "target_modules"));
         let layers = self.layers_to_transform.as_ref().map_or(&[][..], OneOrMany::as_slice);
         // A module that is named by its whole path lies in no layer that is asked about.
         if !layers.is_empty() && !target.has(path) {
             let layer = self.layer_of(path).context("`layers_pattern`")?;
-            ensure!(layer.is_some_and(|layer| layers.contains(&layer)), left_out("layers_to_transform"));
+            ensure!(layer.is_some_and(|layer| layers.contains(&layer)), left_out(path, "layers_to_transform"));
         }
         Ok(())
     }
@@ -201,10 +231,16 @@ impl PeftConfig {
 
     /// The same in our words; `ranks` are those of all modules that have an adapter.
     pub(super) fn lora_config(&self, ranks: &BTreeMap<String, Rank>) -> LoraConfig {
-        let last = ranks.keys().filter_map(|path| path.split('.').find_map(|part| part.parse::<i64>().ok())).max();
+        // None where a module lies in no layer.
+        let last = ranks
+            .keys()
+            .map(|path| in_layer(path).0)
+            .collect::<Option<Vec<i64>>>()
+            .and_then(|all| all.into_iter().max());
         let listed = self.layers_to_transform.as_ref().map_or(&[][..], OneOrMany::as_slice);
         let first = listed.iter().copied().eq(0..listed.len() as i64); // none listed: all of them
-        let layers = if first && !listed.is_empty() { listed.len() as i64 } else { last.map_or(1, |last| last + 1) };
+        let layers =
+            if first && !listed.is_empty() { listed.len() as i64 } else { last.map_or(ALL_LAYERS, |last| last + 1) };
         let target_modules = match &self.target_modules {
             Some(Modules::Names(names)) if first && self.exclude_modules.is_none() => names.clone(),
             _ => ranks.keys().cloned().collect(),
@@ -225,6 +261,11 @@ impl PeftConfig {
             answers_on: None,
         }
     }
+}
+
+/// A module that has an adapter where the configuration has none.
+fn left_out(path: &str, key: &str) -> String {
+    format!("`{path}` has an adapter in {ADAPTER_TENSORS}, but `{key}` leaves it out")
 }
 
 /// The modules whose rank or alpha is not the common one, by their whole paths.

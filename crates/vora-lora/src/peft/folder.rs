@@ -10,7 +10,7 @@ use vora_files::write_bytes;
 use vora_torch::checkpoint::{Checkpoint, save};
 use vora_torch::weights::Weights;
 
-use super::config::{ADAPTER_TENSORS, CONFIG, PEFT_PREFIX, PeftConfig};
+use super::config::{ADAPTER_TENSORS, BaseModel, CONFIG, PEFT_PREFIX, PeftConfig};
 use crate::adapter::{EMBEDDING_HALVES, LINEAR_HALVES, MAGNITUDE, adapted_module};
 use crate::attach::{Visit, attach_all};
 use crate::config::LoraConfig;
@@ -173,16 +173,14 @@ impl AdapterFolder {
         Ok(Weights::open(&self.path.join(ADAPTER_TENSORS), device, kind)?.pp(PEFT_PREFIX.trim_end_matches('.')))
     }
 
-    /// Attaches it as `name` to the linears of a model whose layers lie at `layers` (`model.layers`) in it, and says
-    /// how many those were; see [`attach_all`]. Modules saved whole are left to the caller, who finds them in
-    /// [`AdapterFolder::weights`].
+    /// Attaches it as `name` to the linears of a model, and says how many those were; see [`attach_all`]. Modules saved whole
+    /// are left to the caller, who finds them in [`AdapterFolder::weights`].
     ///
     /// # Errors
     /// Lists what does not fit: an adapter of another model. LoRA on an embedding and trained biases can only be merged.
     pub fn attach(
         &self,
         name: &str,
-        layers: &str,
         device: Device,
         linears: impl FnOnce(&mut Visit<'_>) -> Result<()>,
     ) -> Result<usize> {
@@ -192,7 +190,7 @@ impl AdapterFolder {
         };
         self.linears_only()?;
         let weights = self.weights(device, Kind::Float)?;
-        let attached = attach_all(name, &self.config, &weights.pp(layers), linears).with_context(doing)?;
+        let attached = attach_all(name, &self.config, &weights, linears).with_context(doing)?;
         weights.finish_allowing(|name| adapted_module(name).is_none()).with_context(doing)?;
         Ok(attached)
     }
@@ -219,12 +217,16 @@ fn modules(tensors: &Checkpoint) -> Result<Vec<String>> {
 /// Writes an adapter folder that PEFT's `from_pretrained` reads; each file is written beside its place and renamed.
 ///
 /// `tensors` go by their names in the base model: `<path>.lora_A.weight`, `<path>.lora_B.weight`, DoRA's
-/// `<path>.lora_magnitude_vector`, and modules saved whole. `base_model` is where PEFT finds the base: a hub name or a
-/// folder.
+/// `<path>.lora_magnitude_vector`, and modules saved whole.
 ///
 /// # Errors
 /// Names a tensor whose rank is not the one that `config` gives its module, and a module that PEFT would give another.
-pub fn save_adapter(folder: &Path, config: &LoraConfig, base_model: &str, tensors: &[(String, Tensor)]) -> Result<()> {
+pub fn save_adapter(
+    folder: &Path,
+    config: &LoraConfig,
+    base_model: BaseModel<'_>,
+    tensors: &[(String, Tensor)],
+) -> Result<()> {
     config.validate()?;
     let mut whole: BTreeSet<&str> = BTreeSet::new();
     let mut ranks = BTreeMap::new();

@@ -5,5 +5,5 @@ mod folder;
 #[cfg(test)]
 mod tests;
 
-pub use config::{ADAPTER_TENSORS, PEFT_PREFIX};
+pub use config::{ADAPTER_TENSORS, BaseModel, PEFT_PREFIX};
 pub use folder::{AdapterError, AdapterFolder, save_adapter};

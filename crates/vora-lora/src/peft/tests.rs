@@ -10,9 +10,9 @@ use tch::nn::Module;
 use tch::{Device, Kind, Tensor};
 use vora_torch::weights::{Init, Weights};
 
-use super::config::{ADAPTER_TENSORS, CONFIG, PEFT_PREFIX};
+use super::config::{ADAPTER_TENSORS, BaseModel, CONFIG, PEFT_PREFIX};
 use super::folder::{AdapterError, AdapterFolder, save_adapter};
-use crate::attach::Visit;
+use crate::attach::{Visit, attach_all};
 use crate::config::LoraConfig;
 use crate::linear::Linear;
 
@@ -41,7 +41,7 @@ impl Model {
     fn visit(&mut self, visit: &mut Visit<'_>) -> Result<()> {
         for (layer_idx, layer) in self.layers.iter_mut().enumerate() {
             for (module, linear) in layer {
-                visit(layer_idx, module, linear)?;
+                visit(&format!("model.layers.{layer_idx}.{module}"), linear)?;
             }
         }
         Ok(())
@@ -57,7 +57,7 @@ impl Model {
 
     fn attach(&mut self, folder: &Path) -> Result<usize> {
         let adapter = AdapterFolder::open(folder)?;
-        let attached = adapter.attach("default", "model.layers", Device::Cpu, |visit| self.visit(visit))?;
+        let attached = adapter.attach("default", Device::Cpu, |visit| self.visit(visit))?;
         let weights = adapter.weights(Device::Cpu, Kind::Float)?.pp("model.norm");
         for (slot, name) in self.norm.iter_mut().zip(["weight", "bias"]) {
             *slot = weights.get(name, &[8], Init::Required)?;
@@ -87,7 +87,7 @@ fn writes_what_the_reference_would() {
         .map(|(name, t)| (name.strip_prefix(PEFT_PREFIX).unwrap().to_owned(), t))
         .collect();
     let folder = tempfile::tempdir().unwrap();
-    save_adapter(folder.path(), adapter.config(), "some/base", &tensors).unwrap();
+    save_adapter(folder.path(), adapter.config(), BaseModel::new("some/base"), &tensors).unwrap();
 
     let read = |folder: &Path| -> Value { serde_json::from_slice(&fs::read(folder.join(CONFIG)).unwrap()).unwrap() };
     let (ours, theirs) = (read(folder.path()), read(&peft_folder()));
@@ -110,20 +110,71 @@ fn vora_scaling_survives_the_file() {
     let t = |shape: [i64; 2]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
     let name = |half| format!("model.layers.0.mlp.up_proj.{half}.weight");
     let tensors = [(name("lora_A"), t([3, 4])), (name("lora_B"), t([5, 3]))];
-    save_adapter(folder.path(), &config, "base", &tensors).unwrap();
+    save_adapter(folder.path(), &config, BaseModel::new("base"), &tensors).unwrap();
     let text = fs::read_to_string(folder.path().join(CONFIG)).unwrap();
     assert!(text.contains(r#""lora_alpha": 3.0"#), "{text}");
     assert_eq!(AdapterFolder::open(folder.path()).unwrap().config(), &config);
-    // What PEFT would leave out or read otherwise is not written.
+    // What the configuration leaves out is not written.
     let rest = |name: &str| format!("{name}.lora_A.weight");
     for (name, r, says) in [
-        ("layers.0.mlp.up_proj", 3, "`layers.0.mlp.up_proj` has an adapter in"),
         ("model.layers.1.mlp.up_proj", 3, "`layers_to_transform` leaves it out"),
         ("model.layers.0.mlp.xy_proj", 3, "`target_modules` leaves it out"),
         ("model.layers.0.mlp.up_proj", 2, "lora_A.weight` is [2, 4], but lora.r is 3"),
     ] {
-        let error = save_adapter(folder.path(), &config, "base", &[(rest(name), t([r, 4]))]).unwrap_err();
+        let error =
+            save_adapter(folder.path(), &config, BaseModel::new("base"), &[(rest(name), t([r, 4]))]).unwrap_err();
         assert!(error.to_string().contains(says), "{error}");
+    }
+}
+
+/// Models of other people: linears in no layer, and layers where PEFT looks for none.
+#[test]
+fn any_model_comes_back_from_its_folder() {
+    let cases: [(&[&str], LoraConfig, Value, Value); 3] = [
+        (&["fc1", "fc2"], LoraConfig::of_modules(2, ["fc1", "fc2"]), serde_json::json!(["fc1", "fc2"]), Value::Null),
+        (
+            &["blocks.0.fc", "blocks.1.fc"],
+            LoraConfig { target_modules: vec!["fc".into()], ..LoraConfig::new(2, 1) },
+            serde_json::json!(["blocks.0.fc"]), // PEFT finds a layer's number behind two names only
+            Value::Null,
+        ),
+        (
+            &["net.blocks.0.fc", "net.blocks.1.fc"],
+            LoraConfig { target_modules: vec!["fc".into()], ..LoraConfig::new(2, 1) },
+            serde_json::json!(["fc"]),
+            serde_json::json!([0]),
+        ),
+    ];
+    for (paths, config, targets, layers) in cases {
+        let source = Weights::random(1, Device::Cpu, Kind::Float);
+        let model = || {
+            let linear = |path: &&str| ((*path).to_owned(), Linear::load(&source.pp(path), 4, 4, false).unwrap());
+            paths.iter().map(linear).collect::<Vec<_>>()
+        };
+        fn visit(model: &mut [(String, Linear)], visit: &mut Visit<'_>) -> Result<()> {
+            model.iter_mut().try_for_each(|(path, linear)| visit(path, linear))
+        }
+        let (mut trained, adapters) = (model(), Weights::random(2, Device::Cpu, Kind::Float));
+        attach_all("own", &config, &adapters, |walk| visit(&mut trained, walk)).unwrap();
+        for (name, tensor) in adapters.parameters().iter().filter(|(name, _)| name.ends_with("lora_B.weight")) {
+            let _ = tch::no_grad(|| tensor.shallow_clone().fill_(0.1 * name.len() as f64));
+        }
+        let folder = tempfile::tempdir().unwrap();
+        save_adapter(folder.path(), &config, BaseModel::new("own/model"), &adapters.parameters()).unwrap();
+        let json: Value = serde_json::from_slice(&fs::read(folder.path().join(CONFIG)).unwrap()).unwrap();
+        assert_eq!(
+            [&json["target_modules"], &json["layers_to_transform"], &json["task_type"]],
+            [&targets, &layers, &Value::Null]
+        );
+
+        let mut opened = model();
+        let attached =
+            AdapterFolder::open(folder.path()).unwrap().attach("own", Device::Cpu, |walk| visit(&mut opened, walk));
+        assert_eq!(attached.unwrap(), adapters.parameters().len() / 2);
+        let x = Tensor::ones([1, 4], (Kind::Float, Device::Cpu));
+        for ((_, trained), (path, opened)) in trained.iter().zip(&opened) {
+            assert!(trained.forward(&x).equal(&opened.forward(&x)), "{path}");
+        }
     }
 }
 
@@ -142,10 +193,13 @@ fn an_adapter_of_another_model_is_told() {
         .collect();
     let adapter = AdapterFolder::open(&peft_folder()).unwrap();
     let error = adapter
-        .attach("x", "model.layers", Device::Cpu, |visit| {
+        .attach("x", Device::Cpu, |visit| {
             layers.iter_mut().enumerate().try_for_each(|(i, linear)| {
-                visit(i, "self_attn.q_proj", linear)?;
-                visit(i, "self_attn.v_proj", &mut Linear::load(&weights.pp("layers.0.self_attn.v_proj"), 10, 4, false)?)
+                visit(&format!("model.layers.{i}.self_attn.q_proj"), linear)?;
+                visit(
+                    &format!("model.layers.{i}.self_attn.v_proj"),
+                    &mut Linear::load(&weights.pp("layers.0.self_attn.v_proj"), 10, 4, false)?,
+                )
             })
         })
         .unwrap_err();
@@ -190,7 +244,9 @@ impl Stack {
 
     fn visit(&mut self, visit: &mut Visit<'_>) -> Result<()> {
         self.0.iter_mut().enumerate().try_for_each(|(layer_idx, layer)| {
-            layer.iter_mut().try_for_each(|(module, linear)| visit(layer_idx, module, linear))
+            layer
+                .iter_mut()
+                .try_for_each(|(module, linear)| visit(&format!("model.layers.{layer_idx}.{module}"), linear))
         })
     }
 
@@ -203,9 +259,8 @@ impl Stack {
     /// Every tensor of its adapters, as [`save_adapter`] takes them.
     fn adapters(&mut self) -> Vec<(String, Tensor)> {
         let mut tensors = Vec::new();
-        let mut take = |layer_idx: usize, module: &str, linear: &mut Linear| {
+        let mut take = |path: &str, linear: &mut Linear| {
             for adapter in linear.adapters() {
-                let path = format!("model.layers.{layer_idx}.{module}");
                 tensors
                     .extend(adapter.tensors().map(|(name, tensor)| (format!("{path}.{name}"), tensor.shallow_clone())));
             }
@@ -240,11 +295,11 @@ fn every_option_of_the_reference_computes_and_merges_the_same() {
             let theirs = fixtures::root().join("golden/peft_folders").join(case);
             let folder = AdapterFolder::open(if rewritten { written.path() } else { &theirs }).unwrap();
             let mut stack = Stack::load(&golden);
-            let attached = folder.attach("x", "model.layers", Device::Cpu, |visit| stack.visit(visit)).unwrap();
+            let attached = folder.attach("x", Device::Cpu, |visit| stack.visit(visit)).unwrap();
             assert_eq!(attached, adapters, "{case}");
             assert_close_to(&stack.forward(&golden["x"]), y, 1e-5);
             if !rewritten {
-                save_adapter(written.path(), folder.config(), "base", &stack.adapters()).unwrap();
+                save_adapter(written.path(), folder.config(), BaseModel::new("base"), &stack.adapters()).unwrap();
                 AdapterFolder::open(written.path()).unwrap().expect(folder.config()).unwrap();
             }
             for (layer_idx, layer) in stack.0.iter_mut().enumerate() {
@@ -303,7 +358,7 @@ fn a_dora_trains_and_merges_for_good() {
     let golden = fixtures::open("peft_folders");
     let mut stack = Stack::load(&golden);
     let folder = AdapterFolder::open(&fixtures::root().join("golden/peft_folders/dora")).unwrap();
-    folder.attach("x", "model.layers", Device::Cpu, |visit| stack.visit(visit)).unwrap();
+    folder.attach("x", Device::Cpu, |visit| stack.visit(visit)).unwrap();
     stack.forward(&golden["x"]).square().sum(Kind::Float).backward();
     let q_proj = &mut stack.0[1][0].1;
     let adapter = q_proj.adapters().next().unwrap();

@@ -6,7 +6,9 @@ use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_files::{tell_once, write_folder_atomically};
 use vora_llm::{CausalLm, LlmConfig};
-use vora_lora::{ADAPTER_TENSORS, ActsOn, AdapterFolder, LoraConfig, PEFT_PREFIX, merge_state_dict, save_adapter};
+use vora_lora::{
+    ADAPTER_TENSORS, ActsOn, AdapterFolder, BaseModel, LoraConfig, PEFT_PREFIX, merge_state_dict, save_adapter,
+};
 use vora_torch::checkpoint::Shards;
 use vora_torch::checkpoint::{Checkpoint, TensorInfo, save_each};
 use vora_torch::weights::Weights;
@@ -107,7 +109,7 @@ impl Conversion {
                         let in_base = info.name.strip_prefix(PEFT_PREFIX).unwrap_or(&info.name).to_owned();
                         Ok((in_base, self.tensor(&info.name)?))
                     });
-                    save_adapter(folder, lora, base, &adapter.collect::<Result<Vec<_>>>()?)?;
+                    save_adapter(folder, lora, BaseModel::causal_lm(base), &adapter.collect::<Result<Vec<_>>>()?)?;
                     save_each(&folder.join(VISION), &self.infos_in(VISION), &[], |name| self.tensor(name))?;
                 }
             }
@@ -491,7 +493,7 @@ mod tests {
         }
         tensors.extend(whole.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.shallow_clone())));
         fs::create_dir(path).unwrap();
-        save_adapter(path, &lora, "some/base", &tensors).unwrap();
+        save_adapter(path, &lora, BaseModel::causal_lm("some/base"), &tensors).unwrap();
     }
 
     #[test]

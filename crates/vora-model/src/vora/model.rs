@@ -61,9 +61,8 @@ impl Vora {
         }
         let is_merged = self.lora().is_none();
         let mut wanted = Vec::new();
-        self.llm().linears(&mut |layer_idx, module, _| {
-            let path = format!("model.layers.{layer_idx}.{module}");
-            wanted.extend(self.config.has_layer_bias(&format!("{path}.bias")).then_some(path));
+        self.llm().linears(&mut |path, _| {
+            wanted.extend(self.config.has_layer_bias(&format!("{path}.bias")).then(|| path.to_owned()));
             Ok(())
         })?;
         let has = |weights: &Weights| wanted.iter().any(|path| weights.pp(path).contains("bias"));
@@ -72,14 +71,13 @@ impl Vora {
             return Ok(());
         }
         let from_llm = is_merged && has(llm);
-        self.llm_mut().linears_mut(&mut |layer_idx, module, linear| {
-            let path = format!("model.layers.{layer_idx}.{module}");
-            if wanted.contains(&path) {
+        self.llm_mut().linears_mut(&mut |path, linear| {
+            if wanted.iter().any(|wanted| wanted == path) {
                 let shape = [linear.out_features()];
                 linear.set_bias(if from_llm {
-                    llm.pp(&path).get("bias", &shape, Init::Zeros)?
+                    llm.pp(path).get("bias", &shape, Init::Zeros)?
                 } else {
-                    trained.pp(&path).parameter("bias", &shape, Init::Zeros)?
+                    trained.pp(path).parameter("bias", &shape, Init::Zeros)?
                 });
             }
             Ok(())
@@ -197,8 +195,8 @@ mod tests {
         let mut broken = None;
         model
             .llm_mut()
-            .linears_mut(&mut |_, name, linear| {
-                if name == "mlp.up_proj" && broken.is_none() {
+            .linears_mut(&mut |path, linear| {
+                if path.ends_with("mlp.up_proj") && broken.is_none() {
                     let b = linear.adapters().next().expect("an adapter").lora_b().shallow_clone();
                     broken = Some(b.detach().copy());
                     let _ = tch::no_grad(|| b.get(0).get(0).fill_(f64::NAN));
@@ -207,12 +205,12 @@ mod tests {
             })
             .unwrap();
         let error = format!("{:#}", model.merge().unwrap_err());
-        assert!(error.contains("cannot merge: layers.0.mlp.up_proj: lora_B of the adapter"), "{error}");
+        assert!(error.contains("cannot merge: model.layers.0.mlp.up_proj: lora_B of the adapter"), "{error}");
         // Nothing was merged: with the number mended the model is what it was.
         model
             .llm_mut()
-            .linears_mut(&mut |_, name, linear| {
-                if name == "mlp.up_proj"
+            .linears_mut(&mut |path, linear| {
+                if path.ends_with("mlp.up_proj")
                     && let Some(b) = broken.take()
                 {
                     tch::no_grad(|| linear.adapters().next().expect("still apart").lora_b().shallow_clone().copy_(&b));
@@ -276,7 +274,7 @@ mod tests {
         assert!(logits(&Vora::open(folder.path(), Device::Cpu, Kind::Float).unwrap()).equal(&expected));
 
         dora.llm()
-            .linears(&mut |_, _, linear| {
+            .linears(&mut |_, linear| {
                 for magnitude in linear.adapters().filter_map(|adapter| adapter.magnitude()) {
                     let _ = tch::no_grad(|| magnitude.get(0).fill_(f64::NAN));
                 }

@@ -33,6 +33,13 @@ pub struct OptimizerConfig {
     pub max_grad_norm: f64,
 }
 
+/// Those of HF's `TrainingArguments`.
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, max_grad_norm: 1.0 }
+    }
+}
+
 /// Parameters that share a rate and a decay.
 #[derive(Debug)]
 struct Group {
@@ -56,6 +63,15 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
+    /// Of parameters that all learn at one rate, without weight decay: those of [`Weights`](crate::weights::Weights).
+    ///
+    /// # Errors
+    /// See [`Optimizer::new`].
+    pub fn adamw(parameters: Vec<(String, Tensor)>, learning_rate: f64, config: OptimizerConfig) -> Result<Self> {
+        let parameter = |(name, tensor)| Parameter { name, tensor, learning_rate, weight_decay: 0.0 };
+        Self::new(parameters.into_iter().map(parameter).collect(), config)
+    }
+
     /// Starts with running means of zero. The parameters are f32 leaves; those of one rate and one decay make a group.
     ///
     /// # Errors

@@ -276,7 +276,7 @@ fn activations(config: &TrainConfig, student: &Student, parameters: &Parameters,
     let layer = tokens * element * (4 * hidden + 3 * heads + 2 * kv + 3 * intermediate);
     let state = tokens * element * hidden;
     let mut rank = 0; // columns of all adapters' inner products
-    let visited = llm.linears(&mut |_, _, linear| {
+    let visited = llm.linears(&mut |_, linear| {
         rank += linear.adapters().map(|adapter| adapter.r() as u64).sum::<u64>();
         Ok(())
     });

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use tch::{Device, Tensor};
 use vora_files::write_bytes;
-use vora_lora::{LoraConfig, save_adapter};
+use vora_lora::{BaseModel, LoraConfig, save_adapter};
 use vora_model::beside::{CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, copy_text_files, text_files};
 use vora_model::trained::{LLM, MODEL, Parts, VISION};
 use vora_torch::checkpoint::save;
@@ -55,7 +55,7 @@ impl Snapshot {
     /// Where a file cannot be read from the LLM's folder or not be written.
     pub fn write(&self, folder: &Path) -> Result<()> {
         if let Some(lora) = &self.lora {
-            save_adapter(folder, lora, &self.llm_name, &self.parts.adapter)?;
+            save_adapter(folder, lora, BaseModel::causal_lm(&self.llm_name), &self.parts.adapter)?;
         }
         let parts = &self.parts;
         for (tensors, file) in [(&parts.llm, LLM), (&parts.vision, VISION), (&parts.whole, MODEL)] {
