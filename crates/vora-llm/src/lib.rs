@@ -1,10 +1,10 @@
 //! Llama-family and Chameleon decoders over libtorch: attention over spans of text and images, sliding windows, a KV
 //! cache, hidden states of chosen layers, logits where they are asked for. It knows no pixels: an image is a span of
-//! embeddings that somebody else made. It trains nothing and samples nothing.
+//! embeddings that somebody else made. It trains nothing, and which token comes next is its caller's choice.
 //!
 //! ```
 //! use tch::{Device, Kind, Tensor};
-//! use vora_llm::{AttentionPlan, CausalLm, LlmConfig, VisionAttention};
+//! use vora_llm::{AttentionPlan, CausalLm, GenerationConfig, LlmConfig, VisionAttention, greedy};
 //! use vora_text::{Span, Spans};
 //! use vora_torch::weights::Weights;
 //!
@@ -19,6 +19,10 @@
 //! assert_eq!(output.hidden_states.len(), 2); // the embeddings, and what the first layer made of them
 //! let last = output.last_hidden_state.select(1, -1); // [batch, hidden]
 //! assert_eq!(llm.logits(&last).size(), [1, 64]);
+//!
+//! // Words go on without all that.
+//! let texts = llm.generate(&[[5i64, 3]], &GenerationConfig::new(8), greedy)?; // ids before, ids after
+//! assert_eq!(texts[0].len(), 8);
 //! # Ok(())
 //! # }
 //! ```
@@ -37,7 +41,7 @@ mod rotary;
 pub use architecture::{MODEL_TYPES, QkNorm, absent_sizes, hf_class};
 pub use attention::{Attention, AttentionPlan, KernelChoice, VisionAttention, attend};
 pub use config::{LlmConfig, TokenIds};
-pub use decoder::{CausalLm, Decoder, DecoderLayer, DropoutSeed, Output, Pass};
+pub use decoder::{CausalLm, Decoder, DecoderLayer, DropoutSeed, GenerationConfig, Output, Pass, greedy};
 pub use error::{CacheError, ConfigError};
 pub use head_norm::HeadNorm;
 pub use kv_cache::KvCache;

@@ -3,6 +3,7 @@
 
 mod causal_lm;
 mod dropout;
+mod generate;
 mod layer;
 mod pass;
 mod recompute;
@@ -17,6 +18,7 @@ mod training;
 
 pub use causal_lm::CausalLm;
 pub use dropout::DropoutSeed;
+pub use generate::{GenerationConfig, greedy};
 pub use layer::DecoderLayer;
 pub use pass::Pass;
 pub use stack::{Decoder, Output};

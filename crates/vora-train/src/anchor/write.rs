@@ -5,9 +5,9 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 use vora_data::Preparation;
-use vora_llm::{AttentionPlan, CausalLm, VisionAttention};
+use vora_llm::{CausalLm, GenerationConfig};
 use vora_recipe::TextAnchor;
-use vora_text::{Message, Piece, Spans};
+use vora_text::{Message, Piece};
 
 use super::prompts::{QUESTIONS, STARTS};
 use super::texts::Held;
@@ -94,29 +94,8 @@ impl Writer<'_> {
 
     /// Each prompt with what the LLM adds to it, up to `max_length` tokens or one that ends a text, which is part of it.
     fn go_on(&mut self, prompts: &[Vec<i64>], max_length: usize) -> Result<Vec<Vec<i64>>> {
-        let llm = self.llm;
-        let (padded, spans) = Spans::padded(prompts);
-        let plan = AttentionPlan::new(&spans, VisionAttention::Causal, llm.device(), llm.kind())?.without_adapters();
-        let input_ids = Tensor::from_slice(&padded).view([-1, spans.seq()]).to_device(llm.device());
-        // The longest prompt's row goes on while the shortest one's text is not done.
-        let mut cache = llm.new_cache(spans.batch(), max_length as i64 + spans.seq())?;
-        let mut logits = llm.prefill(&llm.embed(&input_ids), &plan, &mut cache)?; // [rows, vocab]
-        let mut texts = prompts.to_vec();
-        let mut is_open = vec![true; texts.len()];
-        loop {
-            let drawn = draw(&logits, self.temperature, &mut self.random)?;
-            for ((text, is_open), token) in texts.iter_mut().zip(&mut is_open).zip(&drawn) {
-                if *is_open {
-                    text.push(*token);
-                    *is_open = text.len() < max_length && !self.stop.contains(token);
-                }
-            }
-            if !is_open.contains(&true) {
-                return Ok(texts);
-            }
-            // A row that has ended goes on with whatever was drawn, of which nothing is kept.
-            logits = llm.decode_step(&Tensor::from_slice(&drawn).unsqueeze(1).to_device(llm.device()), &mut cache)?;
-        }
+        let config = GenerationConfig::new(max_length).with_eos_token_id(self.stop).without_adapters();
+        self.llm.generate(prompts, &config, |logits| draw(logits, self.temperature, &mut self.random))
     }
 }
 
