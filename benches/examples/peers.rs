@@ -112,6 +112,7 @@ fn compare(args: &Args) -> Result<()> {
         let unused = [("--python", &args.python), ("--script", &args.script)];
         let numbers = [("--tokens", tokens), ("--words", args.words), ("--batch", args.batch), ("--rank", args.rank)];
         let mut ours = Command::new(std::env::current_exe()?);
+        ours.envs(runtime::missing_environment()); // as the program has it
         ours.args(["--turns", "--dtype", &args.dtype, "--steps", &args.steps.to_string()]);
         for (key, path) in paths.iter().chain(&unused) {
             ours.arg(key).arg(path);

@@ -62,16 +62,13 @@ enum Command {
     Download(download::Args),
 }
 
-/// Rounds that an OpenMP thread waits awake for work. libgomp's own 300 000 starve the thread that is waited for where
-/// other processes want the cores; beside two of them a training step took some 25 times as long.
-const GOMP_SPINCOUNT: &str = "10000";
-
-/// libgomp reads its bound when it is loaded, which is before `main`: the program starts itself again with it, in the
-/// same process. A bound or a policy that the user set stays.
+/// What libraries read of the environment they read before `main`: the program starts itself again with what is missing of it,
+/// in the same process.
 #[cfg(target_os = "linux")]
-fn bound_spinning() {
+fn complete_environment() {
     use std::os::unix::process::CommandExt;
-    if ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"].iter().any(|name| std::env::var_os(name).is_some()) {
+    let missing: Vec<_> = vora_torch::runtime::missing_environment().collect();
+    if missing.is_empty() {
         return;
     }
     if let Ok(program) = std::env::current_exe() {
@@ -81,13 +78,13 @@ fn bound_spinning() {
             again.arg0(name);
         }
         // It returns only where it failed: then the work is done here, perhaps slower.
-        let _ = again.args(args).env("GOMP_SPINCOUNT", GOMP_SPINCOUNT).exec();
+        let _ = again.args(args).envs(missing).exec();
     }
 }
 
 fn main() -> ExitCode {
     #[cfg(target_os = "linux")]
-    bound_spinning();
+    complete_environment();
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("VORA_LOG").unwrap_or_else(|_| "warn".into()))
         .with_writer(std::io::stderr)

@@ -2,9 +2,9 @@
 //! one program for CPU and CUDA machines, strict reading and atomic writing of safetensors, reading of GGUF, a fused
 //! AdamW, and error text without C++ frames. It knows no model, no adapter and no image, and trains nothing by itself.
 //!
-//! A program that links it should start with `GOMP_SPINCOUNT=10000` in its environment (libgomp reads it when it is loaded):
-//! without a bound, OpenMP's threads wait awake for milliseconds, and beside other processes that starves the one that is
-//! waited for. The program `vora` starts itself again with it.
+//! A program that links it should start with the variables of [`runtime::missing_environment`], which libraries read when they
+//! are loaded: beside other processes a step is else many times as slow, and alone by a tenth. The program `vora` starts
+//! itself again with them.
 //!
 //! ```
 //! use tch::{Device, Kind};

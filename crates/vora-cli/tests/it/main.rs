@@ -65,15 +65,20 @@ fn a_reader_that_has_enough_is_no_error() {
     assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(141), "")); // 128 + SIGPIPE
 }
 
-/// libgomp reads how long it may wait when it is loaded: it has to stand in the environment that the program starts with.
+/// libgomp reads how long it may wait, and glibc how it keeps memory, when they are loaded: it has to stand in the environment that
+/// the program starts with.
 #[cfg(target_os = "linux")]
 #[test]
-fn waiting_is_bounded_unless_the_user_bounded_it() {
+fn what_libraries_read_stands_in_the_environment_unless_the_user_said_otherwise() {
+    const VARIABLES: [&str; 4] = ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GLIBC_TUNABLES", "MALLOC_TOP_PAD_"];
     let folder = tempfile::tempdir().unwrap();
     let run = format!("output_dir={}", folder.path().display());
     let environment = |set: Option<(&str, &str)>| {
         let mut command = program();
-        command.env_remove("GOMP_SPINCOUNT").env_remove("OMP_WAIT_POLICY").envs(set);
+        for name in VARIABLES {
+            command.env_remove(name);
+        }
+        command.envs(set);
         command.args([
             "train",
             "--config",
@@ -93,15 +98,20 @@ fn waiting_is_bounded_unless_the_user_bounded_it() {
         child.kill().unwrap();
         child.wait().unwrap();
         std::fs::remove_file(log).unwrap();
-        let of = |name: &str| {
-            let entries = environment.split(|&byte| byte == 0).map(text);
-            entries.filter(|entry| entry.starts_with(name)).collect::<Vec<_>>()
-        };
-        [of("GOMP_SPINCOUNT="), of("OMP_WAIT_POLICY=")].concat()
+        let entries = environment.split(|&byte| byte == 0).map(text);
+        VARIABLES.map(|name| {
+            let start = format!("{name}=");
+            entries.clone().find_map(|entry| entry.strip_prefix(&start).map(str::to_owned)).unwrap_or_default()
+        })
     };
-    assert_eq!(environment(None), ["GOMP_SPINCOUNT=10000"]);
-    assert_eq!(environment(Some(("GOMP_SPINCOUNT", "7"))), ["GOMP_SPINCOUNT=7"]);
-    assert_eq!(environment(Some(("OMP_WAIT_POLICY", "passive"))), ["OMP_WAIT_POLICY=passive"]);
+    let [spins, _, malloc, _] = environment(None);
+    assert_eq!(spins, "10000");
+    assert!(malloc.starts_with("glibc.malloc.hugetlb=1"), "{malloc}"); // glibc ends each of them in place as it reads them
+    assert_eq!(environment(Some(("GOMP_SPINCOUNT", "7"))), ["7", "", &malloc, ""]);
+    assert_eq!(environment(Some(("OMP_WAIT_POLICY", "passive"))), ["", "passive", &malloc, ""]);
+    let own = "glibc.malloc.arena_max=3";
+    assert_eq!(environment(Some(("GLIBC_TUNABLES", own))), ["10000", "", own, ""]);
+    assert_eq!(environment(Some(("MALLOC_TOP_PAD_", "9"))), ["10000", "", "", "9"]);
 }
 
 #[test]

@@ -1,7 +1,9 @@
-//! The machine: devices and dtypes by name, threads, memory.
+//! The machine: devices and dtypes by name, threads, memory, and the environment that libraries read.
 
 mod device;
+mod environment;
 mod memory;
 
 pub use device::{device, has_bf16, init, kind, name_of, set_threads, synchronize};
+pub use environment::missing_environment;
 pub use memory::{GpuMemory, gpu_memory, machine, memory, peak_memory, process_size};
