@@ -38,3 +38,5 @@ pub use preparation::Preparation;
 pub use records::{Conversations, IMAGE_PLACE, NO_MARK, Record, RecordKeys, short_name};
 pub use sample::{IGNORE_INDEX, QuestionSpan, Sample};
 pub use sources::{Chain, ConversationSource, Mix, RecordFiles, SceneSource, Source};
+pub use vora_image::RgbImage;
+pub use vora_text::{ChatTemplate, Message, Tokenizer};

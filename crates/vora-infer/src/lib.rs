@@ -3,6 +3,8 @@
 //! pictures among words. It cannot train, knows no HTTP, and loads nothing but model folders, merged
 //! or a run's.
 //!
+//! What libtorch needs in a project of your own: [`vora_torch`].
+//!
 //! ```
 //! use tch::Tensor;
 //! use vora_infer::{Sampler, SamplingParams};
@@ -31,3 +33,7 @@ pub use generate::{FinishReason, Generated, generate, generate_batch, generate_w
 pub use passages::{Passage, passages};
 pub use request::Request;
 pub use sampling::{Sampler, SamplingParams};
+pub use tch;
+pub use vora_image::RgbImage;
+pub use vora_model::{Resolve, VisionLanguageModel};
+pub use vora_text::{ChatTemplate, Message, Tokenizer};

@@ -2,6 +2,8 @@
 //! cache, hidden states of chosen layers, logits where they are asked for. It knows no pixels: an image is a span of
 //! embeddings that somebody else made. It trains nothing, and which token comes next is its caller's choice.
 //!
+//! What libtorch needs in a project of your own: [`vora_torch`].
+//!
 //! ```
 //! use tch::{Device, Kind, Tensor};
 //! use vora_llm::{AttentionPlan, CausalLm, GenerationConfig, LlmConfig, VisionAttention, greedy};
@@ -48,3 +50,7 @@ pub use kv_cache::KvCache;
 pub use mlp::Mlp;
 pub use rope::{RopeParameters, RopeScaling};
 pub use rotary::{CosSin, Rotary};
+pub use tch;
+pub use vora_lora::Linear;
+pub use vora_text::{Span, Spans};
+pub use vora_torch::weights::Weights;

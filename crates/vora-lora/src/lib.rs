@@ -4,6 +4,8 @@
 //! `W + scaling * B A` but DoRA, whose adapters it reads and merges. Adapters may act on some of a batch's tokens and
 //! leave the others to the frozen weights ([`ActsOn`], [`Active`]).
 //!
+//! What libtorch needs in a project of your own: [`vora_torch`].
+//!
 //! ```
 //! use vora_lora::optim::{Optimizer, OptimizerConfig};
 //! use vora_lora::tch::{Device, Kind, Tensor, nn::Module};

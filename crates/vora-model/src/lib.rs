@@ -6,6 +6,8 @@
 //! It trains nothing and generates nothing: losses live in `vora-train`, decoding loops in `vora-infer`. It reads no
 //! image file either; pixels come in as tensors.
 //!
+//! What libtorch needs in a project of your own: [`vora_torch`].
+//!
 //! ```
 //! use tch::{Device, Kind, Tensor};
 //! use vora_llm::LlmConfig;
@@ -46,4 +48,8 @@ pub use folder::{Resolve, is_vision_language_model, open, stored_kind};
 pub use llava::{Llava, LlavaConfig, MmProjectorType};
 pub use model::{ImageWriter, Input, VisionLanguageModel};
 pub use plain::PlainLlm;
+pub use tch;
 pub use vora::{Vora, VoraConfig};
+pub use vora_image::RgbImage;
+pub use vora_text::{Span, Spans};
+pub use vora_torch::weights::Weights;

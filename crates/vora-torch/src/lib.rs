@@ -2,6 +2,30 @@
 //! one program for CPU and CUDA machines, strict reading and atomic writing of safetensors, reading of GGUF, a fused
 //! AdamW, and error text without C++ frames. It knows no model, no adapter and no image, and trains nothing by itself.
 //!
+//! # In a project of your own
+//!
+//! ```toml
+//! [dependencies]
+//! vora-torch = { git = "…", rev = "…" } # or any crate above it: vora-lora, vora-llm, …
+//! ```
+//!
+//! Take [`tch`] from here or from the crate above it, as `vora_torch::tch`: it is pinned to the release that pairs with
+//! libtorch 2.11, and one more in your `Cargo.toml` would be another crate with other tensors, of which cargo links one only.
+//!
+//! libtorch 2.11 has to lie somewhere. `LIBTORCH=/path/to/libtorch` names the folder that holds `lib` and `include`, a download from
+//! PyTorch or what `cargo xtask setup` links at `.libtorch`; `LIBTORCH_USE_PYTORCH=1` takes that of the `torch` that `python3` imports.
+//! `cargo run` and `cargo test` then find it. A program that is started by itself finds it by a path that is linked into it,
+//! from a `build.rs` beside your `Cargo.toml`, or else by `LD_LIBRARY_PATH`:
+//!
+//! ```no_run
+//! fn main() {
+//!     println!("cargo:rerun-if-env-changed=LIBTORCH");
+//!     if let Ok(libtorch) = std::env::var("LIBTORCH") {
+//!         println!("cargo:rustc-link-arg=-Wl,-rpath,{libtorch}/lib");
+//!     }
+//! }
+//! ```
+//!
 //! A program that links it should start with the variables of [`runtime::missing_environment`], which libraries read when they
 //! are loaded: beside other processes a step is else many times as slow, and alone by a tenth. The program `vora` starts
 //! itself again with them.
@@ -27,3 +51,5 @@ pub mod nn;
 pub mod optim;
 pub mod runtime;
 pub mod weights;
+
+pub use tch;

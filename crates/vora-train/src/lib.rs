@@ -6,6 +6,8 @@
 //! It draws no progress bar and catches no signal (its caller does, through [`Progress`] and
 //! [`Options::stop`]), downloads nothing, answers no question (the LLM writes the texts of its own anchor), and merges nothing.
 //!
+//! What libtorch needs in a project of your own: [`vora_torch`].
+//!
 //! ```
 //! use vora_recipe::{LearningRates, OptimConfig};
 //! use vora_train::step::optim::optimizer;
@@ -36,3 +38,5 @@ pub use run::progress::{Progress, Silent};
 pub use run::size::{BatchShape, Memory, Parameters, Size, TeacherCacheSize};
 pub use run::state::TrainerState;
 pub use run::trainer::{NotFinite, Options, Outcome, Trainer};
+pub use tch;
+pub use vora_recipe::TrainConfig;

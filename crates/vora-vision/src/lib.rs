@@ -2,6 +2,8 @@
 //! [`VqModel`], which turns pictures into the codes of a codebook and back. It knows no language model, no text and no
 //! dataset, and trains nothing by itself.
 //!
+//! What libtorch needs in a project of your own: [`vora_torch`].
+//!
 //! ```
 //! use tch::{Device, Kind, nn::Module};
 //! use vora_torch::weights::Weights;
@@ -37,5 +39,8 @@ pub use encoders::{
 pub use features::{FeatureSelection, VisionFeatureLayer, VisionFeatureSelectStrategy};
 pub use patch_embed::{PatchEmbed, PatchEmbedConfig, PositionTable};
 pub use pixels::{pixel_values, stack};
+pub use tch;
 pub use transformer::{Patchifier, VisionTransformer};
+pub use vora_image::RgbImage;
+pub use vora_torch::weights::Weights;
 pub use vq::{VqConfig, VqLosses, VqModel, to_images};
