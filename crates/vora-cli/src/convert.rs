@@ -39,7 +39,8 @@ Examples:
   vora convert unmerged adapter --to peft
   vora convert llava-1.5-7b-hf renamed --to llava-transformers5 --dry-run
   vora convert llava-1.5-7b-hf vicuna --to llm
-  vora convert big smaller-files --max-shard-size 2GB")]
+  vora convert big smaller-files --max-shard-size 2GB
+  vora convert runs/scenes/merged for-transformers --hf")]
 pub(crate) struct Args {
     /// A folder, a .safetensors or a .gguf file, or a model's name in the hub's cache
     src: String,
@@ -57,6 +58,9 @@ pub(crate) struct Args {
     /// The model below an adapter, where it is not the one that the adapter names
     #[arg(long, value_name = "DIR")]
     base: Option<PathBuf>,
+    /// Also write what HF transformers opens a VoRA's folder with: the code of its classes, and their settings
+    #[arg(long)]
+    hf: bool,
     /// Only say what would be done
     #[arg(long)]
     dry_run: bool,
@@ -92,7 +96,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let options = Options::default()
         .with_layout(args.to)
         .with_kind(args.dtype.map(Dtype::kind))
-        .with_max_shard_size(args.max_shard_size);
+        .with_max_shard_size(args.max_shard_size)
+        .with_hf(args.hf);
     let base = |name: &str| match &args.base {
         Some(base) => Ok(base.clone()),
         None => vora_hub::resolve(name).context("--base DIR says where it lies"),

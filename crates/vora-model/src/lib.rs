@@ -44,4 +44,4 @@ pub use files::FolderError;
 pub use folder::{Resolve, is_vision_language_model, open, stored_kind};
 pub use llava::{Llava, LlavaConfig, MmProjectorType};
 pub use model::{ImageWriter, Input, VisionLanguageModel};
-pub use vora::{Vora, VoraConfig};
+pub use vora::{HfFiles, Vora, VoraConfig};

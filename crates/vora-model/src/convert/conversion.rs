@@ -61,10 +61,15 @@ impl Conversion {
         if source.layout == Layout::Peft {
             source.add_base(resolve)?;
         }
+        ensure!(
+            !options.hf || to == Layout::Vora,
+            "--hf is for a VoRA whose adapters are merged, {} becomes {to}",
+            source.path.display()
+        );
         refuse_other_tokens(&source, to)?;
         let in_source = || format!("converting {} from {} to {to}", source.path.display(), source.layout);
         let steps = plan::steps(&source, to, options.kind).with_context(in_source)?;
-        let side_files = side_files::plan(&source, to, &steps, options.kind).with_context(in_source)?;
+        let side_files = side_files::plan(&source, to, &steps, options).with_context(in_source)?;
         let output = if to == Layout::Peft {
             let vora = source.vora.as_ref().context("an adapter comes out of a VoRA")?;
             let lora = vora.lora.clone().context("config.json has no `lora`, which says what the adapters are")?;

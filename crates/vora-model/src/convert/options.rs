@@ -21,6 +21,8 @@ pub struct Options {
     pub kind: Option<Kind>,
     /// The most bytes of tensors in one file.
     pub max_shard_size: u64,
+    /// Whether a VoRA's folder also gets the files by which HF transformers opens it.
+    pub hf: bool,
 }
 
 impl Options {
@@ -44,11 +46,17 @@ impl Options {
     pub fn with_max_shard_size(self, max_shard_size: u64) -> Self {
         Self { max_shard_size, ..self }
     }
+
+    /// The same with or without the files for HF transformers.
+    #[must_use]
+    pub fn with_hf(self, hf: bool) -> Self {
+        Self { hf, ..self }
+    }
 }
 
 impl Default for Options {
     /// The layout and the dtypes of the source, in files of at most [`Options::MAX_SHARD_SIZE`].
     fn default() -> Self {
-        Self { to: None, kind: None, max_shard_size: Self::MAX_SHARD_SIZE }
+        Self { to: None, kind: None, max_shard_size: Self::MAX_SHARD_SIZE, hf: false }
     }
 }

@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
-use tch::Kind;
 use vora_torch::checkpoint::Shard;
 use vora_torch::checkpoint::TensorInfo;
 
@@ -107,15 +106,4 @@ pub struct FileReport {
     pub name: String,
     /// What becomes of it.
     pub change: Change,
-}
-
-/// A dtype as torch and configs call it: `bfloat16`.
-pub(super) fn dtype(kind: Kind) -> String {
-    match kind {
-        Kind::Float => "float32".to_owned(),
-        Kind::Double => "float64".to_owned(),
-        Kind::Half => "float16".to_owned(),
-        Kind::Int => "int32".to_owned(),
-        other => format!("{other:?}").to_lowercase(),
-    }
 }
