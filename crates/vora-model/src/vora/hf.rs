@@ -16,7 +16,7 @@ use vora_text::{ChatTemplate, Tokenizer};
 use crate::beside::{CHAT_TEMPLATE, GENERATION, PREPROCESSOR, PROCESSOR};
 use crate::files::{dtype, to_object};
 
-use super::config::IMAGE_TOKEN_ID;
+use super::config::{IMAGE_TOKEN_ID, VoraConfig};
 
 /// The code, by the names that the published folders have for it.
 const CODE: [(&str, &str); 3] = [
@@ -67,6 +67,11 @@ impl HfFiles {
         ensure!(!eos_ids.is_empty(), "{} names no token that ends an answer (eos_token_id)", folder.display());
         generation.insert("eos_token_id".into(), json!(eos_ids));
         generation.entry("pad_token_id").or_insert_with(|| json!(eos_ids[0]));
+        // A width that no layer follows here would be followed by classes that ask for nothing else.
+        let llm = VoraConfig::from_json(config.clone())?.llm;
+        if (0..llm.num_hidden_layers).all(|layer_idx| llm.window(layer_idx).is_none()) {
+            config.insert("sliding_window".into(), Value::Null);
+        }
         let patch_size = config["patch_size"].clone();
         config.insert(IMAGE_TOKEN_ID.into(), json!(image_token_id));
         config.insert("architectures".into(), json!(["VoRAForCausalLM"]));
@@ -146,4 +151,83 @@ fn generation(folder: &Path) -> Result<Map<String, Value>> {
     }
     let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_slice(&bytes).with_context(|| format!("{} is not a JSON object", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::{Device, Tensor};
+    use vora_files::checksums;
+    use vora_text::Piece;
+    use vora_torch::weights::Weights;
+
+    use crate::model::{Input, VisionLanguageModel};
+    use crate::vora::Vora;
+
+    /// The pictures of each row of the golden batch.
+    const PICTURES: [&[usize]; 3] = [&[0], &[1, 2], &[]];
+
+    fn golden_json() -> Value {
+        serde_json::from_slice(&std::fs::read(fixtures::root().join("golden/hf_vora.json")).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn the_golden_file_is_of_this_code() {
+        let code = format!("{}{}", CODE[0].1, CODE[1].1);
+        assert_eq!(
+            golden_json()["code"],
+            checksums::of(code.as_bytes()),
+            "`cargo xtask fixtures hf_vora` makes it again"
+        );
+    }
+
+    /// Words and pictures, of which `ids` have each as many tokens as it has patches.
+    fn input(model: &Vora, ids: &[i64], pictures: &[Tensor], image_token_id: i64) -> Input {
+        let mut pieces = Vec::new();
+        let (mut rest, mut waiting) = (ids, pictures.iter());
+        while let Some((&id, after)) = rest.split_first() {
+            rest = after;
+            if id == image_token_id {
+                let (_, height, width) = waiting.next().unwrap().size3().unwrap();
+                let (rows, columns) = model.image_grid(height, width).unwrap();
+                rest = &rest[(rows * columns - 1) as usize..];
+                pieces.push(Piece::Image);
+            } else {
+                pieces.push(Piece::Text { ids: vec![id], supervised: false });
+            }
+        }
+        Input::prompt(&pieces, pictures.iter().map(Tensor::shallow_clone).collect(), model).unwrap()
+    }
+
+    #[test]
+    fn transformers_says_what_we_say() {
+        let (golden, json) = (fixtures::open("hf_vora"), golden_json());
+        for (name, config) in json["configs"].as_object().unwrap() {
+            let image_token_id = config[IMAGE_TOKEN_ID].as_i64().unwrap();
+            let weights = Weights::from_tensors(golden.under(&format!("{name}.weights.")), Device::Cpu, Kind::Float);
+            let model = Vora::load(VoraConfig::from_json(to_object(config).unwrap()).unwrap(), &weights).unwrap();
+            weights.finish().unwrap();
+            for (row, pictures) in PICTURES.into_iter().enumerate() {
+                let of_row = |what: &str| &golden[&format!("{name}.row_{row}.{what}")];
+                let pictures: Vec<_> =
+                    pictures.iter().map(|k| golden[&format!("picture_{k}")].shallow_clone()).collect();
+                let ids = |what: &str| Vec::<i64>::try_from(of_row(what)).unwrap();
+                let (prompt, generated) = (ids("input_ids"), ids("generated"));
+                let all = input(&model, &[prompt.clone(), generated.clone()].concat(), &pictures, image_token_id);
+                let hidden = tch::no_grad(|| model.forward(&all, 0)).unwrap().last_hidden_state.squeeze_dim(0);
+                let logits = model.llm().logits(&hidden).detach(); // [seq, vocab]
+                let len = prompt.len() as i64;
+                fixtures::assert_close(&logits.narrow(0, 0, len), of_row("logits"));
+                let likeliest = logits.narrow(0, len - 1, generated.len() as i64).argmax(-1, false);
+                assert_eq!(Vec::<i64>::try_from(likeliest).unwrap(), generated, "{name}, row {row}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_config_with_a_picture_token_is_read_without_it() {
+        let json = to_object(&golden_json()["configs"]["windows"]).unwrap();
+        let config = VoraConfig::from_json(json).unwrap();
+        assert_eq!((config.llm.sliding_window, config.llm.extra.get(IMAGE_TOKEN_ID)), (Some(5), None));
+    }
 }

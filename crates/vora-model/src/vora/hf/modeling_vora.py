@@ -7,7 +7,7 @@ directions, words as they always did.
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from .configuration_vora import VoRAConfig
@@ -52,6 +52,18 @@ class VoRAVisionEmbedding(nn.Module):
         height, width = pixel_values.shape[-2:]
         patches = self.patchifier(pixel_values.to(self.pos_embed.dtype))
         return self.out_proj(patches + self.positions(height // self.patch_size, width // self.patch_size))
+
+
+class WordsOnly(LogitsProcessor):
+    """Another processor of logits, which gets a row's first word for the places of its pictures."""
+
+    def __init__(self, processor, image_token_id):
+        self.processor, self.image_token_id = processor, image_token_id
+
+    def __call__(self, input_ids, scores):
+        is_image = input_ids == self.image_token_id
+        first_word = input_ids.gather(1, is_image.int().argmin(1, keepdim=True))
+        return self.processor(torch.where(is_image, first_word, input_ids), scores)
 
 
 class VoRAForCausalLM(PreTrainedModel, GenerationMixin):
@@ -171,14 +183,4 @@ class VoRAForCausalLM(PreTrainedModel, GenerationMixin):
         """What looks at the tokens before, as a repetition penalty does, looks at words: a picture's places have an id
         that the vocabulary may not have."""
         processors = super()._get_logits_processor(*args, **kwargs)
-        return type(processors)(_OfWords(processor, self.config.image_token_id) for processor in processors)
-
-
-class _OfWords:
-    def __init__(self, processor, image_token_id):
-        self.processor, self.image_token_id = processor, image_token_id
-
-    def __call__(self, input_ids, scores, **kwargs):
-        is_image = input_ids == self.image_token_id
-        word = input_ids.gather(1, is_image.long().argmin(1, keepdim=True))  # each row's first
-        return self.processor(torch.where(is_image, word, input_ids), scores, **kwargs)
+        return LogitsProcessorList(WordsOnly(processor, self.config.image_token_id) for processor in processors)
