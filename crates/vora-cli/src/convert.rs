@@ -4,33 +4,34 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use comfy_table::{Table, presets};
 use tch::Kind;
 use vora_files::ensure_vacant;
-use vora_model::convert::{Change, Conversion, Layout, Options, Report};
+use vora_model::convert::{Change, Conversion, FileKind, Layout, Options, Report};
 
 /// Write a checkpoint in another layout, dtype, or number of files.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Layouts, and what they become:
-  gguf                 a language model in one file         llm
-  llm                  a language model, as HF has it       llm
-  vora                 a VoRA, published or merged here     vora, llm
+  gguf                 a language model in one file         llm, gguf
+  llm                  a language model, as HF has it       llm, gguf
+  vora                 a VoRA, published or merged here     vora, llm, gguf
   vora-unmerged        a VoRA, adapters beside the weights  vora-unmerged, vora, peft, frozen-llm
   peft                 a VoRA's adapter: a run's final/     vora-unmerged, vora
-  peft-llm             a plain language model's adapter     llm, with the adapter merged
+  peft-llm             a plain language model's adapter     llm, gguf, with the adapter merged
   peft-llava           a LLaVA's adapter                    llava, llava-transformers5, with the adapter merged
-  llava                LLaVA, language_model.model...       llava, llava-transformers5, llm
-  llava-transformers5  LLaVA, model.language_model...       llava, llava-transformers5, llm
+  llava                LLaVA, language_model.model...       llava, llava-transformers5, llm, gguf
+  llava-transformers5  LLaVA, model.language_model...       llava, llava-transformers5, llm, gguf
   safetensors          any others                           safetensors
 
 What SRC is, its files say. vora-unmerged is written as the published VoRA code reads it: one rank, no alpha, and a
 bias beside every adapter. frozen-llm is the LLM as it was below the adapters. Without --to the layout stays, and
 files and dtypes change alone. Nothing is computed but merged adapters: what is kept or renamed keeps its bytes. A
 tokenizer, chat template or image processor in an adapter's own folder goes before its base's. What was written is
-opened once, or nothing is kept.
+opened once, or nothing is kept. A GGUF file has tokenizer and chat template in it; --dtype says what its matrices
+are, vectors and norms are f32.
 
 Examples:
   vora convert model-Q8_0.gguf model --dtype bf16
@@ -39,6 +40,7 @@ Examples:
   vora convert unmerged adapter --to peft
   vora convert llava-1.5-7b-hf renamed --to llava-transformers5 --dry-run
   vora convert llava-1.5-7b-hf vicuna --to llm
+  vora convert runs/scenes/llm for-llama.cpp --to gguf --dtype q8_0
   vora convert big smaller-files --max-shard-size 2GB
   vora convert runs/scenes/merged for-transformers --hf")]
 pub(crate) struct Args {
@@ -49,7 +51,7 @@ pub(crate) struct Args {
     /// The layout to write
     #[arg(long, value_name = "LAYOUT")]
     to: Option<Layout>,
-    /// The dtype of all tensors of real numbers; as they are where it is absent
+    /// The dtype of all tensors of real numbers, as they are where it is absent; q8_0 and q4_0 in GGUF files alone
     #[arg(long)]
     dtype: Option<Dtype>,
     /// The most bytes of tensors in a file: KB, MB, GB, TB, or KiB, MiB, GiB, TiB
@@ -77,14 +79,30 @@ enum Dtype {
     Bf16,
     #[value(alias = "fp16", alias = "float16", alias = "half")]
     F16,
+    #[value(name = "q8_0")]
+    Q8,
+    #[value(name = "q4_0")]
+    Q4,
 }
 
 impl Dtype {
-    fn kind(self) -> Kind {
+    /// Torch's kind; none of blocks with a scale, which only GGUF files have.
+    fn kind(self) -> Option<Kind> {
         match self {
-            Self::F32 => Kind::Float,
-            Self::Bf16 => Kind::BFloat16,
-            Self::F16 => Kind::Half,
+            Self::F32 => Some(Kind::Float),
+            Self::Bf16 => Some(Kind::BFloat16),
+            Self::F16 => Some(Kind::Half),
+            Self::Q8 | Self::Q4 => None,
+        }
+    }
+
+    fn in_gguf(self) -> FileKind {
+        match self {
+            Self::F32 => FileKind::F32,
+            Self::Bf16 => FileKind::BF16,
+            Self::F16 => FileKind::F16,
+            Self::Q8 => FileKind::Q8_0,
+            Self::Q4 => FileKind::Q4_0,
         }
     }
 }
@@ -93,9 +111,15 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let src = PathBuf::from(&args.src);
     let src = if src.exists() { src } else { vora_hub::resolve(&args.src)? };
     ensure_vacant(&args.dst)?;
+    let kind = args.dtype.map(Dtype::kind);
+    ensure!(
+        kind != Some(None) || args.to == Some(Layout::Gguf),
+        "--dtype q8_0 and q4_0 are of GGUF files: --to gguf writes one"
+    );
     let options = Options::default()
         .with_layout(args.to)
-        .with_kind(args.dtype.map(Dtype::kind))
+        .with_kind(kind.flatten())
+        .with_gguf_kind(args.dtype.map(Dtype::in_gguf))
         .with_max_shard_size(args.max_shard_size)
         .with_hf(args.hf);
     let base = |name: &str| match &args.base {

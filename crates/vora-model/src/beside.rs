@@ -27,7 +27,7 @@ pub(crate) const CHAT_TEMPLATES: [&str; 2] = [CHAT_TEMPLATE, "chat_template.json
 pub const TOKENIZER: &str = "tokenizer.json";
 
 /// What is said about the tokenizer.
-const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
 /// The files that a tokenizer consists of.
 const TOKENIZER_FILES: [&str; 4] = [TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"];

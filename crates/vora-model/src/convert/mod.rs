@@ -4,6 +4,7 @@
 //! anything is written. What is kept or renamed keeps its bytes unless another dtype is asked for.
 
 mod conversion;
+mod gguf;
 mod head;
 mod layout;
 mod options;
@@ -20,4 +21,6 @@ mod peft_tests;
 pub use conversion::Conversion;
 pub use layout::Layout;
 pub use options::Options;
+pub use vora_gguf::write::FileKind;
+
 pub use report::{Change, FileReport, Report, ShardReport, TensorReport};

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
+use vora_gguf::write::LlmWriter;
 use vora_torch::checkpoint::Shard;
 use vora_torch::checkpoint::TensorInfo;
 
@@ -88,6 +89,11 @@ pub struct ShardReport {
 }
 
 impl ShardReport {
+    pub(super) fn gguf(file: &str, writer: &LlmWriter) -> Self {
+        let (bytes, tensors) = writer.size();
+        Self { file: file.to_owned(), tensors, bytes: bytes as u64 }
+    }
+
     pub(super) fn new(file: &str, tensors: &[TensorInfo]) -> Self {
         let bytes = tensors.iter().map(TensorInfo::num_bytes).sum();
         Self { file: file.to_owned(), tensors: tensors.len(), bytes }

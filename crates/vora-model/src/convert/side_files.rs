@@ -197,7 +197,12 @@ fn carried(from: Layout, to: Layout, name: &str) -> bool {
 }
 
 /// `config.json` of the new checkpoint, where the source has one or something to make it of.
-fn config(source: &Source, to: Layout, steps: &[Step], kind: Option<Kind>) -> Result<Option<Map<String, Value>>> {
+pub(super) fn config(
+    source: &Source,
+    to: Layout,
+    steps: &[Step],
+    kind: Option<Kind>,
+) -> Result<Option<Map<String, Value>>> {
     let made = match (source.layout, to) {
         (Layout::Gguf, _) => source.gguf().map_or(Ok(None), vora_gguf::folder::config)?,
         (Layout::Vora | Layout::VoraUnmerged, Layout::Llm | Layout::FrozenLlm) => {
@@ -289,8 +294,18 @@ fn set_dtype(config: &mut Map<String, Value>, kind: Kind) {
 
 /// The dtype that most of what is written has.
 pub(super) fn most_bytes(steps: &[Step]) -> Option<Kind> {
+    most(steps, |step| step.kind)
+}
+
+/// The same of what is read.
+pub(super) fn most_stored(steps: &[Step]) -> Option<Kind> {
+    most(steps, |step| step.stored_kind)
+}
+
+fn most(steps: &[Step], kind_of: impl Fn(&Step) -> Kind) -> Option<Kind> {
     let bytes = |kind: Kind| -> u64 {
-        steps.iter().filter_map(Step::info).filter(|info| info.kind == kind).map(|info| info.num_bytes()).sum()
+        let written = steps.iter().filter(|step| step.to.is_some() && kind_of(step) == kind);
+        written.map(|step| step.shape.iter().product::<i64>() as u64 * kind.elt_size_in_bytes() as u64).sum()
     };
     [Kind::Float, Kind::BFloat16, Kind::Half].into_iter().max_by_key(|kind| bytes(*kind))
 }

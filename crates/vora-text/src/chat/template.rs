@@ -29,7 +29,7 @@ pub(super) const MAX_TEMPLATE_LEN: usize = 1 << 18;
 pub struct ChatTemplate {
     pub(super) environments: [Environment<'static>; 2], // with little fuel, and with all
     pub(super) origin: String,
-    pub(super) source: String,
+    source: String,
     special_tokens: Vec<(String, String)>, // bos_token, eos_token, ..
     image_token: Option<String>,
     forms: OnceLock<ContentForms>,
@@ -97,6 +97,11 @@ impl ChatTemplate {
             Some(place) => Ok((self.source.clone(), place.to_owned())),
             None => Ok((with_parts(&self.source, self.forms().lists()), IMAGE_TOKEN.to_owned())),
         }
+    }
+
+    /// The source, in Jinja.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// The error of a template that writes `written` for a picture, where it cannot be told which of it is its place.
