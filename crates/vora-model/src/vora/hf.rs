@@ -55,7 +55,8 @@ impl HfFiles {
         let (template, image_token) = ChatTemplate::open(folder)?.with_pictures()?;
         let image_token_id = tokenizer.image_token_id(&image_token);
         let processor = ImageProcessor::open(folder)?.to_json();
-        if processor["image_processor_type"] == "Siglip2ImageProcessor" {
+        let processor_type = processor["image_processor_type"].as_str().unwrap_or_default();
+        if processor_type.starts_with("Siglip2") {
             bail!(
                 "the image processor of {} makes as many whole patches as fit (SigLIP 2's NaFlex), for which --hf has no \
                  class; give preprocessor_config.json a `size`",
@@ -85,12 +86,11 @@ impl HfFiles {
             "image_token": image_token,
             "image_token_id": image_token_id,
         });
-        for (key, value) in
-            [("image_backend", &processor["backend"]), ("background_color", &processor["background_color"])]
-        {
-            if !value.is_null() {
-                in_processor[key] = value.clone();
-            }
+        if processor_type.ends_with("Pil") {
+            in_processor["image_backend"] = json!("pil");
+        }
+        if !processor["background_color"].is_null() {
+            in_processor["background_color"] = processor["background_color"].clone();
         }
         let mut files: Vec<_> = CODE.map(|(name, code)| (name, code.as_bytes().to_vec())).into();
         for (name, json) in [
