@@ -9,7 +9,8 @@ use clap::ValueEnum;
 use comfy_table::{Table, presets};
 use tch::Kind;
 use vora_files::ensure_vacant;
-use vora_model::convert::{Change, Conversion, FileKind, Layout, Options, Report};
+use vora_gguf::write::FileKind;
+use vora_model::convert::{Change, Conversion, Layout, Options, Report};
 
 /// Write a checkpoint in another layout, dtype, or number of files.
 #[derive(Debug, clap::Args)]

@@ -21,6 +21,4 @@ mod peft_tests;
 pub use conversion::Conversion;
 pub use layout::Layout;
 pub use options::Options;
-pub use vora_gguf::write::FileKind;
-
 pub use report::{Change, FileReport, Report, ShardReport, TensorReport};

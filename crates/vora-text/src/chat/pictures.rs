@@ -53,7 +53,7 @@ mod tests {
     use minijinja::Value;
 
     const STRINGS: &str = "\n{% for m in messages %}[{{ m.role }}]{{ m.content.strip() }}{% endfor %}";
-    const LISTS: &str = "{% for m in messages %}{% for p in m.content %}{{ p.text }};{% endfor %}{% endfor %}";
+    const LISTS: &str = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %};{% endfor %}";
     const PICTURES: &str = "{% for m in messages %}{% for p in m.content %}\
         {% if p.type == 'image' %}<|begin|><|pad|><|end|>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endfor %}";
 
