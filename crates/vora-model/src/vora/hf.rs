@@ -225,6 +225,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_merged_vora_is_refused() {
+        let mut config = golden_json()["configs"]["llama"].clone();
+        let tiny = fixtures::root().join("tiny/llm");
+        let refused = |config: &Value| format!("{:#}", HfFiles::new(&tiny, config, Kind::Float).unwrap_err());
+        assert!(refused(&config).contains("no preprocessor_config.json in"), "all else is there");
+        config["lora"] = json!({"layers": 1, "r": 4, "target_modules": ["q_proj"]});
+        assert!(refused(&config).contains("has adapters beside its weights"));
+        config["model_type"] = "llava".into();
+        assert!(refused(&config).contains("is a `llava`: transformers has its class already, --hf is for a VoRA"));
+    }
+
+    #[test]
     fn a_config_with_a_picture_token_is_read_without_it() {
         let json = to_object(&golden_json()["configs"]["windows"]).unwrap();
         let config = VoraConfig::from_json(json).unwrap();
