@@ -4,33 +4,35 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use comfy_table::{Table, presets};
 use tch::Kind;
 use vora_files::ensure_vacant;
+use vora_gguf::write::FileKind;
 use vora_model::convert::{Change, Conversion, Layout, Options, Report};
 
 /// Write a checkpoint in another layout, dtype, or number of files.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Layouts, and what they become:
-  gguf                 a language model in one file         llm
-  llm                  a language model, as HF has it       llm
-  vora                 a VoRA, published or merged here     vora, llm
+  gguf                 a language model in one file         llm, gguf
+  llm                  a language model, as HF has it       llm, gguf
+  vora                 a VoRA, published or merged here     vora, llm, gguf
   vora-unmerged        a VoRA, adapters beside the weights  vora-unmerged, vora, peft, frozen-llm
   peft                 a VoRA's adapter: a run's final/     vora-unmerged, vora
-  peft-llm             a plain language model's adapter     llm, with the adapter merged
+  peft-llm             a plain language model's adapter     llm, gguf, with the adapter merged
   peft-llava           a LLaVA's adapter                    llava, llava-transformers5, with the adapter merged
-  llava                LLaVA, language_model.model...       llava, llava-transformers5, llm
-  llava-transformers5  LLaVA, model.language_model...       llava, llava-transformers5, llm
+  llava                LLaVA, language_model.model...       llava, llava-transformers5, llm, gguf
+  llava-transformers5  LLaVA, model.language_model...       llava, llava-transformers5, llm, gguf
   safetensors          any others                           safetensors
 
 What SRC is, its files say. vora-unmerged is written as the published VoRA code reads it: one rank, no alpha, and a
 bias beside every adapter. frozen-llm is the LLM as it was below the adapters. Without --to the layout stays, and
 files and dtypes change alone. Nothing is computed but merged adapters: what is kept or renamed keeps its bytes. A
 tokenizer, chat template or image processor in an adapter's own folder goes before its base's. What was written is
-opened once, or nothing is kept.
+opened once, or nothing is kept. A GGUF file has tokenizer and chat template in it; --dtype says what its matrices
+are, vectors and norms are f32.
 
 Examples:
   vora convert model-Q8_0.gguf model --dtype bf16
@@ -39,7 +41,9 @@ Examples:
   vora convert unmerged adapter --to peft
   vora convert llava-1.5-7b-hf renamed --to llava-transformers5 --dry-run
   vora convert llava-1.5-7b-hf vicuna --to llm
-  vora convert big smaller-files --max-shard-size 2GB")]
+  vora convert runs/scenes/llm for-llama.cpp --to gguf --dtype q8_0
+  vora convert big smaller-files --max-shard-size 2GB
+  vora convert runs/scenes/merged for-transformers --hf")]
 pub(crate) struct Args {
     /// A folder, a .safetensors or a .gguf file, or a model's name in the hub's cache
     src: String,
@@ -48,7 +52,7 @@ pub(crate) struct Args {
     /// The layout to write
     #[arg(long, value_name = "LAYOUT")]
     to: Option<Layout>,
-    /// The dtype of all tensors of real numbers; as they are where it is absent
+    /// The dtype of all tensors of real numbers, as they are where it is absent; q8_0 and q4_0 in GGUF files alone
     #[arg(long)]
     dtype: Option<Dtype>,
     /// The most bytes of tensors in a file: KB, MB, GB, TB, or KiB, MiB, GiB, TiB
@@ -57,6 +61,9 @@ pub(crate) struct Args {
     /// The model below an adapter, where it is not the one that the adapter names
     #[arg(long, value_name = "DIR")]
     base: Option<PathBuf>,
+    /// Also write what HF transformers opens a VoRA's folder with: the code of its classes, and their settings
+    #[arg(long)]
+    hf: bool,
     /// Only say what would be done
     #[arg(long)]
     dry_run: bool,
@@ -73,14 +80,30 @@ enum Dtype {
     Bf16,
     #[value(alias = "fp16", alias = "float16", alias = "half")]
     F16,
+    #[value(name = "q8_0")]
+    Q8,
+    #[value(name = "q4_0")]
+    Q4,
 }
 
 impl Dtype {
-    fn kind(self) -> Kind {
+    /// Torch's kind; none of blocks with a scale, which only GGUF files have.
+    fn kind(self) -> Option<Kind> {
         match self {
-            Self::F32 => Kind::Float,
-            Self::Bf16 => Kind::BFloat16,
-            Self::F16 => Kind::Half,
+            Self::F32 => Some(Kind::Float),
+            Self::Bf16 => Some(Kind::BFloat16),
+            Self::F16 => Some(Kind::Half),
+            Self::Q8 | Self::Q4 => None,
+        }
+    }
+
+    fn in_gguf(self) -> FileKind {
+        match self {
+            Self::F32 => FileKind::F32,
+            Self::Bf16 => FileKind::BF16,
+            Self::F16 => FileKind::F16,
+            Self::Q8 => FileKind::Q8_0,
+            Self::Q4 => FileKind::Q4_0,
         }
     }
 }
@@ -89,10 +112,17 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let src = PathBuf::from(&args.src);
     let src = if src.exists() { src } else { vora_hub::resolve(&args.src)? };
     ensure_vacant(&args.dst)?;
+    let kind = args.dtype.map(Dtype::kind);
+    ensure!(
+        kind != Some(None) || args.to == Some(Layout::Gguf),
+        "--dtype q8_0 and q4_0 are of GGUF files: --to gguf writes one"
+    );
     let options = Options::default()
         .with_layout(args.to)
-        .with_kind(args.dtype.map(Dtype::kind))
-        .with_max_shard_size(args.max_shard_size);
+        .with_kind(kind.flatten())
+        .with_gguf_kind(args.dtype.map(Dtype::in_gguf))
+        .with_max_shard_size(args.max_shard_size)
+        .with_hf(args.hf);
     let base = |name: &str| match &args.base {
         Some(base) => Ok(base.clone()),
         None => vora_hub::resolve(name).context("--base DIR says where it lies"),

@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_image::ImageProcessor;
 use vora_lora::ActsOn;
-use vora_model::{Input, VisionLanguageModel, beside};
+use vora_model::{HfFiles, Input, VisionLanguageModel, beside};
 use vora_text::{ChatTemplate, Message, Tokenizer};
 use vora_torch::runtime;
 
@@ -21,10 +21,14 @@ Examples:
   vora merge runs/scenes/checkpoints/step-240 --out merged --as seeing --check
   vora merge runs/scenes/final --out merged --as seeing --llm merged-llm
   vora merge runs/scenes/final --out whole --as apart
+  vora merge runs/scenes/final --out merged --as seeing --hf
 
 A VoRA folder has the layout and tensor names of the published models, a LLaVA folder those of HF's
 LlavaForConditionalGeneration. With --llm the language model inside it is written as well, as a plain
-checkpoint that any tool reads.")]
+checkpoint that any tool reads. With --hf transformers opens the folder:
+
+  AutoModelForCausalLM.from_pretrained(\"merged\", trust_remote_code=True)
+  AutoProcessor.from_pretrained(\"merged\", trust_remote_code=True)")]
 pub(crate) struct Args {
     /// A run's final/ folder, or one of its checkpoints
     trained: PathBuf,
@@ -34,6 +38,9 @@ pub(crate) struct Args {
     /// Also write the LLM alone, without pictures, into this folder
     #[arg(long)]
     llm: Option<PathBuf>,
+    /// Also write what HF transformers opens a VoRA's folder with: the code of its classes, and their settings
+    #[arg(long)]
+    hf: bool,
     /// Ask about pictures before and after, and print how far the logits moved; where the answers change, nothing is
     /// written
     #[arg(long)]
@@ -64,6 +71,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         "{} already holds a model; choose another --out",
         args.out.display()
     );
+    if args.hf {
+        HfFiles::ensure_vacant(&args.out)?;
+    }
     let mut model = vora_model::open(&args.trained, Device::Cpu, kind, &vora_hub::resolve)?;
     ensure!(
         model.sees(),
@@ -71,7 +81,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         args.trained.display()
     );
     if becomes(&*model, args)? == Becomes::Apart {
-        ensure!(!args.check && args.llm.is_none(), "--as apart merges nothing: leave out --check and --llm");
+        ensure!(
+            !args.check && !args.hf && args.llm.is_none(),
+            "--as apart merges nothing: leave out --check, --llm and --hf"
+        );
         model.save(&args.out)?;
         beside::copy_beside(&args.trained, &args.out)?;
         writeln!(std::io::stdout(), "model with its adapters apart: {}", args.out.display())?;
@@ -84,8 +97,12 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if let (Some(before), Some(after)) = (before, logits(&*model, &prompts)?) {
         check(&before, &after, kind, &mut out)?;
     }
+    let hf = args.hf.then(|| HfFiles::new(&args.trained, &model.config_json()?, kind)).transpose()?;
     model.save(&args.out)?;
     beside::copy_beside(&args.trained, &args.out)?;
+    if let Some(hf) = hf {
+        hf.write(&args.out)?;
+    }
     if let Some(llm) = &args.llm {
         model.save_llm(llm)?;
         beside::copy_beside(&args.trained, llm)?;

@@ -44,7 +44,15 @@ impl<B: AsRef<[u8]>> Llm<B> {
 
         let mut config = Map::new();
         let mut put = |key: &str, value: Value| drop(config.insert(key.to_owned(), value));
-        put("model_type", architecture.name().into());
+        let window = optional(&self.key("attention.sliding_window"))?.filter(|&window| window > 0);
+        match (architecture, window) {
+            // llama.cpp has one architecture for both.
+            (Architecture::Llama, Some(window)) => {
+                put("model_type", "mistral".into());
+                put("sliding_window", window.into());
+            }
+            _ => put("model_type", architecture.name().into()),
+        }
         put("vocab_size", embedding.shape().first().copied().unwrap_or(0).into());
         put("hidden_size", hidden.into());
         put("intermediate_size", unsigned("feed_forward_length")?.into());
@@ -56,10 +64,11 @@ impl<B: AsRef<[u8]>> Llm<B> {
         put("rms_norm_eps", file.float(&self.key("attention.layer_norm_rms_epsilon"))?.into());
         put("hidden_act", "silu".into());
         put("tie_word_embeddings", self.info("lm_head.weight").is_none().into());
-        if architecture != Architecture::Qwen2 {
+        let is_mistral = architecture == Architecture::Llama && window.is_some();
+        if architecture != Architecture::Qwen2 && !is_mistral {
             put("attention_bias", self.info("model.layers.0.self_attn.q_proj.bias").is_some().into());
         }
-        if matches!(architecture, Architecture::Llama | Architecture::SmolLm3) {
+        if matches!(architecture, Architecture::Llama | Architecture::SmolLm3) && !is_mistral {
             put("mlp_bias", self.info("model.layers.0.mlp.gate_proj.bias").is_some().into());
         }
         let rope_theta = self.key("rope.freq_base");

@@ -52,6 +52,11 @@ impl TensorKind {
         Ok(*kind)
     }
 
+    /// ggml's number of it.
+    pub(crate) fn id(self) -> u32 {
+        Self::ALL.iter().find(|(_, kind)| *kind == self).map_or(u32::MAX, |(id, _)| *id)
+    }
+
     /// Values in a block, and bytes that a block takes.
     pub(crate) fn block(self) -> (usize, usize) {
         match self {

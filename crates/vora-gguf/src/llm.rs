@@ -30,8 +30,14 @@ impl Architecture {
         }
     }
 
+    /// That of HF's `model_type`.
+    pub(crate) fn of_model_type(model_type: &str) -> Option<Self> {
+        let name = if model_type == "mistral" { "llama" } else { model_type };
+        Self::ALL.into_iter().find(|known| known.name() == name)
+    }
+
     /// Whether llama.cpp's converter reorders the rows of q and k: its `LlamaModel` does, from which SmolLM3's derives.
-    fn permutes(self) -> bool {
+    pub(crate) fn permutes(self) -> bool {
         matches!(self, Self::Llama | Self::SmolLm3)
     }
 }
@@ -208,36 +214,54 @@ fn rows(info: &TensorInfo, permuted: bool) -> (usize, usize) {
 ///
 /// Within a head llama.cpp has the two halves of a rotated pair side by side, row `2 * pair + half`; HF has the halves
 /// one after the other, row `half * head_dim / 2 + pair`.
-fn stored_row(row: usize, head_dim: usize) -> usize {
+pub(crate) fn stored_row(row: usize, head_dim: usize) -> usize {
     let (head, row) = (row / head_dim, row % head_dim);
     let (half, pair) = (row / (head_dim / 2), row % (head_dim / 2));
     head * head_dim + 2 * pair + half
 }
 
+/// The modules of a Llama-like model, and those of its blocks: in the file, and in HF's model.
+const MODULES: [(&str, &str); 3] =
+    [("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")];
+const IN_BLOCKS: [(&str, &str); 11] = [
+    ("attn_norm", "input_layernorm"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_output", "self_attn.o_proj"),
+    ("attn_q_norm", "self_attn.q_norm"),
+    ("attn_k_norm", "self_attn.k_norm"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+];
+
 /// HF's name of a tensor of a Llama-like model.
 fn hf_name(name: &str) -> Option<String> {
+    let find =
+        |pairs: &[(&str, &'static str)], name: &str| pairs.iter().find(|(own, _)| *own == name).map(|(_, hf)| *hf);
     let (module, end) = name.rsplit_once('.')?;
-    let module = match module {
-        "token_embd" => "model.embed_tokens".to_owned(),
-        "output_norm" => "model.norm".to_owned(),
-        "output" => "lm_head".to_owned(),
-        _ => {
+    let module = match find(&MODULES, module) {
+        Some(module) => module.to_owned(),
+        None => {
             let (layer, part) = module.strip_prefix("blk.")?.split_once('.')?;
-            let part = match part {
-                "attn_norm" => "input_layernorm",
-                "attn_q" => "self_attn.q_proj",
-                "attn_k" => "self_attn.k_proj",
-                "attn_v" => "self_attn.v_proj",
-                "attn_output" => "self_attn.o_proj",
-                "attn_q_norm" => "self_attn.q_norm",
-                "attn_k_norm" => "self_attn.k_norm",
-                "ffn_norm" => "post_attention_layernorm",
-                "ffn_gate" => "mlp.gate_proj",
-                "ffn_up" => "mlp.up_proj",
-                "ffn_down" => "mlp.down_proj",
-                _ => return None,
-            };
-            format!("model.layers.{layer}.{part}")
+            format!("model.layers.{layer}.{}", find(&IN_BLOCKS, part)?)
+        }
+    };
+    matches!(end, "weight" | "bias").then(|| format!("{module}.{end}"))
+}
+
+/// The file's name of a tensor of HF's Llama-like model.
+pub(crate) fn gguf_name(hf_name: &str) -> Option<String> {
+    let find =
+        |pairs: &[(&'static str, &str)], name: &str| pairs.iter().find(|(_, hf)| *hf == name).map(|(own, _)| *own);
+    let (module, end) = hf_name.rsplit_once('.')?;
+    let module = match find(&MODULES, module) {
+        Some(module) => module.to_owned(),
+        None => {
+            let (layer, part) = module.strip_prefix("model.layers.")?.split_once('.')?;
+            format!("blk.{layer}.{}", find(&IN_BLOCKS, part)?)
         }
     };
     matches!(end, "weight" | "bias").then(|| format!("{module}.{end}"))

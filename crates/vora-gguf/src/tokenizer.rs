@@ -6,8 +6,8 @@ use serde_json::{Map, Value, json};
 use crate::Llm;
 
 /// `tokenizer.ggml.token_type`: a token that text never becomes, and one that is matched before anything else.
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
+pub(crate) const CONTROL: i32 = 3;
+pub(crate) const USER_DEFINED: i32 = 4;
 
 impl<B: AsRef<[u8]>> Llm<B> {
     /// HF's `tokenizer.json` of a byte-level BPE. GGUF keeps no pattern that splits the text first, only its name:
@@ -138,8 +138,11 @@ fn byte_level(add_prefix_space: bool, use_regex: bool) -> Value {
     json!({ "type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": true, "use_regex": use_regex })
 }
 
+/// The splittings that [`splitting`] knows.
+pub(crate) const SPLITTINGS: [&str; 4] = ["gpt-2", "smollm", "llama-bpe", "qwen2"];
+
 /// Normalizer and pre-tokenizer of a splitting that llama.cpp knows by this name.
-fn splitting(pre: &str) -> Result<(Value, Value)> {
+pub(crate) fn splitting(pre: &str) -> Result<(Value, Value)> {
     // Llama 3 keeps up to three digits together, Qwen none.
     let words = |digits: &str| {
         format!(
@@ -155,7 +158,7 @@ fn splitting(pre: &str) -> Result<(Value, Value)> {
         }
         "llama-bpe" => (Value::Null, sequence(split(words(r"\p{N}{1,3}")), byte_level(false, false))),
         "qwen2" => (json!({ "type": "NFC" }), sequence(split(words(r"\p{N}")), byte_level(false, false))),
-        _ => anyhow::bail!("tokenizer.ggml.pre is `{pre}`, known are gpt-2, smollm, llama-bpe, qwen2"),
+        _ => anyhow::bail!("tokenizer.ggml.pre is `{pre}`, known are {}", SPLITTINGS.join(", ")),
     })
 }
 

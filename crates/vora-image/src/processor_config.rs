@@ -96,8 +96,9 @@ impl ImageProcessor {
     }
 
     /// The object that [`ImageProcessor::from_json`] and Hugging Face's `AutoImageProcessor` read. The latter takes the
-    /// backend from its caller, not from the file; and it pads to squares in the colour of the mean, so that another
-    /// one has a key of ours, `background_color`.
+    /// backend from its caller and not from the name of the class, and no file with a key `backend` (5.23.0:
+    /// "property 'backend' has no setter"); and it pads to squares in the colour of the mean, so that another one has a
+    /// key of ours, `background_color`.
     pub fn to_json(&self) -> Value {
         let (image_mean, image_std) = self.mean_std();
         let mut json = json!({
@@ -135,7 +136,8 @@ impl ImageProcessor {
             json["rescale_factor"] = json!(factor);
         }
         if self.backend == Backend::Pillow {
-            json["backend"] = json!("pil");
+            let class = json["image_processor_type"].as_str().unwrap_or_default();
+            json["image_processor_type"] = json!(format!("{class}Pil"));
         }
         json
     }
@@ -423,7 +425,10 @@ mod tests {
         assert_eq!((&clip["crop_size"], &clip["resample"]), (&json!({"height": 28, "width": 28}), &json!(3)));
         let vit = read(json!({"image_processor_type": "ViTImageProcessorFast", "size": 30, "image_mean": 0.25}));
         assert_eq!((&vit["size"], &vit["do_center_crop"]), (&json!({"height": 30, "width": 30}), &json!(false)));
-        assert_eq!((&vit["image_mean"], &vit["backend"]), (&json!([0.25, 0.25, 0.25]), &Value::Null));
+        assert_eq!(
+            (&vit["image_mean"], &vit["image_processor_type"]),
+            (&json!([0.25, 0.25, 0.25]), &json!("BitImageProcessor"))
+        );
         let siglip = json!({"image_processor_type": "SiglipImageProcessor"});
         assert_eq!(read(siglip.clone())["size"], json!({"height": 224, "width": 224}));
         let with = |key: &str, value: Value| {
@@ -440,8 +445,14 @@ mod tests {
         );
         assert_eq!(with("size", json!(30))["size"], json!({"shortest_edge": 30}));
         assert_eq!(with("size", json!([20, 30]))["size"], json!({"height": 20, "width": 30}));
-        assert_eq!(with("use_fast", json!(false))["backend"], "pil");
-        assert_eq!(read(json!({"image_processor_type": "CLIPImageProcessorPil"}))["backend"], "pil");
+        // The class says it: transformers refuses a file with the key `backend`.
+        for pillow in [with("use_fast", json!(false)), read(json!({"image_processor_type": "CLIPImageProcessorPil"}))] {
+            assert_eq!(
+                (&pillow["image_processor_type"], &pillow["backend"]),
+                (&json!("BitImageProcessorPil"), &Value::Null)
+            );
+            assert_eq!(read(pillow.clone()), pillow);
+        }
     }
 
     #[test]

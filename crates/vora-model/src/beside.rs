@@ -11,8 +11,11 @@ use vora_text::special_tokens_by_class;
 /// How pictures are prepared.
 pub const PREPROCESSOR: &str = "preprocessor_config.json";
 
+/// What goes between pictures, text and the model: classes of HF's, and their settings.
+pub(crate) const PROCESSOR: &str = "processor_config.json";
+
 /// The files that may say how pictures and videos become pixels.
-pub(crate) const PROCESSORS: [&str; 3] = [PREPROCESSOR, "processor_config.json", "video_preprocessor_config.json"];
+pub(crate) const PROCESSORS: [&str; 3] = [PREPROCESSOR, PROCESSOR, "video_preprocessor_config.json"];
 
 /// The chat template that is read before whatever else a folder says of templates.
 pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
@@ -24,7 +27,7 @@ pub(crate) const CHAT_TEMPLATES: [&str; 2] = [CHAT_TEMPLATE, "chat_template.json
 pub const TOKENIZER: &str = "tokenizer.json";
 
 /// What is said about the tokenizer.
-const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
 /// The files that a tokenizer consists of.
 const TOKENIZER_FILES: [&str; 4] = [TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"];
@@ -34,7 +37,7 @@ const TOKENIZER_FILES: [&str; 4] = [TOKENIZER, TOKENIZER_CONFIG, "special_tokens
 const PYTHON_TOKENIZER_FILES: [&str; 3] = ["tokenizer.model", "vocab.json", "merges.txt"];
 
 /// What is told about generation, the tokens that end it among others.
-const GENERATION: &str = "generation_config.json";
+pub(crate) const GENERATION: &str = "generation_config.json";
 
 /// The files that a trained model takes along from its language model: tokenizer, chat template, `generation_config.json`.
 pub fn text_files() -> impl Iterator<Item = &'static str> {

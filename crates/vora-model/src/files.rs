@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use vora_files::write_bytes;
 use vora_llm::MODEL_TYPES;
 use vora_lora::LoraConfig;
@@ -60,6 +60,17 @@ pub(crate) fn lora_or_empty<'de, D: Deserializer<'de>>(deserializer: D) -> Resul
         Value::Null => Ok(None),
         Value::Object(map) if map.is_empty() => Ok(None),
         value => serde_json::from_value(value).map(Some).map_err(serde::de::Error::custom),
+    }
+}
+
+/// A dtype as torch and configs call it: `bfloat16`.
+pub(crate) fn dtype(kind: Kind) -> String {
+    match kind {
+        Kind::Float => "float32".to_owned(),
+        Kind::Double => "float64".to_owned(),
+        Kind::Half => "float16".to_owned(),
+        Kind::Int => "int32".to_owned(),
+        other => format!("{other:?}").to_lowercase(),
     }
 }
 

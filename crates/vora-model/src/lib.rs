@@ -49,7 +49,7 @@ pub use llava::{Llava, LlavaConfig, MmProjectorType};
 pub use model::{ImageWriter, Input, VisionLanguageModel};
 pub use plain::PlainLlm;
 pub use tch;
-pub use vora::{Vora, VoraConfig};
+pub use vora::{HfFiles, Vora, VoraConfig};
 pub use vora_image::RgbImage;
 pub use vora_text::{Span, Spans};
 pub use vora_torch::weights::Weights;

@@ -201,6 +201,12 @@ impl Tokenizer {
         self.inner.token_to_id(&self.name(token)).map(i64::from)
     }
 
+    /// The id of what stands for a picture, `image_token`: its own where it is a token, else the one that HF's tokenizer
+    /// gives the next token that is added to it.
+    pub fn image_token_id(&self, image_token: &str) -> i64 {
+        self.token_to_id(image_token).unwrap_or(i64::from(self.image_id))
+    }
+
     /// The name that a token goes by here.
     fn name<'a>(&self, token: &'a str) -> Cow<'a, str> {
         match self.specials.name(token) {

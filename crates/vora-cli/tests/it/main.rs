@@ -4,6 +4,7 @@ mod acts_on;
 mod data;
 mod download;
 mod eval;
+mod exports;
 mod faults;
 mod memory;
 mod told_once;

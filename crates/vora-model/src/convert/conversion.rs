@@ -1,10 +1,13 @@
 //! A conversion: planned, told, written.
 
+use std::fs::File;
+use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_files::{tell_once, write_folder_atomically};
+use vora_gguf::write::LlmWriter;
 use vora_llm::{CausalLm, LlmConfig};
 use vora_lora::{
     ADAPTER_TENSORS, ActsOn, AdapterFolder, BaseModel, LoraConfig, PEFT_PREFIX, merge_state_dict, save_adapter,
@@ -13,10 +16,11 @@ use vora_torch::checkpoint::Shards;
 use vora_torch::checkpoint::{Checkpoint, TensorInfo, save_each};
 use vora_torch::weights::Weights;
 
+use super::gguf;
 use super::layout::Layout;
 use super::options::Options;
 use super::plan;
-use super::report::{Report, ShardReport};
+use super::report::{Change, Report, ShardReport, TensorReport};
 use super::side_files::{self, SideFile};
 use super::source::Source;
 use super::step::Step;
@@ -39,6 +43,8 @@ pub struct Conversion {
 #[derive(Debug)]
 enum Output {
     Shards(Shards),
+    /// One GGUF file.
+    Gguf(Box<LlmWriter>),
     /// An adapter in PEFT's layout, and the vision weights in a file beside it.
     Adapter {
         lora: LoraConfig,
@@ -60,13 +66,30 @@ impl Conversion {
         }
         let asked = options.to.or(source.base_layout);
         let to = source.layout.target(asked).with_context(|| source.path.display().to_string())?;
+        // A GGUF file has what an LLM's folder would have, in other words.
+        let of_llm = to == Layout::Gguf;
+        let (written, to) = if of_llm { (to, Layout::Llm) } else { (to, to) };
+        let kind = if of_llm { Some(Kind::Float) } else { options.kind };
         if source.layout == Layout::Peft {
             source.add_base(resolve)?;
         }
+        ensure!(
+            !options.hf || to == Layout::Vora,
+            "--hf is for a VoRA whose adapters are merged, {} becomes {to}",
+            source.path.display()
+        );
         refuse_other_tokens(&source, to)?;
         let in_source = || format!("converting {} from {} to {to}", source.path.display(), source.layout);
-        let steps = plan::steps(&source, to, options.kind).with_context(in_source)?;
-        let side_files = side_files::plan(&source, to, &steps, options.kind).with_context(in_source)?;
+        let steps = plan::steps(&source, to, kind).with_context(in_source)?;
+        if of_llm {
+            let config = side_files::config(&source, to, &steps, None).with_context(in_source)?;
+            let config = config.with_context(|| format!("{} has no config.json", source.path.display()))?;
+            let kind = options.gguf_kind.unwrap_or_else(|| gguf::kind_of(side_files::most_stored(&steps)));
+            let writer = gguf::plan(&source, config, &steps, kind).with_context(in_source)?;
+            let (side_files, kind) = (Vec::new(), Some(Kind::Float));
+            return Ok(Self { source, steps, side_files, to: written, kind, output: Output::Gguf(Box::new(writer)) });
+        }
+        let side_files = side_files::plan(&source, to, &steps, options).with_context(in_source)?;
         let output = if to == Layout::Peft {
             let vora = source.vora.as_ref().context("an adapter comes out of a VoRA")?;
             let lora = vora.lora.clone().context("config.json has no `lora`, which says what the adapters are")?;
@@ -81,6 +104,7 @@ impl Conversion {
     pub fn report(&self) -> Report {
         let files = match &self.output {
             Output::Shards(shards) => shards.files().iter().map(ShardReport::of).collect(),
+            Output::Gguf(writer) => vec![ShardReport::gguf(gguf::FILE, writer)],
             Output::Adapter { .. } => {
                 [ADAPTER_TENSORS, VISION].map(|file| ShardReport::new(file, &self.infos_in(file))).into()
             }
@@ -89,10 +113,26 @@ impl Conversion {
             source: self.source.path.clone(),
             from: self.source.layout,
             to: self.to,
-            tensors: self.steps.iter().map(Step::report).collect(),
+            tensors: self.steps.iter().map(|step| self.of_step(step)).collect(),
             files,
             side_files: self.side_files.iter().map(SideFile::report).collect(),
         }
+    }
+
+    /// What becomes of one tensor: in a GGUF file it has another name, and mostly another dtype.
+    fn of_step(&self, step: &Step) -> TensorReport {
+        let mut report = step.report();
+        if let (Output::Gguf(writer), Some(name)) = (&self.output, &step.to) {
+            (report.to, report.change) = match writer.name(name) {
+                Some(name) => (Some(name.to_owned()), Change::Renamed),
+                None => (None, Change::Dropped),
+            };
+            match writer.kind(name) {
+                Some(kind) => report.dtype = kind.to_string(),
+                None => report.why = Some("it is tied to the embedding"),
+            }
+        }
+        report
     }
 
     /// Writes the folder `destination`, which appears whole or not at all, and only if it can be opened.
@@ -104,6 +144,14 @@ impl Conversion {
         write_folder_atomically(destination, |folder| {
             match &self.output {
                 Output::Shards(shards) => shards.write(folder, |name| self.tensor(name))?,
+                Output::Gguf(writer) => {
+                    let path = folder.join(gguf::FILE);
+                    let mut out = BufWriter::new(File::create(&path)?);
+                    writer.write(&mut out, |name| {
+                        Ok(Vec::<f32>::try_from(self.tensor(name)?.contiguous().view([-1]))?)
+                    })?;
+                    out.into_inner()?.sync_all()?;
+                }
                 Output::Adapter { lora, base } => {
                     let adapter = self.infos_in(ADAPTER_TENSORS).into_iter().map(|info| {
                         let in_base = info.name.strip_prefix(PEFT_PREFIX).unwrap_or(&info.name).to_owned();
@@ -122,7 +170,7 @@ impl Conversion {
     fn open_again(&self, folder: &Path) -> Result<()> {
         let kind = side_files::most_bytes(&self.steps).unwrap_or(Kind::Float);
         match self.to {
-            Layout::Llm | Layout::FrozenLlm => {
+            Layout::Llm | Layout::FrozenLlm | Layout::Gguf => {
                 let weights = Weights::open(folder, Device::Cpu, kind)?;
                 CausalLm::load(&LlmConfig::open(folder)?, &weights)?;
                 weights.finish()
@@ -134,9 +182,7 @@ impl Conversion {
                 VoraConfig::open(folder)?;
                 Checkpoint::open(&folder.join(VISION)).map(drop)
             }
-            Layout::Safetensors | Layout::Gguf | Layout::PeftLlm | Layout::PeftLlava => {
-                Checkpoint::open(folder).map(drop)
-            }
+            Layout::Safetensors | Layout::PeftLlm | Layout::PeftLlava => Checkpoint::open(folder).map(drop),
         }
     }
 

@@ -62,17 +62,17 @@ impl Layout {
     /// What a checkpoint of this layout can become.
     pub fn targets(self) -> &'static [Self] {
         match self {
-            Gguf | PeftLlm | Llm | FrozenLlm => &[Llm],
-            Vora => &[Vora, Llm],
+            Gguf | PeftLlm | Llm | FrozenLlm => &[Llm, Gguf],
+            Vora => &[Vora, Llm, Gguf],
             VoraUnmerged => &[VoraUnmerged, Vora, Peft, FrozenLlm],
             Peft => &[VoraUnmerged, Vora],
             PeftLlava => &[Llava, LlavaTransformers5],
-            Llava | LlavaTransformers5 => &[Llava, LlavaTransformers5, Llm],
+            Llava | LlavaTransformers5 => &[Llava, LlavaTransformers5, Llm, Gguf],
             Safetensors => &[Safetensors],
         }
     }
 
-    /// The layout to write: the one asked for, else the same, else the only one.
+    /// The layout to write: the one asked for, else the same, else the only one but for GGUF, which is asked for always.
     pub(super) fn target(self, asked: Option<Self>) -> Result<Self> {
         let targets = self.targets();
         let listed = || targets.iter().map(|to| to.name()).collect::<Vec<_>>().join(" or ");
@@ -81,8 +81,8 @@ impl Layout {
             return Ok(to);
         }
         match targets {
+            [only] | [only, Gguf] => Ok(*only),
             _ if targets.contains(&self) => Ok(self),
-            [only] => Ok(*only),
             _ => bail!("{self} can become {}: say which", listed()),
         }
     }

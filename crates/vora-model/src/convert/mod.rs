@@ -4,6 +4,7 @@
 //! anything is written. What is kept or renamed keeps its bytes unless another dtype is asked for.
 
 mod conversion;
+mod gguf;
 mod head;
 mod layout;
 mod options;

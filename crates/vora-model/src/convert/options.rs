@@ -1,6 +1,7 @@
 //! What is asked of a conversion.
 
 use tch::Kind;
+use vora_gguf::write::FileKind;
 
 use super::layout::Layout;
 
@@ -19,8 +20,12 @@ pub struct Options {
     pub to: Option<Layout>,
     /// The dtype of every tensor of real numbers; none: as it is.
     pub kind: Option<Kind>,
+    /// What the matrices of a GGUF file are stored as; none: as most of them are.
+    pub gguf_kind: Option<FileKind>,
     /// The most bytes of tensors in one file.
     pub max_shard_size: u64,
+    /// Whether a VoRA's folder also gets the files by which HF transformers opens it.
+    pub hf: bool,
 }
 
 impl Options {
@@ -39,16 +44,28 @@ impl Options {
         Self { kind: kind.into(), ..self }
     }
 
+    /// The same with another kind of a GGUF file's matrices.
+    #[must_use]
+    pub fn with_gguf_kind(self, gguf_kind: impl Into<Option<FileKind>>) -> Self {
+        Self { gguf_kind: gguf_kind.into(), ..self }
+    }
+
     /// The same with another size of files.
     #[must_use]
     pub fn with_max_shard_size(self, max_shard_size: u64) -> Self {
         Self { max_shard_size, ..self }
+    }
+
+    /// The same with or without the files for HF transformers.
+    #[must_use]
+    pub fn with_hf(self, hf: bool) -> Self {
+        Self { hf, ..self }
     }
 }
 
 impl Default for Options {
     /// The layout and the dtypes of the source, in files of at most [`Options::MAX_SHARD_SIZE`].
     fn default() -> Self {
-        Self { to: None, kind: None, max_shard_size: Self::MAX_SHARD_SIZE }
+        Self { to: None, kind: None, gguf_kind: None, max_shard_size: Self::MAX_SHARD_SIZE, hf: false }
     }
 }

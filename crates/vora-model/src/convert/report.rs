@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
-use tch::Kind;
+use vora_gguf::write::LlmWriter;
 use vora_torch::checkpoint::Shard;
 use vora_torch::checkpoint::TensorInfo;
 
@@ -89,6 +89,11 @@ pub struct ShardReport {
 }
 
 impl ShardReport {
+    pub(super) fn gguf(file: &str, writer: &LlmWriter) -> Self {
+        let (bytes, tensors) = writer.size();
+        Self { file: file.to_owned(), tensors, bytes: bytes as u64 }
+    }
+
     pub(super) fn new(file: &str, tensors: &[TensorInfo]) -> Self {
         let bytes = tensors.iter().map(TensorInfo::num_bytes).sum();
         Self { file: file.to_owned(), tensors: tensors.len(), bytes }
@@ -107,15 +112,4 @@ pub struct FileReport {
     pub name: String,
     /// What becomes of it.
     pub change: Change,
-}
-
-/// A dtype as torch and configs call it: `bfloat16`.
-pub(super) fn dtype(kind: Kind) -> String {
-    match kind {
-        Kind::Float => "float32".to_owned(),
-        Kind::Double => "float64".to_owned(),
-        Kind::Half => "float16".to_owned(),
-        Kind::Int => "int32".to_owned(),
-        other => format!("{other:?}").to_lowercase(),
-    }
 }

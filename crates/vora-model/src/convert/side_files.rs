@@ -11,14 +11,15 @@ use vora_llm::hf_class;
 use vora_lora::LoraConfig;
 
 use super::layout::Layout;
+use super::options::Options;
 use super::published;
-use super::report::{Change, FileReport, dtype};
+use super::report::{Change, FileReport};
 use super::source::{LLM_PREFIX, Source, read_object};
 use super::step::Step;
 use crate::beside::{CHAT_TEMPLATE, CHAT_TEMPLATES, PROCESSORS, TOKENIZER, is_text_file, tokenizer_files};
-use crate::files::keep_auto_map;
+use crate::files::{dtype, keep_auto_map};
 use crate::llava::LlavaConfig;
-use crate::vora::MERGED;
+use crate::vora::{HfFiles, MERGED, VoraConfig};
 
 const CONFIG: &str = "config.json";
 
@@ -64,10 +65,16 @@ impl SideFile {
 }
 
 /// What becomes of the files in the source's folder, and which are new.
-pub(super) fn plan(source: &Source, to: Layout, steps: &[Step], kind: Option<Kind>) -> Result<Vec<SideFile>> {
+pub(super) fn plan(source: &Source, to: Layout, steps: &[Step], options: &Options) -> Result<Vec<SideFile>> {
     let mut files = Vec::new();
     let folder = source.side_folder().filter(|folder| folder.is_dir());
-    if let Some(config) = config(source, to, steps, kind)? {
+    let config = config(source, to, steps, options.kind)?;
+    if options.hf {
+        let folder = folder.context("--hf takes a folder, with tokenizer and image processor")?;
+        let config = config.clone().context("a VoRA has a config.json")?;
+        let made = for_hf(folder, config, steps)?.into_files();
+        files.extend(made.map(|(name, bytes)| SideFile { name: name.to_owned(), content: Some(Content::New(bytes)) }));
+    } else if let Some(config) = config {
         let is_there = folder.is_some_and(|folder| folder.join(CONFIG).exists());
         if !is_there || source.config.as_ref() != Some(&config) {
             files.push(SideFile::new(CONFIG, &config)?);
@@ -95,10 +102,22 @@ pub(super) fn plan(source: &Source, to: Layout, steps: &[Step], kind: Option<Kin
     names.sort();
     names.retain(|name| !is_weights(name) && !is_taken(name) && files.iter().all(|file| file.name != *name));
     for name in names {
-        let content = carried(source.layout, to, &name).then(|| Content::Copy(folder.join(&name)));
+        // Other code than ours is for another `config.json`.
+        let is_carried = carried(source.layout, to, &name) && !(options.hf && name.ends_with(".py"));
+        let content = is_carried.then(|| Content::Copy(folder.join(&name)));
         files.push(SideFile { name, content });
     }
     Ok(files)
+}
+
+/// The files for HF transformers, whose config is written as ours are.
+fn for_hf(folder: &Path, config: Map<String, Value>, steps: &[Step]) -> Result<HfFiles> {
+    let mut vora = VoraConfig::from_json(config)?;
+    let mut written = steps.iter().filter_map(|step| step.to.as_deref()?.strip_prefix(LLM_PREFIX));
+    if !written.any(|name| vora.has_layer_bias(name)) {
+        vora.biases = None;
+    }
+    HfFiles::new(folder, &vora.to_json()?, most_bytes(steps).unwrap_or(Kind::Float))
 }
 
 /// What the folder of an adapter has itself of tokenizer, chat template and image processor.
@@ -178,7 +197,12 @@ fn carried(from: Layout, to: Layout, name: &str) -> bool {
 }
 
 /// `config.json` of the new checkpoint, where the source has one or something to make it of.
-fn config(source: &Source, to: Layout, steps: &[Step], kind: Option<Kind>) -> Result<Option<Map<String, Value>>> {
+pub(super) fn config(
+    source: &Source,
+    to: Layout,
+    steps: &[Step],
+    kind: Option<Kind>,
+) -> Result<Option<Map<String, Value>>> {
     let made = match (source.layout, to) {
         (Layout::Gguf, _) => source.gguf().map_or(Ok(None), vora_gguf::folder::config)?,
         (Layout::Vora | Layout::VoraUnmerged, Layout::Llm | Layout::FrozenLlm) => {
@@ -270,8 +294,18 @@ fn set_dtype(config: &mut Map<String, Value>, kind: Kind) {
 
 /// The dtype that most of what is written has.
 pub(super) fn most_bytes(steps: &[Step]) -> Option<Kind> {
+    most(steps, |step| step.kind)
+}
+
+/// The same of what is read.
+pub(super) fn most_stored(steps: &[Step]) -> Option<Kind> {
+    most(steps, |step| step.stored_kind)
+}
+
+fn most(steps: &[Step], kind_of: impl Fn(&Step) -> Kind) -> Option<Kind> {
     let bytes = |kind: Kind| -> u64 {
-        steps.iter().filter_map(Step::info).filter(|info| info.kind == kind).map(|info| info.num_bytes()).sum()
+        let written = steps.iter().filter(|step| step.to.is_some() && kind_of(step) == kind);
+        written.map(|step| step.shape.iter().product::<i64>() as u64 * kind.elt_size_in_bytes() as u64).sum()
     };
     [Kind::Float, Kind::BFloat16, Kind::Half].into_iter().max_by_key(|kind| bytes(*kind))
 }

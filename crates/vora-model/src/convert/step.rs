@@ -3,8 +3,9 @@
 use tch::{Kind, Tensor};
 use vora_torch::checkpoint::TensorInfo;
 
-use super::report::{Change, TensorReport, dtype};
+use super::report::{Change, TensorReport};
 use super::source::Part;
+use crate::files::dtype;
 
 /// One tensor to write, or to drop.
 #[derive(Debug)]

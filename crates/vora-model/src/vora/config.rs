@@ -39,6 +39,9 @@ struct VisionKeys {
 /// The keys of `lora` that the published code follows. It takes any other without a word: an alpha changes nothing there.
 const PUBLISHED_LORA: [&str; 3] = ["layers", "r", "target_modules"];
 
+/// The key of a folder that HF transformers opens too: what stands for a picture in its token ids.
+pub(crate) const IMAGE_TOKEN_ID: &str = "image_token_id";
+
 /// The rank that the published code takes where `lora` names none.
 const PUBLISHED_RANK: i64 = 1024;
 
@@ -102,7 +105,11 @@ impl VoraConfig {
         Self::from_json(json).with_context(|| format!("in {}", folder.join("config.json").display()))
     }
 
-    fn from_json(mut json: Map<String, Value>) -> Result<Self> {
+    /// Reads such an object; see [`VoraConfig::open`].
+    ///
+    /// # Errors
+    /// Names the key.
+    pub(crate) fn from_json(mut json: Map<String, Value>) -> Result<Self> {
         let model_type = json.get("model_type").and_then(Value::as_str).unwrap_or_default();
         ensure!(model_type == "vora", "model_type is `{model_type}`, a VoRA folder says `vora`");
         let llm_type = json.remove("llm_model_type");
@@ -130,7 +137,9 @@ impl VoraConfig {
             json.entry("tie_word_embeddings").or_insert(Value::Bool(true));
         }
         let vision = to_object(&keys)?;
-        json.retain(|key, _| !vision.contains_key(key) && key != "lora" && key != "architectures");
+        json.retain(|key, _| {
+            !vision.contains_key(key) && !["lora", "architectures", IMAGE_TOKEN_ID].contains(&key.as_str())
+        });
         let llm: LlmConfig = serde_json::from_value(Value::Object(json))?;
         llm.validate()?;
         let adapted = keys.lora.map(|lora| lora.over(llm.num_hidden_layers));

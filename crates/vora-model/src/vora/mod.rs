@@ -1,8 +1,10 @@
 //! Vision as LoRA: the patches of a picture stand among the word embeddings of a decoder that carries adapters.
 
 mod config;
+mod hf;
 mod model;
 
 pub(crate) use config::MERGED;
 pub use config::VoraConfig;
+pub use hf::HfFiles;
 pub use model::Vora;

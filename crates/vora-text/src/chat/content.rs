@@ -133,6 +133,12 @@ impl ContentForms {
         }
     }
 
+    /// The roles whose content it takes as a list of parts and not as a string.
+    pub(super) fn lists(&self) -> impl Iterator<Item = &'static str> {
+        let forms = [("system", self.system), ("user", self.user), ("assistant", self.assistant)];
+        forms.into_iter().filter(|(_, form)| form.parts && !form.string).map(|(role, _)| role)
+    }
+
     fn shows_pictures_of(&self, message: &Message) -> bool {
         self.image.is_some() && message.content.contains(&Part::Image)
     }

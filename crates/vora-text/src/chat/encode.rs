@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::content::Turn;
 use super::{ChatTemplate, Message, Piece};
@@ -48,13 +48,7 @@ impl ChatTemplate {
 impl<'a> Passage<'a> {
     fn new(template: &'a ChatTemplate, tokenizer: &'a Tokenizer, messages: &[Message]) -> Result<Self> {
         let forms = template.forms();
-        let place = forms.place(messages).map_err(|written| {
-            anyhow!(
-                "{}: which of `{written}` is a picture's place cannot be told; name it as `image_token` in \
-                 processor_config.json or tokenizer_config.json",
-                template.origin
-            )
-        })?;
+        let place = forms.place(messages).map_err(|written| template.unknown_place(written))?;
         let inert = |text: &str| {
             let text = tokenizer.protect(text);
             place.map_or(text.clone(), |place| text.replace(place, &INERT_IMAGE.to_string()))

@@ -11,6 +11,7 @@ mod json;
 mod message;
 mod methods;
 mod nesting;
+mod pictures;
 mod python;
 mod source;
 mod template;

@@ -4,12 +4,13 @@ use std::fmt::Display;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 
 use super::Message;
 use super::content::{ContentForms, Turn};
 use super::jinja::{environments, on_large_stack};
+use super::pictures::{IMAGE_TOKEN, with_parts, without_parts};
 use super::source::adapted;
 use crate::added_tokens::special_tokens;
 use crate::error::TextError;
@@ -26,8 +27,9 @@ pub(super) const MAX_TEMPLATE_LEN: usize = 1 << 18;
 /// Templates are other people's programs: one that runs for too long or writes too much ends in an error.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environments: [Environment<'static>; 2], // with little fuel, and with all
+    pub(super) environments: [Environment<'static>; 2], // with little fuel, and with all
     pub(super) origin: String,
+    source: String,
     special_tokens: Vec<(String, String)>, // bos_token, eos_token, ..
     image_token: Option<String>,
     forms: OnceLock<ContentForms>,
@@ -42,7 +44,7 @@ impl ChatTemplate {
     /// [`TextError::NoChatTemplate`] where there is none; where the file that has it cannot be read or is no template.
     pub fn open(path: &Path) -> Result<Self> {
         let (source, origin) = find(path)?;
-        let mut template = Self::new(&source, special_tokens(path)?, origin)?;
+        let mut template = Self::new(without_parts(&source), special_tokens(path)?, origin)?;
         if let Some(token) = read_json::<serde_json::Value>(path, "processor_config.json")?["image_token"].as_str() {
             template.image_token = Some(token.to_owned());
         }
@@ -61,14 +63,15 @@ impl ChatTemplate {
             "{origin}: a chat template of {} bytes; at most {MAX_TEMPLATE_LEN} are allowed",
             source.len()
         );
-        let source = adapted(source).with_context(|| format!("{origin}: syntax error"))?;
+        let read = adapted(source).with_context(|| format!("{origin}: syntax error"))?;
         let mut environments = environments()?;
         for environment in &mut environments {
-            let added = environment.add_template_owned("chat_template", source.clone());
+            let added = environment.add_template_owned("chat_template", read.clone());
             added.map_err(|e| anyhow::anyhow!("{origin}: {e}"))?;
         }
         let image_token = special_tokens.iter().find(|(key, _)| key == "image_token").map(|(_, token)| token.clone());
-        Ok(Self { environments, origin, special_tokens, image_token, forms: OnceLock::new() })
+        let source = source.to_owned();
+        Ok(Self { environments, origin, source, special_tokens, image_token, forms: OnceLock::new() })
     }
 
     /// The conversation as text; images are what the template writes for them, `<image>` where it takes strings. With
@@ -79,6 +82,35 @@ impl ChatTemplate {
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let turns: Vec<Turn> = messages.iter().map(|m| self.forms().turn(m, "<image>", str::to_owned)).collect();
         self.render_turns(&turns, add_generation_prompt)
+    }
+
+    /// The source of a template that takes pictures as parts, as HF's processors hand them over, and writes what
+    /// [`encode_prompt`](Self::encode_prompt) makes ids of; and what it writes for a picture. [`ChatTemplate::open`] takes
+    /// it for this template.
+    ///
+    /// # Errors
+    /// Where it shows pictures itself, and which of what it writes is a picture's place cannot be told.
+    pub fn with_pictures(&self) -> Result<(String, String)> {
+        let question = [Message::question_about(1, "?")];
+        let place = self.forms().place(&question);
+        match place.map_err(|written| self.unknown_place(written))? {
+            Some(place) => Ok((self.source.clone(), place.to_owned())),
+            None => Ok((with_parts(&self.source, self.forms().lists()), IMAGE_TOKEN.to_owned())),
+        }
+    }
+
+    /// The source, in Jinja.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// The error of a template that writes `written` for a picture, where it cannot be told which of it is its place.
+    pub(super) fn unknown_place(&self, written: &str) -> anyhow::Error {
+        anyhow!(
+            "{}: which of `{written}` is a picture's place cannot be told; name it as `image_token` in \
+             processor_config.json or tokenizer_config.json",
+            self.origin
+        )
     }
 
     /// What the template takes as content.

@@ -1,0 +1,85 @@
+//! Folders and files for other programs: HF transformers, llama.cpp.
+
+use serde_json::Value;
+use vora_torch::checkpoint::Checkpoint;
+
+use super::{fails, succeeded, vora, workspace};
+
+#[test]
+fn a_merged_folder_for_transformers_answers_as_the_plain_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let (run, last) = (path("run"), path("run/final"));
+    let smoke = "crates/vora-train/recipes/smoke.yaml";
+    succeeded(&vora(&["train", "--config", smoke, "--set", &format!("output_dir={run}"), "--set", "max_steps=1"]));
+    succeeded(&vora(&["merge", &last, "--out", &path("plain")]));
+    succeeded(&vora(&["merge", &last, "--out", &path("hf"), "--hf"]));
+    succeeded(&vora(&["convert", &path("plain"), &path("converted"), "--hf"]));
+    let read = |name: &str, file: &str| std::fs::read(folder.path().join(name).join(file)).unwrap();
+    let json = |name: &str, file: &str| serde_json::from_slice::<Value>(&read(name, file)).unwrap();
+    for name in ["hf", "converted"] {
+        assert_eq!(json(name, "config.json")["auto_map"]["AutoModelForCausalLM"], "modeling_vora.VoRAForCausalLM");
+        // The tiny vocabulary has no token for a picture: the next one is added to it there.
+        assert_eq!(json(name, "config.json")["image_token_id"], 512);
+        assert_eq!(json(name, "processor_config.json")["image_token_id"], 512);
+        for file in ["configuration_vora.py", "modeling_vora.py", "processing_vora.py", "model.safetensors"] {
+            assert!(read(name, file) == read("hf", file), "{name}/{file}");
+        }
+        let picture = format!("{run}/samples/test-0.png");
+        for question in [&[picture.as_str(), "What color?"][..], &["What color?"]] {
+            let ask = |name: &str| {
+                succeeded(&vora(&[&["ask", &path(name)], question, &["--json", "--max-new-tokens", "4"]].concat()))
+            };
+            assert_eq!(ask(name), ask("plain"), "{name}: {question:?}");
+        }
+    }
+    fails(
+        &["merge", &last, "--out", &path("other"), "--hf", "--as", "apart"],
+        1,
+        &["leave out --check, --llm and --hf"],
+    );
+    std::fs::create_dir(path("other")).unwrap();
+    std::fs::write(path("other/modeling_vora.py"), "").unwrap();
+    let there = ["other/modeling_vora.py is there already, and --hf would write it"];
+    fails(&["merge", &last, "--out", &path("other"), "--hf"], 1, &there);
+    fails(&["convert", "fixtures/tiny/llm", &path("x"), "--hf"], 1, &["--hf is for a VoRA whose adapters are merged"]);
+    let unmerged = "fixtures/golden/official/unmerged";
+    fails(&["convert", unmerged, &path("x"), "--hf"], 1, &["becomes vora-unmerged"]);
+    assert!(!folder.path().join("x").exists());
+}
+
+#[test]
+fn a_language_model_becomes_a_gguf_file_and_one_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let tiny = "fixtures/tiny/llm";
+    for dtype in ["f32", "q8_0"] {
+        let (file, back) = (path(dtype), path(&format!("{dtype}-back")));
+        let said = succeeded(&vora(&["convert", tiny, &file, "--to", "gguf", "--dtype", dtype]));
+        assert!(said.contains("blk.0.attn_q.weight") && said.contains("model.gguf  38 tensors"), "{said}");
+        succeeded(&vora(&["convert", &file, &back]));
+        let [before, after] = [workspace().join(tiny), folder.path().join(format!("{dtype}-back"))]
+            .map(|path| Checkpoint::open(&path).unwrap());
+        assert!(before.names().eq(after.names()));
+        for name in before.names() {
+            let [before, after] = [&before, &after].map(|checkpoint| checkpoint.tensor(name).unwrap());
+            let largest = (&before - &after).abs().max().double_value(&[]);
+            // Half a step of 127 to the largest number of a block.
+            let bound =
+                if dtype == "f32" || before.dim() == 1 { 0.0 } else { before.abs().max().double_value(&[]) / 250.0 };
+            assert!(largest <= bound, "{dtype}: {name} is off by {largest}");
+        }
+    }
+    fails(&["convert", tiny, &path("x"), "--dtype", "q4_0"], 1, &["--to gguf writes one"]);
+    fails(
+        &["convert", "fixtures/tiny/dinov2", &path("x"), "--to", "gguf"],
+        1,
+        &["cannot become gguf, only safetensors"],
+    );
+    std::fs::create_dir(path("bare")).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(workspace().join(tiny).join(name), folder.path().join("bare").join(name)).unwrap();
+    }
+    fails(&["convert", &path("bare"), &path("x"), "--to", "gguf"], 1, &["bare has no tokenizer.json"]);
+    assert!(!folder.path().join("x").exists());
+}
