@@ -64,9 +64,9 @@ fn a_language_model_becomes_a_gguf_file_and_one_again() {
         for name in before.names() {
             let [before, after] = [&before, &after].map(|checkpoint| checkpoint.tensor(name).unwrap());
             let largest = (&before - &after).abs().max().double_value(&[]);
-            // Half a step of 127 to the largest number of a block.
+            // Half of one of 127 steps to the largest number of a block, and what the scale loses in f16.
             let bound =
-                if dtype == "f32" || before.dim() == 1 { 0.0 } else { before.abs().max().double_value(&[]) / 250.0 };
+                if dtype == "f32" || before.dim() == 1 { 0.0 } else { before.abs().max().double_value(&[]) / 240.0 };
             assert!(largest <= bound, "{dtype}: {name} is off by {largest}");
         }
     }

@@ -79,7 +79,7 @@ impl Conversion {
             source.path.display()
         );
         refuse_other_tokens(&source, to)?;
-        let in_source = || format!("converting {} from {} to {to}", source.path.display(), source.layout);
+        let in_source = || format!("converting {} from {} to {written}", source.path.display(), source.layout);
         let steps = plan::steps(&source, to, kind).with_context(in_source)?;
         if of_llm {
             let config = side_files::config(&source, to, &steps, None).with_context(in_source)?;
