@@ -73,6 +73,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let config = TrainConfig::open(&args.config, &args.set)?;
     let device = runtime::device(&args.device)?;
     let folder = config.output_dir.clone();
+    if std::env::var_os("OMP_NUM_THREADS").is_none() {
+        runtime::set_threads(computing(runtime::threads(), config.dataloader_num_workers));
+    }
     let mut options = Options::new(device, &vora_hub::resolve);
     (options.resume, options.stop, options.save) = (args.resume, stop, save);
     if args.plan {
@@ -107,6 +110,12 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             Ok(ExitCode::from(u8::try_from(128 + signal).unwrap_or(1)))
         }
     }
+}
+
+/// Of a processor's threads those that compute, where so many others make samples: one of these has its work done while a step
+/// computes, each more gets a core; half of all are left to compute.
+fn computing(threads: usize, making_samples: usize) -> usize {
+    threads.saturating_sub(making_samples.saturating_sub(1)).max(threads.div_ceil(2))
 }
 
 /// A bar where there is a terminal, a line now and then where there is none.
@@ -198,5 +207,18 @@ impl Progress for Terminal {
 
     fn saved(&mut self, folder: &Path) {
         tracing::info!("saved {}", folder.display());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::computing;
+
+    #[test]
+    fn threads_that_make_samples_get_cores_from_the_second_on() {
+        let cases = [((2, 1), 2), ((2, 8), 1), ((16, 0), 16), ((16, 1), 16), ((16, 5), 12), ((16, 32), 8), ((1, 3), 1)];
+        for ((threads, making_samples), expected) in cases {
+            assert_eq!(computing(threads, making_samples), expected, "{threads} threads, {making_samples}");
+        }
     }
 }

@@ -80,7 +80,8 @@ pub struct TrainConfig {
     /// memory for about a third more time.
     #[serde(default)]
     pub gradient_checkpointing: bool,
-    /// Threads that make samples.
+    /// Threads that make samples. From the second on each has a core that libtorch leaves to it, unless `OMP_NUM_THREADS`
+    /// says how many compute.
     #[serde(default = "one_usize")]
     pub dataloader_num_workers: usize,
 

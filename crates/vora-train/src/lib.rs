@@ -33,7 +33,7 @@ pub mod run;
 pub mod step;
 pub mod student;
 
-pub use run::plan::{Measured, Plan};
+pub use run::plan::{Measured, Plan, Threads};
 pub use run::progress::{Progress, Silent};
 pub use run::size::{BatchShape, Memory, Parameters, Size, TeacherCacheSize};
 pub use run::state::TrainerState;

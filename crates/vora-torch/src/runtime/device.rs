@@ -125,6 +125,11 @@ pub fn has_bf16(device: Device) -> bool {
 }
 
 /// Threads that libtorch uses inside one operator on the CPU.
+pub fn threads() -> usize {
+    usize::try_from(tch::get_num_threads()).unwrap_or(1)
+}
+
+/// Sets them; libtorch's own number is the processor's, or `OMP_NUM_THREADS`.
 pub fn set_threads(threads: usize) {
     tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
 }

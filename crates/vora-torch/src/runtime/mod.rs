@@ -4,6 +4,6 @@ mod device;
 mod environment;
 mod memory;
 
-pub use device::{device, has_bf16, init, kind, name_of, set_threads, synchronize};
+pub use device::{device, has_bf16, init, kind, name_of, set_threads, synchronize, threads};
 pub use environment::missing_environment;
 pub use memory::{GpuMemory, gpu_memory, machine, memory, peak_memory, process_size};

@@ -11,7 +11,7 @@ use serde::Serialize;
 use tch::Device;
 use vora_data::SampleMaker;
 use vora_recipe::TrainConfig;
-use vora_torch::runtime::{memory, peak_memory};
+use vora_torch::runtime::{memory, peak_memory, threads};
 
 use crate::data;
 use crate::run::dtype;
@@ -58,9 +58,21 @@ pub struct Plan {
     /// What was counted.
     #[serde(flatten)]
     pub size: Size,
+    /// Threads that compute on the CPU, and those that make samples.
+    pub threads: Threads,
     /// What steps of the run took; none where they would not fit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub measured: Option<Measured>,
+}
+
+/// How a run's threads share the processor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Threads {
+    /// Those of libtorch's operators.
+    pub compute: usize,
+    /// `dataloader_num_workers`.
+    pub make_samples: usize,
 }
 
 /// Steps that were made to see what they take.
@@ -84,8 +96,9 @@ impl Plan {
     /// As [`Trainer::new`] and [`Trainer::train_step`], the run folder left out: nothing is read from it or written to.
     pub fn measure(config: &TrainConfig, options: Options<'_>) -> Result<Self> {
         let size = Self::open(config, &options)?;
+        let threads = Threads { compute: threads(), make_samples: config.dataloader_num_workers };
         if size.exceeds().is_some() {
-            return Ok(Self { size, measured: None });
+            return Ok(Self { size, threads, measured: None });
         }
         let folder = tempfile::tempdir().context("cannot make a temporary folder to measure in")?;
         let mut config = config.clone();
@@ -97,7 +110,7 @@ impl Plan {
         let (steps, seconds) = MEASURED.run(&mut trainer, device)?;
         let seconds_per_step = seconds / f64::from(steps);
         let measured = Measured { steps, seconds_per_step, peak_memory: peak_memory(device) };
-        Ok(Self { size, measured: Some(measured) })
+        Ok(Self { size, threads, measured: Some(measured) })
     }
 
     /// Opens the model, counts, and closes it.
@@ -141,6 +154,8 @@ impl fmt::Display for Plan {
         if let Some(anchor) = &size.anchor {
             writeln!(f, "{anchor}")?;
         }
+        let Threads { compute, make_samples } = self.threads;
+        writeln!(f, "threads: {compute} compute on the CPU, {make_samples} make samples")?;
         match &self.measured {
             Some(measured) => {
                 let peak = measured.peak_memory.map_or(String::new(), |peak| format!(", {} at most", mebibytes(peak)));
@@ -211,7 +226,9 @@ mod tests {
         let measured = plan.measured.as_ref().unwrap();
         assert!(measured.seconds_per_step > 0.0 && plan.size.exceeds().is_none());
         let text = plan.to_string();
-        for part in ["trained: adapters", "optimizer", "a batch: 1 row of", "s a step"] {
+        for part in
+            ["trained: adapters", "optimizer", "a batch: 1 row of", "compute on the CPU, 1 make samples", "s a step"]
+        {
             assert!(text.contains(part), "{part} is missing in\n{text}");
         }
     }
