@@ -13,7 +13,7 @@
 //! libtorch 2.11, and one more in your `Cargo.toml` would be another crate with other tensors, of which cargo links one only.
 //!
 //! libtorch 2.11 has to lie somewhere. `LIBTORCH=/path/to/libtorch` names the folder that holds `lib` and `include`, a download from
-//! PyTorch or what `cargo xtask setup` links at `.libtorch`; `LIBTORCH_USE_PYTORCH=1` takes that of the `torch` that `python3` imports.
+//! PyTorch or what `cargo xtask setup` links at `.libtorch`.
 //! `cargo run` and `cargo test` then find it. A program that is started by itself finds it by a path that is linked into it,
 //! from a `build.rs` beside your `Cargo.toml`, or else by `LD_LIBRARY_PATH`:
 //!
