@@ -232,8 +232,7 @@ fn on_questions(args: &Args, data: &str, folder: &Path, device: Device, kind: Ki
     for (note, count) in &set.notes {
         writeln!(stderr, "{count} records: {note}")?;
     }
-    let model = opened(args, folder, device, kind)
-        .with_context(|| format!("{} is asked about pictures, and must be a model that sees", args.model))?;
+    let model = opened(args, folder, device, kind).with_context(|| format!("{} cannot be asked", args.model))?;
     let assistant = Assistant::new(model, folder)?;
     let (answered, left_out) = answers(&assistant, &set, args.batch_size, args.max_tokens)?;
     let report = Report::new(task, &answered)?;

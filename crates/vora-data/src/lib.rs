@@ -39,4 +39,4 @@ pub use records::{Conversations, IMAGE_PLACE, NO_MARK, Record, RecordKeys, short
 pub use sample::{IGNORE_INDEX, QuestionSpan, Sample};
 pub use sources::{Chain, ConversationSource, Mix, RecordFiles, SceneSource, Source};
 pub use vora_image::RgbImage;
-pub use vora_text::{ChatTemplate, Message, Tokenizer};
+pub use vora_text::{Message, Tokenizer};

@@ -35,5 +35,4 @@ pub use request::Request;
 pub use sampling::{Sampler, SamplingParams};
 pub use tch;
 pub use vora_image::RgbImage;
-pub use vora_model::{Resolve, VisionLanguageModel};
-pub use vora_text::{ChatTemplate, Message, Tokenizer};
+pub use vora_text::{Message, Tokenizer};

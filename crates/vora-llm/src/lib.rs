@@ -51,6 +51,4 @@ pub use mlp::Mlp;
 pub use rope::{RopeParameters, RopeScaling};
 pub use rotary::{CosSin, Rotary};
 pub use tch;
-pub use vora_lora::Linear;
-pub use vora_text::{Span, Spans};
 pub use vora_torch::weights::Weights;

@@ -51,5 +51,4 @@ pub use plain::PlainLlm;
 pub use tch;
 pub use vora::{HfFiles, Vora, VoraConfig};
 pub use vora_image::RgbImage;
-pub use vora_text::{Span, Spans};
 pub use vora_torch::weights::Weights;

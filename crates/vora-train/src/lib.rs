@@ -39,4 +39,3 @@ pub use run::size::{BatchShape, Memory, Parameters, Size, TeacherCacheSize};
 pub use run::state::TrainerState;
 pub use run::trainer::{NotFinite, Options, Outcome, Trainer};
 pub use tch;
-pub use vora_recipe::TrainConfig;

@@ -215,7 +215,7 @@ fn wrong(merged: &str, folder: &Path) {
     fails(&["eval", merged, "--text", &data, "--task", "vqa"], 1, &["no vqa: give --data"]);
     let images = ["--images", "fixtures/images"];
     let blind = [&["eval", "fixtures/tiny/llm", "--data", &data], &images[..]].concat();
-    fails(&blind, 1, &["must be a model that sees", "model_type"]);
+    fails(&blind, 1, &["no question could be asked", "language model alone, which takes no picture"]);
     // The pictures do not lie beside the data.
     fails(&["eval", merged, "--data", &data], 1, &["4 records name a picture that is not there", "photo.jpg"]);
     let output = vora(&["eval", merged, "--data", "scenes:test", "--limit", "2", "--task", "yesno"]);

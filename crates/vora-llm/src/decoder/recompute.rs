@@ -88,7 +88,7 @@ mod tests {
         if !trained {
             attach_all("a", &LoraConfig::new(2, 2), &adapters, |visit| llm.linears_mut(visit)).unwrap();
             for (name, b) in adapters.parameters().iter().filter(|(name, _)| name.contains("lora_B")) {
-                let _ = tch::no_grad(|| b.shallow_clone().fill_(0.01 * (name.len() % 7) as f64));
+                let _ = tch::no_grad(|| b.shallow_clone().fill_(0.01 * (1 + name.len() % 7) as f64));
             }
         }
         let embeds = adapters.parameter("embeds", &[2, 9, config.hidden_size], Init::Normal { std: 1.0 }).unwrap();

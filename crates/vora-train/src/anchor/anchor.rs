@@ -11,7 +11,8 @@ use vora_recipe::TextAnchor;
 use vora_text::Spans;
 use vora_torch::nn::loss::kl_divergence;
 
-use super::texts::{Held, Texts};
+use super::held::Held;
+use super::texts::Texts;
 use crate::student::{MAX_LOGITS, Student};
 
 /// Texts whose states are computed side by side before the run.

@@ -2,11 +2,12 @@
 
 #[expect(clippy::module_inception, reason = "the anchor is what the room is for")]
 mod anchor;
+mod held;
 mod prompts;
 mod texts;
 mod write;
 
 pub(crate) use anchor::Anchor;
 #[cfg(test)]
-pub(crate) use texts::Held;
+pub(crate) use held::Held;
 pub(crate) use texts::Texts;

@@ -10,6 +10,7 @@ use vora_files::write_bytes;
 use vora_llm::CausalLm;
 use vora_recipe::TextAnchor;
 
+use super::held::Held;
 use super::write::write;
 
 /// The file of a run folder that holds them.
@@ -28,14 +29,6 @@ struct Text {
     held: Held,
     /// The same to be read by people.
     text: String,
-}
-
-/// A text's tokens, and which of its predictions an LLM is held to: those made at the token of number `from` and later.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Held {
-    pub(crate) ids: Vec<i64>,
-    #[serde(default)]
-    pub(crate) from: usize,
 }
 
 impl Texts {

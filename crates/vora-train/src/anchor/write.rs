@@ -9,8 +9,8 @@ use vora_llm::{CausalLm, GenerationConfig};
 use vora_recipe::TextAnchor;
 use vora_text::{Message, Piece};
 
+use super::held::Held;
 use super::prompts::{QUESTIONS, STARTS};
-use super::texts::Held;
 
 /// Texts that are written side by side.
 const ROWS: usize = 48;

@@ -1,13 +1,17 @@
 //! One path to each public item.
 //!
 //! From the root of every library its public modules and re-exports are walked. What two paths reach is a fault, in one
-//! crate or in two; of what other workspaces define, only the workspace's own re-exports are paths.
+//! crate or in two; of what other workspaces define, only the workspace's own re-exports are paths, and of what crates hand
+//! on none is.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::fault::{Fault, Rule};
 use crate::house::resolve::Named;
 use crate::house::sources::{Import, ModuleId, Sources};
+
+/// What crates hand on of those below them, so that who takes one of them need not name another.
+const HANDED_ON: [&str; 6] = ["tch", "optim", "Weights", "RgbImage", "Tokenizer", "Message"];
 
 /// A public name in a module.
 struct Export {
@@ -29,7 +33,8 @@ pub fn check(sources: &Sources) -> Vec<Fault> {
     entered.extend(waiting.iter().map(|(root, _)| *root));
     // Breadth first: a module is entered by its shortest path, by others it is one fault and not one per item.
     while let Some((module, before)) = waiting.pop_front() {
-        for export in exports(sources, module, &mut Vec::new()) {
+        let all = exports(sources, module, &mut Vec::new()).into_iter();
+        for export in all.filter(|export| !(export.reexport && HANDED_ON.contains(&export.name.as_str()))) {
             let path = format!("{before}::{}", export.name);
             if let Named::Module(inner) = export.named
                 && entered.insert(inner)
