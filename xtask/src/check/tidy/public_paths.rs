@@ -1,8 +1,7 @@
 //! One path to each public item.
 //!
-//! From the root of every library its public modules and re-exports are walked. What two paths reach is a fault, in one
-//! crate or in two; of what other workspaces define, only the workspace's own re-exports are paths, and of what crates hand
-//! on none is.
+//! From the root of every library its public modules and re-exports are walked. What two paths reach is a fault, in one crate
+//! or in two, but for what crates hand on; of what other workspaces define, only the workspace's own re-exports are paths.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
