@@ -1,6 +1,6 @@
 //! GGUF, llama.cpp's one-file format: metadata and tensors, and the language model in it under the names and with the
 //! `config.json` that HF has for it. Pure Rust over bytes that the caller read or mapped, or over a
-//! [`folder`]; and such a file [written](write). It computes with no tensor but to quantise it, and links no libtorch.
+//! [`folder`]; and such a file [written](mod@write). It computes with no tensor but to quantise it, and links no libtorch.
 //!
 //! ```
 //! use vora_gguf::{Gguf, TensorKind};
