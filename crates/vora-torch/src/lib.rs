@@ -15,14 +15,12 @@
 //! libtorch 2.11 has to lie somewhere. `LIBTORCH=/path/to/libtorch` names the folder that holds `lib` and `include`, a download from
 //! PyTorch or what `cargo xtask setup` links at `.libtorch`.
 //! `cargo run` and `cargo test` then find it. A program that is started by itself finds it by a path that is linked into it,
-//! from a `build.rs` beside your `Cargo.toml`, or else by `LD_LIBRARY_PATH`:
+//! from the `main` of a `build.rs` beside your `Cargo.toml`, or else by `LD_LIBRARY_PATH`:
 //!
 //! ```no_run
-//! fn main() {
-//!     println!("cargo:rerun-if-env-changed=LIBTORCH");
-//!     if let Ok(libtorch) = std::env::var("LIBTORCH") {
-//!         println!("cargo:rustc-link-arg=-Wl,-rpath,{libtorch}/lib");
-//!     }
+//! println!("cargo:rerun-if-env-changed=LIBTORCH");
+//! if let Ok(libtorch) = std::env::var("LIBTORCH") {
+//!     println!("cargo:rustc-link-arg=-Wl,-rpath,{libtorch}/lib");
 //! }
 //! ```
 //!
