@@ -3,7 +3,7 @@
 //! pictures among words. It cannot train, knows no HTTP, and loads nothing but model folders, merged
 //! or a run's.
 //!
-//! What libtorch needs in a project of your own: [`vora_torch`].
+//! What libtorch needs in a project of your own stands in the docs of `vora-torch`.
 //!
 //! ```
 //! use tch::Tensor;
