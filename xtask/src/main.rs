@@ -11,7 +11,6 @@ mod compare;
 mod docs;
 mod download;
 mod fixtures;
-mod house;
 mod setup;
 mod test;
 mod train;

@@ -2,8 +2,8 @@
 
 use syn::Item;
 
-use crate::house::resolve::Named;
-use crate::house::sources::{ModuleId, NamePath, Sources};
+use house::resolve::Named;
+use house::sources::{ModuleId, NamePath, Sources};
 
 /// An item, and where it is declared.
 #[derive(Clone, Copy)]

@@ -11,7 +11,7 @@ use syn::{Expr, ExprLit, ImplItem, Item, Lit, Pat, Stmt, UnOp};
 use super::declared::Declared;
 use super::serde::{Serde, doc};
 use super::shape::Shape;
-use crate::house::sources::{ModuleId, Sources};
+use house::sources::{ModuleId, Sources};
 
 /// A key that a file leaves out.
 #[derive(Debug, Clone, PartialEq)]
@@ -255,7 +255,7 @@ impl Value<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::house::small;
+    use house::small;
 
     /// What the function `f` returns in a file that holds `code` too.
     fn default(code: &str) -> Result<Default> {

@@ -13,8 +13,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use crate::cmd;
-use crate::house::sources::Sources;
-use crate::house::workspace::Workspace;
+use house::sources::Sources;
+use house::workspace::Workspace;
 
 const RUN_FILE: &str = "docs/run-file.md";
 /// The type that a run file is read into.
@@ -29,7 +29,7 @@ pub fn run() -> Result<()> {
 }
 
 fn run_file(root: &Path) -> Result<String> {
-    let sources = Sources::read(root, &Workspace::read()?.targets())?;
+    let sources = Sources::read(root, &Workspace::read(root)?.targets())?;
     page::write(&schema::read(&sources, ROOT)?)
 }
 

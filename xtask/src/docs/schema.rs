@@ -10,7 +10,7 @@ use super::declared::Declared;
 use super::default::{self, Default, Defaults};
 use super::serde::{Serde, doc};
 use super::shape::{Shape, Word};
-use crate::house::sources::{ModuleId, Sources};
+use house::sources::{ModuleId, Sources};
 
 /// A file's sections, the outermost first, each once.
 #[derive(Debug, PartialEq)]
@@ -244,7 +244,7 @@ fn generic<'t>(of: &'t Type, names: &[&str]) -> Option<Vec<&'t Type>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::house::small;
+    use house::small;
 
     fn schema(code: &str) -> Result<Schema> {
         let sources = small::sources(&[

@@ -1,13 +1,12 @@
 //! The packages of the workspace as `cargo metadata` tells them, and what each of them builds, as `cargo tree` does.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::env;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
-
-use crate::cmd;
 
 /// The part of `cargo metadata` that is read here.
 #[derive(Debug, Deserialize)]
@@ -47,9 +46,12 @@ pub struct Target {
 }
 
 impl Workspace {
-    /// Asks cargo.
-    pub fn read() -> Result<Self> {
-        let output = stdout(cmd::cargo().args(["metadata", "--format-version", "1", "--no-deps"]))?;
+    /// Asks cargo about the workspace in `root`.
+    ///
+    /// # Errors
+    /// cargo fails.
+    pub fn read(root: &Path) -> Result<Self> {
+        let output = stdout(cargo(root).args(["metadata", "--format-version", "1", "--no-deps"]))?;
         serde_json::from_slice(&output).context("reading what cargo metadata wrote")
     }
 
@@ -84,8 +86,11 @@ impl Workspace {
 /// How the build of a package alone, with its tests, comes to one of the packages called `names`: the packages on the
 /// way. Each package is asked about by itself: over the whole workspace, features that one of its packages asks for are
 /// everybody's, here as in `cargo build --workspace`.
-pub fn way_to(package: &str, names: &[&str]) -> Result<Option<Vec<String>>> {
-    let mut tree = cmd::cargo();
+///
+/// # Errors
+/// cargo fails.
+pub fn way_to(root: &Path, package: &str, names: &[&str]) -> Result<Option<Vec<String>>> {
+    let mut tree = cargo(root);
     tree.args(["tree", "--package", package, "--edges", "normal,build,dev", "--prefix", "depth"]);
     let tree = stdout(tree.args(["--offline", "--locked"]))?;
     Ok(way_in(&String::from_utf8_lossy(&tree), names))
@@ -105,6 +110,12 @@ fn way_in(tree: &str, names: &[&str]) -> Option<Vec<String>> {
         }
     }
     None
+}
+
+fn cargo(root: &Path) -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(root);
+    cargo
 }
 
 fn stdout(cargo: &mut Command) -> Result<Vec<u8>> {
@@ -135,11 +146,16 @@ impl Workspace {
     }
 
     /// Lies at `root` in place of `/house`.
-    pub fn move_to(&mut self, root: &std::path::Path) {
+    pub fn move_to(&mut self, root: &Path) {
         for package in &mut self.packages {
             package.manifest_path = root.join(package.manifest_path.strip_prefix("/house").unwrap());
         }
     }
+}
+
+#[cfg(test)]
+pub(crate) fn here() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("house/ lies in the workspace").to_owned()
 }
 
 #[cfg(test)]
@@ -159,6 +175,7 @@ mod tests {
 
     #[test]
     fn features_are_those_of_the_package_alone() {
+        let way_to = |package, names: &[&str]| way_to(&here(), package, names);
         // vora-data's tests take `fixtures` without tch, vora-torch's with it.
         assert_eq!(way_to("vora-data", &["tch", "torch-sys"]).unwrap(), None);
         assert!(way_to("vora-data", &["fixtures"]).unwrap().is_some());
@@ -168,7 +185,7 @@ mod tests {
 
     #[test]
     fn this_workspace_is_read() {
-        let workspace = Workspace::read().unwrap();
+        let workspace = Workspace::read(&here()).unwrap();
         let targets = workspace.targets();
         assert!(targets.iter().any(|target| target.name == "xtask" && !target.library), "{targets:?}");
         assert!(targets.iter().any(|target| target.name == "vora_gguf" && target.library), "{targets:?}");

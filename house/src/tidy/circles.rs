@@ -9,13 +9,13 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::arrows::Arrow;
 use super::fault::{Fault, Rule};
-use crate::house::sources::{ModuleId, Sources};
+use crate::sources::{ModuleId, Sources};
 
 /// The arrows between the children of one room.
 type Room<'a> = BTreeMap<(ModuleId, ModuleId), Vec<&'a Arrow>>;
 
 /// Circles that share no arrow, the shortest first: each has to be broken by itself.
-pub fn check(sources: &Sources, arrows: &[Arrow]) -> Vec<Fault> {
+pub(super) fn check(sources: &Sources, arrows: &[Arrow]) -> Vec<Fault> {
     let mut faults = Vec::new();
     for (room, mut between) in rooms(sources, arrows) {
         let whole = between.clone();
@@ -117,7 +117,7 @@ fn fault(sources: &Sources, room: ModuleId, circle: &[ModuleId], between: &Room<
 mod tests {
     use super::super::arrows;
     use super::*;
-    use crate::house::small::sources;
+    use crate::small::sources;
 
     fn circles(files: &[(&str, &str)]) -> Vec<String> {
         let sources = sources(files);

@@ -22,31 +22,29 @@ mod picture;
 mod public_paths;
 mod size;
 
+use std::path::Path;
+
 use anyhow::{Result, bail};
 
-use crate::cmd;
-use crate::house::sources::Sources;
-use crate::house::workspace::Workspace;
+use crate::sources::Sources;
+use crate::workspace::Workspace;
 
-/// Lists every fault of the workspace on stderr.
+/// What was read of the workspace in `root`, in a line.
 ///
 /// # Errors
-/// There are faults, or a source cannot be read.
-pub fn run() -> Result<()> {
-    let root = cmd::root();
-    let workspace = Workspace::read()?;
-    let sources = Sources::read(&root, &workspace.targets())?;
+/// There are faults, all of which are listed, or a source cannot be read.
+pub fn run(root: &Path) -> Result<String> {
+    let workspace = Workspace::read(root)?;
+    let sources = Sources::read(root, &workspace.targets())?;
     let arrows = arrows::all(&sources);
     let mut faults = arrows.lost;
     faults.extend(circles::check(&sources, &arrows.found));
-    faults.extend(picture::check(&root, &workspace)?);
+    faults.extend(picture::check(root, &workspace)?);
     faults.extend(never::check(&sources, &arrows.found));
     faults.extend(public_paths::check(&sources));
-    faults.extend(size::check(&root, &workspace)?);
+    faults.extend(size::check(root, &workspace)?);
     if faults.is_empty() {
-        eprintln!("tidy: {} modules, {} arrows, no fault", sources.modules.len(), arrows.found.len());
-        return Ok(());
+        return Ok(format!("{} modules, {} arrows, no fault", sources.modules.len(), arrows.found.len()));
     }
-    eprint!("{}", fault::report(&faults));
-    bail!("the house is not tidy: {} faults", faults.len())
+    bail!("the house is not tidy: {} faults\n{}", faults.len(), fault::report(&faults).trim_end())
 }

@@ -7,12 +7,12 @@ use syn::visit::{self, Visit};
 use syn::{Attribute, Meta};
 
 use super::fault::{Fault, Rule};
-use crate::house::resolve::Named;
-use crate::house::sources::{ModuleId, NamePath, Sources, imports};
+use crate::resolve::Named;
+use crate::sources::{ModuleId, NamePath, Sources, imports};
 
 /// The module `from` names `to`.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Arrow {
+pub(super) struct Arrow {
     pub from: ModuleId,
     pub to: Named,
     pub line: usize,
@@ -22,7 +22,7 @@ pub struct Arrow {
 
 /// What the code of the workspace names.
 #[derive(Debug, Default)]
-pub struct Arrows {
+pub(super) struct Arrows {
     /// Each path once per line.
     pub found: Vec<Arrow>,
     /// Paths that lead nowhere, by rules that are not followed here.
@@ -30,7 +30,7 @@ pub struct Arrows {
 }
 
 /// Walks the code of every module.
-pub fn all(sources: &Sources) -> Arrows {
+pub(super) fn all(sources: &Sources) -> Arrows {
     let mut arrows = Arrows::default();
     for (module, here) in sources.modules.iter().enumerate() {
         let mut bound = Bound::default();
@@ -200,7 +200,7 @@ impl<'a> Visit<'a> for Walk<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::house::small::sources;
+    use crate::small::sources;
 
     /// The arrows of `code` in module `a`, where `b` has an item `x` and re-exports `c::y` and `c::Deep`.
     fn arrows_of(code: &str) -> Vec<String> {

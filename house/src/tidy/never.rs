@@ -2,8 +2,8 @@
 
 use super::arrows::Arrow;
 use super::fault::{Fault, Rule};
-use crate::house::resolve::Named;
-use crate::house::sources::Sources;
+use crate::resolve::Named;
+use crate::sources::Sources;
 
 /// Nothing at or below the left path names anything at or below the right one.
 const NEVER: &[(&str, &str)] = &[
@@ -19,7 +19,7 @@ const NEVER: &[(&str, &str)] = &[
 ];
 
 /// Each arrow of `arrows` that [`NEVER`] forbids, and each of its rows that names no module.
-pub fn check(sources: &Sources, arrows: &[Arrow]) -> Vec<Fault> {
+pub(super) fn check(sources: &Sources, arrows: &[Arrow]) -> Vec<Fault> {
     check_against(NEVER, sources, arrows)
 }
 
@@ -56,7 +56,7 @@ fn lies_in(path: &str, room: &str) -> bool {
 mod tests {
     use super::super::arrows;
     use super::*;
-    use crate::house::small::sources;
+    use crate::small::sources;
 
     #[test]
     fn forbidden_arrows_are_found_wherever_the_name_comes_from() {

@@ -92,6 +92,9 @@ pub struct Import {
 
 impl Sources {
     /// Reads every module of `targets`, which lie below `root`.
+    ///
+    /// # Errors
+    /// A file cannot be read or is no Rust.
     pub fn read(root: &Path, targets: &[Target]) -> Result<Self> {
         let mut sources = Self::default();
         for target in targets {

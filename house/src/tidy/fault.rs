@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 /// The rules, in the order of the report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Rule {
+pub(super) enum Rule {
     Lost,
     Circles,
     Picture,
@@ -43,7 +43,7 @@ impl Rule {
 
 /// One thing that is wrong.
 #[derive(Debug)]
-pub struct Fault {
+pub(super) struct Fault {
     pub rule: Rule,
     /// `file:line`, or the file.
     pub place: String,
@@ -52,7 +52,7 @@ pub struct Fault {
 }
 
 /// The faults by rule, each rule with what mends it.
-pub fn report(faults: &[Fault]) -> String {
+pub(super) fn report(faults: &[Fault]) -> String {
     let mut text = String::new();
     for rule in Rule::ALL {
         let found: Vec<_> = faults.iter().filter(|fault| fault.rule == rule).collect();

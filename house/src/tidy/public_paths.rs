@@ -6,10 +6,11 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::fault::{Fault, Rule};
-use crate::house::resolve::Named;
-use crate::house::sources::{Import, ModuleId, Sources};
+use crate::resolve::Named;
+use crate::sources::{Import, ModuleId, Sources};
 
-/// What crates hand on of those below them, so that who takes one of them need not name another.
+/// What crates hand on of those below them, so that who takes one of them need not name another. Within the crate that
+/// defines it, it has one path like everything.
 const HANDED_ON: [&str; 6] = ["tch", "optim", "Weights", "RgbImage", "Tokenizer", "Message"];
 
 /// A public name in a module.
@@ -24,7 +25,7 @@ struct Export {
 /// Each item, and the public paths to it with the place that makes each.
 type Paths = BTreeMap<Named, Vec<(String, Export)>>;
 
-pub fn check(sources: &Sources) -> Vec<Fault> {
+pub(super) fn check(sources: &Sources) -> Vec<Fault> {
     let mut paths = Paths::new();
     let mut entered = BTreeSet::new();
     let roots = sources.roots.iter().filter(|root| root.library).map(|root| root.module);
@@ -33,7 +34,7 @@ pub fn check(sources: &Sources) -> Vec<Fault> {
     // Breadth first: a module is entered by its shortest path, by others it is one fault and not one per item.
     while let Some((module, before)) = waiting.pop_front() {
         let all = exports(sources, module, &mut Vec::new()).into_iter();
-        for export in all.filter(|export| !(export.reexport && HANDED_ON.contains(&export.name.as_str()))) {
+        for export in all.filter(|export| !is_handed_on(sources, module, export)) {
             let path = format!("{before}::{}", export.name);
             if let Named::Module(inner) = export.named
                 && entered.insert(inner)
@@ -123,6 +124,11 @@ fn targets(sources: &Sources, module: ModuleId, import: &Import) -> impl Iterato
     kept.map(move |found| (found.named, place.clone()))
 }
 
+fn is_handed_on(sources: &Sources, module: ModuleId, export: &Export) -> bool {
+    let home = sources.defined_in(&export.named).map(|module| sources.line_of(module)[0]);
+    export.reexport && home != Some(sources.line_of(module)[0]) && HANDED_ON.contains(&export.name.as_str())
+}
+
 fn is_public(sources: &Sources, named: &Named) -> bool {
     match named {
         Named::Module(module) => sources.modules[*module].scope.is_none(),
@@ -134,7 +140,7 @@ fn is_public(sources: &Sources, named: &Named) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::house::small::sources;
+    use crate::small::sources;
 
     fn doubles(files: &[(&str, &str)]) -> Vec<String> {
         check(&sources(files)).into_iter().map(|fault| format!("{} {}", fault.place, fault.what)).collect()
@@ -177,9 +183,17 @@ mod tests {
 
     #[test]
     fn what_others_define_may_be_exported_once() {
-        let found = |two| doubles(&[("one/lib.rs", "pub use ::image::RgbImage;"), ("two/lib.rs", two)]);
-        assert!(found("use image::RgbImage;").is_empty());
-        assert_eq!(found("pub use image::RgbImage;"), ["one/lib.rs:1 `one::RgbImage`, `two::RgbImage`"]);
+        let found = |two| doubles(&[("one/lib.rs", "pub use ::image::GrayImage;"), ("two/lib.rs", two)]);
+        assert!(found("use image::GrayImage;").is_empty());
+        assert_eq!(found("pub use image::GrayImage;"), ["one/lib.rs:1 `one::GrayImage`, `two::GrayImage`"]);
+    }
+
+    #[test]
+    fn what_is_handed_on_may_be_exported_by_each_crate() {
+        let files = |one, two| [("one/lib.rs", one), ("two/lib.rs", two)];
+        assert!(doubles(&files("pub use ::image::RgbImage;", "pub use ::image::RgbImage;")).is_empty());
+        assert!(doubles(&files("pub struct Message;", "pub use one::Message;")).is_empty());
+        assert_eq!(doubles(&files("pub struct Message; pub mod m { pub use super::Message; }", "")).len(), 1);
     }
 
     #[test]

@@ -1,7 +1,5 @@
 //! `cargo xtask check`: what must pass before a change goes in, cheapest first.
 
-mod tidy;
-
 use std::process::Stdio;
 
 use anyhow::Result;
@@ -23,11 +21,11 @@ pub struct Args {
 /// Stops at the first thing that does not pass.
 pub fn run(args: &Args) -> Result<()> {
     if args.tidy {
-        return tidy::run();
+        return tidy();
     }
     setup::ensure()?;
     cmd::run(cmd::cargo().args(["fmt", "--all", "--check"]))?;
-    tidy::run()?;
+    tidy()?;
     dependency_rules()?;
     cmd::run(cmd::cargo().args("clippy --workspace --all-targets --locked -- --deny warnings".split(' ')))?;
     cmd::run(
@@ -37,6 +35,11 @@ pub fn run(args: &Args) -> Result<()> {
         test::run(&test::Args::default())?;
     }
     eprintln!("all checks passed");
+    Ok(())
+}
+
+fn tidy() -> Result<()> {
+    eprintln!("tidy: {}", house::tidy::run(&cmd::root())?);
     Ok(())
 }
 

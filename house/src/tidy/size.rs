@@ -12,8 +12,8 @@ use anyhow::{Context, Result};
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
 use super::fault::{Fault, Rule};
-use crate::house::test_code;
-use crate::house::workspace::Workspace;
+use crate::test_code;
+use crate::workspace::Workspace;
 
 /// Lines of code in a file.
 const FILE: usize = 700;
@@ -21,7 +21,7 @@ const FILE: usize = 700;
 const CRATE: usize = 8_000;
 
 /// Counts every file of every package.
-pub fn check(root: &Path, workspace: &Workspace) -> Result<Vec<Fault>> {
+pub(super) fn check(root: &Path, workspace: &Workspace) -> Result<Vec<Fault>> {
     let mut faults = Vec::new();
     for package in workspace.members() {
         let folder = package.manifest_path.parent().context("a manifest lies in a folder")?;

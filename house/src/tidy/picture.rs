@@ -12,7 +12,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use super::fault::{Fault, Rule};
-use crate::house::workspace::{Package, Workspace, way_to};
+use crate::workspace::{Package, Workspace, way_to};
 
 const FILE: &str = "docs/architecture.md";
 /// The packages that link libtorch themselves.
@@ -28,7 +28,7 @@ struct Line {
 }
 
 /// Compares the picture that lies below `root` with the workspace.
-pub fn check(root: &Path, workspace: &Workspace) -> Result<Vec<Fault>> {
+pub(super) fn check(root: &Path, workspace: &Workspace) -> Result<Vec<Fault>> {
     let text = fs::read_to_string(root.join(FILE)).with_context(|| format!("cannot read {FILE}"))?;
     let picture = match parse(&text) {
         Ok(picture) => picture,
@@ -37,7 +37,7 @@ pub fn check(root: &Path, workspace: &Workspace) -> Result<Vec<Fault>> {
     let mut faults = compare(&picture, workspace, root);
     let names: BTreeSet<_> = workspace.members().into_iter().map(|package| package.name.as_str()).collect();
     for line in picture.iter().filter(|line| names.contains(line.name.as_str())) {
-        let way = way_to(&line.name, &LIBTORCH)?;
+        let way = way_to(root, &line.name, &LIBTORCH)?;
         faults.extend(beyond(line, way.as_deref()));
     }
     Ok(faults)
@@ -78,10 +78,12 @@ fn parse(text: &str) -> Result<Vec<Line>, Fault> {
     Err(fault(start, "the code block does not end".into()))
 }
 
-/// Whether the picture shows the package: the crates and xtask; `benches` and `fixtures` only serve tests.
+/// Whether the picture shows the package: the crates, xtask and what it stands on; `benches` and `fixtures` only serve tests.
 fn is_shown(package: &Package, root: &Path) -> bool {
     let folder = package.manifest_path.parent();
-    folder.is_some_and(|folder| folder.parent() == Some(&root.join("crates")) || folder == root.join("xtask"))
+    folder.is_some_and(|folder| {
+        folder.parent() == Some(&root.join("crates")) || ["house", "xtask"].iter().any(|name| folder == root.join(name))
+    })
 }
 
 fn compare(picture: &[Line], workspace: &Workspace, root: &Path) -> Vec<Fault> {
@@ -131,6 +133,7 @@ fn beyond(line: &Line, way: Option<&[String]>) -> Option<Fault> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::workspace::here;
 
     const PICTURE: &str = "
 # Architecture
@@ -206,7 +209,7 @@ llm -> text, torch
 
     #[test]
     fn the_picture_in_docs_is_true() {
-        let faults = check(&crate::cmd::root(), &Workspace::read().unwrap()).unwrap();
+        let faults = check(&here(), &Workspace::read(&here()).unwrap()).unwrap();
         assert!(faults.is_empty(), "{}", super::super::fault::report(&faults));
     }
 }
