@@ -9,21 +9,26 @@ fn main() {
         return; // torch-sys was built with `doc-only`: nothing is linked, so there is nothing to compile
     };
     let include = lib.parent().expect("the folder that holds lib/").join("include");
-    cc::Build::new()
+    let target = std::env::var("TARGET").expect("cargo sets TARGET");
+    let has_pairs = target.starts_with("x86_64") && attention_pairs();
+    let mut layer = cc::Build::new();
+    if has_pairs {
+        layer.define("VORA_HAS_PAIRS", None);
+    }
+    layer
         .cpp(true)
         .std("c++17")
         .flag_if_supported("-Wno-unused-parameter")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
-        // The loops in fused.cpp are worth nothing unless vectorised, whatever the profile; libgomp is the one that
+        // The loops in fused.cpp and loss.cpp are worth nothing unless vectorised, whatever the profile; libgomp is the one that
         // torch-sys links.
         .opt_level(3)
         .flag_if_supported("-fopenmp")
         .flag_if_supported("-fno-math-errno")
         .flag_if_supported("-fno-trapping-math")
-        .files(["csrc/vora_torch.cpp", "csrc/fused.cpp", "csrc/attention.cpp"])
+        .files(["csrc/vora_torch.cpp", "csrc/fused.cpp", "csrc/loss.cpp", "csrc/attention.cpp"])
         .compile("vora_torch");
-    let target = std::env::var("TARGET").expect("cargo sets TARGET");
     attention_kernel("plain", "4", &[]);
     if target.starts_with("x86_64") {
         attention_kernel("avx2", "8", &["-mavx2", "-mfma"]);
@@ -41,11 +46,30 @@ fn main() {
     println!("cargo:rustc-link-lib=c10");
 }
 
+/// Compiles the attention kernels for processors that multiply bf16, where the compiler knows them.
+fn attention_pairs() -> bool {
+    const FLAGS: [&str; 4] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"];
+    let mut build = cc::Build::new();
+    build.cpp(true).std("c++17").opt_level(3).define("VORA_ISA", "avx512_bf16").define("VORA_VECTOR", "16");
+    if !FLAGS.iter().all(|flag| build.is_flag_supported(flag).unwrap_or(false)) {
+        return false;
+    }
+    for flag in FLAGS.iter().chain(&ATTENTION_FLAGS) {
+        build.flag_if_supported(flag);
+    }
+    build.file("csrc/attention_pairs.cpp").compile("vora_attention_pairs");
+    true
+}
+
+/// Flags of the attention kernels in every instruction set.
+const ATTENTION_FLAGS: [&str; 5] =
+    ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-maybe-uninitialized"];
+
 /// Compiles the attention kernels for one instruction set, whose vectors hold that many floats.
 fn attention_kernel(isa: &str, floats: &str, flags: &[&str]) {
     let mut build = cc::Build::new();
     build.cpp(true).std("c++17").opt_level(3).define("VORA_ISA", isa).define("VORA_VECTOR", floats);
-    for flag in flags.iter().chain(&["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]) {
+    for flag in flags.iter().chain(&ATTENTION_FLAGS) {
         build.flag_if_supported(flag);
     }
     build.file("csrc/attention_kernel.cpp").compile(&format!("vora_attention_{isa}"));

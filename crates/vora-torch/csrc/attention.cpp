@@ -1,5 +1,5 @@
 // Attention on the CPU, told which bands of keys each run of queries attends to: an autograd function around the kernels
-// of attention_kernel.cpp, which it packs operands for.
+// of attention_kernel.cpp and attention_pairs.cpp, which it packs operands for.
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -23,8 +23,10 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
+using vora::FloatHead;
 using vora::Head;
 using vora::LANE;
+using vora::PairedHead;
 
 #if defined(__x86_64__)
 #define DISPATCH(FUNCTION, ARGUMENT) \
@@ -39,9 +41,19 @@ using vora::LANE;
 #define DISPATCH(FUNCTION, ARGUMENT) \
   void FUNCTION(const ARGUMENT& argument) { vora::plain::FUNCTION(argument); }
 #endif
-DISPATCH(forward, Head)
-DISPATCH(backward, Head)
+DISPATCH(forward, FloatHead)
+DISPATCH(backward, FloatHead)
 DISPATCH(answer, vora::Query)
+
+// Whether kernels multiply bf16 as it is.
+bool has_pairs() {
+#ifdef VORA_HAS_PAIRS
+  static const bool has = isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
 
 int64_t padded(int64_t n) { return (n + LANE - 1) / LANE * LANE; }
 
@@ -64,6 +76,8 @@ struct View {
       for (int64_t d = 0; d < dim; d++) to[d * to_step] = from[d] * scale;
     }
   }
+
+  const bf16* row(int64_t i) const { return reinterpret_cast<const bf16*>(data) + i * step; }
 
   void write(int64_t i, float scale, const float* from) const {
     if (is_bf16) {
@@ -112,9 +126,10 @@ struct Call {
   int64_t items() const { return batch * kv_heads * parts; }
 
   // The part of a head that item `i` is, without the arrays.
-  Head head(int64_t i) const {
+  template <typename H>
+  H head(int64_t i) const {
     const auto& runs = of_part[row(i) * parts + i % parts];
-    Head head{};
+    H head{};
     head.runs = runs.data();
     head.num_runs = static_cast<int64_t>(runs.size());
     head.bands = bands;
@@ -164,6 +179,41 @@ at::Tensor like_heads(const at::Tensor& t) {
 
 at::Tensor readable(const at::Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); }
 
+// Rows of all queries of an item in bf16, [queries, groups, dim], as words.
+template <typename ViewOf>
+const uint32_t* pack_rows(const Call& call, const Head& head, ViewOf view_of, float* to) {
+  auto* rows = reinterpret_cast<bf16*>(to);
+  for (int64_t g = 0; g < call.groups; g++) {
+    const View view = view_of(g);
+    call.each_query(head, g, [&](int64_t i, int64_t at) {
+      std::memcpy(rows + at * call.dim, view.row(i), view.dim * sizeof(bf16));
+    });
+  }
+  return reinterpret_cast<const uint32_t*>(rows);
+}
+
+#ifdef VORA_HAS_PAIRS
+const uint32_t* pack_across(const Call& call, const View& view, float* to) {
+  auto* words = reinterpret_cast<uint32_t*>(to);
+  vora::avx512_bf16::pack_across(view.row(0), view.step, call.keys, view.dim, words, call.key_row);
+  return words;
+}
+
+const uint32_t* pack_pairs(const Call& call, const View& view, float* to) {
+  auto* words = reinterpret_cast<uint32_t*>(to);
+  vora::avx512_bf16::pack_pairs(view.row(0), view.step, call.keys, view.dim, words, call.dim);
+  return words;
+}
+
+void forward_pairs(const PairedHead& head) { vora::avx512_bf16::forward(head); }
+void backward_pairs(const PairedHead& head) { vora::avx512_bf16::backward(head); }
+#else  // never called, see has_pairs
+const uint32_t* pack_across(const Call&, const View&, float*) { return nullptr; }
+const uint32_t* pack_pairs(const Call&, const View&, float*) { return nullptr; }
+void forward_pairs(const PairedHead&) {}
+void backward_pairs(const PairedHead&) {}
+#endif
+
 struct Attention : Function<Attention> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& q_in, const at::Tensor& k_in,
                             const at::Tensor& v_in, const at::Tensor& runs, const at::Tensor& bands) {
@@ -173,36 +223,53 @@ struct Attention : Function<Attention> {
     // Queries without a run keep zeros, which backward leaves alone as well.
     if (call.has_gaps) out.zero_();
     auto lse = at::empty({call.batch, call.kv_heads, call.queries, call.groups}, q.options().dtype(at::kFloat));
+    const bool pairs = q.scalar_type() == at::kBFloat16 && has_pairs();
     const int64_t q_len = call.queries * call.groups * call.dim, k_len = call.keys * call.dim;
+    const int64_t tiles = std::max(vora::scratch_len(call.groups), vora::paired_scratch_len(call.groups, call.dim));
     at::parallel_for(0, call.items(), 1, [&](int64_t from, int64_t to) {
-      Scratch scratch(2 * q_len + k_len + call.dim * call.key_row + vora::scratch_len(call.groups));
+      Scratch scratch(2 * q_len + k_len + call.dim * call.key_row + tiles);
       float *q_packed = scratch.take(q_len), *out_packed = scratch.take(q_len), *v_packed = scratch.take(k_len);
-      float* kt = scratch.take(call.dim * call.key_row);
-      float* tiles = scratch.take(vora::scratch_len(call.groups));
+      float *kt = scratch.take(call.dim * call.key_row), *rest = scratch.take(tiles);
+      const auto of_item = [&](int64_t item, Head& head) {
+        const int64_t kv_head = call.row(item) * call.kv_heads + call.kv_head(item);
+        head.lse = lse.data_ptr<float>() + kv_head * call.queries * call.groups;
+        head.out = out_packed;
+        head.scratch = rest;
+      };
       for (int64_t item = from; item < to; item++) {
         const int64_t row = call.row(item), kv_head = call.kv_head(item);
-        Head head = call.head(item);
         const View k_view(k, row, kv_head), v_view(v, row, kv_head);
-        for (int64_t i = 0; i < call.keys; i++) {
-          k_view.read(i, 1.0f, kt + i, call.key_row);
-          v_view.read(i, 1.0f, v_packed + i * call.dim, 1);
+        const auto q_view = [&](int64_t g) { return View(q, row, kv_head * call.groups + g); };
+        if (pairs) {
+          auto head = call.head<PairedHead>(item);
+          of_item(item, head);
+          head.scale = call.scale;
+          head.q = pack_rows(call, head, q_view, q_packed);
+          head.kt = pack_across(call, k_view, kt);
+          head.v = pack_pairs(call, v_view, v_packed);
+          forward_pairs(head);
+        } else {
+          auto head = call.head<FloatHead>(item);
+          of_item(item, head);
+          for (int64_t i = 0; i < call.keys; i++) {
+            k_view.read(i, 1.0f, kt + i, call.key_row);
+            v_view.read(i, 1.0f, v_packed + i * call.dim, 1);
+          }
+          for (int64_t g = 0; g < call.groups; g++) {
+            call.each_query(head, g, [&](int64_t i, int64_t at) {
+              q_view(g).read(i, call.scale, q_packed + at * call.dim, 1);
+            });
+          }
+          head.q = q_packed;
+          head.kt = kt;
+          head.v = v_packed;
+          ::forward(head);
         }
-        for (int64_t g = 0; g < call.groups; g++) {
-          const View q_view(q, row, kv_head * call.groups + g);
-          call.each_query(head, g, [&](int64_t i, int64_t at) {
-            q_view.read(i, call.scale, q_packed + at * call.dim, 1);
-          });
-        }
-        head.q = q_packed;
-        head.kt = kt;
-        head.v = v_packed;
-        head.out = out_packed;
-        head.lse = lse.data_ptr<float>() + (row * call.kv_heads + kv_head) * call.queries * call.groups;
-        head.scratch = tiles;
-        ::forward(head);
         for (int64_t g = 0; g < call.groups; g++) {
           const View out_view(out, row, kv_head * call.groups + g);
-          call.each_query(head, g, [&](int64_t i, int64_t at) { out_view.write(i, 1.0f, out_packed + at * call.dim); });
+          call.each_query(call.head<Head>(item), g, [&](int64_t i, int64_t at) {
+            out_view.write(i, 1.0f, out_packed + at * call.dim);
+          });
         }
       }
     });
@@ -217,57 +284,89 @@ struct Attention : Function<Attention> {
     const Call call(q, k, saved[5], saved[6]);
     auto dq = like_heads(q), dk = like_heads(k), dv = like_heads(v);
     if (call.has_gaps) dq.zero_();
+    const bool pairs = q.scalar_type() == at::kBFloat16 && has_pairs();
     const int64_t q_rows = call.queries * call.groups, q_len = q_rows * call.dim, k_len = call.keys * call.dim;
+    const int64_t tiles = std::max(vora::scratch_len(call.groups), vora::paired_scratch_len(call.groups, call.dim));
     const auto sums = at::zeros({call.items(), 2, k_len}, q.options().dtype(at::kFloat));
     at::parallel_for(0, call.items(), 1, [&](int64_t from, int64_t to) {
-      Scratch scratch(3 * q_len + q_rows + k_len + 2 * call.dim * call.key_row + vora::scratch_len(call.groups));
+      Scratch scratch(3 * q_len + q_rows + k_len + 2 * call.dim * call.key_row + tiles);
       float *q_packed = scratch.take(q_len), *dout_packed = scratch.take(q_len), *dq_packed = scratch.take(q_len);
       float *delta = scratch.take(q_rows), *k_packed = scratch.take(k_len);
       float *kt = scratch.take(call.dim * call.key_row), *vt = scratch.take(call.dim * call.key_row);
-      float* tiles = scratch.take(vora::scratch_len(call.groups));
-      for (int64_t item = from; item < to; item++) {
-        const int64_t row = call.row(item), kv_head = call.kv_head(item);
-        Head head = call.head(item);
-        const View k_view(k, row, kv_head), v_view(v, row, kv_head);
-        for (int64_t i = 0; i < call.keys; i++) {
-          k_view.read(i, 1.0f, k_packed + i * call.dim, 1);
-          k_view.read(i, 1.0f, kt + i, call.key_row);
-          v_view.read(i, 1.0f, vt + i, call.key_row);
-        }
-        for (int64_t g = 0; g < call.groups; g++) {
-          const int64_t h = kv_head * call.groups + g;
-          const View q_view(q, row, h), out_view(out, row, h), dout_view(dout, row, h);
-          call.each_query(head, g, [&](int64_t i, int64_t at) {
-            float *grad = dout_packed + at * call.dim, *made = dq_packed + at * call.dim;
-            q_view.read(i, call.scale, q_packed + at * call.dim, 1);
-            dout_view.read(i, 1.0f, grad, 1);
-            out_view.read(i, 1.0f, made, 1);
-            float sum = 0;
-            for (int64_t d = 0; d < q_view.dim; d++) sum += grad[d] * made[d];
-            delta[at] = sum;
-            std::fill_n(made, call.dim, 0.0f);
-          });
-        }
-        head.q = q_packed;
-        head.kt = kt;
-        head.lse = lse.data_ptr<float>() + (row * call.kv_heads + kv_head) * q_rows;
-        head.k = k_packed;
-        head.vt = vt;
-        head.dout = dout_packed;
+      float* rest = scratch.take(tiles);
+      const auto of_item = [&](int64_t item, Head& head) {
+        const int64_t kv_head = call.row(item) * call.kv_heads + call.kv_head(item);
+        head.lse = lse.data_ptr<float>() + kv_head * q_rows;
         head.delta = delta;
         head.dq = dq_packed;
         head.dk = sums.data_ptr<float>() + item * 2 * k_len;
         head.dv = head.dk + k_len;
-        head.scratch = tiles;
-        ::backward(head);
+        head.scratch = rest;
+      };
+      for (int64_t item = from; item < to; item++) {
+        const int64_t row = call.row(item), kv_head = call.kv_head(item);
+        const View k_view(k, row, kv_head), v_view(v, row, kv_head);
+        const auto of_group = [&](const at::Tensor& t) {
+          return [&](int64_t g) { return View(t, row, kv_head * call.groups + g); };
+        };
+        const auto q_view = of_group(q), dout_view = of_group(dout), out_view = of_group(out);
+        if (pairs) {
+          auto head = call.head<PairedHead>(item);
+          of_item(item, head);
+          head.scale = call.scale;
+          head.q = pack_rows(call, head, q_view, q_packed);
+          head.dout = pack_rows(call, head, dout_view, dout_packed);
+          head.kt = pack_across(call, k_view, kt);
+          head.vt = pack_across(call, v_view, vt);
+          head.k = pack_pairs(call, k_view, k_packed);
+          for (int64_t g = 0; g < call.groups; g++) {
+            const View grad_of = dout_view(g), made_of = out_view(g);
+            call.each_query(head, g, [&](int64_t i, int64_t at) {
+              const bf16 *grad = grad_of.row(i), *made = made_of.row(i);
+              float sum = 0;
+              for (int64_t d = 0; d < grad_of.dim; d++) sum += load(grad[d]) * load(made[d]);
+              delta[at] = sum;
+              std::fill_n(dq_packed + at * call.dim, call.dim, 0.0f);
+            });
+          }
+          backward_pairs(head);
+        } else {
+          auto head = call.head<FloatHead>(item);
+          of_item(item, head);
+          for (int64_t i = 0; i < call.keys; i++) {
+            k_view.read(i, 1.0f, k_packed + i * call.dim, 1);
+            k_view.read(i, 1.0f, kt + i, call.key_row);
+            v_view.read(i, 1.0f, vt + i, call.key_row);
+          }
+          for (int64_t g = 0; g < call.groups; g++) {
+            const View q_of = q_view(g), grad_of = dout_view(g), made_of = out_view(g);
+            call.each_query(head, g, [&](int64_t i, int64_t at) {
+              float *grad = dout_packed + at * call.dim, *made = dq_packed + at * call.dim;
+              q_of.read(i, call.scale, q_packed + at * call.dim, 1);
+              grad_of.read(i, 1.0f, grad, 1);
+              made_of.read(i, 1.0f, made, 1);
+              float sum = 0;
+              for (int64_t d = 0; d < q_of.dim; d++) sum += grad[d] * made[d];
+              delta[at] = sum;
+              std::fill_n(made, call.dim, 0.0f);
+            });
+          }
+          head.q = q_packed;
+          head.kt = kt;
+          head.k = k_packed;
+          head.vt = vt;
+          head.dout = dout_packed;
+          ::backward(head);
+        }
         for (int64_t g = 0; g < call.groups; g++) {
           const View dq_view(dq, row, kv_head * call.groups + g);
-          call.each_query(head, g, [&](int64_t i, int64_t at) {
+          call.each_query(call.head<Head>(item), g, [&](int64_t i, int64_t at) {
             dq_view.write(i, call.scale, dq_packed + at * call.dim);
           });
         }
       }
     });
+    const float dk_scale = pairs ? call.scale : 1.0f;  // elsewhere q had it
     at::parallel_for(0, call.batch * call.kv_heads, 1, [&](int64_t from, int64_t to) {
       for (int64_t head = from; head < to; head++) {
         float* sum = sums.data_ptr<float>() + head * call.parts * 2 * k_len;
@@ -278,7 +377,7 @@ struct Attention : Function<Attention> {
         const View dk_view(dk, head / call.kv_heads, head % call.kv_heads);
         const View dv_view(dv, head / call.kv_heads, head % call.kv_heads);
         for (int64_t i = 0; i < call.keys; i++) {
-          dk_view.write(i, 1.0f, sum + i * call.dim);
+          dk_view.write(i, dk_scale, sum + i * call.dim);
           dv_view.write(i, 1.0f, sum + k_len + i * call.dim);
         }
       }

@@ -1,5 +1,5 @@
-// What attention.cpp and the kernels of attention_kernel.cpp share. Everything here is plain f32 in rows of `dim`
-// numbers, a multiple of LANE: attention.cpp packs and unpacks.
+// What attention.cpp and the kernels of attention_kernel.cpp and attention_pairs.cpp share: rows of `dim` numbers, a multiple
+// of LANE, which attention.cpp packs and unpacks.
 #pragma once
 
 #include <cstdint>
@@ -36,23 +36,43 @@ struct Head {
   int64_t num_runs;
   const KeyBand* bands;
   int64_t groups, dim;
-  const float* q;     // [queries, groups, dim], scaled by 1 / sqrt(head_dim)
-  const float* kt;    // [dim, keys]
   int64_t keys;       // length of a row of kt and vt
   float* lse;         // [queries, groups], log of the softmax's denominator; infinite where no key is attended to
-  // Forward only.
-  const float* v;     // [keys, dim]
-  float* out;         // [queries, groups, dim], written where a run has the query
+  float* out;         // [queries, groups, dim], written where a run has the query: forward only
   // Backward only; the gradients are added to.
-  const float* k;     // [keys, dim]
-  const float* vt;    // [dim, keys]
-  const float* dout;  // [queries, groups, dim]
   const float* delta; // [queries, groups], out . dout
   float* dq;          // [queries, groups, dim], of the scaled q
-  float* dk;          // [keys, dim]
+  float* dk;          // [keys, dim], without the scale in a PairedHead
   float* dv;          // [keys, dim]
-  float* scratch;     // scratch_len(groups) numbers
+  float* scratch;
 };
+
+// In f32.
+struct FloatHead : Head { // scratch: scratch_len(groups)
+  const float* q;     // [queries, groups, dim], scaled by 1 / sqrt(head_dim)
+  const float* kt;    // [dim, keys]
+  const float* v;     // [keys, dim], forward only
+  const float* k;     // [keys, dim], backward only, like all below
+  const float* vt;    // [dim, keys]
+  const float* dout;  // [queries, groups, dim]
+};
+
+// In bf16, two numbers to a word, the first in its low half: what the instruction for products of bf16 takes.
+struct PairedHead : Head {  // scratch: paired_scratch_len(groups, dim)
+  float scale;           // 1 / sqrt(head_dim), which q does not have
+  const uint32_t* q;     // [queries, groups, dim / 2]
+  const uint32_t* kt;    // [dim / 2, keys]
+  const uint32_t* v;     // [keys, dim]: a key's number and the next key's, forward only
+  const uint32_t* k;     // the same, backward only, like all below
+  const uint32_t* vt;    // [dim / 2, keys]
+  const uint32_t* dout;  // [queries, groups, dim / 2]
+};
+
+// Two tiles in f32, three in bf16, two blocks of rows in bf16, and the rows' largest scores.
+static inline int64_t paired_scratch_len(int64_t groups, int64_t dim) {
+  const int64_t rows = block_rows(groups) + 1;
+  return rows * (2 * BLOCK_KEYS + 3 * BLOCK_KEYS / 2 + dim + 1);
+}
 
 // One query of one row in all groups of one key-value head, whose keys and values are read where they lie: what
 // generation asks for, where packing would cost more than the work.
@@ -72,12 +92,21 @@ struct Query {
 
 #define VORA_DECLARE(ISA) \
   namespace ISA { \
-  void forward(const Head&); \
-  void backward(const Head&); \
+  void forward(const FloatHead&); \
+  void backward(const FloatHead&); \
   void answer(const Query&); \
   }
 VORA_DECLARE(plain)
 VORA_DECLARE(avx2)
 VORA_DECLARE(avx512)
+
+// For processors that multiply bf16 (AVX512-BF16).
+namespace avx512_bf16 {
+void forward(const PairedHead&);
+void backward(const PairedHead&);
+// Rows of `dim` numbers, `step` apart, as words across, [dim / 2, to_step], or with the next row's numbers, [rows, to_dim].
+void pack_across(const uint16_t* from, int64_t step, int64_t rows, int64_t dim, uint32_t* to, int64_t to_step);
+void pack_pairs(const uint16_t* from, int64_t step, int64_t rows, int64_t dim, uint32_t* to, int64_t to_dim);
+}  // namespace avx512_bf16
 
 }  // namespace vora

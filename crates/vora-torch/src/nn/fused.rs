@@ -8,12 +8,12 @@ use tch::{Device, Kind, Tensor};
 use crate::ffi;
 
 /// Whether the kernels serve a tensor.
-fn has_kernel(x: &Tensor) -> bool {
+pub(super) fn has_kernel(x: &Tensor) -> bool {
     x.device() == Device::Cpu && matches!(x.kind(), Kind::Float | Kind::BFloat16)
 }
 
 /// What a kernel made; it fails only where shapes or dtypes are not those in its caller's doc comment.
-fn made(tensor: anyhow::Result<Tensor>) -> Tensor {
+pub(super) fn made(tensor: anyhow::Result<Tensor>) -> Tensor {
     tensor.unwrap_or_else(|e| panic!("{e:#}"))
 }
 

@@ -3,6 +3,9 @@
 
 use tch::{Kind, Reduction, Tensor};
 
+use super::fused::{has_kernel, made};
+use crate::ffi;
+
 /// `-log softmax(logits(hidden))[target]`, summed over all rows: `[n, hidden]`, `[n]` -> f32 scalar.
 ///
 /// The sum, not the mean, so that micro-batches with unlike numbers of supervised tokens add up to the large batch:
@@ -10,7 +13,7 @@ use tch::{Kind, Reduction, Tensor};
 /// time; with more rows than that each chunk's gradient is taken at once, and the loss returned carries the sum of
 /// them, so `logits` must have no trained weights of its own there.
 pub fn cross_entropy(hidden: &Tensor, targets: &Tensor, chunk: i64, logits: impl Fn(&Tensor) -> Tensor) -> Tensor {
-    in_chunks(hidden, targets, chunk, |hidden, targets| summed_cross_entropy(&to_f32(&logits(hidden)), targets))
+    in_chunks(hidden, targets, chunk, |hidden, targets| summed_cross_entropy(&logits(hidden), targets))
 }
 
 /// [`cross_entropy`] + `z_coefficient` times the sum of what [`z_loss`] is the mean of, from the same logits. Chameleon
@@ -22,10 +25,12 @@ pub fn cross_entropy_and_z_loss(
     z_coefficient: f64,
     logits: impl Fn(&Tensor) -> Tensor,
 ) -> Tensor {
+    if z_coefficient == 0.0 {
+        return cross_entropy(hidden, targets, chunk, logits);
+    }
     in_chunks(hidden, targets, chunk, |hidden, targets| {
         let logits = to_f32(&logits(hidden)); // [rows, vocab]
-        let loss = summed_cross_entropy(&logits, targets);
-        if z_coefficient == 0.0 { loss } else { loss + squared_log_z(&logits).sum(Kind::Float) * z_coefficient }
+        summed_cross_entropy(&logits, targets) + squared_log_z(&logits).sum(Kind::Float) * z_coefficient
     })
 }
 
@@ -34,9 +39,7 @@ pub fn cross_entropy_and_z_loss(
 /// `reduction="sum"`). Nothing goes backward to `teacher`. Chunks as in [`cross_entropy`].
 pub fn kl_divergence(hidden: &Tensor, teacher: &Tensor, chunk: i64, logits: impl Fn(&Tensor) -> Tensor) -> Tensor {
     in_chunks(hidden, teacher, chunk, |hidden, teacher| {
-        let p = tch::no_grad(|| to_f32(&logits(teacher)).log_softmax(-1, Kind::Float)); // [rows, vocab]
-        let q = to_f32(&logits(hidden)).log_softmax(-1, Kind::Float);
-        q.kl_div(&p, Reduction::Sum, true)
+        summed_divergence(&tch::no_grad(|| logits(teacher)), &logits(hidden))
     })
 }
 
@@ -50,8 +53,10 @@ pub fn z_loss(logits: &Tensor) -> Tensor {
 /// A loss that is a sum over rows, `chunk` rows at a time; see [`cross_entropy`].
 fn in_chunks(hidden: &Tensor, targets: &Tensor, chunk: i64, loss: impl Fn(&Tensor, &Tensor) -> Tensor) -> Tensor {
     let n = targets.size()[0];
-    if n <= chunk || !hidden.requires_grad() {
-        let starts = (0..n.max(1)).step_by(chunk.max(1) as usize);
+    let chunks = n.max(1).unsigned_abs().div_ceil(chunk.max(1).unsigned_abs());
+    let chunk = n.max(1).unsigned_abs().div_ceil(chunks) as i64; // all of one length, but for the last
+    if chunks == 1 || !hidden.requires_grad() {
+        let starts = (0..n.max(1)).step_by(chunk as usize);
         let parts = starts.map(|start| {
             let rows = chunk.min(n - start);
             loss(&hidden.narrow(0, start, rows), &targets.narrow(0, start, rows))
@@ -60,7 +65,7 @@ fn in_chunks(hidden: &Tensor, targets: &Tensor, chunk: i64, loss: impl Fn(&Tenso
     }
     let mut value = Tensor::zeros([], (Kind::Float, hidden.device()));
     let mut gradients = Vec::new();
-    for start in (0..n).step_by(chunk.max(1) as usize) {
+    for start in (0..n).step_by(chunk as usize) {
         let rows = chunk.min(n - start);
         let leaf = hidden.narrow(0, start, rows).detach().set_requires_grad(true);
         let loss = loss(&leaf, &targets.narrow(0, start, rows));
@@ -77,8 +82,36 @@ fn to_f32(logits: &Tensor) -> Tensor {
     logits.to_kind(Kind::Float)
 }
 
+/// `[rows, vocab]`, `[rows]` -> f32 scalar
 fn summed_cross_entropy(logits: &Tensor, targets: &Tensor) -> Tensor {
-    logits.cross_entropy_loss::<Tensor>(targets, None, Reduction::Sum, -100, 0.0)
+    if has_kernel(logits) {
+        // SAFETY: two live tensors.
+        return made(ffi::tensor(unsafe { ffi::vora_cross_entropy(logits.as_ptr(), targets.as_ptr()) }));
+    }
+    plain::cross_entropy(logits, targets)
+}
+
+/// `[rows, vocab]` both -> f32 scalar; nothing goes backward to `teacher`
+fn summed_divergence(teacher: &Tensor, logits: &Tensor) -> Tensor {
+    if has_kernel(logits) {
+        // SAFETY: two live tensors.
+        return made(ffi::tensor(unsafe { ffi::vora_kl_divergence(teacher.as_ptr(), logits.as_ptr()) }));
+    }
+    plain::kl_divergence(teacher, logits)
+}
+
+/// The same in libtorch's operators.
+mod plain {
+    use super::*;
+
+    pub(super) fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Tensor {
+        to_f32(logits).cross_entropy_loss::<Tensor>(targets, None, Reduction::Sum, -100, 0.0)
+    }
+
+    pub(super) fn kl_divergence(teacher: &Tensor, logits: &Tensor) -> Tensor {
+        let [p, q] = [teacher, logits].map(|logits| to_f32(logits).log_softmax(-1, Kind::Float));
+        q.kl_div(&p, Reduction::Sum, true)
+    }
 }
 
 /// `[rows, vocab]` -> `[rows]`
@@ -122,6 +155,56 @@ mod tests {
             let same = kl_divergence(&hidden, &hidden.detach(), chunk, logits);
             assert!(same.double_value(&[]).abs() < 1e-5);
         }
+    }
+
+    /// Losses and gradients of the kernels beside those of plain operators, in f32 and in bf16.
+    #[test]
+    fn kernels_are_what_operators_are() {
+        let random = fixtures::Random::new(4);
+        // Lengths with and without a rest after whole vectors; rows for more than one thread; rows that are not predicted.
+        for (rows, vocab) in [(1, 1), (5, 37), (90, 1024)] {
+            for kind in [Kind::Float, Kind::BFloat16] {
+                let make = || (random.normal([rows, vocab]) * 6 + 30).to_kind(kind);
+                let (teacher, logits, targets) = (make(), make(), random.integers(0, vocab, [rows]));
+                let _ = targets.narrow(0, rows / 2, 1).fill_(if rows == 1 { 0 } else { -100 });
+                let of = |loss: &dyn Fn(&Tensor) -> Tensor| {
+                    let leaf = logits.copy().set_requires_grad(true);
+                    let loss = loss(&leaf);
+                    (&loss * 0.37).backward();
+                    assert_eq!(loss.kind(), Kind::Float);
+                    (loss.detach(), leaf.grad())
+                };
+                let pairs = [
+                    (of(&|x| summed_cross_entropy(x, &targets)), of(&|x| plain::cross_entropy(x, &targets))),
+                    (of(&|x| summed_divergence(&teacher, x)), of(&|x| plain::kl_divergence(&teacher, x))),
+                ];
+                for ((loss, grad), (plain_loss, plain_grad)) in pairs {
+                    let scale = plain_loss.double_value(&[]).abs().max(1.0);
+                    fixtures::assert_close_to(&loss, &plain_loss, 2e-5 * scale);
+                    let tolerance = if kind == Kind::Float { 1e-5 } else { 4e-3 };
+                    fixtures::assert_close_to(&grad, &plain_grad, tolerance);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn extreme_logits_have_finite_losses() {
+        let logits = Tensor::from_slice(&[1e30f32, -1e30, 0.0, f32::NEG_INFINITY]).view([1, 4]).set_requires_grad(true);
+        let loss = summed_cross_entropy(&logits, &Tensor::from_slice(&[0i64]));
+        loss.backward();
+        assert_eq!(loss.double_value(&[]), 0.0);
+        assert!(logits.grad().abs().max().double_value(&[]) < 1e-37); // e^-87, the least that the kernels tell from others
+        let nan =
+            summed_cross_entropy(&Tensor::from_slice(&[f32::NAN, 1.0]).view([1, 2]), &Tensor::from_slice(&[1i64]));
+        assert!(nan.double_value(&[]).is_nan());
+    }
+
+    #[test]
+    #[should_panic(expected = "a target 3 among 3 logits")]
+    fn a_target_out_of_range_panics_with_both() {
+        let _ =
+            summed_cross_entropy(&Tensor::zeros([1, 3], (Kind::Float, tch::Device::Cpu)), &Tensor::from_slice(&[3i64]));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use vora_torch::nn::loss::kl_divergence;
 
 use super::held::Held;
 use super::texts::Texts;
-use crate::student::{MAX_LOGITS, Student};
+use crate::student::{Student, logits_rows};
 
 /// Texts whose states are computed side by side before the run.
 const ROWS: usize = 8;
@@ -116,11 +116,10 @@ impl Anchor {
         let frozen = Tensor::cat(&taken.iter().map(|i| &self.frozen[*i]).collect::<Vec<_>>(), 0); // [tokens, hidden]
         let plan = batch.plan(llm)?.with_adapters(ActsOn::All);
         let pass = student.pass(&llm.embed(&batch.input_ids), &plan, 0, seed);
-        let chunk = (MAX_LOGITS / llm.config().vocab_size).max(1);
         let mut value = None;
         pass.backward(|output| {
             let hidden = output.last_hidden_state.flatten(0, 1).index_select(0, &batch.places); // [tokens, hidden]
-            let sum = kl_divergence(&hidden, &frozen, chunk, |rows| llm.logits(rows));
+            let sum = kl_divergence(&hidden, &frozen, logits_rows(llm), |rows| llm.logits(rows));
             let mean = sum / frozen.size()[0] as f64;
             value = Some(mean.detach());
             Ok(total(&mean))

@@ -6,13 +6,13 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use tch::Kind;
+use tch::{Device, Kind};
 use vora_data::{Loader, LoaderConfig, Source};
 use vora_recipe::TrainConfig;
 use vora_torch::runtime::memory;
 
 use crate::run::available::available;
-use crate::student::{MAX_LOGITS, Student};
+use crate::student::{Student, logits_rows};
 
 /// What a run takes.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -236,9 +236,10 @@ impl Memory {
         let element = llm.kind().elt_size_in_bytes() as u64;
         let trained = parameters.num_trained();
         let masters = 4 * trained;
-        let logits_rows = if llm.trains_head() { u64::MAX } else { MAX_LOGITS as u64 / llm.config().vocab_size as u64 };
-        // In the model's kind, in f32, and the gradients of both.
-        let wide = |rows: u64| rows.min(logits_rows) * llm.config().vocab_size as u64 * (element + 4);
+        let logits_rows = if llm.trains_head() { u64::MAX } else { logits_rows(llm) as u64 };
+        // In the model's kind, elsewhere than on a CPU in f32 too, and the gradients of both.
+        let width = if llm.device() == Device::Cpu { element } else { element + 4 };
+        let wide = |rows: u64| rows.min(logits_rows) * llm.config().vocab_size as u64 * width;
         let logits = 2 * wide(batch.targets);
         let step = activations(config, student, parameters, batch);
         // The anchor's pass follows when nothing of the batch's is left; its logits are there for both models.

@@ -17,6 +17,6 @@ mod vora;
 
 pub use batch::DeviceBatch;
 pub use distill::Distill;
-pub(crate) use logits::MAX_LOGITS;
+pub(crate) use logits::logits_rows;
 pub use preference::Rewards;
 pub use student::{Losses, Student};
