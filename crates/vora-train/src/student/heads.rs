@@ -26,8 +26,8 @@ pub struct DistillHeads {
 }
 
 impl DistillHeads {
-    /// Heads for these pairs of the student's and the teacher's blocks, in rising order of the student's; all computed
-    /// in f32. `aux_layer_i` belongs to the student's block `i`.
+    /// Heads for these pairs of the student's and the teacher's blocks, in rising order of the student's; they compute in the
+    /// student's dtype, their losses in f32. `aux_layer_i` belongs to the student's block `i`.
     ///
     /// # Errors
     /// Where a weight is missing or has another shape.
@@ -80,8 +80,9 @@ impl DistillHeads {
             Pairing::Input => 0,
         };
         self.heads.iter().zip(&self.blocks).map(move |(head, (student, _))| {
-            let rows = hidden_states[student + first].flatten(0, 1).index_select(0, places).to_kind(Kind::Float); // [tokens, hidden]
-            head.norm.forward(&rows).linear::<&Tensor>(&head.proj, None)
+            let rows = hidden_states[student + first].flatten(0, 1).index_select(0, places); // [tokens, hidden]
+            let proj = head.proj.to_kind(rows.kind());
+            head.norm.forward(&rows).linear::<&Tensor>(&proj, None).to_kind(Kind::Float)
         })
     }
 }
