@@ -1,6 +1,6 @@
 """The step of `benches/examples/peers.rs` by transformers and PEFT, from the weights and on the batches that it wrote.
 
-    python benches/peers.py DIR LLM TEACHER --logits learned|usual --dtype f32|bf16 --rank R --steps N
+    python benches/peers.py DIR LLM TEACHER --logits learned|usual --dtype f32|bf16 --device cpu|cuda --rank R --blocks B --steps N
 
 `usual` is what a training script does with transformers' models: logits of every token, the labels shifted. `learned` makes
 logits of the places that have a label and of no others. A line on stdin asks for a turn of N steps.
@@ -20,7 +20,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Dinov2Model
 
 PATCH = 14
-BLOCKS = 12
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 parser = argparse.ArgumentParser()
@@ -29,19 +28,22 @@ parser.add_argument("llm")
 parser.add_argument("teacher")
 parser.add_argument("--logits", choices=["learned", "usual"])
 parser.add_argument("--dtype", choices=["f32", "bf16"])
+parser.add_argument("--device")
 parser.add_argument("--rank", type=int)
+parser.add_argument("--blocks", type=int)
 parser.add_argument("--steps", type=int)
 args = parser.parse_args()
 torch.set_num_threads(1)
+device = torch.device(args.device)
 kind = {"f32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-start = load_file(f"{args.dir}/start.safetensors")
+start = load_file(f"{args.dir}/start.safetensors", device=str(device))
 
-llm = AutoModelForCausalLM.from_pretrained(args.llm, dtype=kind, attn_implementation="sdpa")
+llm = AutoModelForCausalLM.from_pretrained(args.llm, dtype=kind, attn_implementation="sdpa").to(device)
 lora = LoraConfig(
     r=args.rank,
     lora_alpha=args.rank,
     target_modules=LINEARS,
-    layers_to_transform=list(range(BLOCKS)),
+    layers_to_transform=list(range(args.blocks)),
     layers_pattern="layers",
     lora_dropout=0.0,
     bias="none",
@@ -49,7 +51,7 @@ lora = LoraConfig(
 model = get_peft_model(llm, lora, autocast_adapter_dtype=False)
 model.config.use_cache = False
 model.train()
-teacher = Dinov2Model.from_pretrained(args.teacher, dtype=kind, attn_implementation="sdpa").eval().requires_grad_(False)
+teacher = Dinov2Model.from_pretrained(args.teacher, dtype=kind, attn_implementation="sdpa").to(device).eval().requires_grad_(False)
 
 
 class PatchEmbed(nn.Module):
@@ -75,14 +77,14 @@ with torch.no_grad():
     hidden, embed_dim = weights["out_proj.weight"].shape
     embed = PatchEmbed(embed_dim, hidden, weights["pos_embed"].shape[1])
     embed.load_state_dict(weights)
-    embed.to(kind)
+    embed.to(device, kind)
     heads = nn.ModuleList()
-    for block in range(BLOCKS):
+    for block in range(args.blocks):
         norm, proj = take(f"aux_vision.aux_layer_{block}.0.weight"), take(f"aux_vision.aux_layer_{block}.1.weight")
         head = nn.Sequential(nn.RMSNorm(hidden, eps=1e-5), nn.Linear(hidden, proj.shape[0], bias=False))
         head[0].weight.copy_(norm)
         head[1].weight.copy_(proj)
-        heads.append(head.to(kind))
+        heads.append(head.to(device, kind))
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parts = name.removeprefix("base_model.model.").replace(".default.weight", ".weight")
@@ -96,7 +98,7 @@ batches = 3
 size = len(words) // batches
 image = embed.pos_embed.shape[1]
 seq = image + words.shape[1]
-mask = torch.full((seq, seq), torch.finfo(kind).min, dtype=kind).triu(1)
+mask = torch.full((seq, seq), torch.finfo(kind).min, dtype=kind, device=device).triu(1)
 mask[:image, :image] = 0
 mask = mask.expand(size, 1, seq, seq).contiguous()
 
@@ -128,12 +130,17 @@ def step(number):
 print("ready", flush=True)
 done = 0
 for _ in sys.stdin:
-    before = time.process_time()
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    before = clock()
     losses = [step(done + i) for i in range(args.steps)]
     done += args.steps
+    if device.type == "cpu":
+        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    else:
+        peak_mib = torch.cuda.max_memory_allocated() / 2**20
     turn = {
-        "cpu_seconds": time.process_time() - before,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "seconds": clock() - before,
+        "peak_mib": peak_mib,
         "first": losses[0],
     }
     print(json.dumps(turn), flush=True)

@@ -1,14 +1,16 @@
 //! A training step beside Hugging Face's: a VoRA of SmolLM2-135M, LoRA on twelve blocks, taught by DINOv2-small, by this
 //! project and by transformers with PEFT (`benches/peers.py`), from the same weights on the same batches.
 //!
-//! `cargo xtask bench peers` runs it. Each is a process of its own that waits for its turn; the turns alternate, and CPU
-//! seconds are counted, so that what else the machine does matters little. Losses and gradients are compared first.
+//! `cargo xtask bench peers` runs it. Each is a process of its own that waits for its turn; the turns alternate, and on a CPU
+//! CPU seconds are counted, so that what else the machine does matters little. Losses and gradients are compared first.
+//! `benches/gpu.py` runs it on a GPU.
 #![allow(clippy::print_stdout, reason = "a program says what it measured")]
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
@@ -62,6 +64,12 @@ struct Args {
     /// Rank of the adapters
     #[arg(long, default_value_t = 64)]
     rank: i64,
+    /// Blocks of the language model with adapters
+    #[arg(long, default_value_t = 12)]
+    blocks: i64,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: String,
     /// Steps of a turn
     #[arg(long, default_value_t = 2)]
     steps: usize,
@@ -76,7 +84,8 @@ struct Args {
 /// What a process says of a turn.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 struct Turn {
-    cpu_seconds: f64,
+    /// Of the processor's time on a CPU, of the clock elsewhere.
+    seconds: f64,
     peak_mib: f64,
     /// Cross-entropy, cosine loss and length of the gradient of the first step.
     first: [f64; 3],
@@ -88,7 +97,7 @@ struct Row {
     tokens: i64,
     dtype: String,
     name: &'static str,
-    samples_per_cpu_second: f64,
+    samples_per_second: f64,
     peak_mib: f64,
     first: [f64; 3],
 }
@@ -109,10 +118,17 @@ fn compare(args: &Args) -> Result<()> {
         fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
         let paths = [("--llm", &args.llm), ("--teacher", &args.teacher), ("--out", &out)];
         let unused = [("--python", &args.python), ("--script", &args.script)];
-        let numbers = [("--tokens", tokens), ("--words", args.words), ("--batch", args.batch), ("--rank", args.rank)];
+        let numbers = [
+            ("--tokens", tokens),
+            ("--words", args.words),
+            ("--batch", args.batch),
+            ("--rank", args.rank),
+            ("--blocks", args.blocks),
+        ];
         let mut ours = Command::new(std::env::current_exe()?);
         ours.envs(runtime::missing_environment()); // as the program has it
-        ours.args(["--turns", "--dtype", &args.dtype, "--steps", &args.steps.to_string()]);
+        let steps = args.steps.to_string();
+        ours.args(["--turns", "--dtype", &args.dtype, "--device", &args.device, "--steps", &steps]);
         for (key, path) in paths.iter().chain(&unused) {
             ours.arg(key).arg(path);
         }
@@ -123,7 +139,8 @@ fn compare(args: &Args) -> Result<()> {
         for how in ["learned", "usual"] {
             let mut theirs = Command::new(&args.python);
             theirs.arg(&args.script).arg(&out).arg(&args.llm).arg(&args.teacher).args(["--logits", how]);
-            theirs.args(["--dtype", &args.dtype, "--rank", &args.rank.to_string(), "--steps", &args.steps.to_string()]);
+            theirs.args(["--dtype", &args.dtype, "--device", &args.device, "--steps", &steps]);
+            theirs.args(["--rank", &args.rank.to_string(), "--blocks", &args.blocks.to_string()]);
             processes.push(Process::start(theirs)?);
         }
         let mut turns = vec![Vec::new(); processes.len()];
@@ -134,12 +151,11 @@ fn compare(args: &Args) -> Result<()> {
         }
         let samples = args.steps as f64 * args.batch as f64;
         for (name, turns) in NAMES.into_iter().zip(turns) {
-            let mut rates: Vec<f64> = turns[1..].iter().map(|turn| samples / turn.cpu_seconds).collect();
+            let mut rates: Vec<f64> = turns[1..].iter().map(|turn| samples / turn.seconds).collect();
             rates.sort_by(f64::total_cmp);
-            let (samples_per_cpu_second, last) = (rates[rates.len() / 2], &turns[turns.len() - 1]);
+            let (samples_per_second, last) = (rates[rates.len() / 2], &turns[turns.len() - 1]);
             let dtype = args.dtype.clone();
-            let row =
-                Row { tokens, dtype, name, samples_per_cpu_second, peak_mib: last.peak_mib, first: turns[0].first };
+            let row = Row { tokens, dtype, name, samples_per_second, peak_mib: last.peak_mib, first: turns[0].first };
             println!("{}", row.line());
             rows.push(row);
         }
@@ -148,7 +164,10 @@ fn compare(args: &Args) -> Result<()> {
     let file = args.out.join("peers.json");
     fs::write(&file, serde_json::to_string_pretty(&rows)?)
         .with_context(|| format!("cannot write {}", file.display()))?;
-    let header = "| picture tokens | kind | | samples per CPU-second | ours over it | peak MiB | ours over it |\n|---|---|---|---|---|---|---|\n";
+    let second = if args.device == "cpu" { "CPU-second" } else { "second" };
+    let header = format!(
+        "| picture tokens | kind | | samples per {second} | ours over it | peak MiB | ours over it |\n|---|---|---|---|---|---|---|\n"
+    );
     let line = |row: &Row| {
         let ours = rows.iter().find(|ours| ours.tokens == row.tokens).expect("the row itself at least");
         format!(
@@ -156,13 +175,13 @@ fn compare(args: &Args) -> Result<()> {
             row.tokens,
             row.dtype,
             row.name,
-            row.samples_per_cpu_second,
-            ours.samples_per_cpu_second / row.samples_per_cpu_second,
+            row.samples_per_second,
+            ours.samples_per_second / row.samples_per_second,
             row.peak_mib,
             ours.peak_mib / row.peak_mib
         )
     };
-    let table = header.to_owned() + &rows.iter().map(line).collect::<String>();
+    let table = header + &rows.iter().map(line).collect::<String>();
     print!("{table}");
     fs::write(args.out.join("peers.md"), table).context("cannot write peers.md")
 }
@@ -188,8 +207,8 @@ impl Row {
     fn line(&self) -> String {
         let [lm, distill, gradient] = self.first;
         format!(
-            "{:>5} tokens, {}: {:.2} samples per CPU-second, {:.0} MiB; first step: cross-entropy {lm:.4}, cosine loss {distill:.4}, gradient {gradient:.4}",
-            self.tokens, self.name, self.samples_per_cpu_second, self.peak_mib
+            "{:>5} tokens, {}: {:.2} samples a second, {:.0} MiB; first step: cross-entropy {lm:.4}, cosine loss {distill:.4}, gradient {gradient:.4}",
+            self.tokens, self.name, self.samples_per_second, self.peak_mib
         )
     }
 }
@@ -202,7 +221,7 @@ struct Process {
 
 impl Process {
     fn start(mut command: Command) -> Result<Self> {
-        let threads = [("OMP_NUM_THREADS", "1"), ("MKL_NUM_THREADS", "1")];
+        let threads = [("OMP_NUM_THREADS", "1"), ("MKL_NUM_THREADS", "1")]; // on a GPU one thread starts its kernels
         let mut child = command
             .envs(threads)
             .stdin(Stdio::piped())
@@ -242,19 +261,21 @@ struct Trained {
     batches: Vec<DeviceBatch>,
     next: usize,
     steps: usize,
+    device: Device,
 }
 
 impl Trained {
     /// Opens everything, and writes what the others start from.
     fn new(args: &Args) -> Result<Self> {
-        let device = Device::Cpu;
+        let device = runtime::device(&args.device)?;
         let tokens = *args.tokens.last().context("--tokens")?;
         let side = (tokens as f64).sqrt() as i64;
         ensure!(side * side == tokens, "--tokens {tokens} is no square");
         let text = format!(
-            "model: {{ llm: LLM, aux_vision: TEACHER, patch_size: {PATCH}, image_size: {}, lora: {{ layers: 12, r: {} }} }}\n\
+            "model: {{ llm: LLM, aux_vision: TEACHER, patch_size: {PATCH}, image_size: {}, lora: {{ layers: {}, r: {} }} }}\n\
              data: {{ train: {{ scenes: {{ image_size: {} }} }} }}\noutput_dir: unused\nmax_steps: 1\nlearning_rate: 1e-4\nweight_decay: 0.05",
             side * PATCH,
+            args.blocks,
             args.rank,
             side * PATCH
         );
@@ -268,12 +289,15 @@ impl Trained {
         let random = fixtures::Random::new(5);
         let vocab = student.model.llm().config().vocab_size;
         let shape = [BATCHES * args.batch, 3, side * PATCH, side * PATCH];
-        let pixel_values = random.normal(shape);
-        let input_ids = random.integers(0, vocab, [BATCHES * args.batch, args.words]);
+        let pixel_values = random.normal(shape).to_device(device);
+        let input_ids = random.integers(0, vocab, [BATCHES * args.batch, args.words]).to_device(device);
         let mut start = student.parameters();
         start.push(("pixel_values".to_owned(), pixel_values.shallow_clone()));
         start.push(("input_ids".to_owned(), input_ids.shallow_clone()));
-        let start: Vec<_> = start.iter().map(|(name, tensor)| (name.as_str(), tensor.detach().contiguous())).collect();
+        let start: Vec<_> = start
+            .iter()
+            .map(|(name, tensor)| (name.as_str(), tensor.detach().contiguous().to_device(Device::Cpu)))
+            .collect();
         Tensor::write_safetensors(&start, args.out.join("start.safetensors"))?;
 
         let seq = tokens + args.words;
@@ -286,25 +310,28 @@ impl Trained {
             let pictures = pixel_values.narrow(0, i * args.batch, args.batch).unbind(0);
             DeviceBatch {
                 input: Input::new(Tensor::cat(&[&blank, &words], 1), pictures, spans.clone()),
-                positions: Tensor::from_slice(&places),
+                positions: Tensor::from_slice(&places).to_device(device),
                 targets: words.flatten(0, 1),
                 pairs: Vec::new(),
-                image_places: Tensor::from_slice(&spans.image_positions()),
+                image_places: Tensor::from_slice(&spans.image_positions()).to_device(device),
             }
         });
         let optimizer = optimizer(student.parameters(), &config.optim())?;
-        Ok(Self { optimizer, batches: batches.collect(), next: 0, steps: args.steps, student })
+        Ok(Self { optimizer, batches: batches.collect(), next: 0, steps: args.steps, device, student })
     }
 
     /// Takes a turn for each line that comes in.
     fn take_turns(mut self) -> Result<()> {
         println!("ready");
         for _ in std::io::stdin().lines() {
-            let before = cpu_seconds()?;
-            let losses = (0..self.steps).map(|_| self.step()).collect::<Result<Vec<_>>>()?;
-            let cpu_seconds = cpu_seconds()? - before;
-            let peak_mib = runtime::peak_memory(Device::Cpu).unwrap_or(0) as f64 / f64::from(1 << 20);
-            println!("{}", serde_json::to_string(&Turn { cpu_seconds, peak_mib, first: losses[0] })?);
+            let (clock, before) = (Instant::now(), cpu_seconds()?);
+            let losses = (0..self.steps).map(|_| self.step()).collect::<Result<Vec<_>>>()?; // each waits for its numbers
+            let seconds = match self.device {
+                Device::Cpu => cpu_seconds()? - before,
+                _ => clock.elapsed().as_secs_f64(),
+            };
+            let peak_mib = runtime::peak_memory(self.device).unwrap_or(0) as f64 / f64::from(1 << 20);
+            println!("{}", serde_json::to_string(&Turn { seconds, peak_mib, first: losses[0] })?);
         }
         Ok(())
     }

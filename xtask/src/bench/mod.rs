@@ -9,6 +9,7 @@ mod plan;
 mod seeds;
 mod variants;
 
+use std::env;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
@@ -71,6 +72,8 @@ Examples:
   cargo xtask bench ablations --seeds 2 --steps 100 --dir runs/short
   cargo xtask bench peers                        a training step beside transformers with PEFT: samples a CPU-second, memory
   cargo xtask bench peers -- --tokens 64,256,1024 --dtype bf16
+  cargo xtask bench gpu --part speed             on a GPU: a step of random models of three sizes of batch and of 7B beside transformers
+  cargo xtask bench gpu --part speed -- --rehearse  the same commands with tiny models on the CPU
   cargo xtask bench drift                        what QK-norm and z-loss do to the norms of a small Chameleon
   cargo xtask bench drift -- --learning-rate 1e-2 --steps 300
   cargo xtask bench packing                      tokens/s and padding of samples in rows of their own and packed
@@ -84,7 +87,8 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// A file of benches/benches, without `.rs`, or ablations, data, drift, memory, packing, peers or seeds; all benches by default.
+    /// A file of benches/benches, without `.rs`, or ablations, data, drift, gpu, memory, packing, peers or seeds; all benches by
+    /// default.
     /// With --train: attention or systems
     #[arg(required_if_eq("train", "true"))]
     name: Option<String>,
@@ -117,6 +121,9 @@ pub struct Args {
     /// Of seeds and ablations: steps of each training [default: the run file's]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     steps: Option<u64>,
+    /// Of gpu: what is measured, some minutes each
+    #[arg(long, value_parser = ["speed"], required_if_eq("name", "gpu"))]
+    part: Option<String>,
     /// Handed to the bench
     #[arg(last = true, value_name = "ARGS", conflicts_with = "train")]
     args: Vec<String>,
@@ -162,6 +169,10 @@ pub fn run(args: &Args) -> Result<()> {
     if args.name.as_deref() == Some("peers") {
         return peers(&args.args);
     }
+    if let Some(part) = &args.part {
+        ensure!(args.name.as_deref() == Some("gpu"), "--part is for gpu");
+        return gpu(part, &args.args);
+    }
     criterion(args)
 }
 
@@ -191,6 +202,17 @@ fn peers(args: &[String]) -> Result<()> {
     example.arg("--llm").arg(llm).arg("--teacher").arg(teacher).arg("--python").arg(fixtures::python()?);
     example.arg("--script").arg(cmd::root().join("benches/peers.py"));
     cmd::run(example.arg("--out").arg(cmd::root().join("runs/bench-peers")).args(args))
+}
+
+/// Runs `benches/gpu.py` over `benches/examples/peers.rs`.
+fn gpu(part: &str, args: &[String]) -> Result<()> {
+    setup::ensure()?;
+    cmd::run(cmd::cargo().args(["build", "--locked", "--package", "benches", "--example", "peers"]))?;
+    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| cmd::root().join("target"), PathBuf::from);
+    let mut script = Command::new(fixtures::python()?);
+    script.arg(cmd::root().join("benches/gpu.py")).args(["--part", part, "--program"]);
+    script.arg(target.join("debug/examples/peers")).arg("--out").arg(cmd::root().join("runs/bench-gpu")).args(args);
+    cmd::run(script.env("LD_LIBRARY_PATH", cmd::root().join(".libtorch/lib")))
 }
 
 /// Runs `benches/examples/packing.rs` over the default recipe's language model.
