@@ -89,6 +89,9 @@ struct Turn {
     peak_mib: f64,
     /// Cross-entropy, cosine loss and length of the gradient of the first step.
     first: [f64; 3],
+    /// Operations of a sample that a step cannot do without; of this project's own process alone.
+    #[serde(default)]
+    gflop: f64,
 }
 
 /// One row of the table.
@@ -98,6 +101,8 @@ struct Row {
     dtype: String,
     name: &'static str,
     samples_per_second: f64,
+    /// Of the operations that a step cannot do without, see [`operations`].
+    gflop_per_second: f64,
     peak_mib: f64,
     first: [f64; 3],
 }
@@ -149,13 +154,20 @@ fn compare(args: &Args) -> Result<()> {
                 turns.push(process.turn()?);
             }
         }
-        let samples = args.steps as f64 * args.batch as f64;
+        let (samples, gflop) = (args.steps as f64 * args.batch as f64, turns[0][0].gflop);
         for (name, turns) in NAMES.into_iter().zip(turns) {
             let mut rates: Vec<f64> = turns[1..].iter().map(|turn| samples / turn.seconds).collect();
             rates.sort_by(f64::total_cmp);
             let (samples_per_second, last) = (rates[rates.len() / 2], &turns[turns.len() - 1]);
-            let dtype = args.dtype.clone();
-            let row = Row { tokens, dtype, name, samples_per_second, peak_mib: last.peak_mib, first: turns[0].first };
+            let row = Row {
+                tokens,
+                dtype: args.dtype.clone(),
+                name,
+                samples_per_second,
+                gflop_per_second: samples_per_second * gflop,
+                peak_mib: last.peak_mib,
+                first: turns[0].first,
+            };
             println!("{}", row.line());
             rows.push(row);
         }
@@ -166,17 +178,18 @@ fn compare(args: &Args) -> Result<()> {
         .with_context(|| format!("cannot write {}", file.display()))?;
     let second = if args.device == "cpu" { "CPU-second" } else { "second" };
     let header = format!(
-        "| picture tokens | kind | | samples per {second} | ours over it | peak MiB | ours over it |\n|---|---|---|---|---|---|---|\n"
+        "| picture tokens | kind | | samples per {second} | ours over it | GFLOP/s | peak MiB | ours over it |\n|---|---|---|---|---|---|---|---|\n"
     );
     let line = |row: &Row| {
         let ours = rows.iter().find(|ours| ours.tokens == row.tokens).expect("the row itself at least");
         format!(
-            "| {} | {} | {} | {:.2} | {:.2} | {:.0} | {:.2} |\n",
+            "| {} | {} | {} | {:.2} | {:.2} | {:.0} | {:.0} | {:.2} |\n",
             row.tokens,
             row.dtype,
             row.name,
             row.samples_per_second,
             ours.samples_per_second / row.samples_per_second,
+            row.gflop_per_second,
             row.peak_mib,
             ours.peak_mib / row.peak_mib
         )
@@ -262,6 +275,7 @@ struct Trained {
     next: usize,
     steps: usize,
     device: Device,
+    gflop: f64,
 }
 
 impl Trained {
@@ -317,7 +331,8 @@ impl Trained {
             }
         });
         let optimizer = optimizer(student.parameters(), &config.optim())?;
-        Ok(Self { optimizer, batches: batches.collect(), next: 0, steps: args.steps, device, student })
+        let gflop = operations(&student, args, tokens)? / 1e9;
+        Ok(Self { optimizer, batches: batches.collect(), next: 0, steps: args.steps, device, gflop, student })
     }
 
     /// Takes a turn for each line that comes in.
@@ -331,7 +346,7 @@ impl Trained {
                 _ => clock.elapsed().as_secs_f64(),
             };
             let peak_mib = runtime::peak_memory(self.device).unwrap_or(0) as f64 / f64::from(1 << 20);
-            println!("{}", serde_json::to_string(&Turn { seconds, peak_mib, first: losses[0] })?);
+            println!("{}", serde_json::to_string(&Turn { seconds, peak_mib, first: losses[0], gflop: self.gflop })?);
         }
         Ok(())
     }
@@ -350,6 +365,29 @@ impl Trained {
         self.optimizer.step(1.0, gradient)?;
         Ok([read[0].double_value(&[]), read[1].double_value(&[]), gradient])
     }
+}
+
+/// Floating-point operations of a sample that a step cannot do without, twice the multiplications: all linear layers forward and
+/// for the gradient of what goes in, adapters and heads for their own too, attention of the pairs that attend to each other
+/// (two products forward, four back), logits where something is learned, the teacher forward. What is computed twice to
+/// save memory, norms and the like do not count.
+fn operations(student: &Student, args: &Args, tokens: i64) -> Result<f64> {
+    let (mut linear, mut adapters) = (0, 0);
+    student.model.llm().linears(&mut |_, layer| {
+        linear += layer.in_features() * layer.out_features();
+        adapters += layer.num_adapter_parameters() as i64;
+        Ok(())
+    })?;
+    let (llm, seq) = (student.model.llm().config(), tokens + args.words);
+    let pairs = tokens * tokens + args.words * tokens + args.words * (args.words + 1) / 2;
+    let attention = 12 * pairs * llm.num_attention_heads * llm.head_width() * llm.num_hidden_layers as i64;
+    let logits = 4 * args.words * llm.vocab_size * llm.hidden_size;
+    let teacher: serde_json::Value = serde_json::from_slice(&fs::read(args.teacher.join("config.json"))?)?;
+    let of = |key: &str| teacher[key].as_i64().with_context(|| format!("{key} in the teacher's config.json"));
+    let (width, layers, seen) = (of("hidden_size")?, of("num_hidden_layers")?, tokens + 1);
+    let teacher = layers * (24 * width * width * seen + 4 * seen * seen * width);
+    let heads = 6 * args.blocks * tokens * width * llm.hidden_size;
+    Ok((seq * (4 * linear + 6 * adapters) + attention + logits + teacher + heads) as f64)
 }
 
 /// User and system time of this process so far.
