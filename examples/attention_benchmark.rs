@@ -8,9 +8,10 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use vora_llm::tch::{Device, Kind, Tensor};
-use vora_llm::{AttentionPlan, VisionAttention, attend};
+use vora_llm::tch::{Device, Kind};
+use vora_llm::{AttentionPlan, VisionAttention, Weights, attend};
 use vora_text::{Span, Spans};
+use vora_torch::weights::Init;
 
 fn main() -> Result<()> {
     let rounds: usize = std::env::args().nth(1).map_or(Ok(5), |rounds| rounds.parse())?;
@@ -22,9 +23,9 @@ fn main() -> Result<()> {
         let [bidirectional, causal] = plans;
         let plans = [bidirectional?, causal?];
         // [batch, heads, seq, head_dim], three query heads to a key-value head
-        let new =
-            |heads| Tensor::randn([1, heads, spans.seq(), 64], (Kind::Float, Device::Cpu)).set_requires_grad(true);
-        let [q, k, v] = [9, 3, 3].map(new);
+        let new = Weights::random(0, Device::Cpu, Kind::Float);
+        let parameter = |name, heads| new.parameter(name, &[1, heads, spans.seq(), 64], Init::Normal { std: 1.0 });
+        let (q, k, v) = (parameter("q", 9)?, parameter("k", 3)?, parameter("v", 3)?);
         let mut milliseconds = [Vec::new(), Vec::new()];
         for _ in 0..rounds {
             // Both take turns, so that what else the machine does befalls both.

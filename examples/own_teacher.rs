@@ -12,6 +12,7 @@ use vora_data::SampleMaker;
 use vora_data::scenes::ScenesConfig;
 use vora_lora::LoraConfig;
 use vora_recipe::{DataConfig, ModelConfig, TrainConfig, TrainData};
+use vora_torch::weights::{Init, Weights};
 use vora_train::data::Sources;
 use vora_train::student::{Student, Teacher};
 use vora_train::tch::{Device, Kind, Tensor};
@@ -28,10 +29,12 @@ struct ConvNet {
 impl ConvNet {
     const HIDDEN: i64 = 24;
 
-    fn new() -> Self {
-        let new = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 0.05;
-        let block = |_| new(&[Self::HIDDEN, Self::HIDDEN, 3, 3]);
-        Self { stem: new(&[Self::HIDDEN, 3, 14, 14]), blocks: (0..3).map(block).collect() }
+    /// From a seed, so that a run that goes on meets the same teacher; one that was trained comes from `Weights::open`.
+    fn new() -> Result<Self> {
+        let weights = Weights::random(7, Device::Cpu, Kind::Float);
+        let new = |name: &str, shape: &[i64]| weights.get(name, shape, Init::Normal { std: 0.05 });
+        let block = |idx| new(&format!("blocks.{idx}"), &[Self::HIDDEN, Self::HIDDEN, 3, 3]);
+        Ok(Self { stem: new("stem", &[Self::HIDDEN, 3, 14, 14])?, blocks: (0..3).map(block).collect::<Result<_>>()? })
     }
 }
 
@@ -84,7 +87,7 @@ fn main() -> Result<()> {
     };
     let resolve = |name: &str| Ok(PathBuf::from(name));
     let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve)?;
-    let student = student.with_teacher(Box::new(ConvNet::new()), &config)?;
+    let student = student.with_teacher(Box::new(ConvNet::new()?), &config)?;
     let maker = Arc::new(SampleMaker::new(student.preparation(&config)?));
     let sources = Sources::open(&config, &maker)?;
 

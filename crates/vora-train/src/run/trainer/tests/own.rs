@@ -177,6 +177,7 @@ fn a_teacher_of_ones_own_teaches_and_is_brought_again() {
     let mut second = open(parts.path(), true).unwrap();
     second.train(&mut Silent).unwrap();
     assert_same(&weights(&trainer), &weights(&second));
+    drop(second);
 
     let untaught = with(parts.path(), &[]);
     let refused = |found: Result<Student>| found.unwrap_err().to_string();
