@@ -111,7 +111,7 @@ impl Trainer {
         let student = begun.student(&options)?;
         let maker = Arc::new(SampleMaker::new(student.preparation(&begun.config)?));
         let sources = Sources::open(&begun.config, &maker)?;
-        Self::assemble(begun, options, student, sources)
+        Self::assemble(begun, options, student, &maker, sources)
     }
 
     /// The same on a program's own data, in place of what `config.data` names.
@@ -121,7 +121,8 @@ impl Trainer {
     pub fn with_data(config: TrainConfig, options: Options<'_>, sources: Sources) -> Result<Self> {
         let begun = Begun::new(sources.named_in(config), &options)?;
         let student = begun.student(&options)?;
-        Self::assemble(begun, options, student, sources)
+        let maker = Arc::new(SampleMaker::new(student.preparation(&begun.config)?));
+        Self::assemble(begun, options, student, &maker, sources)
     }
 
     /// The same with a student that is made already, one of a program's own or with a teacher of its own, on a program's
@@ -131,12 +132,19 @@ impl Trainer {
     /// As [`Trainer::with_data`].
     pub fn from_parts(config: TrainConfig, options: Options<'_>, student: Student, sources: Sources) -> Result<Self> {
         let begun = Begun::new(sources.named_in(config), &options)?;
-        Self::assemble(begun, options, student, sources)
+        let maker = Arc::new(SampleMaker::new(student.preparation(&begun.config)?));
+        // What the process holds by now has the student in it, which is counted by itself.
+        Self::assemble(Begun { program: 0, ..begun }, options, student, &maker, sources)
     }
 
-    fn assemble(begun: Begun, options: Options<'_>, mut student: Student, sources: Sources) -> Result<Self> {
+    fn assemble(
+        begun: Begun,
+        options: Options<'_>,
+        mut student: Student,
+        maker: &Arc<SampleMaker>,
+        sources: Sources,
+    ) -> Result<Self> {
         let Begun { config, run, last, state, program } = begun;
-        let maker = Arc::new(SampleMaker::new(student.preparation(&config)?));
         let source_sha256 = sources.fingerprint(&config)?;
         resume::expect_source(state.as_ref(), source_sha256.as_deref(), &config)?;
         let (training, held_out) = sources.into_parts();
@@ -155,8 +163,8 @@ impl Trainer {
             Some(_) => Texts::open(run.path()),
             None => match &anchor.data_fetch {
                 Some(fetch) => {
-                    let source = data::of_fetch(fetch, &config, &maker).context("text_anchor")?;
-                    Texts::from_records(&*source, &maker, anchor).context("text_anchor")
+                    let source = data::of_fetch(fetch, &config, maker).context("text_anchor")?;
+                    Texts::from_records(&*source, maker, anchor).context("text_anchor")
                 }
                 None => Texts::written(student.model.llm(), maker.preparation(), anchor, config.seed),
             },
