@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use anyhow::Result;
 
-use crate::{cmd, setup, test};
+use crate::{cmd, examples, setup, test};
 
 /// Arguments of `check`.
 #[derive(Debug, clap::Args)]
@@ -16,12 +16,24 @@ pub struct Args {
     /// or crate too long; seconds, without libtorch
     #[arg(long, conflicts_with = "cheap")]
     tidy: bool,
+    /// The programs of examples/ alone: build all and run each on the tiny models, in less than a minute
+    #[arg(long, conflicts_with_all = ["cheap", "tidy"])]
+    examples: bool,
+    /// One of them alone, in a project outside the clone, by what the README says
+    #[arg(long, conflicts_with_all = ["cheap", "tidy"])]
+    stranger: bool,
 }
 
 /// Stops at the first thing that does not pass.
 pub fn run(args: &Args) -> Result<()> {
     if args.tidy {
         return tidy();
+    }
+    if args.examples || args.stranger {
+        if args.examples {
+            examples::run_all()?;
+        }
+        return if args.stranger { examples::as_a_stranger() } else { Ok(()) };
     }
     setup::ensure()?;
     cmd::run(cmd::cargo().args(["fmt", "--all", "--check"]))?;
@@ -33,6 +45,8 @@ pub fn run(args: &Args) -> Result<()> {
     )?;
     if !args.cheap {
         test::run(&test::Args::default())?;
+        examples::run_all()?;
+        examples::as_a_stranger()?;
     }
     eprintln!("all checks passed");
     Ok(())

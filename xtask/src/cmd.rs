@@ -1,5 +1,6 @@
 //! Where things lie, and how tasks run other programs.
 
+use std::collections::HashMap;
 use std::env;
 use std::ffi::OsStr;
 use std::fmt;
@@ -55,17 +56,7 @@ impl Vora {
     pub fn build() -> Result<Self> {
         let mut build = cargo();
         build.args(["build", "--release", "--locked", "--bin", "vora"]);
-        announce(&build);
-        let output = build
-            .arg("--message-format=json-render-diagnostics")
-            .stderr(Stdio::inherit())
-            .output()
-            .context("cannot run cargo")?;
-        if !output.status.success() {
-            return Err(ChildFailed::new(&build, output.status).into());
-        }
-        let messages = String::from_utf8_lossy(&output.stdout);
-        let program = messages.lines().find_map(executable).context("cargo built no program `vora`")?;
+        let program = programs(&mut build)?.remove("vora").context("cargo built no program `vora`")?;
         // From here on Ctrl-C is for vora alone, which saves a checkpoint first; we end when it does, with its code.
         signal_hook::flag::register(SIGINT, Arc::default()).context("cannot handle SIGINT")?;
         Ok(Self { program })
@@ -85,10 +76,25 @@ impl Vora {
     }
 }
 
-/// The path in one of cargo's JSON messages, if it tells of a program.
-fn executable(message: &str) -> Option<PathBuf> {
+/// Runs a `cargo build`, and gives the programs that it built, by their names.
+///
+/// # Errors
+/// [`ChildFailed`] when it ends with anything but 0.
+pub fn programs(build: &mut Command) -> Result<HashMap<String, PathBuf>> {
+    announce(build);
+    build.arg("--message-format=json-render-diagnostics").stderr(Stdio::inherit());
+    let output = build.output().context("cannot run cargo")?;
+    if !output.status.success() {
+        return Err(ChildFailed::new(build, output.status).into());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).lines().filter_map(executable).collect())
+}
+
+/// Name and path in one of cargo's JSON messages, if it tells of a program.
+fn executable(message: &str) -> Option<(String, PathBuf)> {
     let message: serde_json::Value = serde_json::from_str(message).ok()?;
-    Some(message.get("executable")?.as_str()?.into())
+    let path: PathBuf = message.get("executable")?.as_str()?.into();
+    Some((message.get("target")?.get("name")?.as_str()?.to_owned(), path))
 }
 
 /// Shows a command, runs it, and waits until it ends.
@@ -159,8 +165,12 @@ mod tests {
 
     #[test]
     fn program_is_read_from_cargos_messages() {
-        let messages =
-            [r#"{"reason":"compiler-artifact","executable":null}"#, "not json", r#"{"executable":"/t/vora"}"#];
-        assert_eq!(messages.iter().find_map(|m| executable(m)), Some(PathBuf::from("/t/vora")));
+        let messages = [
+            r#"{"reason":"compiler-artifact","executable":null}"#,
+            "not json",
+            r#"{"executable":"/t/vora","target":{"name":"vora"}}"#,
+        ];
+        let found: Vec<_> = messages.iter().filter_map(|message| executable(message)).collect();
+        assert_eq!(found, [("vora".to_owned(), PathBuf::from("/t/vora"))]);
     }
 }

@@ -21,7 +21,7 @@ pub(crate) const DEFAULT_MODELS: [&str; 2] = ["HuggingFaceTB/SmolLM2-135M-Instru
 const QUESTIONS: usize = 6;
 
 /// What the model is asked without a picture.
-const CHAT: &str = "What is the capital of France?";
+const CHAT: &str = "What is the capital of Japan?";
 
 /// Tokens at most of an answer: a model that has learned nothing would go on for long.
 const MAX_NEW_TOKENS: &str = "48";
@@ -275,8 +275,8 @@ mod tests {
             "train --config /a.yaml --device cpu --resume",
             "merge /run/final --out /run/merged --as seeing",
             "ask /run/merged /run/samples/0.png What shape? --max-new-tokens 48 --device cpu",
-            "ask /run/final What is the capital of France? --max-new-tokens 48 --device cpu",
-            "ask /run/merged What is the capital of France? --max-new-tokens 48 --device cpu",
+            "ask /run/final What is the capital of Japan? --max-new-tokens 48 --device cpu",
+            "ask /run/merged What is the capital of Japan? --max-new-tokens 48 --device cpu",
         ];
         assert_eq!(log.lines().collect::<Vec<_>>(), expected);
         assert!(!at("run/merged").exists(), "the older one is removed");

@@ -166,40 +166,27 @@ fn default_hidden_act() -> String {
     "silu".to_owned()
 }
 
-impl LlmConfig {
-    /// Reads and validates `config.json` of a checkpoint folder, or the metadata of a GGUF file: `path` is one, or a
-    /// folder with one and no `config.json`.
-    ///
-    /// # Errors
-    /// Names the file and the key that is missing, of another type, or not supported.
-    pub fn open(path: &Path) -> Result<Self> {
-        let (json, origin) = open_json(path, "config.json")?;
-        let config: Self = serde_json::from_value(json).with_context(|| format!("in {}", origin.display()))?;
-        config.validate().with_context(|| format!("in {}", origin.display()))?;
-        Ok(config)
-    }
-
-    /// A Llama of two layers, four query and two key-value heads of eight, with tied embeddings: for tests and smoke
-    /// runs.
-    pub fn tiny(vocab_size: i64) -> Self {
+impl Default for LlmConfig {
+    /// HF's `LlamaConfig()`: the sizes of Llama 2 7B.
+    fn default() -> Self {
         Self {
             model_type: "llama".to_owned(),
-            vocab_size,
-            hidden_size: 32,
-            intermediate_size: 64,
-            num_hidden_layers: 2,
-            num_attention_heads: 4,
-            num_key_value_heads: Some(2),
+            vocab_size: 32_000,
+            hidden_size: 4096,
+            intermediate_size: 11_008,
+            num_hidden_layers: 32,
+            num_attention_heads: 32,
+            num_key_value_heads: None,
             head_dim: None,
-            max_position_embeddings: 512,
-            rms_norm_eps: 1e-5,
+            max_position_embeddings: default_max_position_embeddings(),
+            rms_norm_eps: default_rms_norm_eps(),
             hidden_act: default_hidden_act(),
-            rope_theta: Some(10_000.0),
+            rope_theta: None,
             rope_scaling: None,
             rope_parameters: None,
             attention_bias: false,
             mlp_bias: false,
-            tie_word_embeddings: true,
+            tie_word_embeddings: false,
             sliding_window: None,
             use_sliding_window: None,
             max_window_layers: None,
@@ -217,6 +204,38 @@ impl LlmConfig {
             eos_token_id: None,
             pad_token_id: None,
             extra: Map::new(),
+        }
+    }
+}
+
+impl LlmConfig {
+    /// Reads and validates `config.json` of a checkpoint folder, or the metadata of a GGUF file: `path` is one, or a
+    /// folder with one and no `config.json`.
+    ///
+    /// # Errors
+    /// Names the file and the key that is missing, of another type, or not supported.
+    pub fn open(path: &Path) -> Result<Self> {
+        let (json, origin) = open_json(path, "config.json")?;
+        let config: Self = serde_json::from_value(json).with_context(|| format!("in {}", origin.display()))?;
+        config.validate().with_context(|| format!("in {}", origin.display()))?;
+        Ok(config)
+    }
+
+    /// A Llama of two layers, four query and two key-value heads of eight, with tied embeddings: for tests and smoke
+    /// runs.
+    pub fn tiny(vocab_size: i64) -> Self {
+        Self {
+            vocab_size,
+            hidden_size: 32,
+            intermediate_size: 64,
+            num_hidden_layers: 2,
+            num_attention_heads: 4,
+            num_key_value_heads: Some(2),
+            max_position_embeddings: 512,
+            rms_norm_eps: 1e-5,
+            rope_theta: Some(10_000.0),
+            tie_word_embeddings: true,
+            ..Self::default()
         }
     }
 

@@ -92,7 +92,10 @@ impl AdaptedLlm {
     }
 
     /// The tensors of all adapters, by the names that they have beside the decoder's own on disk.
-    pub(crate) fn adapter_tensors(&self) -> Result<Vec<(String, Tensor)>> {
+    ///
+    /// # Errors
+    /// None of its own: it is that of a visit over the linears.
+    pub fn adapter_tensors(&self) -> Result<Vec<(String, Tensor)>> {
         let mut tensors = Vec::new();
         self.llm.linears(&mut |path, linear| {
             for (name, tensor) in linear.adapters().flat_map(|adapter| adapter.tensors()) {

@@ -6,6 +6,7 @@ use vora_lora::ActsOn;
 use crate::distill::{DistillConfig, Pairing};
 use crate::loss::{BETA, Loss};
 use crate::model::ModelType;
+use crate::optim::OptimConfig;
 use crate::run::{Strategy, TrainConfig, split_of};
 
 impl TrainConfig {
@@ -14,6 +15,7 @@ impl TrainConfig {
     /// # Errors
     /// Names the key.
     pub fn validate(&self) -> Result<()> {
+        ensure!(!self.output_dir.as_os_str().is_empty(), "output_dir is empty, it takes the folder of the run");
         let at_least_one = [
             ("per_device_train_batch_size", self.per_device_train_batch_size as i64),
             ("per_device_eval_batch_size", self.per_device_eval_batch_size as i64),
@@ -27,31 +29,17 @@ impl TrainConfig {
         for (key, value) in at_least_one {
             ensure!(value >= 1, "{key} is {value}, it must be at least 1");
         }
-        for (part, rate) in &self.learning_rates.0 {
-            ensure!(*rate >= 0.0 && rate.is_finite(), "learning_rates.{part} is {rate}, it must be 0 or more");
-        }
-        let not_negative = [
-            ("learning_rate", self.learning_rate),
-            ("weight_decay", self.weight_decay),
-            ("max_grad_norm", self.max_grad_norm),
-            ("num_train_epochs", self.num_train_epochs),
-        ];
-        for (key, value) in not_negative {
-            ensure!(value >= 0.0 && value.is_finite(), "{key} is {value}, it must be 0 or more");
-        }
-        let shares = [
-            ("adam_beta1", self.adam_beta1),
-            ("adam_beta2", self.adam_beta2),
-            ("warmup_ratio", self.warmup_ratio),
-            ("ema_decay", self.ema_decay.unwrap_or(0.0)),
-        ];
-        for (key, value) in shares {
+        // Those of parts that only another type of model has, too.
+        OptimConfig { learning_rates: self.learning_rates.clone(), ..self.optim() }.validate()?;
+        let epochs = self.num_train_epochs;
+        ensure!(epochs >= 0.0 && epochs.is_finite(), "num_train_epochs is {epochs}, it must be 0 or more");
+        let ema_decay = self.ema_decay.unwrap_or(0.0);
+        for (key, value) in [("warmup_ratio", self.warmup_ratio), ("ema_decay", ema_decay)] {
             ensure!((0.0..1.0).contains(&value), "{key} is {value}, it must be at least 0 and below 1");
         }
         self.lr_scheduler_kwargs.validate(self.lr_scheduler_type)?;
         ensure!(!(self.fp16 && self.bf16 == Some(true)), "bf16 and fp16 are both true, a run computes in one of them");
         self.distill.validate()?;
-        ensure!(self.adam_epsilon > 0.0, "adam_epsilon is {}, it must be above 0", self.adam_epsilon);
         ensure!(
             self.max_steps == -1 || self.max_steps > 0,
             "max_steps is {}, it must be at least 1, or -1 to leave it to num_train_epochs",
@@ -59,10 +47,6 @@ impl TrainConfig {
         );
         self.validate_best()?;
         self.model.validate()?;
-        ensure!(
-            self.model.model_type != ModelType::Vora || self.model.aux_vision.is_some() || !self.distill.center,
-            "distill.center is true, but model.aux_vision names no teacher"
-        );
         self.data.validate(self.model.image_size)?;
         self.validate_loss()?;
         self.validate_anchor()?;
@@ -185,7 +169,7 @@ impl TrainConfig {
             ),
             (
                 "distill",
-                self.model.model_type != ModelType::Vora
+                !matches!(self.model.model_type, ModelType::Vora | ModelType::Own)
                     && self.distill != DistillConfig { pairing: Some(Pairing::Output), ..DistillConfig::default() },
                 "only a VoRA has a teacher",
             ),
@@ -198,7 +182,12 @@ impl TrainConfig {
 
 #[cfg(test)]
 mod tests {
+    use vora_data::scenes::ScenesConfig;
+    use vora_lora::LoraConfig;
+
     use super::*;
+    use crate::data::{DataConfig, EvalData, TrainData};
+    use crate::model::ModelConfig;
     use crate::run::tests::{fails, set};
 
     #[test]
@@ -231,6 +220,52 @@ mod tests {
         for (entry, expected) in cases {
             fails(set(&[entry]), &[expected]);
         }
+    }
+
+    /// A config that is made in code is one that a file would have made, and is refused by the same words.
+    #[test]
+    fn a_config_made_in_code_is_checked_as_a_file_is() {
+        let from_file = set(&[]).unwrap();
+        let made = || TrainConfig {
+            output_dir: "runs/x".into(),
+            max_steps: 10,
+            model: ModelConfig {
+                llm: "somewhere".to_owned(),
+                patch_size: Some(14),
+                image_size: 56,
+                lora: Some(LoraConfig::new(4, 2)),
+                ..ModelConfig::default()
+            },
+            data: DataConfig {
+                train: TrainData { scenes: Some(ScenesConfig::default()), ..TrainData::default() },
+                ..DataConfig::default()
+            },
+            ..TrainConfig::default()
+        };
+        assert_eq!(made().checked().unwrap(), from_file);
+        fails(
+            TrainConfig { adam_beta2: 1.0, ..made() }.checked(),
+            &["adam_beta2 is 1, it must be at least 0 and below 1"],
+        );
+        fails(TrainConfig { output_dir: "".into(), ..made() }.checked(), &["output_dir is empty"]);
+        fails(TrainConfig { model: ModelConfig::default(), ..made() }.checked(), &["model.llm is empty"]);
+        fails(
+            TrainConfig { data: DataConfig::default(), ..made() }.checked(),
+            &["data.train has neither `scenes` nor"],
+        );
+        let split = EvalData { samples: 0, ..EvalData::default() };
+        let data = DataConfig { eval: [("test".to_owned(), split)].into(), ..made().data };
+        fails(TrainConfig { data, ..made() }.checked(), &["data.eval.test.samples is 0"]);
+    }
+
+    #[test]
+    fn data_of_a_programs_own_stand_alone() {
+        let own = "data={train: {source: mine}, eval: {held: {source: mine, samples: 3}}}";
+        let config = set(&[own]).unwrap();
+        assert_eq!(TrainConfig::parse(&config.to_yaml().unwrap(), &[]).unwrap(), config);
+        fails(set(&["data={train: {source: mine, scenes: {}}}"]), &["`scenes` or `data_fetch` beside it"]);
+        let both = "data={train: {source: mine}, eval: {held: {source: mine, split: test}}}";
+        fails(set(&[both]), &["data.eval.held has a `source` of a program's own"]);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use vora_data::scenes::{QuestionKind, ScenesConfig, Split};
 
 /// The data: what is learned from, and what is asked afterwards.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
     /// What is learned from.
@@ -21,10 +21,14 @@ pub struct DataConfig {
     pub eval: BTreeMap<String, EvalData>,
 }
 
-/// What is learned from: `scenes`, or annotations, or both by weight.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// What is learned from: `scenes`, or annotations, or both by weight; or what a program brings along.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainData {
+    /// The name of a source that a program makes itself and hands to the trainer (`Trainer::with_data`), in place of all
+    /// others; `vora` has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
     /// Procedural pictures.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scenes: Option<ScenesConfig>,
@@ -46,10 +50,13 @@ pub struct TrainData {
     pub packing: bool,
 }
 
-/// A held-out split: another stream of the training data's scenes, or annotations.
+/// A held-out split: another stream of the training data's scenes, or annotations; or what a program brings along.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EvalData {
+    /// As `data.train.source`: the program makes the split itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
     /// A split of the scenes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub split: Option<Split>,
@@ -76,6 +83,22 @@ pub struct EvalData {
     pub unnamed_share: Option<f64>,
 }
 
+impl Default for EvalData {
+    fn default() -> Self {
+        Self {
+            source: None,
+            split: None,
+            data_fetch: None,
+            samples: two_hundred(),
+            questions_per_image: None,
+            kinds: None,
+            kinds_of_several: None,
+            objects: None,
+            unnamed_share: None,
+        }
+    }
+}
+
 impl EvalData {
     /// The scenes of the split: those of training, but for what is said otherwise here.
     pub fn scenes(&self, train: ScenesConfig) -> ScenesConfig {
@@ -94,7 +117,7 @@ impl EvalData {
 }
 
 /// Where annotations lie.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataFetch {
     /// One entry a source.
@@ -102,7 +125,7 @@ pub struct DataFetch {
 }
 
 /// One source: files of records, and the folder that pictures lie in where JSON names them.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataPath {
     /// A file, a folder of shards or a pattern such as `train-*.parquet`: JSON lines or one JSON array, parquet with
@@ -305,8 +328,13 @@ fn two_hundred() -> usize {
 
 impl DataConfig {
     pub(crate) fn validate(&self, image_size: i64) -> Result<()> {
+        let is_own = self.train.source.is_some();
+        ensure!(
+            !is_own || (self.train.scenes.is_none() && self.train.data_fetch.is_none()),
+            "data.train has a `source` of a program's own, and `scenes` or `data_fetch` beside it"
+        );
         match (&self.train.scenes, &self.train.data_fetch) {
-            (None, None) => bail!("data.train has neither `scenes` nor `data_fetch`"),
+            (None, None) => ensure!(is_own, "data.train has neither `scenes` nor `data_fetch`"),
             (Some(_), Some(fetch)) => ensure!(
                 self.train.scenes_weight.is_some() && fetch.has_weights(),
                 "data.train has both `scenes` and `data_fetch`: give `scenes_weight`, and every one of \
@@ -334,6 +362,13 @@ impl DataConfig {
         }
         for (name, eval) in &self.eval {
             ensure!(eval.samples >= 1, "data.eval.{name}.samples is 0, it must be at least 1");
+            if eval.source.is_some() {
+                ensure!(
+                    eval.split.is_none() && eval.data_fetch.is_none(),
+                    "data.eval.{name} has a `source` of a program's own, and `split` or `data_fetch` beside it"
+                );
+                continue;
+            }
             match (&eval.split, &eval.data_fetch) {
                 (Some(_), Some(_)) | (None, None) => {
                     bail!("data.eval.{name} must have one of `split` (of the scenes) and `data_fetch`")

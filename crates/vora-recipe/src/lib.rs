@@ -25,6 +25,29 @@
 //! assert_eq!(config.model.lora.as_ref().map(|lora| lora.r), Some(64));
 //! assert_eq!(config.schedule(100).factor(5), 0.5); // halfway through the warm-up
 //!
+//! // The same made in code; the trainer refuses it by the same words.
+//! # use vora_data::scenes::ScenesConfig;
+//! # use vora_lora::LoraConfig;
+//! use vora_recipe::{DataConfig, ModelConfig, TrainData};
+//! let made = TrainConfig {
+//!     output_dir: "runs/example".into(),
+//!     max_steps: 100,
+//!     model: ModelConfig {
+//!         llm: "HuggingFaceTB/SmolLM2-135M-Instruct".to_owned(),
+//!         patch_size: Some(14),
+//!         image_size: 56,
+//!         lora: Some(LoraConfig::new(64, 12)), // r, layers
+//!         ..ModelConfig::default()
+//!     },
+//!     data: DataConfig {
+//!         train: TrainData { scenes: Some(ScenesConfig::default()), ..TrainData::default() },
+//!         ..DataConfig::default()
+//!     },
+//!     ..TrainConfig::default()
+//! };
+//! let made = made.checked()?;
+//! assert_eq!((made.model, made.seed), (config.model, config.seed));
+//!
 //! let error = TrainConfig::parse(&yaml.replace("r: 32", "rank: 32"), &[]).unwrap_err();
 //! assert!(error.to_string().contains("unknown field `rank`"));
 //! # Ok(())

@@ -18,10 +18,13 @@ pub enum ModelType {
     Llava,
     /// Pictures are tokens of one vocabulary with the words, and the whole decoder learns to read and write both.
     Chameleon,
+    /// A model that a program makes itself and hands to the trainer (`Student::from_parts`); `vora` opens none of them.
+    Own,
 }
 
 impl ModelType {
-    const ALL: [Self; 3] = [Self::Vora, Self::Llava, Self::Chameleon];
+    /// Those whose parameters have names known here.
+    const KNOWN: [Self; 3] = [Self::Vora, Self::Llava, Self::Chameleon];
 
     /// The name in run files.
     pub fn name(self) -> &'static str {
@@ -29,6 +32,7 @@ impl ModelType {
             Self::Vora => "vora",
             Self::Llava => "llava",
             Self::Chameleon => "chameleon",
+            Self::Own => "own",
         }
     }
 
@@ -38,6 +42,7 @@ impl ModelType {
             Self::Vora => &["llm", "vision_embedding", "aux_vision"],
             Self::Llava => &["language_model", "multi_modal_projector"],
             Self::Chameleon => &["model", "lm_head"],
+            Self::Own => &[],
         }
     }
 
@@ -45,12 +50,12 @@ impl ModelType {
     pub fn lacks(self, name: &str) -> bool {
         let first = name.split('.').next().unwrap_or_default();
         let has = |this: Self| this.parts().contains(&first);
-        !has(self) && Self::ALL.into_iter().any(has)
+        self != Self::Own && !has(self) && Self::KNOWN.into_iter().any(has)
     }
 }
 
 /// What is trained. Some keys are for one type alone; another type's file that gives one is refused.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
     /// The way it sees.
@@ -251,7 +256,7 @@ impl ModelConfig {
     /// The way the model sees. Keys are set one by one, by the file and by overrides, so what is missing shows only here.
     ///
     /// # Errors
-    /// Names the key that is missing.
+    /// Names the key that is missing; a model of a program's own sees in a way that only the program knows.
     pub fn way(&self) -> Result<Way<'_>> {
         Ok(match self.model_type {
             ModelType::Vora => Way::Vora {
@@ -271,6 +276,10 @@ impl ModelConfig {
                     .as_ref()
                     .context("model.vqmodel is missing, a Chameleon reads pictures as its codes")?,
             },
+            ModelType::Own => bail!(
+                "model.type is `own`: a program makes such a model itself and hands it to the trainer, by \
+                 Student::from_parts of vora-train"
+            ),
         })
     }
 
@@ -298,6 +307,9 @@ impl ModelConfig {
                 || self.image_aspect_ratio.is_none_or(|ratio| ratio == ImageAspectRatio::Pad),
             "model.background_color is given, but model.image_aspect_ratio does not pad"
         );
+        if self.model_type == ModelType::Own {
+            return Ok(());
+        }
         match self.way()? {
             Way::Vora { patch_size } => self.validate_vora(patch_size),
             Way::Llava { .. } => self.refuse_adapters_on_trained_weights(),
@@ -396,7 +408,7 @@ impl ModelConfig {
     pub fn z_loss(&self) -> f64 {
         match self.model_type {
             ModelType::Chameleon => self.z_loss.unwrap_or(1e-5),
-            ModelType::Vora | ModelType::Llava => 0.0,
+            ModelType::Vora | ModelType::Llava | ModelType::Own => 0.0,
         }
     }
 
@@ -470,6 +482,29 @@ mod tests {
             let error = format!("{:#}", parse(&text).unwrap_err());
             assert!(error.contains(expected), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn a_model_of_a_programs_own_has_its_own_parts() {
+        let own = parse("{type: own, llm: x, image_size: 56, lora: {layers: 2, r: 4}}").unwrap();
+        assert!(!own.model_type.lacks("llm") && !own.model_type.lacks("stem"));
+        let error = own.way().unwrap_err().to_string();
+        assert!(error.contains("model.type is `own`") && error.contains("Student::from_parts"), "{error}");
+        let error = parse("{type: own, llm: x, image_size: 56, patch_size: 14}").unwrap_err().to_string();
+        assert!(error.contains("model.patch_size is for the type `vora`"), "{error}");
+    }
+
+    /// Made in code, a section is refused as one in a file is.
+    #[test]
+    fn what_code_leaves_out_is_named() {
+        let error = |config: ModelConfig| config.validate().unwrap_err().to_string();
+        assert_eq!(error(ModelConfig::default()), "model.llm is empty, it takes a folder or a name on the hub");
+        let llm = || "x".to_owned();
+        assert!(error(ModelConfig { llm: llm(), ..Default::default() }).starts_with("model.image_size is 0"));
+        let config = ModelConfig { llm: llm(), image_size: 56, ..Default::default() };
+        assert!(error(config.clone()).starts_with("model.patch_size is missing"));
+        let lora = Some(LoraConfig::new(4, 2));
+        ModelConfig { patch_size: Some(14), lora, ..config }.validate().unwrap();
     }
 
     #[test]

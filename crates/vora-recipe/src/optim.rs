@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 /// Learning rates of some parameters, by a part of their names on disk (`lora_B`, `vision_embedding.patchifier`); of
@@ -33,7 +34,7 @@ fn has_part(name: &str, part: &str) -> bool {
     format!(".{name}.").contains(&format!(".{part}."))
 }
 
-/// What AdamW is told once for a run.
+/// What AdamW is told once for a run; the default is that of a run file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OptimConfig {
     /// Learning rate at a schedule factor of 1.
@@ -52,9 +53,74 @@ pub struct OptimConfig {
     pub max_grad_norm: f64,
 }
 
+pub(crate) fn learning_rate() -> f64 {
+    2e-4
+}
+pub(crate) fn adam_beta1() -> f64 {
+    0.9
+}
+pub(crate) fn adam_beta2() -> f64 {
+    0.999
+}
+pub(crate) fn adam_epsilon() -> f64 {
+    1e-8
+}
+
+impl Default for OptimConfig {
+    fn default() -> Self {
+        Self {
+            learning_rate: learning_rate(),
+            learning_rates: LearningRates::default(),
+            beta1: adam_beta1(),
+            beta2: adam_beta2(),
+            eps: adam_epsilon(),
+            weight_decay: 0.0,
+            max_grad_norm: 1.0,
+        }
+    }
+}
+
+impl OptimConfig {
+    /// Checks what the types leave open.
+    ///
+    /// # Errors
+    /// Names the key, as a run file spells it.
+    pub fn validate(&self) -> Result<()> {
+        for (part, rate) in &self.learning_rates.0 {
+            ensure!(*rate >= 0.0 && rate.is_finite(), "learning_rates.{part} is {rate}, it must be 0 or more");
+        }
+        let not_negative = [
+            ("learning_rate", self.learning_rate),
+            ("weight_decay", self.weight_decay),
+            ("max_grad_norm", self.max_grad_norm),
+        ];
+        for (key, value) in not_negative {
+            ensure!(value >= 0.0 && value.is_finite(), "{key} is {value}, it must be 0 or more");
+        }
+        for (key, value) in [("adam_beta1", self.beta1), ("adam_beta2", self.beta2)] {
+            ensure!((0.0..1.0).contains(&value), "{key} is {value}, it must be at least 0 and below 1");
+        }
+        ensure!(self.eps > 0.0, "adam_epsilon is {}, it must be above 0", self.eps);
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_value_out_of_range_is_named_as_in_a_run_file() {
+        OptimConfig::default().validate().unwrap();
+        let error = |config: OptimConfig| config.validate().unwrap_err().to_string();
+        let config = || OptimConfig::default();
+        let expected = "adam_beta2 is 1, it must be at least 0 and below 1";
+        assert_eq!(error(OptimConfig { beta2: 1.0, ..config() }), expected);
+        assert_eq!(error(OptimConfig { eps: 0.0, ..config() }), "adam_epsilon is 0, it must be above 0");
+        let learning_rates = LearningRates([("lora_A".to_owned(), f64::NAN)].into());
+        let expected = "learning_rates.lora_A is NaN, it must be 0 or more";
+        assert_eq!(error(OptimConfig { learning_rates, ..config() }), expected);
+    }
 
     #[test]
     fn names_choose_groups() {

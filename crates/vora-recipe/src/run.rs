@@ -13,7 +13,7 @@ use crate::data::{DataConfig, DataPreprocess, VqaProcessorParams};
 use crate::distill::{DistillConfig, Pairing};
 use crate::loss::{BETA, Loss};
 use crate::model::{ModelConfig, ModelType};
-use crate::optim::{LearningRates, OptimConfig};
+use crate::optim::{self, LearningRates, OptimConfig};
 use crate::overrides::{Difference, compare, from_yaml, set};
 use crate::schedule::{Curve, Schedule, SchedulerKwargs};
 
@@ -86,7 +86,7 @@ pub struct TrainConfig {
     pub dataloader_num_workers: usize,
 
     /// Learning rate at a schedule factor of 1.
-    #[serde(default = "learning_rate")]
+    #[serde(default = "optim::learning_rate")]
     pub learning_rate: f64,
     /// Parts of the model that learn at another rate.
     #[serde(default)]
@@ -107,13 +107,13 @@ pub struct TrainConfig {
     #[serde(default)]
     pub weight_decay: f64,
     /// AdamW's decay of the mean gradient.
-    #[serde(default = "adam_beta1")]
+    #[serde(default = "optim::adam_beta1")]
     pub adam_beta1: f64,
     /// AdamW's decay of the mean squared gradient.
-    #[serde(default = "adam_beta2")]
+    #[serde(default = "optim::adam_beta2")]
     pub adam_beta2: f64,
     /// Added to AdamW's denominator.
-    #[serde(default = "adam_epsilon")]
+    #[serde(default = "optim::adam_epsilon")]
     pub adam_epsilon: f64,
     /// The gradient is scaled down to this norm; 0 leaves it.
     #[serde(default = "one")]
@@ -206,20 +206,62 @@ fn eight() -> usize {
 fn five_hundred() -> u64 {
     500
 }
-fn learning_rate() -> f64 {
-    2e-4
-}
-fn adam_beta1() -> f64 {
-    0.9
-}
-fn adam_beta2() -> f64 {
-    0.999
-}
-fn adam_epsilon() -> f64 {
-    1e-8
-}
 fn steps() -> Strategy {
     Strategy::Steps
+}
+
+impl Default for TrainConfig {
+    /// What a file that leaves a key out means by it. What every file must give, `output_dir`, `model` and `data`, is empty
+    /// here, and is to be given before [`TrainConfig::validate`] passes.
+    fn default() -> Self {
+        Self {
+            output_dir: PathBuf::new(),
+            overwrite_output_dir: false,
+            run_name: None,
+            seed: seed(),
+            bf16: None,
+            fp16: false,
+            model: ModelConfig::default(),
+            data: DataConfig::default(),
+            loss: Loss::default(),
+            beta: None,
+            distill: DistillConfig::default(),
+            text_anchor: None,
+            max_steps: minus_one(),
+            num_train_epochs: one(),
+            per_device_train_batch_size: eight(),
+            per_device_eval_batch_size: eight(),
+            gradient_accumulation_steps: one_usize(),
+            shuffle: yes(),
+            gradient_checkpointing: false,
+            dataloader_num_workers: one_usize(),
+            learning_rate: optim::learning_rate(),
+            learning_rates: LearningRates::default(),
+            lr_scheduler_type: Curve::default(),
+            lr_scheduler_kwargs: SchedulerKwargs::default(),
+            warmup_steps: 0,
+            warmup_ratio: 0.0,
+            weight_decay: 0.0,
+            adam_beta1: optim::adam_beta1(),
+            adam_beta2: optim::adam_beta2(),
+            adam_epsilon: optim::adam_epsilon(),
+            max_grad_norm: one(),
+            ema_decay: None,
+            logging_steps: one_u64(),
+            save_strategy: steps(),
+            save_steps: five_hundred(),
+            save_total_limit: three(),
+            metric_for_best_model: None,
+            greater_is_better: None,
+            load_best_model_at_end: false,
+            evaluation_strategy: Strategy::default(),
+            eval_steps: five_hundred(),
+            tf32: None,
+            report_to: None,
+            wandb_project: None,
+            deepspeed: None,
+        }
+    }
 }
 
 impl TrainConfig {
@@ -239,10 +281,19 @@ impl TrainConfig {
     /// Names the key, with the line or the override that it is in.
     pub fn parse(text: &str, overrides: &[String]) -> Result<Self> {
         let as_written = from_yaml::<Self>(text);
-        let mut config = if overrides.is_empty() { as_written? } else { overridden(text, as_written, overrides)? };
-        config.settle();
-        config.validate()?;
-        Ok(config)
+        let config = if overrides.is_empty() { as_written? } else { overridden(text, as_written, overrides)? };
+        config.checked()
+    }
+
+    /// The same of a config that was made in code: what it leaves to the code that it was written for is said, and the rest
+    /// is validated as a file's is. The trainer does so with every config that it is given.
+    ///
+    /// # Errors
+    /// As [`TrainConfig::validate`].
+    pub fn checked(mut self) -> Result<Self> {
+        self.settle();
+        self.validate()?;
+        Ok(self)
     }
 
     /// Says what a file leaves to the code that it was written for: a published recipe, known by keys of the published

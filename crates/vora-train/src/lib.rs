@@ -6,17 +6,18 @@
 //! It draws no progress bar and catches no signal (its caller does, through [`Progress`] and
 //! [`Options::stop`]), downloads nothing, answers no question (the LLM writes the texts of its own anchor), and merges nothing.
 //!
+//! Data, teacher and model may each be a program's own: [`Trainer::with_data`], [`Teacher`](student::Teacher),
+//! [`Student::from_parts`](student::Student::from_parts); `examples/` at the top of the repository has a program for each.
+//!
 //! What libtorch needs in a project of your own: [`vora_torch`].
 //!
 //! ```
-//! use vora_recipe::{LearningRates, OptimConfig};
+//! use vora_recipe::OptimConfig;
 //! use vora_train::step::optim::optimizer;
 //!
 //! # fn main() -> anyhow::Result<()> {
 //! let start = tch::Tensor::from_slice(&[1f32, -1.0]).set_requires_grad(true);
-//! let (learning_rate, learning_rates) = (0.1, LearningRates::default());
-//! let (beta1, beta2, eps, weight_decay, max_grad_norm) = (0.9, 0.999, 1e-8, 0.0, 1.0);
-//! let config = OptimConfig { learning_rate, learning_rates, beta1, beta2, eps, weight_decay, max_grad_norm };
+//! let config = OptimConfig { learning_rate: 0.1, ..OptimConfig::default() };
 //! let mut optimizer = optimizer(vec![("w".to_owned(), start.shallow_clone())], &config)?;
 //! start.square().sum(tch::Kind::Float).backward();
 //! let norm = optimizer.grad_norm()?.double_value(&[]);

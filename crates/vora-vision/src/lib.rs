@@ -1,5 +1,5 @@
-//! From a picture's pixels to vectors of a language model's width: the trained [`PatchEmbed`], frozen vision transformers as [`Encoder`]s and [`Teacher`]s, and
-//! [`VqModel`], which turns pictures into the codes of a codebook and back. It knows no language model, no text and no
+//! From a picture's pixels to vectors of a language model's width: the trained [`PatchEmbed`], frozen vision transformers as
+//! [`Encoder`]s, and [`VqModel`], which turns pictures into the codes of a codebook and back. It knows no language model, no text and no
 //! dataset, and trains nothing by itself.
 //!
 //! What libtorch needs in a project of your own: [`vora_torch`].
@@ -32,7 +32,7 @@ mod pixels;
 mod transformer;
 mod vq;
 
-pub use encoder::{Encoder, EncoderConfig, Teacher};
+pub use encoder::{Encoder, EncoderConfig};
 pub use encoders::{
     Aimv2VisionConfig, ClipVisionConfig, Dinov2Config, Siglip2VisionConfig, SiglipVisionConfig, VitConfig,
 };

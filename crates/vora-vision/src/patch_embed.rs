@@ -6,7 +6,7 @@ use tch::{Kind, Tensor, nn::Module};
 use vora_torch::nn::RmsNorm;
 use vora_torch::weights::{Init, Weights};
 
-use crate::encoder::Teacher;
+use crate::encoder::Encoder;
 use crate::transformer::{Interpolation, grid, interpolate, patchify};
 
 /// The sizes of a [`PatchEmbed`].
@@ -123,7 +123,7 @@ impl PatchEmbed {
     ///
     /// # Errors
     /// Where `embed_dim` is not the teacher's `hidden_size`.
-    pub fn start_from_teacher(&self, teacher: &Teacher, word_embedding_rms: f64) -> Result<()> {
+    pub fn start_from_teacher(&self, teacher: &Encoder, word_embedding_rms: f64) -> Result<()> {
         let PatchEmbedConfig { patch_size, image_size, embed_dim, .. } = self.config;
         ensure!(
             embed_dim == teacher.hidden_size(),
@@ -166,7 +166,7 @@ impl PatchEmbed {
     ///
     /// # Errors
     /// Where the teacher has no such tensors, or one is of another shape.
-    pub fn copy_from_teacher(&self, teacher: &Teacher) -> Result<()> {
+    pub fn copy_from_teacher(&self, teacher: &Encoder) -> Result<()> {
         ensure!(
             teacher.preprocessor().next().is_some(),
             "only AIMv2 in Apple's own layout has a patch embedding to copy"
@@ -267,7 +267,7 @@ mod tests {
         let tensors = fixtures::open("dinov2").under("weights.");
         let teacher = Dinov2Config::tiny().load(&Weights::from_tensors(tensors, Device::Cpu, Kind::Float)).unwrap();
         let (mean, std) = IMAGENET_DEFAULT;
-        let teacher = Teacher::new(teacher, ImageProcessor::square(16, mean, std, Resample::Bicubic));
+        let teacher = Encoder::new(teacher, ImageProcessor::square(16, mean, std, Resample::Bicubic));
         let weights = Weights::random(3, Device::Cpu, Kind::Float);
         let config = PatchEmbedConfig { patch_size: 6, image_size: 18, embed_dim: 16, hidden_size: 10 };
         let embed = PatchEmbed::load(&config, &weights).unwrap();
@@ -281,7 +281,7 @@ mod tests {
         // CLIP's convolution has no bias to start with.
         let tensors = fixtures::open("clip").under("weights.");
         let clip = crate::golden::load("clip", tensors, Kind::Float);
-        let clip = Teacher::new(clip, ImageProcessor::square(16, mean, std, Resample::Bicubic));
+        let clip = Encoder::new(clip, ImageProcessor::square(16, mean, std, Resample::Bicubic));
         embed.start_from_teacher(&clip, 0.1).unwrap();
         assert_eq!(embed.bias.abs().max().double_value(&[]), 0.0);
         assert!((rms(&embed.pos_embed) - 1.0).abs() < 1e-6);

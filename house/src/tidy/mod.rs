@@ -8,11 +8,11 @@
 //!
 //! | rule | a fault is |
 //! | --- | --- |
-//! | [`circles`] | a circle of arrows among the files of one room |
-//! | [`picture`] | a crate whose dependencies are not those in `docs/architecture.md`, or that points upward there |
-//! | [`mod@never`] | an arrow between two rooms that must not know each other |
-//! | [`public_paths`] | a public item that has two paths |
-//! | [`size`] | a file above 700 lines of code, a crate above 8,000 lines |
+//! | `circles` | a circle of arrows among the files of one room |
+//! | `picture` | a crate whose dependencies are not those in `docs/architecture.md`, or that points upward there |
+//! | `never` | an arrow between two rooms that must not know each other |
+//! | `public_paths` | a public item that has two paths |
+//! | `size` | a file above 700 lines of code, a crate above 8,000 lines |
 
 mod arrows;
 mod circles;

@@ -39,8 +39,25 @@ pub struct Args {
     cpu: bool,
 }
 
+/// Why a system is not served; none where nothing is known against it.
+fn unserved(os: &str) -> Option<String> {
+    let (name, instead) = match os {
+        "linux" => return None,
+        "macos" => ("macOS", "a Linux container on this machine"),
+        "windows" => ("Windows", "WSL 2 on this machine"),
+        other => (other, "a Linux machine"),
+    };
+    Some(format!(
+        "{name} is not served: no libtorch {VERSION} is pinned for it, and the C++ of vora-torch has been built by GCC and linked to \
+         libgomp on Linux alone; {instead} serves"
+    ))
+}
+
 /// Links the libtorch that was asked for, fetching it if the cache lacks it.
 pub fn run(args: &Args) -> Result<()> {
+    if let Some(reason) = unserved(env::consts::OS) {
+        bail!(reason);
+    }
     let link = cmd::root().join(".libtorch");
     let home = match users_libtorch(&cmd::root(), env::var_os("LIBTORCH").map(PathBuf::from)) {
         Some(libtorch) => home::of_user(&cmd::cache()?, &libtorch)?,
@@ -134,6 +151,14 @@ fn compiler() -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn other_systems_are_refused_by_name() {
+        assert_eq!(super::unserved("linux"), None);
+        let macos = super::unserved("macos").unwrap();
+        assert!(macos.starts_with("macOS is not served: no libtorch 2.11") && macos.contains("libgomp"), "{macos}");
+        assert!(super::unserved("windows").unwrap().contains("WSL 2"));
+    }
+
     use super::*;
 
     #[test]

@@ -8,4 +8,4 @@ pub use pictures::Pictures;
 pub use preparation::preparation;
 pub(crate) use preparation::{llm_folder, preparation_over};
 pub(crate) use sources::of_fetch;
-pub use sources::{HeldOut, held_out, training};
+pub use sources::{HeldOut, Sources, held_out, training};

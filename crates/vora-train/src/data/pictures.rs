@@ -23,6 +23,16 @@ pub struct Pictures {
 }
 
 impl Pictures {
+    /// Pictures that go through `processor`, of which squares of `patch_size` pixels a side become a token each.
+    pub fn new(processor: ImageProcessor, patch_size: i64) -> Self {
+        Self { processor, patch_size, image_marks: None }
+    }
+
+    /// The same with tokens before and after every picture.
+    pub(crate) fn with_image_marks(self, image_marks: Option<(i64, i64)>) -> Self {
+        Self { image_marks, ..self }
+    }
+
     /// Those of a run, whose LLM lies in `llm_folder`; known from the models' configs without their weights.
     ///
     /// # Errors

@@ -25,13 +25,18 @@ pub(crate) fn llm_folder(config: &TrainConfig, resolve: &Resolve<'_>) -> Result<
 /// Names the key, and the file, that does not fit.
 pub fn preparation(config: &TrainConfig, resolve: &Resolve<'_>) -> Result<Preparation> {
     let llm_folder = llm_folder(config, resolve)?;
-    preparation_over(&llm_folder, &Pictures::open(config, &llm_folder, resolve)?, config)
+    let pictures = Pictures::open(config, &llm_folder, resolve)?;
+    preparation_over(&llm_folder, &pictures, config.model.model_type != ModelType::Vora, config)
 }
 
 /// The same, where the LLM's folder and the pictures' side of it are known.
-pub(crate) fn preparation_over(llm_folder: &Path, pictures: &Pictures, config: &TrainConfig) -> Result<Preparation> {
+pub(crate) fn preparation_over(
+    llm_folder: &Path,
+    pictures: &Pictures,
+    has_processor: bool,
+    config: &TrainConfig,
+) -> Result<Preparation> {
     let llm = LlmConfig::open(llm_folder).context("model.llm")?;
-    let has_processor = config.model.model_type != ModelType::Vora;
     let chat = match config.chat_template() {
         Some(source) => ChatTemplate::new(&source, special_tokens(llm_folder)?, "the run file's chat template")?,
         None => ChatTemplate::open(llm_folder)?,

@@ -212,10 +212,7 @@ impl Parameters {
             llm.iter().filter(|(_, tensor)| !tensor.requires_grad()).map(|(_, tensor)| tensor.numel() as u64).sum();
         frozen += student.made().iter().map(|(_, tensor)| tensor.numel() as u64).sum::<u64>();
         frozen += student.model.encoder_tensors().iter().map(|(_, tensor)| tensor.numel() as u64).sum::<u64>();
-        let teacher = student
-            .distill
-            .as_ref()
-            .map_or(0, |distill| distill.teacher().tensors().iter().map(|(_, tensor)| tensor.numel() as u64).sum());
+        let teacher = student.distill.as_ref().map_or(0, |distill| distill.teacher().num_parameters());
         Ok(Self { frozen, teacher, trained })
     }
 

@@ -39,6 +39,9 @@ pub struct TrainerState {
     pub seed: u64,
     /// The algorithm that draws them.
     pub random: String,
+    /// SHA-256 of the first samples, where a program brings its data along.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_sha256: Option<String>,
     /// SHA-256 of the run's configuration.
     pub config_sha256: String,
     /// The version of this library.
@@ -83,6 +86,7 @@ mod tests {
             loss_scale: Some(LossScale::default()),
             seed: 1,
             random: "chacha".into(),
+            source_sha256: None,
             config_sha256: "0".into(),
             version: "0.1.0".into(),
         };

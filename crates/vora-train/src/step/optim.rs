@@ -15,9 +15,10 @@ fn decays(name: &str, tensor: &Tensor) -> bool {
 /// The optimizer of a run over `parameters`, f32 leaves by their names on disk.
 ///
 /// # Errors
-/// Where there are none, or a rate of its own fits none of them.
+/// Where there are none, a value is out of its range, or a rate of its own fits none of them.
 pub fn optimizer(parameters: Vec<(String, Tensor)>, config: &OptimConfig) -> Result<Optimizer> {
     ensure!(!parameters.is_empty(), "nothing to train: no adapter, no patch embedding, no head");
+    config.validate()?;
     if let Some(part) = config.learning_rates.part_of_none(parameters.iter().map(|(name, _)| name.as_str())) {
         bail!("learning_rates.{part} is part of no trained parameter's name; one such name is `{}`", parameters[0].0);
     }

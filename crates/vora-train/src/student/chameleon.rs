@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_llm::LlmConfig;
-use vora_model::{Chameleon, VQMODEL, VisionLanguageModel};
+use vora_model::{Chameleon, VQMODEL};
 use vora_recipe::{TrainConfig, VqTraining};
 use vora_torch::checkpoint::Checkpoint;
 use vora_torch::weights::Weights;
 
-use super::Student;
+use super::{Student, StudentParts};
 use crate::data::Pictures;
 
 /// Opens the LLM, widens its vocabulary, and puts a new image tokenizer before it.
@@ -32,20 +32,10 @@ pub(super) fn student(
     let model = Chameleon::assemble(&chameleon, &llm.trained(), &new.pp(VQMODEL))?;
     llm.finish().with_context(|| format!("loading the LLM in {}", llm_folder.display()))?;
     let made = model.vqmodel().tensors().into_iter().map(|(name, tensor)| (format!("{VQMODEL}.{name}"), tensor));
-    Ok(Student {
-        distill: None,
-        llm_name: section.llm.clone(),
-        llm_folder,
-        pictures,
-        chat_template: config.chat_template(),
-        z_loss: section.z_loss(),
-        beta: None, // it has no adapters
-        is_whole: false,
-        gradient_checkpointing: config.gradient_checkpointing,
-        trained: vec![(model.llm_prefix(), llm)],
-        made: made.collect(),
-        model: Box::new(model),
-    })
+    let made = made.collect();
+    let trained = Weights::random(config.seed, device, kind); // nothing but the LLM is
+    let parts = StudentParts { model: Box::new(model), trained, llm: Some(llm), llm_folder, pictures };
+    Ok(Student { made, ..Student::from_parts(parts, config)? })
 }
 
 /// The LLM's tensors with rows for the new tokens in embedding and head: normal, with the mean and the spread of those

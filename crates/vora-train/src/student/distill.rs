@@ -1,4 +1,4 @@
-//! The teacher's side: what the frozen vision transformer sees of a batch's pictures, for the heads to meet.
+//! The teacher's side: what a frozen module sees of a batch's pictures, for the heads to meet.
 
 use std::path::Path;
 
@@ -7,9 +7,9 @@ use tch::{Device, Kind, Tensor};
 use vora_llm::LlmConfig;
 use vora_recipe::{DistillConfig, Pairing};
 use vora_torch::weights::Weights;
-use vora_vision::Teacher;
 
 use super::heads::{DistillHeads, TeacherMean, resample};
+use super::teacher::Teacher;
 use super::teacher_cache::TeacherCache;
 
 /// Pixels of one channel that the teacher looks at at once: sixteen pictures of 448 x 448.
@@ -18,7 +18,7 @@ const MAX_TEACHER_PIXELS: i64 = 16 * 448 * 448;
 /// The teacher with all that serves to learn from it.
 #[derive(Debug)]
 pub struct Distill {
-    teacher: Teacher,
+    teacher: Box<dyn Teacher>,
     heads: DistillHeads,
     states: Vec<usize>, // which of the teacher's each head meets, 0 being what goes into its first block
     patch_size: i64,    // the student's
@@ -30,7 +30,7 @@ impl Distill {
     /// Heads between `layers` of the student's blocks, of `num_hidden_layers`, and the teacher's, or as
     /// `distill.blocks` has them, on hidden states of `hidden_size`; a patch of the student's is `patch_size` wide.
     pub(super) fn new(
-        teacher: Teacher,
+        teacher: Box<dyn Teacher>,
         layers: usize,
         llm: &LlmConfig,
         patch_size: i64,
@@ -67,13 +67,40 @@ impl Distill {
     }
 
     /// The teacher, to be counted.
-    pub(crate) fn teacher(&self) -> &Teacher {
-        &self.teacher
+    pub(crate) fn teacher(&self) -> &dyn Teacher {
+        &*self.teacher
     }
 
     /// How many heads there are.
     pub(crate) fn num_heads(&self) -> usize {
         self.states.len()
+    }
+
+    /// Asks the teacher about a grey picture of `side` pixels, so that one that does not do as it says is told of before
+    /// the first step.
+    ///
+    /// # Errors
+    /// Says what of its hidden states is not as [`Teacher`] has it.
+    pub(super) fn check_teacher(&self, side: i64, device: Device) -> Result<()> {
+        let picture = Tensor::zeros([1, 3, side, side], (Kind::Float, device));
+        let layers = self.states.iter().copied().max().unwrap_or(0);
+        let states = tch::no_grad(|| self.teacher.patch_states(&picture, layers));
+        ensure!(
+            states.len() > layers,
+            "the teacher gives {} hidden states where {layers} blocks were asked for; they are one more than the blocks",
+            states.len()
+        );
+        let (rows, columns) = self.teacher.grid(side, side);
+        let expected = [1, rows * columns, self.teacher.hidden_size()];
+        for &state in &self.states {
+            let found = states[state].size();
+            ensure!(
+                found == expected,
+                "the teacher's hidden state {state} of a picture of {side} x {side} pixels is {found:?}; by its grid and \
+                 its hidden_size it is {expected:?}"
+            );
+        }
+        Ok(())
     }
 
     /// Keeps the teacher's features in `folder`; the teacher was opened from `teacher`.
@@ -84,8 +111,8 @@ impl Distill {
 
     /// Bytes that a picture of `height` x `width` takes in the cache; none without one.
     pub(crate) fn cached_bytes(&self, height: i64, width: i64, kind: Kind) -> Option<u64> {
-        let patches = (height / self.teacher.patch_size()) * (width / self.teacher.patch_size());
-        let elements = self.num_heads() as u64 * patches as u64 * self.teacher.hidden_size() as u64;
+        let (rows, columns) = self.teacher.grid(height, width);
+        let elements = self.num_heads() as u64 * (rows * columns) as u64 * self.teacher.hidden_size() as u64;
         self.cache.as_ref().map(|_| elements * kind.elt_size_in_bytes() as u64)
     }
 
@@ -117,8 +144,7 @@ impl Distill {
             None => self.look(pixel_values),
         };
         let (_, _, height, width) = pixel_values.size4().expect("pixel_values is [batch, 3, height, width]");
-        let grid = |patch_size| (height / patch_size, width / patch_size);
-        let (from, to) = (grid(self.teacher.patch_size()), grid(self.patch_size));
+        let (from, to) = (self.teacher.grid(height, width), (height / self.patch_size, width / self.patch_size));
         states.iter().map(|state| resample(&state.to_kind(Kind::Float), from, to)).collect()
     }
 

@@ -12,7 +12,7 @@ use vora_vision::Encoder;
 
 use vora_model::Resolve;
 
-use super::{Student, parts};
+use super::{Student, StudentParts, parts};
 use crate::data::Pictures;
 
 /// Opens LLM and encoder and puts a new projection, and adapters where asked for, between and on them.
@@ -51,20 +51,8 @@ pub(super) fn student(
         "model.image_size is {image_size}, it must be a multiple of the encoder's patch size, {patch_size}"
     );
 
-    let student = Student {
-        trained: vec![("", trained), (model.llm_prefix(), llm)],
-        model: Box::new(model),
-        distill: None,
-        llm_name: section.llm.clone(),
-        llm_folder,
-        pictures,
-        chat_template: config.chat_template(),
-        z_loss: 0.0,
-        beta: config.dpo_beta(),
-        is_whole: false,
-        gradient_checkpointing: config.gradient_checkpointing,
-        made: Vec::new(),
-    };
+    let parts = StudentParts { model: Box::new(model), trained, llm: Some(llm), llm_folder, pictures };
+    let student = Student::from_parts(parts, config)?;
     if let Some(name) = &section.pretrained {
         resolve(name).and_then(|folder| parts::start_from(&student, &folder)).context("model.pretrained")?;
     }

@@ -15,6 +15,7 @@ impl Student {
     /// # Errors
     /// Names the key, and the file, that does not fit.
     pub fn new(config: &TrainConfig, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Self> {
+        config.model.validate()?;
         let llm_folder = data::llm_folder(config, resolve)?;
         let pictures = data::Pictures::open(config, &llm_folder, resolve)?;
         match config.model.way()? {

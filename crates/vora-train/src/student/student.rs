@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_data::Preparation;
 use vora_llm::{AttentionPlan, Decoder, DropoutSeed, Pass};
@@ -16,6 +16,7 @@ use super::batch::DeviceBatch;
 use super::distill::Distill;
 use super::logits::logits_chunk;
 use super::preference::{Reference, Rewards};
+use super::teacher::Teacher;
 use crate::data::{Pictures, preparation_over};
 
 /// The losses of one forward pass, f32 scalars.
@@ -52,7 +53,87 @@ pub struct Student {
     pub(super) made: Vec<(String, Tensor)>,
 }
 
+/// What a student is made of.
+#[derive(Debug)]
+pub struct StudentParts {
+    /// The model: any that sees, and takes its pictures among the words.
+    pub model: Box<dyn VisionLanguageModel>,
+    /// The source that handed out what is trained, f32 parameters by their names in the model's folder; the heads of a
+    /// teacher come from it too, so it is one of new weights ([`Weights::random`]).
+    pub trained: Weights,
+    /// The LLM's source, where its own weights are trained as well ([`Weights::trained`]); names are the LLM's.
+    pub llm: Option<Weights>,
+    /// Where the LLM lies, with its tokenizer and chat template.
+    pub llm_folder: PathBuf,
+    /// What the model is shown of a picture.
+    pub pictures: Pictures,
+}
+
 impl Student {
+    /// A student of these parts; `config` has the rest: losses, checkpointing, the chat template. The `model.type` of a
+    /// model that is none of those known here is `own`.
+    ///
+    /// # Errors
+    /// Where the model makes other tokens of a picture of `model.image_size` than `pictures` does.
+    pub fn from_parts(parts: StudentParts, config: &TrainConfig) -> Result<Self> {
+        let StudentParts { model, trained, llm, llm_folder, pictures } = parts;
+        let (side, patch_size) = (config.model.image_size, pictures.patch_size);
+        let (rows, columns) = model.image_grid(side, side).context("model.image_size")?;
+        ensure!(
+            (rows * patch_size, columns * patch_size) == (side, side),
+            "model.image_size is {side}, of which the model makes {rows} x {columns} tokens; in patches of {patch_size} \
+             pixels that is another size"
+        );
+        let llm_prefix = model.llm_prefix();
+        Ok(Self {
+            pictures: pictures.with_image_marks(model.image_marks()),
+            model,
+            distill: None,
+            llm_name: config.model.llm.clone(),
+            llm_folder,
+            chat_template: config.chat_template(),
+            z_loss: config.model.z_loss(),
+            beta: config.dpo_beta(),
+            is_whole: false,
+            gradient_checkpointing: config.gradient_checkpointing,
+            trained: [("", trained)].into_iter().chain(llm.map(|llm| (llm_prefix, llm))).collect(),
+            made: Vec::new(),
+        })
+    }
+
+    /// The same, taught block by block by `teacher`; `config.distill` says which blocks meet. Of a run file the teacher is
+    /// `model.aux_vision`, which [`Student::new`] opens; this is for one of the caller's own. A checkpoint holds its heads,
+    /// not the teacher: whoever resumes the run brings it again.
+    ///
+    /// # Errors
+    /// Where there is a teacher already, where blocks are asked for that one of both lacks, where the teacher's hidden states
+    /// are not as it says, and where `distill.cache` is set, which knows a teacher by the files of its folder.
+    pub fn with_teacher(self, teacher: Box<dyn Teacher>, config: &TrainConfig) -> Result<Self> {
+        ensure!(self.distill.is_none(), "there is a teacher already: model.aux_vision");
+        ensure!(
+            config.distill.cache.is_none(),
+            "distill.cache knows a teacher by the files of its folder, one of a program's own has none"
+        );
+        let student = self.taught(teacher, config)?;
+        if let Some(distill) = &student.distill {
+            distill.check_teacher(config.model.image_size, student.device())?;
+        }
+        Ok(student)
+    }
+
+    /// The same with heads, and the teacher that they meet.
+    pub(super) fn taught(mut self, teacher: Box<dyn Teacher>, config: &TrainConfig) -> Result<Self> {
+        let llm = self.model.llm().config();
+        let layers = match self.model.lora() {
+            Some(lora) => usize::try_from(lora.layers)?.min(llm.num_hidden_layers),
+            None => llm.num_hidden_layers,
+        };
+        let (_, trained) = self.trained.first().context("a student has a source of what is trained")?;
+        let patch_size = self.pictures.patch_size;
+        self.distill = Some(Distill::new(teacher, layers, llm, patch_size, &config.distill, trained)?);
+        Ok(self)
+    }
+
     /// The name that the run file knows the LLM by.
     pub fn llm_name(&self) -> &str {
         &self.llm_name
@@ -68,7 +149,7 @@ impl Student {
     /// # Errors
     /// Where the LLM's folder has no tokenizer or chat template that fits it.
     pub fn preparation(&self, config: &TrainConfig) -> Result<Preparation> {
-        preparation_over(&self.llm_folder, &self.pictures, config)
+        preparation_over(&self.llm_folder, &self.pictures, self.model.has_processor(), config)
     }
 
     /// What it is shown of a picture.

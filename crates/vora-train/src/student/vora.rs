@@ -9,11 +9,11 @@ use vora_llm::{LlmConfig, VisionAttention};
 use vora_model::{VisionLanguageModel, Vora, VoraConfig};
 use vora_recipe::{DataPreprocess, ModelConfig, TeacherStart, TrainConfig};
 use vora_torch::weights::Weights;
-use vora_vision::{EncoderConfig, Teacher};
+use vora_vision::{Encoder, EncoderConfig};
 
 use vora_model::Resolve;
 
-use super::{Distill, Student, parts};
+use super::{Student, StudentParts, parts};
 use crate::data::Pictures;
 
 /// Channels of the patch embedding where nothing says otherwise, as in the published model.
@@ -32,7 +32,7 @@ pub(super) fn student(
     let (llm, image_size) = (&section.llm, section.image_size);
     let patch_size = pictures.patch_size;
     let teacher_folder = section.aux_vision.as_deref().map(resolve).transpose().context("model.aux_vision")?;
-    let open_teacher = |folder: &PathBuf| Teacher::open(folder, device, kind).context("model.aux_vision");
+    let open_teacher = |folder: &PathBuf| Encoder::open(folder, device, kind).context("model.aux_vision");
     let teacher = teacher_folder.as_ref().map(open_teacher).transpose()?;
     if let Some(teacher) = &teacher {
         ensure!(
@@ -55,7 +55,7 @@ pub(super) fn student(
     let embed_dim = section
         .vision_embedding_intermediate_size
         .or(before.map(|config| config.vision_embedding_intermediate_size))
-        .or(teacher.as_ref().map(Teacher::hidden_size))
+        .or(teacher.as_ref().map(Encoder::hidden_size))
         .unwrap_or(EMBED_DIM);
 
     let mut vora = VoraConfig::new(llm_config, embed_dim, patch_size, image_size);
@@ -104,35 +104,20 @@ pub(super) fn student(
             TeacherStart::Copied => embedding.copy_from_teacher(teacher).context("model.reuse_aux_vision_start")?,
         }
     }
-    let llm_config = model.llm().config();
-    let distill = teacher.map(|teacher| {
-        Distill::new(teacher, usize::try_from(layers)?, llm_config, patch_size, &config.distill, &trained)
-    });
-    let mut distill = distill.transpose()?;
-    if let (Some(distill), Some(folder), Some(cache)) = (&mut distill, &teacher_folder, config.teacher_cache()) {
+    let llm = is_whole.then_some(weights);
+    let parts = StudentParts { model: Box::new(model), trained: trained.clone(), llm, llm_folder, pictures };
+    let mut student = Student { is_whole: lora.is_none(), ..Student::from_parts(parts, config)? };
+    if let Some(teacher) = teacher {
+        student = student.taught(Box::new(teacher), config)?;
+    }
+    if let (Some(distill), Some(folder), Some(cache)) = (&mut student.distill, &teacher_folder, config.teacher_cache())
+    {
         distill.keep_features(cache, folder, device, kind).context("distill.cache")?;
     }
     if let Some(pretrained) = &pretrained {
         pretrained.start(&trained.parameters()).context("model.pretrained")?;
     }
-    let mut sources = vec![("", trained)];
-    if is_whole {
-        sources.push((model.llm_prefix(), weights));
-    }
-    Ok(Student {
-        model: Box::new(model),
-        distill,
-        llm_name: llm.clone(),
-        llm_folder,
-        pictures,
-        chat_template: config.chat_template(),
-        z_loss: 0.0,
-        beta: config.dpo_beta(),
-        is_whole: lora.is_none(),
-        gradient_checkpointing: config.gradient_checkpointing,
-        trained: sources,
-        made: Vec::new(),
-    })
+    Ok(student)
 }
 
 /// A VoRA that was trained before: a merged folder, or a run's `final/`.

@@ -22,9 +22,6 @@ pub struct Encoder {
 /// What the names of a patch embedding begin with in Apple's own layout.
 const APPLES_PREPROCESSOR: &str = "preprocessor.";
 
-/// An encoder whose hidden states a student learns to predict, block by block.
-pub type Teacher = Encoder;
-
 impl Encoder {
     /// Opens a model folder: `config.json` says which transformer it is, `preprocessor_config.json` how pictures are
     /// prepared ([`EncoderConfig::processor`]). A folder may hold more than the encoder:

@@ -4,4 +4,4 @@ mod config;
 mod folder;
 
 pub use config::EncoderConfig;
-pub use folder::{Encoder, Teacher};
+pub use folder::Encoder;

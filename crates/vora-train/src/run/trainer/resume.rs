@@ -7,6 +7,7 @@ use vora_recipe::{Difference, TrainConfig};
 use vora_torch::checkpoint::Checkpoint;
 
 use super::files::{CONFIG, EMA, OPTIMIZER, TEACHER_MEAN};
+use crate::run::state::TrainerState;
 use crate::step::ema::Ema;
 use crate::student::heads::TeacherMean;
 use crate::student::{Student, parts};
@@ -44,6 +45,18 @@ pub(super) fn last_checkpoint(run: &RunFolder, config: &TrainConfig, resume: boo
     Ok(Some(folder))
 }
 
+/// A source of a program's own has to go on with the samples that it began with.
+pub(super) fn expect_source(state: Option<&TrainerState>, found: Option<&str>, config: &TrainConfig) -> Result<()> {
+    let before = state.and_then(|state| state.source_sha256.as_deref());
+    let name = config.data.train.source.as_deref().unwrap_or("data.train");
+    ensure!(
+        before.is_none() || found.is_none() || before == found,
+        "cannot resume: the source `{name}` gives other first samples than when the run began; the same number must give \
+         the same sample in every process"
+    );
+    Ok(())
+}
+
 /// Whether another value of this key is another model; where models lie may change.
 fn shapes_the_model(key: &str) -> bool {
     let place = ["model.llm", "model.aux_vision", "model.vision_tower", "model.pretrained"].contains(&key);
@@ -60,6 +73,12 @@ pub(super) fn restore(
     ema: Option<&mut Ema>,
     folder: &Path,
 ) -> Result<()> {
+    let taught = student.distill.is_some() || parts::heads(folder).map_or(true, |heads| heads.is_empty());
+    ensure!(
+        taught,
+        "it has heads of a teacher, and this run has none: model.aux_vision names it, or Student::with_teacher brings one of \
+         a program's own again"
+    );
     parts::read(student, folder)?;
     optimizer.load_state(&Checkpoint::open(&folder.join(OPTIMIZER))?)?;
     let averages = folder.join(EMA);

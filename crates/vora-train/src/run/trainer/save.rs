@@ -32,6 +32,7 @@ impl Trainer {
             loss_scale: self.loss_scale,
             seed: self.config.seed,
             random: RANDOM.to_owned(),
+            source_sha256: self.source_sha256.clone(),
             config_sha256: checksums::of(yaml.as_bytes()),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };

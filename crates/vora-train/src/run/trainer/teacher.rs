@@ -5,14 +5,21 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use tch::Tensor;
 use vora_data::Source;
-use vora_recipe::TrainConfig;
+use vora_recipe::{ModelType, TrainConfig};
 
 use crate::student::Student;
 
 /// Looks at the first pictures of the training data through the teacher's eyes.
 pub(super) fn measure_teacher(student: &mut Student, config: &TrainConfig, training: &Arc<dyn Source>) -> Result<()> {
     let device = student.device();
-    let Some(distill) = &mut student.distill else { return Ok(()) };
+    let Some(distill) = &mut student.distill else {
+        let may_have_one = matches!(config.model.model_type, ModelType::Vora | ModelType::Own);
+        ensure!(
+            !(config.distill.center && may_have_one),
+            "distill.center is true, but model.aux_vision names no teacher, and none was given along"
+        );
+        return Ok(());
+    };
     let mut pictures: Vec<Tensor> = Vec::new();
     let tries = training.len().unwrap_or(u64::MAX).min(4 * config.distill.mean_over as u64);
     for index in 0..tries {

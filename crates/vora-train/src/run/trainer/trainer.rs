@@ -1,5 +1,6 @@
 //! The trainer: both losses, one backward pass, one AdamW step, and everything around them that makes a run.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -22,7 +23,7 @@ use super::files::CONFIG;
 use super::options::{Options, Outcome};
 use super::{resume, teacher};
 use crate::anchor::{Anchor, Texts};
-use crate::data::{self, HeldOut};
+use crate::data::{self, HeldOut, Sources};
 use crate::observe::block_maps::BlockMaps;
 use crate::observe::board::Board;
 use crate::observe::samples;
@@ -54,6 +55,7 @@ pub struct Trainer {
     pub(super) loss_scale: Option<LossScale>, // in f16
     pub(super) schedule: Schedule,
     pub(super) training: Arc<dyn Source>,
+    pub(super) source_sha256: Option<String>,
     pub(super) loader: Loader,
     pub(super) held_out: Vec<HeldOut>,
     pub(super) metrics: MetricsLog,
@@ -71,25 +73,81 @@ pub struct Trainer {
     pub(super) save: Arc<AtomicBool>,
 }
 
-impl Trainer {
-    /// Opens everything: run folder, models, data; reads the last checkpoint where the run is resumed.
-    ///
-    /// # Errors
-    /// Whatever does not fit, by name: a run folder in use or already full, a model that is missing, an adapter of
-    /// another rank.
-    pub fn new(config: TrainConfig, options: Options<'_>) -> Result<Self> {
+/// A run before anything of it is opened: its folder, and the checkpoint that it goes on from.
+struct Begun {
+    config: TrainConfig,
+    run: Arc<RunFolder>,
+    last: Option<PathBuf>,
+    state: Option<TrainerState>,
+    program: u64, // bytes that the process holds without the models
+}
+
+impl Begun {
+    fn new(config: TrainConfig, options: &Options<'_>) -> Result<Self> {
+        let config = config.checked()?;
         let run = Arc::new(RunFolder::lock(&config.output_dir)?);
         let last = resume::last_checkpoint(&run, &config, options.resume)?;
         let state = last.as_deref().map(TrainerState::open).transpose()?;
         for (key, reason) in config.without_effect() {
             tracing::warn!("{key} has no effect here: {reason}");
         }
+        Ok(Self { config, run, last, state, program: memory(options.device).unwrap_or(0) })
+    }
 
-        let (program, kind) = (memory(options.device).unwrap_or(0), dtype::kind(&config, options.device)?);
-        let mut student = Student::new(&config, options.device, kind, options.resolve)?;
-        let maker = Arc::new(SampleMaker::new(student.preparation(&config)?));
-        let training = data::training(&config, &maker)?;
-        let held_out = data::held_out(&config, &maker)?;
+    fn student(&self, options: &Options<'_>) -> Result<Student> {
+        let kind = dtype::kind(&self.config, options.device)?;
+        Student::new(&self.config, options.device, kind, options.resolve)
+    }
+}
+
+impl Trainer {
+    /// Opens everything: run folder, models, data; reads the last checkpoint where the run is resumed.
+    ///
+    /// # Errors
+    /// Whatever does not fit, by name: a key of the config, a run folder in use or already full, a model that is missing, an
+    /// adapter of another rank.
+    pub fn new(config: TrainConfig, options: Options<'_>) -> Result<Self> {
+        let begun = Begun::new(config, &options)?;
+        let student = begun.student(&options)?;
+        let maker = Arc::new(SampleMaker::new(student.preparation(&begun.config)?));
+        let sources = Sources::open(&begun.config, &maker)?;
+        Self::assemble(begun, options, student, &maker, sources)
+    }
+
+    /// The same on a program's own data, in place of what `config.data` names.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`]; where the run is resumed and the source gives other samples than when the run began.
+    pub fn with_data(config: TrainConfig, options: Options<'_>, sources: Sources) -> Result<Self> {
+        let begun = Begun::new(sources.named_in(config), &options)?;
+        let student = begun.student(&options)?;
+        let maker = Arc::new(SampleMaker::new(student.preparation(&begun.config)?));
+        Self::assemble(begun, options, student, &maker, sources)
+    }
+
+    /// The same with a student that is made already, one of a program's own or with a teacher of its own, on a program's
+    /// data or those of the run file ([`Sources::open`]). The `resolve` of `options` is not asked.
+    ///
+    /// # Errors
+    /// As [`Trainer::with_data`].
+    pub fn from_parts(config: TrainConfig, options: Options<'_>, student: Student, sources: Sources) -> Result<Self> {
+        let begun = Begun::new(sources.named_in(config), &options)?;
+        let maker = Arc::new(SampleMaker::new(student.preparation(&begun.config)?));
+        // What the process holds by now has the student in it, which is counted by itself.
+        Self::assemble(Begun { program: 0, ..begun }, options, student, &maker, sources)
+    }
+
+    fn assemble(
+        begun: Begun,
+        options: Options<'_>,
+        mut student: Student,
+        maker: &Arc<SampleMaker>,
+        sources: Sources,
+    ) -> Result<Self> {
+        let Begun { config, run, last, state, program } = begun;
+        let source_sha256 = sources.fingerprint(&config)?;
+        resume::expect_source(state.as_ref(), source_sha256.as_deref(), &config)?;
+        let (training, held_out) = sources.into_parts();
         size::warn_if_short(&config, &student, &training, program);
 
         let mut optimizer = optimizer(student.parameters(), &config.optim())?;
@@ -105,8 +163,8 @@ impl Trainer {
             Some(_) => Texts::open(run.path()),
             None => match &anchor.data_fetch {
                 Some(fetch) => {
-                    let source = data::of_fetch(fetch, &config, &maker).context("text_anchor")?;
-                    Texts::from_records(&*source, &maker, anchor).context("text_anchor")
+                    let source = data::of_fetch(fetch, &config, maker).context("text_anchor")?;
+                    Texts::from_records(&*source, maker, anchor).context("text_anchor")
                 }
                 None => Texts::written(student.model.llm(), maker.preparation(), anchor, config.seed),
             },
@@ -155,6 +213,7 @@ impl Trainer {
             loss_scale: config.fp16.then(|| state.as_ref().and_then(|state| state.loss_scale).unwrap_or_default()),
             schedule,
             training,
+            source_sha256,
             loader,
             held_out,
             metrics,

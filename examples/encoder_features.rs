@@ -2,27 +2,26 @@
 //! are to the one in the middle.
 //!
 //! ```sh
-//! cargo run --example features -- path/to/clip-vit-large-patch14 picture.jpg
+//! cargo run -p vora-examples --bin encoder_features -- path/to/clip-vit-large-patch14 picture.jpg
 //! ```
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use tch::{Device, Kind, Tensor};
 use vora_image::open_image;
+use vora_vision::tch::{Device, Kind, Tensor, no_grad};
 use vora_vision::{Encoder, FeatureSelection, stack};
 
-#[expect(clippy::print_stdout, reason = "what an example shows")]
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
-    let usage = "usage: features ENCODER_FOLDER PICTURE";
+    let usage = "usage: encoder_features ENCODER_FOLDER PICTURE";
     let (folder, picture) = (args.next().context(usage)?, args.next().context(usage)?);
     let encoder = Encoder::open(Path::new(&folder), Device::Cpu, Kind::Float)?;
     let pixels = encoder.processor().preprocess(&open_image(Path::new(&picture))?)?;
     let (rows, columns) = encoder.model().grid(pixels.height as i64, pixels.width as i64)?;
 
     let selection = FeatureSelection::default(); // patches of the last block but one
-    let features = tch::no_grad(|| encoder.features(&stack(&[pixels])?, &selection))?.squeeze_dim(0);
+    let features = no_grad(|| encoder.features(&stack(&[pixels])?, &selection))?.squeeze_dim(0);
     println!("{rows} x {columns} patches of {} numbers", features.size()[1]);
 
     let middle = features.get(rows / 2 * columns + columns / 2).unsqueeze(0);
