@@ -11,10 +11,13 @@ the published VoRA's size (Qwen2.5-7B, LoRA of rank 1024 on 24 blocks, 1024 pict
 """
 
 import argparse
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -60,6 +63,8 @@ parser.add_argument("--rehearse", action="store_true")
 args = parser.parse_args()
 device = "cpu" if args.rehearse else "cuda"
 args.out.mkdir(parents=True, exist_ok=True)
+scratch = Path(tempfile.mkdtemp())  # models and starts, gigabytes; the two tables alone go to --out
+atexit.register(shutil.rmtree, scratch, True)
 began = time.monotonic()
 
 
@@ -69,7 +74,7 @@ def said(text):
 
 def folder(kind, name):
     """The folder of a model with random weights, in bf16."""
-    path = args.out / f"{kind}-{name}"
+    path = scratch / f"{kind}-{name}"
     if (path / "config.json").exists():
         return path
     torch.manual_seed(3)
@@ -101,13 +106,13 @@ def first_step(llm, teacher, more, out, device):
 
 rows, steps = [], TINY if args.rehearse else STEPS
 name, llm, teacher, more = steps[0]
-both = [first_step(folder("llm", llm), folder("teacher", teacher), more.split(), args.out / place, place)
+both = [first_step(folder("llm", llm), folder("teacher", teacher), more.split(), scratch / place, place)
         for place in ("cpu", device)]  # fmt: skip
 apart = [abs(a - b) / abs(a) for a, b in zip(*both)]
 said(f"first step on cpu and {device}, f32: {both}, apart {apart}")
 assert max(apart) < 2e-3, "the GPU computes something else than the CPU"
 for name, llm, teacher, more in steps:
-    out = args.out / name.replace(" ", "-")
+    out = scratch / name.replace(" ", "-")
     try:
         peers(folder("llm", llm), folder("teacher", teacher), [*more.split(), "--dtype", "bf16", "--rounds", "3"], out, device, 150)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
