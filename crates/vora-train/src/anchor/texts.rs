@@ -50,23 +50,34 @@ impl Texts {
         write_bytes(&run.join(FILE), &serde_json::to_vec_pretty(self)?)
     }
 
-    /// Texts that the LLM writes.
+    /// `count` texts that the LLM writes.
     ///
     /// # Errors
     /// See [`write`].
-    pub(crate) fn written(llm: &CausalLm, preparation: &Preparation, config: &TextAnchor, seed: u64) -> Result<Self> {
-        Self::of(write(llm, preparation, config, seed)?, preparation)
+    pub(crate) fn written(
+        llm: &CausalLm,
+        preparation: &Preparation,
+        config: &TextAnchor,
+        count: usize,
+        seed: u64,
+    ) -> Result<Self> {
+        Self::of(write(llm, preparation, config, count, seed)?, preparation)
     }
 
-    /// The first texts of `source`, whose records must have no pictures; records that are longer than a text become
+    /// The first `count` texts of `source`, whose records must have no pictures; records that are longer than a text become
     /// several.
     ///
     /// # Errors
     /// A record that is bad or has a picture, and where no text has two tokens.
-    pub(crate) fn from_records(source: &dyn Source, maker: &Arc<SampleMaker>, config: &TextAnchor) -> Result<Self> {
+    pub(crate) fn from_records(
+        source: &dyn Source,
+        maker: &Arc<SampleMaker>,
+        config: &TextAnchor,
+        count: usize,
+    ) -> Result<Self> {
         let mut texts = Vec::new();
         for index in 0..source.len().unwrap_or(u64::MAX) {
-            if texts.len() >= config.texts {
+            if texts.len() >= count {
                 break;
             }
             let sample = source.sample(index)?;
@@ -74,7 +85,7 @@ impl Texts {
             let chunks = sample.input_ids.chunks(config.max_length).filter(|ids| ids.len() > 1);
             texts.extend(chunks.map(|ids| Held { ids: ids.to_vec(), from: 0 }));
         }
-        texts.truncate(config.texts);
+        texts.truncate(count);
         ensure!(!texts.is_empty(), "no record has a text of two tokens or more");
         Self::of(texts, maker.preparation())
     }

@@ -18,26 +18,32 @@ const ROWS: usize = 48;
 /// Tokens at most of a question that the LLM asks itself.
 const QUESTION_LENGTH: usize = 40;
 
-/// Writes as many texts as the configuration asks for, with the adapters off. Half of them answer a question in the run's
+/// Writes `count` texts, with the adapters off. Half of them answer a question in the run's
 /// own chat template, and the answer alone is held; half of the questions are the LLM's own.
 ///
 /// # Errors
 /// Where the chat template does not take a question, or the LLM's context is shorter than a beginning.
-pub(super) fn write(llm: &CausalLm, preparation: &Preparation, config: &TextAnchor, seed: u64) -> Result<Vec<Held>> {
+pub(super) fn write(
+    llm: &CausalLm,
+    preparation: &Preparation,
+    config: &TextAnchor,
+    count: usize,
+    seed: u64,
+) -> Result<Vec<Held>> {
     let mut writer = Writer {
         llm,
         stop: preparation.tokenizer.eos_ids(),
         temperature: config.temperature,
         random: ChaCha8Rng::seed_from_u64(seed),
     };
-    let num_chats = config.texts / 2;
+    let num_chats = count / 2;
     let own = writer.ask(preparation, num_chats / 2)?;
     let questions = (0..num_chats).map(|i| match own.get(i / 2).filter(|_| i % 2 == 1) {
         Some(question) => question.as_str(),
         None => QUESTIONS[i / 2 % QUESTIONS.len()],
     });
     let chats = questions.map(|question| Ok((chat(preparation, question)?, true)));
-    let starts = (0..config.texts - num_chats).map(|i| STARTS[i % STARTS.len()]);
+    let starts = (0..count - num_chats).map(|i| STARTS[i % STARTS.len()]);
     let starts = starts.map(|start| Ok((preparation.tokenizer.encode(start)?, false)));
     let mut prompts = starts.chain(chats).collect::<Result<Vec<(Vec<i64>, bool)>>>()?;
     for (prompt, _) in &mut prompts {

@@ -12,6 +12,7 @@ use vora_recipe::TrainConfig;
 use vora_torch::runtime::memory;
 
 use crate::run::available::available;
+use crate::run::trainer::max_steps;
 use crate::student::{Student, logits_rows};
 
 /// What a run takes.
@@ -138,16 +139,18 @@ impl Size {
             image_tokens,
         };
         let parameters = Parameters::of(student)?;
-        let memory = Memory::count(config, student, &parameters, &batch, program);
+        let max_steps = max_steps(config, training.as_ref())?;
+        let texts = config.text_anchor.as_ref().map_or(0, |anchor| anchor.num_texts(max_steps) as u64);
+        let memory = Memory::count(config, student, &parameters, &batch, texts, program);
         let teacher_cache = cached_bytes.map(|bytes_per_picture| TeacherCacheSize {
             bytes_per_picture,
             total: training.len().map(|samples| samples * pictures * bytes_per_picture / samples_in_batch.max(1)),
         });
         let available = available(student.device()).map(|more| more + held);
         let anchor = config.text_anchor.as_ref().map(|anchor| {
-            let (texts, every) = (anchor.texts_a_step(), anchor.every);
+            let (taken, every) = (anchor.texts_a_step(), anchor.every);
             let often = if every == 1 { "a step".to_owned() } else { format!("every {every} steps") };
-            format!("text_anchor: {texts} of {} texts of up to {} tokens {often}", anchor.texts, anchor.max_length)
+            format!("text_anchor: {taken} of {texts} texts of up to {} tokens {often}", anchor.max_length)
         });
         Ok(Self { parameters, batch, memory, available, anchor, teacher_cache })
     }
@@ -227,6 +230,7 @@ impl Memory {
         student: &Student,
         parameters: &Parameters,
         batch: &BatchShape,
+        texts: u64,
         program: u64,
     ) -> Self {
         let llm = student.model.llm();
@@ -240,13 +244,13 @@ impl Memory {
         let logits = 2 * wide(batch.targets);
         let step = activations(config, student, parameters, batch);
         // The anchor's pass follows when nothing of the batch's is left; its logits are there for both models.
-        let texts = config.text_anchor.as_ref().map(|anchor| {
+        let anchored = config.text_anchor.as_ref().map(|anchor| {
             let (rows, seq) = (anchor.texts_a_step() as u64, anchor.max_length as u64);
             let batch = BatchShape { rows, seq, targets: rows * seq, pictures: 0, image_tokens: 0 };
-            let states = (anchor.texts * anchor.max_length) as u64 * llm.config().hidden_size as u64 * element;
+            let states = texts * seq * llm.config().hidden_size as u64 * element;
             (activations(config, student, parameters, &batch), 3 * wide(batch.targets), states)
         });
-        let (anchor_step, anchor_logits, anchor) = texts.unwrap_or_default();
+        let (anchor_step, anchor_logits, anchor) = anchored.unwrap_or_default();
         Self {
             program,
             weights: element * parameters.frozen,

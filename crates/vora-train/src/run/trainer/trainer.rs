@@ -159,15 +159,19 @@ impl Trainer {
             teacher::measure_teacher(&mut student, &config, &training)?;
         }
 
+        let max_steps = max_steps(&config, training.as_ref())?;
         let texts = config.text_anchor.as_ref().map(|anchor| match &last {
             Some(_) => Texts::open(run.path()),
-            None => match &anchor.data_fetch {
-                Some(fetch) => {
-                    let source = data::of_fetch(fetch, &config, maker).context("text_anchor")?;
-                    Texts::from_records(&*source, maker, anchor).context("text_anchor")
+            None => {
+                let count = anchor.num_texts(max_steps);
+                match &anchor.data_fetch {
+                    Some(fetch) => {
+                        let source = data::of_fetch(fetch, &config, maker).context("text_anchor")?;
+                        Texts::from_records(&*source, maker, anchor, count).context("text_anchor")
+                    }
+                    None => Texts::written(student.model.llm(), maker.preparation(), anchor, count, config.seed),
                 }
-                None => Texts::written(student.model.llm(), maker.preparation(), anchor, config.seed),
-            },
+            }
         });
         let texts = texts.transpose()?;
         let anchor = config.text_anchor.clone().zip(texts.as_ref());
@@ -177,7 +181,7 @@ impl Trainer {
         let (step, start) = state.as_ref().map_or((0, 0), |state| (state.step, state.samples_seen));
         let held = state.as_ref().map_or(Vec::new(), |state| state.samples_held.clone());
         let skipped = state.as_ref().map_or((0, 0), |state| (state.skipped_steps, state.skipped_in_a_row));
-        let schedule = config.schedule(max_steps(&config, training.as_ref())?);
+        let schedule = config.schedule(max_steps);
         let loader = Loader::new(
             training.clone(),
             LoaderConfig {
@@ -468,7 +472,10 @@ impl Trainer {
 }
 
 /// Steps of the run, by number or by passes over the data.
-fn max_steps(config: &TrainConfig, training: &dyn Source) -> Result<u64> {
+///
+/// # Errors
+/// Where neither says when it ends.
+pub(in crate::run) fn max_steps(config: &TrainConfig, training: &dyn Source) -> Result<u64> {
     if let Ok(steps) = u64::try_from(config.max_steps) {
         return Ok(steps);
     }
