@@ -172,6 +172,22 @@ struct Scratch {
   float* next;
 };
 
+// Keys that queries of a head attend to, over all queries of all rows.
+int64_t pairs_of(const at::Tensor& runs, const at::Tensor& bands) {
+  const auto* run = reinterpret_cast<const vora::Run*>(runs.const_data_ptr<int64_t>());
+  const auto* band = reinterpret_cast<const vora::KeyBand*>(bands.const_data_ptr<int64_t>());
+  int64_t pairs = 0;
+  for (int64_t i = 0; i < runs.size(0); i++) {
+    for (int64_t b = run[i].first_band; b < run[i].end_band; b++) {
+      for (int64_t q = run[i].start; q < run[i].end; q++) {
+        const int64_t from = std::max(band[b].start, q + band[b].first), to = std::min(band[b].end, q + band[b].last + 1);
+        pairs += std::max<int64_t>(0, to - from);
+      }
+    }
+  }
+  return pairs;
+}
+
 at::Tensor like_heads(const at::Tensor& t) {
   const int64_t heads = t.size(1), seq = t.size(2), dim = t.size(3);
   return at::empty_strided(t.sizes(), {heads * seq * dim, dim, heads * dim, 1}, t.options());
@@ -281,6 +297,7 @@ struct Attention : Function<Attention> {
     const auto saved = ctx->get_saved_variables();
     const auto &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3], &lse = saved[4];
     const auto dout = readable(grads[0]);
+    SHOWN_AS("vora::attention_backward", q, k, v, pairs_of(saved[5], saved[6]));
     const Call call(q, k, saved[5], saved[6]);
     auto dq = like_heads(q), dk = like_heads(k), dv = like_heads(v);
     if (call.has_gaps) dq.zero_();
@@ -445,6 +462,7 @@ at::Tensor* vora_attention(const at::Tensor* q, const at::Tensor* k, const at::T
     TORCH_CHECK(q->is_cpu() && (kind == at::kFloat || kind == at::kBFloat16) && k->scalar_type() == kind &&
                     v->scalar_type() == kind,
                 "attention takes q, k and v of one kind, f32 or bf16, on the CPU");
+    SHOWN_AS("vora::attention", *q, *k, *v, pairs_of(*runs, *bands));
     const bool wants_grad = at::GradMode::is_enabled() && (q->requires_grad() || k->requires_grad() || v->requires_grad());
     if (q->size(2) == 1 && q->size(3) % LANE == 0 && !wants_grad) {
       return new at::Tensor(answered(*q, *k, *v, *runs, *bands));
