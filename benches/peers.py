@@ -3,7 +3,8 @@
     python benches/peers.py DIR LLM TEACHER --logits learned|usual --dtype f32|bf16 --device cpu|cuda --rank R --blocks B --steps N
 
 `usual` is what a training script does with transformers' models: logits of every token, the labels shifted. `learned` makes
-logits of the places that have a label and of no others. A line on stdin asks for a turn of N steps.
+logits of the places that have a label and of no others. A line on stdin asks for a turn of N steps, `trace PATH` for one step under
+PyTorch's profiler.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, Dinov2Model
 
 PATCH = 14
@@ -121,7 +123,8 @@ def step(number):
     cosines = [F.cosine_similarity(s, t[:, 1:].float(), dim=-1) for s, t in zip(students, targets)]
     distill = torch.stack([(1 - cosine).mean() for cosine in cosines]).mean()
     (loss + distill).backward()
-    gradient = nn.utils.clip_grad_norm_(trained, 1.0)
+    with record_function("Optimizer.clip"):
+        gradient = nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return [loss.item(), distill.item(), gradient.item()]
@@ -129,11 +132,16 @@ def step(number):
 
 print("ready", flush=True)
 done = 0
-for _ in sys.stdin:
+for line in sys.stdin:
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     before = clock()
-    losses = [step(done + i) for i in range(args.steps)]
-    done += args.steps
+    if line.startswith("trace "):
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+            losses = [step(done)]
+        profiled.export_chrome_trace(line.removeprefix("trace ").strip())
+    else:
+        losses = [step(done + i) for i in range(args.steps)]
+    done += len(losses)
     if device.type == "cpu":
         peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     else:

@@ -1,7 +1,7 @@
 //! A training step beside Hugging Face's: a VoRA of SmolLM2-135M, LoRA on twelve blocks, taught by DINOv2-small, by this
 //! project and by transformers with PEFT (`benches/peers.py`), from the same weights on the same batches.
 //!
-//! `cargo xtask bench peers` runs it. Each is a process of its own that waits for its turn; the turns alternate, and on a CPU
+//! `cargo xtask bench peers` runs it, and `cargo xtask bench ops` to have steps traced. Each is a process of its own that waits for its turn; the turns alternate, and on a CPU
 //! CPU seconds are counted, so that what else the machine does matters little. Losses and gradients are compared first.
 //! `benches/gpu.py` runs it on a GPU.
 #![allow(clippy::print_stdout, reason = "a program says what it measured")]
@@ -76,6 +76,12 @@ struct Args {
     /// Turns of each, behind one that is not counted
     #[arg(long, default_value_t = 5)]
     rounds: usize,
+    /// Beside the same step of ours where pictures are attended to causally, in place of others' steps
+    #[arg(long)]
+    causal: bool,
+    /// Steps of each that a profiler looks at, in place of turns: what `bench ops` reads
+    #[arg(long, default_value_t = 0, conflicts_with = "causal")]
+    traces: usize,
     /// To be the process that trains, which the others are started by
     #[arg(long, hide = true)]
     turns: bool,
@@ -89,7 +95,7 @@ struct Turn {
     peak_mib: f64,
     /// Cross-entropy, cosine loss and length of the gradient of the first step.
     first: [f64; 3],
-    /// Operations of a sample that a step cannot do without; of this project's own process alone.
+    /// Operations of a sample that a step cannot do without; none from the peers.
     #[serde(default)]
     gflop: f64,
 }
@@ -116,46 +122,32 @@ fn main() -> Result<()> {
 /// The processes that take turns.
 const NAMES: [&str; 3] = ["this project", "transformers + PEFT, logits where learned", "transformers + PEFT as usual"];
 
+/// The same of a comparison with oneself.
+const OWN_NAMES: [&str; 2] = ["pictures attended to both ways", "causal"];
+
 fn compare(args: &Args) -> Result<()> {
-    let mut rows = Vec::new();
+    let names = if args.causal { &OWN_NAMES[..] } else { &NAMES };
+    let (mut rows, mut traced) = (Vec::new(), Vec::new());
     for &tokens in &args.tokens {
         let out = args.out.join(format!("{tokens}-{}", args.dtype));
         fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
-        let paths = [("--llm", &args.llm), ("--teacher", &args.teacher), ("--out", &out)];
-        let unused = [("--python", &args.python), ("--script", &args.script)];
-        let numbers = [
-            ("--tokens", tokens),
-            ("--words", args.words),
-            ("--batch", args.batch),
-            ("--rank", args.rank),
-            ("--blocks", args.blocks),
-        ];
-        let mut ours = Command::new(std::env::current_exe()?);
-        ours.envs(runtime::missing_environment()); // as the program has it
-        let steps = args.steps.to_string();
-        ours.args(["--turns", "--dtype", &args.dtype, "--device", &args.device, "--steps", &steps]);
-        for (key, path) in paths.iter().chain(&unused) {
-            ours.arg(key).arg(path);
-        }
-        for (key, number) in numbers {
-            ours.args([key, &number.to_string()]);
-        }
-        let mut processes = vec![Process::start(ours)?]; // which writes what the others start from
-        for how in ["learned", "usual"] {
-            let mut theirs = Command::new(&args.python);
-            theirs.arg(&args.script).arg(&out).arg(&args.llm).arg(&args.teacher).args(["--logits", how]);
-            theirs.args(["--dtype", &args.dtype, "--device", &args.device, "--steps", &steps]);
-            theirs.args(["--rank", &args.rank.to_string(), "--blocks", &args.blocks.to_string()]);
-            processes.push(Process::start(theirs)?);
-        }
+        let mut processes = start(args, tokens, &out)?;
         let mut turns = vec![Vec::new(); processes.len()];
-        for _ in 0..=args.rounds {
+        for round in 0..=args.rounds {
             for (process, turns) in processes.iter_mut().zip(&mut turns) {
-                turns.push(process.turn()?);
+                if round == 0 || args.traces == 0 {
+                    turns.push(process.turn()?);
+                }
             }
         }
         let (samples, gflop) = (args.steps as f64 * args.batch as f64, turns[0][0].gflop);
-        for (name, turns) in NAMES.into_iter().zip(turns) {
+        if args.traces > 0 {
+            let firsts: Vec<_> = names.iter().copied().zip(turns.iter().map(|turns| turns[0].first)).collect();
+            agree(&firsts, &args.dtype)?;
+            traced.push(trace(args, tokens, gflop, names, &mut processes, &out)?);
+            continue;
+        }
+        for (&name, turns) in names.iter().zip(turns) {
             let mut rates: Vec<f64> = turns[1..].iter().map(|turn| samples / turn.seconds).collect();
             rates.sort_by(f64::total_cmp);
             let (samples_per_second, last) = (rates[rates.len() / 2], &turns[turns.len() - 1]);
@@ -164,14 +156,22 @@ fn compare(args: &Args) -> Result<()> {
                 dtype: args.dtype.clone(),
                 name,
                 samples_per_second,
-                gflop_per_second: samples_per_second * gflop,
+                gflop_per_second: samples_per_second * if last.gflop > 0.0 { last.gflop } else { gflop },
                 peak_mib: last.peak_mib,
                 first: turns[0].first,
             };
             println!("{}", row.line());
             rows.push(row);
         }
-        agree(&rows[rows.len() - NAMES.len()..])?;
+        if !args.causal {
+            let firsts: Vec<_> = rows[rows.len() - names.len()..].iter().map(|row| (row.name, row.first)).collect();
+            agree(&firsts, &args.dtype)?;
+        }
+    }
+    if args.traces > 0 {
+        let file = args.out.join("traces.json");
+        let text = serde_json::to_string_pretty(&traced)?;
+        return fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()));
     }
     let file = args.out.join("peers.json");
     fs::write(&file, serde_json::to_string_pretty(&rows)?)
@@ -199,18 +199,100 @@ fn compare(args: &Args) -> Result<()> {
     fs::write(args.out.join("peers.md"), table).context("cannot write peers.md")
 }
 
+/// Starts the processes that are compared over pictures of so many tokens, this project's first.
+fn start(args: &Args, tokens: i64, out: &Path) -> Result<Vec<Process>> {
+    let paths = [("--llm", args.llm.as_path()), ("--teacher", &args.teacher), ("--out", out)];
+    let unused = [("--python", args.python.as_path()), ("--script", &args.script)];
+    let numbers = [
+        ("--tokens", tokens),
+        ("--words", args.words),
+        ("--batch", args.batch),
+        ("--rank", args.rank),
+        ("--blocks", args.blocks),
+    ];
+    let steps = args.steps.to_string();
+    let ours = |causal: bool| -> Result<Process> {
+        let mut ours = Command::new(std::env::current_exe()?);
+        ours.envs(runtime::missing_environment()); // as the program has it
+        ours.args(["--turns", "--dtype", &args.dtype, "--device", &args.device, "--steps", &steps]);
+        ours.args(causal.then_some("--causal"));
+        for (key, path) in paths.iter().chain(&unused) {
+            ours.arg(key).arg(path);
+        }
+        for (key, number) in numbers {
+            ours.args([key, &number.to_string()]);
+        }
+        Process::start(ours)
+    };
+    let mut processes = vec![ours(false)?]; // which writes what the others start from
+    if args.causal {
+        processes.push(ours(true)?);
+        return Ok(processes);
+    }
+    for how in ["learned", "usual"] {
+        let mut theirs = Command::new(&args.python);
+        theirs.arg(&args.script).arg(out).arg(&args.llm).arg(&args.teacher).args(["--logits", how]);
+        theirs.args(["--dtype", &args.dtype, "--device", &args.device, "--steps", &steps]);
+        theirs.args(["--rank", &args.rank.to_string(), "--blocks", &args.blocks.to_string()]);
+        processes.push(Process::start(theirs)?);
+    }
+    Ok(processes)
+}
+
+/// Steps of all sides that a profiler looked at, for `cargo xtask bench ops`.
+#[derive(Debug, Serialize)]
+struct Traced {
+    tokens: i64,
+    dtype: String,
+    batch: i64,
+    vocab_size: i64,
+    /// 10^9 operations that a step cannot do without.
+    gflop: f64,
+    sides: Vec<Side>,
+}
+
+/// One of them, and its traces.
+#[derive(Debug, Serialize)]
+struct Side {
+    name: &'static str,
+    traces: Vec<PathBuf>,
+}
+
+/// Has all processes trace steps, in turns.
+fn trace(
+    args: &Args,
+    tokens: i64,
+    gflop: f64,
+    names: &[&'static str],
+    processes: &mut [Process],
+    out: &Path,
+) -> Result<Traced> {
+    let mut sides: Vec<_> = names.iter().map(|name| Side { name, traces: Vec::new() }).collect();
+    for round in 0..args.traces {
+        for (i, (process, side)) in processes.iter_mut().zip(&mut sides).enumerate() {
+            let path = out.join(format!("trace-{i}-{round}.json"));
+            process.trace(&path)?;
+            side.traces.push(path);
+        }
+    }
+    let config: serde_json::Value = serde_json::from_slice(&fs::read(args.llm.join("config.json"))?)?;
+    let vocab_size = config["vocab_size"].as_i64().context("vocab_size in the language model's config.json")?;
+    let (dtype, batch) = (args.dtype.clone(), args.batch);
+    Ok(Traced { tokens, dtype, batch, vocab_size, gflop: gflop * batch as f64, sides })
+}
+
 /// Checks that all computed the same in their first step, and that something was learned. The length of the gradient is
 /// compared in f32 alone: at 256 picture tokens it is 86 there, and by rounding 170 here and 310 there in bf16.
-fn agree(rows: &[Row]) -> Result<()> {
-    for row in rows {
-        let apart = APART.iter().find(|(dtype, _)| *dtype == row.dtype).map_or(5e-2, |(_, apart)| *apart);
+fn agree(firsts: &[(&str, [f64; 3])], dtype: &str) -> Result<()> {
+    let apart = APART.iter().find(|(of, _)| *of == dtype).map_or(5e-2, |(_, apart)| *apart);
+    for (name, first) in firsts {
         for (what, (theirs, ours)) in
-            ["cross-entropy", "cosine loss", "gradient"].iter().zip(row.first.iter().zip(rows[0].first))
+            ["cross-entropy", "cosine loss", "gradient"].iter().zip(first.iter().zip(firsts[0].1))
         {
-            let is_compared = *what != "gradient" || row.dtype == "f32";
+            let is_compared = *what != "gradient" || dtype == "f32";
             let is_close = !is_compared || (theirs - ours).abs() <= apart * ours.abs();
             let is_some = *theirs > 0.0 && ours > 0.0;
-            ensure!(is_some && is_close, "{what} of the first step: {} has {theirs}, ours is {ours}", row.name);
+            ensure!(is_some && is_close, "{what} of the first step: {name} has {theirs}, ours is {ours}");
         }
     }
     Ok(())
@@ -254,7 +336,16 @@ impl Process {
     }
 
     fn turn(&mut self) -> Result<Turn> {
-        writeln!(self.child.stdin.as_mut().context("its input")?, "go")?;
+        self.ask("go")
+    }
+
+    /// Has it take one step under a profiler, which writes into `path`.
+    fn trace(&mut self, path: &Path) -> Result<Turn> {
+        self.ask(&format!("trace {}", path.display()))
+    }
+
+    fn ask(&mut self, what: &str) -> Result<Turn> {
+        writeln!(self.child.stdin.as_mut().context("its input")?, "{what}")?;
         let line = self.line()?;
         serde_json::from_str(&line).with_context(|| format!("what a process says of its turn: {line}"))
     }
@@ -285,8 +376,9 @@ impl Trained {
         let tokens = *args.tokens.last().context("--tokens")?;
         let side = (tokens as f64).sqrt() as i64;
         ensure!(side * side == tokens, "--tokens {tokens} is no square");
+        let mode = if args.causal { "causal" } else { "bidirectional" };
         let text = format!(
-            "model: {{ llm: LLM, aux_vision: TEACHER, patch_size: {PATCH}, image_size: {}, lora: {{ layers: {}, r: {} }} }}\n\
+            "model: {{ llm: LLM, aux_vision: TEACHER, vision_attention: {mode}, patch_size: {PATCH}, image_size: {}, lora: {{ layers: {}, r: {} }} }}\n\
              data: {{ train: {{ scenes: {{ image_size: {} }} }} }}\noutput_dir: unused\nmax_steps: 1\nlearning_rate: 1e-4\nweight_decay: 0.05",
             side * PATCH,
             args.blocks,
@@ -335,12 +427,15 @@ impl Trained {
         Ok(Self { optimizer, batches: batches.collect(), next: 0, steps: args.steps, device, gflop, student })
     }
 
-    /// Takes a turn for each line that comes in.
+    /// Takes a turn for each line that comes in, or one step under a profiler.
     fn take_turns(mut self) -> Result<()> {
         println!("ready");
-        for _ in std::io::stdin().lines() {
-            let (clock, before) = (Instant::now(), cpu_seconds()?);
-            let losses = (0..self.steps).map(|_| self.step()).collect::<Result<Vec<_>>>()?; // each waits for its numbers
+        for line in std::io::stdin().lines() {
+            let (line, clock, before) = (line?, Instant::now(), cpu_seconds()?);
+            let losses = match line.strip_prefix("trace ") {
+                Some(path) => vec![runtime::profiled(Path::new(path), || self.step())?],
+                None => (0..self.steps).map(|_| self.step()).collect::<Result<_>>()?, // each waits for its numbers
+            };
             let seconds = match self.device {
                 Device::Cpu => cpu_seconds()? - before,
                 _ => clock.elapsed().as_secs_f64(),
@@ -379,7 +474,8 @@ fn operations(student: &Student, args: &Args, tokens: i64) -> Result<f64> {
         Ok(())
     })?;
     let (llm, seq) = (student.model.llm().config(), tokens + args.words);
-    let pairs = tokens * tokens + args.words * tokens + args.words * (args.words + 1) / 2;
+    let seen = if args.causal { tokens * (tokens + 1) / 2 } else { tokens * tokens };
+    let pairs = seen + args.words * tokens + args.words * (args.words + 1) / 2;
     let attention = 12 * pairs * llm.num_attention_heads * llm.head_width() * llm.num_hidden_layers as i64;
     let logits = 4 * args.words * llm.vocab_size * llm.hidden_size;
     let teacher: serde_json::Value = serde_json::from_slice(&fs::read(args.teacher.join("config.json"))?)?;

@@ -77,7 +77,7 @@ struct View {
     }
   }
 
-  const bf16* row(int64_t i) const { return reinterpret_cast<const bf16*>(data) + i * step; }
+  bf16* row(int64_t i) const { return reinterpret_cast<bf16*>(data) + i * step; }
 
   void write(int64_t i, float scale, const float* from) const {
     if (is_bf16) {
@@ -150,6 +150,15 @@ struct Call {
     }
   }
 
+  // Calls `each(first query, queries, packed place)` for an item's runs of queries in one of its groups.
+  template <typename Each>
+  void each_run(const Head& head, int64_t group, Each each) const {
+    for (int64_t i = 0; i < head.num_runs; i++) {
+      const int64_t start = head.runs[i].start;
+      each(start, head.runs[i].end - start, start * groups + group);
+    }
+  }
+
   int64_t batch, kv_heads, groups, queries, keys, dim, key_row;
   float scale;
   int64_t parts;
@@ -172,6 +181,22 @@ struct Scratch {
   float* next;
 };
 
+// Keys that queries of a head attend to, over all queries of all rows.
+int64_t pairs_of(const at::Tensor& runs, const at::Tensor& bands) {
+  const auto* run = reinterpret_cast<const vora::Run*>(runs.const_data_ptr<int64_t>());
+  const auto* band = reinterpret_cast<const vora::KeyBand*>(bands.const_data_ptr<int64_t>());
+  int64_t pairs = 0;
+  for (int64_t i = 0; i < runs.size(0); i++) {
+    for (int64_t b = run[i].first_band; b < run[i].end_band; b++) {
+      for (int64_t q = run[i].start; q < run[i].end; q++) {
+        const int64_t from = std::max(band[b].start, q + band[b].first), to = std::min(band[b].end, q + band[b].last + 1);
+        pairs += std::max<int64_t>(0, to - from);
+      }
+    }
+  }
+  return pairs;
+}
+
 at::Tensor like_heads(const at::Tensor& t) {
   const int64_t heads = t.size(1), seq = t.size(2), dim = t.size(3);
   return at::empty_strided(t.sizes(), {heads * seq * dim, dim, heads * dim, 1}, t.options());
@@ -179,40 +204,57 @@ at::Tensor like_heads(const at::Tensor& t) {
 
 at::Tensor readable(const at::Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); }
 
-// Rows of all queries of an item in bf16, [queries, groups, dim], as words.
+#ifdef VORA_HAS_PAIRS
+namespace paired = vora::avx512_bf16;
+#else
+namespace paired {  // never called, see has_pairs
+void forward(const PairedHead&) {}
+void backward(const PairedHead&) {}
+void pack_across(const bf16*, int64_t, int64_t, int64_t, uint32_t*, int64_t) {}
+void pack_pairs(const bf16*, int64_t, int64_t, int64_t, uint32_t*, int64_t) {}
+void copy_rows(const bf16*, int64_t, int64_t, int64_t, bf16*, int64_t) {}
+void write_rows(const float*, int64_t, int64_t, int64_t, float, bf16*, int64_t) {}
+void dot_rows(const bf16*, int64_t, const bf16*, int64_t, int64_t, int64_t, float*, int64_t) {}
+}  // namespace paired
+#endif
+
+// What follows is for heads in bf16. Rows of all queries of an item, [queries, groups, dim], as words.
 template <typename ViewOf>
 const uint32_t* pack_rows(const Call& call, const Head& head, ViewOf view_of, float* to) {
   auto* rows = reinterpret_cast<bf16*>(to);
+  const int64_t step = call.groups * call.dim;
   for (int64_t g = 0; g < call.groups; g++) {
     const View view = view_of(g);
-    call.each_query(head, g, [&](int64_t i, int64_t at) {
-      std::memcpy(rows + at * call.dim, view.row(i), view.dim * sizeof(bf16));
+    call.each_run(head, g, [&](int64_t start, int64_t n, int64_t at) {
+      paired::copy_rows(view.row(start), view.step, n, view.dim, rows + at * call.dim, step);
     });
   }
   return reinterpret_cast<const uint32_t*>(rows);
 }
 
-#ifdef VORA_HAS_PAIRS
+// The way back, of f32 times `scale`.
+template <typename ViewOf>
+void unpack_rows(const Call& call, const Head& head, const float* from, float scale, ViewOf view_of) {
+  const int64_t step = call.groups * call.dim;
+  for (int64_t g = 0; g < call.groups; g++) {
+    const View view = view_of(g);
+    call.each_run(head, g, [&](int64_t start, int64_t n, int64_t at) {
+      paired::write_rows(from + at * call.dim, step, n, view.dim, scale, view.row(start), view.step);
+    });
+  }
+}
+
 const uint32_t* pack_across(const Call& call, const View& view, float* to) {
   auto* words = reinterpret_cast<uint32_t*>(to);
-  vora::avx512_bf16::pack_across(view.row(0), view.step, call.keys, view.dim, words, call.key_row);
+  paired::pack_across(view.row(0), view.step, call.keys, view.dim, words, call.key_row);
   return words;
 }
 
 const uint32_t* pack_pairs(const Call& call, const View& view, float* to) {
   auto* words = reinterpret_cast<uint32_t*>(to);
-  vora::avx512_bf16::pack_pairs(view.row(0), view.step, call.keys, view.dim, words, call.dim);
+  paired::pack_pairs(view.row(0), view.step, call.keys, view.dim, words, call.dim);
   return words;
 }
-
-void forward_pairs(const PairedHead& head) { vora::avx512_bf16::forward(head); }
-void backward_pairs(const PairedHead& head) { vora::avx512_bf16::backward(head); }
-#else  // never called, see has_pairs
-const uint32_t* pack_across(const Call&, const View&, float*) { return nullptr; }
-const uint32_t* pack_pairs(const Call&, const View&, float*) { return nullptr; }
-void forward_pairs(const PairedHead&) {}
-void backward_pairs(const PairedHead&) {}
-#endif
 
 struct Attention : Function<Attention> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& q_in, const at::Tensor& k_in,
@@ -240,6 +282,7 @@ struct Attention : Function<Attention> {
         const int64_t row = call.row(item), kv_head = call.kv_head(item);
         const View k_view(k, row, kv_head), v_view(v, row, kv_head);
         const auto q_view = [&](int64_t g) { return View(q, row, kv_head * call.groups + g); };
+        const auto out_view = [&](int64_t g) { return View(out, row, kv_head * call.groups + g); };
         if (pairs) {
           auto head = call.head<PairedHead>(item);
           of_item(item, head);
@@ -247,7 +290,8 @@ struct Attention : Function<Attention> {
           head.q = pack_rows(call, head, q_view, q_packed);
           head.kt = pack_across(call, k_view, kt);
           head.v = pack_pairs(call, v_view, v_packed);
-          forward_pairs(head);
+          paired::forward(head);
+          unpack_rows(call, head, out_packed, 1.0f, out_view);
         } else {
           auto head = call.head<FloatHead>(item);
           of_item(item, head);
@@ -264,12 +308,10 @@ struct Attention : Function<Attention> {
           head.kt = kt;
           head.v = v_packed;
           ::forward(head);
-        }
-        for (int64_t g = 0; g < call.groups; g++) {
-          const View out_view(out, row, kv_head * call.groups + g);
-          call.each_query(call.head<Head>(item), g, [&](int64_t i, int64_t at) {
-            out_view.write(i, 1.0f, out_packed + at * call.dim);
-          });
+          for (int64_t g = 0; g < call.groups; g++) {
+            const View made = out_view(g);
+            call.each_query(head, g, [&](int64_t i, int64_t at) { made.write(i, 1.0f, out_packed + at * call.dim); });
+          }
         }
       }
     });
@@ -281,29 +323,46 @@ struct Attention : Function<Attention> {
     const auto saved = ctx->get_saved_variables();
     const auto &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3], &lse = saved[4];
     const auto dout = readable(grads[0]);
+    SHOWN_AS("vora::attention_backward", q, k, v, pairs_of(saved[5], saved[6]));
     const Call call(q, k, saved[5], saved[6]);
     auto dq = like_heads(q), dk = like_heads(k), dv = like_heads(v);
     if (call.has_gaps) dq.zero_();
     const bool pairs = q.scalar_type() == at::kBFloat16 && has_pairs();
     const int64_t q_rows = call.queries * call.groups, q_len = q_rows * call.dim, k_len = call.keys * call.dim;
     const int64_t tiles = std::max(vora::scratch_len(call.groups), vora::paired_scratch_len(call.groups, call.dim));
-    const auto sums = at::zeros({call.items(), 2, k_len}, q.options().dtype(at::kFloat));
+    // The gradients by k and v of one head, [2, keys, dim].
+    const auto write_sums = [&](int64_t head, const float* sum) {
+      const View dk_view(dk, head / call.kv_heads, head % call.kv_heads);
+      const View dv_view(dv, head / call.kv_heads, head % call.kv_heads);
+      if (pairs) {
+        paired::write_rows(sum, call.dim, call.keys, dk_view.dim, call.scale, dk_view.row(0), dk_view.step);
+        paired::write_rows(sum + k_len, call.dim, call.keys, dv_view.dim, 1.0f, dv_view.row(0), dv_view.step);
+        return;
+      }
+      for (int64_t i = 0; i < call.keys; i++) {
+        dk_view.write(i, 1.0f, sum + i * call.dim);  // q had the scale
+        dv_view.write(i, 1.0f, sum + k_len + i * call.dim);
+      }
+    };
+    const bool in_parts = call.parts > 1;
+    const auto sums = at::zeros({in_parts ? call.items() : 0, 2, k_len}, q.options().dtype(at::kFloat));
     at::parallel_for(0, call.items(), 1, [&](int64_t from, int64_t to) {
-      Scratch scratch(3 * q_len + q_rows + k_len + 2 * call.dim * call.key_row + tiles);
+      Scratch scratch(3 * q_len + q_rows + 3 * k_len + 2 * call.dim * call.key_row + tiles);
       float *q_packed = scratch.take(q_len), *dout_packed = scratch.take(q_len), *dq_packed = scratch.take(q_len);
       float *delta = scratch.take(q_rows), *k_packed = scratch.take(k_len);
       float *kt = scratch.take(call.dim * call.key_row), *vt = scratch.take(call.dim * call.key_row);
-      float* rest = scratch.take(tiles);
+      float *rest = scratch.take(tiles), *of_keys = scratch.take(in_parts ? 0 : 2 * k_len);
       const auto of_item = [&](int64_t item, Head& head) {
         const int64_t kv_head = call.row(item) * call.kv_heads + call.kv_head(item);
         head.lse = lse.data_ptr<float>() + kv_head * q_rows;
         head.delta = delta;
         head.dq = dq_packed;
-        head.dk = sums.data_ptr<float>() + item * 2 * k_len;
+        head.dk = in_parts ? sums.data_ptr<float>() + item * 2 * k_len : of_keys;
         head.dv = head.dk + k_len;
         head.scratch = rest;
       };
       for (int64_t item = from; item < to; item++) {
+        if (!in_parts) std::fill_n(of_keys, 2 * k_len, 0.0f);
         const int64_t row = call.row(item), kv_head = call.kv_head(item);
         const View k_view(k, row, kv_head), v_view(v, row, kv_head);
         const auto of_group = [&](const at::Tensor& t) {
@@ -321,15 +380,16 @@ struct Attention : Function<Attention> {
           head.k = pack_pairs(call, k_view, k_packed);
           for (int64_t g = 0; g < call.groups; g++) {
             const View grad_of = dout_view(g), made_of = out_view(g);
-            call.each_query(head, g, [&](int64_t i, int64_t at) {
-              const bf16 *grad = grad_of.row(i), *made = made_of.row(i);
-              float sum = 0;
-              for (int64_t d = 0; d < grad_of.dim; d++) sum += load(grad[d]) * load(made[d]);
-              delta[at] = sum;
-              std::fill_n(dq_packed + at * call.dim, call.dim, 0.0f);
+            call.each_run(head, g, [&](int64_t start, int64_t n, int64_t at) {
+              paired::dot_rows(grad_of.row(start), grad_of.step, made_of.row(start), made_of.step, n, grad_of.dim,
+                               delta + at, call.groups);
             });
           }
-          backward_pairs(head);
+          call.each_run(head, 0, [&](int64_t, int64_t n, int64_t at) {
+            std::fill_n(dq_packed + at * call.dim, n * call.groups * call.dim, 0.0f);
+          });
+          paired::backward(head);
+          unpack_rows(call, head, dq_packed, call.scale, of_group(dq));
         } else {
           auto head = call.head<FloatHead>(item);
           of_item(item, head);
@@ -357,31 +417,28 @@ struct Attention : Function<Attention> {
           head.vt = vt;
           head.dout = dout_packed;
           ::backward(head);
+          for (int64_t g = 0; g < call.groups; g++) {
+            const View dq_view = of_group(dq)(g);
+            call.each_query(head, g, [&](int64_t i, int64_t at) {
+              dq_view.write(i, call.scale, dq_packed + at * call.dim);
+            });
+          }
         }
-        for (int64_t g = 0; g < call.groups; g++) {
-          const View dq_view(dq, row, kv_head * call.groups + g);
-          call.each_query(call.head<Head>(item), g, [&](int64_t i, int64_t at) {
-            dq_view.write(i, call.scale, dq_packed + at * call.dim);
-          });
-        }
+        if (!in_parts) write_sums(item, of_keys);
       }
     });
-    const float dk_scale = pairs ? call.scale : 1.0f;  // elsewhere q had it
-    at::parallel_for(0, call.batch * call.kv_heads, 1, [&](int64_t from, int64_t to) {
-      for (int64_t head = from; head < to; head++) {
-        float* sum = sums.data_ptr<float>() + head * call.parts * 2 * k_len;
-        for (int64_t part = 1; part < call.parts; part++) {
-          const float* other = sum + part * 2 * k_len;
-          for (int64_t i = 0; i < 2 * k_len; i++) sum[i] += other[i];
+    if (in_parts) {
+      at::parallel_for(0, call.batch * call.kv_heads, 1, [&](int64_t from, int64_t to) {
+        for (int64_t head = from; head < to; head++) {
+          float* sum = sums.data_ptr<float>() + head * call.parts * 2 * k_len;
+          for (int64_t part = 1; part < call.parts; part++) {
+            const float* other = sum + part * 2 * k_len;
+            for (int64_t i = 0; i < 2 * k_len; i++) sum[i] += other[i];
+          }
+          write_sums(head, sum);
         }
-        const View dk_view(dk, head / call.kv_heads, head % call.kv_heads);
-        const View dv_view(dv, head / call.kv_heads, head % call.kv_heads);
-        for (int64_t i = 0; i < call.keys; i++) {
-          dk_view.write(i, dk_scale, sum + i * call.dim);
-          dv_view.write(i, 1.0f, sum + k_len + i * call.dim);
-        }
-      }
-    });
+      });
+    }
     return {dq, dk, dv, Variable(), Variable()};
   }
 };
@@ -445,6 +502,7 @@ at::Tensor* vora_attention(const at::Tensor* q, const at::Tensor* k, const at::T
     TORCH_CHECK(q->is_cpu() && (kind == at::kFloat || kind == at::kBFloat16) && k->scalar_type() == kind &&
                     v->scalar_type() == kind,
                 "attention takes q, k and v of one kind, f32 or bf16, on the CPU");
+    SHOWN_AS("vora::attention", *q, *k, *v, pairs_of(*runs, *bands));
     const bool wants_grad = at::GradMode::is_enabled() && (q->requires_grad() || k->requires_grad() || v->requires_grad());
     if (q->size(2) == 1 && q->size(3) % LANE == 0 && !wants_grad) {
       return new at::Tensor(answered(*q, *k, *v, *runs, *bands));

@@ -107,6 +107,12 @@ void backward(const PairedHead&);
 // Rows of `dim` numbers, `step` apart, as words across, [dim / 2, to_step], or with the next row's numbers, [rows, to_dim].
 void pack_across(const uint16_t* from, int64_t step, int64_t rows, int64_t dim, uint32_t* to, int64_t to_step);
 void pack_pairs(const uint16_t* from, int64_t step, int64_t rows, int64_t dim, uint32_t* to, int64_t to_dim);
+// Rows of `dim` numbers from one place to another; those of f32 times `scale` and rounded; those of two places multiplied and
+// summed, each row to a number.
+void copy_rows(const uint16_t* from, int64_t step, int64_t rows, int64_t dim, uint16_t* to, int64_t to_step);
+void write_rows(const float* from, int64_t step, int64_t rows, int64_t dim, float scale, uint16_t* to, int64_t to_step);
+void dot_rows(const uint16_t* a, int64_t a_step, const uint16_t* b, int64_t b_step, int64_t rows, int64_t dim, float* to,
+              int64_t to_step);
 }  // namespace avx512_bf16
 
 }  // namespace vora

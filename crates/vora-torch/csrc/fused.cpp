@@ -130,6 +130,7 @@ struct RmsNorm : Function<RmsNorm> {
     const auto saved = ctx->get_saved_variables();
     const auto &x = saved[0], &w = saved[1], &inverse = saved[2];
     const auto g = grads[0].contiguous();
+    SHOWN_AS("vora::rms_norm_backward", g, x, w);
     const int64_t n = x.size(-1), rows = n == 0 ? 0 : x.numel() / n;
     Variable dx, dw;
     if (ctx->needs_input_grad(0)) {
@@ -171,6 +172,7 @@ struct SwiGlu : Function<SwiGlu> {
     const auto saved = ctx->get_saved_variables();
     const auto &gate = saved[0], &up = saved[1];
     const auto g = grads[0].contiguous();
+    SHOWN_AS("vora::swiglu_backward", g, gate, up);
     auto dgate = at::empty_like(gate), dup = at::empty_like(up);
     at::parallel_for(0, gate.numel(), WORTH_A_THREAD, [&](int64_t from, int64_t to) {
       if (is_bf16(gate)) {
@@ -212,6 +214,7 @@ struct Rotate : Function<Rotate> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
+    SHOWN_AS("vora::rotate_backward", grads[0], saved[0], saved[1]);
     return {rotated(grads[0], saved[0], saved[1], -1.0f), Variable(), Variable()};
   }
 };
@@ -228,6 +231,7 @@ at::Tensor* vora_rms_norm(const at::Tensor* x, const at::Tensor* weight, double 
                 " with a weight of ", weight->sizes());
     TORCH_CHECK(weight->scalar_type() == x->scalar_type(), "rms_norm of ", x->scalar_type(), " with a weight of ",
                 weight->scalar_type());
+    SHOWN_AS("vora::rms_norm", *x, *weight);
     return new at::Tensor(RmsNorm::apply(*x, *weight, eps));
   });
 }
@@ -238,6 +242,7 @@ at::Tensor* vora_swiglu(const at::Tensor* gate, const at::Tensor* up) {
     check(*gate, *up);
     TORCH_CHECK(gate->sizes() == up->sizes() && gate->scalar_type() == up->scalar_type(), "swiglu of ", gate->sizes(),
                 " and ", up->sizes());
+    SHOWN_AS("vora::swiglu", *gate, *up);
     return new at::Tensor(SwiGlu::apply(*gate, *up));
   });
 }
@@ -252,6 +257,7 @@ at::Tensor* vora_rotate(const at::Tensor* x, const at::Tensor* cos, const at::Te
       TORCH_CHECK(t->sizes() == table && t->scalar_type() == at::kFloat && t->is_cpu() && t->is_contiguous(),
                   "rotate of ", x->sizes(), " by ", t->sizes());
     }
+    SHOWN_AS("vora::rotate", *x, *cos, *sin);
     return new at::Tensor(Rotate::apply(*x, *cos, *sin));
   });
 }

@@ -115,6 +115,7 @@ struct CrossEntropy : Function<CrossEntropy> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     const auto &x = saved[0], &lse = saved[1], &targets = saved[2];
+    SHOWN_AS("vora::cross_entropy_backward", x);
     const float scale = grads[0].item<float>();
     const int64_t rows = x.size(0), n = x.size(1);
     auto dx = at::empty_like(x);
@@ -160,6 +161,7 @@ struct Divergence : Function<Divergence> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     const auto &t = saved[0], &x = saved[1], &t_lse = saved[2], &x_lse = saved[3];
+    SHOWN_AS("vora::kl_divergence_backward", t, x);
     const float scale = grads[0].item<float>();
     const int64_t rows = x.size(0), n = x.size(1);
     auto dx = at::empty_like(x);
@@ -188,6 +190,7 @@ at::Tensor* vora_cross_entropy(const at::Tensor* logits, const at::Tensor* targe
     TORCH_CHECK(logits->dim() == 2 && logits->size(1) > 0 && targets->dim() == 1 &&
                     targets->size(0) == logits->size(0) && targets->scalar_type() == at::kLong,
                 "cross entropy of ", logits->sizes(), " and ", targets->sizes(), " ", targets->scalar_type());
+    SHOWN_AS("vora::cross_entropy", *logits, *targets);
     return new at::Tensor(CrossEntropy::apply(*logits, *targets));
   });
 }
@@ -200,6 +203,7 @@ at::Tensor* vora_kl_divergence(const at::Tensor* teacher, const at::Tensor* logi
     TORCH_CHECK(logits->dim() == 2 && logits->size(1) > 0 && teacher->sizes() == logits->sizes() &&
                     teacher->scalar_type() == logits->scalar_type(),
                 "divergence of ", teacher->sizes(), " and ", logits->sizes());
+    SHOWN_AS("vora::kl_divergence", *teacher, *logits);
     return new at::Tensor(Divergence::apply(*teacher, *logits));
   });
 }

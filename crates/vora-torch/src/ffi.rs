@@ -42,6 +42,8 @@ unsafe extern "C" {
         free: *mut u64,
     ) -> i32;
     pub(crate) fn vora_cpu_has_bf16() -> i32;
+    pub(crate) fn vora_profile_start() -> i32;
+    pub(crate) fn vora_profile_stop(path: *const c_char) -> i32;
     pub(crate) fn vora_rms_norm(x: *const C_tensor, weight: *const C_tensor, eps: f64) -> *mut C_tensor;
     pub(crate) fn vora_swiglu(gate: *const C_tensor, up: *const C_tensor) -> *mut C_tensor;
     pub(crate) fn vora_cross_entropy(logits: *const C_tensor, targets: *const C_tensor) -> *mut C_tensor;

@@ -1,17 +1,18 @@
 //! `cargo xtask bench`: the criterion benches, the comparison of whole trainings, the default recipe and ablations over several
-//! seeds, Chameleon's drift of norms, what packing is worth, images a second of the loader, and what a plan foretells.
+//! seeds, Chameleon's drift of norms, a step beside others' and its operators, what packing is worth, images a second of the loader, and what a plan foretells.
 
 mod ablations;
 mod data;
 mod drift;
 mod memory;
+mod ops;
 mod plan;
 mod seeds;
 mod variants;
 
 use std::env;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -70,8 +71,12 @@ Examples:
   cargo xtask bench seeds --seeds 1 --set text_anchor.tokens=384 --dir runs/anchor-384
   cargo xtask bench ablations                    vision attention x distillation x the tokens that adapters act on, by seeds
   cargo xtask bench ablations --seeds 2 --steps 100 --dir runs/short
+  cargo xtask bench attention --variants -- --layer --dtype bf16  one layer with its projections: bidirectional over causal
   cargo xtask bench peers                        a training step beside transformers with PEFT: samples a CPU-second, memory
   cargo xtask bench peers -- --tokens 64,256,1024 --dtype bf16
+  cargo xtask bench peers -- --causal --tokens 1024 --batch 2 --dtype bf16  a step beside itself with causal attention to pictures
+  cargo xtask bench ops                          operators of such a step by kind: number, GFLOP, bytes, time; ours and transformers' with PEFT
+  cargo xtask bench ops -- --tokens 256 --dtype bf16 --traces 3
   cargo xtask bench gpu --part speed             on a GPU: a step of random models of three sizes of batch and of 7B beside transformers
   cargo xtask bench gpu --part speed -- --rehearse  the same commands with tiny models on the CPU
   cargo xtask bench drift                        what QK-norm and z-loss do to the norms of a small Chameleon
@@ -87,8 +92,8 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// A file of benches/benches, without `.rs`, or ablations, data, drift, gpu, memory, packing, peers or seeds; all benches by
-    /// default.
+    /// A file of benches/benches, without `.rs`, or ablations, data, drift, gpu, memory, ops, packing, peers or seeds; all
+    /// benches by default.
     /// With --train: attention or systems
     #[arg(required_if_eq("train", "true"))]
     name: Option<String>,
@@ -152,6 +157,10 @@ pub fn run(args: &Args) -> Result<()> {
         let out = args.out.clone().unwrap_or_else(|| "runs/drift".into());
         return drift::run(&cmd::root().join(out), args.plot, &args.args);
     }
+    if args.name.as_deref() == Some("ops") {
+        let out = args.out.clone().unwrap_or_else(|| "runs/bench-ops".into());
+        return ops::run(&cmd::root().join(out), args.plot, &args.args);
+    }
     if args.name.as_deref() == Some("packing") && !args.plot && args.out.is_none() {
         return packing(&args.args);
     }
@@ -161,7 +170,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     ensure!(
         !args.plot && args.out.is_none(),
-        "--plot and --out are for --train, seeds, ablations and drift, --out for memory too"
+        "--plot and --out are for --train, seeds, ablations, drift and ops, --out for memory too"
     );
     if args.name.as_deref() == Some("data") {
         return data::run(&args.args);
@@ -194,14 +203,19 @@ fn example(name: &str) -> Command {
     example
 }
 
-/// Runs `benches/examples/peers.rs` over the default recipe's models, beside `benches/peers.py`.
+/// Measures turns of steps.
 fn peers(args: &[String]) -> Result<()> {
+    cmd::run(peers_into(&cmd::root().join("runs/bench-peers"))?.args(args))
+}
+
+/// `benches/examples/peers.rs` over the default recipe's models, beside `benches/peers.py`, which writes into `out`.
+fn peers_into(out: &Path) -> Result<Command> {
     setup::ensure()?;
     let [llm, teacher] = [download::ensure(train::DEFAULT_MODELS[0])?, download::ensure(train::DEFAULT_MODELS[1])?];
     let mut example = example("peers");
     example.arg("--llm").arg(llm).arg("--teacher").arg(teacher).arg("--python").arg(fixtures::python()?);
-    example.arg("--script").arg(cmd::root().join("benches/peers.py"));
-    cmd::run(example.arg("--out").arg(cmd::root().join("runs/bench-peers")).args(args))
+    example.arg("--script").arg(cmd::root().join("benches/peers.py")).arg("--out").arg(out);
+    Ok(example)
 }
 
 /// Runs `benches/gpu.py` over `benches/examples/peers.rs`.

@@ -40,7 +40,7 @@ pub fn run(out: &Path, plot: bool, args: &[String]) -> Result<()> {
     }
     let text = fs::read_to_string(&json).with_context(|| format!("cannot read {}", json.display()))?;
     let all: Vec<Measured> = serde_json::from_str(&text).with_context(|| json.display().to_string())?;
-    let (table, svg) = (table(&all), json.with_extension("svg"));
+    let (table, svg) = (format!("{}\n\n{}", table(&all), ratios(&all)), json.with_extension("svg"));
     println!("{table}");
     fs::write(json.with_extension("txt"), format!("{table}\n")).context("cannot write variants.txt")?;
     draw(&all, &svg)?;
@@ -66,6 +66,26 @@ fn table(all: &[Measured]) -> Table {
         ]);
     }
     for column in table.column_iter_mut().skip(3) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+/// What bidirectional attention takes over causal, forward and backward, beside what it computes more.
+fn ratios(all: &[Measured]) -> Table {
+    let mut table = Table::new();
+    table.load_style(comfy_table::presets::ASCII_MARKDOWN);
+    table.set_header(["bidirectional over causal", "kind", "picture tokens", "ms", "operations", "ms over operations"]);
+    for both in all.iter().filter(|m| m.layout == "bidirectional") {
+        let is_same =
+            |m: &&Measured| (&m.kernel, &m.dtype, m.picture_tokens) == (&both.kernel, &both.dtype, both.picture_tokens);
+        let Some(causal) = all.iter().filter(|m| m.layout == "causal").find(is_same) else { continue };
+        let (ms, gflop) = (both.milliseconds[1] / causal.milliseconds[1], both.gflop[1] / causal.gflop[1]);
+        let numbers = [ms, gflop, ms / gflop].map(|x| format!("{x:.2}"));
+        let names = [both.kernel.clone(), both.dtype.clone(), both.picture_tokens.to_string()];
+        table.add_row(names.into_iter().chain(numbers));
+    }
+    for column in table.column_iter_mut().skip(2) {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
@@ -100,4 +120,31 @@ fn draw(all: &[Measured], path: &Path) -> Result<()> {
         draw_curves(&mut chart, kernels.iter().map(|kernel| (*kernel, curve(kernel))), SeriesLabelPosition::UpperLeft)?;
     }
     root.present().with_context(|| format!("cannot write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ratios_are_of_the_same_kernel_kind_and_size() {
+        let measured = |layout: &str, kernel: &str, picture_tokens, ms, gflop| Measured {
+            layout: layout.to_owned(),
+            kernel: kernel.to_owned(),
+            dtype: "bf16".to_owned(),
+            picture_tokens,
+            milliseconds: [1.0, ms],
+            mebibytes: None,
+            gflop: [1.0, gflop],
+        };
+        let all = [
+            measured("bidirectional", "own", 64, 3.0, 8.0),
+            measured("causal", "mask", 64, 9.0, 4.0),
+            measured("causal", "own", 256, 8.0, 4.0),
+            measured("causal", "own", 64, 2.0, 4.0),
+        ];
+        let rows: Vec<Vec<String>> =
+            ratios(&all).row_iter().map(|row| row.cell_iter().map(|cell| cell.content()).collect()).collect();
+        assert_eq!(rows, [["own", "bf16", "64", "1.50", "2.00", "0.75"]]);
+    }
 }

@@ -1,9 +1,11 @@
-//! The machine: devices and dtypes by name, threads, memory, and the environment that libraries read.
+//! The machine: devices and dtypes by name, threads, memory, the environment that libraries read, and the profiler.
 
 mod device;
 mod environment;
 mod memory;
+mod profile;
 
 pub use device::{device, has_bf16, init, kind, name_of, set_threads, synchronize, threads};
 pub use environment::missing_environment;
 pub use memory::{GpuMemory, gpu_memory, machine, memory, peak_memory, process_size};
+pub use profile::profiled;
