@@ -22,6 +22,7 @@ Examples:
   vora merge runs/scenes/final --out merged --as seeing --llm merged-llm
   vora merge runs/scenes/final --out whole --as apart
   vora merge runs/scenes/final --out merged --as seeing --hf
+  vora merge runs/llava/final --out base --as base
 
 A VoRA folder has the layout and tensor names of the published models, a LLaVA folder those of HF's
 LlavaForConditionalGeneration. With --llm the language model inside it is written as well, as a plain
@@ -46,7 +47,8 @@ pub(crate) struct Args {
     #[arg(long)]
     check: bool,
     /// What becomes of adapters that do not act on every token: `seeing` folds them in, so that they do; `apart` keeps
-    /// them beside the LLM's own weights, in a folder that runs by itself
+    /// them beside the LLM's own weights, in a folder that runs by itself. `base` leaves the adapters of a LLaVA's LLM and
+    /// vision tower out: on that folder PEFT puts them
     #[arg(long = "as", value_enum)]
     becomes: Option<Becomes>,
     /// The dtype of the merged weights: auto keeps what the LLM is stored in; bf16 or f32
@@ -59,6 +61,7 @@ pub(crate) struct Args {
 enum Becomes {
     Seeing,
     Apart,
+    Base,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
@@ -80,14 +83,19 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         "{} is a language model alone, of which there is nothing to merge; `vora convert` merges PEFT's adapters into one",
         args.trained.display()
     );
-    if becomes(&*model, args)? == Becomes::Apart {
+    let becomes = becomes(&*model, args)?;
+    if becomes != Becomes::Seeing {
         ensure!(
             !args.check && !args.hf && args.llm.is_none(),
-            "--as apart merges nothing: leave out --check, --llm and --hf"
+            "--as apart and --as base merge nothing: leave out --check, --llm and --hf"
         );
+        if becomes == Becomes::Base {
+            model.detach()?;
+        }
         model.save(&args.out)?;
         beside::copy_beside(&args.trained, &args.out)?;
-        writeln!(std::io::stdout(), "model with its adapters apart: {}", args.out.display())?;
+        let what = if becomes == Becomes::Base { "model below the adapters" } else { "model with its adapters apart" };
+        writeln!(std::io::stdout(), "{what}: {}", args.out.display())?;
         return Ok(ExitCode::SUCCESS);
     }
     let prompts = if args.check { prompts(&args.trained, &*model)? } else { Vec::new() };
@@ -118,6 +126,12 @@ fn becomes(model: &dyn VisionLanguageModel, args: &Args) -> Result<Becomes> {
         args.becomes != Some(Becomes::Seeing) || trained != Some(ActsOn::ImageTokens),
         "--as seeing: the adapters of {} were trained through the tokens of pictures alone, and would act on words; \
          --as apart keeps them from that",
+        args.trained.display()
+    );
+    ensure!(
+        args.becomes != Some(Becomes::Base) || model.vision_lora().is_some(),
+        "--as base: {} has no adapters on a vision tower; where the LLM alone has some, PEFT puts them on the LLM that the run \
+         took",
         args.trained.display()
     );
     match args.becomes {

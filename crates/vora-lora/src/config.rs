@@ -245,7 +245,7 @@ fn agreed<T: Copy + PartialEq>(key: &'static str, patterns: &BTreeMap<String, T>
 }
 
 /// The layer that a module lies in, the first number in its path, and its path within it; all of it where it lies in none.
-pub(crate) fn in_layer(path: &str) -> (Option<i64>, &str) {
+pub fn in_layer(path: &str) -> (Option<i64>, &str) {
     let mut start = 0;
     for part in path.split('.') {
         start += part.len() + 1;

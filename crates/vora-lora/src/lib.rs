@@ -62,7 +62,7 @@ mod state_dict;
 pub use acts_on::{Active, ActsOn};
 pub use adapter::{Adapter, EMBEDDING_HALVES, LINEAR_HALVES, adapted_module};
 pub use attach::{Visit, attach_all};
-pub use config::{ALL_LAYERS, LoraConfig, Rank};
+pub use config::{ALL_LAYERS, LoraConfig, Rank, in_layer};
 pub use linear::Linear;
 pub use peft::{ADAPTER_TENSORS, AdapterError, AdapterFolder, BaseModel, PEFT_PREFIX, save_adapter};
 pub use state_dict::merge_state_dict;

@@ -69,11 +69,19 @@ impl AdaptedLlm {
     /// Where an adapter holds a number that is not finite, by the name of its layer: merged, it would reach every answer.
     /// Nothing is merged then.
     pub fn merge(&mut self) -> Result<()> {
-        self.llm.linears(&mut |path, linear| ensure_finite(linear).with_context(|| format!("cannot merge: {path}")))?;
+        self.llm.linears(&mut |path, linear| ensure_finite(path, linear))?;
         self.llm.linears_mut(&mut |_, linear| {
             linear.merge();
             Ok(())
         })?;
+        self.lora = None;
+        self.acts_on = ActsOn::All;
+        Ok(())
+    }
+
+    /// Takes every adapter off again: the decoder is what it was before they came.
+    pub fn detach(&mut self) -> Result<()> {
+        self.llm.linears_mut(&mut |_, linear| detach(linear))?;
         self.lora = None;
         self.acts_on = ActsOn::All;
         Ok(())
@@ -107,8 +115,18 @@ impl AdaptedLlm {
     }
 }
 
-/// An error where an adapter of the linear or its bias has numbers that are not finite.
-fn ensure_finite(linear: &Linear) -> Result<()> {
+/// Takes every adapter off the linear.
+pub(crate) fn detach(linear: &mut Linear) -> Result<()> {
+    let names: Vec<String> = linear.adapters().map(|adapter| adapter.name().to_owned()).collect();
+    names.iter().try_for_each(|name| linear.detach(name).map(drop))
+}
+
+/// An error where an adapter of the linear at `path` or its bias has numbers that are not finite.
+pub(crate) fn ensure_finite(path: &str, linear: &Linear) -> Result<()> {
+    are_finite(linear).with_context(|| format!("cannot merge: {path}"))
+}
+
+fn are_finite(linear: &Linear) -> Result<()> {
     let is_finite = |tensor: &Tensor| bool::try_from(tensor.isfinite().all());
     for adapter in linear.adapters() {
         for (part, tensor) in adapter.tensors() {

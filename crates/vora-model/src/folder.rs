@@ -95,7 +95,7 @@ fn open_part(
             let llm = llm()?;
             let config = LlavaConfig::open(folder)?;
             let encoder = resolve(&config.mm_vision_tower)
-                .and_then(|tower| Encoder::open(&tower, device, kind))
+                .and_then(|tower| Encoder::open_with(&tower, trained::vision_tower(folder)?, device, kind))
                 .with_context(|| format!("the encoder of {}", folder.display()))?;
             let model = Llava::assemble(config, &llm, encoder, &new)?;
             finished(&llm)?;
@@ -111,8 +111,8 @@ fn open_part(
         }
         ModelType::PlainLlm => return Ok(Box::new(PlainLlm::open(folder, device, kind)?)),
     };
-    trained::expect(folder, model.lora())?;
-    Parts::of(new.parameters(), model.llm_prefix()).fill_from(folder)?;
+    trained::expect(folder, model.peft_config()?.as_ref())?;
+    Parts::of(new.parameters(), &*model).fill_from(folder)?;
     Ok(model)
 }
 

@@ -1,5 +1,5 @@
 //! The ways a language model gets to see, on one interface: [`Vora`], which splices the patches of a picture among the
-//! word embeddings of a decoder that carries adapters, [`Llava`], which sees through a frozen encoder and a projection,
+//! word embeddings of a decoder that carries adapters, [`Llava`], which sees through an encoder and a projection,
 //! and [`Chameleon`], to which pictures are tokens as words are; beside them [`PlainLlm`], which sees nothing. It reads and
 //! writes their checkpoint folders; [`open`] takes any of them.
 //!
@@ -45,7 +45,7 @@ pub use adapted::AdaptedLlm;
 pub use chameleon::{Chameleon, VQMODEL, VocabularyMapping, image_token_name};
 pub use files::FolderError;
 pub use folder::{Resolve, is_vision_language_model, open, stored_kind};
-pub use llava::{Llava, LlavaConfig, MmProjectorType};
+pub use llava::{ALL_LINEAR, Llava, LlavaConfig, MmProjectorType};
 pub use model::{ImageWriter, Input, VisionLanguageModel};
 pub use plain::PlainLlm;
 pub use tch;

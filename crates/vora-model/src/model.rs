@@ -8,9 +8,10 @@ use serde_json::Value;
 use tch::Tensor;
 use vora_image::RgbImage;
 use vora_llm::{AttentionPlan, CausalLm, Output, VisionAttention};
-use vora_lora::{ActsOn, LoraConfig};
+use vora_lora::{ActsOn, Linear, LoraConfig};
 use vora_text::{Piece, Span, Spans};
 use vora_torch::weights::Weights;
+use vora_vision::Encoder;
 
 use crate::adapted::AdaptedLlm;
 use crate::files::save_folder;
@@ -81,9 +82,50 @@ pub trait VisionLanguageModel: Debug {
         None
     }
 
-    /// The encoder's tensors, for models that see through one that they do not train.
-    fn encoder_tensors(&self) -> &[(String, Tensor)] {
-        &[]
+    /// The tensors of the encoder that are not trained, for models that see through one.
+    fn encoder_tensors(&self) -> Vec<(String, Tensor)> {
+        Vec::new()
+    }
+
+    /// The encoder, for models that see through one.
+    fn encoder(&self) -> Option<&Encoder> {
+        None
+    }
+
+    /// The adapters that are attached to the encoder; none once they are merged.
+    fn vision_lora(&self) -> Option<&LoraConfig> {
+        None
+    }
+
+    /// Visits every linear layer that may carry adapters, by its name in the model's folder.
+    ///
+    /// # Errors
+    /// The first that `visit` returns.
+    fn linears(&self, visit: &mut dyn FnMut(&str, &Linear) -> Result<()>) -> Result<()> {
+        let prefix = self.llm_prefix();
+        self.llm().linears(&mut |path, linear| visit(&format!("{prefix}{path}"), linear))
+    }
+
+    /// What the adapters' folder in PEFT's layout calls a tensor of this name in the model's folder, where it belongs to an
+    /// adapter: its name in the model that PEFT puts them on. That is the LLM.
+    fn peft_name(&self, name: &str) -> Option<String> {
+        name.strip_prefix(self.llm_prefix()).map(str::to_owned)
+    }
+
+    /// What `adapter_config.json` of that folder says; none where there are no adapters.
+    ///
+    /// # Errors
+    /// That of a visit over the linears.
+    fn peft_config(&self) -> Result<Option<LoraConfig>> {
+        Ok(self.lora().cloned())
+    }
+
+    /// Takes every adapter off again.
+    ///
+    /// # Errors
+    /// That of a visit over the linears.
+    fn detach(&mut self) -> Result<()> {
+        self.adapted_mut().detach()
     }
 
     /// The adapters that are attached; none once they are merged.

@@ -6,8 +6,10 @@ use std::path::Path;
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
-use vora_lora::{AdapterFolder, LoraConfig};
+use vora_lora::{AdapterFolder, LoraConfig, adapted_module};
 use vora_torch::weights::{Init, Weights};
+
+use crate::model::VisionLanguageModel;
 
 /// The vision weights, by their names in the model's folder: patch embedding and heads, projection, or image tokenizer.
 pub const VISION: &str = "vision.safetensors";
@@ -43,14 +45,17 @@ impl Parts {
         Self { vision, ..Self::default() }
     }
 
-    /// Parts what stands in a model's folder, its LLM's names after `llm_prefix`, which they lose.
-    pub fn of(parameters: Vec<(String, Tensor)>, llm_prefix: &str) -> Self {
+    /// Parts what is trained of `model`, by its names in the model's folder: the LLM's lose what stands before them there,
+    /// those of adapters are what PEFT calls them ([`VisionLanguageModel::peft_name`]).
+    pub fn of(parameters: Vec<(String, Tensor)>, model: &dyn VisionLanguageModel) -> Self {
         let mut parts = Self::default();
+        let llm_prefix = model.llm_prefix();
         for (name, tensor) in parameters {
-            match name.strip_prefix(llm_prefix).map(str::to_owned) {
-                Some(name) if name.contains(".lora_") => parts.adapter.push((name, tensor)),
-                Some(name) => parts.llm.push((name, tensor)),
-                None => parts.vision.push((name, tensor)),
+            let of_adapter = adapted_module(&name).and_then(|_| model.peft_name(&name));
+            match (of_adapter, name.strip_prefix(llm_prefix).map(str::to_owned)) {
+                (Some(name), _) => parts.adapter.push((name, tensor)),
+                (None, Some(name)) => parts.llm.push((name, tensor)),
+                (None, None) => parts.vision.push((name, tensor)),
             }
         }
         // An LLM that is trained has weights among what is trained. Biases alone are those of a published model's adapted
@@ -72,7 +77,8 @@ impl Parts {
     /// Copies the values in `folder` into these tensors, in place.
     ///
     /// # Errors
-    /// Where one is missing or has another shape, and where there is one of no use but the teacher's heads.
+    /// Where one is missing or has another shape, and where there is one of no use but the teacher's heads and the encoder's
+    /// weights, which [`vision_tower`] reads.
     pub fn fill_from(&self, folder: &Path) -> Result<()> {
         if !self.adapter.is_empty() {
             let saved = AdapterFolder::open(folder)?.weights(Device::Cpu, Kind::Float)?;
@@ -83,8 +89,8 @@ impl Parts {
             if !tensors.is_empty() {
                 let saved = Weights::open(&folder.join(file), Device::Cpu, Kind::Float)?;
                 copy(tensors, &saved)?;
-                // A model that is not in training has no heads.
-                saved.finish_allowing(|name| name.starts_with("aux_vision."))?;
+                // A model that is not in training has no heads, and its encoder was opened with what was trained of it.
+                saved.finish_allowing(|name| name.starts_with("aux_vision.") || name.starts_with("vision_tower."))?;
             }
         }
         Ok(())
@@ -108,6 +114,15 @@ pub fn is_part(folder: &Path) -> bool {
 /// Whether a folder has all of a model's weights, in one file or in several.
 pub fn is_whole(folder: &Path) -> bool {
     [MODEL, "model.safetensors.index.json"].iter().any(|file| folder.join(file).exists())
+}
+
+/// The weights of the encoder that were trained, by its own names; none where it stayed frozen.
+///
+/// # Errors
+/// Where the folder has no vision weights that can be read.
+pub fn vision_tower(folder: &Path) -> Result<Vec<(String, Tensor)>> {
+    let vision = Weights::open(&folder.join(VISION), Device::Cpu, Kind::Float)?;
+    vision.pp("vision_tower").stored()
 }
 
 /// Compares a folder's adapter, which it must have where `lora` is some, with `lora`.

@@ -70,6 +70,11 @@ impl TrainConfig {
         }
         let beta = self.beta.unwrap_or(BETA);
         ensure!(beta > 0.0 && beta.is_finite(), "beta is {beta}, it must be above 0");
+        let sees_alike = self.model.vision_lora.is_none() && !self.model.trains_vision_tower();
+        ensure!(
+            sees_alike,
+            "loss is dpo, whose reference sees through the encoder as it was: leave out model.vision_lora and model.train"
+        );
         ensure!(
             self.model.adapters().is_some(),
             "loss is dpo, whose reference is the model with its adapters off, but model.lora attaches none"

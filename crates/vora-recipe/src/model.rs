@@ -3,8 +3,8 @@
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Deserializer, Serialize};
 use vora_llm::VisionAttention;
-use vora_lora::LoraConfig;
-use vora_model::MmProjectorType;
+use vora_lora::{ActsOn, LoraConfig};
+use vora_model::{ALL_LINEAR, MmProjectorType};
 use vora_vision::{PositionTable, VisionFeatureLayer, VqConfig};
 
 /// The three ways that are compared.
@@ -14,7 +14,7 @@ pub enum ModelType {
     /// Adapters in a frozen LLM learn to see; a vision transformer teaches them.
     #[default]
     Vora,
-    /// A frozen vision transformer sees; a projection brings what it saw among the words.
+    /// A vision transformer sees, frozen unless it is said otherwise; a projection brings what it saw among the words.
     Llava,
     /// Pictures are tokens of one vocabulary with the words, and the whole decoder learns to read and write both.
     Chameleon,
@@ -40,7 +40,7 @@ impl ModelType {
     fn parts(self) -> &'static [&'static str] {
         match self {
             Self::Vora => &["llm", "vision_embedding", "aux_vision"],
-            Self::Llava => &["language_model", "multi_modal_projector"],
+            Self::Llava => &["language_model", "multi_modal_projector", "vision_tower"],
             Self::Chameleon => &["model", "lm_head"],
             Self::Own => &[],
         }
@@ -81,9 +81,9 @@ pub struct ModelConfig {
     /// fine-tuning: of the LLM only the biases are trained that a published model's adapted layers have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<LoraConfig>,
-    /// What to start from in place of new weights. For a LLaVA a run's `final/`, whose projector is taken. For a VoRA a
-    /// run's `final/` or a merged folder: with `lora` its adapters and patch embedding, without it and with
-    /// `freeze_llm: false` all its weights, merged.
+    /// What to start from in place of new weights. For a LLaVA a run's `final/`, whose projector is taken, and whose
+    /// encoder with what was trained of it, adapters folded in. For a VoRA a run's `final/` or a merged folder: with `lora` its
+    /// adapters and patch embedding, without it and with `freeze_llm: false` all its weights, merged.
     #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
     pub pretrained: Option<String>,
 
@@ -123,6 +123,15 @@ pub struct ModelConfig {
     /// LLaVA: the encoder, a folder or a name on the hub.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vision_tower: Option<String>,
+    /// LLaVA: adapters on the encoder, with the keys of `lora` but for `acts_on` and `answers_on`; `target_modules` are
+    /// the encoder's own names, absent: every linear layer (`[all-linear]`), and `layers` counts the blocks that
+    /// `vision_feature_layer` depends on. Absent: none.
+    #[serde(default, deserialize_with = "vision_lora", skip_serializing_if = "Option::is_none")]
+    pub vision_lora: Option<LoraConfig>,
+    /// LLaVA: parts that are trained whole and would else stay frozen: `[vision_tower]`, all weights of the encoder that
+    /// `vision_feature_layer` depends on, in f32. `learning_rates.vision_tower` is its own rate.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub train: Vec<TrainedPart>,
     /// LLaVA: the projection; absent: `mlp2x_gelu`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mm_projector_type: Option<MmProjectorType>,
@@ -140,6 +149,14 @@ pub struct ModelConfig {
     /// Chameleon: the coefficient of z-loss; absent: 1e-5.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub z_loss: Option<f64>,
+}
+
+/// A part that is trained whole where a run file says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TrainedPart {
+    /// A LLaVA's encoder.
+    VisionTower,
 }
 
 /// The way a model sees, with the keys that it cannot do without.
@@ -188,6 +205,15 @@ pub enum TeacherStart {
 /// A name; none where it is empty, as the published code has it.
 fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     Ok(Option::<String>::deserialize(deserializer)?.filter(|name| !name.is_empty()))
+}
+
+/// Adapters of an encoder: on every linear layer where no targets are named.
+fn vision_lora<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<LoraConfig>, D::Error> {
+    let Some(mut keys) = Option::<serde_json::Map<String, serde_json::Value>>::deserialize(deserializer)? else {
+        return Ok(None);
+    };
+    keys.entry("target_modules").or_insert_with(|| serde_json::json!([ALL_LINEAR]));
+    serde_json::from_value(keys.into()).map(Some).map_err(serde::de::Error::custom)
 }
 
 /// An image tokenizer and its training; the keys of its sizes are those of HF's `ChameleonVQVAEConfig`.
@@ -312,7 +338,10 @@ impl ModelConfig {
         }
         match self.way()? {
             Way::Vora { patch_size } => self.validate_vora(patch_size),
-            Way::Llava { .. } => self.refuse_adapters_on_trained_weights(),
+            Way::Llava { .. } => {
+                self.validate_vision_lora()?;
+                self.refuse_adapters_on_trained_weights()
+            }
             Way::Chameleon { vqmodel } => self.validate_chameleon(vqmodel),
         }
     }
@@ -330,6 +359,8 @@ impl ModelConfig {
             ("fuse_adjacent_images", self.fuse_adjacent_images.is_some(), ModelType::Vora),
             ("pos_embed", self.pos_embed.is_some(), ModelType::Vora),
             ("vision_tower", self.vision_tower.is_some(), ModelType::Llava),
+            ("vision_lora", self.vision_lora.is_some(), ModelType::Llava),
+            ("train", !self.train.is_empty(), ModelType::Llava),
             ("mm_projector_type", self.mm_projector_type.is_some(), ModelType::Llava),
             ("vision_feature_layer", self.vision_feature_layer.is_some(), ModelType::Llava),
             ("vqmodel", self.vqmodel.is_some(), ModelType::Chameleon),
@@ -380,6 +411,21 @@ impl ModelConfig {
         }
     }
 
+    /// The encoder's adapters reach pictures alone, whichever tokens those of the LLM act on.
+    fn validate_vision_lora(&self) -> Result<()> {
+        let Some(lora) = &self.vision_lora else { return Ok(()) };
+        lora.validate().map_err(|error| anyhow!("model.vision_{error}"))?;
+        ensure!(
+            lora.acts_on == ActsOn::All && lora.answers_on.is_none(),
+            "model.vision_lora.acts_on and answers_on are for the LLM's tokens, the encoder sees pictures alone"
+        );
+        ensure!(
+            !self.trains_vision_tower(),
+            "model.train has vision_tower and model.vision_lora is given: train the encoder's weights or adapters on them"
+        );
+        Ok(())
+    }
+
     fn refuse_adapters_on_trained_weights(&self) -> Result<()> {
         ensure!(
             self.lora.is_none() || self.freezes_llm(),
@@ -422,6 +468,11 @@ impl ModelConfig {
         self.lora.as_ref().filter(|lora| lora.r >= 0)
     }
 
+    /// Whether a LLaVA's encoder is trained whole.
+    pub fn trains_vision_tower(&self) -> bool {
+        self.train.contains(&TrainedPart::VisionTower)
+    }
+
     /// Whether the LLM's own weights stay as they are.
     pub fn freezes_llm(&self) -> bool {
         self.freeze_llm.unwrap_or(true)
@@ -450,7 +501,10 @@ mod tests {
         let llava = parse(&LLAVA.replace('}', ", mm_projector_type: linear, vision_feature_layer: -1}")).unwrap();
         assert_eq!(llava.mm_projector_type, Some(MmProjectorType::Linear));
         assert_eq!(llava.vision_feature_layer, Some(VisionFeatureLayer::One(-1)));
-        assert!(llava.freezes_llm());
+        assert!(llava.freezes_llm() && !llava.trains_vision_tower());
+        let adapted = parse(&LLAVA.replace('}', ", vision_lora: {r: 2, lora_alpha: 4}}")).unwrap().vision_lora.unwrap();
+        assert_eq!((adapted.scaling(), adapted.target_modules), (2.0, vec![ALL_LINEAR.to_owned()]));
+        assert!(parse(&LLAVA.replace('}', ", train: [vision_tower]}")).unwrap().trains_vision_tower());
         let chameleon = parse(CHAMELEON).unwrap();
         assert_eq!((chameleon.z_loss(), llava.z_loss()), (1e-5, 0.0));
         assert_eq!(chameleon.vqmodel.unwrap().config(56).stride(), 8);
@@ -477,6 +531,13 @@ mod tests {
             (CHAMELEON.replace("{}", "{code: 1}"), "unknown field `code`"),
             (CHAMELEON.replace("vqmodel", &format!("{}, vqmodel", &lora[2..])), "it takes no adapters"),
             (LLAVA.replace('}', ", mm_projector_type: pool}"), "pool"),
+            (LLAVA.replace('}', ", vision_lora: {r: 0}}"), "model.vision_lora.r is 0, it must be at least 1"),
+            (LLAVA.replace('}', ", vision_lora: {rank: 2}}"), "unknown field `rank`"),
+            (LLAVA.replace('}', ", vision_lora: {r: 2, acts_on: with_image}}"), "the encoder sees pictures alone"),
+            (LLAVA.replace('}', ", vision_lora: {r: 2}, train: [vision_tower]}"), "weights or adapters on them"),
+            (LLAVA.replace('}', ", train: [llm]}"), "unknown variant `llm`, expected one of vision_tower"),
+            (VORA.replace("llm: x", "llm: x, vision_lora: {r: 2}"), "model.vision_lora is for the type `llava`"),
+            (VORA.replace("llm: x", "llm: x, train: [vision_tower]"), "model.train is for the type `llava`"),
         ];
         for (text, expected) in cases {
             let error = format!("{:#}", parse(&text).unwrap_err());

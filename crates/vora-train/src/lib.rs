@@ -36,7 +36,7 @@ pub mod student;
 
 pub use run::plan::{Measured, Plan, Threads};
 pub use run::progress::{Progress, Silent};
-pub use run::size::{BatchShape, Memory, Parameters, Size, TeacherCacheSize};
+pub use run::size::{Adapted, BatchShape, Memory, Parameters, Size, TeacherCacheSize};
 pub use run::state::TrainerState;
 pub use run::trainer::{NotFinite, Options, Outcome, Trainer};
 pub use tch;

@@ -66,6 +66,14 @@ impl FeatureSelection {
         layers.iter().map(index).collect()
     }
 
+    /// How many of the first of `num_hidden_layers` blocks the chosen hidden states depend on.
+    ///
+    /// # Errors
+    /// As [`FeatureSelection::hidden_state_indices`].
+    pub fn num_blocks(&self, num_hidden_layers: usize) -> Result<usize> {
+        Ok(self.hidden_state_indices(num_hidden_layers)?.into_iter().max().unwrap_or(0))
+    }
+
     fn layers(&self) -> &[i64] {
         match &self.vision_feature_layer {
             VisionFeatureLayer::One(layer) => std::slice::from_ref(layer),

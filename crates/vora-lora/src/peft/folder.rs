@@ -13,7 +13,7 @@ use vora_torch::weights::Weights;
 use super::config::{ADAPTER_TENSORS, BaseModel, CONFIG, PEFT_PREFIX, PeftConfig};
 use crate::adapter::{EMBEDDING_HALVES, LINEAR_HALVES, MAGNITUDE, adapted_module};
 use crate::attach::{Visit, attach_all};
-use crate::config::LoraConfig;
+use crate::config::{ALL_LAYERS, LoraConfig};
 
 /// Why an adapter is not taken.
 #[derive(Debug, thiserror::Error)]
@@ -139,7 +139,9 @@ impl AdapterFolder {
         let (r, has) = (wanted.r, found.r);
         same(has == r, "lora.r", &|| format!("lora.r is {r}, the adapter in {at} has {has}"))?;
         let (layers, has) = (wanted.layers, found.layers);
-        same(has == layers, "lora.layers", &|| format!("lora.layers is {layers}, the adapter in {at} has {has}"))?;
+        same(has == layers || layers == ALL_LAYERS, "lora.layers", &|| {
+            format!("lora.layers is {layers}, the adapter in {at} has {has}")
+        })?;
         let (scaling, has) = (wanted.scaling(), found.scaling());
         same((has - scaling).abs() < 1e-9, "lora.lora_alpha", &|| {
             format!("the scaling of lora is {scaling}, that of the adapter in {at} is {has}")

@@ -1,5 +1,6 @@
 //! The checkpoint to convert: its layout, its tensors under common names, and what its config says.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -7,6 +8,7 @@ use serde_json::{Map, Value};
 use vora_llm::MODEL_TYPES;
 use vora_lora::{ADAPTER_TENSORS, AdapterFolder, LoraConfig, PEFT_PREFIX};
 use vora_torch::checkpoint::Checkpoint;
+use vora_vision::EncoderConfig;
 
 use super::layout::Layout;
 use crate::trained::VISION;
@@ -77,6 +79,13 @@ impl Source {
     }
 
     fn open_adapter(path: &Path, config: Option<Map<String, Value>>, vora: Option<VoraConfig>) -> Result<Self> {
+        let tower = config.as_ref().and_then(|config| config.get("vision_lora")).and_then(Value::as_object);
+        ensure!(
+            tower.is_none_or(Map::is_empty),
+            "{} holds what a LLaVA's run trained, with adapters on the vision tower: `vora merge` folds them in, or with \
+             --as base writes the model that PEFT puts them on",
+            path.display()
+        );
         let adapter = AdapterFolder::open(path)?;
         let mut checkpoints = vec![Checkpoint::open(&path.join(ADAPTER_TENSORS))?];
         let layout = if let Some(vora) = &vora {
@@ -114,8 +123,9 @@ impl Source {
         if self.layout == Layout::PeftLlm && self.model_type() == Some("llava") {
             self.layout = Layout::PeftLlava;
             self.base_layout = Some(llava_layout(&base)?);
+            let tower = tower_config(self.config.as_ref());
             let (published, lora) =
-                (published_in(&base), self.lora.as_mut().context("an adapter has a configuration")?);
+                (published_in(&base, tower.as_ref()), self.lora.as_mut().context("an adapter has a configuration")?);
             let path = |module: String| {
                 let weight = published(&format!("{module}.weight"));
                 weight.strip_suffix(".weight").unwrap_or(&module).to_owned()
@@ -165,7 +175,8 @@ impl Source {
     pub(super) fn parts(&self) -> Vec<Part> {
         let mut parts = Vec::new();
         let base = self.checkpoints.last();
-        let published = base.map(published_in);
+        let tower = tower_config(self.config.as_ref());
+        let published = base.map(|base| published_in(base, tower.as_ref()));
         // A base that was saved without its head lacks the beginning of its names.
         let is_bare =
             base.is_some_and(|base| base.info("norm.weight").is_some() && base.info("model.norm.weight").is_none());
@@ -205,21 +216,36 @@ fn llava_layout(checkpoint: &Checkpoint) -> Result<Layout> {
 }
 
 /// From a LLaVA's names, whichever of its classes gave them, to the published ones; with the `vision_model` between the
-/// encoder and its layers where this checkpoint has it.
-fn published_in(checkpoint: &Checkpoint) -> impl Fn(&str) -> String + use<> {
+/// encoder and its layers where this checkpoint has it, and its layers called as there.
+fn published_in(checkpoint: &Checkpoint, tower: Option<&EncoderConfig>) -> impl Fn(&str) -> String + use<> {
     let has_vision_model = checkpoint.names().any(|name| name.contains("vision_tower.vision_model."));
+    let mut modules: BTreeMap<String, String> = BTreeMap::new(); // what the class calls them, and this checkpoint
+    for name in checkpoint.names() {
+        let in_tower =
+            name.split_once("vision_tower.").map(|(_, name)| name.strip_prefix("vision_model.").unwrap_or(name));
+        if let (Some(tower), Some((module, _))) = (tower, in_tower.and_then(|name| name.rsplit_once('.'))) {
+            modules.insert(tower.module_name(module), module.to_owned());
+        }
+    }
     move |name| {
         let renamed =
             LLAVA.iter().find_map(|(published, module)| Some(format!("{published}{}", name.strip_prefix(module)?)));
         let name = renamed.unwrap_or_else(|| name.to_owned());
         let Some(in_tower) = name.strip_prefix("vision_tower.") else { return name };
         let in_tower = in_tower.strip_prefix("vision_model.").unwrap_or(in_tower);
+        let known = |(at, _)| Some(format!("{}{}", modules.get(&in_tower[..at])?, &in_tower[at..]));
+        let in_tower = in_tower.rmatch_indices('.').find_map(known).unwrap_or_else(|| in_tower.to_owned());
         if has_vision_model {
             format!("vision_tower.vision_model.{in_tower}")
         } else {
             format!("vision_tower.{in_tower}")
         }
     }
+}
+
+/// The encoder of a LLaVA; none where the config says nothing that is known here.
+fn tower_config(config: Option<&Map<String, Value>>) -> Option<EncoderConfig> {
+    EncoderConfig::from_json(config?.get("vision_config")?).ok()
 }
 
 /// Whether a tensor of an adapter's file is what PEFT's wrapper of a module that is saved whole keeps of the base.

@@ -47,6 +47,8 @@ struct Keys {
     llm: String,
     #[serde(default, deserialize_with = "lora_or_empty", skip_serializing_if = "Option::is_none")]
     lora: Option<LoraConfig>,
+    #[serde(default, deserialize_with = "lora_or_empty", skip_serializing_if = "Option::is_none")]
+    vision_lora: Option<LoraConfig>,
 }
 
 fn default_image_token_index() -> i64 {
@@ -65,6 +67,9 @@ fn gelu() -> String {
 fn yes() -> bool {
     true
 }
+
+/// PEFT's word for every linear layer: the target of [`LlavaConfig::vision_lora`] where none is named.
+pub const ALL_LINEAR: &str = "all-linear";
 
 /// What a LLaVA is made of.
 #[derive(Debug, Clone)]
@@ -85,8 +90,11 @@ pub struct LlavaConfig {
     pub image_token_index: i64,
     /// Tokens that a picture of the encoder's own size becomes, for Hugging Face's processors.
     pub image_seq_length: i64,
-    /// The adapters that are attached; none once merged.
+    /// The adapters that are attached to the LLM; none once merged.
     pub lora: Option<LoraConfig>,
+    /// Those that are attached to the encoder, in the blocks that its chosen hidden states depend on. The target
+    /// [`ALL_LINEAR`] stands for every linear layer there.
+    pub vision_lora: Option<LoraConfig>,
     pub(super) vision_config: Value,
 }
 
@@ -114,6 +122,7 @@ impl LlavaConfig {
             multimodal_projector_bias: true,
             image_seq_length: encoder.num_patches(),
             lora: None,
+            vision_lora: None,
             vision_config: Value::Object(vision_half(read_config(vision_tower)?)),
         })
     }
@@ -170,6 +179,7 @@ impl LlavaConfig {
             image_token_index: keys.image_token_index,
             image_seq_length: keys.image_seq_length,
             lora: keys.lora,
+            vision_lora: keys.vision_lora,
             vision_config,
         };
         config.encoder()?;
@@ -192,6 +202,7 @@ impl LlavaConfig {
             mm_vision_tower: self.mm_vision_tower.clone(),
             llm: self.llm_name.clone(),
             lora: self.lora.clone(),
+            vision_lora: self.vision_lora.clone(),
         };
         let mut json = to_object(&keys)?;
         json.insert("architectures".into(), json!(["LlavaForConditionalGeneration"]));

@@ -1,8 +1,10 @@
-//! LLaVA: a frozen encoder and a projection in front of a decoder.
+//! LLaVA: an encoder and a projection in front of a decoder.
 
 mod config;
 mod model;
 mod projector;
+#[cfg(test)]
+mod tower_tests;
 
-pub use config::{LlavaConfig, MmProjectorType};
+pub use config::{ALL_LINEAR, LlavaConfig, MmProjectorType};
 pub use model::Llava;

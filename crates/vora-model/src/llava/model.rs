@@ -1,31 +1,33 @@
-//! LLaVA (arXiv 2304.08485, 2310.03744): a frozen vision encoder, whose hidden states a small projection takes into the
-//! space of word embeddings.
+//! LLaVA (arXiv 2304.08485, 2310.03744): a vision encoder, whose hidden states a small projection takes into the space of
+//! word embeddings.
 //!
 //! A folder is that of Hugging Face's `LlavaForConditionalGeneration` under its published names: `language_model.model`,
 //! `language_model.lm_head`, `vision_tower`, `multi_modal_projector`. The names of its classes since 2025
 //! (`model.language_model`, `lm_head`, `model.vision_tower`, …) are read too.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
 use tch::nn::Module;
 use tch::{Device, Kind, Tensor};
 use vora_llm::{CausalLm, VisionAttention};
+use vora_lora::{Linear, LoraConfig, Visit, attach_all, in_layer, merge_state_dict};
 use vora_torch::weights::Weights;
 use vora_vision::{Encoder, VisionFeatureSelectStrategy};
 
-use super::LlavaConfig;
 use super::projector::MultiModalProjector;
-use crate::adapted::{AdaptedLlm, under};
+use super::{ALL_LINEAR, LlavaConfig};
+use crate::adapted::{AdaptedLlm, detach, ensure_finite, under};
 use crate::model::VisionLanguageModel;
 
-/// A decoder that sees through a frozen encoder.
+/// A decoder that sees through an encoder, which may carry adapters or be trained as the decoder may.
 #[derive(Debug)]
 pub struct Llava {
     config: LlavaConfig, // but for `llm` and `lora`, which `llm` knows
     llm: AdaptedLlm,
-    vision_tower: Encoder,
+    vision_tower: Encoder, // with the adapters of `config.vision_lora`
     multi_modal_projector: MultiModalProjector,
 }
 
@@ -47,7 +49,7 @@ impl Llava {
     /// As [`Llava::load`].
     pub fn assemble(mut config: LlavaConfig, llm: &Weights, vision_tower: Encoder, trained: &Weights) -> Result<Self> {
         let llm = AdaptedLlm::new(CausalLm::load(&config.llm, llm)?);
-        let lora = config.lora.take();
+        let (lora, vision_lora) = (config.lora.take(), config.vision_lora.take());
         config.features.hidden_state_indices(vision_tower.num_hidden_layers())?;
         let mut model = Self {
             llm,
@@ -60,7 +62,10 @@ impl Llava {
             config,
         };
         if let Some(lora) = lora {
-            model.attach("default", &lora, &trained.pp("language_model"))?;
+            model.attach(ADAPTER, &lora, &trained.pp("language_model"))?;
+        }
+        if let Some(lora) = vision_lora {
+            model.attach_to_tower(lora, trained)?;
         }
         Ok(model)
     }
@@ -89,6 +94,54 @@ impl Llava {
     pub fn vision_tower(&self) -> &Encoder {
         &self.vision_tower
     }
+
+    /// Puts an adapter on the encoder's linear layers that `lora` asks for, in the blocks that run.
+    fn attach_to_tower(&mut self, mut lora: LoraConfig, weights: &Weights) -> Result<()> {
+        let tower = self.vision_tower.model_mut();
+        let num_layers = self.config.features.num_blocks(tower.num_hidden_layers())?;
+        ensure!(num_layers > 0, "vision_lora: vision_feature_layer reads what goes into the encoder's first block");
+        if lora.target_modules == [ALL_LINEAR] {
+            let mut modules = BTreeSet::new();
+            tower.linears(&mut |path, _| {
+                modules.insert(in_layer(path).1.to_owned());
+                Ok(())
+            })?;
+            lora.target_modules = modules.into_iter().collect();
+        }
+        let lora = lora.over(num_layers);
+        let linears = |visit: &mut Visit<'_>| tower.linears_mut(num_layers, visit);
+        attach_all(ADAPTER, &lora, &weights.pp("vision_tower"), linears).map_err(|error| of_the_tower(&error))?;
+        self.config.vision_lora = Some(lora);
+        Ok(())
+    }
+
+    /// The encoder with its adapters folded into its weights: in f32, rounded once to the dtype that each is stored in.
+    fn merged_tower(&self, lora: &LoraConfig) -> Result<Encoder> {
+        let mut tensors = under(TOWER, self.vision_tower.current_tensors());
+        self.vision_tower.model().linears(&mut |path, linear| {
+            let parts = linear.adapters().flat_map(|adapter| adapter.tensors());
+            tensors.extend(parts.map(|(part, tensor)| (format!("{TOWER}{path}.{part}"), tensor.shallow_clone())));
+            Ok(())
+        })?;
+        let merged = merge_state_dict(tensors, lora)?.into_iter();
+        let own = merged.map(|(name, tensor)| (name.strip_prefix(TOWER).unwrap_or(&name).to_owned(), tensor));
+        self.vision_tower.with_tensors(own.collect())
+    }
+}
+
+/// The name of the adapters.
+const ADAPTER: &str = "default";
+
+/// What stands before the encoder's own names in the folder.
+const TOWER: &str = "vision_tower.";
+
+/// An error about the key `lora`, told about `vision_lora`.
+fn of_the_tower(error: &anyhow::Error) -> anyhow::Error {
+    let text = format!("{error:#}");
+    match text.strip_prefix("lora.") {
+        Some(rest) => anyhow!("vision_lora.{rest}"),
+        None => anyhow!("vision_lora: {text}"),
+    }
 }
 
 impl VisionLanguageModel for Llava {
@@ -100,11 +153,81 @@ impl VisionLanguageModel for Llava {
         &mut self.llm
     }
 
-    /// The encoder has let the tokens of a picture see each other already.
-    fn encoder_tensors(&self) -> &[(String, Tensor)] {
-        self.vision_tower.tensors()
+    fn encoder_tensors(&self) -> Vec<(String, Tensor)> {
+        let is_trained = |name: &str| self.vision_tower.trained().iter().any(|(other, _)| other == name);
+        let tensors = self.vision_tower.tensors().iter();
+        tensors.filter(|(name, _)| !is_trained(name)).map(|(name, t)| (name.clone(), t.shallow_clone())).collect()
     }
 
+    fn encoder(&self) -> Option<&Encoder> {
+        Some(&self.vision_tower)
+    }
+
+    fn vision_lora(&self) -> Option<&LoraConfig> {
+        self.config.vision_lora.as_ref()
+    }
+
+    fn linears(&self, visit: &mut dyn FnMut(&str, &Linear) -> Result<()>) -> Result<()> {
+        self.llm().linears(&mut |path, linear| visit(&format!("{}{path}", self.llm_prefix()), linear))?;
+        self.vision_tower.model().linears(&mut |path, linear| visit(&format!("{TOWER}{path}"), linear))
+    }
+
+    /// Adapters of the LLM alone are the LLM's; with those of the encoder they are those of Hugging Face's
+    /// `LlavaForConditionalGeneration`, under the names that its modules have since transformers 5.
+    fn peft_name(&self, name: &str) -> Option<String> {
+        if self.vision_lora().is_none() {
+            return name.strip_prefix(self.llm_prefix()).map(str::to_owned);
+        }
+        match (name.strip_prefix("language_model."), name.strip_prefix(TOWER)) {
+            (Some(own), _) => Some(match own.strip_prefix("model.") {
+                Some(in_decoder) => format!("model.language_model.{in_decoder}"),
+                None => own.to_owned(),
+            }),
+            (None, Some(own)) => Some(format!("model.{TOWER}{}", self.vision_tower.module_name(own))),
+            (None, None) => None,
+        }
+    }
+
+    /// Of LLM and encoder together: every module by its whole path, as two configurations do not share targets.
+    fn peft_config(&self) -> Result<Option<LoraConfig>> {
+        if self.vision_lora().is_none() {
+            return Ok(self.lora().cloned());
+        }
+        let mut modules: Vec<(String, i64, f64)> = Vec::new(); // path, r and alpha
+        self.linears(&mut |path, linear| {
+            if let Some(adapter) = linear.adapters().next() {
+                let path = self.peft_name(path).with_context(|| format!("{path} is no part of a LLaVA"))?;
+                modules.push((path, adapter.r(), adapter.scaling() * adapter.r() as f64));
+            }
+            Ok(())
+        })?;
+        let Some(&(_, r, alpha)) = modules.first() else { return Ok(None) };
+        let others = || modules.iter().filter(move |(_, other, other_alpha)| (*other, *other_alpha) != (r, alpha));
+        Ok(Some(LoraConfig {
+            lora_alpha: Some(alpha),
+            rank_pattern: others().map(|(path, r, _)| (path.clone(), *r)).collect(),
+            alpha_pattern: others().map(|(path, _, alpha)| (path.clone(), *alpha)).collect(),
+            ..LoraConfig::of_modules(r, modules.iter().map(|(path, ..)| path.clone()))
+        }))
+    }
+
+    fn merge(&mut self) -> Result<()> {
+        let Some(lora) = self.config.vision_lora.clone() else { return self.llm.merge() };
+        self.vision_tower.model().linears(&mut |path, linear| ensure_finite(&format!("{TOWER}{path}"), linear))?;
+        self.llm.merge()?;
+        self.vision_tower = self.merged_tower(&lora)?;
+        self.config.vision_lora = None;
+        Ok(())
+    }
+
+    fn detach(&mut self) -> Result<()> {
+        let num_layers = self.vision_tower.num_hidden_layers();
+        self.vision_tower.model_mut().linears_mut(num_layers, &mut |_, linear| detach(linear))?;
+        self.config.vision_lora = None;
+        self.llm.detach()
+    }
+
+    /// The encoder has let the tokens of a picture see each other already.
     fn vision_attention(&self) -> VisionAttention {
         VisionAttention::Causal
     }
@@ -128,8 +251,10 @@ impl VisionLanguageModel for Llava {
     }
 
     fn image_features(&self, pixel_values: &Tensor) -> Tensor {
-        let features = tch::no_grad(|| self.vision_tower.features(pixel_values, &self.config.features))
-            .expect("callers check the grid, and loading the layers");
+        let see = || self.vision_tower.features(pixel_values, &self.config.features);
+        let learns = self.vision_lora().is_some() || !self.vision_tower.trained().is_empty();
+        let features = if learns { see() } else { tch::no_grad(see) };
+        let features = features.expect("callers check the grid, and loading the layers");
         self.multi_modal_projector.forward(&features)
     }
 
@@ -149,16 +274,17 @@ impl VisionLanguageModel for Llava {
         Ok(json)
     }
 
-    /// The published layout, with the encoder as it was read.
+    /// The published layout, with the encoder as it was read, but for what was trained of it, in f32.
     ///
     /// # Errors
     /// Where adapters are still apart from the weights, or the encoder is in no file.
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
         let llm = self.llm.merged()?;
-        let tower = self.vision_tower.tensors().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
-        ensure!(tower.len() > 0, "the vision encoder was made in memory: there are no tensors to write");
+        ensure!(self.vision_lora().is_none(), "the adapters are still apart from the weights: merge first");
+        let tower = self.vision_tower.current_tensors();
+        ensure!(!tower.is_empty(), "the vision encoder was made in memory: there are no tensors to write");
         let mut tensors = under(self.llm_prefix(), llm.tensors());
-        tensors.extend(under("vision_tower.", tower));
+        tensors.extend(under(TOWER, tower));
         tensors.extend(under("multi_modal_projector.", self.multi_modal_projector.tensors()));
         Ok(tensors)
     }

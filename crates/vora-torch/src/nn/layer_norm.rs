@@ -14,7 +14,8 @@ pub struct LayerNorm {
 }
 
 impl LayerNorm {
-    /// Takes `weight` and `bias` from the checkpoint, or ones and zeros where the source makes new weights; frozen.
+    /// Takes `weight` and `bias` from the checkpoint, or ones and zeros where the source makes new weights; frozen, unless
+    /// the source is [`Weights::trained`].
     ///
     /// # Errors
     /// Where the checkpoint cannot be read; a tensor that does not fit is told by [`Weights::finish`].
@@ -30,6 +31,7 @@ impl LayerNorm {
 impl Module for LayerNorm {
     /// `[.., hidden]` -> `[.., hidden]`
     fn forward(&self, x: &Tensor) -> Tensor {
-        x.layer_norm(self.weight.size(), Some(&self.weight), Some(&self.bias), self.eps, true)
+        let [weight, bias] = [&self.weight, &self.bias].map(|tensor| tensor.to_kind(x.kind())); // frozen ones are in it already
+        x.layer_norm(weight.size(), Some(&weight), Some(&bias), self.eps, true)
     }
 }

@@ -13,21 +13,10 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// Takes `weight`, and `bias` where it has one, from the checkpoint; frozen.
-    ///
-    /// # Errors
-    /// Where the checkpoint cannot be read; a tensor that does not fit is told by [`Weights::finish`].
-    pub fn load(weights: &Weights, inputs: i64, outputs: i64, bias: bool) -> Result<Self> {
-        Ok(Self {
-            weight: weights.get("weight", &[outputs, inputs], Init::Required)?,
-            bias: bias.then(|| weights.get("bias", &[outputs], Init::Zeros)).transpose()?,
-        })
-    }
-
     /// Takes both from the checkpoint, or new ones where there are none, as f32 leaves that training changes.
     ///
     /// # Errors
-    /// As [`load`](Self::load).
+    /// Where the checkpoint cannot be read; a tensor that does not fit is told by [`Weights::finish`].
     pub fn trained(weights: &Weights, inputs: i64, outputs: i64, bias: bool) -> Result<Self> {
         Ok(Self {
             weight: weights.parameter("weight", &[outputs, inputs], Init::KaimingUniform)?,
@@ -38,17 +27,6 @@ impl Linear {
     /// `weight`, and `bias` where it has one.
     pub fn tensors(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
         [("weight", &self.weight)].into_iter().chain(self.bias.as_ref().map(|bias| ("bias", bias)))
-    }
-
-    /// Its outputs in `N` equal parts, as layers over the same memory.
-    pub fn split<const N: usize>(&self) -> [Self; N] {
-        std::array::from_fn(|i| {
-            let part = |tensor: &Tensor| {
-                let len = tensor.size()[0] / N as i64;
-                tensor.narrow(0, i as i64 * len, len)
-            };
-            Self { weight: part(&self.weight), bias: self.bias.as_ref().map(part) }
-        })
     }
 }
 

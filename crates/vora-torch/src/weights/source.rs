@@ -1,7 +1,7 @@
 //! A source of weights that walks a checkpoint's own names, or makes new ones from a seed.
 
 use std::cell::{RefCell, RefMut};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -46,6 +46,7 @@ pub struct Weights {
     device: Device,
     kind: Kind,
     trained: bool,
+    frozen: Rc<BTreeSet<String>>, // full names that stay frozen where the rest is trained
     initializer_range: f64,
 }
 
@@ -70,7 +71,8 @@ impl Weights {
 
     fn new(source: Source, device: Device, kind: Kind) -> Self {
         let (source, ledger) = (Rc::new(source), Rc::default());
-        Self { source, ledger, path: String::new(), device, kind, trained: false, initializer_range: 0.02 }
+        let frozen = Rc::default();
+        Self { source, ledger, path: String::new(), device, kind, trained: false, frozen, initializer_range: 0.02 }
     }
 
     /// The same source one step down: `weights.pp("layers").pp(0)`.
@@ -86,6 +88,14 @@ impl Weights {
     #[must_use]
     pub fn trained(&self) -> Self {
         Self { trained: true, ..self.clone() }
+    }
+
+    /// As [`Weights::trained`], but for the tensors of these names from here on, which stay frozen: those that no loss
+    /// reaches.
+    #[must_use]
+    pub fn trained_but(&self, frozen: impl IntoIterator<Item = String>) -> Self {
+        let frozen = frozen.into_iter().map(|name| self.full_name(&name)).collect();
+        Self { frozen: Rc::new(frozen), ..self.trained() }
     }
 
     /// The same source with another standard deviation of [`Init::Required`], HF's `initializer_range`; 0.02 at first.
@@ -188,7 +198,7 @@ impl Weights {
     /// # Errors
     /// Where a tensor cannot be read or made; one that is missing or misshapen is told by [`Weights::finish`].
     pub fn get(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
-        if self.trained {
+        if self.trained && !self.frozen.contains(&self.full_name(name)) {
             return self.parameter(name, shape, init);
         }
         Ok(self.find(name, shape, init, self.kind)?.to_kind(self.kind).to_device(self.device))

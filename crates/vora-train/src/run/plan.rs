@@ -15,7 +15,7 @@ use vora_torch::runtime::{memory, peak_memory, threads};
 
 use crate::data;
 use crate::run::dtype;
-use crate::run::size::{BatchShape, SMALLER, Size, mebibytes};
+use crate::run::size::{Adapted, BatchShape, SMALLER, Size, mebibytes};
 use crate::run::trainer::{Options, Trainer};
 use crate::student::Student;
 
@@ -126,7 +126,7 @@ impl fmt::Display for Plan {
     /// Tables of parameters and memory, and a line of what was measured.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let size = &self.size;
-        let mut parameters = table(["parameters", ""]);
+        let mut parameters = table(&["parameters", ""]);
         parameters.add_row(["frozen".to_owned(), millions(size.parameters.frozen)]);
         if size.parameters.teacher > 0 {
             parameters.add_row(["teacher, frozen".to_owned(), millions(size.parameters.teacher)]);
@@ -135,7 +135,15 @@ impl fmt::Display for Plan {
             parameters.add_row([format!("trained: {part}"), millions(*count)]);
         }
         writeln!(f, "{}", right(parameters))?;
-        let mut memory = table(["memory", "counted"]);
+        if !size.adapters.is_empty() {
+            let mut adapters = table(&["adapters", "linears", "r", "parameters"]);
+            for Adapted { part, module, r, linears, parameters } in &size.adapters {
+                let name = format!("{part}: {module}");
+                adapters.add_row([name, linears.to_string(), r.to_string(), millions(*parameters)]);
+            }
+            writeln!(f, "{}", right(adapters))?;
+        }
+        let mut memory = table(&["memory", "counted"]);
         for (what, bytes) in size.memory.rows() {
             memory.add_row([what.to_owned(), mebibytes(bytes)]);
         }
@@ -172,7 +180,7 @@ impl fmt::Display for Plan {
     }
 }
 
-fn table(header: [&str; 2]) -> Table {
+fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(comfy_table::presets::ASCII_MARKDOWN);
     table.set_header(header);
@@ -231,6 +239,33 @@ mod tests {
         {
             assert!(text.contains(part), "{part} is missing in\n{text}");
         }
+    }
+
+    #[test]
+    fn adapters_are_listed_by_the_part_that_they_are_in() {
+        let llava = "model={type: llava, llm: fixtures/tiny/llm, image_size: 56, vision_tower: fixtures/tiny/dinov2, \
+                     lora: {layers: 1, r: 4, target_modules: [q_proj]}, vision_lora: {r: 2, target_modules: [query, fc1]}}";
+        let plan = measure(&[llava, "distill={}"]);
+        let found: Vec<(&str, &str, i64)> =
+            plan.size.adapters.iter().map(|a| (a.part.as_str(), a.module.as_str(), a.r)).collect();
+        let query = ("vision_tower", "attention.attention.query", 2);
+        assert_eq!(found, [("language_model", "self_attn.q_proj", 4), query, ("vision_tower", "mlp.fc1", 2)]);
+        let blocks = plan.size.adapters[1].linears;
+        assert_eq!(plan.size.adapters[1].parameters, blocks * 2 * 2 * 24); // r, A and B, channels of the tiny encoder
+        let trained = plan.size.parameters.trained["adapters"];
+        assert_eq!(plan.size.adapters.iter().map(|adapted| adapted.parameters).sum::<u64>(), trained);
+        let text = plan.to_string();
+        assert!(text.contains("vision_tower: attention.attention.query"), "{text}");
+        let frozen =
+            measure(&[&llava.replace(", vision_lora: {r: 2, target_modules: [query, fc1]}", ""), "distill={}"]);
+        assert!(plan.size.memory.activations > frozen.size.memory.activations);
+        assert_eq!(plan.size.parameters.frozen, frozen.size.parameters.frozen);
+        let whole = measure(&[
+            &llava.replace("vision_lora: {r: 2, target_modules: [query, fc1]}", "train: [vision_tower]"),
+            "distill={}",
+        ]);
+        let tower = whole.size.parameters.trained["vision_tower"];
+        assert_eq!(whole.size.parameters.frozen + tower, frozen.size.parameters.frozen);
     }
 
     #[test]

@@ -8,6 +8,8 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use tch::{Device, Kind};
 use vora_data::{Loader, LoaderConfig, Source};
+use vora_lora::in_layer;
+use vora_model::VisionLanguageModel;
 use vora_recipe::TrainConfig;
 use vora_torch::runtime::memory;
 
@@ -21,6 +23,9 @@ use crate::student::{Student, logits_rows};
 pub struct Size {
     /// Elements of what is trained and what is not.
     pub parameters: Parameters,
+    /// The linear layers that carry adapters.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<Adapted>,
     /// The first batch: all others are taken to be like it.
     pub batch: BatchShape,
     /// Bytes, counted.
@@ -47,6 +52,22 @@ pub struct Parameters {
     pub teacher: u64,
     /// Trained ones by part of the model.
     pub trained: BTreeMap<String, u64>,
+}
+
+/// Linear layers of one name and one rank that carry adapters.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Adapted {
+    /// The part of the model that they are in, as names in its folder begin: `llm`, `language_model`, `vision_tower`.
+    pub part: String,
+    /// Their name within a layer.
+    pub module: String,
+    /// The rank.
+    pub r: i64,
+    /// How many there are.
+    pub linears: u64,
+    /// Elements of their adapters.
+    pub parameters: u64,
 }
 
 /// One forward pass.
@@ -152,7 +173,8 @@ impl Size {
             let often = if every == 1 { "a step".to_owned() } else { format!("every {every} steps") };
             format!("text_anchor: {taken} of {texts} texts of up to {} tokens {often}", anchor.max_length)
         });
-        Ok(Self { parameters, batch, memory, available, anchor, teacher_cache })
+        let adapters = Adapted::of(&*student.model)?;
+        Ok(Self { parameters, adapters, batch, memory, available, anchor, teacher_cache })
     }
 
     /// The bytes needed, where that is more than there is.
@@ -200,6 +222,32 @@ impl Memory {
             ("activations", self.activations),
             ("logits", self.logits),
         ]
+    }
+}
+
+impl Adapted {
+    /// Those of a model, in the order of its layers.
+    fn of(model: &dyn VisionLanguageModel) -> Result<Vec<Self>> {
+        let mut all: Vec<Self> = Vec::new();
+        model.linears(&mut |path, linear| {
+            let (part, module) = (path.split('.').next().unwrap_or(path), in_layer(path).1);
+            for adapter in linear.adapters() {
+                let (r, parameters) = (adapter.r(), adapter.num_parameters() as u64);
+                let found = all.iter_mut().find(|known| known.part == part && known.module == module && known.r == r);
+                match found {
+                    Some(known) => {
+                        known.linears += 1;
+                        known.parameters += parameters;
+                    }
+                    None => {
+                        let (part, module) = (part.to_owned(), module.to_owned());
+                        all.push(Self { part, module, r, linears: 1, parameters });
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        Ok(all)
     }
 }
 
@@ -296,5 +344,21 @@ fn activations(config: &TrainConfig, student: &Student, parameters: &Parameters,
         let teacher = distill.teacher().hidden_size() as u64;
         distill.num_heads() as u64 * batch.image_tokens * 4 * (2 * hidden + 5 * teacher)
     });
-    kept + backward + heads
+    kept + backward + heads + tower_activations(&*student.model, batch)
+}
+
+/// Bytes that the encoder's forward pass keeps for its backward pass, where something in it is trained: what goes into and
+/// out of each norm, and what comes out of each linear layer and of the first half of its adapters.
+fn tower_activations(model: &dyn VisionLanguageModel, batch: &BatchShape) -> u64 {
+    let Some(tower) = model.encoder() else { return 0 };
+    if model.vision_lora().is_none() && tower.trained().is_empty() {
+        return 0;
+    }
+    let mut width = 4 * tower.hidden_size() * tower.num_hidden_layers() as i64;
+    let visited = tower.model().linears(&mut |_, linear| {
+        width += linear.out_features() + linear.adapters().map(|adapter| adapter.r()).sum::<i64>();
+        Ok(())
+    });
+    debug_assert!(visited.is_ok(), "the visit returns no error");
+    batch.image_tokens * width as u64 * tower.model().kind().elt_size_in_bytes() as u64
 }

@@ -24,7 +24,8 @@ const CONFIG: &str = "config.json";
 /// Everything trained as it was at one moment, copied to the host: it is written while the training goes on.
 pub struct Snapshot {
     parts: Parts,
-    lora: Option<LoraConfig>,
+    adapter: Option<LoraConfig>,
+    adapts_llm_alone: bool,
     llm_name: String,
     llm_folder: PathBuf,
     config: Value,
@@ -40,7 +41,8 @@ impl Snapshot {
     pub fn of(student: &Student) -> Result<Self> {
         Ok(Self {
             parts: parts_of(student)?.map(on_host),
-            lora: student.model.lora().cloned(),
+            adapter: student.model.peft_config()?,
+            adapts_llm_alone: student.model.vision_lora().is_none(),
             llm_name: student.llm_name().to_owned(),
             llm_folder: student.llm_folder().to_owned(),
             config: student.model.config_json()?,
@@ -54,8 +56,10 @@ impl Snapshot {
     /// # Errors
     /// Where a file cannot be read from the LLM's folder or not be written.
     pub fn write(&self, folder: &Path) -> Result<()> {
-        if let Some(lora) = &self.lora {
-            save_adapter(folder, lora, BaseModel::causal_lm(&self.llm_name), &self.parts.adapter)?;
+        if let Some(config) = &self.adapter {
+            let llm = self.llm_name.as_str();
+            let base = if self.adapts_llm_alone { BaseModel::causal_lm(llm) } else { BaseModel::new(llm) };
+            save_adapter(folder, config, base, &self.parts.adapter)?;
         }
         let parts = &self.parts;
         for (tensors, file) in [(&parts.llm, LLM), (&parts.vision, VISION), (&parts.whole, MODEL)] {

@@ -17,7 +17,7 @@ pub(crate) fn parts_of(student: &Student) -> Result<Parts> {
         return Ok(Parts::of_whole(whole));
     }
     let made = student.made().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
-    let mut parts = Parts::of(student.parameters(), student.model.llm_prefix());
+    let mut parts = Parts::of(student.parameters(), &*student.model);
     parts.vision.extend(made);
     Ok(parts)
 }
@@ -27,7 +27,7 @@ pub(crate) fn parts_of(student: &Student) -> Result<Parts> {
 /// # Errors
 /// Where a tensor is missing, has another shape, or is of no use.
 pub fn read(student: &Student, folder: &Path) -> Result<()> {
-    trained::expect(folder, student.model.lora())?;
+    trained::expect(folder, student.model.peft_config()?.as_ref())?;
     parts_of(student)?.fill_from(folder)
 }
 
@@ -37,7 +37,7 @@ pub fn read(student: &Student, folder: &Path) -> Result<()> {
 /// # Errors
 /// Where a tensor is missing, has another shape, or is of no use.
 pub fn start_from(student: &Student, folder: &Path) -> Result<()> {
-    let parts = Parts::of(student.parameters(), student.model.llm_prefix());
+    let parts = Parts::of(student.parameters(), &*student.model);
     Parts::of_vision(parts.vision).fill_from(folder)
 }
 

@@ -80,7 +80,9 @@ impl EncoderConfig {
         let (family, names) = (self.family(), self.family().names());
         let below = weights.pp(names.prefix);
         let is_below = below.contains(names.convolution) && !weights.contains(names.convolution);
-        family.load(if is_below { &below } else { weights })
+        let place = if is_below { &below } else { weights };
+        let own = |path: &str| path.strip_prefix(place.path()).unwrap_or(path).trim_start_matches('.').to_owned();
+        Ok(family.load(place)?.named(|path| format!("{}{}", names.alone, own(path))))
     }
 
     /// Whether a tensor of such a folder is of no use for hidden states: the words' half of the model, pooling and
@@ -103,6 +105,36 @@ impl EncoderConfig {
             (name != "embeddings.position_ids").then(|| (format!("{}{name}", names.alone), tensor))
         });
         tensors.collect()
+    }
+
+    /// What Hugging Face's class calls the module that stands as `name` in the file of its vision model alone: PEFT knows
+    /// modules by these names.
+    pub fn module_name(&self, name: &str) -> String {
+        let modules = self.family().names().modules;
+        modules.iter().fold(name.to_owned(), |name, (in_file, in_class)| name.replace(in_file, in_class))
+    }
+
+    /// Whether no hidden state of the first `num_layers` blocks depends on this tensor of the encoder alone: later blocks, the
+    /// norm after the last, and what no encoder reads.
+    pub(crate) fn is_beyond(&self, num_layers: usize, name: &str) -> bool {
+        let names = self.family().names();
+        let own = name.strip_prefix(names.alone).unwrap_or(name);
+        let layer = own.split('.').find_map(|part| part.parse::<usize>().ok());
+        layer.is_some_and(|layer| layer >= num_layers)
+            || names.last_norm.iter().any(|norm| own.starts_with(norm))
+            || self.leaves_out(name)
+    }
+
+    /// Blocks.
+    pub fn num_hidden_layers(&self) -> usize {
+        match self {
+            Self::Clip(config) => config.num_hidden_layers,
+            Self::Siglip(config) => config.num_hidden_layers,
+            Self::Siglip2(config) => config.num_hidden_layers,
+            Self::Aimv2(config) => config.num_hidden_layers,
+            Self::Vit(config) => config.num_hidden_layers,
+            Self::Dinov2(config) => config.num_hidden_layers,
+        }
     }
 
     /// Tokens before the patches: the class token and registers.

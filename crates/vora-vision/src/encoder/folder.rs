@@ -1,8 +1,9 @@
-//! A frozen vision transformer in a folder, with the way its pictures are prepared.
+//! A vision transformer in a folder, with the way its pictures are prepared.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_image::ImageProcessor;
 use vora_torch::weights::Weights;
@@ -11,12 +12,15 @@ use crate::encoder::config::EncoderConfig;
 use crate::features::FeatureSelection;
 use crate::transformer::{Patchifier, VisionTransformer};
 
-/// A frozen vision transformer of any family, and what its pictures go through.
+/// A vision transformer of any family, and what its pictures go through. It is frozen, but for one of
+/// [`Encoder::open_trained`] and for adapters on its linears.
 #[derive(Debug)]
 pub struct Encoder {
     model: VisionTransformer,
     processor: ImageProcessor,
+    config: Option<EncoderConfig>,
     tensors: Vec<(String, Tensor)>,
+    trained: Vec<(String, Tensor)>,
 }
 
 /// What the names of a patch embedding begin with in Apple's own layout.
@@ -31,13 +35,56 @@ impl Encoder {
     /// Names the file and what in it does not fit.
     pub fn open(folder: &Path, device: Device, kind: Kind) -> Result<Self> {
         let config = EncoderConfig::open(folder)?;
-        let weights = Weights::open(folder, device, kind)?;
+        Self::load_whole(&config, &Weights::open(folder, device, kind)?, folder)
+    }
+
+    /// As [`Encoder::open`], with these tensors in place of its own of the same names ([`Encoder::tensors`]): those that were
+    /// trained.
+    ///
+    /// # Errors
+    /// As [`Encoder::open`], and where it has none of a name.
+    pub fn open_with(folder: &Path, changed: Vec<(String, Tensor)>, device: Device, kind: Kind) -> Result<Self> {
+        let (config, weights) = own_weights(folder, changed, device, kind)?;
+        Self::load_whole(&config, &weights, folder)
+    }
+
+    /// As [`Encoder::open_with`], all of whose weights are trained that these features depend on; the source of its weights
+    /// has them as parameters, by the names of [`Encoder::tensors`].
+    ///
+    /// # Errors
+    /// As [`Encoder::open_with`], and where the features are none of this model's.
+    pub fn open_trained(
+        folder: &Path,
+        changed: Vec<(String, Tensor)>,
+        features: &FeatureSelection,
+        device: Device,
+        kind: Kind,
+    ) -> Result<(Self, Weights)> {
+        let (config, weights) = own_weights(folder, changed, device, kind)?;
+        let num_layers = features.num_blocks(config.num_hidden_layers())?;
+        let beyond = weights.names().into_iter().filter(|name| config.is_beyond(num_layers, name));
+        let weights = weights.trained_but(beyond);
+        Ok((Self::load_whole(&config, &weights, folder)?, weights))
+    }
+
+    /// One from the source of all that its folder holds.
+    fn load_whole(config: &EncoderConfig, weights: &Weights, folder: &Path) -> Result<Self> {
         let encoder =
-            Self::load(&config, &weights).with_context(|| format!("in {}", folder.join("config.json").display()))?;
+            Self::load(config, weights).with_context(|| format!("in {}", folder.join("config.json").display()))?;
         weights
             .finish_allowing(|name| config.leaves_out(name))
             .with_context(|| format!("loading the vision encoder in {}", folder.display()))?;
         Ok(Self { processor: config.processor(folder)?, ..encoder })
+    }
+
+    /// The same with other values of some of [`Encoder::tensors`], and without adapters; frozen.
+    ///
+    /// # Errors
+    /// Where the encoder is in no file.
+    pub fn with_tensors(&self, tensors: Vec<(String, Tensor)>) -> Result<Self> {
+        let config = self.config.as_ref().context("the vision encoder was made in memory, it has no tensors")?;
+        let weights = Weights::from_tensors(tensors, self.model.device(), self.model.kind());
+        Ok(Self { processor: self.processor.clone(), ..Self::load(config, &weights)? })
     }
 
     /// One inside a larger model, from its own names; see [`EncoderConfig::load`]. Its pictures are prepared as
@@ -47,17 +94,45 @@ impl Encoder {
     /// Where the config contradicts itself; tensors that do not fit are told by `weights.finish_allowing()`.
     pub fn load(config: &EncoderConfig, weights: &Weights) -> Result<Self> {
         let model = config.load(weights)?;
-        Ok(Self { model, processor: config.default_processor(), tensors: config.own_tensors(weights.stored()?) })
+        let below = if weights.path().is_empty() { String::new() } else { format!("{}.", weights.path()) };
+        let trained = weights.parameters().into_iter();
+        let trained = trained.filter_map(|(name, tensor)| Some((name.strip_prefix(&below)?.to_owned(), tensor)));
+        Ok(Self {
+            model,
+            processor: config.default_processor(),
+            config: Some(config.clone()),
+            tensors: config.own_tensors(weights.stored()?),
+            trained: trained.collect(),
+        })
     }
 
     /// One that is in no folder, with no tensors to write into one.
     pub fn new(model: VisionTransformer, processor: ImageProcessor) -> Self {
-        Self { model, processor, tensors: Vec::new() }
+        Self { model, processor, config: None, tensors: Vec::new(), trained: Vec::new() }
     }
 
     /// The transformer.
     pub fn model(&self) -> &VisionTransformer {
         &self.model
+    }
+
+    /// The transformer, to change its linears.
+    pub fn model_mut(&mut self) -> &mut VisionTransformer {
+        &mut self.model
+    }
+
+    /// The weights that are trained, by their names among [`Encoder::tensors`]: f32 leaves; none of a frozen one.
+    pub fn trained(&self) -> &[(String, Tensor)] {
+        &self.trained
+    }
+
+    /// [`Encoder::tensors`] with those that are trained as they are by now.
+    pub fn current_tensors(&self) -> Vec<(String, Tensor)> {
+        let trained = |name: &str| self.trained.iter().find_map(|(other, tensor)| (other == name).then_some(tensor));
+        let current = |(name, stored): &(String, Tensor)| {
+            (name.clone(), trained(name).map_or_else(|| stored.shallow_clone(), Tensor::detach))
+        };
+        self.tensors.iter().map(current).collect()
     }
 
     /// How its pictures are prepared; [`ImageProcessor::square_of`] gives the same at another size.
@@ -83,6 +158,11 @@ impl Encoder {
             let at = name.find(APPLES_PREPROCESSOR)?;
             Some((&name[at + APPLES_PREPROCESSOR.len()..], tensor))
         })
+    }
+
+    /// What Hugging Face's class itself calls the module of this name among [`Encoder::tensors`].
+    pub fn module_name(&self, name: &str) -> String {
+        self.config.as_ref().map_or_else(|| name.to_owned(), |config| config.module_name(name))
     }
 
     /// Channels of its hidden states.
@@ -122,6 +202,31 @@ impl Encoder {
     pub fn features(&self, pixel_values: &Tensor, selection: &FeatureSelection) -> Result<Tensor> {
         self.model.features(pixel_values, selection)
     }
+}
+
+/// The config and the source of all tensors of the encoder in a folder, by the names of [`Encoder::tensors`], some of them
+/// `changed`.
+fn own_weights(
+    folder: &Path,
+    changed: Vec<(String, Tensor)>,
+    device: Device,
+    kind: Kind,
+) -> Result<(EncoderConfig, Weights)> {
+    let config = EncoderConfig::open(folder)?;
+    let stored = config.own_tensors(Weights::open(folder, device, kind)?.stored()?);
+    let mut tensors: BTreeMap<String, Tensor> = stored.into_iter().collect();
+    for (name, tensor) in changed {
+        let (found, at) = (tensors.get_mut(&name), folder.display());
+        let found = found.with_context(|| format!("the encoder in {at} has no tensor `{name}`, one was trained"))?;
+        ensure!(
+            found.size() == tensor.size(),
+            "`{name}` is {:?} in {at}, the trained one {:?}",
+            found.size(),
+            tensor.size()
+        );
+        *found = tensor;
+    }
+    Ok((config, Weights::from_tensors(tensors, device, kind)))
 }
 
 #[cfg(test)]

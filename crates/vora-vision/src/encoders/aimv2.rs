@@ -10,9 +10,9 @@ use vora_torch::weights::{Init, Weights};
 use crate::encoders::family::{Family, FolderNames, side};
 use crate::encoders::sizes::{Sizes, square};
 use crate::transformer::{
-    Activation, Attention, Block, Embeddings, Interpolation, Mlp, Norm, Positions, VisionTransformer,
+    Activation, Attention, Block, Embeddings, Gates, Interpolation, Linear, Mlp, Norm, Positions, Projections,
+    VisionTransformer,
 };
-use vora_torch::nn::Linear;
 
 /// The keys of an `Aimv2VisionConfig`; others pass.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -74,7 +74,7 @@ struct Names {
     positions: &'static str,
     blocks: &'static str,
     norm1: &'static str,
-    query_key_value: Projections,
+    query_key_value: QueryKeyValue,
     output: &'static str,
     norm2: &'static str,
     gate: &'static str,
@@ -84,7 +84,7 @@ struct Names {
 }
 
 /// Query, key and value in three layers or in one.
-enum Projections {
+enum QueryKeyValue {
     Apart([&'static str; 3]),
     Together(&'static str),
 }
@@ -95,7 +95,7 @@ const HUGGING_FACE: Names = Names {
     positions: "embeddings.position_embedding.weight",
     blocks: "encoder.layers",
     norm1: "rms_norm1",
-    query_key_value: Projections::Apart(["attention.q_proj", "attention.k_proj", "attention.v_proj"]),
+    query_key_value: QueryKeyValue::Apart(["attention.q_proj", "attention.k_proj", "attention.v_proj"]),
     output: "attention.out_proj",
     norm2: "rms_norm2",
     gate: "ffn.gate_proj",
@@ -111,7 +111,7 @@ const APPLE: Names = Names {
     positions: "preprocessor.pos_embed",
     blocks: "trunk.blocks",
     norm1: "norm_1",
-    query_key_value: Projections::Together("attn.qkv"),
+    query_key_value: QueryKeyValue::Together("attn.qkv"),
     output: "attn.proj",
     norm2: "norm_2",
     gate: "mlp.fc1",
@@ -145,8 +145,7 @@ impl Aimv2VisionConfig {
         } else {
             let shape = [1, side * side, hidden];
             let table = weights.get(names.positions, &shape[usize::from(!apples)..], Init::Required)?;
-            let table = table.view([side * side, hidden]);
-            Positions::Learned { table, interpolation: Interpolation::Bicubic }
+            Positions::Learned { table, before: 0, interpolation: Interpolation::Bicubic }
         };
         let convolution = weights.pp(names.convolution);
         let block = |i| self.block(&names, &weights.pp(names.blocks).pp(i));
@@ -155,6 +154,7 @@ impl Aimv2VisionConfig {
                 convolution.get("weight", &[hidden, 3, patch, patch], Init::Required)?,
                 Some(convolution.get("bias", &[hidden], Init::Zeros)?),
                 positions,
+                weights.kind(),
             )
             .with_norm(self.norm(&weights.pp(names.patch_norm))?),
             pre_norm: None,
@@ -171,27 +171,29 @@ impl Aimv2VisionConfig {
     fn block(&self, names: &Names, weights: &Weights) -> Result<Block> {
         let (hidden, intermediate) = (self.hidden_size, self.intermediate_size);
         let linear = |name, inputs, outputs, bias| Linear::load(&weights.pp(name), inputs, outputs, bias);
-        let ([query, key, value], output_bias) = match names.query_key_value {
-            Projections::Apart([query, key, value]) => {
-                let proj = |name| linear(name, hidden, hidden, self.qkv_bias);
-                ([proj(query)?, proj(key)?, proj(value)?], self.qkv_bias)
+        let (projections, output_bias) = match names.query_key_value {
+            QueryKeyValue::Apart(names) => {
+                let [query, key, value] = names.map(|name| linear(name, hidden, hidden, self.qkv_bias));
+                (Projections::Apart([query?, key?, value?]), self.qkv_bias)
             }
-            Projections::Together(name) => (linear(name, hidden, 3 * hidden, self.qkv_bias)?.split(), self.mlp_bias),
+            QueryKeyValue::Together(name) => {
+                (Projections::Together(linear(name, hidden, 3 * hidden, self.qkv_bias)?), self.mlp_bias)
+            }
         };
         Ok(Block {
             norm1: self.norm(&weights.pp(names.norm1))?,
             attention: Attention {
-                query,
-                key,
-                value,
+                projections,
                 output: linear(names.output, hidden, hidden, output_bias)?,
                 num_heads: self.num_attention_heads,
             },
             scale1: None,
             norm2: self.norm(&weights.pp(names.norm2))?,
             mlp: Mlp::Gated {
-                gate: linear(names.gate, hidden, intermediate, self.mlp_bias)?,
-                up: linear(names.up, hidden, intermediate, self.mlp_bias)?,
+                gates: Gates::Apart([
+                    linear(names.gate, hidden, intermediate, self.mlp_bias)?,
+                    linear(names.up, hidden, intermediate, self.mlp_bias)?,
+                ]),
                 activation: Activation::named(&self.hidden_act)?,
                 down: linear(names.down, intermediate, hidden, self.mlp_bias)?,
             },
@@ -206,6 +208,8 @@ impl Family for Aimv2VisionConfig {
             prefix: "vision_model",
             alone: "",
             convolution: "embeddings.patch_embed.weight",
+            last_norm: &["rms_norm.", "trunk.post_trunk_norm."],
+            modules: &[],
             left_out: &[
                 "head.",
                 "embeddings.position_ids",

@@ -2,16 +2,16 @@
 
 use anyhow::Result;
 use serde::Deserialize;
-use tch::Tensor;
 use vora_image::{ImageProcessor, OPENAI_CLIP, Resample};
 use vora_torch::weights::{Init, Weights};
 
 use crate::encoders::family::{Family, FolderNames, side};
 use crate::encoders::sizes::{Sizes, square};
 use crate::transformer::{
-    Activation, Attention, Block, Embeddings, Interpolation, Mlp, Norm, Positions, VisionTransformer,
+    Activation, Attention, Block, Embeddings, Interpolation, Linear, Mlp, Norm, Positions, Projections,
+    VisionTransformer,
 };
-use vora_torch::nn::{LayerNorm, Linear};
+use vora_torch::nn::LayerNorm;
 
 /// The keys of a `CLIPVisionConfig`; others pass.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -70,15 +70,13 @@ impl ClipVisionConfig {
         let convolution = embeddings.pp("patch_embedding").get("weight", &[hidden, 3, patch, patch], Init::Required)?;
         let class = embeddings.get("class_embedding", &[hidden], Init::Required)?;
         let table = embeddings.pp("position_embedding").get("weight", &[1 + side * side, hidden], Init::Required)?;
-        let positions =
-            Positions::Learned { table: table.narrow(0, 1, side * side), interpolation: Interpolation::Bicubic };
-        let class: Tensor = class.view([1, 1, hidden]) + table.narrow(0, 0, 1); // [1, 1, hidden]
+        let positions = Positions::Learned { table, before: 1, interpolation: Interpolation::Bicubic };
         let block = |i| {
             let layer = ClipLayer { hidden, intermediate: self.intermediate_size, heads: self.num_attention_heads };
             layer.load(&self.hidden_act, self.layer_norm_eps, &weights.pp("encoder.layers").pp(i))
         };
         Ok(VisionTransformer {
-            embeddings: Embeddings::new(convolution, None, positions).with_prefix(class),
+            embeddings: Embeddings::new(convolution, None, positions, weights.kind()).with_class(class, None),
             pre_norm: Some(Box::new(LayerNorm::load(&weights.pp("pre_layrnorm"), hidden, self.layer_norm_eps)?)),
             blocks: (0..self.num_hidden_layers).map(block).collect::<Result<_>>()?,
             norm: None,
@@ -104,9 +102,7 @@ impl ClipLayer {
         Ok(Block {
             norm1: norm("layer_norm1")?,
             attention: Attention {
-                query: proj("q_proj")?,
-                key: proj("k_proj")?,
-                value: proj("v_proj")?,
+                projections: Projections::Apart([proj("q_proj")?, proj("k_proj")?, proj("v_proj")?]),
                 output: proj("out_proj")?,
                 num_heads: heads,
             },
@@ -128,6 +124,8 @@ impl Family for ClipVisionConfig {
             prefix: "vision_model",
             alone: "vision_model.",
             convolution: "embeddings.patch_embedding.weight",
+            last_norm: &["post_layernorm."],
+            modules: &[("vision_model.", "")],
             left_out: &[
                 "post_layernorm.",
                 "embeddings.position_ids",

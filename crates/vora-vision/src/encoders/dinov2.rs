@@ -3,16 +3,16 @@
 use anyhow::Result;
 use serde::Deserialize;
 use serde_json::Value;
-use tch::Tensor;
 use vora_image::{IMAGENET_DEFAULT, ImageProcessor, Resample};
 use vora_torch::weights::{Init, Weights};
 
 use crate::encoders::family::{Family, FolderNames, side};
 use crate::encoders::sizes::{Sizes, square};
 use crate::transformer::{
-    Activation, Attention, Block, Embeddings, Interpolation, Mlp, Norm, Positions, VisionTransformer,
+    Activation, Attention, Block, Embeddings, Gates, Interpolation, Linear, Mlp, Norm, Positions, Projections,
+    VisionTransformer,
 };
-use vora_torch::nn::{LayerNorm, Linear};
+use vora_torch::nn::LayerNorm;
 
 /// The keys of a `config.json` of `Dinov2Model` or `Dinov2WithRegistersModel`; others pass.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -109,24 +109,22 @@ impl Dinov2Config {
     fn embeddings(&self, weights: &Weights) -> Result<Embeddings> {
         let (hidden, patch, registers) = (self.hidden_size, self.patch_size, self.num_register_tokens);
         if weights.contains("mask_token") {
-            let _ = weights.get("mask_token", &[1, hidden], Init::Zeros)?; // only DINOv2's own training masks patches
+            weights.ignore("mask_token"); // only DINOv2's own training masks patches
         }
         let side = self.sizes().side();
         let class = weights.get("cls_token", &[1, 1, hidden], Init::Required)?;
         let table = weights.get("position_embeddings", &[1, 1 + side * side, hidden], Init::Required)?;
-        let mut prefix = vec![class + table.narrow(1, 0, 1)];
-        if registers > 0 {
-            prefix.push(weights.get("register_tokens", &[1, registers, hidden], Init::Required)?);
-        }
+        let get_registers = || weights.get("register_tokens", &[1, registers, hidden], Init::Required);
+        let registers = (registers > 0).then(get_registers).transpose()?;
         let interpolation = if self.has_registers() { Interpolation::BicubicAntialias } else { Interpolation::Bicubic };
-        let table = table.squeeze_dim(0).narrow(0, 1, side * side);
         let projection = weights.pp("patch_embeddings.projection");
         Ok(Embeddings::new(
             projection.get("weight", &[hidden, 3, patch, patch], Init::Required)?,
             Some(projection.get("bias", &[hidden], Init::Zeros)?),
-            Positions::Learned { table, interpolation },
+            Positions::Learned { table, before: 1, interpolation },
+            weights.kind(),
         )
-        .with_prefix(Tensor::cat(&prefix, 1)))
+        .with_class(class, registers))
     }
 
     fn norm(&self, weights: &Weights) -> Result<Norm> {
@@ -141,9 +139,7 @@ impl Dinov2Config {
         Ok(Block {
             norm1: self.norm(&weights.pp("norm1"))?,
             attention: Attention {
-                query: part("query")?,
-                key: part("key")?,
-                value: part("value")?,
+                projections: Projections::Apart([part("query")?, part("key")?, part("value")?]),
                 output: Linear::load(&attention.pp("output.dense"), hidden, hidden, true)?,
                 num_heads: self.num_attention_heads,
             },
@@ -159,9 +155,9 @@ impl Dinov2Config {
         let inner = (hidden as f64 * self.mlp_ratio) as i64;
         if self.use_swiglu_ffn {
             let inner = (inner * 2 / 3 + 7) / 8 * 8;
-            let [gate, up] = Linear::load(&weights.pp("weights_in"), hidden, 2 * inner, true)?.split();
+            let gates = Gates::Together(Linear::load(&weights.pp("weights_in"), hidden, 2 * inner, true)?);
             let down = Linear::load(&weights.pp("weights_out"), inner, hidden, true)?;
-            return Ok(Mlp::Gated { gate, up, activation: Activation::Silu, down });
+            return Ok(Mlp::Gated { gates, activation: Activation::Silu, down });
         }
         Ok(Mlp::Plain {
             fc1: Linear::load(&weights.pp("fc1"), hidden, inner, true)?,
@@ -188,6 +184,14 @@ impl Family for Dinov2Config {
             prefix: "dinov2",
             alone: "",
             convolution: "embeddings.patch_embeddings.projection.weight",
+            last_norm: &["layernorm."],
+            modules: &[
+                ("attention.attention.query", "attention.q_proj"),
+                ("attention.attention.key", "attention.k_proj"),
+                ("attention.attention.value", "attention.v_proj"),
+                ("attention.output.dense", "attention.o_proj"),
+                ("mlp.weights_out", "mlp.down_proj"),
+            ],
             left_out: &["classifier."],
         }
     }
@@ -220,7 +224,7 @@ impl Family for Dinov2Config {
 mod tests {
     use super::*;
     use crate::golden::{matches_reference, rounds_as_the_reference};
-    use tch::{Device, Kind};
+    use tch::{Device, Kind, Tensor};
 
     #[test]
     fn dinov2_matches_reference() {

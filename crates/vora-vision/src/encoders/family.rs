@@ -44,6 +44,10 @@ pub(crate) struct FolderNames {
     pub(crate) alone: &'static str,
     /// The tensor by which the place is known.
     pub(crate) convolution: &'static str,
+    /// The norm after the last block.
+    pub(crate) last_norm: &'static [&'static str],
+    /// What modules are called in files, and in Hugging Face's class itself.
+    pub(crate) modules: &'static [(&'static str, &'static str)],
     /// What names of tensors begin with that no encoder reads.
     pub(crate) left_out: &'static [&'static str],
 }

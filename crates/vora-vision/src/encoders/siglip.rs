@@ -10,7 +10,7 @@ use vora_torch::weights::{Init, Weights};
 use crate::encoders::clip::ClipLayer;
 use crate::encoders::family::{Family, FolderNames, side};
 use crate::encoders::sizes::{Sizes, square};
-use crate::transformer::{Embeddings, Interpolation, Positions, VisionTransformer};
+use crate::transformer::{Embeddings, Interpolation, Layout, Positions, VisionTransformer};
 use vora_torch::nn::LayerNorm;
 
 /// The keys of a `SiglipVisionConfig`; others pass.
@@ -65,13 +65,14 @@ impl SiglipVisionConfig {
         self.sizes().validate()?;
         let shape = [self.hidden_size, 3, self.patch_size, self.patch_size];
         let convolution = weights.pp("embeddings.patch_embedding").get("weight", &shape, Init::Required)?;
-        self.load_around(convolution, Interpolation::Bicubic, weights)
+        self.load_around(convolution, Layout::Convolution, Interpolation::Bicubic, weights)
     }
 
-    /// All but the weight of the convolution `[hidden, 3, patch, patch]`, for a config whose sizes were checked.
+    /// All but the weight of the convolution, for a config whose sizes were checked.
     pub(crate) fn load_around(
         &self,
         convolution: Tensor,
+        layout: Layout,
         interpolation: Interpolation,
         weights: &Weights,
     ) -> Result<VisionTransformer> {
@@ -79,12 +80,13 @@ impl SiglipVisionConfig {
         let embeddings = weights.pp("embeddings");
         let bias = embeddings.pp("patch_embedding").get("bias", &[hidden], Init::Zeros)?;
         let table = embeddings.pp("position_embedding").get("weight", &[side * side, hidden], Init::Required)?;
+        let positions = Positions::Learned { table, before: 0, interpolation };
         let block = |i| {
             let layer = ClipLayer { hidden, intermediate: self.intermediate_size, heads: self.num_attention_heads };
             layer.load(&self.hidden_act, self.layer_norm_eps, &weights.pp("encoder.layers").pp(i))
         };
         Ok(VisionTransformer {
-            embeddings: Embeddings::new(convolution, Some(bias), Positions::Learned { table, interpolation }),
+            embeddings: Embeddings::new(convolution, Some(bias), positions, weights.kind()).with_layout(layout),
             pre_norm: None,
             blocks: (0..self.num_hidden_layers).map(block).collect::<Result<_>>()?,
             norm: Some(Box::new(LayerNorm::load(&weights.pp("post_layernorm"), hidden, self.layer_norm_eps)?)),
@@ -98,6 +100,8 @@ pub(super) const NAMES: FolderNames = FolderNames {
     prefix: "vision_model",
     alone: "vision_model.",
     convolution: "embeddings.patch_embedding.weight",
+    last_norm: &["post_layernorm."],
+    modules: &[("vision_model.", "")],
     left_out: &["head.", "embeddings.position_ids", "text_model.", "logit_scale", "logit_bias"],
 };
 

@@ -8,7 +8,7 @@ use vora_torch::weights::{Init, Weights};
 use crate::encoders::family::{Family, FolderNames};
 use crate::encoders::siglip::{NAMES, SiglipVisionConfig};
 use crate::encoders::sizes::{Sizes, square};
-use crate::transformer::{Interpolation, VisionTransformer};
+use crate::transformer::{Interpolation, Layout, VisionTransformer};
 
 /// The keys of a `Siglip2VisionConfig`; others pass.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -67,12 +67,10 @@ impl Siglip2VisionConfig {
             "num_patches is {}, which is not a square number",
             self.num_patches
         );
-        // A layer over a patch's pixels, channel after channel, is a convolution whose channels come last.
         let (hidden, patch) = (self.hidden_size, self.patch_size);
         let linear = weights.pp("embeddings.patch_embedding");
         let linear = linear.get("weight", &[hidden, patch * patch * 3], Init::Required)?;
-        let convolution = linear.view([hidden, patch, patch, 3]).permute([0, 3, 1, 2]).contiguous();
-        self.siglip().load_around(convolution, Interpolation::BilinearAntialias, weights)
+        self.siglip().load_around(linear, Layout::ChannelsLast { patch }, Interpolation::BilinearAntialias, weights)
     }
 
     /// The SigLIP that has these layers, for pictures of as many patches as there are positions.

@@ -8,9 +8,10 @@ use vora_torch::weights::{Init, Weights};
 use crate::encoders::family::{Family, FolderNames, side};
 use crate::encoders::sizes::{Sizes, square};
 use crate::transformer::{
-    Activation, Attention, Block, Embeddings, Interpolation, Mlp, Norm, Positions, VisionTransformer,
+    Activation, Attention, Block, Embeddings, Interpolation, Linear, Mlp, Norm, Positions, Projections,
+    VisionTransformer,
 };
-use vora_torch::nn::{LayerNorm, Linear};
+use vora_torch::nn::LayerNorm;
 
 /// The keys of a `ViTConfig`; others pass.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -104,10 +105,7 @@ impl VitConfig {
         let convolution = embeddings.pp("patch_embeddings.projection");
         let class = embeddings.get("cls_token", &[1, 1, hidden], Init::Required)?;
         let table = embeddings.get("position_embeddings", &[1, 1 + side * side, hidden], Init::Required)?;
-        let positions = Positions::Learned {
-            table: table.squeeze_dim(0).narrow(0, 1, side * side),
-            interpolation: Interpolation::Bicubic,
-        };
+        let positions = Positions::Learned { table, before: 1, interpolation: Interpolation::Bicubic };
         let first = weights.pp(ON_DISK.blocks).pp(0).pp(ON_DISK.query);
         let names = if first.contains("weight") { ON_DISK } else { IN_MEMORY };
         let block = |i| self.block(&names, &weights.pp(names.blocks).pp(i));
@@ -116,8 +114,9 @@ impl VitConfig {
                 convolution.get("weight", &[hidden, 3, patch, patch], Init::Required)?,
                 Some(convolution.get("bias", &[hidden], Init::Zeros)?),
                 positions,
+                weights.kind(),
             )
-            .with_prefix(class + table.narrow(1, 0, 1)),
+            .with_class(class, None),
             pre_norm: None,
             blocks: (0..self.num_hidden_layers).map(block).collect::<Result<_>>()?,
             norm: Some(self.norm(&weights.pp("layernorm"))?),
@@ -135,9 +134,11 @@ impl VitConfig {
         Ok(Block {
             norm1: self.norm(&weights.pp("layernorm_before"))?,
             attention: Attention {
-                query: proj(names.query, self.qkv_bias)?,
-                key: proj(names.key, self.qkv_bias)?,
-                value: proj(names.value, self.qkv_bias)?,
+                projections: Projections::Apart([
+                    proj(names.query, self.qkv_bias)?,
+                    proj(names.key, self.qkv_bias)?,
+                    proj(names.value, self.qkv_bias)?,
+                ]),
                 output: proj(names.output, true)?,
                 num_heads: self.num_attention_heads,
             },
@@ -159,6 +160,16 @@ impl Family for VitConfig {
             prefix: "vit",
             alone: "",
             convolution: "embeddings.patch_embeddings.projection.weight",
+            last_norm: &["layernorm."],
+            modules: &[
+                (ON_DISK.blocks, IN_MEMORY.blocks),
+                (ON_DISK.query, IN_MEMORY.query),
+                (ON_DISK.key, IN_MEMORY.key),
+                (ON_DISK.value, IN_MEMORY.value),
+                (ON_DISK.output, IN_MEMORY.output),
+                (ON_DISK.fc1, IN_MEMORY.fc1),
+                (ON_DISK.fc2, IN_MEMORY.fc2),
+            ],
             left_out: &["pooler.", "embeddings.mask_token", "classifier.", "decoder."],
         }
     }

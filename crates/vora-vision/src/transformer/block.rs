@@ -3,9 +3,9 @@
 use tch::{Tensor, nn::Module};
 
 use crate::transformer::attention::Attention;
-use crate::transformer::norm::Norm;
-
+use crate::transformer::linear::Linear;
 use crate::transformer::mlp::Mlp;
+use crate::transformer::norm::Norm;
 
 /// `h = x + scale1 * attention(norm1(x))`, `y = h + scale2 * mlp(norm2(h))`
 #[derive(Debug)]
@@ -18,6 +18,18 @@ pub(crate) struct Block {
     pub(crate) scale2: Option<Tensor>, // [hidden]; none: 1
 }
 
+impl Block {
+    /// Its linears, each of which is one layer of Hugging Face's class.
+    pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.attention.linears().chain(self.mlp.linears())
+    }
+
+    /// The same, to change them.
+    pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        self.attention.linears_mut().chain(self.mlp.linears_mut())
+    }
+}
+
 impl Module for Block {
     /// `[batch, tokens, hidden]` -> `[batch, tokens, hidden]`
     fn forward(&self, x: &Tensor) -> Tensor {
@@ -28,7 +40,7 @@ impl Module for Block {
 
 fn add(x: &Tensor, y: Tensor, scale: Option<&Tensor>) -> Tensor {
     match scale {
-        Some(scale) => x.addcmul(&y, scale),
+        Some(scale) => x.addcmul(&y, &scale.to_kind(x.kind())),
         None => y + x,
     }
 }

@@ -5,8 +5,9 @@ use tch::{Device, Kind, Tensor};
 /// Where the positions of a grid come from.
 #[derive(Debug)]
 pub(crate) enum Positions {
-    /// `[side * side, dim]`, and how positions between the learned ones are found.
-    Learned { table: Tensor, interpolation: Interpolation },
+    /// A table whose last two dimensions are `[before + side * side, dim]`, the rows of tokens before the patches among
+    /// them, and how positions between the learned ones are found.
+    Learned { table: Tensor, before: i64, interpolation: Interpolation },
     /// Computed for any grid; see [`sin_cos`].
     SinCos { dim: i64, kind: Kind, device: Device },
 }
@@ -15,10 +16,33 @@ impl Positions {
     /// `[rows * columns, dim]`, row by row
     pub(crate) fn at(&self, rows: i64, columns: i64) -> Tensor {
         match self {
-            Self::Learned { table, interpolation } => interpolate(table, rows, columns, *interpolation),
+            Self::Learned { table, before, interpolation } => {
+                let table = flat(table);
+                let table = table.narrow(0, *before, table.size()[0] - before);
+                interpolate(&table, rows, columns, *interpolation)
+            }
             Self::SinCos { dim, kind, device } => sin_cos(rows, columns, *dim).to_kind(*kind).to_device(*device),
         }
     }
+
+    /// `[1, before, dim]`: the positions of tokens before the patches; none where those have none.
+    pub(super) fn before(&self) -> Option<Tensor> {
+        match self {
+            Self::Learned { table, before, .. } if *before > 0 => Some(flat(table).narrow(0, 0, *before).unsqueeze(0)),
+            _ => None,
+        }
+    }
+
+    /// Whether they are trained.
+    pub(super) fn learn(&self) -> bool {
+        matches!(self, Self::Learned { table, .. } if table.requires_grad())
+    }
+}
+
+/// `[.., positions, dim]` -> `[positions, dim]`. A table that learns is turned anew in each pass, so that the gradient
+/// finds it.
+fn flat(table: &Tensor) -> Tensor {
+    table.view([-1, table.size()[table.dim() - 1]])
 }
 
 /// How positions between the learned ones are found.

@@ -1,17 +1,17 @@
-//! A frozen vision transformer, whichever checkpoint it came from: embeddings, blocks, a norm after the last.
+//! A vision transformer, whichever checkpoint it came from: embeddings, blocks, a norm after the last.
 
 use anyhow::{Context, Result, ensure};
-use tch::{Tensor, nn::Module};
+use tch::{Device, Kind, Tensor, nn::Module};
+use vora_lora::{Linear, Visit};
 
 use crate::features::{FeatureSelection, VisionFeatureSelectStrategy};
 use crate::transformer::block::Block;
 use crate::transformer::embeddings::Embeddings;
 use crate::transformer::norm::Norm;
 
-/// A frozen vision transformer (arXiv 2010.11929). The configs of the families known here make one each:
-/// [`ClipVisionConfig::load`](crate::ClipVisionConfig::load) and its likes.
-///
-/// Run it under `tch::no_grad`, or with pixels that need no gradient.
+/// A vision transformer (arXiv 2010.11929). The configs of the families known here make one each:
+/// [`ClipVisionConfig::load`](crate::ClipVisionConfig::load) and its likes. It is frozen, unless its weights' source is
+/// [`Weights::trained`](vora_torch::weights::Weights::trained); its linears can carry adapters.
 #[derive(Debug)]
 pub struct VisionTransformer {
     pub(crate) embeddings: Embeddings,
@@ -26,7 +26,7 @@ pub struct VisionTransformer {
 #[non_exhaustive]
 pub struct Patchifier<'a> {
     /// `[hidden, 3, patch, patch]`
-    pub weight: &'a Tensor,
+    pub weight: Tensor,
     /// `[hidden]`; CLIP has none.
     pub bias: Option<&'a Tensor>,
     /// `[side * side, hidden]`
@@ -43,7 +43,7 @@ impl Patchifier<'_> {
 impl VisionTransformer {
     /// Channels of the hidden states.
     pub fn hidden_size(&self) -> i64 {
-        self.embeddings.weight().size()[0]
+        self.embeddings.hidden_size()
     }
 
     /// Blocks.
@@ -53,7 +53,17 @@ impl VisionTransformer {
 
     /// Side of a patch, in pixels.
     pub fn patch_size(&self) -> i64 {
-        self.embeddings.weight().size()[3]
+        self.embeddings.patch_size()
+    }
+
+    /// Where its tensors are.
+    pub fn device(&self) -> Device {
+        self.embeddings.weight().device()
+    }
+
+    /// The dtype that it computes in.
+    pub fn kind(&self) -> Kind {
+        self.embeddings.kind()
     }
 
     /// Tokens before the patches: the class token and registers.
@@ -133,6 +143,34 @@ impl VisionTransformer {
         }
         let chosen: Vec<Tensor> = chosen.into_iter().flatten().collect();
         Ok(Tensor::cat(&chosen, -1))
+    }
+
+    /// Visits every linear layer of the first `num_layers` blocks, by its name in the file that the transformer came from.
+    /// Those that a file holds as one and Hugging Face's class as two or three (`attn.qkv` of Apple's AIMv2, `mlp.weights_in`
+    /// of DINOv2-giant) are left out: no adapter of PEFT's would fit them.
+    ///
+    /// # Errors
+    /// The first that `visit` returns.
+    pub fn linears_mut(&mut self, num_layers: usize, visit: &mut Visit<'_>) -> Result<()> {
+        let mut linears = self.blocks.iter_mut().take(num_layers).flat_map(Block::linears_mut);
+        linears.try_for_each(|linear| visit(&linear.path, &mut linear.layer))
+    }
+
+    /// As [`linears_mut`](Self::linears_mut) of every block, without changing them.
+    ///
+    /// # Errors
+    /// The first that `visit` returns.
+    pub fn linears(&self, visit: &mut dyn FnMut(&str, &Linear) -> Result<()>) -> Result<()> {
+        let mut linears = self.blocks.iter().flat_map(Block::linears);
+        linears.try_for_each(|linear| visit(&linear.path, &linear.layer))
+    }
+
+    /// Lets `name` say what its linears are called.
+    pub(crate) fn named(mut self, name: impl Fn(&str) -> String) -> Self {
+        for linear in self.blocks.iter_mut().flat_map(Block::linears_mut) {
+            linear.path = name(&linear.path);
+        }
+        self
     }
 
     /// The start for a student's own patch embedding.

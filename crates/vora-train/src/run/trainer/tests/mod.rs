@@ -129,7 +129,7 @@ fn annotations(folder: &Path) -> String {
 }
 
 /// The other ways to see, by their `model` sections.
-const OTHER_SYSTEMS: [&str; 5] = [
+const OTHER_SYSTEMS: [&str; 8] = [
     "model={type: llava, llm: fixtures/tiny/llm, image_size: 56, vision_tower: fixtures/tiny/dinov2}",
     "model={type: llava, llm: fixtures/tiny/llm, image_size: 56, vision_tower: fixtures/tiny/dinov2, \
      mm_projector_type: linear, vision_feature_layer: [-1, 1], lora: {layers: 2, r: 4}}",
@@ -139,4 +139,11 @@ const OTHER_SYSTEMS: [&str; 5] = [
      num_embeddings: 32}}",
     "model={type: chameleon, llm: fixtures/tiny/llm, image_size: 56, z_loss: 0, vqmodel: {steps: 1, batch_size: 1, \
      channel_multiplier: [1, 1, 1]}}",
+    "model={type: llava, llm: fixtures/tiny/llm, image_size: 56, vision_tower: fixtures/tiny/dinov2, \
+     vision_lora: {r: 2, lora_alpha: 3}}",
+    "model={type: llava, llm: fixtures/tiny/llm, image_size: 56, vision_tower: fixtures/tiny/dinov2, \
+     lora: {layers: 1, r: 4}, vision_lora: {r: 2, layers: 1, target_modules: [attention.query, fc1], \
+     rank_pattern: {fc1: 3}}}",
+    "model={type: llava, llm: fixtures/tiny/llm, image_size: 56, vision_tower: fixtures/tiny/dinov2, \
+     freeze_llm: false, train: [vision_tower]}",
 ];

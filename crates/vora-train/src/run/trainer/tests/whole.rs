@@ -164,6 +164,87 @@ fn the_second_stage_of_a_llava_starts_from_the_first() {
     assert!(error.contains("model.pretrained: ") && error.contains("nowhere has no vision.safetensors"), "{error}");
 }
 
+#[test]
+fn a_tower_learns_at_its_own_rate_and_goes_on_into_the_next_stage() {
+    let [first, second, other] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    let tower = |trainer: &Trainer| named(trainer, |name| name.starts_with("vision_tower."));
+    let values = |tensors: Vec<(String, Tensor)>| {
+        tensors.into_iter().map(|(name, tensor)| (name, tensor.detach().copy())).collect::<Vec<_>>()
+    };
+    for (rate, moves) in [("0", false), ("1e-3", true)] {
+        let rates = format!("learning_rates={{vision_tower: {rate}}}");
+        let set = [OTHER_SYSTEMS[7], &rates, "weight_decay=0.1", "save_strategy=no"];
+        let mut run = trainer(config("smoke.yaml", other.path(), &set));
+        let before = values(tower(&run));
+        assert!(before.iter().any(|(name, _)| name == "vision_tower.embeddings.cls_token"), "{before:?}");
+        for _ in 0..2 {
+            run.train_step().unwrap(); // the first of a warmup has a rate of 0
+        }
+        for ((name, before), (_, after)) in before.iter().zip(tower(&run)) {
+            // The bias of a key changes no attention, and learns from rounding alone.
+            assert!(!before.equal(&after) == moves || (moves && name.ends_with("key.bias")), "{name}");
+        }
+    }
+
+    let train = |folder: &Path, system: usize| {
+        let mut stage_1 = trainer(config("smoke.yaml", folder, &[OTHER_SYSTEMS[system], "bf16=false", "max_steps=2"]));
+        stage_1.train(&mut Silent).unwrap();
+        stage_1
+    };
+    let stage_1 = train(first.path(), 7);
+    let from = format!("model.pretrained={}", first.path().join("final").display());
+    let seen = |trainer: &Trainer| {
+        let picture = Tensor::ones([1, 3, 56, 56], (Kind::Float, Device::Cpu));
+        tch::no_grad(|| trainer.student.model.image_features(&picture))
+    };
+    for (system, trains) in [(0, 0), (6, 4), (7, tower(&stage_1).len())] {
+        let stage_2 = trainer(config("smoke.yaml", second.path(), &[OTHER_SYSTEMS[system], "bf16=false", &from]));
+        assert_eq!(tower(&stage_2).len(), trains);
+        assert!(seen(&stage_1).equal(&seen(&stage_2)), "system {system}");
+    }
+    // Adapters are folded in, and what comes next starts from there.
+    let third = tempfile::tempdir().unwrap();
+    let stage_1 = train(third.path(), 5);
+    let from = format!("model.pretrained={}", third.path().join("final").display());
+    let stage_2 = trainer(config("smoke.yaml", second.path(), &[OTHER_SYSTEMS[0], "bf16=false", &from]));
+    fixtures::assert_close_to(&seen(&stage_2), &seen(&stage_1), 1e-4);
+}
+
+#[test]
+fn adapters_of_a_tower_are_merged_with_those_of_the_llm() {
+    for (system, targets) in [(5, "encoder.layer.0.mlp.fc1"), (6, "language_model.layers.0.mlp.up_proj")] {
+        let [run, merged] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let mut trained =
+            trainer(config("smoke.yaml", run.path(), &[OTHER_SYSTEMS[system], "bf16=false", "max_steps=3"]));
+        trained.train(&mut Silent).unwrap();
+        let last = run.path().join("final");
+        let adapter = vora_lora::AdapterFolder::open(&last).unwrap();
+        assert!(adapter.config().target_modules.iter().any(|target| target.ends_with(targets)), "{adapter:?}");
+        let names = Checkpoint::open(&last.join("adapter_model.safetensors")).unwrap();
+        let of_tower = "base_model.model.model.vision_tower.encoder.layer.0.";
+        assert!(names.names().any(|name| name.starts_with(of_tower)));
+
+        let mut model = vora_model::open(&last, Device::Cpu, Kind::Float, &resolve).unwrap();
+        let batch = DeviceBatch::new(&trained.next_batches().unwrap()[0], Device::Cpu);
+        let hidden = |model: &dyn VisionLanguageModel| {
+            tch::no_grad(|| model.forward(&batch.input, 0)).unwrap().last_hidden_state
+        };
+        let before = hidden(&*model);
+        model.merge().unwrap();
+        fixtures::assert_close_to(&hidden(&*model), &before, 1e-4);
+        model.save(merged.path()).unwrap();
+        let again = vora_model::open(merged.path(), Device::Cpu, Kind::Float, &resolve).unwrap();
+        assert!(again.vision_lora().is_none());
+        assert!(hidden(&*again).equal(&hidden(&*model)));
+        let mut base = vora_model::open(&last, Device::Cpu, Kind::Float, &resolve).unwrap();
+        base.detach().unwrap();
+        assert!(!hidden(&*base).equal(&before));
+        let convert = vora_model::convert::Conversion::plan(&last, &Default::default(), &resolve);
+        let error = convert.err().unwrap().to_string();
+        assert!(error.contains("with adapters on the vision tower: `vora merge` folds them in"), "{error}");
+    }
+}
+
 const STAGE_2: [&str; 4] =
     ["model.lora=null", "model.freeze_llm=false", "model.reuse_aux_vision_embedding_layers=null", "bf16=false"];
 
