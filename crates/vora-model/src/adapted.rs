@@ -80,6 +80,9 @@ impl AdaptedLlm {
     }
 
     /// Takes every adapter off again: the decoder is what it was before they came.
+    ///
+    /// # Errors
+    /// None of its own: it is that of a visit over the linears.
     pub fn detach(&mut self) -> Result<()> {
         self.llm.linears_mut(&mut |_, linear| detach(linear))?;
         self.lora = None;
