@@ -75,7 +75,7 @@ Examples:
   cargo xtask bench peers                        a training step beside transformers with PEFT: samples a CPU-second, memory
   cargo xtask bench peers -- --tokens 64,256,1024 --dtype bf16
   cargo xtask bench peers -- --causal --tokens 1024 --batch 2 --dtype bf16  a step beside itself with causal attention to pictures
-  cargo xtask bench ops                          operators of such a step by kind: number, GFLOP, bytes, time; ours and transformers' with PEFT
+  cargo xtask bench ops                          operators of such a step by kind: number, GFLOP, bytes, time; ours and transformers' with PEFT; on a quiet machine
   cargo xtask bench ops -- --tokens 256 --dtype bf16 --traces 3
   cargo xtask bench gpu --part speed             on a GPU: a step of random models of three sizes of batch and of 7B beside transformers
   cargo xtask bench gpu --part speed -- --rehearse  the same commands with tiny models on the CPU

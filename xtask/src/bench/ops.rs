@@ -282,7 +282,8 @@ fn is_whole(name: &str) -> bool {
     name.starts_with("vora::") || name.strip_prefix("aten::").is_some_and(|name| WHOLE.split(' ').any(|w| w == name))
 }
 
-/// One step of several that were traced: of each operator the least time, so that what else the machine did matters little.
+/// One step of several that were traced: of each operator the least time. The profiler's clock runs on while other programs
+/// have the core, so that the machine has to be quiet for what takes milliseconds.
 ///
 /// # Errors
 /// Steps that are not of the same operators.
