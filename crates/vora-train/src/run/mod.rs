@@ -4,6 +4,7 @@ mod available;
 mod best;
 mod dtype;
 mod evaluate;
+mod max_steps;
 pub(crate) mod plan;
 pub(crate) mod progress;
 pub(crate) mod size;

@@ -14,7 +14,7 @@ use vora_recipe::TrainConfig;
 use vora_torch::runtime::memory;
 
 use crate::run::available::available;
-use crate::run::trainer::max_steps;
+use crate::run::max_steps::max_steps;
 use crate::student::{Student, logits_rows};
 
 /// What a run takes.

@@ -15,4 +15,3 @@ mod trainer;
 pub use not_finite::NotFinite;
 pub use options::{Options, Outcome};
 pub use trainer::Trainer;
-pub(in crate::run) use trainer::max_steps;

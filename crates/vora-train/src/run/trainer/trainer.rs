@@ -30,6 +30,7 @@ use crate::observe::samples;
 use crate::observe::samples::Shown;
 use crate::run::best::{self, Best};
 use crate::run::evaluate::evaluate;
+use crate::run::max_steps::max_steps;
 use crate::run::progress::Progress;
 use crate::run::spikes::SpikeDetector;
 use crate::run::state::TrainerState;
@@ -469,17 +470,4 @@ impl Trainer {
     fn is_stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
-}
-
-/// Steps of the run, by number or by passes over the data.
-///
-/// # Errors
-/// Where neither says when it ends.
-pub(in crate::run) fn max_steps(config: &TrainConfig, training: &dyn Source) -> Result<u64> {
-    if let Ok(steps) = u64::try_from(config.max_steps) {
-        return Ok(steps);
-    }
-    let samples = training.len().context("max_steps is -1, but the data never ends")?;
-    let per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
-    Ok((samples as f64 * config.num_train_epochs / per_step as f64).ceil().max(1.0) as u64)
 }
