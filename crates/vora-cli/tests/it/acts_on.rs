@@ -63,7 +63,11 @@ fn a_picture_switches_adapters_on() {
     assert_eq!(language(&at("apart"), &[]), (1.0, 20));
     assert_eq!(says(&at("apart"), &[]), says(&last, &[]));
     fails(&["ask", &at("seeing"), "Hello?", "--acts-on", "with_image"], 1, &["--acts-on: the adapters are merged"]);
-    fails(&["merge", &last, "--out", &at("x"), "--as", "apart", "--check"], 1, &["--as apart and --as base merge nothing"]);
+    fails(
+        &["merge", &last, "--out", &at("x"), "--as", "apart", "--check"],
+        1,
+        &["--as apart and --as base merge nothing"],
+    );
     fails(&["ask", &last, "Hello?", "--acts-on", "words"], 2, &["`words` is none of all, with_image, image_tokens"]);
 
     fails(&["convert", &last, &at("vora"), "--to", "vora"], 1, &["act on `with_image`", "--as seeing"]);
