@@ -161,17 +161,15 @@ impl Trainer {
         }
 
         let max_steps = max_steps(&config, training.as_ref())?;
-        let texts = config.text_anchor.as_ref().map(|anchor| match &last {
-            Some(_) => Texts::open(run.path()),
-            None => {
-                let count = anchor.num_texts(max_steps);
-                match &anchor.data_fetch {
-                    Some(fetch) => {
-                        let source = data::of_fetch(fetch, &config, maker).context("text_anchor")?;
-                        Texts::from_records(&*source, maker, anchor, count).context("text_anchor")
-                    }
-                    None => Texts::written(student.model.llm(), maker.preparation(), anchor, count, config.seed),
+        let texts = config.text_anchor.as_ref().map(|anchor| {
+            let count = anchor.num_texts(max_steps);
+            match (&last, &anchor.data_fetch) {
+                (Some(_), _) => Texts::open(run.path()),
+                (None, Some(fetch)) => {
+                    let source = data::of_fetch(fetch, &config, maker).context("text_anchor")?;
+                    Texts::from_records(&*source, maker, anchor, count).context("text_anchor")
                 }
+                (None, None) => Texts::written(student.model.llm(), maker.preparation(), anchor, count, config.seed),
             }
         });
         let texts = texts.transpose()?;
