@@ -2,24 +2,21 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use tch::{Device, Kind};
-use vora_image::ImageProcessor;
 use vora_model::{Input, Resolve, VisionLanguageModel};
-use vora_text::ChatTemplate;
 use vora_text::Tokenizer;
 
 use crate::error::InferError;
 use crate::generate::generate_rows;
+use crate::prompter::Prompter;
 use crate::{Constraint, Generated, OutputModality, Passage, Request, generate, generate_within, passages};
 
 /// A model with everything that stands between it and a person.
 #[derive(Debug)]
 pub struct Assistant {
-    model: Box<dyn VisionLanguageModel>,
-    tokenizer: Tokenizer,
-    chat: ChatTemplate,
-    processor: Option<ImageProcessor>, // none where the model takes no picture
+    pub(crate) model: Box<dyn VisionLanguageModel>,
+    pub(crate) prompter: Prompter,
 }
 
 /// An answer.
@@ -47,14 +44,8 @@ impl Assistant {
     /// # Errors
     /// As [`Assistant::open`].
     pub fn new(model: Box<dyn VisionLanguageModel>, folder: &Path) -> Result<Self> {
-        let (rows, has_processor) = (model.llm().config().vocab_size, model.has_processor());
-        let processor = model.sees().then(|| ImageProcessor::open(folder)).transpose()?;
-        Ok(Self {
-            model,
-            tokenizer: Tokenizer::open(folder)?.for_embedding(rows).for_processor(has_processor),
-            chat: ChatTemplate::open(folder)?,
-            processor,
-        })
+        let prompter = Prompter::open(&*model, folder)?;
+        Ok(Self { model, prompter })
     }
 
     /// The model.
@@ -64,7 +55,7 @@ impl Assistant {
 
     /// The model's tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
-        &self.tokenizer
+        &self.prompter.tokenizer
     }
 
     /// Answers a request with words, one picture, or both; for a Chameleon, which writes pictures.
@@ -75,21 +66,14 @@ impl Assistant {
     pub fn write(&self, request: &Request<'_>, modality: OutputModality) -> Result<Vec<Passage>> {
         let model = self.model.image_writer().ok_or(InferError::WritesNoPictures)?;
         let constraint = Constraint::new(modality, model);
-        let (input, stop) = (self.prompt(request)?, self.tokenizer.eos_ids());
+        let (input, stop) = (self.prompt(request)?, self.tokenizer().eos_ids());
         let Request { sampling, max_new_tokens, .. } = request;
         passages(model, &generate_within(&constraint, &input, sampling, stop, *max_new_tokens, |_| true)?.ids)
     }
 
     /// What is asked, as the model takes it.
     fn prompt(&self, request: &Request<'_>) -> Result<Input> {
-        let pixel_values = request.images.iter().enumerate().map(|(i, image)| {
-            let processor = self.processor.as_ref().ok_or(InferError::SeesNoPictures)?;
-            let pixels = processor.preprocess(image).with_context(|| format!("picture {i}"))?;
-            Ok(vora_vision::pixel_values(&pixels))
-        });
-        let pixel_values = pixel_values.collect::<Result<Vec<_>>>()?;
-        let pieces = self.chat.encode_prompt(&self.tokenizer, &request.messages)?;
-        Input::prompt(&pieces, pixel_values, &*self.model)
+        self.prompter.prompt(request)?.input(&*self.model)
     }
 
     /// Answers a request; `on_text` gets the text as it comes and may answer false to end it.
@@ -97,9 +81,9 @@ impl Assistant {
     /// # Errors
     /// Where pictures and places differ in number, and where the prompt is longer than the model's context.
     pub fn reply(&self, request: &Request<'_>, mut on_text: impl FnMut(&str) -> bool) -> Result<Answer> {
-        let (input, stop) = (self.prompt(request)?, self.tokenizer.eos_ids());
+        let (input, stop) = (self.prompt(request)?, self.tokenizer().eos_ids());
         let Request { sampling, max_new_tokens, .. } = request;
-        let mut stream = self.tokenizer.stream(true);
+        let mut stream = self.tokenizer().stream(true);
         let mut failed = None;
         let mut text = String::new();
         let generated =
@@ -132,9 +116,9 @@ impl Assistant {
     pub fn reply_all(&self, requests: &[Request<'_>]) -> Result<Vec<Answer>> {
         let input = Input::concat(requests.iter().map(|request| self.prompt(request)).collect::<Result<_>>()?)?;
         let wanted: Vec<_> = requests.iter().map(|request| (&request.sampling, request.max_new_tokens)).collect();
-        let generated = generate_rows(&*self.model, &input, &wanted, self.tokenizer.eos_ids())?;
+        let generated = generate_rows(&*self.model, &input, &wanted, self.tokenizer().eos_ids())?;
         let answer =
-            |generated: Generated| Ok(Answer { text: self.tokenizer.decode(&generated.ids, true)?, generated });
+            |generated: Generated| Ok(Answer { text: self.tokenizer().decode(&generated.ids, true)?, generated });
         generated.into_iter().map(answer).collect()
     }
 }

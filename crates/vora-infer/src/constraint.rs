@@ -3,7 +3,6 @@
 use std::collections::HashSet;
 
 use anyhow::{Result, ensure};
-use tch::{Kind, Tensor};
 use vora_model::{ImageWriter, Input};
 
 use crate::Sampler;
@@ -27,16 +26,19 @@ pub enum OutputModality {
 pub struct Constraint<'a> {
     model: &'a dyn ImageWriter,
     modality: OutputModality,
-    image_tokens: usize,      // of a picture
-    images: Tensor,           // [vocab], true for what is left out: image tokens,
-    images_and_begin: Tensor, // these and the token that begins a picture,
-    all_but_images: Tensor,   // all others
+    image_tokens: usize, // of a picture
+    is_image: Vec<bool>, // of every token of the vocabulary
 }
 
 /// What may come next.
-enum Allowed<'a> {
-    /// Every token where this is false.
-    Without(&'a Tensor),
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Allowed {
+    /// Every token that makes no picture.
+    Words,
+    /// These without the one that begins a picture.
+    WordsAlone,
+    /// Every token that makes a picture.
+    ImageTokens,
     /// This alone.
     Only(i64),
 }
@@ -44,21 +46,14 @@ enum Allowed<'a> {
 impl<'a> Constraint<'a> {
     /// For the tokens of `model`.
     pub fn new(modality: OutputModality, model: &'a dyn ImageWriter) -> Self {
-        let (vocab, device) = (model.llm().config().vocab_size, model.llm().device());
-        let mark = |ids: &[i64]| {
-            let mask = Tensor::zeros([vocab], (Kind::Bool, device));
-            mask.index_fill(0, &Tensor::from_slice(ids).to_device(device), 1)
-        };
-        let images = mark(model.image_vocabulary());
-        let (rows, cols) = model.drawn_grid();
-        Self {
-            model,
-            modality,
-            image_tokens: (rows * cols) as usize,
-            images_and_begin: images.logical_or(&mark(&[model.begin_image_id()])),
-            all_but_images: images.logical_not(),
-            images,
+        let mut is_image = vec![false; usize::try_from(model.llm().config().vocab_size).unwrap_or(0)];
+        for &id in model.image_vocabulary() {
+            if let Some(is_image) = usize::try_from(id).ok().and_then(|id| is_image.get_mut(id)) {
+                *is_image = true;
+            }
         }
+        let (rows, cols) = model.drawn_grid();
+        Self { model, modality, image_tokens: (rows * cols) as usize, is_image }
     }
 
     /// The model whose tokens they are.
@@ -105,17 +100,27 @@ pub(crate) struct Progress<'a> {
 }
 
 impl Progress<'_> {
-    /// The next token for `logits` `[vocab]`, where `room` tokens fit, this one among them.
-    pub(crate) fn next_token(&mut self, logits: &Tensor, room: usize, sampler: &mut Sampler) -> Result<i64> {
-        let token = match self.allowed(room) {
-            Allowed::Without(mask) => sampler.next_token(&logits.masked_fill(mask, f64::NEG_INFINITY))?,
-            Allowed::Only(token) => {
-                sampler.saw(token);
-                token
+    /// The next token for the `logits` of all tokens, where `room` tokens fit, this one among them.
+    pub(crate) fn choose(&mut self, logits: &mut [f32], room: usize, sampler: &mut Sampler) -> i64 {
+        let allowed = self.allowed(room);
+        let token = if let Allowed::Only(token) = allowed {
+            sampler.saw(token);
+            token
+        } else {
+            for (logit, &is_image) in logits.iter_mut().zip(&self.constraint.is_image) {
+                if is_image != (allowed == Allowed::ImageTokens) {
+                    *logit = f32::NEG_INFINITY;
+                }
             }
+            if allowed == Allowed::WordsAlone
+                && let Some(begin) = logits.get_mut(self.constraint.model.begin_image_id() as usize)
+            {
+                *begin = f32::NEG_INFINITY;
+            }
+            sampler.choose(logits)
         };
         self.advance(token);
-        Ok(token)
+        token
     }
 
     /// Whether the picture that was asked for is complete.
@@ -123,16 +128,14 @@ impl Progress<'_> {
         self.finished
     }
 
-    fn allowed(&self, room: usize) -> Allowed<'_> {
+    fn allowed(&self, room: usize) -> Allowed {
         let constraint = self.constraint;
         match (self.left, constraint.modality) {
             (Some(0), _) => Allowed::Only(constraint.model.end_image_id()),
-            (Some(_), _) => Allowed::Without(&constraint.all_but_images),
+            (Some(_), _) => Allowed::ImageTokens,
             (None, OutputModality::Image) => Allowed::Only(constraint.model.begin_image_id()),
-            (None, OutputModality::Interleaved) if room < constraint.image_tokens + 2 => {
-                Allowed::Without(&constraint.images_and_begin)
-            }
-            (None, _) => Allowed::Without(&constraint.images),
+            (None, OutputModality::Interleaved) if room < constraint.image_tokens + 2 => Allowed::WordsAlone,
+            (None, _) => Allowed::Words,
         }
     }
 
@@ -156,7 +159,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use fixtures::Golden;
-    use tch::Device;
+    use tch::{Device, Kind, Tensor};
     use vora_llm::LlmConfig;
     use vora_model::{Chameleon, VisionLanguageModel};
     use vora_text::{Span, Spans};
@@ -215,7 +218,7 @@ mod tests {
             }
             // What the mask leaves out is what the reference puts to the lowest number.
             let forbidden = golden[&format!("{name}.text_logits")].get(0).get(0).eq(f64::from(f32::MIN));
-            assert!(forbidden.equal(&constraint.images));
+            assert_eq!(Vec::<bool>::try_from(forbidden).unwrap(), constraint.is_image);
         }
     }
 
@@ -301,13 +304,12 @@ mod tests {
     fn a_picture_is_begun_where_it_just_fits() {
         let model = model(&fixtures::open("chameleon"), "pre");
         let constraint = Constraint::new(OutputModality::Interleaved, &model);
-        let logits = Tensor::zeros([48], (Kind::Float, Device::Cpu));
-        let begin = Tensor::from_slice(&[model.begin_image_id()]);
-        let logits = logits.index_fill(0, &begin, 9.0);
+        let mut logits = [0.0; 48];
+        logits[model.begin_image_id() as usize] = 9.0;
         for (room, begins) in [(IMAGE_TOKENS + 1, false), (IMAGE_TOKENS + 2, true)] {
             let mut progress = constraint.start(&input(&[14]), room).unwrap();
             let mut sampler = Sampler::new(SamplingParams::default(), &[]).unwrap();
-            let token = progress.next_token(&logits, room, &mut sampler).unwrap();
+            let token = progress.choose(&mut logits.clone(), room, &mut sampler);
             assert_eq!(token == model.begin_image_id(), begins, "room for {room}");
         }
     }
@@ -319,11 +321,11 @@ mod tests {
         let mut progress = constraint.start(&input(&[14]), 40).unwrap();
         let params = SamplingParams { repetition_penalty: 2.0, ..SamplingParams::default() };
         let mut sampler = Sampler::new(params, &[]).unwrap();
-        let logits = Tensor::ones([48], (Kind::Float, Device::Cpu));
-        let begin = progress.next_token(&logits, 40, &mut sampler).unwrap();
+        let begin = progress.choose(&mut [1.0; 48], 40, &mut sampler);
         assert_eq!(begin, model.begin_image_id());
-        let more = Tensor::from_slice(&[begin]);
-        assert_ne!(sampler.next_token(&logits.index_fill(0, &more, 1.5)).unwrap(), begin);
+        let mut logits = [1.0; 48];
+        logits[begin as usize] = 1.5;
+        assert_ne!(sampler.choose(&mut logits), begin);
     }
 
     #[test]
@@ -342,7 +344,8 @@ mod tests {
                     while ids.len() < 33 && !progress.is_finished() {
                         let output = tch::no_grad(|| model.forward(&input(&ids), 0)).unwrap();
                         let logits = model.llm().logits(&output.last_hidden_state.select(1, -1)).get(0);
-                        ids.push(progress.next_token(&logits, 33 - ids.len(), &mut sampler).unwrap());
+                        let mut logits = Vec::<f32>::try_from(logits).unwrap();
+                        ids.push(progress.choose(&mut logits, 33 - ids.len(), &mut sampler));
                     }
                     assert_eq!(cached.ids, ids[3..], "{name} {modality:?} {params:?}");
                 }

@@ -3,7 +3,7 @@
 use thiserror::Error;
 
 /// Why a model is not asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum InferError {
     /// A prompt leaves the model's context no room for an answer.
@@ -21,6 +21,33 @@ pub enum InferError {
         needed: usize,
         /// Tokens that may still come.
         room: usize,
+    },
+    /// The cache of keys and values is too small for the request, however little else is asked.
+    #[error(
+        "the request takes up to {needed} tokens, the cache of keys and values holds {room}: ask for fewer, or give it more memory"
+    )]
+    ContextFull {
+        /// Tokens of prompt and answer at most.
+        needed: i64,
+        /// Tokens that the whole cache holds.
+        room: i64,
+    },
+    /// As many requests wait as may.
+    #[error("{waiting} requests are waiting already: ask again later")]
+    QueueFull {
+        /// Requests that wait.
+        waiting: usize,
+    },
+    /// The engine takes no more requests: it was told to end, or it has ended.
+    #[error("the engine is ending and takes no more requests")]
+    Ending,
+    /// A picture cannot be made into what the model sees.
+    #[error("picture {index}: {problem}")]
+    BadImage {
+        /// Which of the request's, from 0.
+        index: usize,
+        /// What is wrong with it.
+        problem: String,
     },
     /// A picture is shown to a language model alone.
     #[error("the model is a language model alone, which takes no picture")]

@@ -1,13 +1,11 @@
 //! The decoding loop: prefill once, then one token at a time from the cache.
 
 use anyhow::{Context, Result, ensure};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use vora_model::{Input, VisionLanguageModel};
-use vora_text::{Modality, Span};
 
-use crate::constraint::Progress;
-use crate::error::InferError;
-use crate::{Constraint, OutputModality, Sampler, SamplingParams};
+use crate::sequence::Sequence;
+use crate::{Constraint, OutputModality, SamplingParams};
 
 /// Why a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,43 +99,6 @@ fn one(input: &Input, run: impl FnOnce() -> Result<Vec<Generated>>) -> Result<Ge
     run()?.pop().context("a row became nothing")
 }
 
-/// A row of a batch while it is generated.
-struct Row<'a> {
-    sampler: Sampler,
-    progress: Option<Progress<'a>>,
-    ids: Vec<i64>,
-    max_new_tokens: usize,
-    prompt_tokens: i64,
-    finish_reason: Option<FinishReason>,
-}
-
-impl Row<'_> {
-    /// Takes the next token by its `logits` `[vocab]`, which `on_token` sees.
-    fn step(&mut self, logits: &Tensor, stop: &[i64], on_token: impl FnOnce(i64) -> bool) -> Result<()> {
-        if self.ids.len() == self.max_new_tokens {
-            self.finish_reason = Some(FinishReason::Length);
-            return Ok(());
-        }
-        let token = match &mut self.progress {
-            None => self.sampler.next_token(logits)?,
-            Some(progress) => progress.next_token(logits, self.max_new_tokens - self.ids.len(), &mut self.sampler)?,
-        };
-        if stop.contains(&token) {
-            self.finish_reason = Some(FinishReason::Stop);
-            return Ok(());
-        }
-        self.ids.push(token);
-        if !on_token(token) {
-            self.finish_reason = Some(FinishReason::Cancelled);
-        } else if self.progress.as_ref().is_some_and(Progress::is_finished) {
-            self.finish_reason = Some(FinishReason::Stop);
-        } else if self.ids.len() == self.max_new_tokens {
-            self.finish_reason = Some(FinishReason::Length);
-        }
-        Ok(())
-    }
-}
-
 /// Goes on from each row of `input` by the rules and up to the length that `wanted` has for it.
 fn run(
     model: &dyn VisionLanguageModel,
@@ -148,76 +109,45 @@ fn run(
     mut on_token: impl FnMut(usize, i64) -> bool,
 ) -> Result<Vec<Generated>> {
     let context = model.llm().config().max_position_embeddings;
-    let row = |((prompt_tokens, words), (params, max_new_tokens)): ((i64, Vec<i64>), &(&SamplingParams, usize))| {
-        ensure!(prompt_tokens < context, InferError::PromptTooLong { tokens: prompt_tokens, context });
-        let max_new_tokens = (*max_new_tokens).min(usize::try_from(context - prompt_tokens)?);
-        Ok(Row {
-            sampler: Sampler::new((*params).clone(), &words)?,
-            progress: constraint.map(|constraint| constraint.start(input, max_new_tokens)).transpose()?,
-            ids: Vec::new(),
-            max_new_tokens,
-            prompt_tokens,
-            finish_reason: None,
-        })
-    };
-    let prompts = input.spans.row_lens().zip(words(input)?);
-    let mut rows: Vec<Row<'_>> = prompts.zip(wanted).map(row).collect::<Result<_>>()?;
+    let mut rows = Sequence::of_rows(input, context, constraint, wanted)?;
     let device = input.input_ids.device();
-
     tch::no_grad(|| {
-        let room = rows.iter().map(|row| row.max_new_tokens).max().unwrap_or(0);
+        let room = rows.iter().map(Sequence::max_new_tokens).max().unwrap_or(0);
         let mut cache = model.llm().new_cache(input.spans.batch(), input.spans.seq() + room as i64)?;
         let plan = model.plan(&input.spans)?;
         let mut logits = model.llm().prefill(&model.embed(input)?, &plan, &mut cache)?; // [rows, vocab]
         loop {
-            for (i, row) in rows.iter_mut().enumerate().filter(|(_, row)| row.finish_reason.is_none()) {
-                row.step(&logits.get(i as i64), stop, |token| on_token(i, token))?;
+            let vocab = usize::try_from(logits.size()[1])?;
+            let mut of_rows = Vec::<f32>::try_from(logits.to_kind(Kind::Float).contiguous().view([-1]))?;
+            let going = rows.iter_mut().zip(of_rows.chunks_mut(vocab)).enumerate();
+            for (i, (row, logits)) in going.filter(|(_, (row, _))| row.finish_reason().is_none()) {
+                if row.step(logits, stop).is_some_and(|token| !on_token(i, token)) {
+                    row.end(FinishReason::Cancelled);
+                }
             }
-            if rows.iter().all(|row| row.finish_reason.is_some()) {
+            if rows.iter().all(|row| row.finish_reason().is_some()) {
                 break;
             }
-            // A row that has ended goes on with some token, of which nothing is read.
-            let tokens: Vec<i64> = rows.iter().map(|row| row.ids.last().copied().unwrap_or(0)).collect();
+            let tokens: Vec<i64> = rows.iter().map(Sequence::last).collect();
             let tokens = Tensor::from_slice(&tokens).unsqueeze(1).to_device(device); // [rows, 1]
             logits = model.llm().decode_step(&tokens, &mut cache)?;
         }
         anyhow::Ok(())
     })?;
-    let generated = |row: Row<'_>| Generated {
-        ids: row.ids,
-        finish_reason: row.finish_reason.unwrap_or(FinishReason::Length),
-        prompt_tokens: row.prompt_tokens,
-    };
-    Ok(rows.into_iter().map(generated).collect())
-}
-
-/// The ids of each row's prompt, without what stands at image places and after its end.
-fn words(input: &Input) -> Result<Vec<Vec<i64>>> {
-    let (ids, seq) = (Vec::<i64>::try_from(input.input_ids.view([-1]))?, usize::try_from(input.spans.seq())?);
-    let row = |(spans, ids): (&Vec<Span>, &[i64])| {
-        let mut words = Vec::new();
-        let mut start = 0;
-        for span in spans {
-            let end = start + span.len() as usize;
-            if span.modality() == Modality::Text {
-                words.extend_from_slice(&ids[start..end]);
-            }
-            start = end;
-        }
-        words
-    };
-    Ok(input.spans.rows().iter().zip(ids.chunks(seq.max(1))).map(row).collect())
+    Ok(rows.into_iter().map(Sequence::into_generated).collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::{Device, Kind};
+    use tch::Device;
     use vora_llm::LlmConfig;
     use vora_lora::{ActsOn, LoraConfig};
     use vora_model::{Vora, VoraConfig};
-    use vora_text::Spans;
+    use vora_text::{Span, Spans};
     use vora_torch::weights::Weights;
+
+    use crate::{InferError, Sampler};
 
     fn model() -> Vora {
         let config = VoraConfig::new(LlmConfig { max_position_embeddings: 24, ..LlmConfig::tiny(64) }, 12, 4, 8);

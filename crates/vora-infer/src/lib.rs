@@ -20,18 +20,22 @@
 
 mod assistant;
 mod constraint;
+mod engine;
 mod error;
 mod generate;
 mod passages;
+mod prompter;
 mod request;
 mod sampling;
+mod sequence;
 
 pub use assistant::{Answer, Assistant};
 pub use constraint::{Constraint, OutputModality};
+pub use engine::{Engine, EngineConfig, EngineStats, Event, Ticket, TokenLogprob};
 pub use error::InferError;
 pub use generate::{FinishReason, Generated, generate, generate_batch, generate_within};
 pub use passages::{Passage, passages};
-pub use request::Request;
+pub use request::{Request, ResponseFormat};
 pub use sampling::{Sampler, SamplingParams};
 pub use tch;
 pub use vora_image::RgbImage;

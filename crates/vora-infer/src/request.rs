@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use serde_json::Value;
 use vora_image::RgbImage;
 use vora_text::Message;
 
@@ -19,10 +20,27 @@ use crate::SamplingParams;
 /// ```
 #[derive(Debug, Clone)]
 pub struct Request<'a> {
-    pub(crate) images: &'a [RgbImage],
+    pub(crate) images: Cow<'a, [RgbImage]>,
     pub(crate) messages: Cow<'a, [Message]>,
     pub(crate) sampling: SamplingParams,
     pub(crate) max_new_tokens: usize,
+    pub(crate) stop: Vec<String>,
+    pub(crate) top_logprobs: Option<usize>,
+    pub(crate) format: ResponseFormat,
+    pub(crate) adapters: bool,
+}
+
+/// What an answer has to be.
+#[derive(Debug, Clone, Default, PartialEq)]
+#[non_exhaustive]
+pub enum ResponseFormat {
+    /// Anything.
+    #[default]
+    Text,
+    /// A JSON object.
+    JsonObject,
+    /// JSON of this schema.
+    JsonSchema(Value),
 }
 
 impl<'a> Request<'a> {
@@ -31,14 +49,24 @@ impl<'a> Request<'a> {
 
     /// The answer to the last of `messages`, a conversation that has a place for each of `images`: the likeliest token each
     /// time, up to [`Request::MAX_NEW_TOKENS`].
-    pub fn new(images: &'a [RgbImage], messages: impl Into<Cow<'a, [Message]>>) -> Self {
-        let (sampling, max_new_tokens) = (SamplingParams::default(), Self::MAX_NEW_TOKENS);
-        Self { images, messages: messages.into(), sampling, max_new_tokens }
+    pub fn new(images: impl Into<Cow<'a, [RgbImage]>>, messages: impl Into<Cow<'a, [Message]>>) -> Self {
+        Self {
+            images: images.into(),
+            messages: messages.into(),
+            sampling: SamplingParams::default(),
+            max_new_tokens: Self::MAX_NEW_TOKENS,
+            stop: Vec::new(),
+            top_logprobs: None,
+            format: ResponseFormat::Text,
+            adapters: true,
+        }
     }
 
     /// The answer to one question about `images`, which stand before it.
-    pub fn question(images: &'a [RgbImage], question: &str) -> Self {
-        Self::new(images, vec![Message::question_about(images.len(), question)])
+    pub fn question(images: impl Into<Cow<'a, [RgbImage]>>, question: &str) -> Self {
+        let images = images.into();
+        let messages = vec![Message::question_about(images.len(), question)];
+        Self::new(images, messages)
     }
 
     /// The same with other rules for choosing tokens.
@@ -51,5 +79,30 @@ impl<'a> Request<'a> {
     #[must_use]
     pub fn with_max_new_tokens(self, max_new_tokens: usize) -> Self {
         Self { max_new_tokens, ..self }
+    }
+
+    /// The same, ended before the first of these texts; they stay out of the answer.
+    #[must_use]
+    pub fn with_stop(self, stop: Vec<String>) -> Self {
+        Self { stop, ..self }
+    }
+
+    /// The same with the log-probability of each token, and those of the `top` likeliest in its place. An engine gives them.
+    #[must_use]
+    pub fn with_logprobs(self, top: usize) -> Self {
+        Self { top_logprobs: Some(top), ..self }
+    }
+
+    /// The same with an answer that has to be of this form. An engine sees to it.
+    #[must_use]
+    pub fn with_format(self, format: ResponseFormat) -> Self {
+        Self { format, ..self }
+    }
+
+    /// The same without the model's adapters, where they are apart from its weights: the language model as it was. An engine
+    /// sees to it.
+    #[must_use]
+    pub fn without_adapters(self) -> Self {
+        Self { adapters: false, ..self }
     }
 }

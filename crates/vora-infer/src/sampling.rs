@@ -1,4 +1,6 @@
-//! From logits to the next token: repetition penalty, temperature, top-k, top-p, in the order of HF's generate.
+//! From logits to the next token: bias and penalties, temperature, top-k, top-p, min-p, in the order of HF's generate.
+
+use std::collections::HashMap;
 
 use anyhow::{Result, ensure};
 use rand::{RngExt, SeedableRng};
@@ -22,15 +24,33 @@ pub struct SamplingParams {
     pub top_k: usize,
     /// Keeps the smallest set of tokens whose probabilities sum to at least this; 1 keeps all.
     pub top_p: f64,
+    /// Keeps tokens at least this share as likely as the likeliest (arXiv 2407.01082); 0 keeps all.
+    pub min_p: f64,
     /// Divides positive and multiplies negative logits of tokens already seen (Keskar et al. 2019); 1 changes nothing.
     pub repetition_penalty: f64,
+    /// Taken from the logit of each token that was already generated, the prompt not counted, as OpenAI and vLLM do.
+    pub presence_penalty: f64,
+    /// Taken from a token's logit as often as it was already generated.
+    pub frequency_penalty: f64,
+    /// Added to the logits of these tokens before anything else.
+    pub logit_bias: Vec<(i64, f32)>,
     /// Of the random numbers; the same seed gives the same tokens.
     pub seed: u64,
 }
 
 impl Default for SamplingParams {
     fn default() -> Self {
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0, repetition_penalty: 1.0, seed: 0 }
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+        }
     }
 }
 
@@ -59,6 +79,30 @@ impl SamplingParams {
         Self { repetition_penalty, ..self }
     }
 
+    /// The same with this [`min_p`](Self::min_p).
+    #[must_use]
+    pub fn with_min_p(self, min_p: f64) -> Self {
+        Self { min_p, ..self }
+    }
+
+    /// The same with this [`presence_penalty`](Self::presence_penalty).
+    #[must_use]
+    pub fn with_presence_penalty(self, presence_penalty: f64) -> Self {
+        Self { presence_penalty, ..self }
+    }
+
+    /// The same with this [`frequency_penalty`](Self::frequency_penalty).
+    #[must_use]
+    pub fn with_frequency_penalty(self, frequency_penalty: f64) -> Self {
+        Self { frequency_penalty, ..self }
+    }
+
+    /// The same with this [`logit_bias`](Self::logit_bias).
+    #[must_use]
+    pub fn with_logit_bias(self, logit_bias: Vec<(i64, f32)>) -> Self {
+        Self { logit_bias, ..self }
+    }
+
     /// The same with this [`seed`](Self::seed).
     #[must_use]
     pub fn with_seed(self, seed: u64) -> Self {
@@ -70,7 +114,7 @@ impl SamplingParams {
     /// # Errors
     /// Names the first field out of its range, and its value.
     pub fn validate(&self) -> Result<()> {
-        let Self { temperature, top_p, repetition_penalty, .. } = *self;
+        let Self { temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, .. } = *self;
         ensure!(
             temperature.is_finite() && temperature >= 0.0,
             "temperature is {temperature}, it must be 0 (greedy) or more"
@@ -80,6 +124,13 @@ impl SamplingParams {
             repetition_penalty.is_finite() && repetition_penalty > 0.0,
             "repetition_penalty is {repetition_penalty}, it must be more than 0"
         );
+        ensure!((0.0..=1.0).contains(&min_p), "min_p is {min_p}, it must lie in [0, 1]");
+        for (name, value) in [("presence_penalty", presence_penalty), ("frequency_penalty", frequency_penalty)] {
+            ensure!(value.is_finite(), "{name} is {value}, it must be a number");
+        }
+        for &(token, bias) in &self.logit_bias {
+            ensure!(token >= 0 && !bias.is_nan(), "logit_bias of token {token} is {bias}");
+        }
         Ok(())
     }
 }
@@ -89,7 +140,7 @@ impl SamplingParams {
 pub struct Sampler {
     params: SamplingParams,
     rng: ChaCha8Rng,
-    seen: Vec<i64>,
+    seen: HashMap<i64, u32>, // how often each token was generated; 0 for those of the prompt alone
 }
 
 impl Sampler {
@@ -100,7 +151,7 @@ impl Sampler {
     pub fn new(params: SamplingParams, prompt: &[i64]) -> Result<Self> {
         params.validate()?;
         let rng = ChaCha8Rng::seed_from_u64(params.seed);
-        Ok(Self { params, rng, seen: prompt.to_vec() })
+        Ok(Self { params, rng, seen: prompt.iter().map(|&token| (token, 0)).collect() })
     }
 
     /// The next token for `logits` `[vocab]` of any dtype and device.
@@ -108,21 +159,43 @@ impl Sampler {
     /// # Errors
     /// Where the logits are no vector.
     pub fn next_token(&mut self, logits: &Tensor) -> Result<i64> {
-        let greedy = self.params.temperature == 0.0;
-        let token = if greedy && self.params.repetition_penalty == 1.0 {
-            logits.argmax(-1, false).int64_value(&[])
-        } else {
-            let mut logits = Vec::<f32>::try_from(logits.to_kind(Kind::Float).contiguous().view([-1]))?;
-            penalize(&mut logits, &self.seen, self.params.repetition_penalty);
-            if greedy { most_likely(&logits) } else { self.draw(&logits) as i64 }
-        };
-        self.saw(token);
-        Ok(token)
+        Ok(self.choose(&mut Vec::<f32>::try_from(logits.to_kind(Kind::Float).contiguous().view([-1]))?))
     }
 
-    /// Counts a token as seen that was not chosen here.
+    /// The next token for the logits of all tokens, which biases and penalties change in place. One of minus infinity is
+    /// chosen only where all are.
+    pub fn choose(&mut self, logits: &mut [f32]) -> i64 {
+        self.penalize(logits);
+        let token = if self.params.temperature == 0.0 { most_likely(logits) } else { self.draw(logits) as i64 };
+        self.saw(token);
+        token
+    }
+
+    /// Counts a token as generated that was not chosen here.
     pub(crate) fn saw(&mut self, token: i64) {
-        self.seen.push(token);
+        *self.seen.entry(token).or_default() += 1;
+    }
+
+    /// vLLM's order: biases, HF's RepetitionPenaltyLogitsProcessor, OpenAI's two penalties.
+    fn penalize(&self, logits: &mut [f32]) {
+        let at = |token: i64| usize::try_from(token).unwrap_or(usize::MAX);
+        let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = self.params;
+        for &(token, bias) in &self.params.logit_bias {
+            if let Some(logit) = logits.get_mut(at(token)) {
+                *logit += bias;
+            }
+        }
+        if (repetition_penalty, presence_penalty, frequency_penalty) == (1.0, 0.0, 0.0) {
+            return;
+        }
+        for (&token, &times) in &self.seen {
+            let Some(logit) = logits.get_mut(at(token)) else { continue };
+            let repeated = repetition_penalty as f32;
+            *logit = if *logit < 0.0 { *logit * repeated } else { *logit / repeated };
+            if times > 0 {
+                *logit -= (presence_penalty + f64::from(times) * frequency_penalty) as f32;
+            }
+        }
     }
 
     /// One draw from what temperature, top-k and top-p leave.
@@ -139,27 +212,12 @@ impl Sampler {
     }
 }
 
-/// HF's RepetitionPenaltyLogitsProcessor.
-fn penalize(logits: &mut [f32], seen: &[i64], penalty: f64) {
-    if penalty == 1.0 {
-        return;
-    }
-    let mut seen: Vec<usize> = seen.iter().filter_map(|&t| usize::try_from(t).ok()).collect();
-    seen.sort_unstable();
-    seen.dedup();
-    for token in seen {
-        if let Some(logit) = logits.get_mut(token) {
-            *logit = if *logit < 0.0 { *logit * penalty as f32 } else { *logit / penalty as f32 };
-        }
-    }
-}
-
 fn most_likely(logits: &[f32]) -> i64 {
     let best = logits.iter().enumerate().fold(0, |best, (i, &l)| if l > logits[best] { i } else { best });
     best as i64
 }
 
-/// The tokens that temperature, top-k and top-p leave with their probabilities, the most likely first; none with a logit
+/// The tokens that temperature, top-k, top-p and min-p leave with their probabilities, the most likely first; none with a logit
 /// of minus infinity.
 fn keep(logits: &[f32], params: &SamplingParams) -> Vec<(usize, f64)> {
     let mut order: Vec<usize> = (0..logits.len()).filter(|&token| logits[token] != f32::NEG_INFINITY).collect();
@@ -188,6 +246,8 @@ fn keep(logits: &[f32], params: &SamplingParams) -> Vec<(usize, f64)> {
         sum += *probability;
     }
     kept.truncate(len);
+    let least = kept[0].1 * params.min_p;
+    kept.retain(|&(_, probability)| probability >= least);
     kept
 }
 
@@ -252,12 +312,30 @@ mod tests {
     #[test]
     fn the_penalty_pushes_seen_tokens_down() {
         let mut logits = [2.0f32, -2.0, 2.0];
-        penalize(&mut logits, &[0, 1, 0, 99], 2.0);
+        let twice = SamplingParams { repetition_penalty: 2.0, ..params(0.0) };
+        Sampler::new(twice, &[0, 1, 0, 99]).unwrap().penalize(&mut logits);
         assert_eq!(logits, [1.0, -4.0, 2.0]);
         let mut sampler = Sampler::new(SamplingParams { repetition_penalty: 3.0, ..params(0.0) }, &[1]).unwrap();
         let logits = Tensor::from_slice(&[1f32, 2.0, 0.5]);
         let tokens: Vec<i64> = (0..2).map(|_| sampler.next_token(&logits).unwrap()).collect();
         assert_eq!(tokens, [0, 1], "1 was in the prompt; after 0 both are seen");
+    }
+
+    #[test]
+    fn presence_and_frequency_count_what_was_generated() {
+        let penalties = params(0.0).with_presence_penalty(0.5).with_frequency_penalty(0.25);
+        let mut sampler = Sampler::new(penalties.with_logit_bias(vec![(2, -1.0), (99, 5.0)]), &[0]).unwrap();
+        (0..2).for_each(|_| sampler.saw(1));
+        let mut logits = [1.0f32, 1.0, 1.0];
+        sampler.penalize(&mut logits);
+        assert_eq!(logits, [1.0, 0.0, 0.0], "the prompt's token 0 is not generated, 1 was twice, 2 is biased");
+    }
+
+    #[test]
+    fn min_p_keeps_what_comes_near_the_likeliest() {
+        let logits = [0.0f32, 2f32.ln(), 5f32.ln()];
+        let kept = |min_p| keep(&logits, &params(1.0).with_min_p(min_p)).len();
+        assert_eq!((kept(0.0), kept(0.3), kept(0.5), kept(1.0)), (3, 2, 1, 1));
     }
 
     #[test]
@@ -267,6 +345,9 @@ mod tests {
             (params(f64::NAN), "temperature"),
             (SamplingParams { top_p: 0.0, ..params(1.0) }, "top_p"),
             (SamplingParams { repetition_penalty: 0.0, ..params(1.0) }, "repetition_penalty"),
+            (params(1.0).with_min_p(1.5), "min_p"),
+            (params(1.0).with_presence_penalty(f64::INFINITY), "presence_penalty"),
+            (params(1.0).with_logit_bias(vec![(-1, 1.0)]), "logit_bias of token -1"),
         ] {
             let error = Sampler::new(wrong, &[]).unwrap_err().to_string();
             assert!(error.starts_with(name), "{error}");

@@ -1,5 +1,7 @@
 //! Keys and values already computed, for generating one token at a time.
 
+use std::ops::Range;
+
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_lora::Active;
@@ -36,7 +38,7 @@ pub(crate) struct Step {
     /// The first key that any row attends to: 0, or where the shortest row's window begins.
     first: i64,
     /// One more than the last key that any row attends to, which is the new one of the longest.
-    pub(crate) seen: i64,
+    seen: i64,
     pub(crate) kernel: StepKernel,
     lens: Vec<i64>, // tokens of each row, the new one not counted
     kind: Kind,
@@ -137,19 +139,7 @@ impl KvCache {
         if longest >= self.capacity {
             return Err(CacheError::Full { len: longest, capacity: self.capacity });
         }
-        let lens = Tensor::from_slice(&self.lens).to_device(self.device); // [batch]
-        let seen = longest + 1;
-        let ragged = longest != shortest;
-        let places = ragged.then(|| [Tensor::arange(batch, (Kind::Int64, self.device)), lens.shallow_clone()]);
-        let adapted: Vec<i64> = (0..).zip(&self.adapted).filter(|(_, on)| **on).map(|(row, _)| row).collect();
-        let adapters = match adapted.len() {
-            0 => Active::Off,
-            all if all == self.adapted.len() => Active::All,
-            _ => Active::At(Tensor::from_slice(&adapted).to_device(self.device)),
-        };
-        let position_ids = lens.unsqueeze(1);
-        let (lens, kind, kernel) = (self.lens.clone(), self.kind, StepKernel::Plain);
-        Ok(Step { position_ids, first: 0, seen, kernel, lens, kind, places, adapters }.with_kernel(None))
+        Ok(Step::new(&self.lens, &self.adapted, self.device, self.kind))
     }
 
     pub(crate) fn stepped(&mut self) {
@@ -158,6 +148,27 @@ impl KvCache {
 }
 
 impl Step {
+    /// A step that adds one token to every row of these lengths.
+    pub(crate) fn new(lens: &[i64], adapted: &[bool], device: Device, kind: Kind) -> Self {
+        let (longest, shortest) = (lens.iter().max().copied().unwrap_or(0), lens.iter().min().copied().unwrap_or(0));
+        let of_rows = Tensor::from_slice(lens).to_device(device); // [batch]
+        let rows = || Tensor::arange(lens.len() as i64, (Kind::Int64, device));
+        let places = (longest != shortest).then(|| [rows(), of_rows.shallow_clone()]);
+        let on: Vec<i64> = (0..).zip(adapted).filter(|(_, on)| **on).map(|(row, _)| row).collect();
+        let adapters = match on.len() {
+            0 => Active::Off,
+            all if all == adapted.len() => Active::All,
+            _ => Active::At(Tensor::from_slice(&on).to_device(device)),
+        };
+        let (position_ids, lens, kernel) = (of_rows.unsqueeze(1), lens.to_vec(), StepKernel::Plain);
+        Self { position_ids, first: 0, seen: longest + 1, kernel, lens, kind, places, adapters }.with_kernel(None)
+    }
+
+    /// The keys that some row attends to, counted from each row's first.
+    pub(crate) fn seen(&self) -> Range<i64> {
+        self.first..self.seen
+    }
+
     /// The same step for layers with a sliding window; none where that hides no key.
     pub(crate) fn within(&self, window: i64) -> Option<Self> {
         if self.seen <= window {

@@ -36,6 +36,7 @@ mod decoder;
 mod error;
 mod head_norm;
 mod kv_cache;
+mod kv_pages;
 mod mlp;
 mod rope;
 mod rotary;
@@ -47,6 +48,7 @@ pub use decoder::{CausalLm, Decoder, DecoderLayer, DropoutSeed, GenerationConfig
 pub use error::{CacheError, ConfigError};
 pub use head_norm::HeadNorm;
 pub use kv_cache::KvCache;
+pub use kv_pages::{KvPages, PagedRow};
 pub use mlp::Mlp;
 pub use rope::{RopeParameters, RopeScaling};
 pub use rotary::{CosSin, Rotary};

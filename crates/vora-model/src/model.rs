@@ -29,7 +29,7 @@ pub struct Input {
 }
 
 /// A decoder with a way to see: pictures become embeddings, which stand among those of words.
-pub trait VisionLanguageModel: Debug {
+pub trait VisionLanguageModel: Debug + Send {
     /// The decoder with its adapters.
     fn adapted(&self) -> &AdaptedLlm;
 

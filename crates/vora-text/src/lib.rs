@@ -17,6 +17,7 @@ mod error;
 mod spans;
 mod specials;
 mod stream;
+mod token_bytes;
 mod tokenizer;
 mod tokenizer_class;
 

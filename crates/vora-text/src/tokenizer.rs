@@ -207,6 +207,24 @@ impl Tokenizer {
         self.token_to_id(image_token).unwrap_or(i64::from(self.image_id))
     }
 
+    pub(crate) fn inner(&self) -> &tokenizers::Tokenizer {
+        &self.inner
+    }
+
+    pub(crate) fn specials(&self) -> &Specials {
+        &self.specials
+    }
+
+    /// Whether the id is what stands for a picture.
+    pub(crate) fn is_image(&self, id: u32) -> bool {
+        id == self.image_id
+    }
+
+    /// Whether the token was added to the vocabulary, and stands for itself.
+    pub(crate) fn is_added(&self, id: i64) -> bool {
+        u32::try_from(id).is_ok_and(|id| self.inner.get_added_tokens_decoder().contains_key(&id))
+    }
+
     /// The name that a token goes by here.
     fn name<'a>(&self, token: &'a str) -> Cow<'a, str> {
         match self.specials.name(token) {

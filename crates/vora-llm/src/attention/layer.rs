@@ -11,6 +11,7 @@ use super::plan::AttentionPlan;
 use crate::config::LlmConfig;
 use crate::head_norm::HeadNorm;
 use crate::kv_cache::{LayerCache, Step, StepKernel};
+use crate::kv_pages::{LayerPages, Places};
 use crate::rotary::CosSin;
 
 /// Self-attention of one decoder layer.
@@ -84,11 +85,51 @@ impl Attention {
         self.output(&attend(&q, &k, &v, plan), plan.adapters())
     }
 
+    /// As [`Attention::forward`] for the part of a sequence that `plan` is of, `seen` of whose keys lie in `pages` then.
+    pub(crate) fn prefill_pages(
+        &self,
+        x: &Tensor,
+        cos_sin: &CosSin,
+        plan: &AttentionPlan,
+        (pages, places): (&mut LayerPages, &Places),
+    ) -> Tensor {
+        let [q, k, v] = self.project(x, cos_sin, plan.adapters());
+        pages.keep(&k, &v, places);
+        let part = plan.part_of_row();
+        let (k, v) = if part.start == 0 { (k, v) } else { pages.seen(places, 0..part.end) };
+        self.output(&attend(&q, &k, &v, plan), plan.adapters())
+    }
+
     /// `[batch, 1, hidden]` -> `[batch, 1, hidden]`; each new token attends to what the cache holds of its row,
     /// and itself.
     pub(crate) fn decode_step(&self, x: &Tensor, cos_sin: &CosSin, step: &Step, cache: &mut LayerCache) -> Tensor {
+        self.step(x, cos_sin, step, |k, v| cache.append(k, v, step))
+    }
+
+    /// As [`Attention::decode_step`], with keys and values in pages.
+    pub(crate) fn decode_pages(
+        &self,
+        x: &Tensor,
+        cos_sin: &CosSin,
+        step: &Step,
+        (pages, places): (&mut LayerPages, &Places),
+    ) -> Tensor {
+        self.step(x, cos_sin, step, |k, v| {
+            pages.keep(k, v, places);
+            pages.seen(places, step.seen())
+        })
+    }
+
+    /// A step, with what it attends to by `append`, which keeps the new keys and values.
+    fn step(
+        &self,
+        x: &Tensor,
+        cos_sin: &CosSin,
+        step: &Step,
+        append: impl FnOnce(&Tensor, &Tensor) -> (Tensor, Tensor),
+    ) -> Tensor {
         let [q, k, v] = self.project(x, cos_sin, &step.adapters);
-        let (k, v) = cache.append(&k, &v, step);
+        let (k, v) = append(&k, &v);
         let attended = match &step.kernel {
             StepKernel::Bands(bands) => attention(&q, &k, &v, bands),
             StepKernel::Mask(mask) => scaled_dot_product(&q, &k, &v, Some(mask), false, 0.0),

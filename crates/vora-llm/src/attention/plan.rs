@@ -1,6 +1,8 @@
 //! What a batch asks of its layers: the kernel that serves its attention, and the tokens that adapters act on.
 
-use anyhow::{Result, bail};
+use std::ops::Range;
+
+use anyhow::{Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_lora::{Active, ActsOn};
 use vora_text::{Span, Spans};
@@ -24,6 +26,17 @@ pub(super) enum Kernel {
     Mask(Tensor),
 }
 
+impl Kernel {
+    /// The same for some of one row's queries.
+    fn of_part(self, part: &Range<i64>) -> Self {
+        match self {
+            Self::Bands(bands) => Self::Bands(bands.of_queries(part)),
+            Self::Mask(mask) => Self::Mask(mask.narrow(2, part.start, part.end - part.start).narrow(3, 0, part.end)),
+            whole => whole,
+        }
+    }
+}
+
 /// Everything about a batch that its layers share; made once per batch.
 #[derive(Debug)]
 pub struct AttentionPlan {
@@ -32,6 +45,7 @@ pub struct AttentionPlan {
     row_lens: Vec<i64>,
     cacheable: bool,
     spans: Spans,
+    part: Range<i64>, // of every row, that the queries are
     mode: VisionAttention,
     kind: Kind,
     pub(super) kernel: Kernel,
@@ -124,15 +138,90 @@ impl AttentionPlan {
             }
             _ => Kernel::Mask(Tokens::of(&self.spans, self.mode).mask(Some(window), device, self.kind)),
         };
+        let kernel = if self.part == (0..self.spans.seq()) { kernel } else { kernel.of_part(&self.part) };
         Some(Self {
             position_ids: self.position_ids.shallow_clone(),
             row_lens: self.row_lens.clone(),
             spans: self.spans.clone(),
+            part: self.part.clone(),
             kernel,
             adapters: self.adapters.clone(),
             adapted_rows: self.adapted_rows.clone(),
             ..*self
         })
+    }
+
+    /// The same for a part of the only row's tokens, which attend to what comes before them and among themselves, as they do in
+    /// the whole: what comes before has to be held elsewhere. No bidirectional block may reach beyond the part; what of one
+    /// lies before it is held.
+    ///
+    /// # Errors
+    /// Where there are several rows or documents, the part is none of the row's, or it ends within such a block.
+    pub fn part(&self, part: Range<i64>) -> Result<Self> {
+        let seq = self.spans.seq();
+        ensure!(self.batch() == 1 && self.cacheable, "only one row of one document goes through in parts");
+        ensure!(0 <= part.start && part.start < part.end && part.end <= seq, "part {part:?} of {seq} tokens");
+        let end = self.whole_blocks(part.end);
+        ensure!(end == part.end, "part {part:?} ends within a picture, which ends at {end}");
+        let kernel = match &self.kernel {
+            Kernel::Bands(_) => Kernel::Bands(bands(&self.spans, self.mode, None)).of_part(&part),
+            Kernel::Causal if part.start == 0 => Kernel::Causal,
+            _ => {
+                let mask = Tokens::of(&self.spans, self.mode).mask(None, self.position_ids.device(), self.kind);
+                Kernel::Mask(mask).of_part(&part)
+            }
+        };
+        let adapters = match &self.adapters {
+            Active::At(places) => {
+                let within = places.ge(part.start).logical_and(&places.lt(part.end));
+                let places = places.masked_select(&within) - part.start;
+                match places.numel() as i64 {
+                    0 => Active::Off,
+                    all if all == part.end - part.start => Active::All,
+                    _ => Active::At(places),
+                }
+            }
+            whole => whole.clone(),
+        };
+        Ok(Self {
+            position_ids: self.position_ids.narrow(1, part.start, part.end - part.start),
+            row_lens: self.row_lens.clone(),
+            spans: self.spans.clone(),
+            kernel,
+            adapters,
+            adapted_rows: self.adapted_rows.clone(),
+            part,
+            ..*self
+        })
+    }
+
+    /// The end of the bidirectional block that goes on at this place of the only row; the place itself where none does.
+    pub fn whole_blocks(&self, place: i64) -> i64 {
+        let mut start = 0;
+        for span in self.spans.rows().iter().flatten() {
+            let end = start + span.len();
+            let fused = self.mode == VisionAttention::BidirectionalFused;
+            let within = start < place && place < end || fused && start == place && self.follows_image(place);
+            if within && span.is_image() && self.mode.is_bidirectional() {
+                return if fused { self.whole_blocks(end) } else { end };
+            }
+            start = end;
+        }
+        place
+    }
+
+    /// Whether a picture of the only row ends at this place.
+    fn follows_image(&self, place: i64) -> bool {
+        let mut end = 0;
+        self.spans.rows().iter().flatten().any(|span| {
+            end += span.len();
+            end == place && span.is_image()
+        })
+    }
+
+    /// Which of the only row's tokens the queries are.
+    pub(crate) fn part_of_row(&self) -> &Range<i64> {
+        &self.part
     }
 
     fn build(spans: &Spans, mode: VisionAttention, device: Device, kind: Kind, choice: KernelChoice) -> Self {
@@ -150,6 +239,7 @@ impl AttentionPlan {
             num_positions: tokens.positions.iter().max().map_or(0, |last| last + 1),
             position_ids: tokens.tensor(&tokens.positions, device),
             row_lens: spans.row_lens().collect(),
+            part: 0..spans.seq(),
             cacheable: spans.rows().iter().all(single),
             spans: spans.clone(),
             mode,
@@ -166,7 +256,7 @@ impl AttentionPlan {
     }
 
     /// Whether adapters act on what generation adds to each row.
-    pub(crate) fn adapted_rows(&self) -> &[bool] {
+    pub fn adapted_rows(&self) -> &[bool] {
         &self.adapted_rows
     }
 
@@ -295,6 +385,61 @@ mod tests {
             _ => false,
         };
         (0..seq).map(|q| (0..seq).map(|k| sees(q, k)).collect()).collect()
+    }
+
+    /// The parts of a plan, put together, are the plan: by bands and by a mask, within a window and without one.
+    #[test]
+    fn parts_of_a_row_see_what_they_see_in_the_whole() {
+        let row = vec![Span::text(3), Span::image(2, 2), Span::image(1, 3), Span::text(5), Span::image(1, 2)];
+        let spans = Spans::new(vec![row]);
+        for mode in [VisionAttention::Causal, VisionAttention::Bidirectional, VisionAttention::BidirectionalFused] {
+            for choice in [KernelChoice::Bands, KernelChoice::Mask] {
+                let whole = AttentionPlan::with_kernel(&spans, mode, F32.0, F32.1, choice).unwrap();
+                let whole = whole.with_adapters(ActsOn::ImageTokens);
+                let ends: Vec<i64> = (1..=17).filter(|&end| whole.whole_blocks(end) == end).collect();
+                assert_eq!(ends.len(), [17, 11, 10][mode as usize], "{mode:?} {ends:?}");
+                for window in [None, Some(4)] {
+                    let seen = |plan: &AttentionPlan, queries| match &window
+                        .map_or(None, |w| plan.within(w))
+                        .as_ref()
+                        .unwrap_or(plan)
+                        .kernel
+                    {
+                        Kernel::Bands(bands) => bands.mask(queries, 17, F32.0, F32.1),
+                        Kernel::Mask(mask) => mask.constant_pad_nd([0, 17 - mask.size()[3]]),
+                        other => panic!("{other:?}"),
+                    };
+                    let expected = seen(&whole, 17);
+                    for (start, &end) in (0..17).flat_map(|start| ends.iter().map(move |end| (start, end))) {
+                        if start >= end {
+                            assert!(whole.part(start..end).is_err());
+                            continue;
+                        }
+                        let part = whole.part(start..end).unwrap();
+                        let found = seen(&part, end - start).narrow(3, 0, end);
+                        assert!(
+                            found.equal(&expected.narrow(2, start, end - start).narrow(3, 0, end)),
+                            "{start}..{end}"
+                        );
+                        assert!(part.position_ids().equal(&whole.position_ids().narrow(1, start, end - start)));
+                        let is_image = |place: &i64| (3..10).contains(place) || (15..17).contains(place);
+                        let expected: Vec<i64> = (start..end).filter(is_image).map(|place| place - start).collect();
+                        match part.adapters() {
+                            Active::Off => assert!(expected.is_empty()),
+                            Active::All => assert_eq!(expected.len() as i64, end - start),
+                            Active::At(places) => assert_eq!(Vec::<i64>::try_from(places).unwrap(), expected),
+                        }
+                    }
+                }
+                if mode.is_bidirectional() {
+                    let error = whole.part(0..5).unwrap_err().to_string();
+                    let end = if mode == VisionAttention::BidirectionalFused { 10 } else { 7 };
+                    assert_eq!(error, format!("part 0..5 ends within a picture, which ends at {end}"));
+                }
+            }
+        }
+        let two = plan(vec![vec![Span::text(2)], vec![Span::text(2)]], VisionAttention::Causal);
+        assert!(two.part(0..1).unwrap_err().to_string().contains("only one row"));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use super::stack::Decoder;
 use crate::attention::AttentionPlan;
 use crate::config::LlmConfig;
 use crate::kv_cache::KvCache;
+use crate::kv_pages::{KvPages, PagedRow};
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
@@ -153,6 +154,56 @@ impl CausalLm {
                 layer.decode_step(x, &shared.cos_sin, shared.by(layer), &mut cache.layers[layer_idx])
             }); // [batch, 1, hidden]
             cache.stepped();
+            self.logits(&self.model.norm.forward(&x.squeeze_dim(1)))
+        }))
+    }
+
+    /// Goes on with a sequence by the part of its tokens that `plan` is [a part](AttentionPlan::part) of: their embeddings
+    /// `[1, part, hidden]` -> logits of the last of them `[1, vocab]`. What comes before them lies in `row`'s pages, where their
+    /// keys and values go too.
+    ///
+    /// # Errors
+    /// Where `row` does not hold what comes before the part, or has no pages for it.
+    pub fn prefill_pages(
+        &self,
+        inputs_embeds: &Tensor,
+        plan: &AttentionPlan,
+        row: &PagedRow<'_>,
+        cache: &mut KvPages,
+    ) -> Result<Tensor> {
+        let part = plan.part_of_row();
+        let (batch, new, _) = inputs_embeds.size3()?;
+        ensure!(plan.is_cacheable() && batch == 1, "only one row of one document goes through in parts");
+        ensure!(
+            (row.len, new) == (part.start, part.end - part.start),
+            "{new} tokens after {}, where the plan has {part:?}",
+            row.len
+        );
+        cache.check(&[*row], new)?;
+        let places = cache.places(&[*row], new);
+        Ok(tch::no_grad(|| {
+            let shared = self.model.shared(plan);
+            let x = self.model.through(inputs_embeds, |layer_idx, layer, x| {
+                layer.prefill_pages(x, &shared.cos_sin, shared.by(layer), (&mut cache.layers[layer_idx], &places))
+            }); // [1, part, hidden]
+            self.logits(&self.model.norm.forward(&x.select(1, -1)))
+        }))
+    }
+
+    /// One more token for every row: ids `[rows]` -> logits `[rows, vocab]`
+    ///
+    /// # Errors
+    /// Where ids and rows differ in number, or a row has no page for one more token.
+    pub fn decode_pages(&self, input_ids: &[i64], rows: &[PagedRow<'_>], cache: &mut KvPages) -> Result<Tensor> {
+        ensure!(input_ids.len() == rows.len(), "{} tokens for {} rows", input_ids.len(), rows.len());
+        cache.check(rows, 1)?;
+        let (step, places) = (cache.next_step(rows), cache.places(rows, 1));
+        Ok(tch::no_grad(|| {
+            let shared = self.model.shared_step(&step);
+            let ids = Tensor::from_slice(input_ids).unsqueeze(1).to_device(self.device); // [rows, 1]
+            let x = self.model.through(&self.embed(&ids), |layer_idx, layer, x| {
+                layer.decode_pages(x, &shared.cos_sin, shared.by(layer), (&mut cache.layers[layer_idx], &places))
+            }); // [rows, 1, hidden]
             self.logits(&self.model.norm.forward(&x.squeeze_dim(1)))
         }))
     }
@@ -522,5 +573,79 @@ mod tests {
         let logits = llm.prefill(&embeds, &plan, &mut cache).unwrap();
         let logits = llm.decode_step(&logits.argmax(-1, true), &mut cache).unwrap();
         assert_eq!((logits.kind(), logits.size()), (Kind::BFloat16, vec![1, 64]));
+    }
+
+    /// Chunks into scattered pages, and steps of several such sequences, against whole prompts in a cache of rows.
+    #[test]
+    fn pages_change_no_logits() {
+        let golden = fixtures::open("llama");
+        for (window, kind) in [(None, Kind::Float), (Some(6), Kind::Float), (None, Kind::Double)] {
+            let config = LlmConfig { sliding_window: window, ..LlmConfig::tiny(64) };
+            let config =
+                LlmConfig { model_type: if window.is_some() { "mistral" } else { "llama" }.to_owned(), ..config };
+            let weights = Weights::from_tensors(golden.under("weights."), Device::Cpu, kind);
+            let llm = CausalLm::load(&config, &weights).unwrap();
+            let rows = [
+                vec![Span::text(2), Span::image(2, 2), Span::text(5)],
+                vec![Span::image(1, 3), Span::text(1)],
+                vec![Span::text(13)],
+            ];
+            let ids = |row: usize, len: i64| -> Vec<i64> { (0..len).map(|i| (7 * i + 11 * row as i64) % 64).collect() };
+            let new_ids = |step: i64| -> Vec<i64> { (0..3).map(|row| (5 * step + row) % 64).collect() };
+            let of = |row: Vec<Span>| {
+                AttentionPlan::new(&Spans::new(vec![row]), VisionAttention::Bidirectional, Device::Cpu, kind).unwrap()
+            };
+            let mut expected = Vec::new();
+            for (i, row) in rows.iter().enumerate() {
+                let plan = of(row.clone());
+                let len = plan.row_lens()[0];
+                let mut cache = llm.new_cache(1, len + 3).unwrap();
+                let embeds = llm.embed(&Tensor::from_slice(&ids(i, len)).unsqueeze(0));
+                let mut logits = vec![llm.prefill(&embeds, &plan, &mut cache).unwrap()];
+                for step in 0..3 {
+                    let id = Tensor::from_slice(&new_ids(step)[i..=i]).unsqueeze(0);
+                    logits.push(llm.decode_step(&id, &mut cache).unwrap());
+                }
+                expected.push(logits);
+            }
+            // Pages of three tokens, handed out from the last one on.
+            let mut cache = KvPages::new(&config, 20, 3, Device::Cpu, kind).unwrap();
+            assert_eq!(KvPages::page_bytes(&config, 3, kind) * 20, {
+                let (keys, values) = cache.layer(0);
+                2 * (keys.numel() + values.numel()) * kind.elt_size_in_bytes()
+            });
+            let tables: Vec<Vec<i32>> = vec![(13..18).rev().collect(), vec![19, 18, 12], (0..6).collect()];
+            for (i, row) in rows.iter().enumerate() {
+                let plan = of(row.clone());
+                let len = plan.row_lens()[0];
+                let embeds = llm.embed(&Tensor::from_slice(&ids(i, len)).unsqueeze(0));
+                let (mut start, mut logits) = (0, None);
+                while start < len {
+                    let end = plan.whole_blocks((start + 4).min(len));
+                    let part = PagedRow { pages: &tables[i], len: start, adapted: true };
+                    let embeds = embeds.narrow(1, start, end - start);
+                    let found = llm.prefill_pages(&embeds, &plan.part(start..end).unwrap(), &part, &mut cache).unwrap();
+                    (start, logits) = (end, Some(found));
+                }
+                fixtures::assert_close_to(&logits.unwrap(), &expected[i][0], 1e-5);
+            }
+            for step in 0..3 {
+                let row = |i: usize| {
+                    let len: i64 = rows[i].iter().map(Span::len).sum();
+                    PagedRow { pages: &tables[i], len: len + step, adapted: true }
+                };
+                let rows = [row(0), row(1), row(2)];
+                let logits = llm.decode_pages(&new_ids(step), &rows, &mut cache).unwrap(); // [3, vocab]
+                for (i, expected) in expected.iter().enumerate() {
+                    let expected = &expected[step as usize + 1];
+                    fixtures::assert_close_to(&logits.get(i as i64).unsqueeze(0), expected, 1e-5);
+                }
+            }
+            let short = PagedRow { pages: &tables[1], len: 9, adapted: true };
+            let error = llm.decode_pages(&[1], &[short], &mut cache).unwrap_err().to_string();
+            assert_eq!(error, "row 0 has pages for 9 tokens and is to hold 10");
+            let unknown = PagedRow { pages: &[20], len: 0, adapted: true };
+            assert!(llm.decode_pages(&[1], &[unknown], &mut cache).is_err());
+        }
     }
 }

@@ -11,6 +11,7 @@ use crate::attention::{Attention, AttentionPlan};
 use crate::config::LlmConfig;
 use crate::head_norm::HeadNorm;
 use crate::kv_cache::{LayerCache, Step};
+use crate::kv_pages::{LayerPages, Places};
 use crate::mlp::Mlp;
 use crate::rotary::CosSin;
 
@@ -66,6 +67,28 @@ impl DecoderLayer {
     /// `[batch, 1, hidden]` -> `[batch, 1, hidden]`; each new token attends to what `cache` holds of its row, and itself.
     pub(super) fn decode_step(&self, x: &Tensor, cos_sin: &CosSin, step: &Step, cache: &mut LayerCache) -> Tensor {
         self.around(x, 0.0, &step.adapters, |x| self.self_attn.decode_step(x, cos_sin, step, cache))
+    }
+
+    /// As [`DecoderLayer::prefill`] of the part of a sequence that `plan` is of, with keys and values in pages.
+    pub(super) fn prefill_pages(
+        &self,
+        x: &Tensor,
+        cos_sin: &CosSin,
+        plan: &AttentionPlan,
+        kept: (&mut LayerPages, &Places),
+    ) -> Tensor {
+        self.around(x, 0.0, plan.adapters(), |x| self.self_attn.prefill_pages(x, cos_sin, plan, kept))
+    }
+
+    /// As [`DecoderLayer::decode_step`], with keys and values in pages.
+    pub(super) fn decode_pages(
+        &self,
+        x: &Tensor,
+        cos_sin: &CosSin,
+        step: &Step,
+        kept: (&mut LayerPages, &Places),
+    ) -> Tensor {
+        self.around(x, 0.0, &step.adapters, |x| self.self_attn.decode_pages(x, cos_sin, step, kept))
     }
 
     /// What attention puts into its softmax, without the mask: `[batch, seq, hidden]`, as it goes into the layer, ->

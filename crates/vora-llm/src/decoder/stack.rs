@@ -94,7 +94,7 @@ impl Decoder {
     /// What a decoding step has for all layers.
     pub(super) fn shared_step<'a>(&self, step: &'a Step) -> Shared<'a, Step> {
         let windowed = self.window.and_then(|window| step.within(window));
-        Shared { cos_sin: self.rotary.cos_sin(&step.position_ids, step.seen), full: step, windowed }
+        Shared { cos_sin: self.rotary.cos_sin(&step.position_ids, step.seen().end), full: step, windowed }
     }
 
     /// Through all layers, first to last, whichever pass it is: `each` makes a layer's output of the layer's index, the

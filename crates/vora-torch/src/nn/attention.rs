@@ -93,6 +93,32 @@ impl Bands {
         Ok(Self { runs, bands, rows: rows.len() as i64, end_query, end_key })
     }
 
+    /// The same for some of the queries, which are counted from the first of them then.
+    #[must_use]
+    pub fn of_queries(&self, queries: &Range<i64>) -> Self {
+        let (mut runs, mut bands) = (Vec::new(), Vec::new());
+        let (mut end_query, mut end_key) = (0, 0);
+        let (of_runs, of_bands) = (numbers(&self.runs), numbers(&self.bands));
+        for run in of_runs.chunks(5) {
+            let (first, end) = (run[1].max(queries.start), run[2].min(queries.end));
+            if first >= end {
+                continue;
+            }
+            let first_band = bands.len() as i64 / 4;
+            for band in of_bands[4 * run[3] as usize..4 * run[4] as usize].chunks(4) {
+                let keys_end = band[1].min(end + band[3]); // what the last of these queries sees
+                if band[0] < keys_end {
+                    bands.extend([band[0], keys_end, band[2] + queries.start, band[3] + queries.start]);
+                    end_key = end_key.max(keys_end);
+                }
+            }
+            runs.extend([run[0], first - queries.start, end - queries.start, first_band, bands.len() as i64 / 4]);
+            end_query = end_query.max(end - queries.start);
+        }
+        let (runs, bands) = (Tensor::from_slice(&runs).view([-1, 5]), Tensor::from_slice(&bands).view([-1, 4]));
+        Self { runs, bands, rows: self.rows, end_query, end_key }
+    }
+
     /// Every one of `len` tokens of a row attends to all of them.
     pub fn all(rows: i64, len: i64) -> Self {
         let row = vec![Run { queries: 0..len, bands: vec![Band::all(0..len)] }];
@@ -111,7 +137,6 @@ impl Bands {
     /// Whether a query attends to a key, `[batch, queries, keys]`.
     fn seen(&self, queries: i64, keys: i64) -> Tensor {
         let mut seen = vec![false; (self.rows * queries * keys) as usize];
-        let numbers = |t: &Tensor| Vec::<i64>::try_from(t.reshape([-1])).expect("int64");
         let (runs, bands) = (numbers(&self.runs), numbers(&self.bands));
         for run in runs.chunks(5) {
             for band in bands[4 * run[3] as usize..4 * run[4] as usize].chunks(4) {
@@ -126,6 +151,10 @@ impl Bands {
         }
         Tensor::from_slice(&seen).view([self.rows, queries, keys])
     }
+}
+
+fn numbers(t: &Tensor) -> Vec<i64> {
+    Vec::try_from(t.reshape([-1])).expect("int64")
 }
 
 /// `softmax(q k^T / sqrt(head_dim)) v` over the keys that `bands` gives each query, in memory that grows with the number of
@@ -198,6 +227,22 @@ mod tests {
         let unseen = bands.seen(q.size()[2], k.size()[2]).logical_not().unsqueeze(1);
         let scores = q.matmul(&repeated(k).transpose(2, 3)) / (q.size()[3] as f64).sqrt();
         scores.masked_fill(&unseen, -1e300).softmax(-1, q.kind()).masked_fill(&unseen, 0.0).matmul(&repeated(v))
+    }
+
+    #[test]
+    fn some_of_the_queries_see_what_they_saw() {
+        let dice = Dice(fixtures::Random::new(5));
+        for _ in 0..40 {
+            let (queries, keys) = (1 + dice.below(150), 1 + dice.below(150));
+            let bands = Bands::new(&[dice.row(queries, keys)]).unwrap();
+            let start = dice.below(queries);
+            let part = start..start + 1 + dice.below(queries - start);
+            let of_part = bands.of_queries(&part);
+            let expected = bands.seen(queries, keys).narrow(1, part.start, part.end - part.start);
+            assert!(of_part.seen(part.end - part.start, keys).equal(&expected), "{part:?} of {bands:?}");
+            let beyond = expected.narrow(2, of_part.end_key, keys - of_part.end_key);
+            assert!(beyond.any().int64_value(&[]) == 0, "{} of {keys} keys", of_part.end_key);
+        }
     }
 
     /// The output and the gradients of q, k and v, of that kind, as f64.

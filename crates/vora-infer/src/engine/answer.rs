@@ -1,0 +1,272 @@
+//! One request while it is answered: what of it is in the cache, and what was said so far.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use tch::Tensor;
+use vora_llm::{AttentionPlan, KvPages, PagedRow, VisionAttention};
+use vora_lora::ActsOn;
+use vora_model::{Input, VisionLanguageModel};
+use vora_text::{Span, Spans, TokenStream, Tokenizer};
+
+use super::event::{Event, TokenLogprob};
+use super::handle::OnEvent;
+use super::logprobs::logprob;
+use super::pool::Pool;
+use super::prefix::{Keys, PageKey, TokenKey};
+use super::scheduler::Loaded;
+use super::stop::StopStrings;
+use crate::prompter::Prompt;
+use crate::sequence::Sequence;
+use crate::{FinishReason, Request};
+
+/// One request while it is answered.
+pub(super) struct Answer<'a> {
+    input: Input,
+    plan: AttentionPlan,
+    adapted: bool, // whether adapters act on what is generated
+    pages: Vec<i32>,
+    held: i64, // tokens whose keys and values are in the pages
+    sequence: Sequence<'a>,
+    stream: TokenStream<'a>,
+    stop: StopStrings,
+    tokenizer: &'a Tokenizer,
+    logprobs: Option<usize>,
+    naming: Option<Naming<'a>>, // where pages are found again by what they hold
+    cancelled: Arc<AtomicBool>,
+    on_event: OnEvent,
+}
+
+/// What the pages of a sequence are found by.
+struct Naming<'a> {
+    keys: &'a Keys,
+    adapted: u8,
+    tokens: Vec<TokenKey>, // of the prompt
+    page_len: usize,
+}
+
+impl fmt::Debug for Answer<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Answer").field("pages", &self.pages).field("held", &self.held).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Answer<'a> {
+    /// Checks the request against the model; `page_len` is given where its pages are to be found again.
+    ///
+    /// # Errors
+    /// [`InferError`](crate::InferError), and where pictures and places differ in number.
+    pub(super) fn new(
+        loaded: &Loaded<'a>,
+        prompt: &Prompt,
+        request: &Request<'static>,
+        page_len: Option<usize>,
+    ) -> Result<Self> {
+        let (model, prompter) = (loaded.model, loaded.prompter);
+        let input = prompt.input(model)?;
+        let context = model.llm().config().max_position_embeddings;
+        let wanted = [(&request.sampling, request.max_new_tokens)];
+        let sequence =
+            Sequence::of_rows(&input, context, loaded.words, &wanted)?.pop().context("a row became nothing")?;
+        let plan = model.plan(&input.spans)?;
+        let plan = if request.adapters { plan } else { plan.without_adapters() };
+        let adapted = plan.adapted_rows().first().copied().unwrap_or(false);
+        let naming = page_len.map(|page_len| {
+            let ids = Vec::<i64>::try_from(input.input_ids.view([-1]))?;
+            let fused = model.vision_attention() == VisionAttention::BidirectionalFused;
+            let spans = input.spans.rows().first().map_or(&[][..], Vec::as_slice);
+            let tokens = loaded.keys.tokens(&ids, spans, prompt.pictures(), fused);
+            // Adapters that act on the picture's tokens alone act on what follows from the tokens.
+            let by_tokens = request.adapters && model.adapted().acts_on() == ActsOn::ImageTokens;
+            let adapted = if by_tokens { 2 } else { u8::from(adapted) };
+            anyhow::Ok(Naming { keys: loaded.keys, adapted, tokens, page_len })
+        });
+        Ok(Self {
+            adapted,
+            plan,
+            input,
+            pages: Vec::new(),
+            held: 0,
+            sequence,
+            stream: prompter.tokenizer.stream(true),
+            stop: StopStrings::new(&request.stop),
+            tokenizer: &prompter.tokenizer,
+            logprobs: request.top_logprobs,
+            naming: naming.transpose()?,
+            cancelled: Arc::default(),
+            on_event: Box::new(|_| {}),
+        })
+    }
+
+    /// The same with somebody who hears of it and may take it back.
+    pub(super) fn told(self, cancelled: Arc<AtomicBool>, on_event: OnEvent) -> Self {
+        Self { cancelled, on_event, ..self }
+    }
+
+    pub(super) fn tell(&mut self, event: Event) {
+        (self.on_event)(event);
+    }
+
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn prompt_len(&self) -> i64 {
+        self.input.spans.seq()
+    }
+
+    /// Tokens of prompt and answer at most.
+    pub(super) fn most_tokens(&self) -> i64 {
+        self.prompt_len() + self.sequence.max_new_tokens() as i64
+    }
+
+    pub(super) fn held(&self) -> i64 {
+        self.held
+    }
+
+    pub(super) fn pages(&self) -> &[i32] {
+        &self.pages
+    }
+
+    pub(super) fn completion_tokens(&self) -> usize {
+        self.sequence.ids().len()
+    }
+
+    /// Pages for all that it may take, those of its beginning that are known among them; false where there are not enough.
+    pub(super) fn take_pages(&mut self, pool: &mut Pool, page_len: i64) -> bool {
+        // The prompt's last token is computed in any case, for what comes after it.
+        let most = ((self.prompt_len() - 1) / page_len) as usize;
+        let mut keys = self.naming.as_ref().map(Naming::of_prompt).unwrap_or_default();
+        keys.truncate(most);
+        let known = pool.hold_known(&keys);
+        let needed = ((self.most_tokens() + page_len - 1) / page_len) as usize;
+        let Some(more) = pool.take(needed - known.len()) else {
+            pool.release(&known);
+            return false;
+        };
+        self.held = known.len() as i64 * page_len;
+        self.pages = [known, more].concat();
+        true
+    }
+
+    /// The next part of the prompt, of some `chunk` tokens; the logits after it `[1, vocab]` once it is the last.
+    ///
+    /// # Errors
+    /// Where the pictures are none that the model can take.
+    pub(super) fn prefill(&mut self, loaded: &Loaded<'_>, chunk: i64, cache: &mut KvPages) -> Result<Option<Tensor>> {
+        let len = self.prompt_len();
+        let end = self.plan.whole_blocks((self.held + chunk).min(len));
+        let embeds = embed_part(loaded.model, &self.input, self.held, end)?;
+        let plan = self.plan.part(self.held..end)?;
+        let logits = loaded.model.llm().prefill_pages(&embeds, &plan, &self.row(), cache)?;
+        self.held = end;
+        Ok((end == len).then_some(logits))
+    }
+
+    /// Itself as a decoding step takes it.
+    pub(super) fn row(&self) -> PagedRow<'_> {
+        PagedRow { pages: &self.pages, len: self.held, adapted: self.adapted }
+    }
+
+    /// The token that goes through the decoder next.
+    pub(super) fn last(&self) -> i64 {
+        self.sequence.last()
+    }
+
+    /// Notes that its last token went through the decoder.
+    pub(super) fn stepped(&mut self) {
+        self.held += 1;
+    }
+
+    /// Chooses the next token by the logits of all tokens, and tells of the text; why it has ended, where it has.
+    ///
+    /// # Errors
+    /// A token that cannot be decoded.
+    pub(super) fn take_token(&mut self, logits: &mut [f32]) -> Result<Option<FinishReason>> {
+        let raw = self.logprobs.map(|top| (top, logits.to_vec()));
+        let token = if self.sequence.finish_reason().is_some() { None } else { self.sequence.step(logits, self.eos()) };
+        let (mut text, mut tokens, mut stopped) = (String::new(), Vec::new(), false);
+        if let Some(token) = token {
+            let new = self.stream.push(token)?.unwrap_or_default();
+            (text, stopped) = self.stop.push(&new);
+            if let Some((top, raw)) = raw {
+                tokens.push(self.logprob(token, top, &raw));
+            }
+        }
+        let reason = if stopped { Some(FinishReason::Stop) } else { self.sequence.finish_reason() };
+        if reason.is_some() && !stopped {
+            let stream = std::mem::replace(&mut self.stream, self.tokenizer.stream(true));
+            let (more, ended) = self.stop.push(&stream.finish()?);
+            text.push_str(&more);
+            if !ended {
+                text.push_str(&self.stop.rest());
+            }
+        }
+        if !text.is_empty() || !tokens.is_empty() {
+            self.tell(Event::Text { text, tokens });
+        }
+        Ok(reason)
+    }
+
+    fn eos(&self) -> &'a [i64] {
+        self.tokenizer.eos_ids()
+    }
+
+    fn logprob(&self, token: i64, top: usize, logits: &[f32]) -> TokenLogprob {
+        let bytes = |id: i64| self.tokenizer.token_bytes(id);
+        let (logprob, top) = logprob(logits, token, top);
+        let top = top.into_iter().map(|(id, logprob)| (id, bytes(id), logprob)).collect();
+        TokenLogprob { id: token, bytes: bytes(token), logprob, top }
+    }
+
+    /// Lets others find the pages that are full by now.
+    pub(super) fn name_pages(&self, pool: &mut Pool) {
+        let Some(naming) = &self.naming else { return };
+        let keys = naming.of_first(self.held as usize, self.sequence.ids());
+        for (&page, key) in self.pages.iter().zip(keys) {
+            pool.name(page, key);
+        }
+    }
+}
+
+impl Naming<'_> {
+    /// The keys of the prompt's full pages.
+    fn of_prompt(&self) -> Vec<PageKey> {
+        self.keys.pages(self.adapted, &self.tokens, self.page_len)
+    }
+
+    /// The keys of the full pages of the first `len` tokens of the prompt and of `ids`, which follow it.
+    fn of_first(&self, len: usize, ids: &[i64]) -> Vec<PageKey> {
+        let mut tokens = self.tokens.clone();
+        tokens.extend(ids.iter().map(|&id| TokenKey::Word(id)));
+        tokens.truncate(len);
+        self.keys.pages(self.adapted, &tokens, self.page_len)
+    }
+}
+
+/// The embeddings `[1, end - start, hidden]` of a part of the only row; pictures that lie outside it are not looked at.
+fn embed_part(model: &dyn VisionLanguageModel, input: &Input, start: i64, end: i64) -> Result<Tensor> {
+    let (mut place, mut picture) = (0, 0);
+    let (mut first, mut spans, mut pictures) = (None, Vec::new(), Vec::new());
+    for span in input.spans.rows().iter().flatten() {
+        let next = place + span.len();
+        if next > start && place < end {
+            // Of a picture all is needed, of a text the part.
+            let (from, to) = if span.is_image() { (place, next) } else { (place.max(start), next.min(end)) };
+            first.get_or_insert(from);
+            spans.push(if span.is_image() { *span } else { Span::text(to - from) });
+            if span.is_image() {
+                pictures.push(input.pixel_values[picture].shallow_clone());
+            }
+        }
+        picture += usize::from(span.is_image());
+        place = next;
+    }
+    let first = first.unwrap_or(start);
+    let len: i64 = spans.iter().map(Span::len).sum();
+    let ids = input.input_ids.narrow(1, first, len);
+    let embeds = model.embed(&Input::new(ids, pictures, Spans::new(vec![spans])))?;
+    Ok(embeds.narrow(1, start - first, end - start))
+}

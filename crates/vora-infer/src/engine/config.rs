@@ -1,0 +1,39 @@
+//! How much an engine takes on.
+
+use anyhow::{Result, ensure};
+
+/// The limits of an [`Engine`](super::Engine).
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct EngineConfig {
+    /// Requests that are answered at once.
+    pub max_batch: usize,
+    /// Requests that wait for a place among them; one more is refused.
+    pub max_waiting: usize,
+    /// Tokens of a prompt that go through the decoder before the answers of others go on. A picture whose tokens see each other
+    /// goes through at once, however large.
+    pub prefill_chunk: i64,
+    /// Bytes for keys and values. A request waits until what it may need at most is free.
+    pub cache_bytes: usize,
+    /// Whether what prompts have in common is computed once.
+    pub prefix_caching: bool,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self { max_batch: 32, max_waiting: 256, prefill_chunk: 512, cache_bytes: 1 << 30, prefix_caching: true }
+    }
+}
+
+impl EngineConfig {
+    /// Checks every field's range.
+    ///
+    /// # Errors
+    /// Names the first field out of its range.
+    pub fn validate(&self) -> Result<()> {
+        ensure!(self.max_batch > 0, "max_batch is 0: no request could be answered");
+        ensure!(self.max_waiting > 0, "max_waiting is 0: no request could be taken");
+        ensure!(self.prefill_chunk > 0, "prefill_chunk is {}, it must be 1 or more", self.prefill_chunk);
+        Ok(())
+    }
+}

@@ -1,0 +1,192 @@
+//! The engine as its callers see it: requests in, events out.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use anyhow::Result;
+use vora_text::Tokenizer;
+
+use super::config::EngineConfig;
+use super::event::Event;
+use crate::error::InferError;
+use crate::prompter::{Prompt, Prompter};
+use crate::{Assistant, Request};
+
+/// A model that answers many requests at once, on a thread of its own. It is shared by whoever asks.
+#[derive(Debug)]
+pub struct Engine {
+    prompter: Arc<Prompter>,
+    jobs: Mutex<Option<Sender<Job>>>, // none once it is ending
+    counts: Arc<Counts>,
+    config: EngineConfig,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// A request that was taken; dropped, it takes the request back, wherever it is.
+#[derive(Debug)]
+pub struct Ticket {
+    cancelled: Arc<AtomicBool>,
+}
+
+/// How much an engine has done and has to do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct EngineStats {
+    /// Requests that wait for a place.
+    pub waiting: u64,
+    /// Requests that are being answered.
+    pub running: u64,
+    /// Requests that have ended, answered or not.
+    pub ended: u64,
+    /// Of these, the ones that failed.
+    pub failed: u64,
+    /// Of these, the ones that were taken back.
+    pub cancelled: u64,
+    /// Tokens of prompts.
+    pub prompt_tokens: u64,
+    /// Of these, the ones that were found in the cache.
+    pub cached_tokens: u64,
+    /// Tokens that were generated.
+    pub generated_tokens: u64,
+    /// Pages of the cache of keys and values.
+    pub cache_pages: u64,
+    /// Of these, the ones that running requests hold.
+    pub used_pages: u64,
+}
+
+/// The stats, as the engine's thread counts them.
+#[derive(Debug, Default)]
+pub(super) struct Counts {
+    pub(super) waiting: AtomicU64,
+    pub(super) running: AtomicU64,
+    pub(super) ended: AtomicU64,
+    pub(super) failed: AtomicU64,
+    pub(super) cancelled: AtomicU64,
+    pub(super) prompt_tokens: AtomicU64,
+    pub(super) cached_tokens: AtomicU64,
+    pub(super) generated_tokens: AtomicU64,
+    pub(super) cache_pages: AtomicU64,
+    pub(super) used_pages: AtomicU64,
+}
+
+/// Who is told what becomes of a request.
+pub(super) type OnEvent = Box<dyn FnMut(Event) + Send>;
+
+/// A request on its way to the engine's thread.
+pub(super) struct Job {
+    pub(super) prompt: Prompt,
+    pub(super) request: Request<'static>,
+    pub(super) cancelled: Arc<AtomicBool>,
+    pub(super) on_event: OnEvent,
+}
+
+impl Engine {
+    /// Starts the thread that answers.
+    ///
+    /// # Errors
+    /// Limits out of their ranges, and where there is no memory for the cache of keys and values.
+    pub fn start(assistant: Assistant, config: EngineConfig) -> Result<Self> {
+        config.validate()?;
+        let Assistant { model, prompter } = assistant;
+        let prompter = Arc::new(prompter);
+        let (jobs, of_jobs) = mpsc::channel();
+        let counts = Arc::new(Counts::default());
+        let scheduler = super::scheduler::Scheduler::new(model, prompter.clone(), config.clone(), counts.clone())?;
+        let thread = std::thread::Builder::new().name("vora-engine".to_owned());
+        let thread = thread.spawn(move || scheduler.run(&of_jobs))?;
+        Ok(Self { prompter, jobs: Mutex::new(Some(jobs)), counts, config, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Takes a request; `on_event` is called on the engine's thread with what becomes of it, and should return at once. The last
+    /// event is [`Event::Finished`] or [`Event::Failed`], unless the ticket is dropped before.
+    ///
+    /// Conversation and pictures are prepared by the caller's thread.
+    ///
+    /// # Errors
+    /// [`InferError::QueueFull`], [`InferError::Ending`], [`InferError::SeesNoPictures`], [`InferError::BadImage`], sampling rules out
+    /// of their ranges, and what the chat template refuses. What else may be wrong with the request is known only when it meets the
+    /// model: [`Event::Failed`] comes in place of [`Event::Started`] then.
+    pub fn submit(&self, request: Request<'static>, on_event: impl FnMut(Event) + Send + 'static) -> Result<Ticket> {
+        let waiting = self.counts.waiting.fetch_add(1, Ordering::Relaxed);
+        let job = (waiting < self.config.max_waiting as u64)
+            .then_some(())
+            .ok_or_else(|| InferError::QueueFull { waiting: waiting as usize }.into())
+            .and_then(|()| {
+                request.sampling.validate()?;
+                self.prompter.prompt(&request)
+            });
+        let sent = job.and_then(|prompt| {
+            let cancelled = Arc::new(AtomicBool::new(false));
+            let job = Job { prompt, request, cancelled: cancelled.clone(), on_event: Box::new(on_event) };
+            let jobs = self.jobs.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            jobs.as_ref().and_then(|jobs| jobs.send(job).ok()).ok_or(InferError::Ending)?;
+            Ok(Ticket { cancelled })
+        });
+        if sent.is_err() {
+            self.counts.waiting.fetch_sub(1, Ordering::Relaxed);
+        }
+        sent
+    }
+
+    /// Takes a request; its events come one after the other. Dropped, the iterator takes the request back.
+    ///
+    /// # Errors
+    /// As [`submit`](Self::submit).
+    pub fn stream(&self, request: Request<'static>) -> Result<impl Iterator<Item = Event> + use<>> {
+        let (events, of_events) = mpsc::channel();
+        let ticket = self.submit(request, move |event| drop(events.send(event)))?;
+        Ok(of_events.into_iter().inspect(move |_| {
+            let _held = &ticket;
+        }))
+    }
+
+    /// The model's tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.prompter.tokenizer
+    }
+
+    /// Its limits.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
+    /// How much it has done and has to do.
+    pub fn stats(&self) -> EngineStats {
+        self.counts.stats()
+    }
+
+    /// Takes no more requests, answers those that it has taken, and returns when that is done.
+    pub fn finish(&self) {
+        let lock = |mutex: &Mutex<Option<JoinHandle<()>>>| mutex.lock().unwrap_or_else(|p| p.into_inner()).take();
+        drop(self.jobs.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take());
+        if let Some(thread) = lock(&self.thread) {
+            let _ = thread.join(); // what it panicked of, it told its requests
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Counts {
+    fn stats(&self) -> EngineStats {
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        EngineStats {
+            waiting: read(&self.waiting),
+            running: read(&self.running),
+            ended: read(&self.ended),
+            failed: read(&self.failed),
+            cancelled: read(&self.cancelled),
+            prompt_tokens: read(&self.prompt_tokens),
+            cached_tokens: read(&self.cached_tokens),
+            generated_tokens: read(&self.generated_tokens),
+            cache_pages: read(&self.cache_pages),
+            used_pages: read(&self.used_pages),
+        }
+    }
+}

@@ -1,0 +1,305 @@
+//! The engine's thread: which request goes through the decoder next.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, TryRecvError};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use tch::{Kind, Tensor};
+use vora_llm::KvPages;
+use vora_model::VisionLanguageModel;
+
+use super::answer::Answer;
+use super::config::EngineConfig;
+use super::event::Event;
+use super::handle::{Counts, Job, OnEvent};
+use super::pool::Pool;
+use super::prefix::Keys;
+use crate::error::InferError;
+use crate::prompter::Prompter;
+use crate::{Constraint, FinishReason, OutputModality};
+
+/// Tokens of a page: few, so that little is lost where prompts part and at an answer's end.
+const PAGE_LEN: i64 = 16;
+
+/// The model, the cache, and the requests that are answered from them.
+#[derive(Debug)]
+pub(super) struct Scheduler {
+    model: Box<dyn VisionLanguageModel>,
+    prompter: Arc<Prompter>,
+    config: EngineConfig,
+    counts: Arc<Counts>,
+    cache: KvPages,
+    pool: Pool,
+    keys: Keys,
+}
+
+impl Scheduler {
+    /// Takes the memory for keys and values.
+    ///
+    /// # Errors
+    /// Where there is not as much.
+    pub(super) fn new(
+        model: Box<dyn VisionLanguageModel>,
+        prompter: Arc<Prompter>,
+        config: EngineConfig,
+        counts: Arc<Counts>,
+    ) -> Result<Self> {
+        let llm = model.llm();
+        let page_bytes = KvPages::page_bytes(llm.config(), PAGE_LEN, llm.kind());
+        let pages = i32::try_from(config.cache_bytes / page_bytes.max(1)).unwrap_or(i32::MAX);
+        ensure!(
+            pages > 0,
+            "cache_bytes is {}, and {PAGE_LEN} tokens of keys and values take {page_bytes}",
+            config.cache_bytes
+        );
+        let cache = KvPages::new(llm.config(), i64::from(pages), PAGE_LEN, llm.device(), llm.kind())
+            .with_context(|| format!("no memory for {pages} pages of {page_bytes} bytes for keys and values"))?;
+        counts.cache_pages.store(pages as u64, Ordering::Relaxed);
+        Ok(Self { model, prompter, config, counts, cache, pool: Pool::new(pages), keys: Keys::default() })
+    }
+
+    /// Answers requests until there are none and none can come.
+    pub(super) fn run(self, jobs: &Receiver<Job>) {
+        let Self { model, prompter, config, counts, cache, pool, keys } = self;
+        let words = model.image_writer().map(|writer| Constraint::new(OutputModality::Text, writer));
+        let loaded = Loaded { model: &*model, prompter: &prompter, words: words.as_ref(), keys: &keys };
+        let queue = Queue { waiting: VecDeque::new(), next: None, prefilling: None, decoding: Vec::new(), open: true };
+        let mut turn = Turn { loaded, config: &config, counts: &counts, cache, pool, queue };
+        while turn.receive(jobs) {
+            turn.admit();
+            turn.prefill();
+            turn.decode();
+        }
+    }
+}
+
+/// What answers are made from.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Loaded<'a> {
+    pub(super) model: &'a dyn VisionLanguageModel,
+    pub(super) prompter: &'a Prompter,
+    /// Of a model that writes pictures: what keeps it to words.
+    pub(super) words: Option<&'a Constraint<'a>>,
+    pub(super) keys: &'a Keys,
+}
+
+/// Requests by what is next for them.
+struct Queue<'a> {
+    waiting: VecDeque<Job>,
+    next: Option<Answer<'a>>, // prepared, and without pages yet
+    prefilling: Option<Answer<'a>>,
+    decoding: Vec<Answer<'a>>,
+    open: bool, // whether more may come
+}
+
+/// One turn after the other: a part of a prompt, then a token of every answer.
+struct Turn<'a> {
+    loaded: Loaded<'a>,
+    config: &'a EngineConfig,
+    counts: &'a Counts,
+    cache: KvPages,
+    pool: Pool,
+    queue: Queue<'a>,
+}
+
+impl<'a> Turn<'a> {
+    /// Takes what was submitted and leaves what was taken back; waits where there is nothing else to do. False once there is
+    /// nothing, and nothing can come.
+    fn receive(&mut self, jobs: &Receiver<Job>) -> bool {
+        loop {
+            loop {
+                match jobs.try_recv() {
+                    Ok(job) => self.queue.waiting.push_back(job),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => {
+                        self.queue.open = false;
+                        break;
+                    }
+                }
+            }
+            self.drop_cancelled();
+            if !self.queue.is_empty() {
+                return true;
+            }
+            match jobs.recv() {
+                Ok(job) => self.queue.waiting.push_back(job),
+                Err(_) => return false,
+            }
+        }
+    }
+
+    fn drop_cancelled(&mut self) {
+        let before = self.queue.waiting.len();
+        self.queue.waiting.retain(|job| !job.cancelled.load(Ordering::Relaxed));
+        let gone = (before - self.queue.waiting.len()) as u64;
+        self.counts.waiting.fetch_sub(gone, Ordering::Relaxed);
+        self.counts.ended.fetch_add(gone, Ordering::Relaxed);
+        self.counts.cancelled.fetch_add(gone, Ordering::Relaxed);
+        for place in [&mut self.queue.next, &mut self.queue.prefilling] {
+            if let Some(answer) = place.take_if(|answer| answer.is_cancelled()) {
+                end(answer, Ending::Cancelled, &mut self.pool, self.counts, self.config);
+            }
+        }
+        for answer in self.queue.decoding.extract_if(.., |answer| answer.is_cancelled()) {
+            end(answer, Ending::Cancelled, &mut self.pool, self.counts, self.config);
+        }
+    }
+
+    /// Gives the next request pages, where there are enough for all that it may take.
+    fn admit(&mut self) {
+        while self.queue.prefilling.is_none() && self.queue.decoding.len() < self.config.max_batch {
+            if self.queue.next.is_none() {
+                let Some(job) = self.queue.waiting.pop_front() else { return };
+                self.counts.waiting.fetch_sub(1, Ordering::Relaxed);
+                self.counts.running.fetch_add(1, Ordering::Relaxed);
+                match self.prepare(job) {
+                    Ok(answer) => self.queue.next = Some(answer),
+                    Err((error, mut on_event)) => {
+                        count_end(self.counts, Some(&self.counts.failed));
+                        on_event(Event::Failed(error));
+                        continue;
+                    }
+                }
+            }
+            let Some(mut answer) = self.queue.next.take() else { return };
+            if !answer.take_pages(&mut self.pool, PAGE_LEN) {
+                self.queue.next = Some(answer);
+                return;
+            }
+            self.counts.prompt_tokens.fetch_add(answer.prompt_len() as u64, Ordering::Relaxed);
+            self.counts.cached_tokens.fetch_add(answer.held() as u64, Ordering::Relaxed);
+            answer.tell(Event::Started {
+                prompt_tokens: answer.prompt_len() as usize,
+                cached_tokens: answer.held() as usize,
+            });
+            self.queue.prefilling = Some(answer);
+        }
+        self.counts.used_pages.store(self.pool.used() as u64, Ordering::Relaxed);
+    }
+
+    /// A request as the decoder takes it, or why it cannot, and to whom that is told.
+    fn prepare(&self, job: Job) -> Result<Answer<'a>, (anyhow::Error, OnEvent)> {
+        let Job { prompt, request, cancelled, on_event } = job;
+        let (loaded, config) = (self.loaded, self.config);
+        let room = self.cache.pages() * PAGE_LEN;
+        let answer = guarded(|| {
+            let keys = config.prefix_caching.then_some(PAGE_LEN as usize);
+            let answer = Answer::new(&loaded, &prompt, &request, keys)?;
+            let needed = answer.most_tokens();
+            ensure!(needed <= room, InferError::ContextFull { needed, room });
+            Ok(answer)
+        });
+        match answer {
+            Ok(answer) => Ok(answer.told(cancelled, on_event)),
+            Err(error) => Err((error, on_event)),
+        }
+    }
+
+    /// A part of the prompt that is being computed; with its last one, the first token.
+    fn prefill(&mut self) {
+        let Some(mut answer) = self.queue.prefilling.take() else { return };
+        let (loaded, cache, chunk) = (&self.loaded, &mut self.cache, self.config.prefill_chunk);
+        let logits = guarded(|| tch::no_grad(|| answer.prefill(loaded, chunk, cache)));
+        match logits {
+            Ok(None) => self.queue.prefilling = Some(answer),
+            Ok(Some(logits)) => {
+                answer.name_pages(&mut self.pool);
+                self.take_tokens(vec![answer], &logits);
+            }
+            Err(error) => end(answer, Ending::Failed(error), &mut self.pool, self.counts, self.config),
+        }
+    }
+
+    /// One more token of every answer.
+    fn decode(&mut self) {
+        let mut answers = std::mem::take(&mut self.queue.decoding);
+        if answers.is_empty() {
+            return;
+        }
+        let (ids, rows): (Vec<i64>, Vec<_>) = answers.iter().map(|answer| (answer.last(), answer.row())).unzip();
+        let logits = guarded(|| tch::no_grad(|| self.loaded.model.llm().decode_pages(&ids, &rows, &mut self.cache)));
+        match logits {
+            Ok(logits) => {
+                answers.iter_mut().for_each(Answer::stepped);
+                self.take_tokens(answers, &logits);
+            }
+            Err(error) => {
+                let told = format!("{error:#}");
+                for answer in answers {
+                    end(answer, Ending::Failed(anyhow!("{told}")), &mut self.pool, self.counts, self.config);
+                }
+            }
+        }
+    }
+
+    /// Lets each answer choose its next token by its row of logits `[answers, vocab]`.
+    fn take_tokens(&mut self, answers: Vec<Answer<'a>>, logits: &Tensor) {
+        let numbers = logits.to_kind(Kind::Float).contiguous().view([-1]);
+        let Ok(mut numbers) = guarded(|| Ok(Vec::<f32>::try_from(numbers)?)) else { return };
+        let vocab = (numbers.len() / answers.len()).max(1);
+        for (mut answer, logits) in answers.into_iter().zip(numbers.chunks_mut(vocab)) {
+            let taken = guarded(|| answer.take_token(logits));
+            self.counts.generated_tokens.fetch_add(1, Ordering::Relaxed);
+            match taken {
+                Ok(None) => self.queue.decoding.push(answer),
+                Ok(Some(reason)) => end(answer, Ending::Finished(reason), &mut self.pool, self.counts, self.config),
+                Err(error) => end(answer, Ending::Failed(error), &mut self.pool, self.counts, self.config),
+            }
+        }
+    }
+}
+
+impl Queue<'_> {
+    fn is_empty(&self) -> bool {
+        self.waiting.is_empty() && self.next.is_none() && self.prefilling.is_none() && self.decoding.is_empty()
+    }
+}
+
+/// How a request ends.
+enum Ending {
+    Finished(FinishReason),
+    Failed(anyhow::Error),
+    Cancelled,
+}
+
+/// Lets go of an answer's pages and says its last word.
+fn end(mut answer: Answer<'_>, ending: Ending, pool: &mut Pool, counts: &Counts, config: &EngineConfig) {
+    if config.prefix_caching && matches!(ending, Ending::Finished(_)) {
+        answer.name_pages(pool);
+    }
+    pool.release(answer.pages());
+    counts.used_pages.store(pool.used() as u64, Ordering::Relaxed);
+    match ending {
+        Ending::Finished(reason) => {
+            count_end(counts, None);
+            let completion_tokens = answer.completion_tokens();
+            answer.tell(Event::Finished { reason, completion_tokens });
+        }
+        Ending::Failed(error) => {
+            count_end(counts, Some(&counts.failed));
+            answer.tell(Event::Failed(error));
+        }
+        Ending::Cancelled => count_end(counts, Some(&counts.cancelled)),
+    }
+}
+
+fn count_end(counts: &Counts, kind: Option<&AtomicU64>) {
+    counts.running.fetch_sub(1, Ordering::Relaxed);
+    counts.ended.fetch_add(1, Ordering::Relaxed);
+    kind.inspect(|count| {
+        count.fetch_add(1, Ordering::Relaxed);
+    });
+}
+
+/// What `run` makes; what libtorch throws where no error is returned ends the request and not the engine.
+fn guarded<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
+    let message = |panic: Box<dyn Any + Send>| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        anyhow!("{}", text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("the model failed"))
+    };
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Err(message(panic)))
+}

@@ -1,0 +1,244 @@
+//! The engine against one request at a time without a cache of pages.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use fixtures::Random;
+use tch::{Device, Kind, Tensor};
+use vora_image::{ImageProcessor, Resample};
+use vora_llm::LlmConfig;
+use vora_lora::{ActsOn, LoraConfig};
+use vora_model::{VisionLanguageModel, Vora, VoraConfig};
+use vora_text::{ChatTemplate, Tokenizer};
+use vora_torch::weights::Weights;
+
+use super::*;
+use crate::prompter::Prompter;
+use crate::{Assistant, FinishReason, InferError, Message, Request, RgbImage, SamplingParams};
+
+/// A model of random weights that sees 4 x 4 patches, with the tiny tokenizer; `acts_on` puts adapters on it.
+fn assistant(acts_on: Option<ActsOn>) -> Assistant {
+    let folder = fixtures::root().join("tiny/llm");
+    let llm = LlmConfig::open(&folder).unwrap();
+    let weights = Weights::random(9, Device::Cpu, Kind::Float);
+    let mut model = Vora::load(VoraConfig::new(llm, 24, 4, 16), &weights).unwrap();
+    if let Some(acts_on) = acts_on {
+        let random = Random::new(3);
+        let lora = LoraConfig { acts_on, ..LoraConfig::new(4, 3) };
+        let adapters = Weights::random(5, Device::Cpu, Kind::Float);
+        model.attach("seeing", &lora, &adapters).unwrap();
+        for (_, tensor) in adapters.parameters().iter().filter(|(name, _)| name.contains("lora_B")) {
+            tch::no_grad(|| tensor.shallow_clone().copy_(&(random.normal(tensor.size()) * 0.2)));
+        }
+    }
+    let processor = ImageProcessor::square(16, [0.5; 3], [0.5; 3], Resample::Bilinear);
+    let (tokenizer, chat) = (Tokenizer::open(&folder).unwrap(), ChatTemplate::open(&folder).unwrap());
+    let prompter = Prompter::new(tokenizer, chat, Some(processor));
+    Assistant { model: Box::new(model), prompter }
+}
+
+fn picture(seed: u8) -> RgbImage {
+    let bytes =
+        (0..16 * 16).flat_map(|i: i32| [(i % 16 * 16) as u8 ^ seed, (i / 16 * 16) as u8, seed.wrapping_mul(37)]);
+    RgbImage::from_raw(16, 16, bytes.collect()).unwrap()
+}
+
+fn request(i: usize) -> Request<'static> {
+    let pictures: Vec<RgbImage> = (0..i % 3).map(|p| picture((i * 5 + p) as u8)).collect();
+    let words = ["Is it red?", "What stands left of the ring, and what colour has it?", "Why?"][i % 3];
+    let sampling = match i % 4 {
+        0 => SamplingParams::default(),
+        1 => SamplingParams::default().with_temperature(0.9).with_seed(i as u64),
+        2 => SamplingParams::default().with_temperature(1.3).with_top_k(30).with_presence_penalty(0.5),
+        _ => SamplingParams::default().with_repetition_penalty(1.4),
+    };
+    Request::question(pictures, words).with_sampling(sampling).with_max_new_tokens(3 + 5 * (i % 5))
+}
+
+#[derive(Debug, PartialEq)]
+struct Told {
+    text: String,
+    reason: FinishReason,
+    tokens: usize,
+    prompt_tokens: usize,
+    cached_tokens: usize,
+}
+
+fn told(events: impl Iterator<Item = Event>) -> Result<Told, String> {
+    let mut told =
+        Told { text: String::new(), reason: FinishReason::Stop, tokens: 0, prompt_tokens: 0, cached_tokens: 0 };
+    let mut ended = false;
+    for event in events {
+        assert!(!ended, "{event:?} after the end");
+        match event {
+            Event::Started { prompt_tokens, cached_tokens } => {
+                (told.prompt_tokens, told.cached_tokens) = (prompt_tokens, cached_tokens);
+            }
+            Event::Text { text, .. } => told.text.push_str(&text),
+            Event::Finished { reason, completion_tokens } => {
+                (told.reason, told.tokens, ended) = (reason, completion_tokens, true);
+            }
+            Event::Failed(error) => return Err(format!("{error:#}")),
+        }
+    }
+    assert!(ended);
+    Ok(told)
+}
+
+fn start(assistant: Assistant, config: EngineConfig) -> Engine {
+    Engine::start(assistant, config).unwrap()
+}
+
+/// Small chunks, few pages, several at once, found beginnings: each answer as if it were alone.
+#[test]
+fn every_answer_is_as_if_it_were_alone() {
+    for acts_on in [None, Some(ActsOn::All), Some(ActsOn::WithImage), Some(ActsOn::ImageTokens)] {
+        let alone = assistant(acts_on);
+        let expected: Vec<_> = (0..12).map(|i| alone.reply(&request(i), |_| true).unwrap()).collect();
+        for prefix_caching in [true, false] {
+            let config = EngineConfig { max_batch: 5, prefill_chunk: 7, prefix_caching, ..EngineConfig::default() };
+            let engine = start(assistant(acts_on), EngineConfig { cache_bytes: 1 << 19, ..config });
+            for round in 0..2 {
+                let streams: Vec<_> = (0..12).map(|i| engine.stream(request(i)).unwrap()).collect();
+                for (i, (stream, expected)) in streams.into_iter().zip(&expected).enumerate() {
+                    let told = told(stream).unwrap();
+                    let of = format!("{acts_on:?}, request {i}, round {round}, {prefix_caching}");
+                    assert_eq!(told.text, expected.text, "{of}");
+                    assert_eq!(told.tokens, expected.generated.ids.len(), "{of}");
+                    assert_eq!(told.reason, expected.generated.finish_reason, "{of}");
+                    assert_eq!(told.prompt_tokens as i64, expected.generated.prompt_tokens, "{of}");
+                    let is_found = round == 1 && prefix_caching && told.prompt_tokens > 16;
+                    assert!(told.cached_tokens > 0 || !is_found, "{of}");
+                    assert!(told.cached_tokens == 0 || prefix_caching, "{of}");
+                }
+            }
+            engine.finish();
+            let stats = engine.stats();
+            assert_eq!((stats.ended, stats.failed, stats.cancelled), (24, 0, 0));
+            assert_eq!((stats.waiting, stats.running, stats.used_pages), (0, 0, 0));
+            assert!(stats.cached_tokens > 0 || !prefix_caching);
+        }
+    }
+}
+
+/// With the adapters off the model is the one that it was, whatever others ask of it.
+#[test]
+fn a_request_may_leave_the_adapters_off() {
+    let plain = assistant(None);
+    let engine = start(assistant(Some(ActsOn::All)), EngineConfig::default());
+    let streams: Vec<_> = (0..8)
+        .map(|i| engine.stream(if i % 2 == 0 { request(i).without_adapters() } else { request(i) }).unwrap())
+        .collect();
+    let mut differ = 0;
+    for (i, stream) in streams.into_iter().enumerate() {
+        let (told, expected) = (told(stream).unwrap().text, plain.reply(&request(i), |_| true).unwrap().text);
+        assert!(i % 2 == 1 || told == expected, "{i}");
+        differ += usize::from(told != expected);
+    }
+    assert!(differ > 0, "the adapters change nothing");
+}
+
+#[test]
+fn a_conversation_goes_on_from_what_was_computed() {
+    let engine = start(assistant(None), EngineConfig::default());
+    let mut messages = vec![Message::question_about(1, "Is it red, or is it blue?")];
+    let ask = |messages: &[Message], seed| {
+        let request = Request::new(vec![picture(seed)], messages.to_vec()).with_max_new_tokens(20);
+        told(engine.stream(request).unwrap()).unwrap()
+    };
+    let first = ask(&messages, 1);
+    assert_eq!(first.cached_tokens, 0);
+    let other = ask(&messages, 2); // the same words about another picture
+    assert_eq!(other.cached_tokens, 0);
+    messages.extend([Message::new("assistant", first.text.clone()), Message::new("user", "Why?")]);
+    let second = ask(&messages, 1);
+    assert!(second.cached_tokens as i64 >= first.prompt_tokens as i64 / 16 * 16, "{first:?} {second:?}");
+}
+
+#[test]
+fn what_is_taken_back_leaves_its_pages() {
+    let engine = start(assistant(None), EngineConfig { max_batch: 2, ..EngineConfig::default() });
+    let long = || Request::question(vec![picture(1)], "Why?").with_max_new_tokens(400);
+    let mut streams: Vec<_> = (0..5).map(|_| engine.stream(long()).unwrap()).collect();
+    assert!(matches!(streams[0].next(), Some(Event::Started { .. })));
+    streams.clear();
+    let start = Instant::now();
+    while engine.stats().ended < 5 {
+        assert!(start.elapsed() < Duration::from_secs(20), "{:?}", engine.stats());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let stats = engine.stats();
+    assert_eq!((stats.cancelled, stats.used_pages, stats.waiting, stats.running), (5, 0, 0, 0));
+    assert!(stats.generated_tokens < 5 * 400);
+}
+
+#[test]
+fn stops_and_logarithms_are_given() {
+    let alone = assistant(None);
+    let question = || Request::question(vec![picture(4)], "Why?").with_max_new_tokens(30);
+    let whole = alone.reply(&question(), |_| true).unwrap().text;
+    let chars: Vec<char> = whole.chars().collect();
+    let stop: String = chars[chars.len() / 2..chars.len() / 2 + 3].iter().collect();
+    let before = &whole[..whole.find(&stop).unwrap()];
+    let engine = start(assistant(None), EngineConfig::default());
+    let stopped = told(engine.stream(question().with_stop(vec!["never".into(), stop])).unwrap()).unwrap();
+    assert_eq!((stopped.text.as_str(), stopped.reason), (before, FinishReason::Stop));
+    // Bytes of all tokens are the text; greedy takes the likeliest each time.
+    let events = engine.stream(question().with_logprobs(2)).unwrap();
+    let mut bytes = Vec::new();
+    for event in events {
+        let Event::Text { tokens, .. } = event else { continue };
+        for token in tokens {
+            assert_eq!((token.top.len(), token.top[0].0, token.top[0].2), (2, token.id, token.logprob));
+            assert!(token.logprob <= 0.0 && token.top[1].2 <= token.logprob);
+            bytes.extend(token.bytes);
+        }
+    }
+    assert_eq!(String::from_utf8_lossy(&bytes), whole);
+}
+
+#[test]
+fn what_cannot_be_answered_is_told_at_once_or_in_place_of_a_start() {
+    let config = EngineConfig { max_waiting: 2, max_batch: 1, cache_bytes: 1 << 17, ..EngineConfig::default() };
+    let engine = Arc::new(start(assistant(None), config));
+    let refused = |request| engine.stream(request).err().map(|error| error.downcast::<InferError>().unwrap());
+    let flat = RgbImage::new(0, 5);
+    assert!(matches!(refused(Request::question(vec![flat], "Why?")), Some(InferError::BadImage { index: 0, .. })));
+    let hot = Request::question(vec![], "Why?").with_sampling(SamplingParams::default().with_temperature(-1.0));
+    assert!(engine.stream(hot).err().unwrap().to_string().starts_with("temperature"));
+    let long = Request::question(vec![], &"Why? ".repeat(600));
+    assert!(told(engine.stream(long).unwrap()).unwrap_err().contains("the model's context is 512"));
+    let most = Request::question(vec![], "Why?").with_max_new_tokens(400);
+    let error = told(engine.stream(most).unwrap()).unwrap_err();
+    assert!(error.contains("the cache of keys and values holds"), "{error}");
+    let unequal = Request::new(vec![picture(0)], vec![Message::new("user", "Why?")]);
+    assert!(told(engine.stream(unequal).unwrap()).unwrap_err().contains("1 pictures for 0 image places"));
+
+    let busy = || Request::question(vec![], "Why?").with_max_new_tokens(100);
+    let streams: Vec<_> = (0..20).map(|_| engine.stream(busy())).collect();
+    let full = streams.iter().filter_map(|stream| stream.as_ref().err());
+    let full: Vec<_> = full.map(|error| error.downcast_ref::<InferError>().unwrap()).collect();
+    assert!(!full.is_empty() && full.iter().all(|error| matches!(error, InferError::QueueFull { waiting: 2.. })));
+    drop(streams);
+    engine.finish();
+    assert_eq!(refused(busy()), Some(InferError::Ending));
+}
+
+/// What libtorch throws ends one request.
+#[test]
+fn an_exception_in_the_model_ends_the_request_alone() {
+    let mut broken = assistant(None);
+    let whole = broken.reply(&request(0), |_| true).unwrap().text;
+    // The patch embedding has other sizes than the processor makes.
+    broken.prompter = Prompter::new(
+        Tokenizer::open(&fixtures::root().join("tiny/llm")).unwrap(),
+        ChatTemplate::open(&fixtures::root().join("tiny/llm")).unwrap(),
+        Some(ImageProcessor::square(18, [0.5; 3], [0.5; 3], Resample::Bilinear)),
+    );
+    let engine = start(broken, EngineConfig::default());
+    let seeing = engine.stream(request(1)).unwrap();
+    assert!(told(seeing).is_err());
+    assert_eq!(told(engine.stream(request(0)).unwrap()).unwrap().text, whole);
+    assert_eq!((engine.stats().failed, engine.stats().used_pages), (1, 0));
+    let _ = Tensor::zeros([1], (Kind::Float, Device::Cpu)); // libtorch goes on
+}

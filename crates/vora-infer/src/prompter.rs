@@ -1,0 +1,75 @@
+//! What stands between a person and a model: tokenizer, chat template, image processor.
+
+use std::path::Path;
+
+use anyhow::Result;
+use tch::Tensor;
+use vora_image::{ImageProcessor, Pixels};
+use vora_model::{Input, VisionLanguageModel};
+use vora_text::{ChatTemplate, Piece, Tokenizer};
+
+use crate::error::InferError;
+use crate::request::Request;
+
+/// Makes of requests what a model is prompted with; it holds no weights.
+#[derive(Debug)]
+pub(crate) struct Prompter {
+    pub(crate) tokenizer: Tokenizer,
+    chat: ChatTemplate,
+    processor: Option<ImageProcessor>, // none where the model takes no picture
+}
+
+/// A request as it will meet the model.
+#[derive(Debug)]
+pub(crate) struct Prompt {
+    pieces: Vec<Piece>,
+    pictures: Vec<Pixels>,
+}
+
+impl Prompter {
+    /// What lies in `folder` beside the weights of `model`.
+    ///
+    /// # Errors
+    /// Names the file, and what in it does not fit.
+    pub(crate) fn open(model: &dyn VisionLanguageModel, folder: &Path) -> Result<Self> {
+        let (rows, has_processor) = (model.llm().config().vocab_size, model.has_processor());
+        let processor = model.sees().then(|| ImageProcessor::open(folder)).transpose()?;
+        let tokenizer = Tokenizer::open(folder)?.for_embedding(rows).for_processor(has_processor);
+        Ok(Self::new(tokenizer, ChatTemplate::open(folder)?, processor))
+    }
+
+    /// Of parts that are open already; `processor` is none where the model takes no picture.
+    pub(crate) fn new(tokenizer: Tokenizer, chat: ChatTemplate, processor: Option<ImageProcessor>) -> Self {
+        Self { tokenizer, chat, processor }
+    }
+
+    /// Renders and encodes the conversation, and prepares its pictures.
+    ///
+    /// # Errors
+    /// [`InferError::SeesNoPictures`], [`InferError::BadImage`], and what the chat template refuses.
+    pub(crate) fn prompt(&self, request: &Request<'_>) -> Result<Prompt> {
+        let pictures = request.images.iter().enumerate().map(|(index, image)| {
+            let processor = self.processor.as_ref().ok_or(InferError::SeesNoPictures)?;
+            let bad = |problem: anyhow::Error| InferError::BadImage { index, problem: format!("{problem:#}") };
+            Ok(processor.preprocess(image).map_err(bad)?)
+        });
+        let pictures = pictures.collect::<Result<Vec<_>>>()?;
+        Ok(Prompt { pieces: self.chat.encode_prompt(&self.tokenizer, &request.messages)?, pictures })
+    }
+}
+
+impl Prompt {
+    /// Its pictures, in the order of their places.
+    pub(crate) fn pictures(&self) -> &[Pixels] {
+        &self.pictures
+    }
+
+    /// The same as tensors for `model`.
+    ///
+    /// # Errors
+    /// Where pictures and places differ in number, or the model cannot take a picture's size.
+    pub(crate) fn input(&self, model: &dyn VisionLanguageModel) -> Result<Input> {
+        let pixel_values: Vec<Tensor> = self.pictures.iter().map(vora_vision::pixel_values).collect();
+        Input::prompt(&self.pieces, pixel_values, model)
+    }
+}
