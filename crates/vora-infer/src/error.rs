@@ -49,6 +49,12 @@ pub enum InferError {
         /// What is wrong with it.
         problem: String,
     },
+    /// An answer is asked for in a form that cannot be kept.
+    #[error("response_format: {problem}")]
+    BadSchema {
+        /// What is wrong with the schema.
+        problem: String,
+    },
     /// A picture is shown to a language model alone.
     #[error("the model is a language model alone, which takes no picture")]
     SeesNoPictures,

@@ -121,7 +121,7 @@ fn run(
             let mut of_rows = Vec::<f32>::try_from(logits.to_kind(Kind::Float).contiguous().view([-1]))?;
             let going = rows.iter_mut().zip(of_rows.chunks_mut(vocab)).enumerate();
             for (i, (row, logits)) in going.filter(|(_, (row, _))| row.finish_reason().is_none()) {
-                if row.step(logits, stop).is_some_and(|token| !on_token(i, token)) {
+                if row.step(logits, stop)?.is_some_and(|token| !on_token(i, token)) {
                     row.end(FinishReason::Cancelled);
                 }
             }

@@ -23,6 +23,7 @@ mod constraint;
 mod engine;
 mod error;
 mod generate;
+mod grammar;
 mod passages;
 mod prompter;
 mod request;

@@ -1,6 +1,7 @@
 //! What stands between a person and a model: tokenizer, chat template, image processor.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use anyhow::Result;
 use tch::Tensor;
@@ -9,7 +10,8 @@ use vora_model::{Input, VisionLanguageModel};
 use vora_text::{ChatTemplate, Piece, Tokenizer};
 
 use crate::error::InferError;
-use crate::request::Request;
+use crate::grammar::{Grammar, Grammars};
+use crate::request::{Request, ResponseFormat};
 
 /// Makes of requests what a model is prompted with; it holds no weights.
 #[derive(Debug)]
@@ -17,6 +19,7 @@ pub(crate) struct Prompter {
     pub(crate) tokenizer: Tokenizer,
     chat: ChatTemplate,
     processor: Option<ImageProcessor>, // none where the model takes no picture
+    grammars: OnceLock<Grammars>,      // made for the first answer of a given form
 }
 
 /// A request as it will meet the model.
@@ -24,6 +27,7 @@ pub(crate) struct Prompter {
 pub(crate) struct Prompt {
     pieces: Vec<Piece>,
     pictures: Vec<Pixels>,
+    pub(crate) grammar: Option<Grammar>,
 }
 
 impl Prompter {
@@ -40,13 +44,13 @@ impl Prompter {
 
     /// Of parts that are open already; `processor` is none where the model takes no picture.
     pub(crate) fn new(tokenizer: Tokenizer, chat: ChatTemplate, processor: Option<ImageProcessor>) -> Self {
-        Self { tokenizer, chat, processor }
+        Self { tokenizer, chat, processor, grammars: OnceLock::new() }
     }
 
     /// Renders and encodes the conversation, and prepares its pictures.
     ///
     /// # Errors
-    /// [`InferError::SeesNoPictures`], [`InferError::BadImage`], and what the chat template refuses.
+    /// [`InferError::SeesNoPictures`], [`InferError::BadImage`], [`InferError::BadSchema`], and what the chat template refuses.
     pub(crate) fn prompt(&self, request: &Request<'_>) -> Result<Prompt> {
         let pictures = request.images.iter().enumerate().map(|(index, image)| {
             let processor = self.processor.as_ref().ok_or(InferError::SeesNoPictures)?;
@@ -54,7 +58,18 @@ impl Prompter {
             Ok(processor.preprocess(image).map_err(bad)?)
         });
         let pictures = pictures.collect::<Result<Vec<_>>>()?;
-        Ok(Prompt { pieces: self.chat.encode_prompt(&self.tokenizer, &request.messages)?, pictures })
+        let pieces = self.chat.encode_prompt(&self.tokenizer, &request.messages)?;
+        Ok(Prompt { pieces, pictures, grammar: self.grammar(&request.format)? })
+    }
+
+    fn grammar(&self, format: &ResponseFormat) -> Result<Option<Grammar>> {
+        if *format == ResponseFormat::Text {
+            return Ok(None);
+        }
+        if self.grammars.get().is_none() {
+            let _ = self.grammars.set(Grammars::new(&self.tokenizer)?); // another thread may have been faster
+        }
+        self.grammars.get().map_or(Ok(None), |grammars| grammars.start(format))
     }
 }
 

@@ -6,6 +6,7 @@ use vora_text::{Modality, Span};
 
 use crate::constraint::Progress;
 use crate::error::InferError;
+use crate::grammar::Grammar;
 use crate::{Constraint, FinishReason, Generated, Sampler, SamplingParams};
 
 /// One prompt while an answer to it is generated.
@@ -13,6 +14,7 @@ use crate::{Constraint, FinishReason, Generated, Sampler, SamplingParams};
 pub(crate) struct Sequence<'a> {
     sampler: Sampler,
     progress: Option<Progress<'a>>,
+    grammar: Option<Grammar>,
     ids: Vec<i64>,
     max_new_tokens: usize,
     prompt_tokens: i64,
@@ -37,6 +39,7 @@ impl<'a> Sequence<'a> {
             Ok(Self {
                 sampler: Sampler::new((*params).clone(), &words)?,
                 progress: constraint.map(|constraint| constraint.start(input, max_new_tokens)).transpose()?,
+                grammar: None,
                 ids: Vec::new(),
                 max_new_tokens,
                 prompt_tokens,
@@ -46,15 +49,29 @@ impl<'a> Sequence<'a> {
         input.spans.row_lens().zip(words(input)?).zip(wanted).map(row).collect()
     }
 
+    /// The same with an answer of a given form.
+    pub(crate) fn with_grammar(self, grammar: Option<Grammar>) -> Self {
+        Self { grammar, ..self }
+    }
+
     /// Takes the next token by the logits of all tokens; none where that is one of `stop`, which ends it.
-    pub(crate) fn step(&mut self, logits: &mut [f32], stop: &[i64]) -> Option<i64> {
+    ///
+    /// # Errors
+    /// Where a grammar is too large to go on with.
+    pub(crate) fn step(&mut self, logits: &mut [f32], stop: &[i64]) -> Result<Option<i64>> {
+        if let Some(grammar) = &mut self.grammar {
+            grammar.mask(logits)?;
+        }
         let token = match &mut self.progress {
             None => self.sampler.choose(logits),
             Some(progress) => progress.choose(logits, self.max_new_tokens - self.ids.len(), &mut self.sampler),
         };
         if stop.contains(&token) {
             self.finish_reason = Some(FinishReason::Stop);
-            return None;
+            return Ok(None);
+        }
+        if let Some(grammar) = &mut self.grammar {
+            grammar.took(token)?;
         }
         self.ids.push(token);
         if self.progress.as_ref().is_some_and(Progress::is_finished) {
@@ -62,7 +79,7 @@ impl<'a> Sequence<'a> {
         } else if self.ids.len() == self.max_new_tokens {
             self.finish_reason = Some(FinishReason::Length);
         }
-        Some(token)
+        Ok(Some(token))
     }
 
     /// Ends it for a reason of somebody else's.

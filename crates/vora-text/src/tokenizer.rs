@@ -220,6 +220,13 @@ impl Tokenizer {
         id == self.image_id
     }
 
+    /// Whether a text never has the token, as one that begins or ends a turn.
+    pub fn is_special_id(&self, id: i64) -> bool {
+        let added =
+            u32::try_from(id).ok().and_then(|id| self.inner.get_added_tokens_decoder().get(&id).map(|t| t.special));
+        added.unwrap_or(false)
+    }
+
     /// Whether the token was added to the vocabulary, and stands for itself.
     pub(crate) fn is_added(&self, id: i64) -> bool {
         u32::try_from(id).is_ok_and(|id| self.inner.get_added_tokens_decoder().contains_key(&id))

@@ -60,7 +60,7 @@ impl<'a> Answer<'a> {
     /// [`InferError`](crate::InferError), and where pictures and places differ in number.
     pub(super) fn new(
         loaded: &Loaded<'a>,
-        prompt: &Prompt,
+        mut prompt: Prompt,
         request: &Request<'static>,
         page_len: Option<usize>,
     ) -> Result<Self> {
@@ -70,6 +70,7 @@ impl<'a> Answer<'a> {
         let wanted = [(&request.sampling, request.max_new_tokens)];
         let sequence =
             Sequence::of_rows(&input, context, loaded.words, &wanted)?.pop().context("a row became nothing")?;
+        let sequence = sequence.with_grammar(prompt.grammar.take());
         let plan = model.plan(&input.spans)?;
         let plan = if request.adapters { plan } else { plan.without_adapters() };
         let adapted = plan.adapted_rows().first().copied().unwrap_or(false);
@@ -186,7 +187,8 @@ impl<'a> Answer<'a> {
     /// A token that cannot be decoded.
     pub(super) fn take_token(&mut self, logits: &mut [f32]) -> Result<Option<FinishReason>> {
         let raw = self.logprobs.map(|top| (top, logits.to_vec()));
-        let token = if self.sequence.finish_reason().is_some() { None } else { self.sequence.step(logits, self.eos()) };
+        let token =
+            if self.sequence.finish_reason().is_some() { None } else { self.sequence.step(logits, self.eos())? };
         let (mut text, mut tokens, mut stopped) = (String::new(), Vec::new(), false);
         if let Some(token) = token {
             let new = self.stream.push(token)?.unwrap_or_default();

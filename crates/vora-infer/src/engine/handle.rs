@@ -105,8 +105,8 @@ impl Engine {
     /// Conversation and pictures are prepared by the caller's thread.
     ///
     /// # Errors
-    /// [`InferError::QueueFull`], [`InferError::Ending`], [`InferError::SeesNoPictures`], [`InferError::BadImage`], sampling rules out
-    /// of their ranges, and what the chat template refuses. What else may be wrong with the request is known only when it meets the
+    /// [`InferError::QueueFull`], [`InferError::Ending`], [`InferError::SeesNoPictures`], [`InferError::BadImage`],
+    /// [`InferError::BadSchema`], sampling rules out of their ranges, and what the chat template refuses. What else may be wrong with the request is known only when it meets the
     /// model: [`Event::Failed`] comes in place of [`Event::Started`] then.
     pub fn submit(&self, request: Request<'static>, on_event: impl FnMut(Event) + Send + 'static) -> Result<Ticket> {
         let waiting = self.counts.waiting.fetch_add(1, Ordering::Relaxed);

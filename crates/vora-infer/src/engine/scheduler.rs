@@ -188,7 +188,7 @@ impl<'a> Turn<'a> {
         let room = self.cache.pages() * PAGE_LEN;
         let answer = guarded(|| {
             let keys = config.prefix_caching.then_some(PAGE_LEN as usize);
-            let answer = Answer::new(&loaded, &prompt, &request, keys)?;
+            let answer = Answer::new(&loaded, prompt, &request, keys)?;
             let needed = answer.most_tokens();
             ensure!(needed <= room, InferError::ContextFull { needed, room });
             Ok(answer)
