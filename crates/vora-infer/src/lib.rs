@@ -1,7 +1,29 @@
 //! Generation: a prompt with pictures goes through the decoder once, then one token at a time comes out, from a KV
 //! cache, greedy or sampled, streamed as text; what a Chameleon writes can be kept to words, to a picture, or to whole
-//! pictures among words. It cannot train, knows no HTTP, and loads nothing but model folders, merged
-//! or a run's.
+//! pictures among words. An [`Engine`] answers many requests at once, each as if it were alone. It cannot train, knows no HTTP,
+//! and loads nothing but model folders, merged or a run's.
+//!
+//! ```no_run
+//! use std::path::{Path, PathBuf};
+//!
+//! use vora_infer::tch::{Device, Kind};
+//! use vora_infer::{Assistant, Engine, EngineConfig, Event, Request};
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! let resolve = |name: &str| Ok(PathBuf::from(name)); // where the models lie that a run started from
+//! let assistant = Assistant::open(Path::new("runs/scenes/merged"), Device::Cpu, Kind::BFloat16, &resolve)?;
+//! let engine = Engine::start(assistant, EngineConfig::default())?;
+//! let pictures = vec![vora_image::open_image(Path::new("picture.png"))?];
+//! for event in engine.stream(Request::question(pictures, "What color is the ring?").with_max_new_tokens(64))? {
+//!     match event {
+//!         Event::Text { text, .. } => print!("{text}"),
+//!         Event::Failed(error) => return Err(error),
+//!         _ => {}
+//!     }
+//! }
+//! # Ok(())
+//! # }
+//! ```
 //!
 //! What libtorch needs in a project of your own stands in the docs of `vora-torch`.
 //!
