@@ -7,12 +7,12 @@
 #![allow(clippy::print_stdout, reason = "a program says what it measured")]
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use benches::{Process, cpu_seconds};
 use clap::Parser;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -132,11 +132,11 @@ fn compare(args: &Args) -> Result<()> {
         let out = args.out.join(format!("{tokens}-{}", args.dtype));
         fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
         let mut processes = start(args, tokens, &out)?;
-        let mut turns = vec![Vec::new(); processes.len()];
+        let mut turns: Vec<Vec<Turn>> = vec![Vec::new(); processes.len()];
         for round in 0..=args.rounds {
             for (process, turns) in processes.iter_mut().zip(&mut turns) {
                 if round == 0 || args.traces == 0 {
-                    turns.push(process.turn()?);
+                    turns.push(process.ask("go")?);
                 }
             }
         }
@@ -271,7 +271,7 @@ fn trace(
     for round in 0..args.traces {
         for (i, (process, side)) in processes.iter_mut().zip(&mut sides).enumerate() {
             let path = out.join(format!("trace-{i}-{round}.json"));
-            process.trace(&path)?;
+            process.ask::<Turn>(&format!("trace {}", path.display()))?;
             side.traces.push(path);
         }
     }
@@ -305,56 +305,6 @@ impl Row {
             "{:>5} tokens, {}: {:.2} samples a second, {:.0} MiB; first step: cross-entropy {lm:.4}, cosine loss {distill:.4}, gradient {gradient:.4}",
             self.tokens, self.name, self.samples_per_second, self.peak_mib
         )
-    }
-}
-
-/// A process that trains when it is told to.
-struct Process {
-    child: Child,
-    lines: BufReader<std::process::ChildStdout>,
-}
-
-impl Process {
-    fn start(mut command: Command) -> Result<Self> {
-        let threads = [("OMP_NUM_THREADS", "1"), ("MKL_NUM_THREADS", "1")]; // on a GPU one thread starts its kernels
-        let mut child = command
-            .envs(threads)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("cannot run {}", command.get_program().display()))?;
-        let lines = BufReader::new(child.stdout.take().context("its output")?);
-        let mut process = Self { child, lines };
-        ensure!(process.line()? == "ready", "a process that is not ready");
-        Ok(process)
-    }
-
-    fn line(&mut self) -> Result<String> {
-        let mut line = String::new();
-        ensure!(self.lines.read_line(&mut line)? > 0, "a process ended before its turn was over");
-        Ok(line.trim().to_owned())
-    }
-
-    fn turn(&mut self) -> Result<Turn> {
-        self.ask("go")
-    }
-
-    /// Has it take one step under a profiler, which writes into `path`.
-    fn trace(&mut self, path: &Path) -> Result<Turn> {
-        self.ask(&format!("trace {}", path.display()))
-    }
-
-    fn ask(&mut self, what: &str) -> Result<Turn> {
-        writeln!(self.child.stdin.as_mut().context("its input")?, "{what}")?;
-        let line = self.line()?;
-        serde_json::from_str(&line).with_context(|| format!("what a process says of its turn: {line}"))
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill(); // it may have ended by itself
-        let _ = self.child.wait();
     }
 }
 
@@ -484,14 +434,4 @@ fn operations(student: &Student, args: &Args, tokens: i64) -> Result<f64> {
     let teacher = layers * (24 * width * width * seen + 4 * seen * seen * width);
     let heads = 6 * args.blocks * tokens * width * llm.hidden_size;
     Ok((seq * (4 * linear + 6 * adapters) + attention + logits + teacher + heads) as f64)
-}
-
-/// User and system time of this process so far.
-fn cpu_seconds() -> Result<f64> {
-    let stat = fs::read_to_string(Path::new("/proc/self/stat"))?;
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks = |i: usize| fields.get(i).and_then(|field| field.parse::<f64>().ok());
-    // SAFETY: it reads a constant of the system's.
-    let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as f64;
-    Ok(ticks(11).zip(ticks(12)).map(|(user, system)| user + system).context("/proc/self/stat")? / per_second)
 }

@@ -26,6 +26,36 @@ impl Default for EngineConfig {
 }
 
 impl EngineConfig {
+    /// The same with this [`max_batch`](Self::max_batch).
+    #[must_use]
+    pub fn with_max_batch(self, max_batch: usize) -> Self {
+        Self { max_batch, ..self }
+    }
+
+    /// The same with this [`max_waiting`](Self::max_waiting).
+    #[must_use]
+    pub fn with_max_waiting(self, max_waiting: usize) -> Self {
+        Self { max_waiting, ..self }
+    }
+
+    /// The same with this [`prefill_chunk`](Self::prefill_chunk).
+    #[must_use]
+    pub fn with_prefill_chunk(self, prefill_chunk: i64) -> Self {
+        Self { prefill_chunk, ..self }
+    }
+
+    /// The same with this [`cache_bytes`](Self::cache_bytes).
+    #[must_use]
+    pub fn with_cache_bytes(self, cache_bytes: usize) -> Self {
+        Self { cache_bytes, ..self }
+    }
+
+    /// The same with this [`prefix_caching`](Self::prefix_caching).
+    #[must_use]
+    pub fn with_prefix_caching(self, prefix_caching: bool) -> Self {
+        Self { prefix_caching, ..self }
+    }
+
     /// Checks every field's range.
     ///
     /// # Errors

@@ -14,7 +14,8 @@ use crate::error::InferError;
 use crate::prompter::{Prompt, Prompter};
 use crate::{Assistant, Request};
 
-/// A model that answers many requests at once, on a thread of its own. It is shared by whoever asks.
+/// A model that answers many requests at once, on a thread of its own. It is shared by whoever asks. Dropped, it takes all requests
+/// back and waits for that thread: none may be in libtorch when a program ends.
 #[derive(Debug)]
 pub struct Engine {
     prompter: Arc<Prompter>,
@@ -69,6 +70,8 @@ pub(super) struct Counts {
     pub(super) generated_tokens: AtomicU64,
     pub(super) cache_pages: AtomicU64,
     pub(super) used_pages: AtomicU64,
+    /// Whether all requests are taken back.
+    pub(super) ending: AtomicBool,
 }
 
 /// Who is told what becomes of a request.
@@ -157,6 +160,11 @@ impl Engine {
         self.counts.stats()
     }
 
+    #[cfg(test)]
+    pub(super) fn counts(&self) -> Arc<Counts> {
+        self.counts.clone()
+    }
+
     /// Takes no more requests, answers those that it has taken, and returns when that is done.
     pub fn finish(&self) {
         let lock = |mutex: &Mutex<Option<JoinHandle<()>>>| mutex.lock().unwrap_or_else(|p| p.into_inner()).take();
@@ -167,6 +175,13 @@ impl Engine {
     }
 }
 
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.counts.ending.store(true, Ordering::Relaxed);
+        self.finish();
+    }
+}
+
 impl Drop for Ticket {
     fn drop(&mut self) {
         self.cancelled.store(true, Ordering::Relaxed);
@@ -174,7 +189,7 @@ impl Drop for Ticket {
 }
 
 impl Counts {
-    fn stats(&self) -> EngineStats {
+    pub(super) fn stats(&self) -> EngineStats {
         let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
         EngineStats {
             waiting: read(&self.waiting),

@@ -134,17 +134,18 @@ impl<'a> Turn<'a> {
 
     fn drop_cancelled(&mut self) {
         let before = self.queue.waiting.len();
-        self.queue.waiting.retain(|job| !job.cancelled.load(Ordering::Relaxed));
+        let all = self.counts.ending.load(Ordering::Relaxed);
+        self.queue.waiting.retain(|job| !all && !job.cancelled.load(Ordering::Relaxed));
         let gone = (before - self.queue.waiting.len()) as u64;
         self.counts.waiting.fetch_sub(gone, Ordering::Relaxed);
         self.counts.ended.fetch_add(gone, Ordering::Relaxed);
         self.counts.cancelled.fetch_add(gone, Ordering::Relaxed);
         for place in [&mut self.queue.next, &mut self.queue.prefilling] {
-            if let Some(answer) = place.take_if(|answer| answer.is_cancelled()) {
+            if let Some(answer) = place.take_if(|answer| all || answer.is_cancelled()) {
                 end(answer, Ending::Cancelled, &mut self.pool, self.counts, self.config);
             }
         }
-        for answer in self.queue.decoding.extract_if(.., |answer| answer.is_cancelled()) {
+        for answer in self.queue.decoding.extract_if(.., |answer| all || answer.is_cancelled()) {
             end(answer, Ending::Cancelled, &mut self.pool, self.counts, self.config);
         }
     }

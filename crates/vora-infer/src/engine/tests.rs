@@ -173,6 +173,20 @@ fn what_is_taken_back_leaves_its_pages() {
 }
 
 #[test]
+fn an_engine_that_is_dropped_ends_at_once() {
+    let engine = start(assistant(None), EngineConfig::default());
+    let long = Request::question(vec![picture(1)], "Why?").with_max_new_tokens(450);
+    let mut streams: Vec<_> = (0..4).map(|_| engine.stream(long.clone()).unwrap()).collect();
+    assert!(matches!(streams[0].next(), Some(Event::Started { .. })));
+    let counts = engine.counts();
+    drop(engine);
+    assert_eq!((counts.stats().running, counts.stats().waiting), (0, 0));
+    for stream in streams {
+        assert!(!stream.into_iter().any(|event| matches!(event, Event::Finished { .. })));
+    }
+}
+
+#[test]
 fn stops_and_logarithms_are_given() {
     let alone = assistant(None);
     let question = || Request::question(vec![picture(4)], "Why?").with_max_new_tokens(30);

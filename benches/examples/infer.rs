@@ -1,0 +1,235 @@
+//! Answers beside transformers' and llama.cpp's: time to the first token of a prompt of 288, tokens a second after it at batches of 1
+//! and 8, memory. This project reads a picture of 256 patches and 32 words, by its engine, as a server does.
+//!
+//! `cargo xtask bench peers --infer` runs it. Each is a process of its own with one thread that waits for its turn; the turns
+//! alternate, and CPU seconds are counted, so that what else the machine does matters little.
+#![allow(clippy::print_stdout, reason = "a program says what it measured")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use benches::{Process, cpu_seconds};
+use clap::Parser;
+use serde::{Deserialize, Serialize};
+use tch::Device;
+use vora_image::{IMAGENET_DEFAULT, ImageProcessor, Resample, RgbImage};
+use vora_infer::{Assistant, Engine, EngineConfig, Event, Request, SamplingParams};
+use vora_llm::KvPages;
+use vora_recipe::TrainConfig;
+use vora_torch::runtime;
+use vora_train::student::Student;
+
+/// Side of a patch, and of a picture of 256 patches.
+const PATCH: i64 = 14;
+const SIDE: i64 = 16 * PATCH;
+/// Tokens of a prompt.
+const PROMPT: usize = 288;
+
+/// Measures answers of ours against others'
+#[derive(Debug, Parser)]
+struct Args {
+    /// Folder of the language model
+    #[arg(long)]
+    llm: PathBuf,
+    /// The same as GGUF files, each by its kind: bf16=FILE
+    #[arg(long, value_delimiter = ',', value_parser = named)]
+    gguf: Vec<(String, PathBuf)>,
+    /// Python with torch, transformers and llama_cpp
+    #[arg(long)]
+    python: PathBuf,
+    /// `benches/infer.py`
+    #[arg(long)]
+    script: PathBuf,
+    /// Where what was measured goes
+    #[arg(long)]
+    out: PathBuf,
+    /// What this project computes in
+    #[arg(long, value_delimiter = ',', default_values_t = ["bf16".to_owned()])]
+    dtypes: Vec<String>,
+    /// Answers at once
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 8])]
+    batches: Vec<usize>,
+    /// Tokens of an answer
+    #[arg(long, default_value_t = 128)]
+    new: usize,
+    /// Turns of each, behind one that is not counted
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// To be the process that answers in this dtype, which the others are started by
+    #[arg(long, hide = true)]
+    turns: Option<String>,
+}
+
+fn named(value: &str) -> Result<(String, PathBuf), String> {
+    let (name, path) = value.split_once('=').ok_or("it is KIND=FILE")?;
+    Ok((name.to_owned(), path.into()))
+}
+
+/// What a process says of a turn.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+struct Turn {
+    /// Of the processor's time until every prompt has its first token,
+    first: f64,
+    /// and from there on until every answer has all of them.
+    rest: f64,
+    peak_mib: f64,
+}
+
+/// One row of the table.
+#[derive(Debug, Serialize)]
+struct Row {
+    name: String,
+    batch: usize,
+    first_ms: f64,
+    tokens_per_second: f64,
+    peak_mib: f64,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    ensure!(args.rounds > 0 && args.new > 1, "rounds are at least 1, tokens of an answer at least 2");
+    match &args.turns {
+        Some(dtype) => take_turns(&args, dtype),
+        None => compare(&args),
+    }
+}
+
+fn compare(args: &Args) -> Result<()> {
+    let mut processes = Vec::new();
+    for dtype in &args.dtypes {
+        let mut ours = Command::new(std::env::current_exe()?);
+        ours.envs(runtime::missing_environment()); // as the program has it
+        ours.args(["--turns", dtype]).arg("--llm").arg(&args.llm);
+        ours.arg("--python").arg(&args.python).arg("--script").arg(&args.script).arg("--out").arg(&args.out);
+        processes.push((format!("this project, {dtype}"), Process::start(ours)?));
+    }
+    let theirs = |peer: &str, model: &Path, dtype: &str| {
+        let mut theirs = Command::new(&args.python);
+        theirs.arg(&args.script).arg(peer).arg(model).args(["--dtype", dtype]);
+        Process::start(theirs)
+    };
+    for dtype in args.dtypes.iter().filter(|dtype| matches!(dtype.as_str(), "f32" | "bf16")) {
+        processes.push((format!("transformers, {dtype}"), theirs("hf", &args.llm, dtype)?));
+    }
+    for (kind, file) in &args.gguf {
+        processes.push((format!("llama.cpp, {kind}"), theirs("llama", file, "f32")?));
+    }
+    let mut rows = Vec::new();
+    for &batch in &args.batches {
+        let mut turns: Vec<Vec<Turn>> = vec![Vec::new(); processes.len()];
+        for _ in 0..=args.rounds {
+            for ((_, process), turns) in processes.iter_mut().zip(&mut turns) {
+                turns.push(process.ask(&format!("{batch} {}", args.new))?);
+            }
+        }
+        for ((name, _), turns) in processes.iter().zip(turns) {
+            let median = |of: &dyn Fn(&Turn) -> f64| {
+                let mut values: Vec<f64> = turns[1..].iter().map(of).collect();
+                values.sort_by(f64::total_cmp);
+                values[values.len() / 2]
+            };
+            let tokens = (batch * (args.new - 1)) as f64;
+            let row = Row {
+                name: name.clone(),
+                batch,
+                first_ms: median(&|turn| 1e3 * turn.first / batch as f64),
+                tokens_per_second: tokens / median(&|turn| turn.rest),
+                peak_mib: turns[turns.len() - 1].peak_mib,
+            };
+            println!(
+                "{name}, batch {batch}: {:.0} ms, {:.1} tokens/s, {:.0} MiB",
+                row.first_ms, row.tokens_per_second, row.peak_mib
+            );
+            rows.push(row);
+        }
+    }
+    fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
+    let table = table(&rows);
+    print!("{table}");
+    fs::write(args.out.join("infer.json"), serde_json::to_string_pretty(&rows)?).context("cannot write infer.json")?;
+    fs::write(args.out.join("infer.md"), table).context("cannot write infer.md")
+}
+
+fn table(rows: &[Row]) -> String {
+    let header = "| | batch | first token, ms a prompt | tokens per CPU-second | peak MiB |\n|---|---|---|---|---|\n";
+    let line = |row: &Row| {
+        let Row { name, batch, first_ms, tokens_per_second, peak_mib } = row;
+        format!("| {name} | {batch} | {first_ms:.0} | {tokens_per_second:.1} | {peak_mib:.0} |\n")
+    };
+    rows.iter().map(line).fold(header.to_owned(), |table, line| table + &line)
+}
+
+/// A VoRA of that language model, merged, with a patch embedding that nobody trained.
+fn engine(args: &Args, dtype: &str) -> Result<Engine> {
+    let kind = runtime::kind(dtype, Device::Cpu)?;
+    let text = format!(
+        "model: {{ llm: LLM, patch_size: {PATCH}, image_size: {SIDE}, lora: {{ layers: 1, r: 1 }} }}\n\
+         data: {{ train: {{ scenes: {{ image_size: {SIDE} }} }} }}\noutput_dir: unused\nmax_steps: 1"
+    );
+    let llm = args.llm.clone();
+    let mut model = Student::new(&TrainConfig::parse(&text, &[])?, Device::Cpu, kind, &move |_| Ok(llm.clone()))?.model;
+    model.merge()?;
+    let folder = tempfile::tempdir()?;
+    for file in
+        ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "config.json"]
+    {
+        let from = args.llm.join(file);
+        if from.exists() {
+            fs::copy(&from, folder.path().join(file)).with_context(|| format!("copying {}", from.display()))?;
+        }
+    }
+    let (mean, std) = IMAGENET_DEFAULT;
+    let processor = ImageProcessor::square(SIDE as u32, mean, std, Resample::Bicubic).to_json();
+    fs::write(folder.path().join("preprocessor_config.json"), processor.to_string())?;
+    // Eight contexts of 512 tokens, as llama.cpp gets them; nothing is found again, so that each turn computes all of it.
+    let bytes = 8 * 512 * KvPages::page_bytes(model.llm().config(), 1, model.llm().kind());
+    let config = EngineConfig::default().with_prefix_caching(false).with_cache_bytes(bytes);
+    Engine::start(Assistant::new(model, folder.path())?, config)
+}
+
+/// Takes a turn for each line that comes in.
+fn take_turns(args: &Args, dtype: &str) -> Result<()> {
+    let engine = engine(args, dtype)?;
+    let pixels = (0..3 * SIDE * SIDE).map(|i| (i * 7919 % 251) as u8);
+    let picture = RgbImage::from_raw(SIDE as u32, SIDE as u32, pixels.collect()).context("a picture")?;
+    println!("ready");
+    for line in std::io::stdin().lines() {
+        let line = line?;
+        let (batch, new) = line.split_once(' ').context("BATCH NEW")?;
+        let (batch, new): (usize, usize) = (batch.parse()?, new.parse()?);
+        let first = answers(&engine, &picture, batch, 1)?;
+        let rest = answers(&engine, &picture, batch, new)? - first;
+        let peak_mib = runtime::peak_memory(Device::Cpu).unwrap_or(0) as f64 / f64::from(1 << 20);
+        println!("{}", serde_json::to_string(&Turn { first, rest, peak_mib })?);
+    }
+    Ok(())
+}
+
+/// Seconds of the processor for that many answers of that many tokens.
+fn answers(engine: &Engine, picture: &RgbImage, batch: usize, new: usize) -> Result<f64> {
+    // Nothing ends an answer before its time.
+    let never = engine.tokenizer().eos_ids().iter().map(|&id| (id, f32::NEG_INFINITY)).collect();
+    let sampling = SamplingParams::default().with_logit_bias(never);
+    let words = "Hi".to_owned();
+    let before = cpu_seconds()?;
+    let request = || {
+        let request = Request::question(vec![picture.clone()], &words);
+        engine.stream(request.with_sampling(sampling.clone()).with_max_new_tokens(new))
+    };
+    let streams = (0..batch).map(|_| request()).collect::<Result<Vec<_>>>()?;
+    for event in streams.into_iter().flatten() {
+        match event {
+            Event::Started { prompt_tokens, .. } => {
+                ensure!(prompt_tokens == PROMPT, "a prompt of {prompt_tokens} tokens")
+            }
+            Event::Finished { completion_tokens, .. } => {
+                ensure!(completion_tokens == new, "{completion_tokens} tokens")
+            }
+            Event::Failed(error) => bail!(error),
+            _ => {}
+        }
+    }
+    Ok(cpu_seconds()? - before)
+}
