@@ -4,6 +4,7 @@
 mod ablations;
 mod data;
 mod drift;
+mod infer;
 mod memory;
 mod ops;
 mod plan;
@@ -75,6 +76,8 @@ Examples:
   cargo xtask bench peers                        a training step beside transformers with PEFT: samples a CPU-second, memory
   cargo xtask bench peers -- --tokens 64,256,1024 --dtype bf16
   cargo xtask bench peers -- --causal --tokens 1024 --batch 2 --dtype bf16  a step beside itself with causal attention to pictures
+  cargo xtask bench peers --infer                answers beside transformers' and llama.cpp's: first token, tokens a CPU-second, memory
+  cargo xtask bench peers --infer -- --batches 1,8,32 --rounds 5
   cargo xtask bench ops                          operators of such a step by kind: number, GFLOP, bytes, time; ours and transformers' with PEFT; on a quiet machine
   cargo xtask bench ops -- --tokens 256 --dtype bf16 --traces 3
   cargo xtask bench gpu --part speed             on a GPU: a step of random models of three sizes of batch and of 7B beside transformers
@@ -103,6 +106,9 @@ pub struct Args {
     /// Of attention: every way that pictures may attend, by every kernel that serves it
     #[arg(long, conflicts_with = "train")]
     variants: bool,
+    /// Of peers: answers in place of training steps
+    #[arg(long, conflicts_with = "train")]
+    infer: bool,
     /// Train nothing, only make table and picture of the trainings that are there
     #[arg(long)]
     plot: bool,
@@ -174,6 +180,10 @@ pub fn run(args: &Args) -> Result<()> {
     );
     if args.name.as_deref() == Some("data") {
         return data::run(&args.args);
+    }
+    if args.infer {
+        ensure!(args.name.as_deref() == Some("peers"), "--infer is for peers");
+        return infer::run(&args.args);
     }
     if args.name.as_deref() == Some("peers") {
         return peers(&args.args);
