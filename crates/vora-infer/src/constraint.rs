@@ -56,6 +56,11 @@ impl<'a> Constraint<'a> {
         Self { model, modality, image_tokens: (rows * cols) as usize, is_image }
     }
 
+    /// What is allowed.
+    pub(crate) fn modality(&self) -> OutputModality {
+        self.modality
+    }
+
     /// The model whose tokens they are.
     pub fn model(&self) -> &'a dyn ImageWriter {
         self.model

@@ -6,7 +6,7 @@ use serde_json::Value;
 use vora_image::RgbImage;
 use vora_text::Message;
 
-use crate::SamplingParams;
+use crate::{OutputModality, SamplingParams};
 
 /// A conversation that waits for an answer.
 ///
@@ -27,6 +27,7 @@ pub struct Request<'a> {
     pub(crate) stop: Vec<String>,
     pub(crate) top_logprobs: Option<usize>,
     pub(crate) format: ResponseFormat,
+    pub(crate) modality: OutputModality,
     pub(crate) adapters: bool,
 }
 
@@ -58,6 +59,7 @@ impl<'a> Request<'a> {
             stop: Vec::new(),
             top_logprobs: None,
             format: ResponseFormat::Text,
+            modality: OutputModality::Text,
             adapters: true,
         }
     }
@@ -97,6 +99,13 @@ impl<'a> Request<'a> {
     #[must_use]
     pub fn with_format(self, format: ResponseFormat) -> Self {
         Self { format, ..self }
+    }
+
+    /// The same with an answer of pictures, or of words and pictures, for a model that writes them. An engine gives it;
+    /// [`Assistant::write`](crate::Assistant::write) is told itself.
+    #[must_use]
+    pub fn with_modality(self, modality: OutputModality) -> Self {
+        Self { modality, ..self }
     }
 
     /// The same without the model's adapters, where they are apart from its weights: the language model as it was. An engine

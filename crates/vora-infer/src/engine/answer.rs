@@ -4,11 +4,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use tch::Tensor;
 use vora_llm::{AttentionPlan, KvPages, PagedRow, VisionAttention};
 use vora_lora::ActsOn;
-use vora_model::{Input, VisionLanguageModel};
+use vora_model::{ImageWriter, Input, VisionLanguageModel};
 use vora_text::{Span, Spans, TokenStream, Tokenizer};
 
 use super::event::{Event, TokenLogprob};
@@ -20,7 +20,7 @@ use super::scheduler::Loaded;
 use super::stop::StopStrings;
 use crate::prompter::Prompt;
 use crate::sequence::Sequence;
-use crate::{FinishReason, Request};
+use crate::{FinishReason, InferError, OutputModality, Request};
 
 /// One request while it is answered.
 pub(super) struct Answer<'a> {
@@ -33,6 +33,8 @@ pub(super) struct Answer<'a> {
     stream: TokenStream<'a>,
     stop: StopStrings,
     tokenizer: &'a Tokenizer,
+    writer: Option<&'a dyn ImageWriter>, // of an answer that may have pictures
+    picture: Vec<i64>,                   // tokens so far of the one that it is in
     logprobs: Option<usize>,
     naming: Option<Naming<'a>>, // where pages are found again by what they hold
     cancelled: Arc<AtomicBool>,
@@ -68,8 +70,10 @@ impl<'a> Answer<'a> {
         let input = prompt.input(model)?;
         let context = model.llm().config().max_position_embeddings;
         let wanted = [(&request.sampling, request.max_new_tokens)];
+        let constraint = loaded.constraints.into_iter().flatten().find(|c| c.modality() == request.modality);
+        ensure!(constraint.is_some() || request.modality == OutputModality::Text, InferError::WritesNoPictures);
         let sequence =
-            Sequence::of_rows(&input, context, loaded.words, &wanted)?.pop().context("a row became nothing")?;
+            Sequence::of_rows(&input, context, constraint, &wanted)?.pop().context("a row became nothing")?;
         let sequence = sequence.with_grammar(prompt.grammar.take());
         let plan = model.plan(&input.spans)?;
         let plan = if request.adapters { plan } else { plan.without_adapters() };
@@ -94,6 +98,8 @@ impl<'a> Answer<'a> {
             stream: prompter.tokenizer.stream(true),
             stop: StopStrings::new(&request.stop),
             tokenizer: &prompter.tokenizer,
+            writer: model.image_writer().filter(|_| request.modality != OutputModality::Text),
+            picture: Vec::new(),
             logprobs: request.top_logprobs,
             naming: naming.transpose()?,
             cancelled: Arc::default(),
@@ -191,8 +197,10 @@ impl<'a> Answer<'a> {
             if self.sequence.finish_reason().is_some() { None } else { self.sequence.step(logits, self.eos())? };
         let (mut text, mut tokens, mut stopped) = (String::new(), Vec::new(), false);
         if let Some(token) = token {
-            let new = self.stream.push(token)?.unwrap_or_default();
-            (text, stopped) = self.stop.push(&new);
+            if !self.is_of_picture(token)? {
+                let new = self.stream.push(token)?.unwrap_or_default();
+                (text, stopped) = self.stop.push(&new);
+            }
             if let Some((top, raw)) = raw {
                 tokens.push(self.logprob(token, top, &raw));
             }
@@ -210,6 +218,23 @@ impl<'a> Answer<'a> {
             self.tell(Event::Text { text, tokens });
         }
         Ok(reason)
+    }
+
+    /// Whether the token is one of a picture's, which is told of with its last one.
+    fn is_of_picture(&mut self, token: i64) -> Result<bool> {
+        let Some(writer) = self.writer else { return Ok(false) };
+        if writer.image_vocabulary().binary_search(&token).is_err() {
+            return Ok([writer.begin_image_id(), writer.end_image_id()].contains(&token));
+        }
+        self.picture.push(token);
+        let (rows, cols) = writer.drawn_grid();
+        if self.picture.len() as i64 == rows * cols {
+            let ids = Tensor::from_slice(&std::mem::take(&mut self.picture)).unsqueeze(0);
+            for image in writer.draw(&ids)? {
+                self.tell(Event::Image(image));
+            }
+        }
+        Ok(true)
     }
 
     fn eos(&self) -> &'a [i64] {

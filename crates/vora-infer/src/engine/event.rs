@@ -1,6 +1,6 @@
 //! What an engine tells of a request, in this order.
 
-use crate::FinishReason;
+use crate::{FinishReason, RgbImage};
 
 /// Something that became of a request.
 #[derive(Debug)]
@@ -20,6 +20,8 @@ pub enum Event {
         /// The tokens since the last such event, where their log-probabilities were asked for.
         tokens: Vec<TokenLogprob>,
     },
+    /// A picture of an answer that may have some.
+    Image(RgbImage),
     /// The answer is complete.
     Finished {
         /// Why it ended.

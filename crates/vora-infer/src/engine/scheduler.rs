@@ -65,8 +65,16 @@ impl Scheduler {
     /// Answers requests until there are none and none can come.
     pub(super) fn run(self, jobs: &Receiver<Job>) {
         let Self { model, prompter, config, counts, cache, pool, keys } = self;
-        let words = model.image_writer().map(|writer| Constraint::new(OutputModality::Text, writer));
-        let loaded = Loaded { model: &*model, prompter: &prompter, words: words.as_ref(), keys: &keys };
+        let constraints = model.image_writer().map(|writer| {
+            [OutputModality::Text, OutputModality::Image, OutputModality::Interleaved]
+                .map(|m| Constraint::new(m, writer))
+        });
+        let loaded = Loaded {
+            model: &*model,
+            prompter: &prompter,
+            constraints: constraints.as_ref().map(<[_; 3]>::as_slice),
+            keys: &keys,
+        };
         let queue = Queue { waiting: VecDeque::new(), next: None, prefilling: None, decoding: Vec::new(), open: true };
         let mut turn = Turn { loaded, config: &config, counts: &counts, cache, pool, queue };
         while turn.receive(jobs) {
@@ -82,8 +90,8 @@ impl Scheduler {
 pub(super) struct Loaded<'a> {
     pub(super) model: &'a dyn VisionLanguageModel,
     pub(super) prompter: &'a Prompter,
-    /// Of a model that writes pictures: what keeps it to words.
-    pub(super) words: Option<&'a Constraint<'a>>,
+    /// Of a model that writes pictures: what an answer may be made of.
+    pub(super) constraints: Option<&'a [Constraint<'a>]>,
     pub(super) keys: &'a Keys,
 }
 

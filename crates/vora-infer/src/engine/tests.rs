@@ -1,5 +1,6 @@
 //! The engine against one request at a time without a cache of pages.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,13 +9,13 @@ use tch::{Device, Kind, Tensor};
 use vora_image::{ImageProcessor, Resample};
 use vora_llm::LlmConfig;
 use vora_lora::{ActsOn, LoraConfig};
-use vora_model::{VisionLanguageModel, Vora, VoraConfig};
+use vora_model::{Chameleon, VisionLanguageModel, Vora, VoraConfig};
 use vora_text::{ChatTemplate, Tokenizer};
 use vora_torch::weights::Weights;
 
 use super::*;
 use crate::prompter::Prompter;
-use crate::{Assistant, FinishReason, InferError, Message, Request, RgbImage, SamplingParams};
+use crate::{Assistant, FinishReason, InferError, Message, OutputModality, Passage, Request, RgbImage, SamplingParams};
 
 /// A model of random weights that sees 4 x 4 patches, with the tiny tokenizer; `acts_on` puts adapters on it.
 fn assistant(acts_on: Option<ActsOn>) -> Assistant {
@@ -75,6 +76,7 @@ fn told(events: impl Iterator<Item = Event>) -> Result<Told, String> {
                 (told.prompt_tokens, told.cached_tokens) = (prompt_tokens, cached_tokens);
             }
             Event::Text { text, .. } => told.text.push_str(&text),
+            Event::Image(image) => panic!("a picture of {:?}", image.dimensions()),
             Event::Finished { reason, completion_tokens } => {
                 (told.reason, told.tokens, ended) = (reason, completion_tokens, true);
             }
@@ -209,6 +211,50 @@ fn stops_and_logarithms_are_given() {
         }
     }
     assert_eq!(String::from_utf8_lossy(&bytes), whole);
+}
+
+/// A Chameleon's pictures come whole, between its words, as they come one request at a time.
+#[test]
+fn pictures_are_written() {
+    let model = || {
+        let text = std::fs::read(fixtures::root().join("golden/chameleon.json")).unwrap();
+        let config = serde_json::from_slice::<BTreeMap<String, LlmConfig>>(&text).unwrap().remove("pre").unwrap();
+        let config = LlmConfig { vocab_size: 512, max_position_embeddings: 200, ..config };
+        Chameleon::load(&config, &Weights::random(4, Device::Cpu, Kind::Float)).unwrap()
+    };
+    let folder = fixtures::root().join("tiny/llm");
+    let prompter = Prompter::new(Tokenizer::open(&folder).unwrap(), ChatTemplate::open(&folder).unwrap(), None);
+    let alone = Assistant { model: Box::new(model()), prompter };
+    let request = |seed| {
+        let sampling = SamplingParams::default().with_temperature(2.0).with_seed(seed);
+        Request::question(vec![], "A red ring.").with_sampling(sampling).with_max_new_tokens(60)
+    };
+    let prompter = Prompter::new(Tokenizer::open(&folder).unwrap(), ChatTemplate::open(&folder).unwrap(), None);
+    let engine = start(Assistant { model: Box::new(model()), prompter }, EngineConfig::default());
+    let (mut pictures, mut words) = (0, 0);
+    for (seed, modality) in (0..6).flat_map(|seed| [(seed, OutputModality::Image), (seed, OutputModality::Interleaved)])
+    {
+        let (mut images, mut text) = (Vec::new(), String::new());
+        for event in engine.stream(request(seed).with_modality(modality)).unwrap() {
+            match event {
+                Event::Image(image) => images.push(image),
+                Event::Text { text: new, .. } => text.push_str(&new),
+                Event::Failed(error) => panic!("{error:#}"),
+                _ => {}
+            }
+        }
+        let expected = alone.write(&request(seed), modality).unwrap();
+        let of = |passage: &Passage| if let Passage::Image(image) = passage { Some(image.clone()) } else { None };
+        assert_eq!(images, expected.iter().filter_map(of).collect::<Vec<_>>(), "{seed} {modality:?}");
+        let ids: Vec<i64> =
+            expected.iter().flat_map(|p| if let Passage::Text(ids) = p { ids.clone() } else { vec![] }).collect();
+        assert_eq!(text, alone.tokenizer().decode(&ids, true).unwrap(), "{seed} {modality:?}");
+        (pictures, words) = (pictures + images.len(), words + ids.len());
+    }
+    assert!(pictures >= 6 && words > 0, "{pictures} pictures, {words} words");
+    let engine = start(assistant(None), EngineConfig::default());
+    let error = told(engine.stream(request(0).with_modality(OutputModality::Image)).unwrap()).unwrap_err();
+    assert_eq!(error, "the model writes no pictures; a Chameleon does");
 }
 
 #[test]
