@@ -27,6 +27,7 @@ fn main() {
         .flag_if_supported("-fopenmp")
         .flag_if_supported("-fno-math-errno")
         .flag_if_supported("-fno-trapping-math")
+        .flag_if_supported("-ffp-contract=fast")
         .files(["csrc/vora_torch.cpp", "csrc/fused.cpp", "csrc/loss.cpp", "csrc/attention.cpp", "csrc/profile.cpp"])
         .compile("vora_torch");
     attention_kernel("plain", "4", &[]);

@@ -12,7 +12,9 @@ inline Isa chosen_isa() {
 #if defined(__x86_64__) && defined(__GNUC__)
   const std::string libtorchs = at::get_cpu_capability();
   __builtin_cpu_init();
-  if (libtorchs == "AVX512" && __builtin_cpu_supports("avx512f")) return Isa::avx512;
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (libtorchs == "AVX512" && has_avx512) return Isa::avx512;
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if ((libtorchs == "AVX512" || libtorchs == "AVX2") && has_avx2) return Isa::avx2;
 #endif

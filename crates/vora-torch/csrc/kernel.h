@@ -11,10 +11,13 @@
 #include "element.h"
 #include "isa.h"
 
+// Beyond these e^x is taken for e to them. Not known to the compiler here: it would make branches of them.
+extern const float LEAST_EXPONENT, MOST_EXPONENT;
+
 // e^x within two units in the last place (Cephes' polynomial), in a form that compilers vectorise.
 INLINE float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
+  x = x < LEAST_EXPONENT ? LEAST_EXPONENT : x;
+  x = x > MOST_EXPONENT ? MOST_EXPONENT : x;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   float shifted = x * 1.44269504f + magic;
   float n = shifted - magic;
@@ -35,8 +38,8 @@ INLINE float exponential(float x) {
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define AVX2 __attribute__((target("avx2")))
-#define AVX512 __attribute__((target("avx512f")))
+#define AVX2 __attribute__((target("avx2,fma")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")))
 #else
 #define AVX2
 #define AVX512

@@ -21,6 +21,10 @@
 #include <vector>
 
 #include "guard.h"
+#include "kernel.h"
+
+// Not where they are used: see kernel.h.
+extern const float LEAST_EXPONENT = -87.0f, MOST_EXPONENT = 88.0f;
 
 namespace {
 

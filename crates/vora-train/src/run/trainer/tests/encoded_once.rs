@@ -1,7 +1,7 @@
 //! Every picture of a step goes through a Chameleon's image tokenizer once: it is read and written as the same tokens.
 
-use std::cell::Cell;
-use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::Value;
 use vora_image::RgbImage;
@@ -14,12 +14,12 @@ use super::*;
 #[derive(Debug)]
 struct Counting {
     model: Box<dyn VisionLanguageModel>,
-    encoded: Rc<Cell<usize>>,
+    encoded: Arc<AtomicUsize>,
 }
 
 impl Counting {
     fn count(&self, pictures: usize) {
-        self.encoded.set(self.encoded.get() + pictures);
+        self.encoded.fetch_add(pictures, Ordering::Relaxed);
     }
 
     fn writer(&self) -> &dyn ImageWriter {
@@ -108,13 +108,13 @@ fn a_chameleons_pictures_are_encoded_once_a_step() {
             format!("gradient_accumulation_steps={accumulation}"),
         ];
         let mut trainer = trainer(config("smoke.yaml", folder.path(), &set.each_ref().map(String::as_str)));
-        let encoded = Rc::new(Cell::new(0));
+        let encoded = Arc::new(AtomicUsize::new(0));
         let model = trainer.student.model;
         trainer.student.model = Box::new(Counting { model, encoded: encoded.clone() });
         // Every sample of `scenes` is about one picture.
         for step in 1..3 {
             trainer.train_step().unwrap();
-            assert_eq!(encoded.get(), step * batch * accumulation, "recomputed: {recomputed}");
+            assert_eq!(encoded.load(Ordering::Relaxed), step * batch * accumulation, "recomputed: {recomputed}");
         }
     }
 }
