@@ -169,24 +169,25 @@ fn engine(args: &Args, dtype: &str) -> Result<Engine> {
          data: {{ train: {{ scenes: {{ image_size: {SIDE} }} }} }}\noutput_dir: unused\nmax_steps: 1"
     );
     let llm = args.llm.clone();
-    let mut model = Student::new(&TrainConfig::parse(&text, &[])?, Device::Cpu, kind, &move |_| Ok(llm.clone()))?.model;
+    let resolve = move |_: &str| Ok(llm.clone());
+    let mut model = Student::new(&TrainConfig::parse(&text, &[])?, Device::Cpu, kind, &resolve)?.model;
     model.merge()?;
     let folder = tempfile::tempdir()?;
-    for file in
-        ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "config.json"]
-    {
+    for file in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"] {
         let from = args.llm.join(file);
         if from.exists() {
             fs::copy(&from, folder.path().join(file)).with_context(|| format!("copying {}", from.display()))?;
         }
     }
+    model.save(folder.path())?;
     let (mean, std) = IMAGENET_DEFAULT;
     let processor = ImageProcessor::square(SIDE as u32, mean, std, Resample::Bicubic).to_json();
     fs::write(folder.path().join("preprocessor_config.json"), processor.to_string())?;
     // Eight contexts of 512 tokens, as llama.cpp gets them; nothing is found again, so that each turn computes all of it.
     let bytes = 8 * 512 * KvPages::page_bytes(model.llm().config(), 1, model.llm().kind());
     let config = EngineConfig::default().with_prefix_caching(false).with_cache_bytes(bytes);
-    Engine::start(Assistant::new(model, folder.path())?, config)
+    drop(model);
+    Engine::start(Assistant::open(folder.path(), Device::Cpu, kind, &resolve)?, config)
 }
 
 /// Takes a turn for each line that comes in.
