@@ -28,6 +28,7 @@ fn main() {
         .flag_if_supported("-fno-math-errno")
         .flag_if_supported("-fno-trapping-math")
         .files(["csrc/vora_torch.cpp", "csrc/fused.cpp", "csrc/loss.cpp", "csrc/attention.cpp", "csrc/profile.cpp"])
+        .file("csrc/quantized.cpp")
         .compile("vora_torch");
     attention_kernel("plain", "4", &[]);
     if target.starts_with("x86_64") {
