@@ -29,6 +29,7 @@ fn main() {
         .flag_if_supported("-fno-trapping-math")
         .flag_if_supported("-ffp-contract=fast")
         .files(["csrc/vora_torch.cpp", "csrc/fused.cpp", "csrc/loss.cpp", "csrc/attention.cpp", "csrc/profile.cpp"])
+        .file("csrc/quantized.cpp")
         .compile("vora_torch");
     attention_kernel("plain", "4", &[]);
     if target.starts_with("x86_64") {

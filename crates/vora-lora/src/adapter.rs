@@ -106,8 +106,9 @@ impl Adapter {
 
     /// What DoRA multiplies each row of `W + scaling * B A` with, `[out]`: `m` over the row's length, which counts as a
     /// constant in the gradient (section 4.3 of the paper).
-    pub(crate) fn row_scale(&self, weight: &Tensor) -> Option<Tensor> {
+    pub(crate) fn row_scale(&self, weight: impl FnOnce() -> Tensor) -> Option<Tensor> {
         let magnitude = self.magnitude.as_ref()?;
+        let weight = weight();
         Some(
             magnitude
                 / row_lengths(

@@ -58,6 +58,7 @@ mod linear;
 mod pattern;
 mod peft;
 mod state_dict;
+mod weight;
 
 pub use acts_on::{Active, ActsOn};
 pub use adapter::{Adapter, EMBEDDING_HALVES, LINEAR_HALVES, adapted_module};

@@ -2,17 +2,18 @@
 
 use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor, nn::Module};
-use vora_torch::weights::{Init, Weights};
+use vora_torch::weights::{Init, QuantizedWeight, Weights};
 
 use crate::acts_on::Active;
 use crate::adapter::Adapter;
 use crate::config::LoraConfig;
+use crate::weight::Weight;
 
 /// `y = x W^T + b + sum over adapters of scaling * (x A^T) B^T`; only the `A`s and `B`s are trained, unless the source of
 /// the weights is [`Weights::trained`].
 #[derive(Debug)]
 pub struct Linear {
-    weight: Tensor,       // W [out, in], frozen, or a trained f32 master
+    weight: Weight,       // W [out, in], frozen, maybe in few bits, or a trained f32 master
     bias: Option<Tensor>, // b [out], likewise
     adapters: Vec<Adapter>,
     adapters_bias: bool, // whether the bias came with the adapters and acts where they do
@@ -20,12 +21,13 @@ pub struct Linear {
 
 impl Linear {
     /// Takes `weight` `[out_features, in_features]` and, where `bias`, `bias` `[out_features]`; both stay frozen, unless
-    /// the source is [`Weights::trained`].
+    /// the source is [`Weights::trained`]. A source that is [`Weights::quantized`] keeps the frozen weight in few bits: each
+    /// product makes it whole again.
     ///
     /// # Errors
     /// Where the source has nothing to make them of; tensors that do not fit are told by [`Weights::finish`].
     pub fn load(weights: &Weights, in_features: i64, out_features: i64, bias: bool) -> Result<Self> {
-        let weight = weights.get("weight", &[out_features, in_features], Init::Required)?;
+        let weight = Weight::load(weights, in_features, out_features)?;
         let bias = bias.then(|| weights.get("bias", &[out_features], Init::Zeros)).transpose()?;
         Ok(Self { weight, bias, adapters: Vec::new(), adapters_bias: false })
     }
@@ -64,9 +66,18 @@ impl Linear {
         Ok(self.adapters.remove(self.position(name)?))
     }
 
-    /// The weight without adapters, `[out_features, in_features]`.
-    pub fn weight(&self) -> &Tensor {
-        &self.weight
+    /// The weight without adapters, `[out_features, in_features]`: the tensor itself, or a new one where it is kept in few
+    /// bits.
+    pub fn weight(&self) -> Tensor {
+        self.weight.whole()
+    }
+
+    /// The weight, where it is kept in few bits.
+    pub fn quantized(&self) -> Option<&QuantizedWeight> {
+        match &self.weight {
+            Weight::Quantized(weight) => Some(weight),
+            Weight::Plain(_) => None,
+        }
     }
 
     /// The bias, `[out_features]`.
@@ -99,21 +110,23 @@ impl Linear {
     /// # Errors
     /// Where there is none, with the names of those that there are.
     pub fn delta_weight(&self, name: &str) -> Result<Tensor> {
-        Ok(self.adapters[self.position(name)?].delta_weight(&self.weight))
+        Ok(self.adapters[self.position(name)?].delta_weight(&self.weight.whole()))
     }
 
     /// Folds every adapter into the weight: summed in f32, rounded once to the weight's dtype. None is left, and a bias
-    /// that was trained beside them has the weight's dtype.
+    /// that was trained beside them has the weight's dtype. A weight in few bits is a plain one afterwards: what they stood
+    /// for, with what was added.
     pub fn merge(&mut self) {
+        let weight = self.weight.whole();
         if let Some(bias) = &self.bias
             && bias.requires_grad()
-            && !self.weight.requires_grad()
+            && !weight.requires_grad()
         {
-            self.bias = Some(bias.detach().to_kind(self.weight.kind()));
+            self.bias = Some(bias.detach().to_kind(weight.kind()));
         }
         self.adapters_bias = false;
         let adapters = std::mem::take(&mut self.adapters);
-        let deltas: Vec<Tensor> = adapters.iter().map(|adapter| adapter.delta_weight(&self.weight)).collect();
+        let deltas: Vec<Tensor> = adapters.iter().map(|adapter| adapter.delta_weight(&weight)).collect();
         self.add(deltas);
     }
 
@@ -126,14 +139,14 @@ impl Linear {
         let is_dora = self.adapters[position].magnitude().is_some();
         ensure!(!is_dora, "adapter `{name}` is a DoRA, which merges for good only, together with all others");
         let adapter = self.adapters.remove(position);
-        self.add([adapter.delta_weight(&self.weight)]);
+        self.add([adapter.delta_weight(&self.weight.whole())]);
         Ok(adapter)
     }
 
     /// Takes a merged adapter out of the weight and attaches it again. The weight is what it was before the merge
     /// up to the rounding of its dtype: in bf16 a merge followed by this is not exact.
     pub fn unmerge(&mut self, adapter: Adapter) {
-        self.add([-adapter.delta_weight(&self.weight)]);
+        self.add([-adapter.delta_weight(&self.weight.whole())]);
         self.adapters.push(adapter);
     }
 
@@ -141,12 +154,13 @@ impl Linear {
     fn add(&mut self, deltas: impl IntoIterator<Item = Tensor>) {
         let deltas = deltas.into_iter().reduce(|mut sum, delta| sum.g_add_(&delta));
         let Some(mut sum) = deltas else { return };
-        sum = sum.g_add_(&self.weight.detach().to_kind(Kind::Float));
-        if self.weight.requires_grad() {
-            tch::no_grad(|| self.weight.copy_(&sum)); // the leaf that an optimizer holds stays that leaf
+        let mut weight = self.weight.whole();
+        sum = sum.g_add_(&weight.detach().to_kind(Kind::Float));
+        if weight.requires_grad() {
+            tch::no_grad(|| weight.copy_(&sum)); // the leaf that an optimizer holds stays that leaf
         } else {
             // Into a new tensor: the weight may be a view of a checkpoint that others read too.
-            self.weight = sum.to_kind(self.weight.kind());
+            self.weight = Weight::Plain(sum.to_kind(weight.kind()));
         }
     }
 
@@ -154,40 +168,39 @@ impl Linear {
     /// places count through the dimensions of `x` before its last. The others get what the layer would give them without
     /// adapters, bit for bit.
     pub fn forward_on(&self, x: &Tensor, active: &Active) -> Tensor {
-        let weight = self.weight.to_kind(x.kind());
         let bias = self.bias.as_ref().map(|bias| bias.to_kind(x.kind())); // frozen ones are in it already
         let own_bias = bias.as_ref().filter(|_| !self.adapters_bias);
         if self.adapters.is_empty() || matches!(active, Active::Off) {
-            return x.linear(&weight, own_bias);
+            return self.weight.linear(x, own_bias);
         }
         let mut shape = x.size();
         // In two dimensions the adapter's product adds onto the base's output, with no second [tokens, out].
         let x = x.reshape([-1, self.in_features()]); // [tokens, in]
         let y = match active {
             Active::At(places) => {
-                let mut y = x.linear(&weight, own_bias); // [tokens, out]
+                let mut y = self.weight.linear(&x, own_bias); // [tokens, out]
                 let mut at = y.index_select(0, places); // [n, out]
                 if let Some(bias) = bias.as_ref().filter(|_| self.adapters_bias) {
                     at += bias;
                 }
-                let at = self.adapt(at, &x.index_select(0, places), &weight);
+                let at = self.adapt(at, &x.index_select(0, places));
                 y.index_copy_(0, places, &at)
             }
-            _ => self.adapt(x.linear(&weight, bias.as_ref()), &x, &weight),
+            _ => self.adapt(self.weight.linear(&x, bias.as_ref()), &x),
         };
         *shape.last_mut().expect("x is [.., in_features]") = self.out_features();
         y.reshape(shape)
     }
 
     /// What the adapters make of the base's output `y` `[tokens, out]`, which they write into, for `x` `[tokens, in]`.
-    fn adapt(&self, mut y: Tensor, x: &Tensor, weight: &Tensor) -> Tensor {
+    fn adapt(&self, mut y: Tensor, x: &Tensor) -> Tensor {
         for adapter in &self.adapters {
             let xa = x.mm(&adapter.lora_a().to_kind(x.kind()).tr()); // [tokens, r]
             let b_t = adapter.scaled_b_t(x.kind()); // [r, out]
-            y = match adapter.row_scale(&self.weight) {
+            y = match adapter.row_scale(|| self.weight.whole()) {
                 None => y.addmm_(&xa, &b_t),
                 Some(scale) => {
-                    let base = x.linear(weight, None::<&Tensor>); // the bias is not scaled
+                    let base = self.weight.linear(x, None); // the bias is not scaled
                     y + base * (&scale - 1.0).to_kind(x.kind()) + xa.mm(&b_t) * scale.to_kind(x.kind())
                 }
             };
@@ -215,6 +228,7 @@ mod tests {
     use super::*;
     use fixtures::{Golden, assert_close_to};
     use tch::Device;
+    use vora_torch::weights::Quantization;
 
     const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
 
@@ -272,15 +286,59 @@ mod tests {
             }
             let before = linear.weight().copy();
             let first = linear.merge_adapter(adapters[0].0).unwrap();
-            assert_close_to(linear.weight(), get("merged_first"), 1e-6);
+            assert_close_to(&linear.weight(), get("merged_first"), 1e-6);
             linear.unmerge(first);
-            assert_close_to(linear.weight(), get("unmerged"), 1e-6);
-            assert_close_to(linear.weight(), &before, 1e-6);
+            assert_close_to(&linear.weight(), get("unmerged"), 1e-6);
+            assert_close_to(&linear.weight(), &before, 1e-6);
             assert_close_to(&linear.forward(&x), get("y"), 1e-5);
             linear.merge();
-            assert_close_to(linear.weight(), get("merged"), 1e-6);
+            assert_close_to(&linear.weight(), get("merged"), 1e-6);
             assert_close_to(&linear.forward(&x), get("y"), 1e-5);
         }
+    }
+
+    /// A training step over bitsandbytes' weights, and what merging makes of them.
+    #[test]
+    fn a_weight_in_few_bits_trains_as_the_reference_does() {
+        let golden = fixtures::open("nf4");
+        for (case, quantization) in [("nf4", Quantization::Nf4), ("int8", Quantization::Int8)] {
+            let get = |name: &str| golden[&format!("{case}.{name}")].shallow_clone();
+            let tensors = ["weight", "bias"].map(|name| (name.to_owned(), get(name)));
+            let weights = Weights::from_tensors(tensors, Device::Cpu, Kind::Float).quantized(quantization).unwrap();
+            let [out_features, in_features] = <[i64; 2]>::try_from(get("weight").size()).unwrap();
+            let mut linear = Linear::load(&weights, in_features, out_features, true).unwrap();
+            weights.finish().unwrap();
+            let halves = ["lora_A", "lora_B"].map(|name| (format!("{name}.weight"), get(name)));
+            let adapter = Weights::from_tensors(halves, Device::Cpu, Kind::Float);
+            linear.attach("a", &config(3, Some(6.0)), &adapter).unwrap();
+
+            let x = get("x").copy().set_requires_grad(true);
+            let y = linear.forward(&x);
+            assert_close_to(&y, &get("y"), 1e-5);
+            let loss = y.square().mean(Kind::Float);
+            assert_close_to(&loss, &get("loss"), 1e-5);
+            loss.backward();
+            assert_close_to(&x.grad(), &get("x.grad"), 1e-5);
+            for (name, parameter) in adapter.parameters() {
+                let half = name.trim_end_matches(".weight");
+                assert_close_to(&parameter.grad(), &get(&format!("{half}.grad")), 1e-5);
+            }
+            assert_eq!(linear.quantized().map(QuantizedWeight::quantization), Some(quantization));
+            assert_close_to(&linear.weight(), &get("dequantized"), 1e-7);
+            // A place without adapters is that of the bits alone.
+            let off = linear.forward_on(&x, &Active::Off);
+            assert!(off.equal(&x.linear(&linear.weight(), Some(linear.bias().unwrap()))));
+            linear.merge();
+            assert!(linear.quantized().is_none());
+            assert_close_to(&linear.forward(&x), &y, 1e-5);
+        }
+    }
+
+    #[test]
+    fn a_trained_weight_keeps_all_its_bits() {
+        let weights = Weights::random(1, Device::Cpu, Kind::Float).quantized(Quantization::Nf4).unwrap();
+        let linear = Linear::load(&weights.trained(), 16, 8, false).unwrap();
+        assert!(linear.quantized().is_none() && linear.weight().requires_grad());
     }
 
     #[test]
@@ -388,7 +446,7 @@ mod tests {
             assert!(!delta.requires_grad());
             let before = linear.weight().detach().copy();
             linear.merge();
-            assert_close_to(linear.weight(), &(&before + delta), 1e-6);
+            assert_close_to(&linear.weight(), &(&before + delta), 1e-6);
             assert_eq!(linear.weight().data_ptr(), parameters[0].1.data_ptr());
             assert!(linear.weight().is_leaf() && linear.weight().requires_grad());
             assert_close_to(&linear.forward(&x), &y, tolerance);

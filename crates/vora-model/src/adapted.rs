@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use tch::Tensor;
 use vora_llm::CausalLm;
 use vora_lora::{ActsOn, Linear, LoraConfig, attach_all};
-use vora_torch::weights::Weights;
+use vora_torch::weights::{Quantization, QuantizedWeight, Weights};
 
 /// A decoder, and the configuration of the adapters that are apart from its weights.
 #[derive(Debug)]
@@ -33,6 +33,17 @@ impl AdaptedLlm {
     /// The adapters that are attached; none once they are merged.
     pub fn lora(&self) -> Option<&LoraConfig> {
         self.lora.as_ref()
+    }
+
+    /// In how few bits the decoder's linear layers keep their weights; none where they are as they were loaded.
+    pub fn quantization(&self) -> Option<Quantization> {
+        let mut found = None;
+        let visited = self.llm.linears(&mut |_, linear| {
+            found = found.or(linear.quantized().map(QuantizedWeight::quantization));
+            Ok(())
+        });
+        debug_assert!(visited.is_ok(), "the visit returns no error");
+        found
     }
 
     /// The tokens that the adapters act on: those that they are trained through, until somebody says otherwise.

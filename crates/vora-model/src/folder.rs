@@ -13,6 +13,7 @@ use vora_torch::weights::Weights;
 use vora_vision::Encoder;
 
 use crate::chameleon::{Chameleon, VQMODEL};
+use crate::few_bits::tell_of_whole_weights;
 use crate::files::{FolderError, read_config};
 use crate::llava::{Llava, LlavaConfig};
 use crate::model::VisionLanguageModel;
@@ -112,6 +113,7 @@ fn open_part(
         ModelType::PlainLlm => return Ok(Box::new(PlainLlm::open(folder, device, kind)?)),
     };
     trained::expect(folder, model.peft_config()?.as_ref())?;
+    tell_of_whole_weights(folder, config);
     Parts::of(new.parameters(), &*model).fill_from(folder)?;
     Ok(model)
 }

@@ -33,6 +33,7 @@ mod adapted;
 pub mod beside;
 mod chameleon;
 pub mod convert;
+mod few_bits;
 mod files;
 mod folder;
 mod llava;

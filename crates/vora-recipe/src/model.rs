@@ -142,6 +142,16 @@ pub struct ModelConfig {
     /// first); absent: they do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub freeze_llm: Option<bool>,
+    /// VoRA, LLaVA: whether the frozen weights of the linear layers in the LLM's blocks are kept in four bits while the run
+    /// trains: HF's `bnb_4bit_quant_type: nf4` with `bnb_4bit_use_double_quant: true` (QLoRA). Embedding, head and norms
+    /// stay as they are, and what the run leaves has its adapters over the LLM as it is stored. A product makes a weight
+    /// whole again, which saves memory and takes time.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub load_in_4bit: bool,
+    /// VoRA, LLaVA: the same in eight bits, integers with a scale a row: the weights of LLM.int8. Its activations in eight
+    /// bits and its outlier columns are not there: the product is that of the weight made whole again.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub load_in_8bit: bool,
 
     /// Chameleon: the image tokenizer, which the run makes before its first step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -200,6 +210,11 @@ pub enum TeacherStart {
     /// Every tensor of the teacher's `preprocessor` is taken as it is, as in the released code: for AIMv2 in Apple's own
     /// layout, of the same sizes.
     Copied,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// A name; none where it is empty, as the published code has it.
@@ -333,6 +348,7 @@ impl ModelConfig {
                 || self.image_aspect_ratio.is_none_or(|ratio| ratio == ImageAspectRatio::Pad),
             "model.background_color is given, but model.image_aspect_ratio does not pad"
         );
+        self.validate_few_bits()?;
         if self.model_type == ModelType::Own {
             return Ok(());
         }
@@ -434,6 +450,31 @@ impl ModelConfig {
         Ok(())
     }
 
+    fn validate_few_bits(&self) -> Result<()> {
+        ensure!(
+            !(self.load_in_4bit && self.load_in_8bit),
+            "model.load_in_4bit and model.load_in_8bit are both true, the LLM's weights are kept in one of them"
+        );
+        let Some(key) = self.few_bits_key() else { return Ok(()) };
+        match self.model_type {
+            ModelType::Chameleon => bail!("{key} is true, but all weights of a Chameleon are trained"),
+            ModelType::Own => bail!(
+                "{key} is true, but model.type is `own`: a program loads its LLM in few bits itself, by Weights::quantized of \
+                 vora-torch"
+            ),
+            ModelType::Vora | ModelType::Llava => {}
+        }
+        ensure!(
+            self.freezes_llm(),
+            "{key} is true and model.freeze_llm is false: only weights that stay frozen can be kept in few bits"
+        );
+        ensure!(
+            self.model_type != ModelType::Vora || self.adapters().is_some(),
+            "{key} is true, but model.lora attaches no adapters: a VoRA learns nothing over weights in few bits without them"
+        );
+        Ok(())
+    }
+
     fn validate_chameleon(&self, vq: &VqTraining) -> Result<()> {
         ensure!(vq.steps >= 1 && vq.batch_size >= 1, "model.vqmodel.steps and batch_size must be at least 1");
         ensure!(vq.learning_rate > 0.0, "model.vqmodel.learning_rate is {}, it must be above 0", vq.learning_rate);
@@ -471,6 +512,15 @@ impl ModelConfig {
     /// Whether a LLaVA's encoder is trained whole.
     pub fn trains_vision_tower(&self) -> bool {
         self.train.contains(&TrainedPart::VisionTower)
+    }
+
+    /// The key that keeps the LLM's linear layers in few bits; none where they keep the dtype's.
+    pub fn few_bits_key(&self) -> Option<&'static str> {
+        match (self.load_in_4bit, self.load_in_8bit) {
+            (true, _) => Some("model.load_in_4bit"),
+            (false, true) => Some("model.load_in_8bit"),
+            (false, false) => None,
+        }
     }
 
     /// Whether the LLM's own weights stay as they are.
@@ -540,11 +590,37 @@ mod tests {
             (LLAVA.replace('}', ", train: [llm]}"), "unknown variant `llm`, expected one of vision_tower"),
             (VORA.replace("llm: x", "llm: x, vision_lora: {r: 2}"), "model.vision_lora is for the type `llava`"),
             (VORA.replace("llm: x", "llm: x, train: [vision_tower]"), "model.train is for the type `llava`"),
+            (VORA.replace("llm: x", "llm: x, load_in_4bit: true, load_in_8bit: true"), "load_in_8bit are both true"),
+            (CHAMELEON.replace("llm: x", "llm: x, load_in_4bit: true"), "all weights of a Chameleon are trained"),
+            (
+                LLAVA.replace("llm: x", "llm: x, load_in_8bit: true, freeze_llm: false"),
+                "model.load_in_8bit is true and model.freeze_llm is false",
+            ),
+            (
+                VORA.replace("r: 4", "r: -1").replace("llm: x", "llm: x, load_in_4bit: true, pretrained: y"),
+                "model.load_in_4bit is true, but model.lora attaches no adapters",
+            ),
+            (
+                "{type: own, llm: x, image_size: 56, load_in_4bit: true}".to_owned(),
+                "by Weights::quantized of vora-torch",
+            ),
         ];
         for (text, expected) in cases {
             let error = format!("{:#}", parse(&text).unwrap_err());
             assert!(error.contains(expected), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn few_bits_are_one_key_each() {
+        let of = |keys: &str| parse(&VORA.replace("llm: x", &format!("llm: x{keys}"))).unwrap().few_bits_key();
+        assert_eq!(of(", load_in_4bit: true"), Some("model.load_in_4bit"));
+        assert_eq!(of(", load_in_8bit: true, load_in_4bit: false"), Some("model.load_in_8bit"));
+        assert_eq!(of(""), None);
+        let projector_alone = LLAVA.replace("llm: x", "llm: x, load_in_4bit: true");
+        assert!(parse(&projector_alone).unwrap().load_in_4bit);
+        // A run file without them stays as it was.
+        assert!(!serde_json::to_string(&parse(VORA).unwrap()).unwrap().contains("load_in"));
     }
 
     #[test]

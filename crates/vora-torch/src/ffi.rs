@@ -3,7 +3,7 @@
 use std::ffi::{CStr, c_char, c_void};
 
 use anyhow::{Result, anyhow};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use torch_sys::C_tensor;
 
 unsafe extern "C" {
@@ -33,6 +33,21 @@ unsafe extern "C" {
     ) -> i32;
     pub(crate) fn vora_grad_norm(grads: *const *const C_tensor, n: usize) -> *mut C_tensor;
     pub(crate) fn vora_scale(tensors: *const *const C_tensor, n: usize, factor: f64) -> i32;
+    pub(crate) fn vora_dequantize(
+        parts: *const *const C_tensor,
+        n: usize,
+        rows: i64,
+        columns: i64,
+        kind: i8,
+    ) -> *mut C_tensor;
+    pub(crate) fn vora_quantized_linear(
+        x: *const C_tensor,
+        bias: *const C_tensor,
+        parts: *const *const C_tensor,
+        n: usize,
+        rows: i64,
+        columns: i64,
+    ) -> *mut C_tensor;
     pub(crate) fn vora_backward(tensor: *const C_tensor, gradient: *const C_tensor) -> i32;
     pub(crate) fn vora_cuda_memory(
         index: i8,
@@ -77,6 +92,23 @@ pub(crate) fn tensor(ptr: *mut C_tensor) -> Result<Tensor> {
     }
     // SAFETY: the C++ side gave up a tensor made with `new`, which `Tensor` now owns.
     Ok(unsafe { Tensor::from_ptr(ptr) })
+}
+
+/// `c10::ScalarType` of a dtype that a checkpoint can hold, by its number in libtorch's ABI.
+pub(crate) fn scalar_type(kind: Kind) -> i8 {
+    match kind {
+        Kind::Uint8 => 0,
+        Kind::Int8 => 1,
+        Kind::Int16 => 2,
+        Kind::Int => 3,
+        Kind::Int64 => 4,
+        Kind::Half => 5,
+        Kind::Float => 6,
+        Kind::Double => 7,
+        Kind::Bool => 11,
+        Kind::BFloat16 => 15,
+        other => unreachable!("no tensor here is of {other:?}"),
+    }
 }
 
 /// The pointers that a list argument takes.

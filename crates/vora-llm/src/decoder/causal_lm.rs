@@ -235,15 +235,27 @@ impl CausalLm {
     }
 
     /// Every tensor of a plain checkpoint, by HF's name, adapters left out: merge them first. Trained ones are the f32
-    /// masters themselves.
+    /// masters themselves, those that are kept in few bits new ones.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
+        self.tensors_with(|linear| Some(linear.weight()))
+    }
+
+    /// As [`CausalLm::tensors`], without the weights that are kept in few bits.
+    pub fn plain_tensors(&self) -> Vec<(String, Tensor)> {
+        self.tensors_with(|linear| linear.quantized().is_none().then(|| linear.weight()))
+    }
+
+    /// All tensors, with what `weight` gives for the weights of the linear layers.
+    fn tensors_with(&self, weight: impl Fn(&Linear) -> Option<Tensor>) -> Vec<(String, Tensor)> {
         let mut tensors = vec![("model.embed_tokens.weight".to_owned(), self.model.embed_tokens.shallow_clone())];
         for (layer_idx, layer) in self.model.layers.iter().enumerate() {
             let mut push = |name: &str, tensor: &Tensor| {
                 tensors.push((format!("model.layers.{layer_idx}.{name}"), tensor.shallow_clone()));
             };
             for (name, linear) in layer.linears() {
-                push(&format!("{name}.weight"), linear.weight());
+                if let Some(weight) = weight(linear) {
+                    push(&format!("{name}.weight"), &weight);
+                }
                 if let Some(bias) = linear.bias() {
                     push(&format!("{name}.bias"), bias);
                 }

@@ -306,7 +306,7 @@ fn every_option_of_the_reference_computes_and_merges_the_same() {
                 for (module, linear) in layer {
                     linear.merge();
                     let merged = format!("{case}.merged.model.layers.{layer_idx}.{module}.weight");
-                    assert_close_to(linear.weight(), &golden[merged.as_str()], 1e-6);
+                    assert_close_to(&linear.weight(), &golden[merged.as_str()], 1e-6);
                 }
             }
             assert_close_to(&stack.forward(&golden["x"]), y, 1e-5);

@@ -20,6 +20,7 @@ use vora_vision::{Encoder, VisionFeatureSelectStrategy};
 use super::projector::MultiModalProjector;
 use super::{ALL_LINEAR, LlavaConfig};
 use crate::adapted::{AdaptedLlm, detach, ensure_finite, under};
+use crate::few_bits::describe;
 use crate::model::VisionLanguageModel;
 
 /// A decoder that sees through an encoder, which may carry adapters or be trained as the decoder may.
@@ -271,6 +272,7 @@ impl VisionLanguageModel for Llava {
             _ => "float32",
         };
         json["dtype"] = json!(dtype);
+        describe(&self.llm, &mut json);
         Ok(json)
     }
 

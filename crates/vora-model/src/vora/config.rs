@@ -9,6 +9,7 @@ use vora_llm::{LlmConfig, VisionAttention};
 use vora_lora::LoraConfig;
 use vora_vision::{PatchEmbedConfig, PositionTable};
 
+use crate::few_bits::QUANTIZATION_CONFIG;
 use crate::files::{keep_auto_map, lora_or_empty, read_config, to_object};
 
 /// The keys that the published VoRA code adds to the LLM's own (its `VoRAConfig`), and `fuse_adjacent_images`,
@@ -138,7 +139,8 @@ impl VoraConfig {
         }
         let vision = to_object(&keys)?;
         json.retain(|key, _| {
-            !vision.contains_key(key) && !["lora", "architectures", IMAGE_TOKEN_ID].contains(&key.as_str())
+            !vision.contains_key(key)
+                && !["lora", "architectures", IMAGE_TOKEN_ID, QUANTIZATION_CONFIG].contains(&key.as_str())
         });
         let llm: LlmConfig = serde_json::from_value(Value::Object(json))?;
         llm.validate()?;

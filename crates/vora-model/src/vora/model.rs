@@ -12,6 +12,7 @@ use vora_vision::PatchEmbed;
 
 use super::VoraConfig;
 use crate::adapted::{AdaptedLlm, under};
+use crate::few_bits::describe;
 use crate::model::VisionLanguageModel;
 
 /// An LLM with eyes: a decoder whose first blocks may carry adapters, and one patch embedding.
@@ -136,7 +137,9 @@ impl VisionLanguageModel for Vora {
     }
 
     fn config_json(&self) -> Result<Value> {
-        self.config().to_json()
+        let mut json = self.config().to_json()?;
+        describe(&self.llm, &mut json);
+        Ok(json)
     }
 
     /// # Errors

@@ -68,7 +68,7 @@ mod tests {
 
     use super::*;
     use crate::checkpoint::{Checkpoint, save};
-    use crate::weights::{Init, Mismatch, Weights};
+    use crate::weights::{Init, Mismatch, Quantization, Weights};
 
     fn golden(name: &str) -> PathBuf {
         fixtures::root().join("golden").join(name)
@@ -111,6 +111,17 @@ mod tests {
         for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
             assert!(kinds.contains(&kind), "{kind:?} of {kinds:?}");
         }
+    }
+
+    #[test]
+    fn what_is_quantised_is_not_quantised_again() {
+        let open = |name: &str| Weights::open(&golden(name), Device::Cpu, Kind::Float).unwrap();
+        let error = open("gguf_file.gguf").quantized(Quantization::Nf4).unwrap_err().to_string();
+        assert!(
+            error.contains("gguf_file.gguf is quantised already, `") && error.contains("f32, f16 or bf16"),
+            "{error}"
+        );
+        assert!(open("gguf_llama.gguf").quantized(Quantization::Nf4).is_ok());
     }
 
     #[test]

@@ -7,8 +7,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+#[cfg(target_os = "linux")]
+use memmap2::UncheckedAdvice;
 use memmap2::{MmapMut, MmapOptions};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::checkpoint::entry::Entry;
 use crate::{error, ffi};
@@ -48,7 +50,7 @@ pub(super) fn view(map: &Arc<MmapMut>, range: Range<usize>, entry: &Entry) -> Re
             bytes.as_ptr().cast_mut().cast(),
             entry.shape.as_ptr(),
             entry.shape.len(),
-            scalar_type(entry.kind),
+            ffi::scalar_type(entry.kind),
             owner,
             release,
         )
@@ -59,25 +61,21 @@ pub(super) fn view(map: &Arc<MmapMut>, range: Range<usize>, entry: &Entry) -> Re
     tensor
 }
 
+/// Gives back the memory that these bytes were read into, where the system knows how. Nothing writes to a map, so that they
+/// can only be read from the file again.
+pub(super) fn forget(map: &MmapMut, range: Range<usize>) {
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: pages that nobody wrote to hold the same bytes after it.
+        let advised = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()) };
+        drop(advised); // else they stay
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (map, range);
+}
+
 /// Drops the reference that a view held on its map.
 extern "C" fn release(owner: *mut c_void) {
     // SAFETY: `owner` came from `Arc::into_raw` of this type, once per view.
     drop(unsafe { Arc::from_raw(owner.cast_const().cast::<MmapMut>()) });
-}
-
-/// `c10::ScalarType` of a dtype that a checkpoint can hold, by its number in libtorch's ABI.
-fn scalar_type(kind: Kind) -> i8 {
-    match kind {
-        Kind::Uint8 => 0,
-        Kind::Int8 => 1,
-        Kind::Int16 => 2,
-        Kind::Int => 3,
-        Kind::Int64 => 4,
-        Kind::Half => 5,
-        Kind::Float => 6,
-        Kind::Double => 7,
-        Kind::Bool => 11,
-        Kind::BFloat16 => 15,
-        other => unreachable!("kind_of gives no {other:?}"),
-    }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use memmap2::MmapMut;
 use tch::{Kind, Tensor};
-use vora_gguf::Llm;
+use vora_gguf::{Llm, TensorKind};
 
 use crate::checkpoint::entry::Entry;
 use crate::checkpoint::error::CheckpointError;
@@ -80,6 +80,15 @@ impl Checkpoint {
         self.entries.get(name).map(|e| (e.kind, e.shape.as_slice()))
     }
 
+    /// A tensor that a GGUF file has in blocks of few bits, and their kind; none where there is none.
+    pub fn quantised(&self) -> Option<(&str, TensorKind)> {
+        self.entries.iter().find_map(|(name, entry)| {
+            let kind = self.files[entry.file_idx].gguf.as_ref()?.info(name)?.kind();
+            let plain = matches!(kind, TensorKind::F32 | TensorKind::F16 | TensorKind::BF16);
+            (!plain).then_some((name.as_str(), kind))
+        })
+    }
+
     /// The tensor as it lies in the file: on the CPU, a view of the mapped memory.
     ///
     /// What a GGUF file has in blocks of few bits, or its rows in another order, is a new tensor.
@@ -103,6 +112,14 @@ impl Checkpoint {
         match entry.range {
             Some(_) => Ok(self.tensor(name)?.to_kind(kind)),
             None => self.dequantise(name, entry, kind),
+        }
+    }
+
+    /// Gives back the memory that this tensor's bytes in the file were read into; whoever reads them again has the file
+    /// read again.
+    pub(crate) fn forget(&self, name: &str) {
+        if let Some(Entry { file_idx, range: Some(range), .. }) = self.entries.get(name) {
+            map::forget(&self.files[*file_idx].map, range.clone());
         }
     }
 

@@ -2,8 +2,10 @@
 
 mod init;
 mod mismatch;
+mod quantized;
 mod source;
 
 pub use init::Init;
 pub use mismatch::Mismatch;
+pub use quantized::{Quantization, QuantizedWeight};
 pub use source::Weights;

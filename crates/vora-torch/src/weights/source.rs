@@ -6,13 +6,14 @@ use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::Checkpoint;
 use crate::error;
 use crate::weights::init::{Init, new_tensor};
 use crate::weights::mismatch::Mismatch;
+use crate::weights::quantized::Quantization;
 
 /// Where tensors come from.
 #[derive(Debug)]
@@ -48,6 +49,7 @@ pub struct Weights {
     trained: bool,
     frozen: Rc<BTreeSet<String>>, // full names that stay frozen where the rest is trained
     initializer_range: f64,
+    quantization: Option<Quantization>,
 }
 
 impl Weights {
@@ -71,8 +73,17 @@ impl Weights {
 
     fn new(source: Source, device: Device, kind: Kind) -> Self {
         let (source, ledger) = (Rc::new(source), Rc::default());
-        let frozen = Rc::default();
-        Self { source, ledger, path: String::new(), device, kind, trained: false, frozen, initializer_range: 0.02 }
+        Self {
+            source,
+            ledger,
+            path: String::new(),
+            device,
+            kind,
+            trained: false,
+            frozen: Rc::default(),
+            initializer_range: 0.02,
+            quantization: None,
+        }
     }
 
     /// The same source one step down: `weights.pp("layers").pp(0)`.
@@ -102,6 +113,28 @@ impl Weights {
     #[must_use]
     pub fn with_initializer_range(&self, std: f64) -> Self {
         Self { initializer_range: std, ..self.clone() }
+    }
+
+    /// The same source for a model whose linear layers, those that can carry adapters, keep their frozen weights in few
+    /// bits: quantized from the dtype of this source, one after another. Norms, embedding and head stay as they are.
+    ///
+    /// # Errors
+    /// Where the source is a GGUF file that has tensors in few bits already.
+    pub fn quantized(&self, quantization: Quantization) -> Result<Self> {
+        if let Source::File(checkpoint) = &*self.source
+            && let Some((name, kind)) = checkpoint.quantised()
+        {
+            bail!(
+                "{} is quantised already, `{name}` is {kind}: take the model's safetensors, or a GGUF file in f32, f16 or bf16",
+                checkpoint.path().display()
+            );
+        }
+        Ok(Self { quantization: Some(quantization), ..self.clone() })
+    }
+
+    /// The few bits of [`Weights::quantized`].
+    pub fn quantization(&self) -> Option<Quantization> {
+        self.quantization
     }
 
     /// Where in the tree this is, `""` at the root.
@@ -215,6 +248,14 @@ impl Weights {
         let tensor = tensor.set_requires_grad(true);
         self.ledger().parameters.push((self.full_name(name), tensor.shallow_clone()));
         Ok(tensor)
+    }
+
+    /// Gives back the memory that the file's own copy of this tensor was read into, for a model that goes on with another
+    /// one. On a view of it nothing changes, but that the file is read again.
+    pub fn forget(&self, name: &str) {
+        if let Source::File(checkpoint) = &*self.source {
+            checkpoint.forget(&self.stored_name(name));
+        }
     }
 
     /// Takes a name for known that the model has no use for, so that [`Weights::finish`] lets it pass.
@@ -485,6 +526,28 @@ mod tests {
             }
         }
         (shared, own)
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn what_is_forgotten_takes_no_memory_and_is_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let value = fixtures::Random::new(1).normal([1024, 1024]);
+        save(&path, &[("w".into(), value.shallow_clone())], &[]).unwrap();
+        let weights = Weights::open(&path, Device::Cpu, Kind::Float).unwrap();
+        let held = weights.get("w", &[1024, 1024], Init::Required).unwrap();
+        assert!(held.equal(&value));
+        let resident = || {
+            let (shared, own) = mapped(&path);
+            shared + own
+        };
+        let before = resident();
+        weights.forget("w");
+        let after = resident();
+        assert!(before >= 4 << 20 && after < 1 << 20, "{before} {after}");
+        assert!(held.equal(&value));
+        weights.forget("none of this name");
     }
 
     /// This test runs itself as a second process.

@@ -128,6 +128,9 @@ impl fmt::Display for Plan {
         let size = &self.size;
         let mut parameters = table(&["parameters", ""]);
         parameters.add_row(["frozen".to_owned(), millions(size.parameters.frozen)]);
+        if size.parameters.quantized > 0 {
+            parameters.add_row(["of them in few bits".to_owned(), millions(size.parameters.quantized)]);
+        }
         if size.parameters.teacher > 0 {
             parameters.add_row(["teacher, frozen".to_owned(), millions(size.parameters.teacher)]);
         }
@@ -266,6 +269,27 @@ mod tests {
         ]);
         let tower = whole.size.parameters.trained["vision_tower"];
         assert_eq!(whole.size.parameters.frozen + tower, frozen.size.parameters.frozen);
+    }
+
+    #[test]
+    fn weights_in_few_bits_are_counted_as_they_are_kept() {
+        let [plain, four, eight] = ["model.chat_template=null", "model.load_in_4bit=true", "model.load_in_8bit=true"]
+            .map(|key| measure(&[key]));
+        for kept in [&four, &eight] {
+            assert_eq!(kept.size.parameters.frozen, plain.size.parameters.frozen);
+            assert!(kept.to_string().contains("of them in few bits"), "{kept}");
+        }
+        let elements = four.size.parameters.quantized;
+        assert!(elements > 0 && elements == eight.size.parameters.quantized && plain.size.parameters.quantized == 0);
+        let saved = |kept: &Plan| (plain.size.memory.weights - kept.size.memory.weights) as f64 / elements as f64;
+        // Of four bytes; the tables of a weight are large beside those of the tiny LLM.
+        assert!(
+            (1.0..3.5).contains(&saved(&four)) && (2.8..3.0).contains(&saved(&eight)),
+            "{} {}",
+            saved(&four),
+            saved(&eight)
+        );
+        assert!(four.size.memory.activations > plain.size.memory.activations);
     }
 
     #[test]

@@ -8,10 +8,12 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use tch::{Device, Kind};
 use vora_data::{Loader, LoaderConfig, Source};
+use vora_llm::CausalLm;
 use vora_lora::in_layer;
 use vora_model::VisionLanguageModel;
 use vora_recipe::TrainConfig;
 use vora_torch::runtime::memory;
+use vora_torch::weights::QuantizedWeight;
 
 use crate::run::available::available;
 use crate::run::max_steps::max_steps;
@@ -48,6 +50,9 @@ pub struct Size {
 pub struct Parameters {
     /// Of the model, as it was and stays.
     pub frozen: u64,
+    /// Those of them that are kept in few bits.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub quantized: u64,
     /// Of the teacher.
     pub teacher: u64,
     /// Trained ones by part of the model.
@@ -92,8 +97,8 @@ pub struct BatchShape {
 pub struct Memory {
     /// The program with its libraries and the data workers, as it was when the counting began; nothing of it on a GPU.
     pub program: u64,
-    /// Weights of the model that are not trained, in the dtype that they are computed with; on the CPU views of their
-    /// files, shared with other processes, where those are of that dtype.
+    /// Weights of the model that are not trained, in the dtype that they are computed with, or in few bits; on the CPU views
+    /// of their files, shared with other processes, where those are of that dtype.
     pub weights: u64,
     /// The teacher's.
     pub teacher: u64,
@@ -258,13 +263,16 @@ impl Parameters {
             let part = if name.contains(".lora_") { "adapters" } else { name.split('.').next().unwrap_or(&name) };
             *trained.entry(part.to_owned()).or_default() += tensor.numel() as u64;
         }
-        let llm = student.model.llm().tensors();
+        let llm = student.model.llm();
+        let quantized = in_few_bits(llm, |weight| weight.size().iter().product::<i64>() as u64).sum::<u64>();
+        let plain = llm.plain_tensors();
         let mut frozen: u64 =
-            llm.iter().filter(|(_, tensor)| !tensor.requires_grad()).map(|(_, tensor)| tensor.numel() as u64).sum();
+            plain.iter().filter(|(_, tensor)| !tensor.requires_grad()).map(|(_, tensor)| tensor.numel() as u64).sum();
+        frozen += quantized;
         frozen += student.made().iter().map(|(_, tensor)| tensor.numel() as u64).sum::<u64>();
         frozen += student.model.encoder_tensors().iter().map(|(_, tensor)| tensor.numel() as u64).sum::<u64>();
         let teacher = student.distill.as_ref().map_or(0, |distill| distill.teacher().num_parameters());
-        Ok(Self { frozen, teacher, trained })
+        Ok(Self { frozen, quantized, teacher, trained })
     }
 
     pub(crate) fn num_trained(&self) -> u64 {
@@ -301,7 +309,8 @@ impl Memory {
         let (anchor_step, anchor_logits, anchor) = anchored.unwrap_or_default();
         Self {
             program,
-            weights: element * parameters.frozen,
+            weights: element * (parameters.frozen - parameters.quantized)
+                + in_few_bits(llm, QuantizedWeight::num_bytes).sum::<u64>(),
             teacher: element * parameters.teacher,
             masters,
             gradients: masters,
@@ -338,13 +347,32 @@ fn activations(config: &TrainConfig, student: &Student, parameters: &Parameters,
         kept = (layers + 1) * state + kept / layers;
     }
     // What a layer's backward holds at once: gradients of its widest tensors.
-    let backward = tokens * element * (3 * intermediate + 2 * hidden);
+    let mut backward = tokens * element * (3 * intermediate + 2 * hidden);
+    // And a weight in few bits made whole, on a GPU by way of f32 and indices.
+    let width = if llm.device() == Device::Cpu { element } else { element + 10 };
+    backward += in_few_bits(llm, |weight| weight.size().iter().product::<i64>() as u64 * width).max().unwrap_or(0);
     let heads = student.distill.as_ref().map_or(0, |distill| {
         // In f32, a block: the student's rows before and behind the norm, and four times the teacher's width.
         let teacher = distill.teacher().hidden_size() as u64;
         distill.num_heads() as u64 * batch.image_tokens * 4 * (2 * hidden + 5 * teacher)
     });
     kept + backward + heads + tower_activations(&*student.model, batch)
+}
+
+/// What `count` gives for each weight of the LLM that is kept in few bits.
+fn in_few_bits(llm: &CausalLm, count: impl Fn(&QuantizedWeight) -> u64) -> impl Iterator<Item = u64> {
+    let mut counts = Vec::new();
+    let visited = llm.linears(&mut |_, linear| {
+        counts.extend(linear.quantized().map(&count));
+        Ok(())
+    });
+    debug_assert!(visited.is_ok(), "the visit returns no error");
+    counts.into_iter()
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 /// Bytes that the encoder's forward pass keeps for its backward pass, where something in it is trained: what goes into and

@@ -12,6 +12,7 @@ use vora_vision::Encoder;
 
 use vora_model::Resolve;
 
+use super::few_bits::in_few_bits;
 use super::{Student, StudentParts, parts};
 use crate::data::Pictures;
 
@@ -50,7 +51,7 @@ pub(super) fn student(
     llava.lora = section.lora.as_ref().map(|lora| lora.over(llava.llm.num_hidden_layers));
 
     let llm = Weights::open(&llm_folder, device, kind)?;
-    let source = if section.freezes_llm() { llm.clone() } else { llm.trained() };
+    let source = if section.freezes_llm() { in_few_bits(&llm, section)? } else { llm.trained() };
     let new = Weights::random(config.seed, device, kind);
     let model = Llava::assemble(llava, &source, encoder, &new).context("model")?;
     llm.finish().with_context(|| format!("loading the LLM in {}", llm_folder.display()))?;

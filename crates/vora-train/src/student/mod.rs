@@ -4,6 +4,7 @@
 mod batch;
 mod chameleon;
 mod distill;
+mod few_bits;
 pub mod heads;
 mod llava;
 mod logits;

@@ -13,6 +13,7 @@ use vora_vision::{Encoder, EncoderConfig};
 
 use vora_model::Resolve;
 
+use super::few_bits::in_few_bits;
 use super::{Student, StudentParts, parts};
 use crate::data::Pictures;
 
@@ -89,7 +90,7 @@ pub(super) fn student(
         }
         _ => Weights::open(&llm_folder, device, kind)?,
     };
-    let source = if is_whole { weights.trained() } else { weights.clone() };
+    let source = if is_whole { weights.trained() } else { in_few_bits(&weights, section)? };
     let trained = Weights::random(config.seed, device, kind);
     let model = Vora::assemble(vora, &source, &trained)?;
     weights.finish().with_context(|| format!("loading the LLM in {}", llm_folder.display()))?;

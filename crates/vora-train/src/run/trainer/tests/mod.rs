@@ -2,6 +2,7 @@
 
 mod anchored;
 mod encoded_once;
+mod few_bits;
 mod own;
 mod preferring;
 mod refused;
