@@ -1,6 +1,6 @@
 //! Compiles the C++ layer in `csrc/` against the headers of the libtorch that torch-sys links.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 fn main() {
     println!("cargo:rerun-if-changed=csrc");
@@ -9,6 +9,7 @@ fn main() {
         return; // torch-sys was built with `doc-only`: nothing is linked, so there is nothing to compile
     };
     let include = lib.parent().expect("the folder that holds lib/").join("include");
+    check_version(&include);
     let target = std::env::var("TARGET").expect("cargo sets TARGET");
     let has_pairs = target.starts_with("x86_64") && attention_pairs();
     let mut layer = cc::Build::new();
@@ -46,6 +47,31 @@ fn main() {
     // The static library above refers to these two; named here, they follow it on the link line.
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");
+}
+
+/// The libtorch that the bindings pair with, and their own way round the check.
+const LIBTORCH: [&str; 2] = ["2", "11"];
+const BYPASS: &str = "LIBTORCH_BYPASS_VERSION_CHECK";
+
+/// Ends the build with one line where the headers are those of another libtorch. The bindings look for a file
+/// `build-version`, which PyTorch's folder in a Python environment has not.
+fn check_version(include: &Path) {
+    println!("cargo:rerun-if-env-changed={BYPASS}");
+    let headers = ["torch/headeronly/version.h", "torch/csrc/api/include/torch/version.h"];
+    let headers = headers.map(|header| std::fs::read_to_string(include.join(header)).unwrap_or_default());
+    let of = |part: &str| {
+        let mut words = headers.iter().flat_map(|header| header.split_whitespace());
+        words.find(|word| *word == format!("TORCH_VERSION_{part}")).and_then(|_| words.next().map(str::to_owned))
+    };
+    let (Some(major), Some(minor)) = (of("MAJOR"), of("MINOR")) else { return };
+    let (wanted, folder) = (LIBTORCH.join("."), include.parent().unwrap_or(include).display());
+    if [major.as_str(), minor.as_str()] != LIBTORCH && std::env::var_os(BYPASS).is_none() {
+        println!(
+            "cargo::error=libtorch in {folder} is {major}.{minor}, {wanted} is needed: point LIBTORCH at a folder of it, as \
+             `pip install torch=={wanted}.0` makes one"
+        );
+        std::process::exit(1);
+    }
 }
 
 /// Compiles the attention kernels for processors that multiply bf16, where the compiler knows them.

@@ -80,9 +80,35 @@ at::Tensor dequantized_nf4(const Kept& kept, at::ScalarType kind) {
   return of_block.to(kind).view({kept.rows, kept.columns});
 }
 
+template <typename T>
+void scale_row(const int8_t* codes, float scale, T* y, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) store(y[i], static_cast<float>(codes[i]) * scale);
+}
+
+at::Tensor dequantized_int8(const Kept& kept, at::ScalarType kind) {
+  const auto scales = kept.scales * (1.0 / 127.0);  // [rows]
+  if (kept.codes.is_cpu() && (kind == at::kFloat || kind == at::kBFloat16)) {
+    const int64_t n = kept.columns;
+    auto y = at::empty({kept.rows, n}, scales.options().dtype(kind));
+    at::parallel_for(0, kept.rows, grain(n), [&](int64_t from, int64_t to) {
+      for (int64_t row = from; row < to; row++) {
+        const auto* codes = in<int8_t>(kept.codes) + row * n;
+        const float scale = in<float>(scales)[row];
+        if (kind == at::kFloat) {
+          scale_row(codes, scale, out<float>(y) + row * n, n);
+        } else {
+          scale_row(codes, scale, out<bf16>(y) + row * n, n);
+        }
+      }
+    });
+    return y;
+  }
+  return (kept.codes.to(at::kFloat) * scales.unsqueeze(1)).to(kind);
+}
+
 at::Tensor dequantized(const Kept& kept, at::ScalarType kind) {
-  if (kept.is_nf4()) return dequantized_nf4(kept, kind);
-  return (kept.codes.to(at::kFloat) * (kept.scales * (1.0 / 127.0)).unsqueeze(1)).to(kind);
+  return kept.is_nf4() ? dequantized_nf4(kept, kind) : dequantized_int8(kept, kind);
 }
 
 struct QuantizedLinear : Function<QuantizedLinear> {

@@ -12,8 +12,9 @@
 //! Take [`tch`] from here or from the crate above it, as `vora_torch::tch`: it is pinned to the release that pairs with
 //! libtorch 2.11, and one more in your `Cargo.toml` would be another crate with other tensors, of which cargo links one only.
 //!
-//! libtorch 2.11 has to lie somewhere. `LIBTORCH=/path/to/libtorch` names the folder that holds `lib` and `include`, a download from
-//! PyTorch or what `cargo xtask setup` links at `.libtorch`.
+//! libtorch 2.11 has to lie somewhere. `LIBTORCH=/path/to/libtorch` names the folder that holds `lib` and `include`: a download from
+//! PyTorch, the folder of the package `torch` in a Python environment, or what `cargo xtask setup` links at `.libtorch`. Another
+//! version ends the build with one line.
 //! `cargo run` and `cargo test` then find it. A program that is started by itself finds it by a path that is linked into it,
 //! from the `main` of a `build.rs` beside your `Cargo.toml`, or else by `LD_LIBRARY_PATH`:
 //!

@@ -226,6 +226,9 @@ mod tests {
         let made = QuantizedWeight::new(&golden["int8.weight"], Quantization::Int8).unwrap();
         assert!(made.parts[0].equal(&golden["int8.codes"]) && made.parts[1].equal(&golden["int8.scales"]));
         assert!(made.dequantized(Kind::Float).equal(&golden["int8.dequantized"]));
+        for kind in [Kind::Double, Kind::BFloat16] {
+            assert!(made.dequantized(kind).equal(&golden["int8.dequantized"].to_kind(kind)), "{kind:?}");
+        }
     }
 
     #[test]
