@@ -6,8 +6,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use vora_infer::{Assistant, OutputModality, Passage, Request, SamplingParams};
-use vora_lora::ActsOn;
-use vora_torch::runtime;
+
+use crate::model::ModelArgs;
 
 /// Ask a model about pictures; the answer is streamed.
 #[derive(Debug, clap::Args)]
@@ -20,8 +20,8 @@ Examples:
   vora ask runs/scenes/merged one.jpg two.jpg \"What differs?\" --temperature 0.7 --top-p 0.9 --seed 1
   vora ask runs/scenes-chameleon/merged \"A red ring.\" --write image --images-to drawn")]
 pub(crate) struct Args {
-    /// The folder that `vora merge` wrote, a run's final/ or checkpoint, or a model's name in the hub's cache
-    model: String,
+    #[command(flatten)]
+    model: ModelArgs,
     /// Pictures, then the question
     #[arg(required = true, value_name = "IMAGE… QUESTION")]
     rest: Vec<String>,
@@ -52,16 +52,6 @@ pub(crate) struct Args {
     /// Print one JSON object when done instead of streaming
     #[arg(long)]
     json: bool,
-    /// The tokens that adapters act on, where they are apart from the weights: all, with_image or image_tokens; else as
-    /// the folder says
-    #[arg(long, value_name = "TOKENS", value_parser = ActsOn::parse)]
-    acts_on: Option<ActsOn>,
-    /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto", env = "VORA_DEVICE")]
-    device: String,
-    /// auto, bf16, f32 or f16
-    #[arg(long, default_value = "auto")]
-    dtype: String,
 }
 
 /// The values of `--write`.
@@ -83,14 +73,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let Some((question, pictures)) = args.rest.split_last() else { anyhow::bail!("no question given") };
     ensure!(!PathBuf::from(question).is_file(), "the last argument, {question}, is a file: put the question after it");
     let images = pictures.iter().map(|path| vora_image::open_image(path.as_ref())).collect::<Result<Vec<_>>>()?;
-    let device = runtime::device(&args.device)?;
-    let kind = runtime::kind(&args.dtype, device)?;
-    let folder = vora_hub::resolve(&args.model)?;
-    let mut model = vora_model::open(&folder, device, kind, &vora_hub::resolve)?;
-    if let Some(acts_on) = args.acts_on {
-        model.set_acts_on(acts_on).context("--acts-on")?;
-    }
-    let assistant = Assistant::new(model, &folder)?;
+    let assistant = args.model.open()?;
     let request = Request::question(&images, question).with_sampling(params).with_max_new_tokens(args.max_new_tokens);
 
     let mut out = std::io::stdout();

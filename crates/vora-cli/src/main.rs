@@ -9,7 +9,10 @@ mod download;
 mod eval;
 mod inspect;
 mod merge;
+mod model;
 mod report;
+mod serve;
+mod size;
 mod train;
 
 use std::io::IsTerminal;
@@ -17,7 +20,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Vision as LoRA, and what it answers to: train, merge, ask, evaluate, report, inspect, convert, download.
+/// Vision as LoRA, and what it answers to: train, merge, ask, serve, evaluate, report, inspect, convert, download.
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -29,6 +32,7 @@ Examples:
   vora data show crates/vora-train/recipes/scenes.yaml
   vora merge runs/scenes/final --out runs/scenes/merged --as seeing
   vora ask runs/scenes/merged picture.png \"What color is the circle?\"
+  vora serve runs/scenes/merged
   vora eval runs/scenes/merged --data scenes:unseen
   vora report runs/scenes
   vora inspect runs/scenes/merged
@@ -50,6 +54,8 @@ enum Command {
     Merge(merge::Args),
     /// Ask a model about pictures; the answer is streamed
     Ask(ask::Args),
+    /// Serve a model over HTTP as OpenAI's API, with a page to chat on
+    Serve(serve::Args),
     /// Score a model on held-out questions beside a blind control, or on a text
     Eval(eval::Args),
     /// Show a run as one HTML page: curves, accuracies, answers, block maps
@@ -97,6 +103,7 @@ fn main() -> ExitCode {
         Command::Data(args) => data::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Ask(args) => ask::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Inspect(args) => inspect::run(&args),
