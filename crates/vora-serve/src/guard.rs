@@ -16,10 +16,6 @@ impl Keys {
         Self(keys.iter().map(|key| digest(key.as_bytes())).collect())
     }
 
-    pub(crate) fn are_asked_for(&self) -> bool {
-        !self.0.is_empty()
-    }
-
     /// Compares in a time that says nothing about the keys.
     ///
     /// # Errors

@@ -88,7 +88,7 @@ pub(crate) async fn answer(state: Arc<State>, request: Request<Incoming>) -> Res
     }
     let name = route.map_or("other", Route::name);
     state.metrics.responded(name, result.as_ref().map_or_else(|error| error.status, |(status, _)| *status).as_u16());
-    Ok(respond(result, route, read_whole))
+    Ok(respond(&state, result, route, read_whole))
 }
 
 fn plain(state: &Arc<State>, route: Route<'_>) -> Result<(StatusCode, ResponseBody), ApiError> {
@@ -151,6 +151,7 @@ async fn chat(
 }
 
 fn respond(
+    state: &State,
     result: Result<(StatusCode, ResponseBody), ApiError>,
     route: Option<Route<'_>>,
     read_whole: bool,
@@ -161,15 +162,15 @@ fn respond(
     let mut response = Response::new(body);
     *response.status_mut() = status;
     let headers = response.headers_mut();
+    if content_type.starts_with("text/html") {
+        headers.insert(HeaderName::from_static("content-security-policy"), state.page_policy.clone());
+    }
     let mut set = |name: HeaderName, value: &'static str| headers.insert(name, HeaderValue::from_static(value));
     set(CONTENT_TYPE, content_type);
     set(CACHE_CONTROL, "no-store");
     set(HeaderName::from_static("x-content-type-options"), "nosniff");
     set(HeaderName::from_static("referrer-policy"), "no-referrer");
     set(HeaderName::from_static("cross-origin-resource-policy"), "same-origin");
-    if content_type.starts_with("text/html") {
-        set(HeaderName::from_static("content-security-policy"), page::POLICY);
-    }
     if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
         set(RETRY_AFTER, "1");
     }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use hyper::header::HeaderValue;
 use tokio::sync::Semaphore;
 use vora_infer::Engine;
 
@@ -13,6 +14,7 @@ use crate::error::ApiError;
 use crate::fetch::Fetcher;
 use crate::guard::Keys;
 use crate::metrics::Metrics;
+use crate::page;
 
 /// Requests whose pictures are decoded at once; what decoding takes is bounded by it.
 const DECODING: usize = 2;
@@ -33,6 +35,7 @@ pub(crate) struct State {
     pub(crate) fetching: Arc<Semaphore>,
     pub(crate) bodies: Arc<Semaphore>,
     pub(crate) started: u64,
+    pub(crate) page_policy: HeaderValue,
     loaded: OnceLock<Arc<Loaded>>,
     draining: AtomicBool,
     in_flight: Arc<AtomicUsize>,
@@ -68,6 +71,7 @@ impl State {
             fetching: Arc::new(Semaphore::new(FETCHING)),
             bodies: Arc::new(Semaphore::new(BODIES)),
             started: now(),
+            page_policy: HeaderValue::try_from(page::policy()).unwrap_or(HeaderValue::from_static("default-src 'none'")),
             config,
             loaded: OnceLock::new(),
             draining: AtomicBool::new(false),

@@ -20,7 +20,7 @@ pub(super) fn read(source: &PictureSource, fetcher: &Fetcher) -> Result<Vec<u8>,
     };
     let (head, data) = data.split_once(',').ok_or_else(|| wrong("the data address has no comma".to_owned()))?;
     if !head.ends_with(";base64") {
-        return Err(wrong("a data address of a picture has to be base64: data:image/png;base64,…".to_owned()));
+        return Err(wrong("the data address of a picture has to be base64".to_owned()));
     }
     STANDARD.decode(data.trim_end()).map_err(|_| wrong("the data address is not base64".to_owned()))
 }
