@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
-use vora_infer::{Assistant, OutputModality, Passage, Request, SamplingParams};
+use vora_infer::{Assistant, OutputModality, Passage, Request};
 
 use crate::model::ModelArgs;
+use crate::sampling::SamplingArgs;
 
 /// Ask a model about pictures; the answer is streamed.
 #[derive(Debug, clap::Args)]
@@ -25,24 +26,8 @@ pub(crate) struct Args {
     /// Pictures, then the question
     #[arg(required = true, value_name = "IMAGE… QUESTION")]
     rest: Vec<String>,
-    /// 0 takes the most likely token each time
-    #[arg(long, default_value_t = 0.0)]
-    temperature: f64,
-    /// Keep the k most likely tokens; 0 keeps all
-    #[arg(long, default_value_t = 0)]
-    top_k: usize,
-    /// Keep the most likely tokens that make up this share
-    #[arg(long, default_value_t = 1.0)]
-    top_p: f64,
-    /// Above 1, tokens already said become less likely
-    #[arg(long, default_value_t = 1.0)]
-    repetition_penalty: f64,
-    /// Of the random numbers
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Tokens at most
-    #[arg(long, default_value_t = Request::MAX_NEW_TOKENS)]
-    max_new_tokens: usize,
+    #[command(flatten)]
+    sampling: SamplingArgs,
     /// What the answer may be made of; only a Chameleon writes pictures
     #[arg(long, value_enum, default_value_t = Modality::Text)]
     write: Modality,
@@ -63,18 +48,12 @@ enum Modality {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    let params = SamplingParams::default()
-        .with_temperature(args.temperature)
-        .with_top_k(args.top_k)
-        .with_top_p(args.top_p)
-        .with_repetition_penalty(args.repetition_penalty)
-        .with_seed(args.seed);
-    params.validate()?;
+    let params = args.sampling.params()?;
     let Some((question, pictures)) = args.rest.split_last() else { anyhow::bail!("no question given") };
     ensure!(!PathBuf::from(question).is_file(), "the last argument, {question}, is a file: put the question after it");
     let images = pictures.iter().map(|path| vora_image::open_image(path.as_ref())).collect::<Result<Vec<_>>>()?;
     let assistant = args.model.open()?;
-    let request = Request::question(&images, question).with_sampling(params).with_max_new_tokens(args.max_new_tokens);
+    let request = Request::question(&images, question).with_sampling(params).with_max_new_tokens(args.sampling.max_new_tokens);
 
     let mut out = std::io::stdout();
     let modality = match args.write {
