@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
-use vora_infer::{Assistant, OutputModality, Passage, Request, SamplingParams};
-use vora_lora::ActsOn;
-use vora_torch::runtime;
+use vora_infer::{Assistant, OutputModality, Passage, Request};
+
+use crate::model::ModelArgs;
+use crate::sampling::SamplingArgs;
 
 /// Ask a model about pictures; the answer is streamed.
 #[derive(Debug, clap::Args)]
@@ -20,29 +21,13 @@ Examples:
   vora ask runs/scenes/merged one.jpg two.jpg \"What differs?\" --temperature 0.7 --top-p 0.9 --seed 1
   vora ask runs/scenes-chameleon/merged \"A red ring.\" --write image --images-to drawn")]
 pub(crate) struct Args {
-    /// The folder that `vora merge` wrote, a run's final/ or checkpoint, or a model's name in the hub's cache
-    model: String,
+    #[command(flatten)]
+    model: ModelArgs,
     /// Pictures, then the question
     #[arg(required = true, value_name = "IMAGE… QUESTION")]
     rest: Vec<String>,
-    /// 0 takes the most likely token each time
-    #[arg(long, default_value_t = 0.0)]
-    temperature: f64,
-    /// Keep the k most likely tokens; 0 keeps all
-    #[arg(long, default_value_t = 0)]
-    top_k: usize,
-    /// Keep the most likely tokens that make up this share
-    #[arg(long, default_value_t = 1.0)]
-    top_p: f64,
-    /// Above 1, tokens already said become less likely
-    #[arg(long, default_value_t = 1.0)]
-    repetition_penalty: f64,
-    /// Of the random numbers
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Tokens at most
-    #[arg(long, default_value_t = Request::MAX_NEW_TOKENS)]
-    max_new_tokens: usize,
+    #[command(flatten)]
+    sampling: SamplingArgs,
     /// What the answer may be made of; only a Chameleon writes pictures
     #[arg(long, value_enum, default_value_t = Modality::Text)]
     write: Modality,
@@ -52,16 +37,6 @@ pub(crate) struct Args {
     /// Print one JSON object when done instead of streaming
     #[arg(long)]
     json: bool,
-    /// The tokens that adapters act on, where they are apart from the weights: all, with_image or image_tokens; else as
-    /// the folder says
-    #[arg(long, value_name = "TOKENS", value_parser = ActsOn::parse)]
-    acts_on: Option<ActsOn>,
-    /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto", env = "VORA_DEVICE")]
-    device: String,
-    /// auto, bf16, f32 or f16
-    #[arg(long, default_value = "auto")]
-    dtype: String,
 }
 
 /// The values of `--write`.
@@ -73,25 +48,12 @@ enum Modality {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    let params = SamplingParams::default()
-        .with_temperature(args.temperature)
-        .with_top_k(args.top_k)
-        .with_top_p(args.top_p)
-        .with_repetition_penalty(args.repetition_penalty)
-        .with_seed(args.seed);
-    params.validate()?;
+    let params = args.sampling.params()?;
     let Some((question, pictures)) = args.rest.split_last() else { anyhow::bail!("no question given") };
     ensure!(!PathBuf::from(question).is_file(), "the last argument, {question}, is a file: put the question after it");
     let images = pictures.iter().map(|path| vora_image::open_image(path.as_ref())).collect::<Result<Vec<_>>>()?;
-    let device = runtime::device(&args.device)?;
-    let kind = runtime::kind(&args.dtype, device)?;
-    let folder = vora_hub::resolve(&args.model)?;
-    let mut model = vora_model::open(&folder, device, kind, &vora_hub::resolve)?;
-    if let Some(acts_on) = args.acts_on {
-        model.set_acts_on(acts_on).context("--acts-on")?;
-    }
-    let assistant = Assistant::new(model, &folder)?;
-    let request = Request::question(&images, question).with_sampling(params).with_max_new_tokens(args.max_new_tokens);
+    let assistant = args.model.open()?;
+    let request = Request::question(&images, question).with_sampling(params).with_max_new_tokens(args.sampling.max_new_tokens);
 
     let mut out = std::io::stdout();
     let modality = match args.write {

@@ -12,6 +12,8 @@ use vora_files::ensure_vacant;
 use vora_gguf::write::FileKind;
 use vora_model::convert::{Change, Conversion, Layout, Options, Report};
 
+use crate::size;
+
 /// Write a checkpoint in another layout, dtype, or number of files.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -56,7 +58,7 @@ pub(crate) struct Args {
     #[arg(long)]
     dtype: Option<Dtype>,
     /// The most bytes of tensors in a file: KB, MB, GB, TB, or KiB, MiB, GiB, TiB
-    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = bytes)]
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size::bytes)]
     max_shard_size: u64,
     /// The model below an adapter, where it is not the one that the adapter names
     #[arg(long, value_name = "DIR")]
@@ -175,42 +177,4 @@ fn print(out: &mut impl Write, report: &Report, dst: &Path, dry_run: bool) -> Re
         writeln!(out, "  {}  {} tensors, {:.1} MB", file.file, file.tensors, file.bytes as f64 / 1e6)?;
     }
     Ok(())
-}
-
-/// `5GB` in bytes.
-fn bytes(size: &str) -> Result<u64, String> {
-    const UNITS: [(&str, u64); 8] = [
-        ("KB", 1000),
-        ("MB", 1_000_000),
-        ("GB", 1_000_000_000),
-        ("TB", 1_000_000_000_000),
-        ("KiB", 1 << 10),
-        ("MiB", 1 << 20),
-        ("GiB", 1 << 30),
-        ("TiB", 1 << 40),
-    ];
-    let parsed = UNITS.iter().find_map(|(unit, factor)| {
-        let at = size.len().checked_sub(unit.len())?;
-        let (number, suffix) = size.split_at_checked(at)?;
-        let number: f64 = suffix.eq_ignore_ascii_case(unit).then(|| number.trim().parse().ok())??;
-        (number.is_finite() && number > 0.0).then_some((number * *factor as f64) as u64)
-    });
-    parsed.filter(|&bytes| bytes > 0).ok_or_else(|| "a number above 0 and its unit, as 5GB or 500MiB".to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_have_units() {
-        for (size, expected) in
-            [("5GB", 5_000_000_000), ("1.5 mb", 1_500_000), ("2KiB", 2048), ("1TB", 1_000_000_000_000)]
-        {
-            assert_eq!(bytes(size), Ok(expected), "{size}");
-        }
-        for wrong in ["", "5", "GB", "-1GB", "0MB", "nanGB", "infGB", "5GG", "5€", "0.0001KB"] {
-            assert!(bytes(wrong).is_err(), "{wrong}");
-        }
-    }
 }

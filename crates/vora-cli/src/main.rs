@@ -3,13 +3,19 @@
 //! progress bar and the exit codes: 0 done, 1 failed, 2 wrong usage, 130 and 143 after SIGINT and SIGTERM.
 
 mod ask;
+mod bench;
+mod chat;
 mod convert;
 mod data;
 mod download;
 mod eval;
 mod inspect;
 mod merge;
+mod model;
 mod report;
+mod sampling;
+mod serve;
+mod size;
 mod train;
 
 use std::io::IsTerminal;
@@ -17,7 +23,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Vision as LoRA, and what it answers to: train, merge, ask, evaluate, report, inspect, convert, download.
+/// Vision as LoRA, and what it answers to: train, merge, ask, chat, serve, evaluate, bench, report, inspect, convert, download.
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -29,6 +35,8 @@ Examples:
   vora data show crates/vora-train/recipes/scenes.yaml
   vora merge runs/scenes/final --out runs/scenes/merged --as seeing
   vora ask runs/scenes/merged picture.png \"What color is the circle?\"
+  vora chat runs/scenes/merged
+  vora serve runs/scenes/merged
   vora eval runs/scenes/merged --data scenes:unseen
   vora report runs/scenes
   vora inspect runs/scenes/merged
@@ -50,8 +58,14 @@ enum Command {
     Merge(merge::Args),
     /// Ask a model about pictures; the answer is streamed
     Ask(ask::Args),
+    /// Talk with a model in the terminal
+    Chat(chat::Args),
+    /// Serve a model over HTTP as OpenAI's API, with a page to chat on
+    Serve(serve::Args),
     /// Score a model on held-out questions beside a blind control, or on a text
     Eval(eval::Args),
+    /// Measure how fast a model answers
+    Bench(bench::Args),
     /// Show a run as one HTML page: curves, accuracies, answers, block maps
     Report(report::Args),
     /// Show a checkpoint's tensors, adapters and parameter counts
@@ -97,7 +111,10 @@ fn main() -> ExitCode {
         Command::Data(args) => data::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Ask(args) => ask::run(&args),
+        Command::Chat(args) => chat::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Eval(args) => eval::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Convert(args) => convert::run(&args),

@@ -119,6 +119,20 @@ fn signature(start: &[u8]) -> Option<Signature> {
     })
 }
 
+/// Width and height that a picture's header tells, before it is turned upright; nothing is decoded.
+///
+/// # Errors
+/// An [`ImageError`], where the header is none that [`decode_image`] reads.
+pub fn dimensions(bytes: &[u8]) -> Result<(u32, u32)> {
+    match signature(bytes).ok_or(ImageError::NotAnImage)? {
+        Signature::Read(format, name) => {
+            let reader = ImageReader::with_format(Cursor::new(bytes), format);
+            Ok(reader.into_dimensions().map_err(|error| explain(error, name))?)
+        }
+        Signature::Refused(name) => Err(ImageError::Unsupported(format!("{name} pictures are not supported")).into()),
+    }
+}
+
 /// Decodes JPEG, PNG, GIF (its first frame), WebP, BMP, TIFF (its first page) or PNM to upright RGB.
 ///
 /// The EXIF orientation is applied. Everything becomes RGB as Pillow's `convert("RGB")` makes it: grey is repeated,

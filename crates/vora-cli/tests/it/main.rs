@@ -7,6 +7,7 @@ mod eval;
 mod exports;
 mod faults;
 mod memory;
+mod serve;
 mod told_once;
 
 use std::path::{Path, PathBuf};
@@ -52,7 +53,7 @@ fn fails(args: &[&str], code: i32, parts: &[&str]) {
 
 #[test]
 fn help_has_examples() {
-    for command in ["train", "data", "merge", "ask", "eval", "report", "inspect", "convert", "download"] {
+    for command in ["train", "data", "merge", "ask", "chat", "serve", "eval", "bench", "report", "inspect", "convert", "download"] {
         let help = succeeded(&vora(&[command, "--help"]));
         assert!(help.contains("Examples:"), "{command}: {help}");
     }

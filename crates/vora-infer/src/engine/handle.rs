@@ -120,6 +120,8 @@ impl Engine {
                 request.sampling.validate()?;
                 self.prompter.prompt(&request)
             });
+        // A request that waits holds its pictures as the model takes them, and no longer as they came.
+        let request = Request { images: Vec::new().into(), ..request };
         let sent = job.and_then(|prompt| {
             let cancelled = Arc::new(AtomicBool::new(false));
             let job = Job { prompt, request, cancelled: cancelled.clone(), on_event: Box::new(on_event) };

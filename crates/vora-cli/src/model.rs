@@ -1,0 +1,43 @@
+//! The model that a command asks, and how it is opened.
+
+use anyhow::{Context, Result};
+use vora_infer::Assistant;
+use vora_lora::ActsOn;
+use vora_torch::runtime;
+
+/// Which model, on which device.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ModelArgs {
+    /// The folder that `vora merge` wrote, a run's final/ or checkpoint, or a model's name in the hub's cache
+    model: String,
+    /// The tokens that adapters act on, where they are apart from the weights: all, with_image or image_tokens; else as
+    /// the folder says
+    #[arg(long, value_name = "TOKENS", value_parser = ActsOn::parse)]
+    acts_on: Option<ActsOn>,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto", env = "VORA_DEVICE")]
+    device: String,
+    /// auto, bf16, f32 or f16
+    #[arg(long, default_value = "auto")]
+    dtype: String,
+}
+
+impl ModelArgs {
+    /// Opens it, ready to answer.
+    pub(crate) fn open(&self) -> Result<Assistant> {
+        let device = runtime::device(&self.device)?;
+        let kind = runtime::kind(&self.dtype, device)?;
+        let folder = vora_hub::resolve(&self.model)?;
+        let mut model = vora_model::open(&folder, device, kind, &vora_hub::resolve)?;
+        if let Some(acts_on) = self.acts_on {
+            model.set_acts_on(acts_on).context("--acts-on")?;
+        }
+        Assistant::new(model, &folder)
+    }
+
+    /// The last part of its name or path.
+    pub(crate) fn short_name(&self) -> String {
+        let name = self.model.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
+        if matches!(name, "" | "." | "..") { "vora".to_owned() } else { name.to_owned() }
+    }
+}

@@ -1,0 +1,12 @@
+//! `/v1/chat/completions`: a body becomes requests to the engine, their events an answer.
+
+mod answer;
+mod complete;
+mod messages;
+mod pictures;
+mod rules;
+mod stream;
+mod wire;
+
+pub(crate) use complete::{complete, prepare_for};
+pub(crate) use stream::ChatStream;

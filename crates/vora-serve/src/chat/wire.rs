@@ -1,0 +1,290 @@
+//! A request's body as it comes: known fields typed, unknown ones passed over without being kept.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::marker::PhantomData;
+
+use serde::de::{DeserializeSeed, Error, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use serde_json::{Map, Number, Value};
+
+use crate::error::ApiError;
+
+/// Messages, and parts of a message.
+const MAX_PARTS: usize = 4096;
+/// Values in a JSON schema.
+const MAX_SCHEMA: usize = 10_000;
+
+/// The fields of a request that something is done with.
+#[derive(Debug, Deserialize)]
+pub(super) struct Wire {
+    pub(super) model: Option<String>,
+    pub(super) messages: Few<WireMessage>,
+    pub(super) n: Option<i64>,
+    pub(super) seed: Option<i64>,
+    pub(super) temperature: Option<f64>,
+    pub(super) top_p: Option<f64>,
+    pub(super) top_k: Option<i64>,
+    pub(super) min_p: Option<f64>,
+    pub(super) presence_penalty: Option<f64>,
+    pub(super) frequency_penalty: Option<f64>,
+    pub(super) repetition_penalty: Option<f64>,
+    pub(super) max_tokens: Option<i64>,
+    pub(super) max_completion_tokens: Option<i64>,
+    pub(super) stop: Option<OneOrMore<String>>,
+    pub(super) logit_bias: Option<FewNamed>,
+    pub(super) logprobs: Option<bool>,
+    pub(super) top_logprobs: Option<i64>,
+    pub(super) response_format: Option<WireFormat>,
+    pub(super) stream: Option<bool>,
+    pub(super) stream_options: Option<StreamOptions>,
+    pub(super) tools: Option<Few<serde::de::IgnoredAny>>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct WireMessage {
+    pub(super) role: String,
+    pub(super) content: Option<OneOrMore<WirePart>>,
+}
+
+/// A part of a message; a plain string is one of type `text`.
+#[derive(Debug, Deserialize)]
+pub(super) struct WirePart {
+    pub(super) r#type: String,
+    pub(super) text: Option<String>,
+    pub(super) image_url: Option<ImageUrl>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct ImageUrl {
+    pub(super) url: String,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct StreamOptions {
+    pub(super) include_usage: Option<bool>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct WireFormat {
+    pub(super) r#type: String,
+    pub(super) json_schema: Option<WireSchema>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct WireSchema {
+    pub(super) schema: Option<SmallJson>,
+}
+
+/// A list that is refused before it grows long.
+#[derive(Debug)]
+pub(super) struct Few<T>(pub(super) Vec<T>);
+
+/// A string, or a list.
+#[derive(Debug)]
+pub(super) enum OneOrMore<T> {
+    One(String),
+    More(Vec<T>),
+}
+
+/// Numbers by name, not many.
+#[derive(Debug)]
+pub(super) struct FewNamed(pub(super) BTreeMap<String, f64>);
+
+/// JSON of not many values.
+#[derive(Debug)]
+pub(super) struct SmallJson(pub(super) Value);
+
+impl Wire {
+    /// Reads a body.
+    ///
+    /// # Errors
+    /// What is wrong, and at which field.
+    pub(super) fn parse(body: &[u8]) -> Result<Self, ApiError> {
+        let mut json = serde_json::Deserializer::from_slice(body);
+        let wire = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+            let path = error.path().to_string();
+            explain(&path, error.inner())
+        })?;
+        json.end().map_err(|error| explain(".", &error))?;
+        Ok(wire)
+    }
+}
+
+/// An error of serde's, without the strings of the request that it quotes.
+fn explain(path: &str, error: &serde_json::Error) -> ApiError {
+    let mut message = error.to_string();
+    if let (Some(from), Some(to)) = (message.find("string \""), message.rfind("\", expected")) {
+        message.replace_range(from..=to, "a string");
+    }
+    for (ours, theirs) in [("expected i64", "expected a whole number"), ("expected f64", "expected a number")] {
+        message = message.replace(ours, theirs);
+    }
+    if path != "." {
+        message.truncate(message.rfind(" at line ").unwrap_or(message.len()));
+    }
+    match path {
+        "." | "?" => {
+            let syntax = error.is_syntax() || error.is_eof();
+            let what = if syntax { "the body is not JSON" } else { "the body is not a request" };
+            let field = message.strip_prefix("missing field `").and_then(|rest| rest.split('`').next());
+            let field = field.map(str::to_owned);
+            match field {
+                Some(field) => ApiError::invalid(field, message),
+                None => ApiError::refused(hyper::StatusCode::BAD_REQUEST, format!("{what}: {message}")),
+            }
+        }
+        path => ApiError::invalid(path, format!("{path}: {message}")),
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Few<T> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_seq(List(PhantomData)).map(Self)
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMore<T> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_any(StringOrList(PhantomData))
+    }
+}
+
+impl<'de> Deserialize<'de> for FewNamed {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_map(Named)
+    }
+}
+
+impl<'de> Deserialize<'de> for SmallJson {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        Counted(&mut 0).deserialize(from).map(Self)
+    }
+}
+
+struct List<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for List<T> {
+    type Value = Vec<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a list")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
+        let mut items = Vec::new();
+        while let Some(item) = seq.next_element()? {
+            items.push(item);
+            if items.len() > MAX_PARTS {
+                return Err(A::Error::custom(format!("there are more than {MAX_PARTS}")));
+            }
+        }
+        Ok(items)
+    }
+}
+
+struct StringOrList<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for StringOrList<T> {
+    type Value = OneOrMore<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a string or a list")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<OneOrMore<T>, E> {
+        Ok(OneOrMore::One(text.to_owned()))
+    }
+
+    fn visit_string<E: Error>(self, text: String) -> Result<OneOrMore<T>, E> {
+        Ok(OneOrMore::One(text))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<OneOrMore<T>, A::Error> {
+        List(PhantomData).visit_seq(seq).map(OneOrMore::More)
+    }
+}
+
+struct Named;
+
+impl<'de> Visitor<'de> for Named {
+    type Value = FewNamed;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "an object of numbers")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<FewNamed, A::Error> {
+        let mut named = BTreeMap::new();
+        while let Some((name, value)) = map.next_entry::<String, f64>()? {
+            named.insert(name, value);
+            if named.len() > MAX_PARTS {
+                return Err(A::Error::custom(format!("there are more than {MAX_PARTS}")));
+            }
+        }
+        Ok(FewNamed(named))
+    }
+}
+
+/// Reads JSON and counts its values.
+struct Counted<'a>(&'a mut usize);
+
+impl<'de> DeserializeSeed<'de> for Counted<'_> {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Value, D::Error> {
+        *self.0 += 1;
+        if *self.0 > MAX_SCHEMA {
+            return Err(D::Error::custom(format!("it has more than {MAX_SCHEMA} values")));
+        }
+        from.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Counted<'_> {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "JSON")
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E: Error>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E: Error>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E: Error>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E: Error>(self, value: f64) -> Result<Value, E> {
+        Ok(Number::from_f64(value).map_or(Value::Null, Value::Number))
+    }
+
+    fn visit_str<E: Error>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
+        let mut items = Vec::new();
+        while let Some(item) = seq.next_element_seed(Counted(&mut *self.0))? {
+            items.push(item);
+        }
+        Ok(items.into())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+        let mut object = Map::new();
+        while let Some(key) = map.next_key()? {
+            object.insert(key, map.next_value_seed(Counted(&mut *self.0))?);
+        }
+        Ok(object.into())
+    }
+}

@@ -1,0 +1,155 @@
+//! What all connections share: the model once it is loaded, limits, counters, and whether the server is ending.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use hyper::header::HeaderValue;
+use tokio::sync::Semaphore;
+use vora_infer::Engine;
+
+use crate::config::ServeConfig;
+use crate::error::ApiError;
+use crate::fetch::Fetcher;
+use crate::guard::Keys;
+use crate::metrics::Metrics;
+use crate::page;
+
+/// Requests whose pictures are decoded at once; what decoding takes is bounded by it.
+const DECODING: usize = 2;
+/// Pictures that are fetched at once.
+const FETCHING: usize = 4;
+/// KiB of bodies that are held at once.
+const BODIES: usize = 256 << 10;
+
+/// What all connections share.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) config: ServeConfig,
+    pub(crate) keys: Keys,
+    pub(crate) here: bool, // it listens on this machine alone and asks for no key
+    pub(crate) fetcher: Fetcher,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) decoding: Arc<Semaphore>,
+    pub(crate) fetching: Arc<Semaphore>,
+    pub(crate) bodies: Arc<Semaphore>,
+    pub(crate) started: u64,
+    pub(crate) page_policy: HeaderValue,
+    loaded: OnceLock<Arc<Loaded>>,
+    draining: AtomicBool,
+    in_flight: Arc<AtomicUsize>,
+    connections: Arc<AtomicUsize>,
+}
+
+/// A model that answers.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    pub(crate) engine: Engine,
+    /// Whether it takes pictures.
+    pub(crate) sees: bool,
+    /// Whether it has adapters that a request may do without.
+    pub(crate) apart: bool,
+    /// Tokens of prompt and answer.
+    pub(crate) context: i64,
+    /// Bytes of text that could be that many tokens.
+    pub(crate) most_text: usize,
+}
+
+/// Counts a request or a connection while it lives.
+#[derive(Debug)]
+pub(crate) struct InFlight(Arc<AtomicUsize>);
+
+impl State {
+    pub(crate) fn new(config: ServeConfig, here: bool) -> Self {
+        Self {
+            keys: Keys::new(&config.api_keys),
+            here: here && config.api_keys.is_empty(),
+            fetcher: Fetcher::new(&config.image_hosts),
+            metrics: Arc::default(),
+            decoding: Arc::new(Semaphore::new(DECODING)),
+            fetching: Arc::new(Semaphore::new(FETCHING)),
+            bodies: Arc::new(Semaphore::new(BODIES)),
+            started: now(),
+            page_policy: HeaderValue::try_from(page::policy()).unwrap_or(HeaderValue::from_static("default-src 'none'")),
+            config,
+            loaded: OnceLock::new(),
+            draining: AtomicBool::new(false),
+            in_flight: Arc::default(),
+            connections: Arc::default(),
+        }
+    }
+
+    pub(crate) fn set_loaded(&self, loaded: Loaded) {
+        let _ = self.loaded.set(Arc::new(loaded)); // the first stays
+    }
+
+    /// The model.
+    ///
+    /// # Errors
+    /// 503 before it is loaded.
+    pub(crate) fn loaded(&self) -> Result<Arc<Loaded>, ApiError> {
+        self.loaded.get().cloned().ok_or_else(|| ApiError::unavailable("the model is being loaded: ask again later"))
+    }
+
+    pub(crate) fn drain(&self) {
+        self.draining.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::SeqCst)
+    }
+
+    /// Requests that are being answered.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::SeqCst)
+    }
+
+    /// Connections that are open.
+    pub(crate) fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
+    }
+
+    /// Counts a connection in.
+    pub(crate) fn open(&self) -> InFlight {
+        self.connections.fetch_add(1, Ordering::SeqCst);
+        InFlight(self.connections.clone())
+    }
+
+    /// Counts a request in.
+    ///
+    /// # Errors
+    /// 503 once the server is ending.
+    pub(crate) fn enter(&self) -> Result<InFlight, ApiError> {
+        self.in_flight.fetch_add(1, Ordering::SeqCst);
+        let entered = InFlight(self.in_flight.clone()); // counted before the question: draining waits for it, or it is refused
+        if self.is_draining() {
+            return Err(ApiError::unavailable("the server is ending and takes no more requests"));
+        }
+        Ok(entered)
+    }
+}
+
+impl Loaded {
+    /// The names that it answers to.
+    pub(crate) fn names(&self, name: &str) -> Vec<String> {
+        let base = self.apart.then(|| format!("{name}:base"));
+        std::iter::once(name.to_owned()).chain(base).collect()
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Seconds since 1970.
+pub(crate) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}
+
+/// A number that differs from call to call; no secret.
+pub(crate) fn random() -> u64 {
+    RandomState::new().build_hasher().finish()
+}

@@ -1,0 +1,121 @@
+//! Many clients, a fifth of them hostile (row 35).
+
+use std::io::{Read, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use serde_json::json;
+use vora_serve::Server;
+
+use crate::client::{connect, post, posted, receive, say};
+use crate::model::picture;
+use crate::{about, ask, long, metric, serve, until};
+
+const CHAT: &str = "/v1/chat/completions";
+
+/// Resident bytes and open descriptors of this process.
+fn held() -> (usize, usize) {
+    let pages: usize = std::fs::read_to_string("/proc/self/statm").unwrap().split(' ').nth(1).unwrap().parse().unwrap();
+    (pages * 4096, std::fs::read_dir("/proc/self/fd").unwrap().count())
+}
+
+/// Request number `at`; of five one is no good.
+fn one(server: &Server, at: usize, answered: &AtomicUsize) {
+    let request = match at % 3 {
+        0 => about(&picture([(at % 250) as u8, 30, 60]), "What is it?", 1 + at % 7),
+        _ => long(["Is it red?", "Where is the ring?"][at % 2], 1 + at % 9),
+    };
+    if at % 5 != 4 {
+        let mut request = request;
+        request["stream"] = (at % 2 == 0).into();
+        let reply = ask(server, &request);
+        match reply.status {
+            200 if at % 2 == 0 => assert!(reply.events().iter().all(|event| event.get("error").is_none())),
+            200 => assert!(reply.json()["usage"]["completion_tokens"].as_u64().unwrap() > 0),
+            status => panic!("{status}: {}", reply.text()),
+        }
+        answered.fetch_add(1, Ordering::Relaxed);
+        return;
+    }
+    match at / 5 % 6 {
+        0 => {
+            let mut socket = connect(server);
+            let streamed = json!({"messages": [{"role": "user", "content": "Go on"}], "stream": true, "max_tokens": 400, "logit_bias": {"2": -100}});
+            socket.write_all(&posted(CHAT, "", streamed.to_string().as_bytes())).unwrap();
+            let mut some = [0; 200];
+            let _ = socket.read(&mut some);
+        }
+        1 => drop(connect(server)),
+        2 => assert_eq!(post(server, CHAT, &request.to_string().as_bytes()[1..]).status, 400),
+        3 => assert_eq!(post(server, CHAT, &vec![b'['; 300_000]).status, 413),
+        4 => {
+            let mut socket = connect(server);
+            let bytes = posted(CHAT, "", request.to_string().as_bytes());
+            socket.write_all(&bytes[..bytes.len() / 2]).unwrap();
+        }
+        _ => {
+            let garbage: Vec<u8> = (0..500usize).map(|i| ((i * at) % 251) as u8).collect();
+            let mut socket = connect(server);
+            let _ = socket.write_all(&garbage);
+            assert_ne!(receive_or_nothing(&mut socket), Some(200));
+        }
+    }
+}
+
+fn receive_or_nothing(socket: &mut std::net::TcpStream) -> Option<u16> {
+    let mut peeked = [0; 1];
+    matches!(socket.peek(&mut peeked), Ok(1)).then(|| receive(socket).status)
+}
+
+fn soak(requests: usize, clients: usize, flat: usize) {
+    let server = serve(|config, engine| {
+        config.max_body = 200_000;
+        (engine.max_batch, engine.max_waiting) = (8, 4 * clients);
+    });
+    let round = |from: usize, to: usize| {
+        let (next, answered) = (AtomicUsize::new(from), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            for _ in 0..clients {
+                scope.spawn(|| {
+                    loop {
+                        let at = next.fetch_add(1, Ordering::Relaxed);
+                        if at >= to {
+                            return;
+                        }
+                        one(&server, at, &answered);
+                    }
+                });
+            }
+        });
+        until("all is quiet", || metric(&server, "open_connections") == 1.0 && metric(&server, "num_requests_running") == 0.0);
+        answered.into_inner()
+    };
+    let first = requests / 3;
+    let mut answered = round(0, first); // what is made once is made here
+    let (memory, descriptors) = held();
+    answered += round(first, requests);
+    let (more_memory, more_descriptors) = held();
+    assert!(more_descriptors <= descriptors, "{descriptors} descriptors became {more_descriptors}");
+    assert!(more_memory <= memory + flat, "{memory} bytes became {more_memory}");
+
+    let [ended, failed, cancelled] = ["ended", "failed", "cancelled"].map(|how| metric(&server, &format!("requests_{how}_total")));
+    let stats = say(&server, b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n").text();
+    let succeeded: f64 = stats
+        .lines()
+        .filter(|line| line.starts_with("vora:request_success_total"))
+        .map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap())
+        .sum();
+    assert_eq!((metric(&server, "num_requests_waiting"), metric(&server, "kv_cache_usage_perc"), failed), (0.0, 0.0, 0.0));
+    assert_eq!(succeeded + cancelled, ended);
+    assert!(succeeded >= answered as f64, "{succeeded} of {answered}");
+}
+
+#[test]
+fn hundreds_of_requests_leave_nothing_behind() {
+    soak(300, 16, 32 << 20);
+}
+
+#[test]
+#[ignore = "minutes: `cargo xtask check --clients` runs it"]
+fn ten_thousand_requests_leave_nothing_behind() {
+    soak(10_000, 64, 64 << 20);
+}

@@ -1,0 +1,168 @@
+//! What the `openai` package sends is answered as it expects, and each as if it were alone (row 38).
+
+use serde_json::Value;
+
+use crate::client::{Reply, get, say};
+use crate::model::picture;
+use crate::{about, ask, long, serve};
+
+/// A request as the package sent it.
+fn recorded(name: &str) -> Vec<u8> {
+    std::fs::read(fixtures::root().join("clients/openai").join(format!("{name}.http"))).unwrap()
+}
+
+/// The names and types of all that is in a JSON value; of a list, of its first element.
+fn shape(value: &Value) -> String {
+    match value {
+        Value::Null => "null".to_owned(),
+        Value::Bool(_) => "bool".to_owned(),
+        Value::Number(_) => "number".to_owned(),
+        Value::String(_) => "string".to_owned(),
+        Value::Array(items) => format!("[{}]", items.first().map(shape).unwrap_or_default()),
+        Value::Object(fields) => {
+            let fields: Vec<String> = fields.iter().map(|(name, value)| format!("{name}: {}", shape(value))).collect();
+            format!("{{{}}}", fields.join(", "))
+        }
+    }
+}
+
+const HEAD: &str = "created: number, id: string, model: string, object: string";
+const USAGE: &str = "usage: {completion_tokens: number, prompt_tokens: number, prompt_tokens_details: {cached_tokens: number}, total_tokens: number}";
+
+/// The shape of a whole answer with these choices.
+fn whole(choice: &str) -> String {
+    let (id, object) = HEAD.split_at(HEAD.find("object").unwrap());
+    format!("{{choices: [{choice}], {id}{object}, system_fingerprint: string, {USAGE}}}")
+}
+
+const MESSAGE: &str = "message: {content: string, refusal: null, role: string}";
+
+fn said(reply: &Reply) -> Value {
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    assert_eq!(reply.header("content-type"), Some("application/json"));
+    reply.json()
+}
+
+#[test]
+fn the_openai_package_is_answered() {
+    let server = serve(|config, _| config.api_keys = vec!["secret".to_owned()]);
+    let models = said(&say(&server, &recorded("models")));
+    assert_eq!(models["object"], "list");
+    let names: Vec<&Value> = models["data"].as_array().unwrap().iter().map(|model| &model["id"]).collect();
+    assert_eq!(names, ["tiny", "tiny:base"]);
+
+    for name in ["chat", "picture"] {
+        let answer = said(&say(&server, &recorded(name)));
+        let choice = format!("{{finish_reason: string, index: number, logprobs: null, {MESSAGE}}}");
+        assert_eq!(shape(&answer), whole(&choice), "{name}");
+        assert_eq!(answer["object"], "chat.completion");
+        assert!(["stop", "length"].contains(&answer["choices"][0]["finish_reason"].as_str().unwrap()));
+    }
+    let answer = said(&say(&server, &recorded("everything")));
+    let entry = "bytes: [number], logprob: number, token: string";
+    let logprobs = format!("{{content: [{{{entry}, top_logprobs: [{{{entry}}}]}}], refusal: null}}");
+    let choice = format!("{{finish_reason: string, index: number, logprobs: {logprobs}, {MESSAGE}}}");
+    assert_eq!(shape(&answer), whole(&choice));
+    assert_eq!(answer["choices"].as_array().unwrap().len(), 2);
+    for choice in answer["choices"].as_array().unwrap() {
+        let tokens = choice["logprobs"]["content"].as_array().unwrap();
+        assert!(tokens.iter().all(|token| token["top_logprobs"].as_array().unwrap().len() == 3));
+    }
+}
+
+#[test]
+fn the_openai_package_reads_the_stream() {
+    let server = serve(|config, _| config.api_keys = vec!["secret".to_owned()]);
+    let chunk = |delta: &str, reason: &str, more: &str| {
+        let choice = format!("{{delta: {delta}, finish_reason: {reason}, index: number, logprobs: null}}");
+        format!("{{choices: [{choice}], {HEAD}, system_fingerprint: string{more}}}")
+    };
+    for (name, more) in [("stream", ", usage: null"), ("picture_stream", "")] {
+        let reply = say(&server, &recorded(name));
+        assert_eq!((reply.status, reply.header("content-type")), (200, Some("text/event-stream")), "{}", reply.text());
+        let mut events = reply.events();
+        if name == "stream" {
+            let last = events.pop().unwrap();
+            assert_eq!(shape(&last), format!("{{choices: [], {HEAD}, system_fingerprint: string, {USAGE}}}"));
+            assert!(last["usage"]["completion_tokens"].as_u64().unwrap() <= 8);
+        }
+        assert_eq!(shape(&events[0]), chunk("{content: string, role: string}", "null", more));
+        assert_eq!(events[0]["choices"][0]["delta"]["role"], "assistant");
+        let end = events.pop().unwrap();
+        assert_eq!(shape(&end), chunk("{}", "string", more));
+        for event in &events[1..] {
+            assert_eq!(shape(event), chunk("{content: string}", "null", more));
+            assert_eq!((&event["id"], &event["object"]), (&end["id"], &"chat.completion.chunk".into()));
+        }
+    }
+}
+
+fn text(reply: &Reply) -> String {
+    said(reply)["choices"][0]["message"]["content"].as_str().unwrap().to_owned()
+}
+
+/// 38
+#[test]
+fn each_is_answered_as_if_it_were_alone() {
+    let requests: Vec<Value> = (0..12u8)
+        .map(|at| match at % 3 {
+            0 => long(["Is it red?", "Why?", "Where is the ring?", "What?"][usize::from(at / 3)], 24),
+            1 => about(&picture([at * 20, 7, 90]), "What colour is it?", 24),
+            _ => {
+                let mut other = about(&picture([at * 20, 7, 90]), "What colour is it?", 16);
+                other["model"] = "tiny:base".into();
+                other
+            }
+        })
+        .collect();
+    let alone: Vec<String> = {
+        let server = serve(|_, engine| (engine.max_batch, engine.prefix_caching) = (1, false));
+        requests.iter().map(|request| text(&ask(&server, request))).collect()
+    };
+    let server = serve(|_, _| {});
+    for round in 0..2 {
+        let together: Vec<String> = std::thread::scope(|scope| {
+            let asked: Vec<_> =
+                requests.iter().map(|request| scope.spawn(|| text(&ask(&server, request)))).collect();
+            asked.into_iter().map(|answer| answer.join().unwrap()).collect()
+        });
+        assert_eq!(together, alone, "round {round}");
+    }
+    let cached = said(&ask(&server, &requests[1]))["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+    assert!(cached > 0, "the third time it is known");
+    let differ = text(&ask(&server, &requests[1])) != {
+        let mut base = requests[1].clone();
+        base["model"] = "tiny:base".into();
+        text(&ask(&server, &base))
+    };
+    assert!(differ, "adapters change nothing");
+}
+
+#[test]
+fn seeds_stops_and_streams_agree() {
+    let server = serve(|_, _| {});
+    let mut request = long("Is it red?", 40);
+    request["temperature"] = 1.0.into();
+    request["seed"] = 11.into();
+    let whole = text(&ask(&server, &request));
+    assert_eq!(whole, text(&ask(&server, &request)));
+    request["stream"] = true.into();
+    let streamed: String = ask(&server, &request)
+        .events()
+        .iter()
+        .filter_map(|event| event["choices"][0]["delta"]["content"].as_str().map(str::to_owned))
+        .collect();
+    assert_eq!(streamed, whole);
+    request["stream"] = false.into();
+    let stop: String = whole.chars().skip(10).take(3).collect();
+    request["stop"] = stop.clone().into();
+    let cut = said(&ask(&server, &request));
+    assert_eq!(cut["choices"][0]["message"]["content"], whole[..whole.find(&stop).unwrap()]);
+    assert_eq!(cut["choices"][0]["finish_reason"], "stop");
+    request["n"] = 3.into();
+    request["stop"] = Value::Null;
+    let choices = said(&ask(&server, &request))["choices"].clone();
+    assert_eq!(choices[0]["message"]["content"], whole);
+    assert_ne!(choices[0]["message"], choices[1]["message"]);
+    assert_eq!(get(&server, "/v1/models").json()["data"][0]["id"], "tiny");
+}
