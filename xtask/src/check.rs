@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use anyhow::Result;
 
-use crate::{cmd, examples, setup, test};
+use crate::{clients, cmd, examples, setup, test};
 
 /// Arguments of `check`.
 #[derive(Debug, clap::Args)]
@@ -22,12 +22,19 @@ pub struct Args {
     /// One of them alone, in a project outside the clone, by what the README says
     #[arg(long, conflicts_with_all = ["cheap", "tidy"])]
     stranger: bool,
+    /// `vora serve` alone, asked by other people's clients: the openai package, Chromium, schemathesis, lmms-eval; and the long
+    /// soak. Needs a network once, for their Python environments
+    #[arg(long, conflicts_with_all = ["cheap", "tidy", "examples", "stranger"])]
+    clients: bool,
 }
 
 /// Stops at the first thing that does not pass.
 pub fn run(args: &Args) -> Result<()> {
     if args.tidy {
         return tidy();
+    }
+    if args.clients {
+        return clients::run();
     }
     if args.examples || args.stranger {
         if args.examples {

@@ -45,7 +45,7 @@ pub fn run(args: &Args) -> Result<()> {
 
 /// The Python that fixtures, and what is compared with Python, are made with.
 pub fn python() -> Result<PathBuf> {
-    environment(&cmd::root().join("fixtures/generate"))
+    environment("fixtures-python", &REQUIREMENTS.map(|name| cmd::root().join("fixtures/generate").join(name)))
 }
 
 /// The scripts of these names in a folder, or all; a name that starts with `_` is a module that scripts share.
@@ -68,18 +68,20 @@ pub fn scripts(folder: &Path, names: &[String]) -> Result<Vec<PathBuf>> {
     Ok(all.into_iter().map(|(_, path)| path).collect())
 }
 
-/// What the scripts import; the second list is installed without what its packages ask for.
+/// What the scripts import.
 const REQUIREMENTS: [&str; 2] = ["requirements.txt", "requirements-no-deps.txt"];
 
-/// The Python of a virtual environment with the requirements in `generate`; made anew in the cache folder when they
-/// change.
-fn environment(generate: &Path) -> Result<PathBuf> {
-    let lists = REQUIREMENTS.map(|name| generate.join(name));
+/// The Python of a virtual environment with these requirements, in a folder of this name in the cache folder; made anew when
+/// they change. A list whose name ends with `no-deps` is installed without what its packages ask for.
+///
+/// # Errors
+/// Where Python has no `venv`, and where a package cannot be installed.
+pub fn environment(name: &str, lists: &[PathBuf]) -> Result<PathBuf> {
     let mut wanted = Vec::new();
-    for list in &lists {
+    for list in lists {
         wanted.extend(fs::read(list).with_context(|| format!("cannot read {}", list.display()))?);
     }
-    let folder = cmd::cache()?.join("fixtures-python");
+    let folder = cmd::cache()?.join(name);
     let python = folder.join("bin/python");
     let installed = folder.join("requirements.txt"); // written last: with it the environment is complete
     if fs::read(&installed).is_ok_and(|installed| installed == wanted) {
@@ -89,8 +91,9 @@ fn environment(generate: &Path) -> Result<PathBuf> {
     cmd::run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder)).context(
         "cannot make a virtual environment (Python 3.11 or later; `apt install python3-venv` where it is apart)",
     )?;
-    for (list, deps) in lists.iter().zip([None, Some("--no-deps")]) {
-        let pip = ["-m", "pip", "install"].into_iter().chain(deps);
+    for list in lists {
+        let alone = list.file_stem().is_some_and(|stem| stem.to_string_lossy().ends_with("no-deps"));
+        let pip = ["-m", "pip", "install"].into_iter().chain(alone.then_some("--no-deps"));
         cmd::run(Command::new(&python).args(pip).arg("--requirement").arg(list))?;
     }
     fs::write(&installed, wanted).with_context(|| format!("cannot write {}", installed.display()))?;

@@ -53,7 +53,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     ensure!(!PathBuf::from(question).is_file(), "the last argument, {question}, is a file: put the question after it");
     let images = pictures.iter().map(|path| vora_image::open_image(path.as_ref())).collect::<Result<Vec<_>>>()?;
     let assistant = args.model.open()?;
-    let request = Request::question(&images, question).with_sampling(params).with_max_new_tokens(args.sampling.max_new_tokens);
+    let request =
+        Request::question(&images, question).with_sampling(params).with_max_new_tokens(args.sampling.max_new_tokens);
 
     let mut out = std::io::stdout();
     let modality = match args.write {

@@ -53,9 +53,9 @@ const WORDS: [&str; 12] =
 /// What so many requests at once took.
 #[derive(Debug, Clone, Copy)]
 struct Measured {
-    first: f64,  // seconds to the first token, the median request's
-    each: f64,   // tokens a second of one request, after its first
-    all: f64,    // tokens a second of all together, from the first request to the last token
+    first: f64, // seconds to the first token, the median request's
+    each: f64,  // tokens a second of one request, after its first
+    all: f64,   // tokens a second of all together, from the first request to the last token
     seconds: f64,
 }
 
@@ -113,7 +113,12 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(["at once", "first token", "tokens/s each", "tokens/s together"]);
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header([
+        "at once",
+        "first token",
+        "tokens/s each",
+        "tokens/s together",
+    ]);
     for (batch, measured) in rows {
         let Measured { first, each, all, .. } = measured;
         table.add_row([batch.to_string(), format!("{first:.3} s"), format!("{each:.1}"), format!("{all:.1}")]);

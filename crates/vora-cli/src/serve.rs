@@ -2,9 +2,9 @@
 
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::mpsc::{self, Receiver};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
 use anyhow::Result;

@@ -95,14 +95,17 @@ mod tests {
         let keys = Keys::new(&["one".to_owned(), "two".to_owned()]);
         let opens = |value: &str| keys.check(&headers(&[("authorization", value)])).is_ok();
         assert!(opens("Bearer one") && opens("bearer two"));
-        assert!(!opens("Bearer three") && !opens("one") && !opens("Basic one") && !opens("Bearer ") && !opens("Bearer"));
+        assert!(
+            !opens("Bearer three") && !opens("one") && !opens("Basic one") && !opens("Bearer ") && !opens("Bearer")
+        );
         assert!(keys.check(&HeaderMap::new()).is_err());
         assert!(Keys::new(&[]).check(&HeaderMap::new()).is_ok());
     }
 
     #[test]
     fn other_names_and_other_sites_are_refused() {
-        let allowed = |pairs: &[(&'static str, &str)]| check_site(&headers(pairs), &Uri::from_static("/"), true).is_ok();
+        let allowed =
+            |pairs: &[(&'static str, &str)]| check_site(&headers(pairs), &Uri::from_static("/"), true).is_ok();
         for host in ["127.0.0.1:8000", "localhost", "LOCALHOST:8000", "[::1]:8000", "a.localhost:1", "127.1.2.3"] {
             assert!(allowed(&[("host", host)]), "{host}");
         }

@@ -63,7 +63,10 @@ impl<'a> Route<'a> {
 }
 
 /// Answers a request. Dropped before it is done, it takes back what it asked of the engine.
-pub(crate) async fn answer(state: Arc<State>, request: Request<Incoming>) -> Result<Response<ResponseBody>, Infallible> {
+pub(crate) async fn answer(
+    state: Arc<State>,
+    request: Request<Incoming>,
+) -> Result<Response<ResponseBody>, Infallible> {
     let (head, mut incoming) = request.into_parts();
     let route = Route::of(head.uri.path());
     let checked = if route == Some(Route::Health) {

@@ -71,7 +71,8 @@ impl State {
             fetching: Arc::new(Semaphore::new(FETCHING)),
             bodies: Arc::new(Semaphore::new(BODIES)),
             started: now(),
-            page_policy: HeaderValue::try_from(page::policy()).unwrap_or(HeaderValue::from_static("default-src 'none'")),
+            page_policy: HeaderValue::try_from(page::policy())
+                .unwrap_or(HeaderValue::from_static("default-src 'none'")),
             config,
             loaded: OnceLock::new(),
             draining: AtomicBool::new(false),

@@ -57,7 +57,11 @@ fn a_signal_lets_running_requests_end_and_a_second_one_does_not() {
 
 #[test]
 fn a_server_says_why_it_does_not_start() {
-    fails(&["serve", MODEL, "--host", "0.0.0.0", "--port", "0"], 1, &["0.0.0.0 can be reached", "--api-key or VORA_API_KEY"]);
+    fails(
+        &["serve", MODEL, "--host", "0.0.0.0", "--port", "0"],
+        1,
+        &["0.0.0.0 can be reached", "--api-key or VORA_API_KEY"],
+    );
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     fails(&["serve", MODEL, "--port", &port], 1, &[&format!("cannot listen on 127.0.0.1:{port}")]);

@@ -76,7 +76,8 @@ pub(crate) async fn complete(
             let request = request.with_format(rules.format.clone());
             let request = rules.logprobs.into_iter().fold(request, Request::with_logprobs);
             let request = if adapters { request } else { request.without_adapters() };
-            submit(&state, &loaded, request, &rules, events, received).map_err(|error| ApiError::of_engine(&error, &params))
+            submit(&state, &loaded, request, &rules, events, received)
+                .map_err(|error| ApiError::of_engine(&error, &params))
         })
         .await?
     };
@@ -105,7 +106,10 @@ impl Asked {
         let conversation = Conversation::of(wire.messages.0, state.config.max_pictures)?;
         let (bytes, most) = (conversation.text_len(), loaded.most_text);
         if bytes > most {
-            let message = format!("the text has {bytes} bytes, which is more than the model's context of {} tokens", loaded.context);
+            let message = format!(
+                "the text has {bytes} bytes, which is more than the model's context of {} tokens",
+                loaded.context
+            );
             return Err(ApiError::invalid("messages", message));
         }
         Ok(Self { rules, conversation, model, adapters })

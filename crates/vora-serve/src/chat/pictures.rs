@@ -44,6 +44,7 @@ pub(super) fn decode(files: &[(String, Vec<u8>)], max_pixels: u64) -> Result<Vec
 }
 
 fn refusal(param: &str, error: &anyhow::Error) -> ApiError {
-    let what = error.downcast_ref::<ImageError>().map_or_else(|| "it cannot be decoded".to_owned(), ToString::to_string);
+    let what =
+        error.downcast_ref::<ImageError>().map_or_else(|| "it cannot be decoded".to_owned(), ToString::to_string);
     ApiError::invalid(param, format!("the picture cannot be used: {what}"))
 }

@@ -2,7 +2,7 @@
 
 use vora_infer::{ResponseFormat, SamplingParams};
 
-use super::wire::{OneOrMore, Wire, WireFormat};
+use super::wire::{OneOrMore, Whole, Wire, WireFormat};
 use crate::config::ServeConfig;
 use crate::error::ApiError;
 
@@ -67,7 +67,7 @@ fn sampling(wire: &Wire, vocab: i64) -> Result<SamplingParams, ApiError> {
     }
     let top_p = number("top_p", wire.top_p, 0.0, 1.0)?.unwrap_or(1.0);
     let top_k = match wire.top_k {
-        Some(-1) => 0, // vLLM's word for all
+        Some(Whole(-1)) => 0, // vLLM's word for all
         top_k => whole("top_k", top_k, 0, i64::from(i32::MAX))?.unwrap_or(0),
     };
     let repetition = number("repetition_penalty", wire.repetition_penalty, 0.01, 10.0)?.unwrap_or(1.0);
@@ -80,7 +80,7 @@ fn sampling(wire: &Wire, vocab: i64) -> Result<SamplingParams, ApiError> {
         .with_frequency_penalty(number("frequency_penalty", wire.frequency_penalty, -2.0, 2.0)?.unwrap_or(0.0))
         .with_repetition_penalty(repetition)
         .with_logit_bias(biases)
-        .with_seed(wire.seed.map_or_else(crate::state::random, |seed| seed as u64)))
+        .with_seed(wire.seed.map_or_else(crate::state::random, |Whole(seed)| seed as u64)))
 }
 
 fn stops(stop: Option<&OneOrMore<String>>) -> Result<Vec<String>, ApiError> {
@@ -122,8 +122,8 @@ fn format(format: &WireFormat) -> Result<ResponseFormat, ApiError> {
     }
 }
 
-fn whole(name: &str, value: Option<i64>, least: i64, most: i64) -> Result<Option<i64>, ApiError> {
-    match value {
+fn whole(name: &str, value: Option<Whole>, least: i64, most: i64) -> Result<Option<i64>, ApiError> {
+    match value.map(|Whole(value)| value) {
         Some(value) if !(least..=most).contains(&value) => {
             Err(ApiError::invalid(name, format!("{name} is {value}, it must be {least} to {most}")))
         }

@@ -20,21 +20,21 @@ const MAX_SCHEMA: usize = 10_000;
 pub(super) struct Wire {
     pub(super) model: Option<String>,
     pub(super) messages: Few<WireMessage>,
-    pub(super) n: Option<i64>,
-    pub(super) seed: Option<i64>,
+    pub(super) n: Option<Whole>,
+    pub(super) seed: Option<Whole>,
     pub(super) temperature: Option<f64>,
     pub(super) top_p: Option<f64>,
-    pub(super) top_k: Option<i64>,
+    pub(super) top_k: Option<Whole>,
     pub(super) min_p: Option<f64>,
     pub(super) presence_penalty: Option<f64>,
     pub(super) frequency_penalty: Option<f64>,
     pub(super) repetition_penalty: Option<f64>,
-    pub(super) max_tokens: Option<i64>,
-    pub(super) max_completion_tokens: Option<i64>,
+    pub(super) max_tokens: Option<Whole>,
+    pub(super) max_completion_tokens: Option<Whole>,
     pub(super) stop: Option<OneOrMore<String>>,
     pub(super) logit_bias: Option<FewNamed>,
     pub(super) logprobs: Option<bool>,
-    pub(super) top_logprobs: Option<i64>,
+    pub(super) top_logprobs: Option<Whole>,
     pub(super) response_format: Option<WireFormat>,
     pub(super) stream: Option<bool>,
     pub(super) stream_options: Option<StreamOptions>,
@@ -75,6 +75,10 @@ pub(super) struct WireFormat {
 pub(super) struct WireSchema {
     pub(super) schema: Option<SmallJson>,
 }
+
+/// A whole number, which JSON may also write as `2.0`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Whole(pub(super) i64);
 
 /// A list that is refused before it grows long.
 #[derive(Debug)]
@@ -117,9 +121,7 @@ fn explain(path: &str, error: &serde_json::Error) -> ApiError {
     if let (Some(from), Some(to)) = (message.find("string \""), message.rfind("\", expected")) {
         message.replace_range(from..=to, "a string");
     }
-    for (ours, theirs) in [("expected i64", "expected a whole number"), ("expected f64", "expected a number")] {
-        message = message.replace(ours, theirs);
-    }
+    message = message.replace("expected f64", "expected a number");
     if path != "." {
         message.truncate(message.rfind(" at line ").unwrap_or(message.len()));
     }
@@ -135,6 +137,12 @@ fn explain(path: &str, error: &serde_json::Error) -> ApiError {
             }
         }
         path => ApiError::invalid(path, format!("{path}: {message}")),
+    }
+}
+
+impl<'de> Deserialize<'de> for Whole {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_any(WholeNumber)
     }
 }
 
@@ -159,6 +167,31 @@ impl<'de> Deserialize<'de> for FewNamed {
 impl<'de> Deserialize<'de> for SmallJson {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         Counted(&mut 0).deserialize(from).map(Self)
+    }
+}
+
+struct WholeNumber;
+
+impl Visitor<'_> for WholeNumber {
+    type Value = Whole;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a whole number")
+    }
+
+    fn visit_i64<E: Error>(self, value: i64) -> Result<Whole, E> {
+        Ok(Whole(value))
+    }
+
+    fn visit_u64<E: Error>(self, value: u64) -> Result<Whole, E> {
+        i64::try_from(value).map(Whole).map_err(|_| E::custom(format!("{value} is too large")))
+    }
+
+    fn visit_f64<E: Error>(self, value: f64) -> Result<Whole, E> {
+        if value.fract() == 0.0 && value.abs() < 9e15 {
+            return Ok(Whole(value as i64));
+        }
+        Err(E::custom(format!("{value} is no whole number that can be meant")))
     }
 }
 

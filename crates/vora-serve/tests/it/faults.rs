@@ -145,16 +145,21 @@ fn no_request_leaves_for_a_picture() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
     let port = listener.local_addr().unwrap().port();
-    let hosts = ["localhost", "127.0.0.1", "[::ffff:127.0.0.1]", "[::1]", "0.0.0.0"].map(|host| format!("{host}:{port}"));
+    let hosts =
+        ["localhost", "127.0.0.1", "[::ffff:127.0.0.1]", "[::1]", "0.0.0.0"].map(|host| format!("{host}:{port}"));
     for allowed in [false, true] {
         let server = serve(|config, _| config.image_hosts = if allowed { hosts.to_vec() } else { Vec::new() });
         let local = hosts.iter().map(|host| format!("http://{host}/a.png"));
-        let others = ["file:///etc/passwd", "http://169.254.169.254/latest", "ftp://localhost/", "/etc/passwd", "", "http://"];
+        let others =
+            ["file:///etc/passwd", "http://169.254.169.254/latest", "ftp://localhost/", "/etc/passwd", "", "http://"];
         for url in local.chain(others.map(str::to_owned)) {
             let reply = ask(&server, &about(&url, "What?", 2));
             let (message, param, _) = reply.error();
             assert_eq!((reply.status, &*param), (400, "messages[0].content[0]"), "{url}: {message}");
-            assert!(!message.contains("127.0") && !message.contains("localhost") && !message.contains("/etc"), "{message}");
+            assert!(
+                !message.contains("127.0") && !message.contains("localhost") && !message.contains("/etc"),
+                "{message}"
+            );
         }
     }
     assert!(listener.accept().is_err(), "somebody came");

@@ -54,7 +54,8 @@ fn ask(server: &Server, request: &Value) -> Reply {
 /// A number of /metrics.
 fn metric(server: &Server, name: &str) -> f64 {
     let page = client::get(server, "/metrics").text();
-    let line = page.lines().find(|line| line.starts_with(&format!("vora:{name}{{"))).unwrap_or_else(|| panic!("{page}"));
+    let line =
+        page.lines().find(|line| line.starts_with(&format!("vora:{name}{{"))).unwrap_or_else(|| panic!("{page}"));
     line.rsplit(' ').next().unwrap().parse().unwrap()
 }
 

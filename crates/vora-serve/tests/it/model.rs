@@ -26,7 +26,9 @@ struct Tiny(Vora);
 pub(crate) fn assistant() -> Assistant {
     let llm = fixtures::root().join("tiny/llm");
     let folder = tempfile::tempdir().unwrap();
-    for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "config.json"] {
+    for name in
+        ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "config.json"]
+    {
         std::fs::copy(llm.join(name), folder.path().join(name)).unwrap();
     }
     let half = [0.5; 3];
@@ -97,7 +99,10 @@ impl VisionLanguageModel for Tiny {
     fn embed(&self, input: &Input) -> Result<Tensor> {
         for pixels in &input.pixel_values {
             match pixels.mean(Kind::Float).double_value(&[]) {
-                1.0 => drop(Tensor::zeros([2, 3], (Kind::Float, Device::Cpu)).matmul(&Tensor::zeros([2, 3], (Kind::Float, Device::Cpu)))),
+                1.0 => drop(
+                    Tensor::zeros([2, 3], (Kind::Float, Device::Cpu))
+                        .matmul(&Tensor::zeros([2, 3], (Kind::Float, Device::Cpu))),
+                ),
                 -1.0 => std::thread::sleep(SLOW),
                 _ => {}
             }

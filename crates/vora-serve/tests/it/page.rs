@@ -11,7 +11,9 @@ fn the_page_is_one_file_that_needs_nothing_else() {
     let policy = reply.header("content-security-policy").unwrap();
     assert!(policy.starts_with("default-src 'none'") && policy.contains("frame-ancestors 'none'"), "{policy}");
     let page = reply.text();
-    for outside in ["http://", "https://", "//cdn", "@import", "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write"] {
+    for outside in
+        ["http://", "https://", "//cdn", "@import", "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write"]
+    {
         assert!(!page.contains(outside), "{outside}");
     }
 }

@@ -86,7 +86,9 @@ fn soak(requests: usize, clients: usize, flat: usize) {
                 });
             }
         });
-        until("all is quiet", || metric(&server, "open_connections") == 1.0 && metric(&server, "num_requests_running") == 0.0);
+        until("all is quiet", || {
+            metric(&server, "open_connections") == 1.0 && metric(&server, "num_requests_running") == 0.0
+        });
         answered.into_inner()
     };
     let first = requests / 3;
@@ -97,14 +99,18 @@ fn soak(requests: usize, clients: usize, flat: usize) {
     assert!(more_descriptors <= descriptors, "{descriptors} descriptors became {more_descriptors}");
     assert!(more_memory <= memory + flat, "{memory} bytes became {more_memory}");
 
-    let [ended, failed, cancelled] = ["ended", "failed", "cancelled"].map(|how| metric(&server, &format!("requests_{how}_total")));
+    let [ended, failed, cancelled] =
+        ["ended", "failed", "cancelled"].map(|how| metric(&server, &format!("requests_{how}_total")));
     let stats = say(&server, b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n").text();
     let succeeded: f64 = stats
         .lines()
         .filter(|line| line.starts_with("vora:request_success_total"))
         .map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap())
         .sum();
-    assert_eq!((metric(&server, "num_requests_waiting"), metric(&server, "kv_cache_usage_perc"), failed), (0.0, 0.0, 0.0));
+    assert_eq!(
+        (metric(&server, "num_requests_waiting"), metric(&server, "kv_cache_usage_perc"), failed),
+        (0.0, 0.0, 0.0)
+    );
     assert_eq!(succeeded + cancelled, ended);
     assert!(succeeded >= answered as f64, "{succeeded} of {answered}");
 }

@@ -122,8 +122,7 @@ fn each_is_answered_as_if_it_were_alone() {
     let server = serve(|_, _| {});
     for round in 0..2 {
         let together: Vec<String> = std::thread::scope(|scope| {
-            let asked: Vec<_> =
-                requests.iter().map(|request| scope.spawn(|| text(&ask(&server, request)))).collect();
+            let asked: Vec<_> = requests.iter().map(|request| scope.spawn(|| text(&ask(&server, request)))).collect();
             asked.into_iter().map(|answer| answer.join().unwrap()).collect()
         });
         assert_eq!(together, alone, "round {round}");
