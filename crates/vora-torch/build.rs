@@ -16,6 +16,9 @@ fn main() {
     if has_pairs {
         layer.define("VORA_HAS_PAIRS", None);
     }
+    for define in decode_kernels(&target) {
+        layer.define(define, None);
+    }
     layer
         .cpp(true)
         .std("c++17")
@@ -31,6 +34,7 @@ fn main() {
         .flag_if_supported("-ffp-contract=fast")
         .files(["csrc/vora_torch.cpp", "csrc/fused.cpp", "csrc/loss.cpp", "csrc/attention.cpp", "csrc/profile.cpp"])
         .file("csrc/quantized.cpp")
+        .files(["csrc/decode/step.cpp", "csrc/decode/linear.cpp"])
         .compile("vora_torch");
     attention_kernel("plain", "4", &[]);
     if target.starts_with("x86_64") {
@@ -101,4 +105,39 @@ fn attention_kernel(isa: &str, floats: &str, flags: &[&str]) {
         build.flag_if_supported(flag);
     }
     build.file("csrc/attention_kernel.cpp").compile(&format!("vora_attention_{isa}"));
+}
+
+/// What compilers may lack of the instruction sets of decoding: the define that tells the rest of the layer of it, the
+/// namespace, the floats of a vector, and the flags.
+type DecodeIsa = (&'static str, &'static str, &'static str, &'static [&'static str]);
+const DECODE_ISAS: [DecodeIsa; 5] = [
+    ("VORA_HAS_AVX2", "avx2", "8", &["-mavx2", "-mfma", "-mf16c"]),
+    ("VORA_HAS_AVX_VNNI", "avx_vnni", "8", &["-mavx2", "-mfma", "-mf16c", "-mavxvnni"]),
+    ("VORA_HAS_AVX512", "avx512", "16", &AVX512),
+    ("VORA_HAS_VNNI", "avx512_vnni", "16", &["-mavx512vnni"]),
+    ("VORA_HAS_BF16", "avx512_bf16", "16", &["-mavx512vnni", "-mavx512bf16"]),
+];
+const AVX512: [&str; 7] = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"];
+
+/// Compiles the kernels of decoding, and says which instruction sets they are compiled for.
+fn decode_kernels(target: &str) -> Vec<&'static str> {
+    let compile = |isa: &str, floats: &str, flags: &[&str]| {
+        let mut build = cc::Build::new();
+        build.cpp(true).std("c++17").opt_level(3).define("VORA_ISA", isa).define("VORA_VECTOR", floats);
+        if !flags.iter().all(|flag| build.is_flag_supported(flag).unwrap_or(false)) {
+            return false;
+        }
+        for flag in flags.iter().chain(&ATTENTION_FLAGS).chain(&["-Wno-uninitialized"]) {
+            build.flag_if_supported(flag);
+        }
+        build.file("csrc/decode/kernel.cpp").compile(&format!("vora_decode_{isa}"));
+        true
+    };
+    compile("plain", "4", &[]);
+    let isas = DECODE_ISAS.iter().filter(|_| target.starts_with("x86_64"));
+    let compiled = isas.filter(|(_, isa, floats, flags)| {
+        let base: &[&str] = if *floats == "16" { &AVX512 } else { &[] };
+        compile(isa, floats, &[base, flags].concat())
+    });
+    compiled.map(|(define, ..)| *define).collect()
 }

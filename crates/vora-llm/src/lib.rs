@@ -44,7 +44,9 @@ mod rotary;
 pub use architecture::{MODEL_TYPES, QkNorm, absent_sizes, hf_class};
 pub use attention::{Attention, AttentionPlan, KernelChoice, VisionAttention, attend};
 pub use config::{LlmConfig, TokenIds};
-pub use decoder::{CausalLm, Decoder, DecoderLayer, DropoutSeed, GenerationConfig, Output, Pass, greedy};
+pub use decoder::{
+    CausalLm, Decoder, DecoderLayer, DropoutSeed, GenerationConfig, Output, PackedDecoder, PackedStep, Pass, greedy,
+};
 pub use error::{CacheError, ConfigError};
 pub use head_norm::HeadNorm;
 pub use kv_cache::KvCache;

@@ -85,6 +85,11 @@ impl Linear {
         self.bias.as_ref()
     }
 
+    /// Whether the bias acts on the tokens that adapters act on alone: see [`Linear::set_bias`].
+    pub fn bias_is_adapted(&self) -> bool {
+        self.adapters_bias
+    }
+
     /// The last dimension of what goes in.
     pub fn in_features(&self) -> i64 {
         self.weight.size()[1]

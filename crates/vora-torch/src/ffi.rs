@@ -6,6 +6,8 @@ use anyhow::{Result, anyhow};
 use tch::{Kind, Tensor};
 use torch_sys::C_tensor;
 
+use crate::nn::decode::raw;
+
 unsafe extern "C" {
     fn vora_last_error() -> *const c_char;
     pub(crate) fn vora_from_blob(
@@ -71,6 +73,27 @@ unsafe extern "C" {
         bands: *const C_tensor,
     ) -> *mut C_tensor;
     pub(crate) fn vora_rotate(x: *const C_tensor, cos: *const C_tensor, sin: *const C_tensor) -> *mut C_tensor;
+    pub(crate) fn vora_quantise(
+        weight: *const C_tensor,
+        width: i64,
+        values: *mut *mut C_tensor,
+        scales: *mut *mut C_tensor,
+    ) -> i32;
+    pub(crate) fn vora_pack(
+        values: *const C_tensor,
+        scales: *const C_tensor,
+        packed: *mut *mut C_tensor,
+        packed_scales: *mut *mut C_tensor,
+    ) -> i32;
+    pub(crate) fn vora_unpack(
+        matrix: *const raw::Matrix,
+        values: *mut *mut C_tensor,
+        scales: *mut *mut C_tensor,
+    ) -> i32;
+    pub(crate) fn vora_dequantise(matrix: *const raw::Matrix, rows: *const i64, n: i64, is_bf16: i32) -> *mut C_tensor;
+    pub(crate) fn vora_linear(matrix: *const raw::Matrix, bias: *const f32, x: *const C_tensor) -> *mut C_tensor;
+    pub(crate) fn vora_decode_memory(decoder: *const raw::Decoder, step: *const raw::Step) -> i64;
+    pub(crate) fn vora_decode_step(decoder: *const raw::Decoder, step: *const raw::Step, memory: *mut u8) -> i32;
 }
 
 /// What the last failed call of this thread said.

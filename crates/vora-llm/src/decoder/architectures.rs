@@ -14,10 +14,10 @@ use super::{CausalLm, DropoutSeed};
 use crate::{AttentionPlan, LlmConfig, VisionAttention};
 
 /// One case of a golden file.
-struct Case {
-    name: String,
-    config: LlmConfig,
-    golden: Golden,
+pub(super) struct Case {
+    pub(super) name: String,
+    pub(super) config: LlmConfig,
+    pub(super) golden: Golden,
     weights: Vec<String>, // prefixes of its weights in the golden file, a later one's instead of an earlier one's
 }
 
@@ -37,14 +37,14 @@ fn chameleons() -> Vec<Case> {
     cases_of("chameleon_llm", false)
 }
 
-fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     let cases: Vec<Case> = cases_of("decoders", true).into_iter().chain(chameleons()).collect();
     assert_eq!(cases.len(), 10);
     cases
 }
 
 impl Case {
-    fn get(&self, name: &str) -> &Tensor {
+    pub(super) fn get(&self, name: &str) -> &Tensor {
         &self.golden[&format!("{}.{name}", self.name)]
     }
 
@@ -59,7 +59,7 @@ impl Case {
         tensors
     }
 
-    fn load(&self, kind: Kind) -> CausalLm {
+    pub(super) fn load(&self, kind: Kind) -> CausalLm {
         let weights = Weights::from_tensors(self.checkpoint(), Device::Cpu, kind);
         let llm = CausalLm::load(&self.config, &weights).unwrap();
         weights.finish().unwrap();

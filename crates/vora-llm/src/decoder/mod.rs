@@ -5,6 +5,7 @@ mod causal_lm;
 mod dropout;
 mod generate;
 mod layer;
+mod packed;
 mod pass;
 mod recompute;
 mod stack;
@@ -14,11 +15,14 @@ mod acts_on;
 #[cfg(test)]
 mod architectures;
 #[cfg(test)]
+mod packed_steps;
+#[cfg(test)]
 mod training;
 
 pub use causal_lm::CausalLm;
 pub use dropout::DropoutSeed;
 pub use generate::{GenerationConfig, greedy};
 pub use layer::DecoderLayer;
+pub use packed::{PackedDecoder, PackedStep};
 pub use pass::Pass;
 pub use stack::{Decoder, Output};

@@ -1,6 +1,7 @@
 //! Layers and losses of every model, and the kernels that they run through.
 
 pub mod attention;
+pub mod decode;
 pub mod fused;
 mod layer_norm;
 mod linear;

@@ -1,0 +1,228 @@
+//! Packed decoders against the reference and against the plain path, in every architecture: prompts are read token by token.
+
+use fixtures::assert_close_to;
+use tch::{Device, Kind, Tensor};
+use vora_lora::LoraConfig;
+use vora_torch::nn::decode::{Pages, Width};
+use vora_torch::weights::Weights;
+
+use super::architectures::cases;
+use super::{CausalLm, PackedDecoder, PackedStep};
+use crate::{AttentionPlan, LlmConfig, VisionAttention};
+use vora_text::Spans;
+
+/// Tokens in a page.
+const PAGE_LEN: i64 = 4;
+/// Pages of a row.
+const ROW_PAGES: usize = 5;
+
+fn pages(config: &LlmConfig, rows: usize, kind: Kind) -> Pages {
+    let size = [(rows * ROW_PAGES) as i64, config.kv_heads(), PAGE_LEN, config.head_width()];
+    // What is not a row's own must not be looked at.
+    let tensors = || -> Vec<Tensor> {
+        (0..config.num_hidden_layers).map(|_| Tensor::full(size, f64::NAN, (kind, Device::Cpu))).collect()
+    };
+    Pages::new(&tensors(), &tensors()).unwrap()
+}
+
+/// Some rows of tokens, each as far as it has been read.
+struct Rows {
+    pages: Pages,
+    tables: Vec<[i32; ROW_PAGES]>,
+    texts: Vec<Vec<i64>>,
+    lens: Vec<usize>,
+    adapted: Vec<bool>,
+}
+
+impl Rows {
+    fn new(config: &LlmConfig, kind: Kind, texts: Vec<Vec<i64>>, adapted: Vec<bool>) -> Self {
+        let rows = texts.len();
+        // The pages of all rows mixed.
+        let table = |row: usize| std::array::from_fn(|page| ((rows - 1 - row) + rows * (ROW_PAGES - 1 - page)) as i32);
+        Self {
+            pages: pages(config, rows, kind),
+            tables: (0..rows).map(table).collect(),
+            lens: vec![0; rows],
+            texts,
+            adapted,
+        }
+    }
+
+    /// One token more for the rows that are shorter than `upto` says; logits `[rows, vocab]` of these.
+    fn step(&mut self, decoder: &mut PackedDecoder, upto: &[usize]) -> Option<Tensor> {
+        let chosen: Vec<usize> = (0..self.lens.len()).filter(|&row| self.lens[row] < upto[row]).collect();
+        if chosen.is_empty() {
+            return None;
+        }
+        let of = |value: &dyn Fn(usize) -> i64| chosen.iter().map(|&row| value(row)).collect::<Vec<i64>>();
+        let lens = of(&|row| self.lens[row] as i64);
+        let step = PackedStep {
+            tables: &chosen.iter().flat_map(|&row| self.tables[row]).collect::<Vec<_>>(),
+            lens: &lens,
+            position_ids: &lens,
+            adapted: &chosen.iter().map(|&row| self.adapted[row]).collect::<Vec<_>>(),
+        };
+        let input_ids = of(&|row| self.texts[row][self.lens[row]]);
+        let logits = decoder.decode_step(&input_ids, &self.pages, &step).unwrap();
+        for row in chosen {
+            self.lens[row] += 1;
+        }
+        Some(logits)
+    }
+
+    /// Logits of each row after `prompts[row]` tokens and after each of `new` more, `[rows, 1 + new, vocab]`
+    fn logits(&mut self, decoder: &mut PackedDecoder, prompts: &[usize], new: usize) -> Tensor {
+        let before: Vec<usize> = prompts.iter().map(|len| len - 1).collect();
+        while self.step(decoder, &before).is_some() {}
+        let steps = (0..=new).map(|i| {
+            let upto: Vec<usize> = prompts.iter().map(|len| len + i).collect();
+            self.step(decoder, &upto).expect("a token more for every row")
+        });
+        Tensor::stack(&steps.collect::<Vec<_>>(), 1)
+    }
+}
+
+fn ids(t: &Tensor) -> Vec<i64> {
+    Vec::try_from(t.contiguous().view([-1])).unwrap()
+}
+
+/// Prompts of 5 and 8 tokens and what follows them.
+fn texts(prompts: &Tensor, continuation: &Tensor) -> Vec<Vec<i64>> {
+    let text =
+        |(row, len): (i64, i64)| [ids(&prompts.get(row).narrow(0, 0, len)), ids(&continuation.get(row))].concat();
+    [(0, 5), (1, 8)].map(text).to_vec()
+}
+
+/// Root of the mean square of the difference.
+fn distance(found: &Tensor, expected: &Tensor) -> f64 {
+    (found - expected).square().mean(Kind::Float).sqrt().double_value(&[])
+}
+
+#[test]
+fn steps_match_reference() {
+    for case in cases() {
+        let texts = texts(&case.golden["prompts"], &case.golden["continuation"]);
+        let steps = |kind, width| {
+            let llm = case.load(kind);
+            let mut decoder = PackedDecoder::new(&llm, width).unwrap().unwrap();
+            assert_eq!(decoder.num_bytes(), 0, "what has the dtype is shared");
+            Rows::new(&case.config, kind, texts.clone(), vec![true; 2]).logits(&mut decoder, &[5, 8], 4)
+        };
+        let expected = case.get("steps");
+        assert_close_to(&steps(Kind::Float, Width::F32), expected, 2e-5);
+        // In bf16 as close as libtorch's operators, which round after each.
+        let llm = case.load(Kind::BFloat16);
+        let theirs: Vec<Tensor> = texts.iter().map(|text| plain(&llm, text, 4).to_kind(Kind::Float)).collect();
+        let theirs = distance(&Tensor::stack(&theirs, 0), expected);
+        let ours = distance(&steps(Kind::BFloat16, Width::Bf16), expected);
+        assert!(ours < 1.1 * theirs, "{}: {ours} from the reference, libtorch's operators {theirs}", case.name);
+    }
+}
+
+/// What the plain path gives a whole text at its last tokens, `[1 + new, vocab]`
+fn plain(llm: &CausalLm, text: &[i64], new: i64) -> Tensor {
+    let plan = AttentionPlan::new(&Spans::text(&[text.len() as i64]), VisionAttention::Causal, Device::Cpu, llm.kind())
+        .unwrap();
+    let output = llm.decoder().forward(&llm.embed(&Tensor::from_slice(text).unsqueeze(0)), &plan, 0);
+    llm.logits(&output.last_hidden_state.get(0).narrow(0, text.len() as i64 - 1 - new, 1 + new))
+}
+
+/// A model whose matrices are what they are in so many bits, head included.
+fn quantised(llm: &CausalLm, decoder: &PackedDecoder) -> CausalLm {
+    let mut tensors = llm.tensors();
+    let layers = decoder.decoder().layers();
+    for (name, tensor) in &mut tensors {
+        let Some((layer_idx, name)) = name.strip_prefix("model.layers.").and_then(|name| name.split_once('.')) else {
+            continue;
+        };
+        let layer = &layers[layer_idx.parse::<usize>().unwrap()];
+        let packed = match name.trim_end_matches(".weight").rsplit('.').next().unwrap() {
+            "q_proj" => &layer.q_proj,
+            "k_proj" => &layer.k_proj,
+            "v_proj" => &layer.v_proj,
+            "o_proj" => &layer.o_proj,
+            "gate_proj" => &layer.gate_proj,
+            "up_proj" => &layer.up_proj,
+            "down_proj" => &layer.down_proj,
+            _ => continue,
+        };
+        if name.ends_with(".weight") {
+            *tensor = packed.dequantise(0..packed.out_features(), Kind::Float).unwrap();
+        }
+    }
+    let head = decoder.decoder().head();
+    tensors.retain(|(name, _)| name != "lm_head.weight");
+    tensors.push(("lm_head.weight".to_owned(), head.dequantise(0..head.out_features(), Kind::Float).unwrap()));
+    let config = LlmConfig { tie_word_embeddings: false, ..llm.config().clone() };
+    CausalLm::load(&config, &Weights::from_tensors(tensors, Device::Cpu, Kind::Float)).unwrap()
+}
+
+#[test]
+fn few_bits_are_a_model_of_the_weights_that_they_stand_for() {
+    for case in cases() {
+        let llm = case.load(Kind::Float);
+        let texts = texts(&case.golden["prompts"], &case.golden["continuation"]);
+        for width in [Width::Int8, Width::Int4] {
+            let mut decoder = PackedDecoder::new(&llm, width).unwrap().unwrap();
+            let expected: Vec<Tensor> = texts.iter().map(|text| plain(&quantised(&llm, &decoder), text, 4)).collect();
+            let mut rows = Rows::new(&case.config, Kind::Float, texts.clone(), vec![true; 2]);
+            let found = rows.logits(&mut decoder, &[5, 8], 4);
+            // What is left is the rounding of each product's input to 8 bits.
+            let expected = Tensor::stack(&expected, 0);
+            let far = distance(&found, &expected) / distance(&expected, &expected.zeros_like());
+            assert!(far < 0.08, "{} in {width}: {far}", case.name);
+        }
+    }
+}
+
+#[test]
+fn adapters_act_on_the_rows_that_have_them() {
+    for case in cases() {
+        let mut llm = case.load(Kind::Float);
+        let texts = texts(&case.golden["prompts"], &case.golden["continuation"]);
+        let without: Vec<Tensor> = texts.iter().map(|text| plain(&llm, text, 4)).collect();
+        let new = Weights::random(9, Device::Cpu, Kind::Float);
+        let random = fixtures::Random::new(9);
+        let lora = LoraConfig::new(3, case.config.num_hidden_layers as i64);
+        llm.linears_mut(&mut |path, linear| {
+            linear.attach("sight", &lora, &new.pp(path))?;
+            if linear.bias().is_none() && path.ends_with("down_proj") {
+                linear.set_bias(random.normal([linear.out_features()]) * 0.1);
+            }
+            for adapter in linear.adapters() {
+                let b = adapter.lora_b().shallow_clone();
+                tch::no_grad(|| b.shallow_clone().copy_(&(random.normal(b.size()) * 0.1)));
+            }
+            Ok(())
+        })
+        .unwrap();
+        let with: Vec<Tensor> = texts.iter().map(|text| plain(&llm, text, 4)).collect();
+        let mut decoder = PackedDecoder::new(&llm, Width::F32).unwrap().unwrap();
+        for adapted in [[true, false], [false, true], [true, true], [false, false]] {
+            let mut rows = Rows::new(&case.config, Kind::Float, texts.clone(), adapted.to_vec());
+            let found = rows.logits(&mut decoder, &[5, 8], 4);
+            for (row, on) in adapted.into_iter().enumerate() {
+                let expected = if on { &with[row] } else { &without[row] };
+                assert_close_to(&found.get(row as i64), expected, 3e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_not_served_is_left_to_the_plain_path() {
+    let mut llm = CausalLm::load(&LlmConfig::tiny(16), &Weights::random(1, Device::Cpu, Kind::Float)).unwrap();
+    assert!(PackedDecoder::new(&llm, Width::F32).unwrap().is_some());
+    let lora = LoraConfig::new(2, 2);
+    llm.linears_mut(&mut |path, linear| {
+        let size = [linear.out_features(), linear.in_features()];
+        let tensors = [
+            (format!("{path}.lora_A.weight"), Tensor::ones([2, size[1]], (Kind::Float, Device::Cpu))),
+            (format!("{path}.lora_B.weight"), Tensor::ones([size[0], 2], (Kind::Float, Device::Cpu))),
+            (format!("{path}.lora_magnitude_vector"), Tensor::ones([size[0]], (Kind::Float, Device::Cpu))),
+        ];
+        linear.attach("dora", &lora, &Weights::from_tensors(tensors, Device::Cpu, Kind::Float).pp(path))
+    })
+    .unwrap();
+    assert!(PackedDecoder::new(&llm, Width::F32).unwrap().is_none());
+}

@@ -1,0 +1,64 @@
+// A decoder and a step of it, as Rust describes them: src/nn/decode/raw.rs has the same structs.
+#pragma once
+
+#include <cstdint>
+
+#include "kernel.h"
+
+namespace vora {
+namespace decode {
+
+// `y = x W^T + b + (x A^T) B^T`, where A and B act on adapted rows alone, and so does the bias where it says so. B has the
+// adapters' scaling. A has no rows where there are no adapters.
+struct Linear {
+  Matrix base;
+  const float* bias;
+  int64_t bias_is_adapted;
+  Matrix lora_a;  // [r, in]
+  Matrix lora_b;  // [out, r]
+};
+
+// The norm of each head of q or k.
+struct HeadNorm {
+  int64_t kind;         // 0 none, 1 root mean square, 2 mean and variance
+  const float* weight;  // [dim], or [heads, dim] where `step` is dim
+  const float* bias;
+  int64_t step;
+};
+
+struct Layer {
+  Linear q, k, v, o, gate, up, down;
+  const float* input_norm;  // [hidden]
+  const float* post_norm;   // [hidden]
+  HeadNorm q_norm, k_norm;
+  int64_t rotates;
+  int64_t window;  // 0 where there is none
+};
+
+struct Decoder {
+  int64_t hidden, intermediate, heads, kv_heads, head_dim;
+  int64_t norms_after;  // norms come after attention and MLP
+  double eps, head_eps, scale;
+  const Layer* layers;
+  int64_t num_layers;
+  const float* final_norm;
+  Linear head;
+};
+
+struct Step {
+  int64_t rows, threads;
+  int64_t page_len, max_pages;
+  int64_t pages_are_bf16;
+  const int32_t* tables;    // [rows, max_pages]
+  const int64_t* lens;      // [rows], the new token not counted
+  const float* cos;         // [rows, head_dim / 2]
+  const float* sin;
+  const uint8_t* adapted;   // [rows]
+  void* const* keys;        // of each layer, [pages, kv_heads, page_len, head_dim]
+  void* const* values;
+  const float* x;           // [rows, hidden]
+  float* logits;            // [rows, vocab]
+};
+
+}  // namespace decode
+}  // namespace vora

@@ -1,0 +1,24 @@
+//! Decoding on the CPU: one token for every row through all layers in one call, over weights in one of several widths and
+//! keys and values in pages. It knows no model: [`Decoder`] is put together from matrices, norms and sizes.
+//!
+//! A row's result is the same, bit for bit, whatever other rows a step has, and however many threads there are: every number
+//! is summed in one order. Between products everything is f32; a product's input is rounded once, to bf16 for [`Width::Bf16`],
+//! to 8 bits with a scale for every 32 numbers for [`Width::Int8`] and [`Width::Int4`].
+
+mod decoder;
+mod layer;
+mod linear;
+mod pages;
+pub(crate) mod raw;
+mod step;
+mod width;
+
+#[cfg(test)]
+mod tests;
+
+pub use decoder::{Decoder, DecoderShape};
+pub use layer::{HeadNorm, Layer};
+pub use linear::PackedLinear;
+pub use pages::Pages;
+pub use step::Step;
+pub use width::Width;
