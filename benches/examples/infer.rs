@@ -15,7 +15,7 @@ use clap::Parser;
 use serde::{Deserialize, Serialize};
 use tch::Device;
 use vora_image::{IMAGENET_DEFAULT, ImageProcessor, Resample, RgbImage};
-use vora_infer::{Assistant, Engine, EngineConfig, Event, Request, SamplingParams};
+use vora_infer::{Assistant, Engine, EngineConfig, Event, Request, SamplingParams, Width};
 use vora_llm::KvPages;
 use vora_recipe::TrainConfig;
 use vora_torch::runtime;
@@ -45,8 +45,8 @@ struct Args {
     /// Where what was measured goes
     #[arg(long)]
     out: PathBuf,
-    /// What this project computes in
-    #[arg(long, value_delimiter = ',', default_values_t = ["bf16".to_owned()])]
+    /// What this project reads its weights in: f32, bf16, int8, int4
+    #[arg(long, value_delimiter = ',', default_values_t = ["bf16".to_owned(), "int8".to_owned(), "int4".to_owned()])]
     dtypes: Vec<String>,
     /// Answers at once
     #[arg(long, value_delimiter = ',', default_values_t = [1, 8])]
@@ -163,7 +163,9 @@ fn table(rows: &[Row]) -> String {
 
 /// A VoRA of that language model, merged, with a patch embedding that nobody trained.
 fn engine(args: &Args, dtype: &str) -> Result<Engine> {
-    let kind = runtime::kind(dtype, Device::Cpu)?;
+    // int8 and int4 are widths of the weights of a model in bf16.
+    let width = Width::parse(dtype)?;
+    let kind = runtime::kind(if width.is_quantised() { "bf16" } else { dtype }, Device::Cpu)?;
     let text = format!(
         "model: {{ llm: LLM, patch_size: {PATCH}, image_size: {SIDE}, lora: {{ layers: 1, r: 1 }} }}\n\
          data: {{ train: {{ scenes: {{ image_size: {SIDE} }} }} }}\noutput_dir: unused\nmax_steps: 1"
@@ -185,7 +187,7 @@ fn engine(args: &Args, dtype: &str) -> Result<Engine> {
     fs::write(folder.path().join("preprocessor_config.json"), processor.to_string())?;
     // Eight contexts of 512 tokens, as llama.cpp gets them; nothing is found again, so that each turn computes all of it.
     let bytes = 8 * 512 * KvPages::page_bytes(model.llm().config(), 1, model.llm().kind());
-    let config = EngineConfig::default().with_prefix_caching(false).with_cache_bytes(bytes);
+    let config = EngineConfig::default().with_prefix_caching(false).with_cache_bytes(bytes).with_width(width);
     drop(model);
     Engine::start(Assistant::open(folder.path(), Device::Cpu, kind, &resolve)?, config)
 }

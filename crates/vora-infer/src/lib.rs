@@ -63,3 +63,4 @@ pub use sampling::{Sampler, SamplingParams};
 pub use tch;
 pub use vora_image::RgbImage;
 pub use vora_text::{Message, Tokenizer};
+pub use vora_torch::nn::decode::Width;

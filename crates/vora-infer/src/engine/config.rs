@@ -1,6 +1,7 @@
 //! How much an engine takes on.
 
 use anyhow::{Result, ensure};
+use vora_torch::nn::decode::Width;
 
 /// The limits of an [`Engine`](super::Engine).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,11 +18,20 @@ pub struct EngineConfig {
     pub cache_bytes: usize,
     /// Whether what prompts have in common is computed once.
     pub prefix_caching: bool,
+    /// What the weights are read in, token by token; none: as they are. Prompts go through them as they are in any case.
+    pub width: Option<Width>,
 }
 
 impl Default for EngineConfig {
     fn default() -> Self {
-        Self { max_batch: 32, max_waiting: 256, prefill_chunk: 512, cache_bytes: 1 << 30, prefix_caching: true }
+        Self {
+            max_batch: 32,
+            max_waiting: 256,
+            prefill_chunk: 512,
+            cache_bytes: 1 << 30,
+            prefix_caching: true,
+            width: None,
+        }
     }
 }
 
@@ -54,6 +64,12 @@ impl EngineConfig {
     #[must_use]
     pub fn with_prefix_caching(self, prefix_caching: bool) -> Self {
         Self { prefix_caching, ..self }
+    }
+
+    /// The same with this [`width`](Self::width).
+    #[must_use]
+    pub fn with_width(self, width: Width) -> Self {
+        Self { width: Some(width), ..self }
     }
 
     /// Checks every field's range.

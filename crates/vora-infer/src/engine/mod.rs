@@ -8,6 +8,7 @@ mod logprobs;
 mod pool;
 mod prefix;
 mod scheduler;
+mod steps;
 mod stop;
 #[cfg(test)]
 mod tests;

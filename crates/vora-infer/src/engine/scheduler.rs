@@ -18,6 +18,7 @@ use super::event::Event;
 use super::handle::{Counts, Job, OnEvent};
 use super::pool::Pool;
 use super::prefix::Keys;
+use super::steps::Steps;
 use crate::error::InferError;
 use crate::prompter::Prompter;
 use crate::{Constraint, FinishReason, OutputModality};
@@ -33,6 +34,7 @@ pub(super) struct Scheduler {
     config: EngineConfig,
     counts: Arc<Counts>,
     cache: KvPages,
+    steps: Steps,
     pool: Pool,
     keys: Keys,
 }
@@ -58,13 +60,14 @@ impl Scheduler {
         );
         let cache = KvPages::new(llm.config(), i64::from(pages), PAGE_LEN, llm.device(), llm.kind())
             .with_context(|| format!("no memory for {pages} pages of {page_bytes} bytes for keys and values"))?;
+        let steps = Steps::new(llm, config.width, &cache)?;
         counts.cache_pages.store(pages as u64, Ordering::Relaxed);
-        Ok(Self { model, prompter, config, counts, cache, pool: Pool::new(pages), keys: Keys::default() })
+        Ok(Self { model, prompter, config, counts, cache, steps, pool: Pool::new(pages), keys: Keys::default() })
     }
 
     /// Answers requests until there are none and none can come.
     pub(super) fn run(self, jobs: &Receiver<Job>) {
-        let Self { model, prompter, config, counts, cache, pool, keys } = self;
+        let Self { model, prompter, config, counts, cache, steps, pool, keys } = self;
         let constraints = model.image_writer().map(|writer| {
             [OutputModality::Text, OutputModality::Image, OutputModality::Interleaved]
                 .map(|m| Constraint::new(m, writer))
@@ -76,7 +79,7 @@ impl Scheduler {
             keys: &keys,
         };
         let queue = Queue { waiting: VecDeque::new(), next: None, prefilling: None, decoding: Vec::new(), open: true };
-        let mut turn = Turn { loaded, config: &config, counts: &counts, cache, pool, queue };
+        let mut turn = Turn { loaded, config: &config, counts: &counts, cache, steps, pool, queue };
         while turn.receive(jobs) {
             turn.admit();
             turn.prefill();
@@ -110,6 +113,7 @@ struct Turn<'a> {
     config: &'a EngineConfig,
     counts: &'a Counts,
     cache: KvPages,
+    steps: Steps,
     pool: Pool,
     queue: Queue<'a>,
 }
@@ -230,7 +234,7 @@ impl<'a> Turn<'a> {
             return;
         }
         let (ids, rows): (Vec<i64>, Vec<_>) = answers.iter().map(|answer| (answer.last(), answer.row())).unzip();
-        let logits = guarded(|| tch::no_grad(|| self.loaded.model.llm().decode_pages(&ids, &rows, &mut self.cache)));
+        let logits = guarded(|| self.steps.step(self.loaded.model.llm(), &ids, &rows, &mut self.cache));
         match logits {
             Ok(logits) => {
                 answers.iter_mut().for_each(Answer::stepped);

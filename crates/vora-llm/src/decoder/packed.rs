@@ -176,7 +176,7 @@ fn pack_layer(config: &LlmConfig, layer_idx: usize, layer: &DecoderLayer, width:
 }
 
 fn pack_linear(linear: &Linear, width: Width) -> Result<PackedLinear> {
-    let mut packed = PackedLinear::new(linear.weight(), width)?;
+    let mut packed = PackedLinear::new(&linear.weight(), width)?;
     if let Some(bias) = linear.bias() {
         packed = packed.with_bias(bias, linear.bias_is_adapted())?;
     }

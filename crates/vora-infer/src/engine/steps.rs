@@ -1,0 +1,70 @@
+//! Who computes a token of every answer: our own kernels where they serve the model, libtorch elsewhere.
+
+use anyhow::{Result, ensure};
+use tch::{Kind, Tensor};
+use vora_llm::{CausalLm, KvPages, PackedDecoder, PackedStep, PagedRow};
+use vora_torch::nn::decode::{Pages, Width};
+
+/// Who computes decoding steps.
+#[derive(Debug)]
+pub(super) enum Steps {
+    /// One call of our own.
+    Packed(Box<PackedDecoder>, Pages),
+    /// libtorch's operators.
+    Plain,
+}
+
+impl Steps {
+    /// For this model over that cache, whose tensors are shared.
+    ///
+    /// # Errors
+    /// Where weights are to be read in a width that only our own kernels have, and those do not serve the model.
+    pub(super) fn new(llm: &CausalLm, width: Option<Width>, cache: &KvPages) -> Result<Self> {
+        let own = match llm.kind() {
+            Kind::Float => Some(Width::F32),
+            Kind::BFloat16 => Some(Width::Bf16),
+            _ => None,
+        };
+        let packed = match width.or(own).filter(|_| own.is_some()) {
+            Some(width) => PackedDecoder::new(llm, width)?,
+            None => None,
+        };
+        let Some(packed) = packed else {
+            ensure!(
+                width.is_none(),
+                "weights in another width are read on the CPU, by a model in f32 or bf16 without DoRA's magnitudes; this one is in {:?} on {:?}",
+                llm.kind(),
+                llm.device()
+            );
+            return Ok(Self::Plain);
+        };
+        let (keys, values): (Vec<Tensor>, Vec<Tensor>) = (0..llm.config().num_hidden_layers)
+            .map(|layer_idx| cache.layer(layer_idx))
+            .map(|(keys, values)| (keys.shallow_clone(), values.shallow_clone()))
+            .unzip();
+        Ok(Self::Packed(Box::new(packed), Pages::new(&keys, &values)?))
+    }
+
+    /// One token more for every row: logits `[rows, vocab]`.
+    ///
+    /// # Errors
+    /// Where a row has no page for it.
+    pub(super) fn step(
+        &mut self,
+        llm: &CausalLm,
+        ids: &[i64],
+        rows: &[PagedRow<'_>],
+        cache: &mut KvPages,
+    ) -> Result<Tensor> {
+        let Self::Packed(packed, pages) = self else { return llm.decode_pages(ids, rows, cache) };
+        let most = rows.iter().map(|row| row.pages.len()).max().unwrap_or(0);
+        let mut tables = Vec::with_capacity(rows.len() * most);
+        for (row, end) in rows.iter().zip(1..) {
+            tables.extend_from_slice(row.pages);
+            tables.resize(end * most, 0); // beyond a row's tokens, where nothing is read
+        }
+        let (lens, adapted): (Vec<i64>, Vec<bool>) = rows.iter().map(|row| (row.len, row.adapted)).unzip();
+        let step = PackedStep { tables: &tables, lens: &lens, position_ids: &lens, adapted: &adapted };
+        packed.decode_step(ids, pages, &step)
+    }
+}
