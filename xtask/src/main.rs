@@ -29,6 +29,7 @@ Examples:
   cargo xtask check --cheap          format, tidy, dependency rules, lints, docs
   cargo xtask check --tidy           circles, arrows, public paths and sizes alone
   cargo xtask check --examples       build and run the programs of examples/
+  cargo xtask check --clients        vora serve, asked by the clients that people use
   cargo xtask setup --wheel torch-2.11.0-cp311-cp311-manylinux_2_28_x86_64.whl";
 
 /// Tasks of the vora workspace; every one sets up libtorch first when it needs it

@@ -11,6 +11,7 @@ use serde_json::json;
 use tokio::time::timeout;
 
 use crate::body::{self, ResponseBody};
+use crate::chat::Answered;
 use crate::error::ApiError;
 use crate::state::State;
 use crate::{chat, guard, models, page};
@@ -150,7 +151,11 @@ async fn chat(
     let room = timeout(ROOM, state.bodies.clone().acquire_many_owned(kib)).await;
     let Ok(Ok(room)) = room else { return Err(ApiError::overloaded()) };
     let bytes = body::read(incoming, &state.config).await?;
-    chat::complete(state, loaded, in_flight, bytes, room).await
+    let body = match chat::complete(state, loaded, in_flight, bytes, room).await? {
+        Answered::Whole(whole) => ResponseBody::json(&whole),
+        Answered::Stream(stream) => ResponseBody::Stream(stream),
+    };
+    Ok((StatusCode::OK, body))
 }
 
 fn respond(

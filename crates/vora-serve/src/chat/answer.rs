@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use vora_infer::{Event, FinishReason, TokenLogprob};
 
-use super::complete::Running;
+use super::running::Running;
 use crate::error::ApiError;
 use crate::state::{now, random};
 

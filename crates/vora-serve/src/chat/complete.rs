@@ -3,30 +3,29 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use hyper::StatusCode;
+use serde_json::Value;
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
+use tokio::sync::mpsc::{self, UnboundedSender};
 use vora_infer::{Event, Request, Ticket};
 
 use super::answer::whole;
 use super::messages::{Conversation, PictureSource};
 use super::pictures;
 use super::rules::Rules;
+use super::running::Running;
 use super::stream::ChatStream;
 use super::wire::Wire;
-use crate::body::ResponseBody;
 use crate::error::ApiError;
 use crate::metrics::Watch;
 use crate::state::{InFlight, Loaded, State};
 
-/// What comes of a request's choices.
-pub(super) struct Running {
-    pub(super) events: UnboundedReceiver<(usize, Event)>,
-    pub(super) tickets: Vec<Option<Ticket>>, // dropped, they take the request back
-    pub(super) model: String,
-    pub(super) rules: Rules,
-    pub(super) pictures: Vec<String>,
-    pub(super) _in_flight: InFlight,
+/// An answer, or its beginning.
+#[derive(Debug)]
+pub(crate) enum Answered {
+    /// As JSON.
+    Whole(Value),
+    /// As server-sent events.
+    Stream(Box<ChatStream>),
 }
 
 /// What has to be so before a body is worth reading.
@@ -53,7 +52,7 @@ pub(crate) async fn complete(
     in_flight: InFlight,
     body: Vec<u8>,
     room: OwnedSemaphorePermit,
-) -> Result<(StatusCode, ResponseBody), ApiError> {
+) -> Result<Answered, ApiError> {
     let received = Instant::now();
     let asked = {
         let (state, loaded) = (state.clone(), loaded.clone());
@@ -161,13 +160,13 @@ fn submit(
 }
 
 /// Waits for the first that becomes of a request: what may be wrong with it only the model knows.
-async fn begin(mut running: Running) -> Result<(StatusCode, ResponseBody), ApiError> {
+async fn begin(mut running: Running) -> Result<Answered, ApiError> {
     if !running.rules.stream {
-        return Ok((StatusCode::OK, ResponseBody::json(&whole(running).await?)));
+        return Ok(Answered::Whole(whole(running).await?));
     }
     match running.events.recv().await {
         Some((_, Event::Failed(error))) => Err(ApiError::of_engine(&error, &running.pictures)),
-        Some(first) => Ok((StatusCode::OK, ResponseBody::Stream(Box::new(ChatStream::new(running, first))))),
+        Some(first) => Ok(Answered::Stream(Box::new(ChatStream::new(running, first)))),
         None => Err(ApiError::failed()),
     }
 }

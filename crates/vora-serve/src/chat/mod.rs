@@ -5,8 +5,9 @@ mod complete;
 mod messages;
 mod pictures;
 mod rules;
+mod running;
 mod stream;
 mod wire;
 
-pub(crate) use complete::{complete, prepare_for};
+pub(crate) use complete::{Answered, complete, prepare_for};
 pub(crate) use stream::ChatStream;

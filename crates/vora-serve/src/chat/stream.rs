@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use vora_infer::Event;
 
 use super::answer::{Head, Usage, finish_reason, logprob, logprobs};
-use super::complete::Running;
+use super::running::Running;
 use crate::error::ApiError;
 
 /// What a piece of the stream holds at most before it goes out.
