@@ -106,8 +106,8 @@ impl Decoder {
         self.layers.iter().flat_map(Layer::linears).chain([&self.head])
     }
 
-    /// One token more for every row: `x` `[rows, hidden]` -> logits `[rows, vocab]` in f32. Keys and values of the new tokens
-    /// are written into `pages`.
+    /// New tokens: `x` `[rows, hidden]` -> logits of the rows that are asked for, `[asked, vocab]`, in f32. Keys and values of
+    /// the new tokens are written into `pages`.
     ///
     /// # Errors
     /// A step that does not fit the pages, or an `x` that does not fit it: nothing is written then.
@@ -129,7 +129,21 @@ impl Decoder {
             shape.hidden_size
         );
         let x = x.detach().to_kind(Kind::Float).contiguous();
-        let logits = Tensor::empty([rows, self.head.out_features()], (Kind::Float, Device::Cpu));
+        let all: Vec<i64>;
+        let asked = if step.asked.is_empty() {
+            all = (0..rows).collect();
+            &all
+        } else {
+            step.asked
+        };
+        let own_ends: Vec<i64>;
+        let ends = if step.ends.is_empty() {
+            own_ends = step.lens.iter().map(|len| len + 1).collect();
+            &own_ends
+        } else {
+            step.ends
+        };
+        let logits = Tensor::empty([asked.len() as i64, self.head.out_features()], (Kind::Float, Device::Cpu));
         let [keys, values] = pages.addresses();
         let decoder = raw::Decoder {
             hidden: shape.hidden_size,
@@ -154,12 +168,15 @@ impl Decoder {
             pages_are_bf16: i64::from(pages.kind() == Kind::BFloat16),
             tables: step.tables.as_ptr(),
             lens: step.lens.as_ptr(),
+            ends: ends.as_ptr(),
             cos: step.cos.as_ptr(),
             sin: step.sin.as_ptr(),
             adapted: step.adapted.as_ptr(),
             keys,
             values,
             x: x.data_ptr() as *const f32,
+            asked: asked.as_ptr(),
+            num_asked: asked.len() as i64,
             logits: logits.data_ptr() as *mut f32,
         };
         // SAFETY: both point into tensors and slices that live until the calls return, and `check` has seen that tables and
