@@ -1,4 +1,4 @@
-// A decoder and a step of it, as Rust describes them: src/nn/decode/raw.rs has the same structs.
+// A decoder and a step of it, as Rust describes them: src/ffi/decode.rs has the same structs.
 #pragma once
 
 #include <cstdint>

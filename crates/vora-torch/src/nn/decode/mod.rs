@@ -9,16 +9,17 @@ mod decoder;
 mod layer;
 mod linear;
 mod pages;
-pub(crate) mod raw;
+mod shape;
 mod step;
 mod width;
 
 #[cfg(test)]
 mod tests;
 
-pub use decoder::{Decoder, DecoderShape};
+pub use decoder::Decoder;
 pub use layer::{HeadNorm, Layer};
 pub use linear::PackedLinear;
 pub use pages::Pages;
+pub use shape::DecoderShape;
 pub use step::Step;
 pub use width::Width;
