@@ -48,11 +48,10 @@ impl Rotary {
         CosSin { cos: angles.cos() * factor, sin: angles.sin() * factor }
     }
 
-    /// Adds cos and sin of one position, `[head_dim / 2]` each, which is the last of its row: where frequencies depend on the
-    /// length, it is this row's.
-    pub(crate) fn push_angles(&self, position_id: i64, cos: &mut Vec<f32>, sin: &mut Vec<f32>) {
+    /// Adds cos and sin of one position in a text of `seq_len` tokens, `[head_dim / 2]` each.
+    pub(crate) fn push_angles(&self, position_id: i64, seq_len: i64, cos: &mut Vec<f32>, sin: &mut Vec<f32>) {
         let factor = self.scaling.attention_factor() as f32;
-        for inv_freq in self.scaling.inv_freq(self.head_dim, self.theta, position_id + 1) {
+        for inv_freq in self.scaling.inv_freq(self.head_dim, self.theta, seq_len) {
             let angle = position_id as f32 * inv_freq as f32;
             cos.push(angle.cos() * factor);
             sin.push(angle.sin() * factor);

@@ -1,12 +1,12 @@
 //! Declarations of `csrc/`, and its error text.
 
+pub(crate) mod decode;
+
 use std::ffi::{CStr, c_char, c_void};
 
 use anyhow::{Result, anyhow};
 use tch::{Kind, Tensor};
 use torch_sys::C_tensor;
-
-use crate::nn::decode::raw;
 
 unsafe extern "C" {
     fn vora_last_error() -> *const c_char;
@@ -86,14 +86,19 @@ unsafe extern "C" {
         packed_scales: *mut *mut C_tensor,
     ) -> i32;
     pub(crate) fn vora_unpack(
-        matrix: *const raw::Matrix,
+        matrix: *const decode::Matrix,
         values: *mut *mut C_tensor,
         scales: *mut *mut C_tensor,
     ) -> i32;
-    pub(crate) fn vora_dequantise(matrix: *const raw::Matrix, rows: *const i64, n: i64, is_bf16: i32) -> *mut C_tensor;
-    pub(crate) fn vora_linear(matrix: *const raw::Matrix, bias: *const f32, x: *const C_tensor) -> *mut C_tensor;
-    pub(crate) fn vora_decode_memory(decoder: *const raw::Decoder, step: *const raw::Step) -> i64;
-    pub(crate) fn vora_decode_step(decoder: *const raw::Decoder, step: *const raw::Step, memory: *mut u8) -> i32;
+    pub(crate) fn vora_dequantise(
+        matrix: *const decode::Matrix,
+        rows: *const i64,
+        n: i64,
+        is_bf16: i32,
+    ) -> *mut C_tensor;
+    pub(crate) fn vora_linear(matrix: *const decode::Matrix, bias: *const f32, x: *const C_tensor) -> *mut C_tensor;
+    pub(crate) fn vora_decode_memory(decoder: *const decode::Decoder, step: *const decode::Step) -> i64;
+    pub(crate) fn vora_decode_step(decoder: *const decode::Decoder, step: *const decode::Step, memory: *mut u8) -> i32;
 }
 
 /// What the last failed call of this thread said.

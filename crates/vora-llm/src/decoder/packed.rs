@@ -1,8 +1,8 @@
-//! `PackedDecoder`: a decoder on the CPU for one token a row, in one call, with weights in a width of its own.
+//! `PackedDecoder`: a decoder on the CPU for some tokens in one call, with weights in a width of its own.
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_lora::Linear;
 use vora_torch::nn::decode::{self, DecoderShape, HeadNorm, PackedLinear, Pages, Step, Width};
@@ -20,8 +20,8 @@ const LAYER_NORM_EPS: f64 = 1e-5;
 ///
 /// It has its adapters, unmerged, as they were when it was made, and shares those weights that have the width already. Hidden
 /// states are f32: a bf16 model's logits are closer to those of f32 than libtorch's, which rounds them after every operator.
-/// A row's logits are the same, bit for bit, whatever other rows a step has. Where rotary frequencies depend on the length
-/// (dynamic NTK, LongRoPE) they are those of the row's own length.
+/// A row's logits are the same, bit for bit, whatever other rows a step has, so also however a prompt is cut into steps. Where
+/// rotary frequencies depend on the length (dynamic NTK, LongRoPE) it is that of the row's own text.
 #[derive(Debug)]
 pub struct PackedDecoder {
     decoder: decode::Decoder,
@@ -33,17 +33,26 @@ pub struct PackedDecoder {
     sin: Vec<f32>,
 }
 
-/// Where one token a row stands.
-#[derive(Debug, Clone, Copy)]
+/// Where new tokens stand, one a row. Several rows may be tokens of one text, which then have the same pages: a prompt, or a
+/// part of it.
+#[derive(Debug, Clone, Copy, Default)]
 pub struct PackedStep<'a> {
     /// The pages of each row, `[rows, max_pages]`; what lies beyond a row's tokens may be anything.
     pub tables: &'a [i32],
-    /// Tokens that each row holds, the new one not counted, `[rows]`.
+    /// Tokens before the new one, `[rows]`: it is written to the slot behind them.
     pub lens: &'a [i64],
-    /// The new token's position in each row, `[rows]`.
+    /// How many tokens of its text each row attends to, `[rows]`, all of which are held or written in this step: the end of a
+    /// picture whose tokens attend to each other. Where this is empty, those before it and itself.
+    pub ends: &'a [i64],
+    /// The new token's position, `[rows]`.
     pub position_ids: &'a [i64],
+    /// Tokens that each row's text will have after this step, `[rows]`, by which rotary frequencies go where they depend on the
+    /// length; where this is empty, a text ends with its row's position.
+    pub seq_lens: &'a [i64],
     /// Whether adapters act on each row, `[rows]`.
     pub adapted: &'a [bool],
+    /// The rows whose logits are asked for; all where this is empty.
+    pub asked: &'a [i64],
 }
 
 impl PackedDecoder {
@@ -114,32 +123,47 @@ impl PackedDecoder {
         self.decoder.num_copied_bytes()
     }
 
-    /// One token more for every row, `[rows]` -> logits `[rows, vocab]` in f32. Its keys and values are written into `pages`.
+    /// A token for every row, `[rows]` -> logits `[asked, vocab]` in f32. Its keys and values are written into `pages`.
     ///
     /// # Errors
     /// A token that there is not; a step that does not fit the pages.
     pub fn decode_step(&mut self, input_ids: &[i64], pages: &Pages, step: &PackedStep) -> Result<Tensor> {
-        let rows = input_ids.len();
-        ensure!(
-            step.lens.len() == rows && step.position_ids.len() == rows,
-            "{rows} tokens for a step of {} rows with {} positions",
-            step.lens.len(),
-            step.position_ids.len()
-        );
         let vocab = self.embed_tokens.size()[0];
         if let Some(id) = input_ids.iter().find(|&&id| id < 0 || id >= vocab) {
-            anyhow::bail!("token {id} of a vocabulary of {vocab}");
+            bail!("token {id} of a vocabulary of {vocab}");
         }
+        let embeds = tch::no_grad(|| self.embed_tokens.index_select(0, &Tensor::from_slice(input_ids)));
+        self.forward(&embeds, pages, step)
+    }
+
+    /// The same with embeddings of tokens and pictures, `[rows, hidden]`
+    ///
+    /// # Errors
+    /// As [`PackedDecoder::decode_step`].
+    pub fn forward(&mut self, inputs_embeds: &Tensor, pages: &Pages, step: &PackedStep) -> Result<Tensor> {
+        let (rows, positions, seq_lens) = (step.lens.len(), step.position_ids, step.seq_lens);
+        ensure!(
+            positions.len() == rows && (seq_lens.is_empty() || seq_lens.len() == rows),
+            "a step of {rows} rows with {} positions in texts of {} lengths",
+            positions.len(),
+            seq_lens.len()
+        );
         self.cos.clear();
         self.sin.clear();
-        for &position_id in step.position_ids {
-            self.rotary.push_angles(position_id, &mut self.cos, &mut self.sin);
+        for (row, &position_id) in positions.iter().enumerate() {
+            let seq_len = seq_lens.get(row).map_or(position_id + 1, |&len| len);
+            self.rotary.push_angles(position_id, seq_len, &mut self.cos, &mut self.sin);
         }
-        let step = Step { tables: step.tables, lens: step.lens, cos: &self.cos, sin: &self.sin, adapted: step.adapted };
-        tch::no_grad(|| {
-            let x = self.embed_tokens.index_select(0, &Tensor::from_slice(input_ids)); // [rows, hidden]
-            self.decoder.step(&x.to_kind(self.kind), pages, &step)
-        })
+        let step = Step {
+            tables: step.tables,
+            lens: step.lens,
+            ends: step.ends,
+            cos: &self.cos,
+            sin: &self.sin,
+            adapted: step.adapted,
+            asked: step.asked,
+        };
+        tch::no_grad(|| self.decoder.step(&inputs_embeds.to_kind(self.kind), pages, &step))
     }
 }
 

@@ -9,7 +9,7 @@ use vora_torch::weights::Weights;
 use super::architectures::cases;
 use super::{CausalLm, PackedDecoder, PackedStep};
 use crate::{AttentionPlan, LlmConfig, VisionAttention};
-use vora_text::Spans;
+use vora_text::{Span, Spans};
 
 /// Tokens in a page.
 const PAGE_LEN: i64 = 4;
@@ -61,6 +61,7 @@ impl Rows {
             lens: &lens,
             position_ids: &lens,
             adapted: &chosen.iter().map(|&row| self.adapted[row]).collect::<Vec<_>>(),
+            ..PackedStep::default()
         };
         let input_ids = of(&|row| self.texts[row][self.lens[row]]);
         let logits = decoder.decode_step(&input_ids, &self.pages, &step).unwrap();
@@ -91,6 +92,77 @@ fn texts(prompts: &Tensor, continuation: &Tensor) -> Vec<Vec<i64>> {
     let text =
         |(row, len): (i64, i64)| [ids(&prompts.get(row).narrow(0, 0, len)), ids(&continuation.get(row))].concat();
     [(0, 5), (1, 8)].map(text).to_vec()
+}
+
+/// A prompt of one row in pieces that end at `cuts`, of which the last token's logits are asked for each time:
+/// `[pieces, vocab]`
+fn in_pieces(
+    decoder: &mut PackedDecoder,
+    config: &LlmConfig,
+    kind: Kind,
+    embeds: &Tensor,
+    cuts: &[i64],
+    end_of: &dyn Fn(i64) -> i64,
+) -> Tensor {
+    let rows = Rows::new(config, kind, vec![Vec::new(); 2], vec![true; 2]);
+    let mut made = Vec::new();
+    for piece in cuts.windows(2) {
+        let lens: Vec<i64> = (piece[0]..piece[1]).collect();
+        let step = PackedStep {
+            tables: &rows.tables[1].repeat(lens.len()),
+            lens: &lens,
+            ends: &lens.iter().map(|&place| end_of(place)).collect::<Vec<_>>(),
+            position_ids: &lens,
+            adapted: &vec![true; lens.len()],
+            asked: &[lens.len() as i64 - 1],
+            ..PackedStep::default()
+        };
+        made.push(decoder.forward(&embeds.narrow(0, piece[0], lens.len() as i64), &rows.pages, &step).unwrap());
+    }
+    Tensor::cat(&made, 0)
+}
+
+#[test]
+fn a_prompt_may_come_in_pieces_of_any_size() {
+    for case in cases() {
+        for (kind, width) in
+            [Kind::Float, Kind::BFloat16].into_iter().flat_map(|kind| Width::ALL.map(|width| (kind, width)))
+        {
+            let llm = case.load(kind);
+            let mut decoder = PackedDecoder::new(&llm, width).unwrap().unwrap();
+            let embeds = llm.embed(&case.golden["prompts"].get(1).narrow(0, 0, 8)); // [8, hidden]
+            let mut last =
+                |cuts: &[i64]| in_pieces(&mut decoder, &case.config, kind, &embeds, cuts, &|place| place + 1).get(-1);
+            let expected = last(&[0, 1, 2, 3, 4, 5, 6, 7, 8]);
+            for cuts in [&[0, 8][..], &[0, 3, 8], &[0, 1, 7, 8]] {
+                assert!(last(cuts).equal(&expected), "{} in {width}: {cuts:?}", case.name);
+            }
+            if (kind, width) == (Kind::Float, Width::F32) {
+                assert_close_to(&expected, &case.get("steps").get(1).get(0), 2e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn tokens_of_a_picture_attend_to_each_other() {
+    let random = fixtures::Random::new(4);
+    for case in cases().iter().filter(|case| case.config.sliding_window.is_none()) {
+        let llm = case.load(Kind::Float);
+        let mut decoder = PackedDecoder::new(&llm, Width::F32).unwrap().unwrap();
+        let embeds = random.normal([9, 32]);
+        let row = vec![Span::text(1), Span::image(2, 3), Span::text(2)];
+        let mode = VisionAttention::Bidirectional;
+        let plan = AttentionPlan::new(&Spans::new(vec![row]), mode, Device::Cpu, Kind::Float).unwrap();
+        let output = llm.decoder().forward(&embeds.unsqueeze(0), &plan, 0);
+        let expected = llm.logits(&output.last_hidden_state.get(0)); // [9, vocab]
+        let end_of = |place: i64| if (1..7).contains(&place) { 7 } else { place + 1 };
+        for cuts in [&[0, 9][..], &[0, 1, 7, 8, 9], &[0, 7, 9]] {
+            let found = in_pieces(&mut decoder, &case.config, Kind::Float, &embeds, cuts, &end_of);
+            let at: Vec<i64> = cuts[1..].iter().map(|cut| cut - 1).collect();
+            assert_close_to(&found, &expected.index_select(0, &Tensor::from_slice(&at)), 2e-5);
+        }
+    }
 }
 
 /// Root of the mean square of the difference.

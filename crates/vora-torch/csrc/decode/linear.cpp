@@ -12,6 +12,10 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "../guard.h"
 #include "../kernel.h"
 #include "choice.h"
@@ -21,6 +25,18 @@ namespace {
 using namespace vora::decode;
 
 constexpr int INT4_ZERO = 8;
+
+// Zeros, in large pages where they fill some: weights are read from end to end for every token.
+at::Tensor large_zeros(at::IntArrayRef size) {
+  auto made = at::zeros(size, at::TensorOptions().dtype(at::kByte));
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t PAGE = 2 << 20;
+  const auto start = reinterpret_cast<uintptr_t>(made.data_ptr());
+  const uintptr_t first = (start + PAGE - 1) / PAGE * PAGE, end = (start + made.nbytes()) / PAGE * PAGE;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a wish: refusal is no error
+#endif
+  return made;
+}
 
 // One group of GROUP numbers, as ggml's Q8_0 has it.
 void quantise_int8(const float* x, int8_t* values, c10::Half* scale) {
@@ -172,7 +188,7 @@ int vora_pack(const at::Tensor* values, const at::Tensor* scales, at::Tensor** p
                     scales->size(1) == groups && scales->scalar_type() == at::kHalf,
                 "quantised values ", values->sizes(), " with scales ", scales->sizes());
     const auto from = values->contiguous(), from_scales = scales->contiguous();
-    auto to = at::zeros({sides, groups, group_bytes(width)}, at::TensorOptions().dtype(at::kByte));
+    auto to = large_zeros({sides, groups, group_bytes(width)});
     auto to_scales = at::zeros({sides, groups, SIDE}, from_scales.options());
     turn_all(width, rows, groups, static_cast<const uint8_t*>(from.const_data_ptr()),
              static_cast<const uint16_t*>(from_scales.const_data_ptr()), static_cast<uint8_t*>(to.mutable_data_ptr()),

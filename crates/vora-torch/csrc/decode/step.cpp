@@ -1,4 +1,4 @@
-// One token for every row through all layers and the head: one team of threads, which meet where a part needs all of what came
+// A token for every row through all layers and the head: one team of threads, which meet where a part needs all of what came
 // before it. A row's numbers do not depend on the other rows, nor on how many threads there are.
 //
 // The residual stream and whatever is no product's input is f32. A product's input is rounded once, to the width that its
@@ -40,7 +40,7 @@ struct Memory {
       ranks = std::max({ranks, padded_rank(l.q) + padded_rank(l.k) + padded_rank(l.v), padded_rank(l.o),
                         padded_rank(l.gate) + padded_rank(l.up), padded_rank(l.down)});
     }
-    for (int64_t r = 0; r < s.rows; r++) longest = std::max(longest, s.lens[r] + 1);
+    for (int64_t r = 0; r < s.rows; r++) longest = std::max(longest, s.ends[r]);
     x = floats(s.rows * d.hidden);
     y = floats(s.rows * d.hidden);
     qkv_step = (d.heads + 2 * d.kv_heads) * d.head_dim;
@@ -55,9 +55,7 @@ struct Memory {
     private_bytes = size;
     for (auto& tile : tiles) tile = floats(s.rows * UNIT);
     row = floats(widest);
-    const int64_t groups = d.heads / d.kv_heads;
-    heads = floats((2 * groups + 1) * d.head_dim);
-    scratch = floats(question_scratch(groups, d.head_dim, longest));
+    scratch = floats(question_scratch(d.heads / d.kv_heads, d.head_dim, longest));
     private_bytes = size - private_bytes;
     size += private_bytes * (s.threads - 1);
   }
@@ -79,7 +77,7 @@ struct Memory {
   float *x, *y, *qkv, *attended, *gated, *low;
   char *operand, *lora_operand, *low_operand;
   int64_t qkv_step, low_step;
-  float *tiles[3], *row, *heads, *scratch;
+  float *tiles[3], *row, *scratch;
 };
 
 bool has_lora(const Linear& l) { return l.lora_a.out > 0; }
@@ -91,7 +89,6 @@ class Worker {
       : d_(d), s_(s), m_(m), k_(kernels()), thread_(thread), threads_(threads) {
     for (int i = 0; i < 3; i++) tiles_[i] = m.of(m.tiles[i], thread);
     row_ = m.of(m.row, thread);
-    heads_ = m.of(m.heads, thread);
     scratch_ = m.of(m.scratch, thread);
     for (int64_t r = 0; r < s.rows; r++) any_adapted_ = any_adapted_ || s.adapted[r] != 0;
   }
@@ -106,6 +103,8 @@ class Worker {
       take_residual(norm_of_y, after ? nullptr : l.input_norm, {&l.q, &l.k, &l.v});
       project(l);
       meet();
+      keep(l, i);
+      meet();
       attend(l, i);
       meet();
       take_rows(m_.attended, d_.heads * d_.head_dim, {&l.o});
@@ -119,11 +118,7 @@ class Worker {
       meet();
       norm_of_y = after ? l.post_norm : nullptr;
     }
-    take_residual(norm_of_y, d_.final_norm, {&d_.head});
-    each_unit({&d_.head}, [&](int64_t, const Linear& l, int64_t from, int64_t to) {
-      product(l, from, to, d_.hidden, 0, tiles_[0]);
-      write(tiles_[0], from, to, s_.logits, l.base.out);
-    });
+    answer(norm_of_y);
   }
 
  private:
@@ -285,77 +280,104 @@ class Worker {
     });
   }
 
-  void attend(const Layer& l, int64_t layer) const {
+  int64_t number_bytes() const { return s_.pages_are_bf16 != 0 ? 2 : 4; }
+  int64_t head_bytes() const { return s_.page_len * d_.head_dim * number_bytes(); }
+  int64_t page_bytes() const { return d_.kv_heads * head_bytes(); }
+
+  // Turns q, and puts keys and values of the new tokens into their pages.
+  void keep(const Layer& l, int64_t layer) const {
     const int64_t dim = d_.head_dim, groups = d_.heads / d_.kv_heads;
     const Span own = share(s_.rows * d_.kv_heads, thread_, threads_);
-    const int64_t bytes = s_.pages_are_bf16 != 0 ? 2 : 4;
     for (int64_t item = own.from; item < own.to; item++) {
       const int64_t row = item / d_.kv_heads, head = item % d_.kv_heads;
-      const float* qkv = m_.qkv + row * m_.qkv_step;
-      float *q = heads_, *k = heads_ + groups * dim;
-      for (int64_t g = 0; g < groups; g++) {
-        const int64_t q_head = head * groups + g;
-        turn(l, l.q_norm, qkv + q_head * dim, q_head, row, q + g * dim);
-        for (int64_t i = 0; i < dim; i++) q[g * dim + i] *= static_cast<float>(d_.scale);
+      float* qkv = m_.qkv + row * m_.qkv_step;
+      for (int64_t q_head = head * groups; q_head < (head + 1) * groups; q_head++) {
+        float* q = qkv + q_head * dim;
+        turn(l, l.q_norm, q_head, row, q);
+        for (int64_t i = 0; i < dim; i++) q[i] *= static_cast<float>(d_.scale);
       }
-      turn(l, l.k_norm, qkv + (d_.heads + head) * dim, head, row, k);
-      const float* v = qkv + (d_.heads + d_.kv_heads + head) * dim;
-      const int32_t* table = s_.tables + row * s_.max_pages;
-      const int64_t len = s_.lens[row], page_bytes = d_.kv_heads * s_.page_len * dim * bytes;
-      const int64_t head_at = head * s_.page_len * dim * bytes;
-      char *keys = static_cast<char*>(s_.keys[layer]) + head_at, *values = static_cast<char*>(s_.values[layer]) + head_at;
-      const int64_t slot = table[len / s_.page_len] * page_bytes + len % s_.page_len * dim * bytes;
-      keep(k, dim, keys + slot);
-      keep(v, dim, values + slot);
-      Question question{};
-      question.groups = groups;
-      question.dim = dim;
-      question.q = q;
-      question.keys = keys;
-      question.values = values;
-      question.page_bytes = page_bytes;
-      question.page_len = s_.page_len;
-      question.table = table;
-      question.first = l.window > 0 ? std::max<int64_t>(0, len + 1 - l.window) : 0;
-      question.end = len + 1;
-      question.is_bf16 = s_.pages_are_bf16 != 0;
-      question.out = heads_ + (groups + 1) * dim;
-      question.scratch = scratch_;
-      k_.attend(question);
-      std::copy(question.out, question.out + groups * dim, m_.attended + (row * d_.heads + head * groups) * dim);
+      float *k = qkv + (d_.heads + head) * dim, *v = k + d_.kv_heads * dim;
+      turn(l, l.k_norm, head, row, k);
+      const int64_t len = s_.lens[row], page = s_.tables[row * s_.max_pages + len / s_.page_len];
+      const int64_t place = page * page_bytes() + head * head_bytes() + len % s_.page_len * dim * number_bytes();
+      put(k, static_cast<char*>(s_.keys[layer]) + place);
+      put(v, static_cast<char*>(s_.values[layer]) + place);
     }
   }
 
-  void keep(const float* x, int64_t len, char* to) const {
+  void put(const float* x, char* to) const {
     if (s_.pages_are_bf16 == 0) {
-      std::memcpy(to, x, 4 * len);
+      std::memcpy(to, x, 4 * d_.head_dim);
       return;
     }
     auto* halves = reinterpret_cast<bf16*>(to);
-    for (int64_t i = 0; i < len; i++) store(halves[i], x[i]);
+    for (int64_t i = 0; i < d_.head_dim; i++) store(halves[i], x[i]);
+  }
+
+  void attend(const Layer& l, int64_t layer) const {
+    const int64_t dim = d_.head_dim, groups = d_.heads / d_.kv_heads;
+    const Span own = share(s_.rows * d_.kv_heads, thread_, threads_);
+    for (int64_t item = own.from; item < own.to; item++) {
+      const int64_t row = item / d_.kv_heads, head = item % d_.kv_heads;
+      Question question{};
+      question.groups = groups;
+      question.dim = dim;
+      question.q = m_.qkv + row * m_.qkv_step + head * groups * dim;
+      question.keys = static_cast<const char*>(s_.keys[layer]) + head * head_bytes();
+      question.values = static_cast<const char*>(s_.values[layer]) + head * head_bytes();
+      question.page_bytes = page_bytes();
+      question.page_len = s_.page_len;
+      question.table = s_.tables + row * s_.max_pages;
+      question.first = l.window > 0 ? std::max<int64_t>(0, s_.lens[row] + 1 - l.window) : 0;
+      question.end = s_.ends[row];
+      question.is_bf16 = s_.pages_are_bf16 != 0;
+      question.out = m_.attended + (row * d_.heads + head * groups) * dim;
+      question.scratch = scratch_;
+      k_.attend(question);
+    }
+  }
+
+  // The logits that are asked for.
+  void answer(const float* norm_of_y) const {
+    const Span own = share(s_.num_asked, thread_, threads_);
+    const auto eps = static_cast<float>(d_.eps);
+    for (int64_t i = own.from; i < own.to; i++) {
+      float* x = m_.x + s_.asked[i] * d_.hidden;
+      if (norm_of_y != nullptr) {
+        k_.rms_norm(m_.y + s_.asked[i] * d_.hidden, norm_of_y, d_.hidden, eps, row_);
+        for (int64_t j = 0; j < d_.hidden; j++) x[j] += row_[j];
+      }
+      k_.rms_norm(x, d_.final_norm, d_.hidden, eps, row_);
+      k_.take(d_.head.base.width, row_, d_.hidden, m_.operand + i * operand_bytes(d_.hidden));
+    }
+    meet();
+    each_unit({&d_.head}, [&](int64_t, const Linear& l, int64_t from, int64_t to) {
+      k_.product(l.base, from, to, m_.operand, operand_bytes(d_.hidden), s_.num_asked, tiles_[0], UNIT);
+      for (int64_t i = 0; i < s_.num_asked; i++) {
+        std::copy(tiles_[0] + i * UNIT, tiles_[0] + i * UNIT + to - from, s_.logits + i * l.base.out + from);
+      }
+    });
   }
 
   // One head of q or k, normed and rotated where the layer does so.
-  void turn(const Layer& l, const HeadNorm& norm, const float* x, int64_t head, int64_t row, float* to) const {
+  void turn(const Layer& l, const HeadNorm& norm, int64_t head, int64_t row, float* x) const {
     const int64_t dim = d_.head_dim, half = dim / 2;
-    if (norm.kind == 0) {
-      std::copy(x, x + dim, to);
-    } else {
+    if (norm.kind != 0) {
       float mean = 0, square = 0;
       for (int64_t i = 0; i < dim && norm.kind == 2; i++) mean += x[i] / static_cast<float>(dim);
       for (int64_t i = 0; i < dim; i++) square += (x[i] - mean) * (x[i] - mean);
       const float scale = 1.0f / std::sqrt(square / static_cast<float>(dim) + static_cast<float>(d_.head_eps));
       const int64_t at = head * norm.step;
       for (int64_t i = 0; i < dim; i++) {
-        to[i] = (x[i] - mean) * scale * norm.weight[at + i] + (norm.bias != nullptr ? norm.bias[at + i] : 0.0f);
+        x[i] = (x[i] - mean) * scale * norm.weight[at + i] + (norm.bias != nullptr ? norm.bias[at + i] : 0.0f);
       }
     }
     if (l.rotates == 0) return;
     const float *cos = s_.cos + row * half, *sin = s_.sin + row * half;
     for (int64_t i = 0; i < half; i++) {
-      const float a = to[i], b = to[half + i];
-      to[i] = a * cos[i] - b * sin[i];
-      to[half + i] = b * cos[i] + a * sin[i];
+      const float a = x[i], b = x[half + i];
+      x[i] = a * cos[i] - b * sin[i];
+      x[half + i] = b * cos[i] + a * sin[i];
     }
   }
 
@@ -364,7 +386,7 @@ class Worker {
   const Memory& m_;
   const Kernels& k_;
   const int64_t thread_, threads_;
-  float *tiles_[3], *row_, *heads_, *scratch_;
+  float *tiles_[3], *row_, *scratch_;
   bool any_adapted_ = false;
 };
 
@@ -375,7 +397,7 @@ extern "C" {
 // Bytes of memory that a step wants, besides what its logits take.
 int64_t vora_decode_memory(const Decoder* decoder, const Step* step) { return Memory(*decoder, *step, nullptr).size + 64; }
 
-// Keys and values of the new tokens go into their pages, and logits of all rows to `step.logits`.
+// Keys and values of the new tokens go into their pages, and logits to `step.logits`.
 int vora_decode_step(const Decoder* decoder, const Step* step, char* memory) {
   return guard(-1, [&] {
     TORCH_CHECK(step->rows > 0 && step->threads > 0, "a decoding step of ", step->rows, " rows");

@@ -1,4 +1,4 @@
-// A decoder and a step of it, as Rust describes them: src/nn/decode/raw.rs has the same structs.
+// A decoder and a step of it, as Rust describes them: src/ffi/decode.rs has the same structs.
 #pragma once
 
 #include <cstdint>
@@ -50,14 +50,17 @@ struct Step {
   int64_t page_len, max_pages;
   int64_t pages_are_bf16;
   const int32_t* tables;    // [rows, max_pages]
-  const int64_t* lens;      // [rows], the new token not counted
+  const int64_t* lens;      // [rows], tokens before the new one
+  const int64_t* ends;      // [rows], tokens up to which it attends
   const float* cos;         // [rows, head_dim / 2]
   const float* sin;
   const uint8_t* adapted;   // [rows]
   void* const* keys;        // of each layer, [pages, kv_heads, page_len, head_dim]
   void* const* values;
   const float* x;           // [rows, hidden]
-  float* logits;            // [rows, vocab]
+  const int64_t* asked;     // [num_asked], the rows whose logits are asked for
+  int64_t num_asked;
+  float* logits;            // [num_asked, vocab]
 };
 
 }  // namespace decode

@@ -6,32 +6,9 @@ use tch::{Device, Kind, Tensor};
 use super::layer::{Layer, pointer, read};
 use super::linear::PackedLinear;
 use super::pages::Pages;
-use super::raw;
+use super::shape::DecoderShape;
 use super::step::Step;
-use crate::ffi;
-
-/// Sizes and constants of a [`Decoder`].
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct DecoderShape {
-    /// Width of the residual stream.
-    pub hidden_size: i64,
-    /// Width inside the MLP.
-    pub intermediate_size: i64,
-    /// Query heads.
-    pub num_heads: i64,
-    /// Key and value heads.
-    pub num_kv_heads: i64,
-    /// Width of a head.
-    pub head_dim: i64,
-    /// Added to the mean square in every norm.
-    pub rms_norm_eps: f64,
-    /// The same in the norms of heads.
-    pub head_norm_eps: f64,
-    /// What `q k^T` is multiplied with.
-    pub scale: f64,
-    /// Whether norms come after attention and MLP, not before.
-    pub norms_after: bool,
-}
+use crate::ffi::{self, decode as raw};
 
 /// Layers, final norm and head: `x [rows, hidden]` -> `[rows, vocab]`.
 ///
@@ -106,8 +83,8 @@ impl Decoder {
         self.layers.iter().flat_map(Layer::linears).chain([&self.head])
     }
 
-    /// One token more for every row: `x` `[rows, hidden]` -> logits `[rows, vocab]` in f32. Keys and values of the new tokens
-    /// are written into `pages`.
+    /// New tokens: `x` `[rows, hidden]` -> logits of the rows that are asked for, `[asked, vocab]`, in f32. Keys and values of
+    /// the new tokens are written into `pages`.
     ///
     /// # Errors
     /// A step that does not fit the pages, or an `x` that does not fit it: nothing is written then.
@@ -129,7 +106,21 @@ impl Decoder {
             shape.hidden_size
         );
         let x = x.detach().to_kind(Kind::Float).contiguous();
-        let logits = Tensor::empty([rows, self.head.out_features()], (Kind::Float, Device::Cpu));
+        let all: Vec<i64>;
+        let asked = if step.asked.is_empty() {
+            all = (0..rows).collect();
+            &all
+        } else {
+            step.asked
+        };
+        let own_ends: Vec<i64>;
+        let ends = if step.ends.is_empty() {
+            own_ends = step.lens.iter().map(|len| len + 1).collect();
+            &own_ends
+        } else {
+            step.ends
+        };
+        let logits = Tensor::empty([asked.len() as i64, self.head.out_features()], (Kind::Float, Device::Cpu));
         let [keys, values] = pages.addresses();
         let decoder = raw::Decoder {
             hidden: shape.hidden_size,
@@ -154,12 +145,15 @@ impl Decoder {
             pages_are_bf16: i64::from(pages.kind() == Kind::BFloat16),
             tables: step.tables.as_ptr(),
             lens: step.lens.as_ptr(),
+            ends: ends.as_ptr(),
             cos: step.cos.as_ptr(),
             sin: step.sin.as_ptr(),
             adapted: step.adapted.as_ptr(),
             keys,
             values,
             x: x.data_ptr() as *const f32,
+            asked: asked.as_ptr(),
+            num_asked: asked.len() as i64,
             logits: logits.data_ptr() as *mut f32,
         };
         // SAFETY: both point into tensors and slices that live until the calls return, and `check` has seen that tables and

@@ -8,9 +8,8 @@ use anyhow::{Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
-use super::raw;
 use super::width::Width;
-use crate::ffi;
+use crate::ffi::{self, decode as raw};
 
 /// Numbers that share a scale.
 const GROUP: i64 = 32;

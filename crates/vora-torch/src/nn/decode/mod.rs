@@ -1,5 +1,5 @@
-//! Decoding on the CPU: one token for every row through all layers in one call, over weights in one of several widths and
-//! keys and values in pages. It knows no model: [`Decoder`] is put together from matrices, norms and sizes.
+//! Decoding on the CPU: some tokens, one of each text or many, through all layers in one call, over weights in one of several
+//! widths and keys and values in pages. It knows no model: [`Decoder`] is put together from matrices, norms and sizes.
 //!
 //! A row's result is the same, bit for bit, whatever other rows a step has, and however many threads there are: every number
 //! is summed in one order. Between products everything is f32; a product's input is rounded once, to bf16 for [`Width::Bf16`],
@@ -9,16 +9,17 @@ mod decoder;
 mod layer;
 mod linear;
 mod pages;
-pub(crate) mod raw;
+mod shape;
 mod step;
 mod width;
 
 #[cfg(test)]
 mod tests;
 
-pub use decoder::{Decoder, DecoderShape};
+pub use decoder::Decoder;
 pub use layer::{HeadNorm, Layer};
 pub use linear::PackedLinear;
 pub use pages::Pages;
+pub use shape::DecoderShape;
 pub use step::Step;
 pub use width::Width;

@@ -234,7 +234,7 @@ fn logits(decoder: &mut Decoder, kind: Kind, rows: &[usize]) -> Vec<Vec<f32>> {
     let mut made = Vec::new();
     for step_idx in 0..2 {
         let lens: Vec<i64> = rows.iter().map(|&row| row as i64 * 3 % 11 + step_idx).collect();
-        let step = Step { tables: &tables, lens: &lens, cos: &cos, sin: &sin, adapted: &adapted };
+        let step = Step { tables: &tables, lens: &lens, cos: &cos, sin: &sin, adapted: &adapted, ..Step::default() };
         made.push(decoder.step(&x, &pages, &step).unwrap());
     }
     let both = Tensor::cat(&made, 1);
@@ -251,17 +251,21 @@ fn a_rows_result_is_its_own_bit_for_bit() {
         let all: Vec<usize> = (0..12).collect();
         let expected = logits(&mut decoder, kind, &all);
         assert!(expected.iter().flatten().all(|x| x.is_finite()));
-        for count in [1, 2, 3] {
-            tch::set_num_threads(count);
-            assert!(logits(&mut decoder, kind, &all) == expected, "{width}, {count} threads");
-            for rows in
-                [&[4][..], &[7, 4], &[11, 0, 4], &[0, 1, 2, 3, 4], &[5, 6, 7, 8, 9, 4, 3], &[4, 8, 0, 3, 2, 1, 7, 6]]
-            {
-                let found = logits(&mut decoder, kind, rows);
-                for (row, found) in rows.iter().zip(&found) {
-                    assert!(found == &expected[*row], "{width}: row {row} among {rows:?}, {count} threads");
-                }
+        let mut check = |rows: &[usize]| {
+            let found = logits(&mut decoder, kind, rows);
+            for (row, found) in rows.iter().zip(&found) {
+                assert!(found == &expected[*row], "{width}: row {row} among {rows:?}");
             }
+        };
+        for rows in
+            [&[4][..], &[7, 4], &[11, 0, 4], &[0, 1, 2, 3, 4], &[5, 6, 7, 8, 9, 4, 3], &[4, 8, 0, 3, 2, 1, 7, 6]]
+        {
+            check(rows);
+        }
+        for count in [2, 3] {
+            tch::set_num_threads(count);
+            check(&all);
+            check(&[4]);
         }
         tch::set_num_threads(threads);
     }
@@ -273,10 +277,11 @@ fn what_does_not_fit_is_told() -> Result<()> {
     let pages = pages(Kind::Float);
     let x = Tensor::zeros([2, 72], F32);
     let (cos, sin) = ([1.0; 20], [0.0; 20]);
-    let step = Step { tables: &[0, 1, 2, 3], lens: &[5, 2], cos: &cos, sin: &sin, adapted: &[true, false] };
+    let step =
+        Step { tables: &[0, 1, 2, 3], lens: &[5, 2], cos: &cos, sin: &sin, adapted: &[true, false], ..Step::default() };
     let _ = decoder.step(&x, &pages, &step)?;
     for (step, says) in [
-        (Step { lens: &[8, 2], ..step }, "row 0 has 8 tokens in 2 pages of 4"),
+        (Step { lens: &[8, 2], ..step }, "row 0 has 9 tokens in 2 pages of 4"),
         (Step { tables: &[0, 40, 2, 3], ..step }, "row 0 has page 40 of 40"),
         (Step { tables: &[0, 1, 2, -1], lens: &[5, 4], ..step }, "row 1 has page -1 of 40"),
         (
@@ -284,6 +289,8 @@ fn what_does_not_fit_is_told() -> Result<()> {
             "row 1 writes to slot 1 of page 1, as a row before it does",
         ),
         (Step { cos: &cos[1..], ..step }, "a step of 2 rows has 19 cosines and 20 sines, 20 were expected"),
+        (Step { ends: &[6, 2], ..step }, "row 1 has 2 tokens before it, and attends to 2"),
+        (Step { asked: &[2], ..step }, "logits of row 2 of 2"),
         (Step { lens: &[], adapted: &[], ..step }, "a decoding step without rows"),
     ] {
         assert_eq!(decoder.step(&x, &pages, &step).unwrap_err().to_string(), says);
