@@ -17,6 +17,7 @@ use super::logprobs::logprob;
 use super::pool::Pool;
 use super::prefix::{Keys, PageKey, TokenKey};
 use super::scheduler::Loaded;
+use super::steps::Steps;
 use super::stop::StopStrings;
 use crate::prompter::Prompt;
 use crate::sequence::Sequence;
@@ -162,12 +163,19 @@ impl<'a> Answer<'a> {
     ///
     /// # Errors
     /// Where the pictures are none that the model can take.
-    pub(super) fn prefill(&mut self, loaded: &Loaded<'_>, chunk: i64, cache: &mut KvPages) -> Result<Option<Tensor>> {
+    pub(super) fn prefill(
+        &mut self,
+        loaded: &Loaded<'_>,
+        chunk: i64,
+        steps: &mut Steps,
+        cache: &mut KvPages,
+    ) -> Result<Option<Tensor>> {
         let len = self.prompt_len();
         let end = self.plan.whole_blocks((self.held + chunk).min(len));
         let embeds = embed_part(loaded.model, &self.input, self.held, end)?;
         let plan = self.plan.part(self.held..end)?;
-        let logits = loaded.model.llm().prefill_pages(&embeds, &plan, &self.row(), cache)?;
+        let ends: Vec<i64> = (self.held..end).map(|place| self.plan.whole_blocks(place + 1)).collect();
+        let logits = steps.prefill(loaded.model.llm(), &embeds, &plan, &ends, &self.row(), cache)?;
         self.held = end;
         Ok((end == len).then_some(logits))
     }

@@ -215,8 +215,9 @@ impl<'a> Turn<'a> {
     /// A part of the prompt that is being computed; with its last one, the first token.
     fn prefill(&mut self) {
         let Some(mut answer) = self.queue.prefilling.take() else { return };
-        let (loaded, cache, chunk) = (&self.loaded, &mut self.cache, self.config.prefill_chunk);
-        let logits = guarded(|| tch::no_grad(|| answer.prefill(loaded, chunk, cache)));
+        let (loaded, steps, cache) = (&self.loaded, &mut self.steps, &mut self.cache);
+        let chunk = self.config.prefill_chunk;
+        let logits = guarded(|| tch::no_grad(|| answer.prefill(loaded, chunk, steps, cache)));
         match logits {
             Ok(None) => self.queue.prefilling = Some(answer),
             Ok(Some(logits)) => {

@@ -2,7 +2,8 @@
 
 use anyhow::{Result, ensure};
 use tch::{Kind, Tensor};
-use vora_llm::{CausalLm, KvPages, PackedDecoder, PackedStep, PagedRow};
+use vora_llm::{AttentionPlan, CausalLm, KvPages, PackedDecoder, PackedStep, PagedRow};
+use vora_lora::Active;
 use vora_torch::nn::decode::{Pages, Width};
 
 /// Who computes decoding steps.
@@ -45,6 +46,39 @@ impl Steps {
         Ok(Self::Packed(Box::new(packed), Pages::new(&keys, &values)?))
     }
 
+    /// A part of a prompt: the embeddings `[1, part, hidden]` of what `plan` is of, which goes on where `row` ends -> logits of the
+    /// last token `[1, vocab]`. `ends` says for each token how many of the prompt's it attends to.
+    ///
+    /// # Errors
+    /// Where a page is missing.
+    pub(super) fn prefill(
+        &mut self,
+        llm: &CausalLm,
+        inputs_embeds: &Tensor,
+        plan: &AttentionPlan,
+        ends: &[i64],
+        row: &PagedRow<'_>,
+        cache: &mut KvPages,
+    ) -> Result<Tensor> {
+        let Self::Packed(packed, pages) = self else { return llm.prefill_pages(inputs_embeds, plan, row, cache) };
+        let places: Vec<i64> = (row.len..).take(ends.len()).collect();
+        let mut adapted = vec![matches!(plan.adapters(), Active::All); ends.len()];
+        if let Active::At(tokens) = plan.adapters() {
+            Vec::<i64>::try_from(tokens)?.into_iter().for_each(|token| adapted[token as usize] = true);
+        }
+        let seq_lens = vec![places.last().map_or(0, |last| last + 1); ends.len()];
+        let step = PackedStep {
+            tables: &row.pages.repeat(ends.len()),
+            lens: &places,
+            ends,
+            position_ids: &places,
+            seq_lens: &seq_lens,
+            adapted: &adapted,
+            asked: &[ends.len() as i64 - 1],
+        };
+        packed.forward(&inputs_embeds.squeeze_dim(0), pages, &step)
+    }
+
     /// One token more for every row: logits `[rows, vocab]`.
     ///
     /// # Errors
@@ -64,7 +98,13 @@ impl Steps {
             tables.resize(end * most, 0); // beyond a row's tokens, where nothing is read
         }
         let (lens, adapted): (Vec<i64>, Vec<bool>) = rows.iter().map(|row| (row.len, row.adapted)).unzip();
-        let step = PackedStep { tables: &tables, lens: &lens, position_ids: &lens, adapted: &adapted };
+        let step = PackedStep {
+            tables: &tables,
+            lens: &lens,
+            position_ids: &lens,
+            adapted: &adapted,
+            ..PackedStep::default()
+        };
         packed.decode_step(ids, pages, &step)
     }
 }
