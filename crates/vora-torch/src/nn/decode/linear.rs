@@ -245,12 +245,12 @@ impl PackedLinear {
         let mut y = product(&self.matrix(), plain_bias, &x32)?;
         if adapted.iter().any(|&on| on) && (self.low_rank.is_some() || self.bias_is_adapted) {
             ensure!(adapted.len() as i64 == y.size()[0], "{} rows, adapters on {} of them", y.size()[0], adapted.len());
-            let mut on = y.shallow_clone();
+            let mut on = y.copy();
             if let Some(bias) = self.bias.as_ref().filter(|_| self.bias_is_adapted) {
-                on = on + bias;
+                on += bias;
             }
             if let Some([a, b]) = &self.low_rank {
-                on = on + product(&plain_matrix(b), None, &product(&plain_matrix(a), None, &x32)?)?;
+                on += product(&plain_matrix(b), None, &product(&plain_matrix(a), None, &x32)?)?;
             }
             y = on.where_self(&Tensor::from_slice(adapted).unsqueeze(1), &y);
         }

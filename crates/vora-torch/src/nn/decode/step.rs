@@ -37,7 +37,7 @@ impl Step<'_> {
         let rows = self.rows();
         ensure!(rows > 0, "a decoding step without rows");
         ensure!(
-            self.adapted.len() == rows && self.tables.len() % rows == 0,
+            self.adapted.len() == rows && self.tables.len().is_multiple_of(rows),
             "a step of {rows} rows with {} pages in tables and {} answers whether adapters act",
             self.tables.len(),
             self.adapted.len()
