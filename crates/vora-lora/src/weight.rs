@@ -8,7 +8,7 @@ use vora_torch::weights::{Init, QuantizedWeight, Weights};
 #[derive(Debug)]
 pub(crate) enum Weight {
     Plain(Tensor), // frozen, or a trained f32 master
-    Quantized(QuantizedWeight),
+    Quantized(Box<QuantizedWeight>),
 }
 
 impl Weight {
@@ -19,7 +19,7 @@ impl Weight {
             Some(quantization) => {
                 let quantized = QuantizedWeight::new(&weight, quantization)?;
                 weights.forget("weight");
-                Self::Quantized(quantized)
+                Self::Quantized(Box::new(quantized))
             }
             None => Self::Plain(weight),
         })
