@@ -40,6 +40,22 @@ struct Kept {
   bool is_nf4() const { return pairs.defined(); }
 };
 
+// Where a weight is made whole: for the caller to keep, or for one product alone. Then it is the room of the product before,
+// since memory of that size, asked for anew each time, leaves holes between what is kept for the backward pass.
+enum class Room { own, shared };
+
+at::Tensor room(Room of, const Kept& kept, at::ScalarType kind) {
+  const auto options = at::TensorOptions().dtype(kind).device(at::kCPU);
+  if (of == Room::own) return at::empty({kept.rows, kept.columns}, options);
+  thread_local at::Tensor shared;
+  const int64_t n = kept.rows * kept.columns;
+  if (!shared.defined() || shared.scalar_type() != kind || shared.numel() < n) {
+    shared = at::Tensor();  // before there is another
+    shared = at::empty({n}, options);
+  }
+  return shared.narrow(0, 0, n).view({kept.rows, kept.columns});
+}
+
 // Writes the weights of blocks `from` to `to`; a block has sixteen values, each rounded once.
 template <typename T>
 void unpack(const uint8_t* codes, const float* scales, const float* table, T* y, int64_t from, int64_t to, int64_t n) {
@@ -55,14 +71,14 @@ void unpack(const uint8_t* codes, const float* scales, const float* table, T* y,
   }
 }
 
-at::Tensor dequantized_nf4(const Kept& kept, at::ScalarType kind) {
+at::Tensor dequantized_nf4(const Kept& kept, at::ScalarType kind, Room of) {
   const int64_t n = kept.rows * kept.columns, blocks = kept.scales.size(0);
   const auto of_nested = kept.nested.repeat_interleave(NESTED_BLOCK).narrow(0, 0, blocks);
   const auto scales = kept.map.index_select(0, kept.scales.to(at::kInt)) * of_nested + kept.offset;  // [blocks]
   if (kept.codes.is_cpu() && (kind == at::kFloat || kind == at::kBFloat16)) {
     float table[16];
     for (int i = 0; i < 16; i++) table[i] = in<float>(kept.pairs)[2 * i + 1];  // the low half of byte i
-    auto y = at::empty({kept.rows, kept.columns}, kept.map.options().dtype(kind));
+    const auto y = room(of, kept, kind);
     at::parallel_for(0, blocks, grain(BLOCK), [&](int64_t from, int64_t to) {
       const auto *codes = in<uint8_t>(kept.codes);
       const auto *s = in<float>(scales);
@@ -86,11 +102,11 @@ void scale_row(const int8_t* codes, float scale, T* y, int64_t n) {
   for (int64_t i = 0; i < n; i++) store(y[i], static_cast<float>(codes[i]) * scale);
 }
 
-at::Tensor dequantized_int8(const Kept& kept, at::ScalarType kind) {
+at::Tensor dequantized_int8(const Kept& kept, at::ScalarType kind, Room of) {
   const auto scales = kept.scales * (1.0 / 127.0);  // [rows]
   if (kept.codes.is_cpu() && (kind == at::kFloat || kind == at::kBFloat16)) {
     const int64_t n = kept.columns;
-    auto y = at::empty({kept.rows, n}, scales.options().dtype(kind));
+    const auto y = room(of, kept, kind);
     at::parallel_for(0, kept.rows, grain(n), [&](int64_t from, int64_t to) {
       for (int64_t row = from; row < to; row++) {
         const auto* codes = in<int8_t>(kept.codes) + row * n;
@@ -107,8 +123,8 @@ at::Tensor dequantized_int8(const Kept& kept, at::ScalarType kind) {
   return (kept.codes.to(at::kFloat) * scales.unsqueeze(1)).to(kind);
 }
 
-at::Tensor dequantized(const Kept& kept, at::ScalarType kind) {
-  return kept.is_nf4() ? dequantized_nf4(kept, kind) : dequantized_int8(kept, kind);
+at::Tensor dequantized(const Kept& kept, at::ScalarType kind, Room of) {
+  return kept.is_nf4() ? dequantized_nf4(kept, kind, of) : dequantized_int8(kept, kind, of);
 }
 
 struct QuantizedLinear : Function<QuantizedLinear> {
@@ -118,7 +134,7 @@ struct QuantizedLinear : Function<QuantizedLinear> {
     ctx->saved_data["columns"] = kept.columns;
     ctx->saved_data["has_bias"] = bias.has_value();
     ctx->save_for_backward({kept.codes, kept.scales, kept.nested, kept.offset, kept.map, kept.pairs});
-    return at::linear(x, dequantized(kept, x.scalar_type()), bias);
+    return at::linear(x, dequantized(kept, x.scalar_type(), Room::shared), bias);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -132,7 +148,7 @@ struct QuantizedLinear : Function<QuantizedLinear> {
     if (ctx->needs_input_grad(0)) {
       auto shape = grads[0].sizes().vec();
       shape.back() = columns;
-      dx = g.mm(dequantized(kept, g.scalar_type())).view(shape);
+      dx = g.mm(dequantized(kept, g.scalar_type(), Room::shared)).view(shape);
     }
     if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(1)) dbias = g.sum(0);
     return {dx, dbias, Variable()};
@@ -147,7 +163,7 @@ extern "C" {
 at::Tensor* vora_dequantize(const at::Tensor* const* parts, size_t n, int64_t rows, int64_t columns, int8_t kind) {
   return guard<at::Tensor*>(nullptr, [&] {
     at::NoGradGuard no_grad;
-    return new at::Tensor(dequantized(Kept(parts, n, rows, columns), static_cast<at::ScalarType>(kind)));
+    return new at::Tensor(dequantized(Kept(parts, n, rows, columns), static_cast<at::ScalarType>(kind), Room::own));
   });
 }
 
