@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, ensure};
 use comfy_table::{Table, presets};
 use serde_json::json;
-use vora_infer::{Engine, EngineConfig, Event, Message, Request, RgbImage, SamplingParams};
+use vora_infer::{Engine, EngineConfig, Event, Message, Request, RgbImage, SamplingParams, Width};
 use vora_torch::runtime;
 
 use crate::model::ModelArgs;
@@ -22,7 +22,8 @@ use crate::size;
 #[command(after_help = "\
 Examples:
   vora bench runs/scenes/merged
-  vora bench HuggingFaceTB/SmolLM2-135M-Instruct --batch 1,4,16 --prompt 1024 --new 64 --json")]
+  vora bench HuggingFaceTB/SmolLM2-135M-Instruct --batch 1,4,16 --prompt 1024 --new 64 --json
+  vora bench runs/scenes/merged --weights int4")]
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
@@ -35,6 +36,9 @@ pub(crate) struct Args {
     /// Tokens of an answer
     #[arg(long, value_name = "TOKENS", default_value_t = 128)]
     new: usize,
+    /// What the weights are read in: f32, bf16, int8 or int4 (on a CPU); else as they are
+    #[arg(long, value_name = "WIDTH", value_parser = Width::parse)]
+    weights: Option<Width>,
     /// Rounds, whose medians are told; one more before them warms up
     #[arg(long, default_value_t = 3)]
     rounds: usize,
@@ -66,6 +70,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     ensure!(args.rounds > 0, "--rounds is 0, it must be 1 or more");
     let mut config = EngineConfig::default();
     (config.max_batch, config.max_waiting) = (most, most);
+    config.width = args.weights;
     (config.cache_bytes, config.prefix_caching) = (usize::try_from(args.cache)?, false);
     let assistant = args.model.open()?;
     let llm = assistant.model().llm();

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
-use vora_infer::{Engine, EngineConfig, Event, Message, Request, RgbImage};
+use vora_infer::{Engine, EngineConfig, Event, Message, Request, RgbImage, Width};
 
 use crate::model::ModelArgs;
 use crate::sampling::SamplingArgs;
@@ -35,6 +35,9 @@ pub(crate) struct Args {
     model: ModelArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
+    /// What the weights are read in: f32, bf16, int8 or int4 (on a CPU); else as they are
+    #[arg(long, value_name = "WIDTH", value_parser = Width::parse)]
+    weights: Option<Width>,
     /// How the model is to answer, as /system says it
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
@@ -43,7 +46,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let params = args.sampling.params()?;
     let mut config = EngineConfig::default();
-    config.max_batch = 1;
+    (config.max_batch, config.width) = (1, args.weights);
     let engine = Engine::start(args.model.open()?, config)?;
     let interrupts = Interrupts::new()?;
     let mut chat = Chat { system: args.system.clone(), ..Chat::default() };

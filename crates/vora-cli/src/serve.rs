@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::Result;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use vora_infer::EngineConfig;
+use vora_infer::{EngineConfig, Width};
 use vora_serve::{ServeConfig, Server};
 
 use crate::model::ModelArgs;
@@ -26,6 +26,7 @@ Examples:
   vora serve runs/scenes/merged
   vora serve runs/scenes/final --served-model-name scenes --port 8080 --max-batch 8 --cache 512MiB
   VORA_API_KEY=secret vora serve runs/scenes/merged --host 0.0.0.0
+  vora serve runs/scenes/merged --weights int8
   vora serve runs/scenes/merged --allow-images-from pictures.example.org
 
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
@@ -59,6 +60,9 @@ pub(crate) struct Args {
     /// Memory for keys and values
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size::bytes)]
     cache: u64,
+    /// What the weights are read in: f32, bf16, int8 or int4 (on a CPU); else as they are
+    #[arg(long, value_name = "WIDTH", value_parser = Width::parse)]
+    weights: Option<Width>,
     /// Seconds that running requests have to end after the first signal; a second one ends at once
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     drain: u64,
@@ -68,6 +72,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let mut engine = EngineConfig::default();
     (engine.max_batch, engine.max_waiting) = (args.max_batch, args.max_waiting);
     engine.cache_bytes = usize::try_from(args.cache)?;
+    engine.width = args.weights;
     engine.validate()?;
     let mut config = ServeConfig::new(args.served_model_name.clone().unwrap_or_else(|| args.model.short_name()));
     (config.host, config.port) = (args.host.clone(), args.port);
