@@ -17,12 +17,12 @@ const KEY: &str = "a key for the check";
 /// The name that the model is served by.
 const NAME: &str = "smoke";
 
-/// Each script of `fixtures/clients`, and the packages that it needs, `requirements-NAME.txt` there.
-const CLIENTS: [(&str, &[&str]); 4] = [
-    ("openai_package", &["openai"]),
-    ("page", &["page"]),
-    ("schema", &["schema"]),
-    ("lmms", &["lmms", "lmms-no-deps"]),
+/// Each script of `fixtures/clients`, and the list there of the packages that it needs.
+const CLIENTS: [(&str, &str); 4] = [
+    ("openai_package", "requirements-openai.txt"),
+    ("page", "requirements-page.txt"),
+    ("schema", "requirements-schema.txt"),
+    ("lmms", "requirements-lmms-no-deps.txt"),
 ];
 
 /// Runs all of them, then the soak of ten thousand requests.
@@ -80,10 +80,8 @@ fn scripts() -> PathBuf {
 }
 
 /// The Python of a client. lmms-eval stands on packages of gigabytes, which the fixtures' environment has.
-fn environment(name: &str, requirements: &[&str]) -> Result<PathBuf> {
-    let lists: Vec<PathBuf> =
-        requirements.iter().map(|name| scripts().join(format!("requirements-{name}.txt"))).collect();
-    let python = fixtures::environment(&format!("clients-python/{name}"), &lists)?;
+fn environment(name: &str, requirements: &str) -> Result<PathBuf> {
+    let python = fixtures::environment(&format!("clients-python/{name}"), &[scripts().join(requirements)])?;
     if name == "lmms" {
         let below = site_packages(&fixtures::python()?)?;
         let here = site_packages(&python)?.join("fixtures.pth");
