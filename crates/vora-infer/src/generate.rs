@@ -5,38 +5,14 @@ use tch::{Kind, Tensor};
 use vora_model::{Input, VisionLanguageModel};
 
 use crate::sequence::Sequence;
-use crate::{Constraint, OutputModality, SamplingParams};
-
-/// Why a generation ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum FinishReason {
-    /// A stop token came, or the picture that was asked for is complete.
-    Stop,
-    /// `max_new_tokens` were made.
-    Length,
-    /// The callback asked for it.
-    Cancelled,
-}
-
-/// What a generation made.
-#[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
-pub struct Generated {
-    /// The new tokens, the stop token not among them.
-    pub ids: Vec<i64>,
-    /// Why it ended.
-    pub finish_reason: FinishReason,
-    /// Tokens of the prompt, image patches among them.
-    pub prompt_tokens: i64,
-}
+use crate::{Constraint, FinishReason, Generated, OutputModality, SamplingParams};
 
 /// Generates words after the prompt in `input` (one row) until a token of `stop` or `max_new_tokens`; `on_token` sees
 /// each new token and may answer false to end it. Tokens that pictures are written with are left out, as in HF's
 /// Chameleon; [`generate_within`] takes them.
 ///
 /// # Errors
-/// [`InferError::PromptTooLong`], and where pictures and places do not match.
+/// [`InferError::PromptTooLong`](crate::InferError::PromptTooLong), and where pictures and places do not match.
 pub fn generate(
     model: &dyn VisionLanguageModel,
     input: &Input,
@@ -79,7 +55,7 @@ pub(crate) fn generate_rows(
 /// As [`generate`] with the constraint's model, of nothing but what the constraint allows.
 ///
 /// # Errors
-/// As [`generate`], and [`InferError::NoRoomForPicture`] of a picture that has to be made.
+/// As [`generate`], and [`InferError::NoRoomForPicture`](crate::InferError::NoRoomForPicture) of a picture that has to be made.
 pub fn generate_within(
     constraint: &Constraint<'_>,
     input: &Input,

@@ -12,11 +12,11 @@ use vora_model::{ImageWriter, Input, VisionLanguageModel};
 use vora_text::{Span, Spans, TokenStream, Tokenizer};
 
 use super::event::{Event, TokenLogprob};
-use super::handle::OnEvent;
+use super::job::OnEvent;
+use super::loaded::Loaded;
 use super::logprobs::logprob;
 use super::pool::Pool;
 use super::prefix::{Keys, PageKey, TokenKey};
-use super::scheduler::Loaded;
 use super::steps::Steps;
 use super::stop::StopStrings;
 use crate::prompter::Prompt;

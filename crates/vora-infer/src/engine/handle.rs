@@ -1,6 +1,6 @@
 //! The engine as its callers see it: requests in, events out.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -10,8 +10,11 @@ use vora_text::Tokenizer;
 
 use super::config::EngineConfig;
 use super::event::Event;
+use super::job::Job;
+use super::scheduler::Scheduler;
+use super::stats::{Counts, EngineStats};
 use crate::error::InferError;
-use crate::prompter::{Prompt, Prompter};
+use crate::prompter::Prompter;
 use crate::{Assistant, Request};
 
 /// A model that answers many requests at once, on a thread of its own. It is shared by whoever asks. Dropped, it takes all requests
@@ -31,60 +34,6 @@ pub struct Ticket {
     cancelled: Arc<AtomicBool>,
 }
 
-/// How much an engine has done and has to do.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct EngineStats {
-    /// Requests that wait for a place.
-    pub waiting: u64,
-    /// Requests that are being answered.
-    pub running: u64,
-    /// Requests that have ended, answered or not.
-    pub ended: u64,
-    /// Of these, the ones that failed.
-    pub failed: u64,
-    /// Of these, the ones that were taken back.
-    pub cancelled: u64,
-    /// Tokens of prompts.
-    pub prompt_tokens: u64,
-    /// Of these, the ones that were found in the cache.
-    pub cached_tokens: u64,
-    /// Tokens that were generated.
-    pub generated_tokens: u64,
-    /// Pages of the cache of keys and values.
-    pub cache_pages: u64,
-    /// Of these, the ones that running requests hold.
-    pub used_pages: u64,
-}
-
-/// The stats, as the engine's thread counts them.
-#[derive(Debug, Default)]
-pub(super) struct Counts {
-    pub(super) waiting: AtomicU64,
-    pub(super) running: AtomicU64,
-    pub(super) ended: AtomicU64,
-    pub(super) failed: AtomicU64,
-    pub(super) cancelled: AtomicU64,
-    pub(super) prompt_tokens: AtomicU64,
-    pub(super) cached_tokens: AtomicU64,
-    pub(super) generated_tokens: AtomicU64,
-    pub(super) cache_pages: AtomicU64,
-    pub(super) used_pages: AtomicU64,
-    /// Whether all requests are taken back.
-    pub(super) ending: AtomicBool,
-}
-
-/// Who is told what becomes of a request.
-pub(super) type OnEvent = Box<dyn FnMut(Event) + Send>;
-
-/// A request on its way to the engine's thread.
-pub(super) struct Job {
-    pub(super) prompt: Prompt,
-    pub(super) request: Request<'static>,
-    pub(super) cancelled: Arc<AtomicBool>,
-    pub(super) on_event: OnEvent,
-}
-
 impl Engine {
     /// Starts the thread that answers.
     ///
@@ -96,7 +45,7 @@ impl Engine {
         let prompter = Arc::new(prompter);
         let (jobs, of_jobs) = mpsc::channel();
         let counts = Arc::new(Counts::default());
-        let scheduler = super::scheduler::Scheduler::new(model, prompter.clone(), config.clone(), counts.clone())?;
+        let scheduler = Scheduler::new(model, prompter.clone(), config.clone(), counts.clone())?;
         let thread = std::thread::Builder::new().name("vora-engine".to_owned());
         let thread = thread.spawn(move || scheduler.run(&of_jobs))?;
         Ok(Self { prompter, jobs: Mutex::new(Some(jobs)), counts, config, thread: Mutex::new(Some(thread)) })
@@ -187,23 +136,5 @@ impl Drop for Engine {
 impl Drop for Ticket {
     fn drop(&mut self) {
         self.cancelled.store(true, Ordering::Relaxed);
-    }
-}
-
-impl Counts {
-    pub(super) fn stats(&self) -> EngineStats {
-        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        EngineStats {
-            waiting: read(&self.waiting),
-            running: read(&self.running),
-            ended: read(&self.ended),
-            failed: read(&self.failed),
-            cancelled: read(&self.cancelled),
-            prompt_tokens: read(&self.prompt_tokens),
-            cached_tokens: read(&self.cached_tokens),
-            generated_tokens: read(&self.generated_tokens),
-            cache_pages: read(&self.cache_pages),
-            used_pages: read(&self.used_pages),
-        }
     }
 }

@@ -4,10 +4,13 @@ mod answer;
 mod config;
 mod event;
 mod handle;
+mod job;
+mod loaded;
 mod logprobs;
 mod pool;
 mod prefix;
 mod scheduler;
+mod stats;
 mod steps;
 mod stop;
 #[cfg(test)]
@@ -15,4 +18,5 @@ mod tests;
 
 pub use config::EngineConfig;
 pub use event::{Event, TokenLogprob};
-pub use handle::{Engine, EngineStats, Ticket};
+pub use handle::{Engine, Ticket};
+pub use stats::EngineStats;

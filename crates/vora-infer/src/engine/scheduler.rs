@@ -15,9 +15,11 @@ use vora_model::VisionLanguageModel;
 use super::answer::Answer;
 use super::config::EngineConfig;
 use super::event::Event;
-use super::handle::{Counts, Job, OnEvent};
+use super::job::{Job, OnEvent};
+use super::loaded::Loaded;
 use super::pool::Pool;
 use super::prefix::Keys;
+use super::stats::Counts;
 use super::steps::Steps;
 use crate::error::InferError;
 use crate::prompter::Prompter;
@@ -86,16 +88,6 @@ impl Scheduler {
             turn.decode();
         }
     }
-}
-
-/// What answers are made from.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Loaded<'a> {
-    pub(super) model: &'a dyn VisionLanguageModel,
-    pub(super) prompter: &'a Prompter,
-    /// Of a model that writes pictures: what an answer may be made of.
-    pub(super) constraints: Option<&'a [Constraint<'a>]>,
-    pub(super) keys: &'a Keys,
 }
 
 /// Requests by what is next for them.

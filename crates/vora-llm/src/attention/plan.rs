@@ -405,7 +405,7 @@ mod tests {
                 assert_eq!(ends.len(), ways_to_end, "{mode:?} {ends:?}");
                 for window in [None, Some(4)] {
                     let seen = |plan: &AttentionPlan, queries| match &window
-                        .map_or(None, |w| plan.within(w))
+                        .and_then(|w| plan.within(w))
                         .as_ref()
                         .unwrap_or(plan)
                         .kernel
