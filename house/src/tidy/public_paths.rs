@@ -11,7 +11,7 @@ use crate::sources::{Import, ModuleId, Sources};
 
 /// What crates hand on of those below them, so that who takes one of them need not name another. Within the crate that
 /// defines it, it has one path like everything.
-const HANDED_ON: [&str; 6] = ["tch", "optim", "Weights", "RgbImage", "Tokenizer", "Message"];
+const HANDED_ON: [&str; 7] = ["tch", "optim", "Weights", "Width", "RgbImage", "Tokenizer", "Message"];
 
 /// A public name in a module.
 struct Export {

@@ -20,7 +20,9 @@ fn shape(value: &Value) -> String {
         Value::String(_) => "string".to_owned(),
         Value::Array(items) => format!("[{}]", items.first().map(shape).unwrap_or_default()),
         Value::Object(fields) => {
-            let fields: Vec<String> = fields.iter().map(|(name, value)| format!("{name}: {}", shape(value))).collect();
+            let mut fields: Vec<String> =
+                fields.iter().map(|(name, value)| format!("{name}: {}", shape(value))).collect();
+            fields.sort_unstable(); // another crate decides in which order JSON is kept
             format!("{{{}}}", fields.join(", "))
         }
     }
