@@ -18,6 +18,7 @@
 #include "../element.h"
 #include "../guard.h"
 #include "choice.h"
+#include "meeting.h"
 #include "step.h"
 
 namespace {
@@ -85,8 +86,8 @@ bool has_lora(const Linear& l) { return l.lora_a.out > 0; }
 // One thread's part of a step.
 class Worker {
  public:
-  Worker(const Decoder& d, const Step& s, const Memory& m, int64_t thread, int64_t threads)
-      : d_(d), s_(s), m_(m), k_(kernels()), thread_(thread), threads_(threads) {
+  Worker(const Decoder& d, const Step& s, const Memory& m, Meeting& meeting, int64_t thread, int64_t threads)
+      : d_(d), s_(s), m_(m), meeting_(meeting), k_(kernels()), thread_(thread), threads_(threads) {
     for (int i = 0; i < 3; i++) tiles_[i] = m.of(m.tiles[i], thread);
     row_ = m.of(m.row, thread);
     scratch_ = m.of(m.scratch, thread);
@@ -125,11 +126,7 @@ class Worker {
   using Linears = std::initializer_list<const Linear*>;
 
   void meet() const {
-#ifdef _OPENMP
-    if (threads_ > 1) {
-#pragma omp barrier
-    }
-#endif
+    if (threads_ > 1) meeting_.meet(threads_);
   }
 
   bool adapts(const Linear& l) const { return any_adapted_ && has_lora(l); }
@@ -384,6 +381,7 @@ class Worker {
   const Decoder& d_;
   const Step& s_;
   const Memory& m_;
+  Meeting& meeting_;
   const Kernels& k_;
   const int64_t thread_, threads_;
   float *tiles_[3], *row_, *scratch_;
@@ -403,14 +401,15 @@ int vora_decode_step(const Decoder* decoder, const Step* step, char* memory) {
     TORCH_CHECK(step->rows > 0 && step->threads > 0, "a decoding step of ", step->rows, " rows");
     const auto address = reinterpret_cast<uintptr_t>(memory);
     const Memory places(*decoder, *step, memory + (64 - address % 64) % 64);
+    Meeting meeting;
 #ifdef _OPENMP
     if (step->threads > 1) {
 #pragma omp parallel num_threads(static_cast<int>(step->threads))
-      Worker(*decoder, *step, places, omp_get_thread_num(), omp_get_num_threads()).run();
+      Worker(*decoder, *step, places, meeting, omp_get_thread_num(), omp_get_num_threads()).run();
       return 0;
     }
 #endif
-    Worker(*decoder, *step, places, 0, 1).run();
+    Worker(*decoder, *step, places, meeting, 0, 1).run();
     return 0;
   });
 }
