@@ -47,6 +47,7 @@ struct Naming<'a> {
     keys: &'a Keys,
     adapted: u8,
     tokens: Vec<TokenKey>, // of the prompt
+    prompt: Vec<PageKey>,  // of its full pages
     page_len: usize,
 }
 
@@ -87,7 +88,8 @@ impl<'a> Answer<'a> {
             // Adapters that act on the picture's tokens alone act on what follows from the tokens.
             let by_tokens = request.adapters && model.adapted().acts_on() == ActsOn::ImageTokens;
             let adapted = if by_tokens { 2 } else { u8::from(adapted) };
-            anyhow::Ok(Naming { keys: loaded.keys, adapted, tokens, page_len })
+            let prompt = loaded.keys.pages(adapted, &tokens, page_len);
+            anyhow::Ok(Naming { keys: loaded.keys, adapted, tokens, prompt, page_len })
         });
         Ok(Self {
             adapted,
@@ -146,9 +148,8 @@ impl<'a> Answer<'a> {
     pub(super) fn take_pages(&mut self, pool: &mut Pool, page_len: i64) -> bool {
         // The prompt's last token is computed in any case, for what comes after it.
         let most = ((self.prompt_len() - 1) / page_len) as usize;
-        let mut keys = self.naming.as_ref().map(Naming::of_prompt).unwrap_or_default();
-        keys.truncate(most);
-        let known = pool.hold_known(&keys);
+        let keys = self.naming.as_ref().map_or(&[][..], |naming| &naming.prompt);
+        let known = pool.hold_known(&keys[..keys.len().min(most)]);
         let needed = ((self.most_tokens() + page_len - 1) / page_len) as usize;
         let Some(more) = pool.take(needed - known.len()) else {
             pool.release(&known);
@@ -267,11 +268,6 @@ impl<'a> Answer<'a> {
 }
 
 impl Naming<'_> {
-    /// The keys of the prompt's full pages.
-    fn of_prompt(&self) -> Vec<PageKey> {
-        self.keys.pages(self.adapted, &self.tokens, self.page_len)
-    }
-
     /// The keys of the full pages of the first `len` tokens of the prompt and of `ids`, which follow it.
     fn of_first(&self, len: usize, ids: &[i64]) -> Vec<PageKey> {
         let mut tokens = self.tokens.clone();

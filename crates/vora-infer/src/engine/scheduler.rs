@@ -233,19 +233,24 @@ impl<'a> Turn<'a> {
                 answers.iter_mut().for_each(Answer::stepped);
                 self.take_tokens(answers, &logits);
             }
-            Err(error) => {
-                let told = format!("{error:#}");
-                for answer in answers {
-                    end(answer, Ending::Failed(anyhow!("{told}")), &mut self.pool, self.counts, self.config);
-                }
-            }
+            Err(error) => self.fail(answers, &error),
+        }
+    }
+
+    /// Ends answers that one error is the end of.
+    fn fail(&mut self, answers: Vec<Answer<'a>>, error: &anyhow::Error) {
+        for answer in answers {
+            end(answer, Ending::Failed(anyhow!("{error:#}")), &mut self.pool, self.counts, self.config);
         }
     }
 
     /// Lets each answer choose its next token by its row of logits `[answers, vocab]`.
     fn take_tokens(&mut self, answers: Vec<Answer<'a>>, logits: &Tensor) {
-        let numbers = logits.to_kind(Kind::Float).contiguous().view([-1]);
-        let Ok(mut numbers) = guarded(|| Ok(Vec::<f32>::try_from(numbers)?)) else { return };
+        let numbers = guarded(|| Ok(Vec::<f32>::try_from(logits.to_kind(Kind::Float).contiguous().view([-1]))?));
+        let mut numbers = match numbers {
+            Ok(numbers) => numbers,
+            Err(error) => return self.fail(answers, &error),
+        };
         let vocab = (numbers.len() / answers.len()).max(1);
         for (mut answer, logits) in answers.into_iter().zip(numbers.chunks_mut(vocab)) {
             let taken = guarded(|| answer.take_token(logits));
