@@ -5,16 +5,17 @@
 
 A line `BATCH NEW` on stdin asks for a turn: that many prompts of 288 tokens, each with NEW tokens after it, the likeliest each time.
 In transformers the first 256 tokens of a prompt see each other, as a picture's do; llama.cpp gets 288 words, which cost it no more.
+A line `perplexity IDS.json` asks for that of these tokens, in windows of 512.
 """
 
 import argparse
 import ctypes
 import json
-import resource
+import math
 import sys
 import time
 
-PROMPT, PICTURE = 288, 256
+PROMPT, PICTURE, WINDOW = 288, 256, 512
 
 parser = argparse.ArgumentParser()
 parser.add_argument("peer", choices=["hf", "llama"])
@@ -54,7 +55,11 @@ def hf():
             ids = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
         return first, time.process_time() - before
 
-    return turn
+    def losses(ids):
+        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].float()
+        return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item()
+
+    return turn, losses
 
 
 def llama():
@@ -101,14 +106,38 @@ def llama():
             ids = [likeliest(sequence) for sequence in range(sequences)]
         return first, time.process_time() - before
 
+    def losses(ids):
+        llama_cpp.llama_memory_clear(memory, True)
+        decode([(token, i, 0, True) for i, token in enumerate(ids)])
+        total = 0.0
+        for i, target in enumerate(ids[1:]):
+            logits = numpy.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, i), shape=(vocab,)).astype(float)
+            total += numpy.log(numpy.exp(logits - logits.max()).sum()) + logits.max() - logits[target]
+        return total
+
     turn.held = (quiet, model, context)
-    return turn
+    return turn, losses
 
 
-turn = {"hf": hf, "llama": llama}[args.peer]()
+def peak_mib():
+    """Of this program: `ru_maxrss` is that of the process which started it, where that was larger."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM"))
+
+
+def perplexity(path):
+    with open(path) as file:
+        ids = json.load(file)
+    windows = [ids[i : i + WINDOW] for i in range(0, len(ids), WINDOW) if len(ids) - i > 1]
+    return math.exp(sum(map(losses, windows)) / sum(len(window) - 1 for window in windows))
+
+
+turn, losses = {"hf": hf, "llama": llama}[args.peer]()
 print("ready", flush=True)
 for line in sys.stdin:
+    if line.startswith("perplexity "):
+        print(perplexity(line.split(maxsplit=1)[1].strip()), flush=True)
+        continue
     batch, new = map(int, line.split())
     first, rest = turn(batch, new)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"first": first, "rest": rest, "peak_mib": peak}), flush=True)
+    print(json.dumps({"first": first, "rest": rest, "peak_mib": peak_mib()}), flush=True)

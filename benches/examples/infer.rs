@@ -1,5 +1,5 @@
 //! Answers beside transformers' and llama.cpp's: time to the first token of a prompt of 288, tokens a second after it at batches of 1
-//! and 8, memory. This project reads a picture of 256 patches and 32 words, by its engine, as a server does.
+//! and 8, memory, perplexity. This project reads a picture of 256 patches and 32 words, by its engine, as a server does.
 //!
 //! `cargo xtask bench peers --infer` runs it. Each is a process of its own with one thread that waits for its turn; the turns
 //! alternate, and CPU seconds are counted, so that what else the machine does matters little.
@@ -13,12 +13,15 @@ use anyhow::{Context, Result, bail, ensure};
 use benches::{Process, cpu_seconds};
 use clap::Parser;
 use serde::{Deserialize, Serialize};
-use tch::Device;
+use tch::{Device, Kind, Tensor};
 use vora_image::{IMAGENET_DEFAULT, ImageProcessor, Resample, RgbImage};
-use vora_infer::{Assistant, Engine, EngineConfig, Event, Request, SamplingParams, Width};
-use vora_llm::KvPages;
+use vora_infer::{Assistant, Engine, EngineConfig, Event, Request, SamplingParams, Tokenizer, Width};
+use vora_llm::{KvPages, PackedDecoder, PackedStep};
+use vora_model::VisionLanguageModel;
 use vora_recipe::TrainConfig;
-use vora_torch::runtime;
+use vora_torch::nn::decode::Pages;
+use vora_torch::runtime::{self, Workload};
+use vora_torch::weights::Quantization;
 use vora_train::student::Student;
 
 /// Side of a patch, and of a picture of 256 patches.
@@ -26,6 +29,8 @@ const PATCH: i64 = 14;
 const SIDE: i64 = 16 * PATCH;
 /// Tokens of a prompt.
 const PROMPT: usize = 288;
+/// Tokens of a window of the text, none of which lie in two.
+const WINDOW: usize = 512;
 
 /// Measures answers of ours against others'
 #[derive(Debug, Parser)]
@@ -42,6 +47,9 @@ struct Args {
     /// `benches/infer.py`
     #[arg(long)]
     script: PathBuf,
+    /// The text whose perplexity is measured
+    #[arg(long)]
+    text: PathBuf,
     /// Where what was measured goes
     #[arg(long)]
     out: PathBuf,
@@ -57,9 +65,9 @@ struct Args {
     /// Turns of each, behind one that is not counted
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// To be the process that answers in this dtype, which the others are started by
+    /// To be the process that answers by the model in this folder, not the one that starts the others
     #[arg(long, hide = true)]
-    turns: Option<String>,
+    turns: Option<PathBuf>,
 }
 
 fn named(value: &str) -> Result<(String, PathBuf), String> {
@@ -85,23 +93,32 @@ struct Row {
     first_ms: f64,
     tokens_per_second: f64,
     peak_mib: f64,
+    perplexity: f64,
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
     ensure!(args.rounds > 0 && args.new > 1, "rounds are at least 1, tokens of an answer at least 2");
     match &args.turns {
-        Some(dtype) => take_turns(&args, dtype),
+        Some(folder) => take_turns(folder, &args.text),
         None => compare(&args),
     }
 }
 
 fn compare(args: &Args) -> Result<()> {
     let mut processes = Vec::new();
+    let ids = Tokenizer::open(&args.llm)?.encode_whole(&fs::read_to_string(&args.text)?)?;
+    let text = args.out.join("ids.json");
+    fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
+    fs::write(&text, serde_json::to_string(&ids)?).with_context(|| format!("cannot write {}", text.display()))?;
     for dtype in &args.dtypes {
+        let folder = args.out.join(format!("model-{dtype}"));
+        if !folder.join("config.json").exists() {
+            make_model(&args.llm, dtype, &folder)?;
+        }
         let mut ours = Command::new(std::env::current_exe()?);
-        ours.envs(runtime::missing_environment()); // as the program has it
-        ours.args(["--turns", dtype]).arg("--llm").arg(&args.llm);
+        ours.envs(runtime::missing_environment(Workload::Answering)); // as the program has it
+        ours.arg("--turns").arg(folder).arg("--text").arg(&text).arg("--llm").arg(&args.llm);
         ours.arg("--python").arg(&args.python).arg("--script").arg(&args.script).arg("--out").arg(&args.out);
         processes.push((format!("this project, {dtype}"), Process::start(ours)?));
     }
@@ -116,7 +133,7 @@ fn compare(args: &Args) -> Result<()> {
     for (kind, file) in &args.gguf {
         processes.push((format!("llama.cpp, {kind}"), theirs("llama", file, "f32")?));
     }
-    let mut rows = Vec::new();
+    let mut rows: Vec<Row> = Vec::new();
     for &batch in &args.batches {
         let mut turns: Vec<Vec<Turn>> = vec![Vec::new(); processes.len()];
         for _ in 0..=args.rounds {
@@ -137,6 +154,7 @@ fn compare(args: &Args) -> Result<()> {
                 first_ms: median(&|turn| 1e3 * turn.first / batch as f64),
                 tokens_per_second: tokens / median(&|turn| turn.rest),
                 peak_mib: turns[turns.len() - 1].peak_mib,
+                perplexity: f64::NAN,
             };
             println!(
                 "{name}, batch {batch}: {:.0} ms, {:.1} tokens/s, {:.0} MiB",
@@ -145,7 +163,10 @@ fn compare(args: &Args) -> Result<()> {
             rows.push(row);
         }
     }
-    fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
+    for (name, mut process) in processes {
+        let perplexity: f64 = process.ask(&format!("perplexity {}", text.display()))?;
+        rows.iter_mut().filter(|row| row.name == name).for_each(|row| row.perplexity = perplexity);
+    }
     let table = table(&rows);
     print!("{table}");
     fs::write(args.out.join("infer.json"), serde_json::to_string_pretty(&rows)?).context("cannot write infer.json")?;
@@ -153,16 +174,17 @@ fn compare(args: &Args) -> Result<()> {
 }
 
 fn table(rows: &[Row]) -> String {
-    let header = "| | batch | first token, ms a prompt | tokens per CPU-second | peak MiB |\n|---|---|---|---|---|\n";
+    let header = "| | batch | first token, ms a prompt | tokens per CPU-second | peak MiB | perplexity |\n\
+                  |---|---|---|---|---|---|\n";
     let line = |row: &Row| {
-        let Row { name, batch, first_ms, tokens_per_second, peak_mib } = row;
-        format!("| {name} | {batch} | {first_ms:.0} | {tokens_per_second:.1} | {peak_mib:.0} |\n")
+        let Row { name, batch, first_ms, tokens_per_second, peak_mib, perplexity } = row;
+        format!("| {name} | {batch} | {first_ms:.0} | {tokens_per_second:.1} | {peak_mib:.0} | {perplexity:.2} |\n")
     };
     rows.iter().map(line).fold(header.to_owned(), |table, line| table + &line)
 }
 
-/// A VoRA of that language model, merged, with a patch embedding that nobody trained.
-fn engine(args: &Args, dtype: &str) -> Result<Engine> {
+/// Writes a VoRA of that language model, merged, with a patch embedding that nobody trained.
+fn make_model(llm: &Path, dtype: &str, folder: &Path) -> Result<()> {
     // int8 and int4 are widths of the weights of a model in bf16.
     let width = Width::parse(dtype)?;
     let kind = runtime::kind(if width.is_quantised() { "bf16" } else { dtype }, Device::Cpu)?;
@@ -170,37 +192,79 @@ fn engine(args: &Args, dtype: &str) -> Result<Engine> {
         "model: {{ llm: LLM, patch_size: {PATCH}, image_size: {SIDE}, lora: {{ layers: 1, r: 1 }} }}\n\
          data: {{ train: {{ scenes: {{ image_size: {SIDE} }} }} }}\noutput_dir: unused\nmax_steps: 1"
     );
-    let llm = args.llm.clone();
-    let resolve = move |_: &str| Ok(llm.clone());
+    let resolve = move |_: &str| Ok(llm.to_owned());
     let mut model = Student::new(&TrainConfig::parse(&text, &[])?, Device::Cpu, kind, &resolve)?.model;
     model.merge()?;
-    let folder = tempfile::tempdir()?;
+    if let Some(quantization) = Quantization::of_width(width) {
+        model.adapted_mut().quantize(quantization)?;
+    }
+    model.save(folder)?;
     for file in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"] {
-        let from = args.llm.join(file);
+        let from = llm.join(file);
         if from.exists() {
-            fs::copy(&from, folder.path().join(file)).with_context(|| format!("copying {}", from.display()))?;
+            fs::copy(&from, folder.join(file)).with_context(|| format!("copying {}", from.display()))?;
         }
     }
-    model.save(folder.path())?;
     let (mean, std) = IMAGENET_DEFAULT;
     let processor = ImageProcessor::square(SIDE as u32, mean, std, Resample::Bicubic).to_json();
-    fs::write(folder.path().join("preprocessor_config.json"), processor.to_string())?;
-    // Eight contexts of 512 tokens, as llama.cpp gets them; nothing is found again, so that each turn computes all of it.
-    let bytes = 8 * 512 * KvPages::page_bytes(model.llm().config(), 1, model.llm().kind());
-    let config = EngineConfig::default().with_prefix_caching(false).with_cache_bytes(bytes).with_width(width);
-    drop(model);
-    Engine::start(Assistant::open(folder.path(), Device::Cpu, kind, &resolve)?, config)
+    fs::write(folder.join("preprocessor_config.json"), processor.to_string())?;
+    Ok(())
+}
+
+fn open(folder: &Path) -> Result<Box<dyn VisionLanguageModel>> {
+    let nowhere = |name: &str| bail!("{name}: the folder is whole");
+    let kind = vora_model::stored_kind(folder, &nowhere)?;
+    vora_model::open(folder, Device::Cpu, kind, &nowhere)
+}
+
+/// Of the tokens of a text, as the decoder of the engine foretells them.
+fn perplexity(folder: &Path, ids: &[i64]) -> Result<f64> {
+    let model = open(folder)?;
+    let llm = model.llm();
+    let mut decoder = llm.width().map(|width| PackedDecoder::new(llm, width)).transpose()?.flatten();
+    let decoder = decoder.as_mut().context("the model is not one that the kernels serve")?;
+    let cache = KvPages::new(llm.config(), 1, WINDOW as i64, Device::Cpu, llm.kind())?;
+    let (keys, values): (Vec<Tensor>, Vec<Tensor>) = (0..llm.config().num_hidden_layers)
+        .map(|layer_idx| cache.layer(layer_idx))
+        .map(|(keys, values)| (keys.shallow_clone(), values.shallow_clone()))
+        .unzip();
+    let pages = Pages::new(&keys, &values)?;
+    let (mut sum, mut tokens) = (0.0, 0);
+    for window in ids.chunks(WINDOW).filter(|window| window.len() > 1) {
+        let places: Vec<i64> = (0..window.len() as i64).collect();
+        let step = PackedStep {
+            tables: &vec![0; window.len()],
+            lens: &places,
+            position_ids: &places,
+            adapted: &vec![false; window.len()],
+            ..PackedStep::default()
+        };
+        let logits = decoder.decode_step(window, &pages, &step)?; // [window, vocab]
+        let foretold = logits.narrow(0, 0, window.len() as i64 - 1).log_softmax(-1, Kind::Float);
+        let next = Tensor::from_slice(&window[1..]).unsqueeze(1);
+        sum -= foretold.gather(1, &next, false).sum(Kind::Double).double_value(&[]);
+        tokens += window.len() - 1;
+    }
+    Ok((sum / tokens as f64).exp())
 }
 
 /// Takes a turn for each line that comes in.
-fn take_turns(args: &Args, dtype: &str) -> Result<()> {
-    let engine = engine(args, dtype)?;
+fn take_turns(folder: &Path, text: &Path) -> Result<()> {
+    let model = open(folder)?;
+    // Eight contexts of 512 tokens, as llama.cpp gets them; nothing is found again, so that each turn computes all of it.
+    let bytes = 8 * 512 * KvPages::page_bytes(model.llm().config(), 1, model.llm().kind());
+    let config = EngineConfig::default().with_prefix_caching(false).with_cache_bytes(bytes);
+    let engine = Engine::start(Assistant::new(model, folder)?, config)?;
     let pixels = (0..3 * SIDE * SIDE).map(|i| (i * 7919 % 251) as u8);
     let picture = RgbImage::from_raw(SIDE as u32, SIDE as u32, pixels.collect()).context("a picture")?;
     println!("ready");
     for line in std::io::stdin().lines() {
         let line = line?;
         let (batch, new) = line.split_once(' ').context("BATCH NEW")?;
+        if batch == "perplexity" {
+            println!("{}", perplexity(folder, &serde_json::from_slice::<Vec<i64>>(&fs::read(text)?)?)?);
+            continue;
+        }
         let (batch, new): (usize, usize) = (batch.parse()?, new.parse()?);
         let first = answers(&engine, &picture, batch, 1)?;
         let rest = answers(&engine, &picture, batch, new)? - first;

@@ -213,7 +213,7 @@ fn start(args: &Args, tokens: i64, out: &Path) -> Result<Vec<Process>> {
     let steps = args.steps.to_string();
     let ours = |causal: bool| -> Result<Process> {
         let mut ours = Command::new(std::env::current_exe()?);
-        ours.envs(runtime::missing_environment()); // as the program has it
+        ours.envs(runtime::missing_environment(runtime::Workload::Training)); // as the program has it
         ours.args(["--turns", "--dtype", &args.dtype, "--device", &args.device, "--steps", &steps]);
         ours.args(causal.then_some("--causal"));
         for (key, path) in paths.iter().chain(&unused) {

@@ -36,7 +36,7 @@ pub(crate) struct Args {
     /// Tokens of an answer
     #[arg(long, value_name = "TOKENS", default_value_t = 128)]
     new: usize,
-    /// What the weights are read in: f32, bf16, int8 or int4 (on a CPU); else as they are
+    /// What the weights are brought into: f32, bf16, int8 or int4 (on a CPU); else as they are
     #[arg(long, value_name = "WIDTH", value_parser = Width::parse)]
     weights: Option<Width>,
     /// Rounds, whose medians are told; one more before them warms up

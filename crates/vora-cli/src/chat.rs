@@ -35,7 +35,7 @@ pub(crate) struct Args {
     model: ModelArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// What the weights are read in: f32, bf16, int8 or int4 (on a CPU); else as they are
+    /// What the weights are brought into: f32, bf16, int8 or int4 (on a CPU); else as they are
     #[arg(long, value_name = "WIDTH", value_parser = Width::parse)]
     weights: Option<Width>,
     /// How the model is to answer, as /system says it

@@ -12,6 +12,8 @@ mod eval;
 mod inspect;
 mod merge;
 mod model;
+mod prompts;
+mod quantize;
 mod report;
 mod sampling;
 mod serve;
@@ -23,7 +25,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Vision as LoRA, and what it answers to: train, merge, ask, chat, serve, evaluate, bench, report, inspect, convert, download.
+/// Vision as LoRA, and what it answers to: train, merge, quantize, ask, chat, serve, evaluate, bench, report, inspect, convert, download.
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -56,6 +58,8 @@ enum Command {
     Data(data::Args),
     /// Fold trained adapters into the weights and write a checkpoint folder
     Merge(merge::Args),
+    /// Bring the weights of a model's decoder into 8 or 4 bits and write a checkpoint folder
+    Quantize(quantize::Args),
     /// Ask a model about pictures; the answer is streamed
     Ask(ask::Args),
     /// Talk with a model in the terminal
@@ -81,7 +85,10 @@ enum Command {
 #[cfg(target_os = "linux")]
 fn complete_environment() {
     use std::os::unix::process::CommandExt;
-    let missing: Vec<_> = vora_torch::runtime::missing_environment().collect();
+    use vora_torch::runtime::{Workload, missing_environment};
+    let trains = std::env::args_os().nth(1).is_some_and(|command| command == "train");
+    let workload = if trains { Workload::Training } else { Workload::Answering };
+    let missing: Vec<_> = missing_environment(workload).collect();
     if missing.is_empty() {
         return;
     }
@@ -110,6 +117,7 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Data(args) => data::run(&args),
         Command::Merge(args) => merge::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
         Command::Ask(args) => ask::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Serve(args) => serve::run(&args),

@@ -1,17 +1,16 @@
 //! `vora merge`: trained adapters folded into the weights, as a folder that runs by itself.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
-use vora_data::scenes::{Scenes, ScenesConfig, Split};
-use vora_image::ImageProcessor;
 use vora_lora::ActsOn;
-use vora_model::{HfFiles, Input, VisionLanguageModel, beside};
-use vora_text::{ChatTemplate, Message, Tokenizer};
+use vora_model::{HfFiles, VisionLanguageModel, beside};
 use vora_torch::runtime;
+
+use crate::prompts::{logits, prompts};
 
 /// Fold trained adapters into the weights and write a checkpoint folder.
 #[derive(Debug, clap::Args)]
@@ -175,38 +174,6 @@ fn check(before: &Tensor, after: &Tensor, kind: Kind, out: &mut impl Write) -> R
         places - same
     );
     Ok(())
-}
-
-/// How many pictures `--check` asks about.
-const PICTURES: u64 = 8;
-
-/// Questions about pictures, just as `vora ask` would put them.
-fn prompts(trained: &Path, model: &dyn VisionLanguageModel) -> Result<Vec<Input>> {
-    let scenes = Scenes::new(ScenesConfig::default(), Split::Test)?;
-    let (tokenizer, chat) =
-        (Tokenizer::open(trained)?.for_processor(model.has_processor()), ChatTemplate::open(trained)?);
-    let processor = ImageProcessor::open(trained)?;
-    let pieces = chat.encode_prompt(&tokenizer, &[Message::question_about(1, "What is in the picture?")])?;
-    (0..PICTURES)
-        .map(|index| {
-            let picture = vora_vision::pixel_values(&processor.preprocess(&scenes.render(index))?);
-            Input::prompt(&pieces, vec![picture], model)
-        })
-        .collect()
-}
-
-/// Logits at every word of every prompt, `[words, vocab]`; none where there is no prompt. What a picture's own places
-/// would say next means nothing: no one is ever asked there.
-fn logits(model: &dyn VisionLanguageModel, prompts: &[Input]) -> Result<Option<Tensor>> {
-    let mut rows = Vec::new();
-    for prompt in prompts {
-        let output = tch::no_grad(|| model.forward(prompt, 0))?;
-        let pictures = prompt.spans.image_positions();
-        let words: Vec<i64> = (0..prompt.spans.seq()).filter(|place| !pictures.contains(place)).collect();
-        let hidden = output.last_hidden_state.squeeze_dim(0).index_select(0, &Tensor::from_slice(&words)); // [words, hidden]
-        rows.push(tch::no_grad(|| model.llm().logits(&hidden).to_kind(Kind::Float)));
-    }
-    Ok((!rows.is_empty()).then(|| Tensor::cat(&rows, 0)))
 }
 
 #[cfg(test)]

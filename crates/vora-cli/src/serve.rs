@@ -60,7 +60,7 @@ pub(crate) struct Args {
     /// Memory for keys and values
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size::bytes)]
     cache: u64,
-    /// What the weights are read in: f32, bf16, int8 or int4 (on a CPU); else as they are
+    /// What the weights are brought into: f32, bf16, int8 or int4 (on a CPU); else as they are
     #[arg(long, value_name = "WIDTH", value_parser = Width::parse)]
     weights: Option<Width>,
     /// Seconds that running requests have to end after the first signal; a second one ends at once

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
+use vora_torch::runtime::reserved_zeros;
 
 use crate::config::LlmConfig;
 use crate::kv_cache::Step;
@@ -56,7 +57,11 @@ impl KvPages {
         ensure!(page_len > 0, "pages of {page_len} tokens");
         let shape = [pages, config.kv_heads(), page_len, config.head_width()];
         // Zeros, since a masked value still meets its weight of zero in a product, and 0 * NaN is NaN.
-        let zeros = || Tensor::f_zeros(shape, (kind, device));
+        // Those that no token comes to take no memory.
+        let zeros = || match device {
+            Device::Cpu => reserved_zeros(&shape, kind),
+            _ => Ok(Tensor::f_zeros(shape, (kind, device))?),
+        };
         let layer = |_| Ok(LayerPages { keys: zeros()?, values: zeros()? });
         let layers = (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?;
         Ok(Self { layers, pages, page_len, kind, device })

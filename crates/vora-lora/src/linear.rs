@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor, nn::Module};
-use vora_torch::weights::{Init, QuantizedWeight, Weights};
+use vora_torch::weights::{Init, Quantization, QuantizedWeight, Weights};
 
 use crate::acts_on::Active;
 use crate::adapter::Adapter;
@@ -78,6 +78,14 @@ impl Linear {
             Weight::Quantized(weight) => Some(weight),
             Weight::Plain(_) => None,
         }
+    }
+
+    /// Brings the frozen weight into few bits; adapters and bias stay as they are. Nothing happens where it is in these already.
+    ///
+    /// # Errors
+    /// Where it is in others, or trained; numbers that are not finite.
+    pub fn quantize(&mut self, quantization: Quantization) -> Result<()> {
+        self.weight.quantize(quantization)
     }
 
     /// The bias, `[out_features]`.
@@ -303,6 +311,34 @@ mod tests {
     }
 
     /// A training step over bitsandbytes' weights, and what merging makes of them.
+    #[test]
+    fn a_weight_is_brought_into_few_bits_once() {
+        let weights = Weights::random(4, Device::Cpu, Kind::Float);
+        let mut linear = Linear::load(&weights.pp("q_proj"), 64, 8, false).unwrap();
+        let x = fixtures::Random::new(1).normal([3, 64]);
+        let before = linear.forward(&x);
+        linear.quantize(Quantization::Int8Groups).unwrap();
+        linear.quantize(Quantization::Int8Groups).unwrap();
+        fixtures::assert_close_to(&linear.forward(&x), &before, 5e-3);
+        let error = linear.quantize(Quantization::Int4Groups).unwrap_err().to_string();
+        assert!(error.contains("in few bits already"), "{error}");
+        let mut trained = Linear::load(&weights.pp("q_proj").trained(), 64, 8, false).unwrap();
+        assert!(trained.quantize(Quantization::Int8Groups).unwrap_err().to_string().contains("trained"));
+
+        // Stored and taken again they are the same bits; trained they cannot be, nor brought into others.
+        let parts = linear.quantized().unwrap().stored().unwrap().unwrap();
+        let stored = parts.map(|(part, tensor)| (format!("q_proj.weight{part}"), tensor));
+        let source = Weights::from_tensors(stored, Device::Cpu, Kind::Float).pp("q_proj");
+        let again = Linear::load(&source, 64, 8, false).unwrap();
+        source.finish().unwrap();
+        assert!(again.weight().equal(&linear.weight()));
+        let told = |source: Weights| format!("{:#}", Linear::load(&source, 64, 8, false).unwrap_err());
+        let said = told(source.trained());
+        assert!(said.contains("q_proj.weight is in few bits: weights are trained whole"), "{said}");
+        let said = told(source.quantized(Quantization::Nf4).unwrap());
+        assert!(said.contains("q_proj.weight is in int8 already"), "{said}");
+    }
+
     #[test]
     fn a_weight_in_few_bits_trains_as_the_reference_does() {
         let golden = fixtures::open("nf4");

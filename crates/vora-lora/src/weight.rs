@@ -1,8 +1,8 @@
 //! What a linear multiplies with: a plain tensor, or one that is kept in few bits.
 
-use anyhow::Result;
-use tch::Tensor;
-use vora_torch::weights::{Init, QuantizedWeight, Weights};
+use anyhow::{Result, ensure};
+use tch::{Device, Kind, Tensor};
+use vora_torch::weights::{Init, Quantization, QuantizedWeight, Weights};
 
 /// A weight `[out, in]`.
 #[derive(Debug)]
@@ -12,8 +12,25 @@ pub(crate) enum Weight {
 }
 
 impl Weight {
-    /// Takes `weight`, in few bits where the source says so and it is frozen.
+    /// Takes `weight`, in few bits where the source stores it in groups of them, or says so and it is frozen. What is stored
+    /// in groups is made whole elsewhere than on the CPU.
     pub(crate) fn load(weights: &Weights, in_features: i64, out_features: i64) -> Result<Self> {
+        if let Some(packed) = weights.packed("weight", [out_features, in_features])? {
+            let (kind, device) = (weights.kind(), weights.device());
+            ensure!(
+                weights.quantization().is_none(),
+                "{}.weight is in {} already: take the folder that it was quantized from",
+                weights.path(),
+                packed.width()
+            );
+            if device != Device::Cpu {
+                let own = if kind == Kind::BFloat16 { kind } else { Kind::Float };
+                return Ok(Self::Plain(packed.dequantise(0..out_features, own)?.to_kind(kind).to_device(device)));
+            }
+            if let Some(quantized) = QuantizedWeight::from_packed(packed, kind) {
+                return Ok(Self::Quantized(Box::new(quantized)));
+            }
+        }
         let weight = weights.get("weight", &[out_features, in_features], Init::Required)?;
         Ok(match weights.quantization().filter(|_| !weight.requires_grad()) {
             Some(quantization) => {
@@ -23,6 +40,24 @@ impl Weight {
             }
             None => Self::Plain(weight),
         })
+    }
+
+    /// Brings a plain, frozen one into few bits.
+    ///
+    /// # Errors
+    /// Where it is in few bits already, or trained; what [`QuantizedWeight::new`] refuses.
+    pub(crate) fn quantize(&mut self, quantization: Quantization) -> Result<()> {
+        match self {
+            Self::Plain(weight) => {
+                ensure!(!weight.requires_grad(), "it is trained");
+                *self = Self::Quantized(Box::new(QuantizedWeight::new(weight, quantization)?));
+                Ok(())
+            }
+            Self::Quantized(weight) => {
+                ensure!(weight.quantization() == quantization, "it is in few bits already, of another kind");
+                Ok(())
+            }
+        }
     }
 
     /// `[out, in]`

@@ -46,6 +46,17 @@ impl AdaptedLlm {
         found
     }
 
+    /// Brings the weights of the decoder's linear layers into few bits, one after another; adapters stay as they are, embedding
+    /// and head too. Those that are in these bits already are left alone.
+    ///
+    /// # Errors
+    /// By the layer's name: what is in other bits, is trained, or has numbers that are not finite.
+    pub fn quantize(&mut self, quantization: Quantization) -> Result<()> {
+        self.llm.linears_mut(&mut |path, linear| {
+            linear.quantize(quantization).with_context(|| format!("cannot quantize {path}.weight"))
+        })
+    }
+
     /// The tokens that the adapters act on: those that they are trained through, until somebody says otherwise.
     pub fn acts_on(&self) -> ActsOn {
         self.acts_on

@@ -159,6 +159,8 @@ mod tests {
     use serde_json::json;
     use vora_llm::CausalLm;
 
+    use vora_torch::weights::Quantization;
+
     use crate::files::save_folder;
 
     #[test]
@@ -192,6 +194,26 @@ mod tests {
         assert!(!is_vision_language_model(&root.path().join("llama")).unwrap() && !model.sees());
         let error = model.image_grid(28, 28).unwrap_err().to_string();
         assert_eq!(error, "a llama is a language model alone, which takes no picture");
+
+        // Each in few bits, written and opened again.
+        for (name, quantization) in [
+            ("vora", Quantization::Int8Groups),
+            ("vora", Quantization::Int4Groups),
+            ("llava", Quantization::Int8Groups),
+            ("chameleon", Quantization::Int4Groups),
+            ("llama", Quantization::Int4Groups),
+        ] {
+            let mut model = open(name).unwrap();
+            model.adapted_mut().quantize(quantization).unwrap();
+            let out = format!("{name}-{quantization:?}");
+            model.save(&root.path().join(&out)).unwrap();
+            let again = open(&out).unwrap();
+            assert_eq!(again.adapted().quantization(), Some(quantization), "{out}");
+            let (found, expected) = (again.llm().tensors(), model.llm().tensors());
+            assert!(found.iter().zip(&expected).all(|(a, b)| a.0 == b.0 && a.1.equal(&b.1)), "{out}");
+            let config = again.config_json().unwrap();
+            assert_eq!(config["quantization_config"]["format"], "pack-quantized", "{out}");
+        }
 
         for (name, config, expected) in [
             ("other", json!({"model_type": "paligemma"}), "is `paligemma`, known are vora, llava, chameleon, "),

@@ -14,6 +14,7 @@ use vora_torch::weights::Weights;
 use vora_vision::Encoder;
 
 use crate::adapted::AdaptedLlm;
+use crate::few_bits::describe;
 use crate::files::save_folder;
 
 /// One batch, as the model takes it.
@@ -195,7 +196,9 @@ pub trait VisionLanguageModel: Debug + Send {
     /// As [`plain_llm`](Self::plain_llm), and where the folder cannot be written.
     fn save_llm(&self, folder: &Path) -> Result<()> {
         let llm = self.plain_llm()?;
-        save_folder(folder, &serde_json::to_value(llm.config())?, &llm.tensors())
+        let mut config = serde_json::to_value(llm.config())?;
+        describe(self.adapted(), &mut config);
+        save_folder(folder, &config, &llm.stored()?)
     }
 
     /// The word embeddings with the pictures' tokens in their places, `[batch, seq, hidden]`.

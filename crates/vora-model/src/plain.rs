@@ -9,6 +9,7 @@ use vora_llm::{CausalLm, LlmConfig, VisionAttention};
 use vora_torch::weights::Weights;
 
 use crate::adapted::AdaptedLlm;
+use crate::few_bits::describe;
 use crate::model::VisionLanguageModel;
 
 /// A plain language model, as its folder on the hub has it: it is asked, evaluated and adapted as the others are, and
@@ -70,12 +71,14 @@ impl VisionLanguageModel for PlainLlm {
     }
 
     fn config_json(&self) -> Result<Value> {
-        Ok(serde_json::to_value(self.llm().config())?)
+        let mut json = serde_json::to_value(self.llm().config())?;
+        describe(&self.llm, &mut json);
+        Ok(json)
     }
 
     /// The decoder's own, adapters beside their weights.
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        let mut tensors = self.llm().tensors();
+        let mut tensors = self.llm().stored()?;
         tensors.extend(self.llm.adapter_tensors()?);
         Ok(tensors)
     }

@@ -73,11 +73,19 @@ unsafe extern "C" {
         bands: *const C_tensor,
     ) -> *mut C_tensor;
     pub(crate) fn vora_rotate(x: *const C_tensor, cos: *const C_tensor, sin: *const C_tensor) -> *mut C_tensor;
+    pub(crate) fn vora_packed_zeros(
+        width: i64,
+        out_features: i64,
+        in_features: i64,
+        values: *mut *mut C_tensor,
+        scales: *mut *mut C_tensor,
+    ) -> i32;
     pub(crate) fn vora_quantise(
         weight: *const C_tensor,
         width: i64,
-        values: *mut *mut C_tensor,
-        scales: *mut *mut C_tensor,
+        first: i64,
+        values: *const C_tensor,
+        scales: *const C_tensor,
     ) -> i32;
     pub(crate) fn vora_pack(
         values: *const C_tensor,

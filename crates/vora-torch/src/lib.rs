@@ -46,6 +46,7 @@ pub mod autograd;
 pub mod checkpoint;
 pub mod error;
 mod ffi;
+mod map;
 pub mod nn;
 pub mod optim;
 pub mod runtime;

@@ -34,6 +34,7 @@ pub fn run(args: &[String]) -> Result<()> {
     let mut example = example("infer");
     example.arg("--llm").arg(llm).arg("--gguf").arg(files.join(",")).arg("--python").arg(python);
     example.arg("--script").arg(cmd::root().join("benches/infer.py")).arg("--out").arg(out);
+    example.arg("--text").arg(cmd::root().join("crates/vora-eval/src/language/prose.md"));
     cmd::run(example.env("PYTHONPATH", packages).args(args))
 }
 

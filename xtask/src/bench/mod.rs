@@ -209,7 +209,7 @@ fn criterion(args: &Args) -> Result<()> {
 /// A program of `benches/examples`. What does its work is optimised in any profile.
 fn example(name: &str) -> Command {
     let mut example = cmd::cargo();
-    example.args(["run", "--locked", "--package", "benches", "--example", name, "--"]);
+    example.args(["run", "--release", "--locked", "--package", "benches", "--example", name, "--"]);
     example
 }
 

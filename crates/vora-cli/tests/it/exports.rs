@@ -49,6 +49,32 @@ fn a_merged_folder_for_transformers_answers_as_the_plain_one() {
 }
 
 #[test]
+fn a_model_in_few_bits_runs_as_it_did() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let tiny = "fixtures/tiny/llm";
+    for (width, bits) in [("int8", 8), ("int4", 4)] {
+        let out = path(width);
+        let said = succeeded(&vora(&["quantize", tiny, "--out", &out, "--weights", width]));
+        assert!(said.contains("quantized model") && said.contains("times the LLM's"), "{said}");
+        let config = std::fs::read(folder.path().join(width).join("config.json")).unwrap();
+        let config: Value = serde_json::from_slice(&config).unwrap();
+        assert_eq!(config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"], bits);
+        succeeded(&vora(&["ask", &out, "Why?", "--max-new-tokens", "4"]));
+        let said = succeeded(&vora(&["inspect", &out, "--tensors"]));
+        assert!(said.contains("model.layers.0.self_attn.q_proj.weight_packed"), "{said}");
+        fails(&["quantize", &out, "--out", &path("x"), "--weights", "int8"], 1, &["are in few bits already"]);
+        fails(&["quantize", tiny, "--out", &out, "--weights", width], 1, &["already holds a model"]);
+        fails(&["convert", &out, &path("x"), "--to", "gguf"], 1, &["are in few bits", "quantized from"]);
+    }
+    fails(&["quantize", tiny, "--out", &path("x"), "--weights", "bf16"], 2, &["bf16 is not quantised: int8 or int4"]);
+    fails(&["quantize", "nowhere", "--out", &path("x"), "--weights", "int8"], 1, &["nowhere"]);
+    let unmerged = "fixtures/golden/official/unmerged";
+    fails(&["quantize", unmerged, "--out", &path("x"), "--weights", "int8"], 1, &["`vora merge` first"]);
+    assert!(!folder.path().join("x").exists());
+}
+
+#[test]
 fn a_language_model_becomes_a_gguf_file_and_one_again() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();

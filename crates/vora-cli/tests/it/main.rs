@@ -53,9 +53,10 @@ fn fails(args: &[&str], code: i32, parts: &[&str]) {
 
 #[test]
 fn help_has_examples() {
-    for command in
-        ["train", "data", "merge", "ask", "chat", "serve", "eval", "bench", "report", "inspect", "convert", "download"]
-    {
+    for command in [
+        "train", "data", "merge", "quantize", "ask", "chat", "serve", "eval", "bench", "report", "inspect", "convert",
+        "download",
+    ] {
         let help = succeeded(&vora(&[command, "--help"]));
         assert!(help.contains("Examples:"), "{command}: {help}");
     }

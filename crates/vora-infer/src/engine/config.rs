@@ -18,7 +18,7 @@ pub struct EngineConfig {
     pub cache_bytes: usize,
     /// Whether what prompts have in common is computed once.
     pub prefix_caching: bool,
-    /// What the weights are read in, token by token; none: as they are. Prompts go through them as they are in any case.
+    /// What the weights of the decoder's layers are brought into; none: they stay as they are.
     pub width: Option<Width>,
 }
 

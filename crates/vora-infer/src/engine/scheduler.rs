@@ -11,6 +11,8 @@ use anyhow::{Context, Result, anyhow, ensure};
 use tch::{Kind, Tensor};
 use vora_llm::KvPages;
 use vora_model::VisionLanguageModel;
+use vora_torch::runtime::available_memory;
+use vora_torch::weights::Quantization;
 
 use super::answer::Answer;
 use super::config::EngineConfig;
@@ -47,17 +49,26 @@ impl Scheduler {
     /// # Errors
     /// Where there is not as much.
     pub(super) fn new(
-        model: Box<dyn VisionLanguageModel>,
+        mut model: Box<dyn VisionLanguageModel>,
         prompter: Arc<Prompter>,
         config: EngineConfig,
         counts: Arc<Counts>,
     ) -> Result<Self> {
+        if let Some(quantization) = config.width.and_then(Quantization::of_width) {
+            model.adapted_mut().quantize(quantization)?;
+        }
         let llm = model.llm();
         let page_bytes = KvPages::page_bytes(llm.config(), PAGE_LEN, llm.kind());
         let pages = i32::try_from(config.cache_bytes / page_bytes.max(1)).unwrap_or(i32::MAX);
         ensure!(
             pages > 0,
             "cache_bytes is {}, and {PAGE_LEN} tokens of keys and values take {page_bytes}",
+            config.cache_bytes
+        );
+        let room = available_memory(llm.device()).unwrap_or(u64::MAX);
+        ensure!(
+            config.cache_bytes as u64 <= room,
+            "cache_bytes is {}, and {room} bytes of memory are left",
             config.cache_bytes
         );
         let cache = KvPages::new(llm.config(), i64::from(pages), PAGE_LEN, llm.device(), llm.kind())

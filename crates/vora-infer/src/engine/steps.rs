@@ -1,7 +1,7 @@
 //! Who computes a token of every answer: our own kernels where they serve the model, libtorch elsewhere.
 
 use anyhow::{Result, ensure};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 use vora_llm::{AttentionPlan, CausalLm, KvPages, PackedDecoder, PackedStep, PagedRow};
 use vora_lora::Active;
 use vora_torch::nn::decode::{Pages, Width};
@@ -21,11 +21,7 @@ impl Steps {
     /// # Errors
     /// Where weights are to be read in a width that only our own kernels have, and those do not serve the model.
     pub(super) fn new(llm: &CausalLm, width: Option<Width>, cache: &KvPages) -> Result<Self> {
-        let own = match llm.kind() {
-            Kind::Float => Some(Width::F32),
-            Kind::BFloat16 => Some(Width::Bf16),
-            _ => None,
-        };
+        let own = llm.width();
         let packed = match width.or(own).filter(|_| own.is_some()) {
             Some(width) => PackedDecoder::new(llm, width)?,
             None => None,

@@ -11,11 +11,13 @@ use vora_llm::LlmConfig;
 use vora_lora::{ActsOn, LoraConfig};
 use vora_model::{Chameleon, VisionLanguageModel, Vora, VoraConfig};
 use vora_text::{ChatTemplate, Tokenizer};
-use vora_torch::weights::Weights;
+use vora_torch::weights::{Quantization, Weights};
 
 use super::*;
 use crate::prompter::Prompter;
-use crate::{Assistant, FinishReason, InferError, Message, OutputModality, Passage, Request, RgbImage, SamplingParams};
+use crate::{
+    Assistant, FinishReason, InferError, Message, OutputModality, Passage, Request, RgbImage, SamplingParams, Width,
+};
 
 /// A model of random weights that sees 4 x 4 patches, with the tiny tokenizer; `acts_on` puts adapters on it.
 fn assistant(acts_on: Option<ActsOn>) -> Assistant {
@@ -89,6 +91,28 @@ fn told(events: impl Iterator<Item = Event>) -> Result<Told, String> {
 
 fn start(assistant: Assistant, config: EngineConfig) -> Engine {
     Engine::start(assistant, config).unwrap()
+}
+
+/// Weights that the engine brings into few bits are those that a model has in them already.
+#[test]
+fn few_bits_are_the_same_however_they_came() {
+    for (width, quantization) in [(Width::Int8, Quantization::Int8Groups), (Width::Int4, Quantization::Int4Groups)] {
+        let mut stored = assistant(Some(ActsOn::All));
+        stored.model.adapted_mut().quantize(quantization).unwrap();
+        let stored = start(stored, EngineConfig::default());
+        let brought = start(assistant(Some(ActsOn::All)), EngineConfig::default().with_width(width));
+        for i in 0..6 {
+            let of = |engine: &Engine| told(engine.stream(request(i)).unwrap()).unwrap();
+            assert_eq!(of(&stored), of(&brought), "{width}, request {i}");
+        }
+    }
+    let mut four = assistant(None);
+    four.model.adapted_mut().quantize(Quantization::Int4Groups).unwrap();
+    let error = Engine::start(four, EngineConfig::default().with_width(Width::Int8)).unwrap_err();
+    let said = format!("{error:#}");
+    assert!(said.contains("q_proj.weight: it is in few bits already, of another kind"), "{said}");
+    let error = Engine::start(assistant(None), EngineConfig::default().with_cache_bytes(1 << 60)).unwrap_err();
+    assert!(error.to_string().contains("bytes of memory are left"), "{error}");
 }
 
 /// Small chunks, few pages, several at once, found beginnings: each answer as if it were alone.

@@ -4,7 +4,8 @@ use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor, nn::Module};
 use vora_files::tell_once;
 use vora_lora::Linear;
-use vora_torch::weights::{Init, Weights};
+use vora_torch::nn::decode::Width;
+use vora_torch::weights::{Init, QuantizedWeight, Weights};
 
 use super::stack::Decoder;
 use crate::attention::AttentionPlan;
@@ -90,6 +91,18 @@ impl CausalLm {
         self.kind
     }
 
+    /// What the weights of its layers are kept in, where a [`PackedDecoder`](crate::PackedDecoder) reads that.
+    pub fn width(&self) -> Option<Width> {
+        let linears = self.model.layers.first().map(|layer| layer.linears());
+        let quantized = linears.and_then(|linears| linears.into_iter().find_map(|(_, linear)| linear.quantized()));
+        match (quantized, self.kind) {
+            (Some(quantized), _) => quantized.quantization().width(),
+            (None, Kind::Float) => Some(Width::F32),
+            (None, Kind::BFloat16) => Some(Width::Bf16),
+            (None, _) => None,
+        }
+    }
+
     /// `[..]` -> `[.., hidden]`
     pub fn embed(&self, input_ids: &Tensor) -> Tensor {
         Tensor::embedding(&self.model.embed_tokens, input_ids, -1, false, false).to_kind(self.kind)
@@ -100,13 +113,17 @@ impl CausalLm {
     /// For a Chameleon they are as the head gives them: HF's forward puts those of image codes to the lowest number,
     /// which is the business of whoever samples text.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        let head = self.lm_head.as_ref().unwrap_or(&self.model.embed_tokens);
-        hidden.linear::<&Tensor>(&head.to_kind(hidden.kind()), None)
+        hidden.linear::<&Tensor>(&self.head().to_kind(hidden.kind()), None)
+    }
+
+    /// The head's weight, `[vocab, hidden]`.
+    pub(super) fn head(&self) -> &Tensor {
+        self.lm_head.as_ref().unwrap_or(&self.model.embed_tokens)
     }
 
     /// Whether the head's own weight is trained, tied to the embedding or not.
     pub fn trains_head(&self) -> bool {
-        self.lm_head.as_ref().unwrap_or(&self.model.embed_tokens).requires_grad()
+        self.head().requires_grad()
     }
 
     /// A cache for this model.
@@ -235,9 +252,25 @@ impl CausalLm {
     }
 
     /// Every tensor of a plain checkpoint, by HF's name, adapters left out: merge them first. Trained ones are the f32
-    /// masters themselves, those that are kept in few bits new ones.
+    /// masters themselves, those that are kept in few bits new ones; [`CausalLm::stored`] leaves these as they are.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
         self.tensors_with(|linear| Some(linear.weight()))
+    }
+
+    /// As [`CausalLm::tensors`], with weights in groups of few bits as `compressed-tensors` stores them; see
+    /// [`QuantizedWeight::stored`].
+    ///
+    /// # Errors
+    /// Where memory is short.
+    pub fn stored(&self) -> Result<Vec<(String, Tensor)>> {
+        let is_packed = |linear: &Linear| linear.quantized().and_then(QuantizedWeight::packed).is_some();
+        let mut tensors = self.tensors_with(|linear| (!is_packed(linear)).then(|| linear.weight()));
+        self.linears(&mut |path, linear| {
+            let parts = linear.quantized().map(QuantizedWeight::stored).transpose()?.flatten();
+            tensors.extend(parts.into_iter().flatten().map(|(part, t)| (format!("{path}.weight{part}"), t)));
+            Ok(())
+        })?;
+        Ok(tensors)
     }
 
     /// As [`CausalLm::tensors`], without the weights that are kept in few bits.

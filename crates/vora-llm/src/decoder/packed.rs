@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_lora::Linear;
 use vora_torch::nn::decode::{self, DecoderShape, HeadNorm, PackedLinear, Pages, Step, Width};
+use vora_torch::weights::QuantizedWeight;
 
 use super::causal_lm::CausalLm;
 use super::layer::DecoderLayer;
@@ -18,7 +19,8 @@ const LAYER_NORM_EPS: f64 = 1e-5;
 
 /// A [`CausalLm`]'s decoding steps: embedding, layers, final norm and head, over keys and values in [`Pages`].
 ///
-/// It has its adapters, unmerged, as they were when it was made, and shares those weights that have the width already. Hidden
+/// It has its adapters, unmerged, as they were when it was made, and shares those weights that have the width already:
+/// [`CausalLm::width`] says which that is. Hidden
 /// states are f32: a bf16 model's logits are closer to those of f32 than libtorch's, which rounds them after every operator.
 /// A row's logits are the same, bit for bit, whatever other rows a step has, so also however a prompt is cut into steps. Where
 /// rotary frequencies depend on the length (dynamic NTK, LongRoPE) it is that of the row's own text.
@@ -79,10 +81,8 @@ impl PackedDecoder {
         });
         let layers = layers.collect::<Result<Vec<_>>>()?;
         let embed_tokens = llm.model.embed_tokens.detach();
-        let lm_head = llm.tensors().into_iter().rfind(|(name, _)| name == "lm_head.weight");
-        let lm_head = lm_head.map_or_else(|| embed_tokens.shallow_clone(), |(_, head)| head);
         let head_width = if width == Width::Int4 { Width::Int8 } else { width };
-        let head = PackedLinear::new(&lm_head, head_width).context("packing the head")?;
+        let head = PackedLinear::new(llm.head(), head_width).context("packing the head")?;
         let shape = DecoderShape {
             hidden_size: config.hidden_size,
             intermediate_size: config.intermediate_size,
@@ -200,7 +200,11 @@ fn pack_layer(config: &LlmConfig, layer_idx: usize, layer: &DecoderLayer, width:
 }
 
 fn pack_linear(linear: &Linear, width: Width) -> Result<PackedLinear> {
-    let mut packed = PackedLinear::new(&linear.weight(), width)?;
+    let kept = linear.quantized().and_then(QuantizedWeight::packed).filter(|packed| packed.width() == width);
+    let mut packed = match kept {
+        Some(packed) => packed.shared(),
+        None => PackedLinear::new(&linear.weight(), width)?,
+    };
     if let Some(bias) = linear.bias() {
         packed = packed.with_bias(bias, linear.bias_is_adapted())?;
     }

@@ -17,6 +17,7 @@ use vora_vision::{VqConfig, VqModel, to_images};
 
 use super::vocabulary::{VocabularyMapping, image_token_name};
 use crate::adapted::{AdaptedLlm, under};
+use crate::few_bits::describe;
 use crate::model::{ImageWriter, VisionLanguageModel};
 
 /// The name of the token before a picture (Hugging Face's `image_start_token`).
@@ -196,7 +197,9 @@ impl VisionLanguageModel for Chameleon {
     }
 
     fn config_json(&self) -> Result<Value> {
-        Ok(serde_json::to_value(self.llm().config())?)
+        let mut json = serde_json::to_value(self.llm().config())?;
+        describe(&self.llm, &mut json);
+        Ok(json)
     }
 
     /// Hugging Face's layout.
@@ -204,7 +207,7 @@ impl VisionLanguageModel for Chameleon {
     /// # Errors
     /// Where adapters are still apart from the weights.
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        let mut tensors = self.llm.merged()?.tensors();
+        let mut tensors = self.llm.merged()?.stored()?;
         tensors.extend(under("model.vqmodel.", self.vqmodel.tensors()));
         Ok(tensors)
     }

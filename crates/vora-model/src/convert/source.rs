@@ -61,6 +61,11 @@ impl Source {
             return Self::open_adapter(path, config, vora);
         }
         let checkpoint = Checkpoint::open(path)?;
+        ensure!(
+            !checkpoint.names().any(|name| name.ends_with(".weight_packed")),
+            "weights of {} are in few bits: convert the folder that it was quantized from",
+            path.display()
+        );
         let layout = match model_type {
             _ if vora_gguf::folder::find(path)?.is_some() => Layout::Gguf,
             Some("vora") if checkpoint.names().any(|name| name.contains(".lora_")) => Layout::VoraUnmerged,

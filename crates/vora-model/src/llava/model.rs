@@ -285,7 +285,7 @@ impl VisionLanguageModel for Llava {
         ensure!(self.vision_lora().is_none(), "the adapters are still apart from the weights: merge first");
         let tower = self.vision_tower.current_tensors();
         ensure!(!tower.is_empty(), "the vision encoder was made in memory: there are no tensors to write");
-        let mut tensors = under(self.llm_prefix(), llm.tensors());
+        let mut tensors = under(self.llm_prefix(), llm.stored()?);
         tensors.extend(under(TOWER, tower));
         tensors.extend(under("multi_modal_projector.", self.multi_modal_projector.tensors()));
         Ok(tensors)

@@ -156,7 +156,7 @@ impl VisionLanguageModel for Vora {
 
     /// The layout of the published VoRA models, with adapters beside their weights.
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        let mut tensors = under(self.llm_prefix(), self.llm().tensors());
+        let mut tensors = under(self.llm_prefix(), self.llm().stored()?);
         tensors.extend(under("vision_embedding.", self.vision_embedding.tensors()));
         tensors.extend(under(self.llm_prefix(), self.llm.adapter_tensors()?));
         Ok(tensors)

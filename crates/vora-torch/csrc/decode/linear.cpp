@@ -8,6 +8,7 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -150,37 +151,58 @@ void dequantise(const Matrix& m, const int64_t* rows, int64_t n, T* to) {
 
 extern "C" {
 
-// weight [out, in], f32 or bf16 -> values [out, groups, 32] int8 or [out, groups, 16] uint8, and scales [out, groups] f16
-int vora_quantise(const at::Tensor* weight, int64_t width, at::Tensor** values, at::Tensor** scales) {
+// Zeros for a matrix of these sizes in the order that the kernels read, [sides, groups, bytes] and [sides, groups, SIDE].
+int vora_packed_zeros(int64_t width, int64_t out_features, int64_t in_features, at::Tensor** values, at::Tensor** scales) {
   return guard(-1, [&] {
-    check(*weight, *weight);
-    TORCH_CHECK(weight->dim() == 2 && is_quantised(width), "quantising a weight ", weight->sizes(), " to width ", width);
-    const auto whole = weight->contiguous();
-    const int64_t rows = whole.size(0), len = whole.size(1), groups = groups_of(len);
-    auto q = at::empty({rows, groups, row_bytes(width)}, at::TensorOptions().dtype(width == INT8 ? at::kChar : at::kByte));
-    auto s = at::empty({rows, groups}, at::TensorOptions().dtype(at::kHalf));
-    auto* bytes = static_cast<uint8_t*>(q.mutable_data_ptr());
-    auto* halves = s.mutable_data_ptr<c10::Half>();
-    at::parallel_for(0, rows, grain(len), [&](int64_t from, int64_t to) {
-      std::vector<float> row(groups * GROUP);
-      for (int64_t r = from; r < to; r++) {
-        if (is_bf16(whole)) read_row<bf16>(whole, r, row.data());
-        else read_row<float>(whole, r, row.data());
-        for (int64_t g = 0; g < groups; g++) {
-          const int64_t at = r * groups + g;
-          uint8_t* made = bytes + at * row_bytes(width);
-          if (width == INT8) quantise_int8(row.data() + g * GROUP, reinterpret_cast<int8_t*>(made), halves + at);
-          else quantise_int4(row.data() + g * GROUP, made, halves + at);
-        }
-      }
-    });
-    *values = new at::Tensor(q);
-    *scales = new at::Tensor(s);
+    TORCH_CHECK(is_quantised(width), "no groups in width ", width);
+    const int64_t sides = sides_of(out_features), groups = groups_of(in_features);
+    *values = new at::Tensor(large_zeros({sides, groups, group_bytes(width)}));
+    *scales = new at::Tensor(at::zeros({sides, groups, SIDE}, at::TensorOptions().dtype(at::kHalf)));
     return 0;
   });
 }
 
-// The same two in the order that the kernels read, [sides, groups, bytes] and [sides, groups, SIDE].
+// Some rows of a weight [rows, in], f32 or bf16, into such a matrix from its row `first` on, the beginning of a side; 1 where it
+// has numbers that are not finite, or beyond what scales in f16 can have.
+int vora_quantise(const at::Tensor* weight, int64_t width, int64_t first, const at::Tensor* values,
+                  const at::Tensor* scales) {
+  return guard(-1, [&] {
+    check(*weight, *weight);
+    TORCH_CHECK(weight->dim() == 2 && is_quantised(width) && first % SIDE == 0 &&
+                    sides_of(first + weight->size(0)) <= values->size(0) && groups_of(weight->size(1)) == values->size(1),
+                "quantising a weight ", weight->sizes(), " to width ", width, " into ", values->sizes());
+    const auto whole = weight->contiguous();
+    const int64_t rows = whole.size(0), len = whole.size(1), groups = groups_of(len), bytes = row_bytes(width);
+    const uint32_t mask = width == INT8 ? 0x80808080u : 0;
+    auto* to = static_cast<uint8_t*>(values->mutable_data_ptr());
+    auto* to_scales = scales->mutable_data_ptr<c10::Half>();
+    std::atomic<bool> is_finite{true};
+    at::parallel_for(0, rows, grain(len), [&](int64_t from, int64_t end) {
+      std::vector<float> row(groups * GROUP);
+      uint8_t made[GROUP];
+      bool finite = true;
+      for (int64_t r = from; r < end; r++) {
+        if (is_bf16(whole)) read_row<bf16>(whole, r, row.data());
+        else read_row<float>(whole, r, row.data());
+        const int64_t side = (first + r) / SIDE, lane = (first + r) % SIDE;
+        for (int64_t g = 0; g < groups; g++) {
+          const float* group = row.data() + g * GROUP;
+          const int64_t at = side * groups + g;
+          c10::Half* scale = to_scales + at * SIDE + lane;
+          if (width == INT8) quantise_int8(group, reinterpret_cast<int8_t*>(made), scale);
+          else quantise_int4(group, made, scale);
+          turn_group(made, bytes, to + at * SIDE * bytes + 4 * lane, bytes, 1, bytes / 4, mask, false);
+          finite = finite && std::isfinite(static_cast<float>(*scale));
+          for (int64_t i = 0; i < GROUP; i++) finite = finite && std::isfinite(group[i]);
+        }
+      }
+      if (!finite) is_finite = false;
+    });
+    return is_finite ? 0 : 1;
+  });
+}
+
+// Values [out, groups, 32] int8 or [out, groups, 16] uint8 and scales [out, groups] f16, in the order that the kernels read.
 int vora_pack(const at::Tensor* values, const at::Tensor* scales, at::Tensor** packed, at::Tensor** packed_scales) {
   return guard(-1, [&] {
     const int64_t width = width_of(*values), rows = values->size(0), groups = values->size(1), sides = sides_of(rows);

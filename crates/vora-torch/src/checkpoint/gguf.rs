@@ -12,8 +12,8 @@ use tch::{Device, Kind, Tensor};
 use vora_gguf::{Gguf, Llm, TensorKind};
 
 use crate::checkpoint::entry::{Entry, dims};
-use crate::checkpoint::map::Mapped;
 use crate::error;
+use crate::map::Mapped;
 
 /// The tensors of a GGUF file under HF's names.
 pub(super) fn entries(model: &Llm<Mapped>) -> Result<Vec<(String, Entry)>> {

@@ -4,12 +4,12 @@ mod entry;
 mod error;
 mod files;
 mod gguf;
-mod map;
 mod read;
 mod safetensors;
 mod shards;
 mod write;
 
+pub use crate::map::forget_view;
 pub use error::CheckpointError;
 pub use read::Checkpoint;
 pub use shards::{Shard, Shards};

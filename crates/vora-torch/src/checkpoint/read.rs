@@ -12,8 +12,8 @@ use vora_gguf::{Llm, TensorKind};
 use crate::checkpoint::entry::Entry;
 use crate::checkpoint::error::CheckpointError;
 use crate::checkpoint::files::checkpoint_files;
-use crate::checkpoint::map::{self, map, view};
 use crate::checkpoint::{gguf, safetensors};
+use crate::map::{self, map, view};
 
 /// One mapped file, and what a GGUF file has in it.
 #[derive(Debug)]
@@ -98,7 +98,7 @@ impl Checkpoint {
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let entry = self.entry(name)?;
         match &entry.range {
-            Some(range) => view(&self.files[entry.file_idx].map, range.clone(), entry),
+            Some(range) => view(&self.files[entry.file_idx].map, range.clone(), &entry.shape, entry.kind),
             None => self.dequantise(name, entry, entry.kind),
         }
     }

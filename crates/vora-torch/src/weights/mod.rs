@@ -2,6 +2,7 @@
 
 mod init;
 mod mismatch;
+mod pack_quantized;
 mod quantized;
 mod source;
 

@@ -1,6 +1,6 @@
-//! A frozen weight kept in four or eight bits, as bitsandbytes defines them, and the product with it.
+//! A frozen weight kept in four or eight bits, as bitsandbytes or ggml define them, and the product with it.
 //!
-//! The numbers are those of bitsandbytes where it takes the nearest code, as its CUDA kernels do. Its library for the CPU
+//! The numbers of [`Quantization::Nf4`] and [`Quantization::Int8`] are those of bitsandbytes where it takes the nearest code, as its CUDA kernels do. Its library for the CPU
 //! looks codes of the nested scales up in a coarser table, and takes the one beside the nearest in two of a thousand.
 
 use std::ptr;
@@ -10,6 +10,8 @@ use tch::{Kind, Tensor};
 
 use crate::error;
 use crate::ffi;
+use crate::nn::decode::{PackedLinear, Width};
+use crate::weights::pack_quantized;
 
 /// Into how few bits a weight is brought.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +23,26 @@ pub enum Quantization {
     /// Eight bits, integers scaled by the largest magnitude of their row: the weights of LLM.int8 (arXiv 2208.07339).
     /// The product is with the weight made whole again: activations are not quantized, so no outliers are taken apart.
     Int8,
+    /// Eight bits, and an f16 scale for every 32 numbers of a row: [`Width::Int8`], which decoding reads as it is.
+    Int8Groups,
+    /// Four bits, and an f16 scale for every 32 numbers of a row: [`Width::Int4`], which decoding reads as it is.
+    Int4Groups,
+}
+
+impl Quantization {
+    /// The width that decoding has it in; none for bitsandbytes' own.
+    pub fn width(self) -> Option<Width> {
+        match self {
+            Self::Nf4 | Self::Int8 => None,
+            Self::Int8Groups => Some(Width::Int8),
+            Self::Int4Groups => Some(Width::Int4),
+        }
+    }
+
+    /// What has this width; none for those that are not quantised.
+    pub fn of_width(width: Width) -> Option<Self> {
+        [Self::Int8Groups, Self::Int4Groups].into_iter().find(|quantization| quantization.width() == Some(width))
+    }
 }
 
 /// The values of NF4's codes (appendix E of arXiv 2305.14314).
@@ -56,22 +78,52 @@ pub struct QuantizedWeight {
     quantization: Quantization,
     shape: [i64; 2],
     kind: Kind,
-    parts: Vec<Tensor>, // as csrc/quantized.cpp lists them
+    kept: Kept,
+}
+
+#[derive(Debug)]
+enum Kept {
+    Parts(Vec<Tensor>), // as csrc/quantized.cpp lists them
+    Packed(PackedLinear),
 }
 
 impl QuantizedWeight {
     /// Quantizes `weight` `[out, in]`, on the device that it is on.
     ///
     /// # Errors
-    /// Where it is no matrix, or memory is short.
+    /// Where it is no matrix, or memory is short; in groups, what [`PackedLinear::new`] refuses.
     pub fn new(weight: &Tensor, quantization: Quantization) -> Result<Self> {
         let (rows, columns) = weight.size2()?;
-        let parts = tch::no_grad(|| match quantization {
-            Quantization::Nf4 => nf4(weight),
-            Quantization::Int8 => int8(weight),
-        });
-        let parts = parts.map_err(error::clean)?;
-        Ok(Self { quantization, shape: [rows, columns], kind: weight.kind(), parts })
+        let kept = tch::no_grad(|| match (quantization, quantization.width()) {
+            (_, Some(width)) => Ok(Kept::Packed(PackedLinear::new(weight, width)?)),
+            (Quantization::Nf4, None) => nf4(weight).map(Kept::Parts).map_err(error::clean),
+            (_, None) => int8(weight).map(Kept::Parts).map_err(error::clean),
+        })?;
+        Ok(Self { quantization, shape: [rows, columns], kind: weight.kind(), kept })
+    }
+
+    /// Takes one that is quantised in groups already, for a model in this dtype; none in another [`Width`].
+    pub fn from_packed(packed: PackedLinear, kind: Kind) -> Option<Self> {
+        let quantization = Quantization::of_width(packed.width())?;
+        let shape = [packed.out_features(), packed.in_features()];
+        Some(Self { quantization, shape, kind, kept: Kept::Packed(packed) })
+    }
+
+    /// As decoding reads it, where it is kept in groups.
+    pub fn packed(&self) -> Option<&PackedLinear> {
+        match &self.kept {
+            Kept::Packed(packed) => Some(packed),
+            Kept::Parts(_) => None,
+        }
+    }
+
+    /// What `compressed-tensors` stores it as, where it is kept in groups, by the ends of the names: `weight` becomes
+    /// `weight_packed` i32 `[out, words]`, `weight_scale` f16 `[out, groups]` and `weight_shape` i64 `[2]`.
+    ///
+    /// # Errors
+    /// Where memory is short.
+    pub fn stored(&self) -> Result<Option<[(&'static str, Tensor); 3]>> {
+        self.packed().map(pack_quantized::write).transpose()
     }
 
     /// How it is kept.
@@ -91,7 +143,12 @@ impl QuantizedWeight {
 
     /// The bytes that it is kept in.
     pub fn num_bytes(&self) -> u64 {
-        self.parts.iter().map(|part| (part.numel() * part.kind().elt_size_in_bytes()) as u64).sum()
+        match &self.kept {
+            Kept::Parts(parts) => {
+                parts.iter().map(|part| (part.numel() * part.kind().elt_size_in_bytes()) as u64).sum()
+            }
+            Kept::Packed(packed) => packed.num_bytes() as u64,
+        }
     }
 
     /// The weight that its bits stand for, in this dtype: computed in f32, rounded once. `[out, in]`
@@ -100,10 +157,20 @@ impl QuantizedWeight {
     /// Where libtorch has no room for it.
     pub fn dequantized(&self, kind: Kind) -> Tensor {
         let [rows, columns] = self.shape;
-        let parts = ffi::pointers(&self.parts);
-        // SAFETY: live tensors, as many as said.
-        let made = unsafe { ffi::vora_dequantize(parts.as_ptr(), parts.len(), rows, columns, ffi::scalar_type(kind)) };
-        ffi::tensor(made).unwrap_or_else(|e| panic!("{e:#}"))
+        let made = match &self.kept {
+            Kept::Parts(parts) => {
+                let parts = ffi::pointers(parts);
+                // SAFETY: live tensors, as many as said.
+                ffi::tensor(unsafe {
+                    ffi::vora_dequantize(parts.as_ptr(), parts.len(), rows, columns, ffi::scalar_type(kind))
+                })
+            }
+            Kept::Packed(packed) => {
+                let own = if kind == Kind::BFloat16 { kind } else { Kind::Float };
+                packed.dequantise(0..rows, own).map(|whole| whole.to_kind(kind))
+            }
+        };
+        made.unwrap_or_else(|e| panic!("{e:#}"))
     }
 
     /// `x W^T + b`: `[.., in]`, `[out]` -> `[.., out]`, with gradients for `x` and `b`. The weight is dequantized to the
@@ -113,7 +180,8 @@ impl QuantizedWeight {
     /// Where the shapes do not fit.
     pub fn linear(&self, x: &Tensor, bias: Option<&Tensor>) -> Tensor {
         let [rows, columns] = self.shape;
-        let (parts, bias) = (ffi::pointers(&self.parts), bias.map_or(ptr::null(), Tensor::as_ptr));
+        let Kept::Parts(parts) = &self.kept else { return x.linear(&self.dequantized(x.kind()), bias) };
+        let (parts, bias) = (ffi::pointers(parts), bias.map_or(ptr::null(), Tensor::as_ptr));
         // SAFETY: live tensors, as many as said, and a bias that is alive or null.
         let made = unsafe { ffi::vora_quantized_linear(x.as_ptr(), bias, parts.as_ptr(), parts.len(), rows, columns) };
         ffi::tensor(made).unwrap_or_else(|e| panic!("{e:#}"))
@@ -183,6 +251,13 @@ mod tests {
     /// NF4 of a golden case.
     const CASES: [&str; 5] = ["nf4", "two_nested", "part_of_a_block", "bf16", "zeros"];
 
+    fn parts(weight: &QuantizedWeight) -> &[Tensor] {
+        match &weight.kept {
+            Kept::Parts(parts) => parts,
+            Kept::Packed(_) => &[],
+        }
+    }
+
     #[test]
     fn nf4_has_the_bytes_of_the_reference() {
         let golden = open("nf4");
@@ -191,7 +266,7 @@ mod tests {
         for case in CASES {
             let get = |name: &str| &golden[&format!("{case}.{name}")];
             let made = QuantizedWeight::new(get("weight"), Quantization::Nf4).unwrap();
-            let [codes, scales, nested, offset] = [0, 1, 2, 3].map(|part| &made.parts[part]);
+            let [codes, scales, nested, offset] = [0, 1, 2, 3].map(|part| &parts(&made)[part]);
             assert!(codes.equal(get("codes")) && scales.equal(get("scales")), "{case}");
             // A mean adds in the order of the instruction set.
             assert_close_to(offset, get("offset"), 1e-7);
@@ -207,7 +282,8 @@ mod tests {
             let get = |name: &str| golden[&format!("{case}.{name}")].shallow_clone();
             let mut made = QuantizedWeight::new(&get("weight"), Quantization::Nf4).unwrap();
             for (part, name) in ["codes", "scales", "nested", "offset"].into_iter().enumerate() {
-                made.parts[part] = get(name);
+                let Kept::Parts(parts) = &mut made.kept else { unreachable!("bitsandbytes' own") };
+                parts[part] = get(name);
             }
             let found = made.dequantized(made.kind());
             assert!(found.equal(&get("dequantized")), "{case}");
@@ -224,7 +300,8 @@ mod tests {
     fn int8_has_the_bytes_of_the_reference() {
         let golden = open("nf4");
         let made = QuantizedWeight::new(&golden["int8.weight"], Quantization::Int8).unwrap();
-        assert!(made.parts[0].equal(&golden["int8.codes"]) && made.parts[1].equal(&golden["int8.scales"]));
+        let [codes, scales] = [0, 1].map(|part| &parts(&made)[part]);
+        assert!(codes.equal(&golden["int8.codes"]) && scales.equal(&golden["int8.scales"]));
         assert!(made.dequantized(Kind::Float).equal(&golden["int8.dequantized"]));
         for kind in [Kind::Double, Kind::BFloat16] {
             assert!(made.dequantized(kind).equal(&golden["int8.dequantized"].to_kind(kind)), "{kind:?}");
@@ -243,6 +320,9 @@ mod tests {
         let (four, eight) = (bits(Quantization::Nf4), bits(Quantization::Int8));
         assert!(four.0 > 4.125 && four.0 < 4.25 && eight.0 > 8.0 && eight.0 < 8.1, "{four:?} {eight:?}");
         assert!(four.1 < 0.1 && eight.1 < 0.01, "{four:?} {eight:?}");
+        let (four, eight) = (bits(Quantization::Int4Groups), bits(Quantization::Int8Groups));
+        assert_eq!((four.0, eight.0), (4.5, 8.5));
+        assert!(four.1 < 0.1 && eight.1 < 0.006, "{four:?} {eight:?}");
     }
 
     #[test]
@@ -253,6 +333,8 @@ mod tests {
             (Quantization::Int8, Kind::Float),
             (Quantization::Nf4, Kind::BFloat16),
             (Quantization::Int8, Kind::BFloat16),
+            (Quantization::Int8Groups, Kind::Float),
+            (Quantization::Int4Groups, Kind::BFloat16),
         ] {
             let kept = QuantizedWeight::new(&(random.normal([6, 20]) * 0.1).to_kind(kind), quantization).unwrap();
             let weight = kept.dequantized(kind);

@@ -11,8 +11,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::Checkpoint;
 use crate::error;
+use crate::nn::decode::PackedLinear;
 use crate::weights::init::{Init, new_tensor};
 use crate::weights::mismatch::Mismatch;
+use crate::weights::pack_quantized;
 use crate::weights::quantized::Quantization;
 
 /// Where tensors come from.
@@ -235,6 +237,22 @@ impl Weights {
             return self.parameter(name, shape, init);
         }
         Ok(self.find(name, shape, init, self.kind)?.to_kind(self.kind).to_device(self.device))
+    }
+
+    /// The weight of this name where the source stores it in groups of few bits, as `compressed-tensors` does; none where it
+    /// does not. It is read into memory of its own.
+    ///
+    /// # Errors
+    /// What of that format is not read, by name; a source that is [`Weights::trained`].
+    pub fn packed(&self, name: &str, shape: [i64; 2]) -> Result<Option<PackedLinear>> {
+        let packed = pack_quantized::read(self, name, shape)?;
+        if packed.is_some() && self.trained && !self.frozen.contains(&self.full_name(name)) {
+            bail!(
+                "{} is in few bits: weights are trained whole, take the folder that it was quantized from",
+                self.full_name(name)
+            );
+        }
+        Ok(packed)
     }
 
     /// A trained tensor: an f32 leaf that requires gradients, registered under its full name.

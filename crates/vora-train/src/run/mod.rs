@@ -1,6 +1,5 @@
 //! Steps as a run: the trainer, checkpoints that survive a crash, evaluation, the best so far, and what it will take.
 
-mod available;
 mod best;
 mod dtype;
 mod evaluate;

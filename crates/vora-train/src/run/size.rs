@@ -12,10 +12,9 @@ use vora_llm::CausalLm;
 use vora_lora::in_layer;
 use vora_model::VisionLanguageModel;
 use vora_recipe::TrainConfig;
-use vora_torch::runtime::memory;
+use vora_torch::runtime::{available_memory, memory};
 use vora_torch::weights::QuantizedWeight;
 
-use crate::run::available::available;
 use crate::run::max_steps::max_steps;
 use crate::student::{Student, logits_rows};
 
@@ -172,7 +171,7 @@ impl Size {
             bytes_per_picture,
             total: training.len().map(|samples| samples * pictures * bytes_per_picture / samples_in_batch.max(1)),
         });
-        let available = available(student.device()).map(|more| more + held);
+        let available = available_memory(student.device()).map(|more| more + held);
         let anchor = config.text_anchor.as_ref().map(|anchor| {
             let (taken, every) = (anchor.texts_a_step(), anchor.every);
             let often = if every == 1 { "a step".to_owned() } else { format!("every {every} steps") };

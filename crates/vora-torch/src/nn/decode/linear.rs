@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 use super::width::Width;
+use crate::checkpoint::forget_view;
 use crate::ffi::{self, decode as raw};
 
 /// Numbers that share a scale.
@@ -32,7 +33,8 @@ pub struct PackedLinear {
 }
 
 impl PackedLinear {
-    /// Packs a weight `[out, in]`, f32 or bf16.
+    /// Packs a weight `[out, in]`, f32 or bf16. Of one that is a view of a checkpoint, and quantised here, the memory that it was
+    /// read into is given back: see [`forget_view`].
     ///
     /// # Errors
     /// A weight of another shape or dtype, or on another device; quantised, one with numbers that are not finite or too large.
@@ -50,16 +52,8 @@ impl PackedLinear {
             weight.kind()
         );
         if width.is_quantised() {
-            let [values, scales] = two_of(|a, b| {
-                // SAFETY: a live tensor, and two places for the results.
-                unsafe { ffi::vora_quantise(weight.as_ptr(), width.code(), a, b) }
-            })?;
-            let is_finite = |t: &Tensor| t.isfinite().all().int64_value(&[]) != 0;
-            ensure!(
-                is_finite(&weight) && is_finite(&scales),
-                "a weight has numbers that are not finite, or beyond what the scales of {width} can have"
-            );
-            return Self::from_parts(&values, &scales, size[1]);
+            let [values, scales] = quantise(&weight, width)?;
+            return Ok(Self::of(width, [size[0], size[1]], values, Some(scales), true));
         }
         let kind = if width == Width::F32 { Kind::Float } else { Kind::BFloat16 };
         let values = weight.to_kind(kind).contiguous();
@@ -106,6 +100,14 @@ impl PackedLinear {
     ) -> Self {
         let (bias, low_rank) = (None, None);
         Self { width, out_features, in_features, values, scales, is_copy, bias, bias_is_adapted: false, low_rank }
+    }
+
+    /// The same matrix for one more reader: values and scales are shared, not copied, and neither bias nor adapters come with
+    /// them.
+    #[must_use]
+    pub fn shared(&self) -> Self {
+        let (values, scales) = (self.values.shallow_clone(), self.scales.as_ref().map(Tensor::shallow_clone));
+        Self::of(self.width, [self.out_features, self.in_features], values, scales, false)
     }
 
     /// The same with a bias `[out]`; where `adapted`, it acts on the rows that adapters act on.
@@ -281,6 +283,26 @@ impl PackedLinear {
             lora_b: low_rank.map_or(raw::Matrix::NONE, |[_, b]| plain_matrix(b)),
         }
     }
+}
+
+/// Rows that are quantised together, whole sides of the kernels' order; what they were read into is given back behind them.
+const ROWS: i64 = 4096;
+
+/// A weight `[out, in]` -> values and scales in the order that the kernels read.
+fn quantise(weight: &Tensor, width: Width) -> Result<[Tensor; 2]> {
+    let (rows, columns) = weight.size2()?;
+    // SAFETY: two places for the results.
+    let [values, scales] = two_of(|a, b| unsafe { ffi::vora_packed_zeros(width.code(), rows, columns, a, b) })?;
+    for first in (0..rows).step_by(ROWS as usize) {
+        let some = weight.narrow(0, first, ROWS.min(rows - first));
+        // SAFETY: three live tensors, the last two for as many rows.
+        let status =
+            unsafe { ffi::vora_quantise(some.as_ptr(), width.code(), first, values.as_ptr(), scales.as_ptr()) };
+        ensure!(status != 1, "a weight has numbers that are not finite, or beyond what the scales of {width} can have");
+        ffi::check(status)?;
+        forget_view(&some);
+    }
+    Ok([values, scales])
 }
 
 /// A contiguous matrix in f32 or bf16, where it lies.

@@ -3,14 +3,13 @@
 use std::path::Path;
 
 use tch::Device;
-use vora_torch::runtime::gpu_memory;
 
-use vora_torch::runtime::process_size;
+use super::memory::{gpu_memory, process_size};
 
 /// Bytes that may still be taken: the least of what the machine has, what the cgroups above this process leave it, and
 /// what its limit of address space does. None where the system does not tell (Linux does).
 /// On a GPU what is free there.
-pub(crate) fn available(device: Device) -> Option<u64> {
+pub fn available_memory(device: Device) -> Option<u64> {
     if device != Device::Cpu {
         return gpu_memory(device).map(|memory| memory.available);
     }
@@ -55,7 +54,7 @@ mod tests {
         assert_eq!(address_space(limits), Some(4096));
         assert_eq!(address_space("Max address space         unlimited    unlimited    bytes\n"), None);
         #[cfg(target_os = "linux")]
-        assert!(available(Device::Cpu).unwrap() > 1 << 20);
+        assert!(available_memory(Device::Cpu).unwrap() > 1 << 20);
     }
 
     #[test]
