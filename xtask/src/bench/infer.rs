@@ -16,7 +16,8 @@ const PACKAGES: [&str; 2] = ["llama-cpp-python==0.3.36", "diskcache==5.6.3"];
 /// The kinds of GGUF file that llama.cpp gets.
 const KINDS: [&str; 3] = ["bf16", "q8_0", "q4_0"];
 
-/// Runs `benches/examples/infer.rs` over the default recipe's language model, which goes to llama.cpp as GGUF files.
+/// Runs `benches/examples/infer.rs` over the default recipe's language model, which goes to llama.cpp as GGUF files, and `engine.rs`
+/// behind it.
 pub fn run(args: &[String]) -> Result<()> {
     setup::ensure()?;
     let (llm, python) = (download::ensure(train::DEFAULT_MODELS[0])?, fixtures::python()?);
@@ -31,11 +32,15 @@ pub fn run(args: &[String]) -> Result<()> {
         }
         files.push(format!("{kind}={}", file.display()));
     }
-    let mut example = example("infer");
-    example.arg("--llm").arg(llm).arg("--gguf").arg(files.join(",")).arg("--python").arg(python);
-    example.arg("--script").arg(cmd::root().join("benches/infer.py")).arg("--out").arg(out);
-    example.arg("--text").arg(cmd::root().join("crates/vora-eval/src/language/prose.md"));
-    cmd::run(example.env("PYTHONPATH", packages).args(args))
+    let mut peers = example("infer");
+    peers.arg("--llm").arg(&llm).arg("--gguf").arg(files.join(",")).arg("--python").arg(python);
+    peers.arg("--script").arg(cmd::root().join("benches/infer.py")).arg("--out").arg(&out);
+    peers.arg("--text").arg(cmd::root().join("crates/vora-eval/src/language/prose.md"));
+    cmd::run(peers.env("PYTHONPATH", packages).args(args))?;
+    let model = out.join("model-bf16");
+    let mut own = example("engine");
+    own.arg("--model").arg(model).arg("--llm").arg(llm).arg("--out").arg(out).env("OMP_NUM_THREADS", "1");
+    cmd::run(&mut own)
 }
 
 /// A folder of the packages, built in the cache folder for the first run, which takes some minutes.
