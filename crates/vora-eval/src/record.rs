@@ -65,7 +65,13 @@ impl Asked {
         }
         let mut record = Record::parse(&serde_json::to_vec(&object)?, &keys)?;
         if !has_turns {
+            let unmarked = record.notes.len();
             record.notes.retain(|note| note != NO_MARK); // nobody marks a picture's place in such a question
+            if let (Some(question), [_], Some(first)) = (&extra.question, &*record.frames, record.messages.first_mut())
+                && record.notes.len() < unmarked
+            {
+                *first = Message::question_about(1, question); // as `vora ask` puts it
+            }
         }
         let notes = std::mem::take(&mut record.notes);
         Ok(Self { questions: extra.questions(record, place), notes })
@@ -167,6 +173,17 @@ mod tests {
         let question = asked.questions.pop().unwrap();
         assert!(asked.questions.is_empty() && question.pictures == ["a.png"], "{record}");
         (question.id.clone(), question.text(), question.references)
+    }
+
+    /// As one that is asked, and not in one line with its pictures, as a training record without a mark has them.
+    #[test]
+    fn a_question_stands_below_its_pictures() {
+        let asked = |record: &str| Asked::read(record.as_bytes(), "here").unwrap().questions.remove(0).messages;
+        let expected = [Message::question_about(1, "What?")];
+        assert_eq!(asked(r#"{"image": "a.png", "question": "What?", "answer": "a"}"#), expected);
+        assert_eq!(asked(r#"{"image": "a.png", "text": "What?", "label": "no"}"#), expected);
+        let marked = asked(r#"{"image": "a.png", "question": "What? <image>", "answer": "a"}"#);
+        assert_eq!(marked[0].content, [Part::Text("What? ".to_owned()), Part::Image]);
     }
 
     #[test]
