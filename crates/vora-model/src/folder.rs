@@ -15,6 +15,7 @@ use vora_vision::Encoder;
 use crate::chameleon::{Chameleon, VQMODEL};
 use crate::few_bits::tell_of_whole_weights;
 use crate::files::{FolderError, read_config};
+use crate::gemma4::Gemma4Unified;
 use crate::llava::{Llava, LlavaConfig};
 use crate::model::VisionLanguageModel;
 use crate::plain::PlainLlm;
@@ -30,6 +31,7 @@ enum ModelType {
     Vora,
     Llava,
     Chameleon,
+    Gemma4Unified,
     PlainLlm,
 }
 
@@ -39,6 +41,7 @@ impl ModelType {
             "vora" => Some(Self::Vora),
             "llava" => Some(Self::Llava),
             "chameleon" => Some(Self::Chameleon),
+            "gemma4_unified" => Some(Self::Gemma4Unified),
             plain if MODEL_TYPES.contains(&plain) => Some(Self::PlainLlm),
             _ => None,
         }
@@ -65,6 +68,7 @@ pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) ->
         ModelType::Vora => Box::new(Vora::open(folder, device, kind)?),
         ModelType::Llava => Box::new(Llava::open(folder, device, kind)?),
         ModelType::Chameleon => Box::new(Chameleon::open(folder, device, kind)?),
+        ModelType::Gemma4Unified => Box::new(Gemma4Unified::open(folder, device, kind)?),
         ModelType::PlainLlm => Box::new(PlainLlm::open(folder, device, kind)?),
     };
     if let Some(answers_on) = model.lora().map(LoraConfig::answers_on) {
@@ -110,6 +114,7 @@ fn open_part(
             vision.finish()?;
             return Ok(Box::new(model));
         }
+        ModelType::Gemma4Unified => return Ok(Box::new(Gemma4Unified::open(folder, device, kind)?)),
         ModelType::PlainLlm => return Ok(Box::new(PlainLlm::open(folder, device, kind)?)),
     };
     trained::expect(folder, model.peft_config()?.as_ref())?;
@@ -134,7 +139,7 @@ pub fn stored_kind(folder: &Path, resolve: &Resolve<'_>) -> Result<Kind> {
     let path =
         if trained::is_whole(folder) { folder.to_owned() } else { llm_path(folder, &read_config(folder)?, resolve)? };
     let checkpoint = Checkpoint::open(&path)?;
-    let norm = ["model.norm.weight", "llm.model.norm.weight", "norm.weight"]
+    let norm = ["model.norm.weight", "llm.model.norm.weight", "model.language_model.norm.weight", "norm.weight"]
         .into_iter()
         .find_map(|name| checkpoint.info(name));
     let kind = norm.map(|(kind, _)| kind);
@@ -185,6 +190,11 @@ mod tests {
             let first = format!("{llm_prefix}model.layers.0.self_attn.q_proj.weight");
             assert!(model.tensors().unwrap().iter().any(|(name, _)| *name == first), "{first}");
         }
+
+        let tiny = |name: &str| fixtures::root().join("tiny").join(name);
+        let gemma = super::open(&tiny("gemma4"), Device::Cpu, Kind::Float, &nowhere).unwrap();
+        assert!(is_vision_language_model(&tiny("gemma4")).unwrap() && gemma.sees());
+        assert_eq!(stored_kind(&tiny("gemma4"), &nowhere).unwrap(), Kind::Float);
 
         let llm = CausalLm::load(&LlmConfig::tiny(64), &Weights::random(0, Device::Cpu, Kind::Float)).unwrap();
         PlainLlm::new(llm).save(&root.path().join("llama")).unwrap();
