@@ -6,9 +6,10 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use vora_llm::{LlmConfig, VisionAttention, absent_sizes};
+use vora_lora::LoraConfig;
 use vora_vision::Gemma4VisionConfig;
 
-use crate::files::{read_config, to_object};
+use crate::files::{lora_or_empty, read_config, to_object};
 
 /// What a Gemma 4 Unified is made of.
 #[derive(Debug, Clone, PartialEq)]
@@ -24,6 +25,10 @@ pub struct Gemma4UnifiedConfig {
     pub boi_token_id: i64,
     /// The token after one.
     pub eoi_token_id: i64,
+    /// The name of the model that it was trained from, or empty; not a key of Hugging Face's.
+    pub llm_name: String,
+    /// The adapters on the decoder; none once they are merged. Not a key of Hugging Face's.
+    pub lora: Option<LoraConfig>,
     extra: Map<String, Value>,
 }
 
@@ -38,6 +43,10 @@ struct Keys {
     eoi_token_id: i64,
     #[serde(default = "ties")]
     tie_word_embeddings: bool,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    llm: String,
+    #[serde(default, deserialize_with = "lora_or_empty", skip_serializing_if = "Option::is_none")]
+    lora: Option<LoraConfig>,
     #[serde(flatten)]
     extra: Map<String, Value>,
 }
@@ -97,11 +106,11 @@ impl Gemma4UnifiedConfig {
         llm.validate().context("text_config")?;
         let vision: Gemma4VisionConfig = serde_json::from_value(vision).context("vision_config")?;
         vision.validate().context("vision_config")?;
-        let Keys { image_token_id, boi_token_id, eoi_token_id, extra, .. } = keys;
+        let Keys { image_token_id, boi_token_id, eoi_token_id, llm: llm_name, lora, extra, .. } = keys;
         for (key, id) in [("boi_token_id", boi_token_id), ("eoi_token_id", eoi_token_id)] {
             ensure!((0..llm.vocab_size).contains(&id), "{key} is {id}, vocab_size is {}", llm.vocab_size);
         }
-        Ok(Self { llm, vision, image_token_id, boi_token_id, eoi_token_id, extra })
+        Ok(Self { llm, vision, image_token_id, boi_token_id, eoi_token_id, llm_name, lora, extra })
     }
 
     /// Whether the tokens of a picture attend to all of each other, as `use_bidirectional_attention: "vision"` says. Pictures
@@ -123,6 +132,8 @@ impl Gemma4UnifiedConfig {
             boi_token_id: self.boi_token_id,
             eoi_token_id: self.eoi_token_id,
             tie_word_embeddings: self.llm.tie_word_embeddings,
+            llm: self.llm_name.clone(),
+            lora: self.lora.clone(),
             extra: self.extra.clone(),
         })?;
         json.insert("architectures".into(), json!(["Gemma4UnifiedForConditionalGeneration"]));

@@ -2,6 +2,8 @@
 
 mod config;
 mod model;
+#[cfg(test)]
+mod training;
 
 pub use config::Gemma4UnifiedConfig;
 pub use model::Gemma4Unified;

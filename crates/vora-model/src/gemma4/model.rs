@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use tch::nn::Module;
 use tch::{Device, Kind, Tensor};
 use vora_llm::{CausalLm, VisionAttention};
+use vora_lora::LoraConfig;
 use vora_torch::weights::Weights;
 use vora_vision::Gemma4VisionEmbedder;
 
@@ -22,7 +23,7 @@ use crate::model::VisionLanguageModel;
 /// A decoder, and the matrix that it sees through.
 #[derive(Debug)]
 pub struct Gemma4Unified {
-    config: Gemma4UnifiedConfig, // but for `llm`, which `llm` knows
+    config: Gemma4UnifiedConfig, // but for `llm` and `lora`, which `llm` knows
     llm: AdaptedLlm,
     vision_embedder: Gemma4VisionEmbedder,
 }
@@ -33,17 +34,38 @@ impl Gemma4Unified {
     /// # Errors
     /// Where a config contradicts itself; tensors that do not fit are told by [`Weights::finish`].
     pub fn load(config: Gemma4UnifiedConfig, weights: &Weights) -> Result<Self> {
+        Self::assemble(config, weights, weights, weights)
+    }
+
+    /// Takes the decoder, what it sees through and the adapters that the config names from a source each. A decoder that is
+    /// frozen and an embedder that learns are one source and the same [`Weights::trained`].
+    ///
+    /// # Errors
+    /// As [`Gemma4Unified::load`], and where the decoder has no layers for such adapters.
+    pub fn assemble(
+        mut config: Gemma4UnifiedConfig,
+        llm: &Weights,
+        vision: &Weights,
+        adapters: &Weights,
+    ) -> Result<Self> {
         // The decoder's own names, by which it is known here.
-        for stored in weights.names() {
+        for stored in llm.names() {
             if let Some(in_decoder) = stored.strip_prefix("model.language_model.") {
-                weights.alias(&format!("{PREFIX}model.{in_decoder}"), &stored);
+                llm.alias(&format!("{PREFIX}model.{in_decoder}"), &stored);
             } else if stored == "lm_head.weight" {
-                weights.alias(&format!("{PREFIX}{stored}"), &stored);
+                llm.alias(&format!("{PREFIX}{stored}"), &stored);
             }
         }
-        let llm = CausalLm::load(&config.llm, &weights.pp("language_model"))?;
-        let vision_embedder = Gemma4VisionEmbedder::load(&config.vision, config.llm.hidden_size, &weights.pp("model"))?;
-        Ok(Self { config, llm: AdaptedLlm::new(llm), vision_embedder })
+        let (lora, hidden_size) = (config.lora.take(), config.llm.hidden_size);
+        let mut model = Self {
+            llm: AdaptedLlm::new(CausalLm::load(&config.llm, &llm.pp("language_model"))?),
+            vision_embedder: Gemma4VisionEmbedder::load(&config.vision, hidden_size, &vision.pp("model"))?,
+            config,
+        };
+        if let Some(lora) = lora {
+            model.attach(ADAPTER, &lora, &adapters.pp("language_model"))?;
+        }
+        Ok(model)
     }
 
     /// Opens a folder of Hugging Face's, or one that [`Gemma4Unified::save`](VisionLanguageModel::save) wrote. The weights of
@@ -61,10 +83,57 @@ impl Gemma4Unified {
         Ok(model)
     }
 
+    /// Opens a folder to teach it: adapters on its decoder that start as `new` has them, and the embedder frozen or, as an f32
+    /// parameter of `new` as well, trained from what it is. What a run then leaves names the folder as `name`.
+    ///
+    /// # Errors
+    /// As [`Gemma4Unified::open`], and where the decoder has no layers for such adapters.
+    pub fn open_to_teach(
+        folder: &Path,
+        name: &str,
+        lora: Option<&LoraConfig>,
+        trains_embedder: bool,
+        new: &Weights,
+    ) -> Result<Self> {
+        let mut config = Gemma4UnifiedConfig::open(folder)?;
+        config.llm_name = name.to_owned();
+        config.lora = lora.map(|lora| lora.over(config.llm.num_hidden_layers));
+        let base = Weights::open(folder, new.device(), new.kind())?;
+        let in_folder = || format!("loading {}", folder.display());
+        let model = Self::open_part(config, &base, trains_embedder, new).with_context(in_folder)?;
+        for (name, tensor) in model.vision_embedder.tensors().into_iter().filter(|_| trains_embedder) {
+            let name = format!("model.{name}");
+            let before = base.stored_tensor(&name)?.with_context(|| format!("{} has no {name}", folder.display()))?;
+            tch::no_grad(|| tensor.shallow_clone().f_copy_(&before)).with_context(|| name)?;
+        }
+        Ok(model)
+    }
+
+    /// Opens what was trained of one that lies in `base`: adapters and, where they were trained, the weights of the embedder,
+    /// all of which start as `new` has them.
+    ///
+    /// # Errors
+    /// As [`Gemma4Unified::assemble`], and where tensors do not fit.
+    pub(crate) fn open_part(
+        config: Gemma4UnifiedConfig,
+        base: &Weights,
+        trains_embedder: bool,
+        new: &Weights,
+    ) -> Result<Self> {
+        let model = match trains_embedder {
+            true => Self::assemble(config, base, &new.trained(), new)?,
+            false => Self::assemble(config, base, base, new)?,
+        };
+        let others = ["model.embed_audio.", "model.vision_embedder.", "model.embed_vision."];
+        base.finish_allowing(|name| others.iter().any(|other| name.starts_with(other)))?;
+        Ok(model)
+    }
+
     /// What it is made of.
     pub fn config(&self) -> Gemma4UnifiedConfig {
         let mut config = self.config.clone();
         config.llm = self.llm().config().clone(); // which knows whether the head is tied
+        config.lora = self.lora().cloned();
         config
     }
 
@@ -73,6 +142,9 @@ impl Gemma4Unified {
         &self.vision_embedder
     }
 }
+
+/// The name of the adapters.
+const ADAPTER: &str = "default";
 
 /// What stands before the decoder's own names here.
 const PREFIX: &str = "language_model.";
@@ -121,6 +193,10 @@ impl VisionLanguageModel for Gemma4Unified {
     /// Adapters are those of Hugging Face's `Gemma4UnifiedForConditionalGeneration`.
     fn peft_name(&self, name: &str) -> Option<String> {
         name.strip_prefix(PREFIX).map(stored_name)
+    }
+
+    fn adapts_llm_alone(&self) -> bool {
+        false
     }
 
     fn llm_prefix(&self) -> &'static str {
