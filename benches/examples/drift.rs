@@ -22,7 +22,7 @@ use clap::Parser;
 use serde::Serialize;
 use tch::{Device, Kind, Reduction, Tensor};
 use vora_data::scenes::{QuestionKind, Scenes, ScenesConfig, Split};
-use vora_llm::{AttentionPlan, CausalLm, LlmConfig, Output, VisionAttention};
+use vora_llm::{AttentionPlan, CausalLm, LlmConfig, Output, SharedKeys, VisionAttention};
 use vora_recipe::{Curve, LearningRates, OptimConfig, Schedule, SchedulerKwargs};
 use vora_text::Spans;
 use vora_torch::nn::loss::cross_entropy_and_z_loss;
@@ -184,9 +184,9 @@ impl Batch {
     /// The largest absolute logit of attention in any layer and head, between tokens that may attend to each other.
     fn max_attention_logit(&self, llm: &CausalLm, hidden_states: &[Tensor]) -> f64 {
         let mut largest: f64 = 0.0;
-        let cos_sin = llm.decoder().cos_sin(&self.plan);
+        let (cos_sin, mut keys) = (llm.decoder().cos_sin(&self.plan), SharedKeys::default());
         for (layer, x) in llm.decoder().layers().iter().zip(hidden_states) {
-            let logits = layer.attention_logits(x, &cos_sin); // [batch, heads, seq, seq]
+            let logits = layer.attention_logits(x, &cos_sin, &mut keys); // [batch, heads, seq, seq]
             for (row, &len) in (0..).zip(&self.lens) {
                 let logits = logits.get(row).narrow(1, 0, len).narrow(2, 0, len); // [heads, len, len]
                 largest = largest.max(logits.tril(0).abs().max().double_value(&[]));
@@ -283,7 +283,7 @@ fn train(variant: Variant, args: &Args, batches: &[Batch], device: Device, metri
 fn before_norm(llm: &CausalLm, batch: &Batch, output: &Output) -> Tensor {
     let layers = llm.decoder().layers();
     let (last, x) = (&layers[layers.len() - 1], &output.hidden_states[layers.len() - 1]);
-    last.forward(x, &llm.decoder().cos_sin(&batch.plan), &batch.plan)
+    last.forward(x, &llm.decoder().cos_sin(&batch.plan), &batch.plan, &mut SharedKeys::default())
 }
 
 /// What is measured of a forward; `hidden` `[n, hidden]` is what its logits come from.

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
-use vora_llm::{Attention, AttentionPlan, KernelChoice, LlmConfig, Rotary, VisionAttention, attend};
+use vora_llm::{Attention, AttentionPlan, KernelChoice, LlmConfig, Rotary, SharedKeys, VisionAttention, attend};
 use vora_text::{Span, Spans};
 use vora_torch::nn::attention::{Band, Bands, Run, attention};
 use vora_torch::{runtime, weights::Weights};
@@ -188,7 +188,7 @@ fn measure_layer(args: &Args, dtype: &str, kind: Kind, tokens: i64, device: Devi
         let mask = AttentionPlan::with_kernel(&spans, mode, device, kind, KernelChoice::Mask)?;
         let seen = mask.mask().context("a plan with a mask")?.eq(0.0).sum(Kind::Double).double_value(&[]);
         pairs.push(seen * hidden as f64);
-        kernels.push((layout, Box::new(move |x| layer.forward(&x[0], &cos_sin, &plan))));
+        kernels.push((layout, Box::new(move |x| layer.forward(&x[0], &cos_sin, &plan, &mut SharedKeys::default()))));
     }
     let x = fixtures::Random::new(1).normal([args.batch, seq, hidden]).to_kind(kind).to_device(device);
     let projections = (args.batch * seq * hidden * 2 * (args.heads + args.kv_heads) * args.head_dim) as f64;

@@ -13,13 +13,15 @@ use crate::{cmd, setup};
 const PACKAGE: &str = "vora-examples";
 
 /// Each program with its arguments; `OUT` is a folder of its own, which is gone afterwards.
-const PROGRAMS: [(&str, &[&str]); 9] = [
+const PROGRAMS: [(&str, &[&str]); 11] = [
     ("attach_lora", &["OUT/adapter"]),
     ("generate_text", &["fixtures/tiny/llm", "Once upon a time"]),
     ("encoder_features", &["fixtures/tiny/dinov2", "fixtures/tiny/data/images/0.png"]),
     ("own_data", &["fixtures/tiny/llm", "OUT/data"]),
     ("own_teacher", &["fixtures/tiny/llm", "OUT/teacher"]),
     ("own_backbone", &["fixtures/tiny/llm", "OUT/backbone"]),
+    ("teach_gemma4", &["fixtures/tiny/gemma4", "OUT/gemma4"]),
+    ("stream_answer", &["OUT/gemma4/final", "Is it dark or light?", "fixtures/tiny/data/images/0.png"]),
     ("stream_answer", &["fixtures/tiny/llm", "What is a cat?"]),
     ("stream_answer", &["OUT/data/final", "Is it dark or light?", "fixtures/tiny/data/images/0.png"]),
     ("attention_benchmark", &["2"]),

@@ -34,6 +34,16 @@ pub enum Size {
         /// The most there may be.
         max_num_patches: u32,
     },
+    /// The picture's own aspect at the largest size of no more than so many tokens, each a square of `patch_size *
+    /// pooling_kernel_size` pixels a side (Gemma 4).
+    SoftTokens {
+        /// Side of a patch, in pixels.
+        patch_size: u32,
+        /// Patches along the side of a token.
+        pooling_kernel_size: u32,
+        /// The most tokens there may be.
+        max_soft_tokens: u32,
+    },
 }
 
 /// What becomes of a picture that is not square where a model takes squares.
@@ -208,6 +218,9 @@ impl ImageProcessor {
             Some(Size::Patches { patch_size, max_num_patches }) => {
                 whole_patches(height, width, patch_size, max_num_patches)
             }
+            Some(Size::SoftTokens { patch_size, pooling_kernel_size, max_soft_tokens }) => {
+                soft_tokens(height, width, patch_size * pooling_kernel_size, max_soft_tokens)
+            }
         }
     }
 
@@ -252,6 +265,25 @@ fn whole_patches(height: u32, width: u32, patch_size: u32, most: u32) -> (u32, u
     }
     let side = |side| (patches(side, least) as u32).saturating_mul(patch_size);
     (side(height), side(width))
+}
+
+/// The height and width in whole tokens of `side` pixels, no more of them than `most`, at which a picture keeps its aspect
+/// as nearly as that goes; a sliver is one token high or wide: `get_aspect_ratio_preserving_size`.
+fn soft_tokens(height: u32, width: u32, side: u32, most: u32) -> (u32, u32) {
+    let (h, w) = (f64::from(height.max(1)), f64::from(width.max(1)));
+    let factor = (f64::from(most) * f64::from(side).powi(2) / (h * w)).sqrt();
+    let tokens = |ideal: f64| (ideal / f64::from(side)).floor() as u32;
+    let (rows, columns) = match (tokens(factor * h), tokens(factor * w)) {
+        (0, _) => (1, tokens_of_sliver(w / h, most)),
+        (_, 0) => (tokens_of_sliver(h / w, most), 1),
+        both => both,
+    };
+    (rows * side, columns * side)
+}
+
+/// Tokens along a sliver that is so many times longer than wide.
+fn tokens_of_sliver(aspect: f64, most: u32) -> u32 {
+    (aspect.floor() as u32).clamp(1, most)
 }
 
 /// What lies in the middle of both an old and a new side: where it starts in each, and how long it is.

@@ -77,7 +77,7 @@ impl ImageProcessor {
         let (mean, std) = class.mean_std;
         let (mean, std) =
             (keys.image_mean.map_or(mean, Channels::values), keys.image_std.map_or(std, Channels::values));
-        let mean_std = keys.do_normalize.unwrap_or(true).then_some((mean, std));
+        let mean_std = keys.do_normalize.unwrap_or(class.do_normalize).then_some((mean, std));
         if let Some(factor) = rescale_factor {
             ensure!(factor > 0.0, "rescale_factor is {factor}, it must be above 0");
         }
@@ -119,6 +119,12 @@ impl ImageProcessor {
                 json["image_processor_type"] = json!("Siglip2ImageProcessor");
                 json["patch_size"] = json!(patch_size);
                 json["max_num_patches"] = json!(max_num_patches);
+            }
+            Some(Size::SoftTokens { patch_size, pooling_kernel_size, max_soft_tokens }) => {
+                json["image_processor_type"] = json!("Gemma4UnifiedImageProcessor");
+                json["patch_size"] = json!(patch_size);
+                json["pooling_kernel_size"] = json!(pooling_kernel_size);
+                json["max_soft_tokens"] = json!(max_soft_tokens);
             }
             None => {}
         }
@@ -200,6 +206,7 @@ fn class_of_model(folder: &Path) -> &'static str {
         Some("vit") => "ViT",
         Some("llava") => "Llava",
         Some("chameleon") => "Chameleon",
+        Some("gemma4_unified") => "Gemma4Unified",
         _ => "Bit",
     }
 }
@@ -235,6 +242,8 @@ struct Keys {
     image_std: Option<Channels>,
     patch_size: Option<u32>,
     max_num_patches: Option<u32>,
+    pooling_kernel_size: Option<u32>,
+    max_soft_tokens: Option<u32>,
     do_pad: Option<bool>,
     pad_size: Option<Value>,
     background_color: Option<[u8; 3]>,
@@ -249,6 +258,11 @@ impl Keys {
                 patch_size: self.patch_size.unwrap_or(patch_size),
                 max_num_patches: self.max_num_patches.unwrap_or(max_num_patches),
             },
+            (Size::SoftTokens { patch_size, pooling_kernel_size, max_soft_tokens }, _) => Size::SoftTokens {
+                patch_size: self.patch_size.unwrap_or(patch_size),
+                pooling_kernel_size: self.pooling_kernel_size.unwrap_or(pooling_kernel_size),
+                max_soft_tokens: self.max_soft_tokens.unwrap_or(max_soft_tokens),
+            },
             (_, Some(size)) => size.target("size", to_square)?,
             (size, None) => size,
         };
@@ -256,6 +270,17 @@ impl Keys {
             !matches!(size, Size::Patches { patch_size: 0, .. } | Size::Patches { max_num_patches: 0, .. }),
             "patch_size and max_num_patches must be at least 1"
         );
+        if let Size::SoftTokens { patch_size, pooling_kernel_size, max_soft_tokens } = size {
+            ensure!(
+                (1..=1024).contains(&patch_size) && (1..=64).contains(&pooling_kernel_size),
+                "patch_size is {patch_size} and pooling_kernel_size {pooling_kernel_size}, they go from 1 to 1024 and 64"
+            );
+            ensure!(
+                SOFT_TOKENS.contains(&max_soft_tokens),
+                "max_soft_tokens is {max_soft_tokens}, Gemma 4's processor takes {}",
+                SOFT_TOKENS.map(|tokens| tokens.to_string()).join(", ")
+            );
+        }
         Ok(size)
     }
 
@@ -330,8 +355,12 @@ struct Class {
     crop_size: u32, // a square's side
     rescale_factor: f64,
     mean_std: ([f64; 3], [f64; 3]),
+    do_normalize: bool,
     pads_to_square: bool, // what `do_pad` means, before all else
 }
+
+/// The budgets that Gemma 4's processor takes.
+const SOFT_TOKENS: [u32; 5] = [70, 140, 280, 560, 1120];
 
 impl Class {
     fn named(name: &str) -> Result<Self> {
@@ -343,6 +372,7 @@ impl Class {
             crop_size: 224,
             rescale_factor: 1.0 / 255.0,
             mean_std: OPENAI_CLIP,
+            do_normalize: true,
             pads_to_square: false,
         };
         let vit = Self {
@@ -367,9 +397,16 @@ impl Class {
                 mean_std: ([1.0; 3], [1.0; 3]),
                 ..bit
             },
+            "Gemma4Unified" => Self {
+                size: Size::SoftTokens { patch_size: 16, pooling_kernel_size: 3, max_soft_tokens: 280 },
+                do_center_crop: false,
+                mean_std: ([0.0; 3], [1.0; 3]),
+                do_normalize: false,
+                ..bit
+            },
             _ => bail!(
                 "image_processor_type `{name}ImageProcessor` is not one of Bit, CLIP, ViT, Siglip, Siglip2, Llava, \
-                 Chameleon"
+                 Chameleon, Gemma4Unified"
             ),
         })
     }
@@ -415,6 +452,28 @@ mod tests {
             assert!(others * 100 < all, "{name}: {others} of {all} samples differ");
         }
         assert!(chameleon_processor(0).is_err());
+    }
+
+    #[test]
+    fn gemma_4s_processor_is_hugging_faces() {
+        let golden = fixtures::arrays("gemma4_unified");
+        let folder = fixtures::root().join("tiny/gemma4");
+        let processor = ImageProcessor::open(&folder).unwrap();
+        for name in ["enlarged", "shrunk", "wide", "fits", "sliver", "asked"] {
+            let picture = &golden[&format!("processor.{name}.bytes")]; // [height, width, 3]
+            let [height, width, 3] = picture.shape[..] else { panic!("{:?}", picture.shape) };
+            let image = RgbImage::from_raw(width as u32, height as u32, picture.bytes()).unwrap();
+            let found = processor.preprocess(&image).unwrap();
+            let expected = &golden[&format!("processor.{name}.pixel_values")];
+            let difference = expected.difference(&[3, found.height, found.width], found.data.iter().copied());
+            assert_eq!(difference.largest, 0.0, "{name}");
+            let again = ImageProcessor::from_json(processor.to_json()).unwrap().preprocess(&image).unwrap();
+            assert_eq!(again, found, "{name}: to_json loses something");
+        }
+        let unsaid = ImageProcessor::from_json(json!({"image_processor_type": "Gemma4UnifiedImageProcessor"})).unwrap();
+        assert_eq!(unsaid.output_size(480, 640), (672, 912)); // 14 x 19 tokens of 48 pixels
+        assert_eq!(unsaid.output_size(1, 200), (48, 236 * 48));
+        assert_eq!(unsaid.output_size(900, 1), (280 * 48, 48));
     }
 
     #[test]
@@ -526,6 +585,13 @@ mod tests {
         assert!(error.contains("`Qwen2VLImageProcessor` is not one of Bit, CLIP, ViT, Siglip"), "{error}");
         let error = refuse(json!({"image_processor_type": "Siglip2ImageProcessor", "max_num_patches": 0}));
         assert!(error.contains("max_num_patches must be at least 1"), "{error}");
+        let gemma = |key: &str, value: u32| {
+            let mut json = json!({"image_processor_type": "Gemma4UnifiedImageProcessor"});
+            json[key] = value.into();
+            refuse(json)
+        };
+        assert!(gemma("max_soft_tokens", 0).contains("max_soft_tokens is 0, Gemma 4's processor takes 70, 140, 280"));
+        assert!(gemma("patch_size", 0).contains("patch_size is 0 and pooling_kernel_size 3"));
         assert!(refuse(json!({"resample": 5})).contains("resample is 5"));
         assert!(refuse(json!({"do_resize": "yes"})).contains("`do_resize`: invalid type: string"));
         assert!(refuse(json!({"do_pad": true, "do_center_crop": false})).contains("do_pad is true"));

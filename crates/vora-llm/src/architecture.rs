@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 
 use crate::error::ConfigError;
 
-/// The `model_type`s whose blocks are these: RMS norm, rotary positions, grouped-query attention, SwiGLU. SmolLM and
-/// SmolLM2 are `llama`, Qwen2.5 is `qwen2`.
+/// The `model_type`s whose blocks are these: RMS norm, rotary positions, grouped-query attention, a gated MLP. SmolLM and
+/// SmolLM2 are `llama`, Qwen2.5 is `qwen2`; Gemma's are those of its decoders alone, without pictures.
 pub const MODEL_TYPES: [&str; ARCHITECTURES.len()] = {
     let mut model_types = [""; ARCHITECTURES.len()];
     let mut row = 0;
@@ -50,6 +50,43 @@ pub(crate) enum Window {
     FromLayer,
     /// With `use_sliding_window`, those that `layer_types` lists; without a list, those without a rotary embedding.
     WithoutRope,
+    /// Those that `layer_types` lists; without a list, all but every n-th (`sliding_window_pattern`; 6 where the key is
+    /// absent).
+    ByType {
+        /// Whether the last layer may have one; else it has none, whatever the list says.
+        last: bool,
+    },
+}
+
+/// Where the norms of attention and MLP stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NormOrder {
+    /// Before them.
+    Before,
+    /// After them.
+    After,
+    /// Before and after them.
+    Around,
+}
+
+/// What goes through the gate of the MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Activation {
+    /// `silu`, under the key `hidden_act`.
+    Silu,
+    /// `gelu_pytorch_tanh`, under the key `hidden_activation`.
+    GeluTanh,
+}
+
+/// What attention's logits are divided by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LogitScale {
+    /// The root of a head's width.
+    HeadDim,
+    /// The root of `query_pre_attn_scalar`.
+    QueryPreAttnScalar,
+    /// Nothing.
+    One,
 }
 
 /// One backbone.
@@ -74,8 +111,29 @@ pub(crate) struct Architecture {
     pub(crate) skips_rope: bool,
     /// Whether `swin_norm` can move the norms after attention and MLP.
     pub(crate) can_norm_after: bool,
+    /// Whether attention and MLP have a norm after them beside the one before them.
+    pub(crate) norms_around: bool,
+    /// Whether norms multiply by `1 + weight`.
+    pub(crate) norm_plus_one: bool,
+    /// Whether values are normed as keys are, without a weight.
+    pub(crate) v_norm: bool,
+    /// Whether the output of each layer is multiplied by a number of its own, `layer_scalar`.
+    pub(crate) layer_scalar: bool,
+    /// Whether embeddings are multiplied by the root of their width.
+    pub(crate) scales_embeddings: bool,
+    /// Whether `final_logit_softcapping` bounds the logits.
+    pub(crate) softcaps: bool,
+    pub(crate) activation: Activation,
+    pub(crate) logit_scale: LogitScale,
+    /// Where full and sliding layers have rotations of their own, what HF's config class says of those (`true`: sliding) of
+    /// which the config says nothing.
+    pub(crate) rotations: Option<fn(bool) -> Value>,
+    /// Whether head sizes, key-value heads, keys, values and MLPs can differ from layer to layer.
+    pub(crate) layers_differ: bool,
     /// Whether a head is always `hidden_size / num_attention_heads` wide.
     pub(crate) head_dim_follows: bool,
+    /// Whether [`PackedDecoder`](crate::PackedDecoder) has kernels for its layers.
+    pub(crate) packs: bool,
 }
 
 const LLAMA: Architecture = Architecture {
@@ -90,7 +148,65 @@ const LLAMA: Architecture = Architecture {
     window: Window::Never,
     skips_rope: false,
     can_norm_after: false,
+    norms_around: false,
+    norm_plus_one: false,
+    v_norm: false,
+    layer_scalar: false,
+    scales_embeddings: false,
+    softcaps: false,
+    activation: Activation::Silu,
+    logit_scale: LogitScale::HeadDim,
+    rotations: None,
+    layers_differ: false,
     head_dim_follows: false,
+    packs: true,
+};
+
+const GEMMA3: Architecture = Architecture {
+    model_type: "gemma3_text",
+    hf_class: Some("Gemma3ForCausalLM"),
+    absent_sizes: || sizes(262_208, 2304, 9216, 26, 8),
+    absent_keys: || {
+        json!({
+            "max_position_embeddings": 131_072, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096,
+            "query_pre_attn_scalar": 256, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": true,
+        })
+    },
+    mlp_bias: false,
+    qk_norm: Some(QkNorm::Rms),
+    window: Window::ByType { last: true },
+    norms_around: true,
+    norm_plus_one: true,
+    scales_embeddings: true,
+    softcaps: true,
+    activation: Activation::GeluTanh,
+    logit_scale: LogitScale::QueryPreAttnScalar,
+    rotations: Some(|slides| json!({"rope_type": "default", "rope_theta": if slides { 1e4 } else { 1e6 }})),
+    packs: false,
+    ..LLAMA
+};
+
+const GEMMA4: Architecture = Architecture {
+    model_type: "gemma4_text",
+    hf_class: Some("Gemma4ForCausalLM"),
+    absent_sizes: || sizes(262_144, 2304, 9216, 30, 8),
+    absent_keys: || {
+        json!({
+            "max_position_embeddings": 131_072, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 512,
+            "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": true, "hidden_size_per_layer_input": 256,
+        })
+    },
+    window: Window::ByType { last: false },
+    norm_plus_one: false,
+    v_norm: true,
+    layer_scalar: true,
+    logit_scale: LogitScale::One,
+    rotations: Some(|slides| match slides {
+        true => json!({"rope_type": "default", "rope_theta": 1e4}),
+        false => json!({"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}),
+    }),
+    layers_differ: true,
+    ..GEMMA3
 };
 
 const ARCHITECTURES: &[Architecture] = &[
@@ -153,6 +269,19 @@ const ARCHITECTURES: &[Architecture] = &[
         can_norm_after: true,
         head_dim_follows: true,
         ..LLAMA
+    },
+    GEMMA3,
+    GEMMA4,
+    Architecture {
+        model_type: "gemma4_unified_text",
+        hf_class: Some("Gemma4UnifiedForCausalLM"),
+        absent_keys: || {
+            json!({
+                "max_position_embeddings": 262_144, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 1024,
+                "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": true,
+            })
+        },
+        ..GEMMA4
     },
 ];
 

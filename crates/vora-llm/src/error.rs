@@ -23,10 +23,14 @@ pub enum ConfigError {
         known: &'static [&'static str],
     },
     /// The MLP's activation.
-    #[error("hidden_act is `{found}`, known is silu")]
+    #[error("{key} is `{found}`, known is {known}")]
     HiddenAct {
+        /// The key, which is not the same for all architectures.
+        key: &'static str,
         /// What the config says.
         found: String,
+        /// What it may say.
+        known: &'static str,
     },
 }
 

@@ -7,6 +7,7 @@ use vora_torch::weights::{Init, Weights};
 
 use crate::architecture::QkNorm;
 use crate::config::LlmConfig;
+use crate::norm::rms_norm;
 
 /// Added to the variance by Chameleon's layer norm, whatever the config says (HF's `ChameleonLayerNorm`).
 const LAYER_NORM_EPS: f64 = 1e-5;
@@ -26,15 +27,15 @@ pub enum HeadNorm {
 }
 
 impl HeadNorm {
-    /// Takes `weight` and, for a layer norm, `bias`, of `q_norm` or `k_norm`; none where the model has no such norm.
+    /// Takes `weight` and, for a layer norm, `bias`, of `q_norm` or `k_norm`, over heads of width `head_dim`; none where the
+    /// model has no such norm.
     ///
     /// # Errors
     /// A tensor that cannot be read; missing and misshapen ones are told by [`Weights::finish`].
-    pub fn load(config: &LlmConfig, weights: &Weights, heads: i64) -> Result<Option<Self>> {
-        let head_dim = config.head_width();
+    pub fn load(config: &LlmConfig, weights: &Weights, heads: i64, head_dim: i64) -> Result<Option<Self>> {
         Ok(match config.head_norm() {
             None => None,
-            Some(QkNorm::Rms) => Some(Self::Rms(RmsNorm::load(weights, head_dim, config.rms_norm_eps)?)),
+            Some(QkNorm::Rms) => Some(Self::Rms(rms_norm(config, weights, head_dim)?)),
             Some(QkNorm::Layer) => Some(Self::Layer {
                 weight: weights.get("weight", &[heads, head_dim], Init::Ones)?,
                 bias: weights.get("bias", &[heads, head_dim], Init::Zeros)?,
@@ -80,7 +81,7 @@ mod tests {
             Device::Cpu,
             Kind::Float,
         );
-        let norm = HeadNorm::load(&config, &weights, 2).unwrap().unwrap();
+        let norm = HeadNorm::load(&config, &weights, 2, 2).unwrap().unwrap();
         weights.finish().unwrap();
         // Mean 6, deviation 2, in both heads.
         let x = Tensor::from_slice(&[4f32, 8.0, 8.0, 4.0]).view([1, 1, 2, 2]);

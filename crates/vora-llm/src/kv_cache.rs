@@ -10,7 +10,7 @@ use vora_torch::nn::attention::{Band, Bands, Run, has_attention};
 use crate::config::LlmConfig;
 use crate::error::CacheError;
 
-/// Keys and values of every layer for a batch of sequences, in memory taken once.
+/// Keys and values of every layer that makes its own, for a batch of sequences, in memory taken once.
 ///
 /// Rows may differ in length: a row's tokens lie at the front, and a step writes after them.
 #[derive(Debug)]
@@ -67,10 +67,10 @@ impl KvCache {
     pub fn new(config: &LlmConfig, batch: i64, capacity: i64, device: Device, kind: Kind) -> Result<Self> {
         ensure!(batch > 0, "a cache for {batch} sequences");
         ensure!(capacity > 0, "a cache for {capacity} tokens");
-        let shape = [batch, config.kv_heads(), capacity, config.head_width()];
         // Zeros, since a masked value still meets its weight of zero in a product, and 0 * NaN is NaN.
-        let zeros = || Tensor::zeros(shape, (kind, device));
-        let layers = (0..config.num_hidden_layers).map(|_| LayerCache { keys: zeros(), values: zeros() }).collect();
+        let zeros = |(heads, head_dim)| Tensor::zeros([batch, heads, capacity, head_dim], (kind, device));
+        let layer = |size| LayerCache { keys: zeros(size), values: zeros(size) };
+        let layers = config.cached_heads().map(layer).collect();
         let rows = batch as usize;
         Ok(Self { layers, lens: vec![0; rows], adapted: vec![true; rows], capacity, kind, device })
     }
@@ -229,9 +229,13 @@ impl LayerCache {
         self.values.narrow(2, 0, seq).copy_(v);
     }
 
-    /// Adds `[batch, kv_heads, 1, head_dim]` after each row's tokens; all keys and values that are attended to:
-    /// `[batch, kv_heads, seen - first, head_dim]`.
-    pub(crate) fn append(&mut self, k: &Tensor, v: &Tensor, step: &Step) -> (Tensor, Tensor) {
+    /// The first `seq` tokens' keys and values, `[batch, kv_heads, seq, head_dim]` each.
+    pub(crate) fn first(&self, seq: i64) -> [Tensor; 2] {
+        [&self.keys, &self.values].map(|kept| kept.narrow(2, 0, seq))
+    }
+
+    /// Adds `[batch, kv_heads, 1, head_dim]` after each row's tokens.
+    pub(crate) fn append(&mut self, k: &Tensor, v: &Tensor, step: &Step) {
         for (kept, new) in [(&self.keys, k), (&self.values, v)] {
             match &step.places {
                 None => kept.narrow(2, step.seen - 1, 1).copy_(new),
@@ -241,8 +245,11 @@ impl LayerCache {
                 }
             }
         }
-        let seen = |kept: &Tensor| kept.narrow(2, step.first, step.seen - step.first);
-        (seen(&self.keys), seen(&self.values))
+    }
+
+    /// All keys and values that the step's tokens attend to, `[batch, kv_heads, seen - first, head_dim]` each.
+    pub(crate) fn seen(&self, step: &Step) -> [Tensor; 2] {
+        [&self.keys, &self.values].map(|kept| kept.narrow(2, step.first, step.seen - step.first))
     }
 }
 
@@ -262,7 +269,8 @@ mod tests {
         cache.filled(&[1, 3], &[true; 2]);
         let step = cache.next_step(2).unwrap();
         let new = Tensor::full([2, 2, 1, 8], 7.0, (F32.1, F32.0));
-        let (keys, values) = cache.layers[0].append(&new, &new, &step);
+        cache.layers[0].append(&new, &new, &step);
+        let [keys, values] = cache.layers[0].seen(&step);
         cache.stepped();
         assert_eq!(cache.lens(), [2, 4]);
         for kept in [keys, values] {
@@ -286,7 +294,8 @@ mod tests {
         let unseen = f32::NEG_INFINITY;
         assert_eq!(masks(&windowed, Some(2)), [[0.0, 0.0, unseen, unseen, unseen, unseen, 0.0, 0.0]; 2]);
         let new = Tensor::full([2, 2, 1, 8], 7.0, (F32.1, F32.0));
-        let (keys, _) = cache.layers[0].append(&new, &new, &windowed);
+        cache.layers[0].append(&new, &new, &windowed);
+        let [keys, _] = cache.layers[0].seen(&windowed);
         let kept: Vec<f32> = keys.select(3, 0).select(1, 1).flatten(0, -1).try_into().unwrap();
         assert_eq!(kept, [0.0, 7.0, 0.0, 0.0, 0.0, 0.0, 0.0, 7.0]);
         // Rows of one length attend to all that is handed over, and need no mask where there are no bands.

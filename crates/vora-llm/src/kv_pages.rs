@@ -9,7 +9,7 @@ use vora_torch::runtime::reserved_zeros;
 use crate::config::LlmConfig;
 use crate::kv_cache::Step;
 
-/// Keys and values of every layer, in memory taken once: pages of a few tokens, of which each sequence has a list of its own.
+/// Keys and values of every layer that makes its own, in memory taken once: pages of a few tokens, of which each sequence has a list of its own.
 /// Who has which page is its caller's business.
 #[derive(Debug)]
 pub struct KvPages {
@@ -55,22 +55,21 @@ impl KvPages {
     pub fn new(config: &LlmConfig, pages: i64, page_len: i64, device: Device, kind: Kind) -> Result<Self> {
         ensure!(pages > 0 && i32::try_from(pages).is_ok(), "a cache of {pages} pages");
         ensure!(page_len > 0, "pages of {page_len} tokens");
-        let shape = [pages, config.kv_heads(), page_len, config.head_width()];
         // Zeros, since a masked value still meets its weight of zero in a product, and 0 * NaN is NaN.
         // Those that no token comes to take no memory.
-        let zeros = || match device {
-            Device::Cpu => reserved_zeros(&shape, kind),
-            _ => Ok(Tensor::f_zeros(shape, (kind, device))?),
+        let zeros = |(heads, head_dim)| match device {
+            Device::Cpu => reserved_zeros(&[pages, heads, page_len, head_dim], kind),
+            _ => Ok(Tensor::f_zeros([pages, heads, page_len, head_dim], (kind, device))?),
         };
-        let layer = |_| Ok(LayerPages { keys: zeros()?, values: zeros()? });
-        let layers = (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?;
+        let layer = |size| Ok(LayerPages { keys: zeros(size)?, values: zeros(size)? });
+        let layers = config.cached_heads().map(layer).collect::<Result<_>>()?;
         Ok(Self { layers, pages, page_len, kind, device })
     }
 
     /// Bytes that one page takes in a cache of this dtype, all layers together.
     pub fn page_bytes(config: &LlmConfig, page_len: i64, kind: Kind) -> usize {
-        let numbers = 2 * config.num_hidden_layers as i64 * config.kv_heads() * page_len * config.head_width();
-        numbers as usize * kind.elt_size_in_bytes()
+        let a_token: i64 = config.cached_heads().map(|(heads, head_dim)| 2 * heads * head_dim).sum();
+        (a_token * page_len) as usize * kind.elt_size_in_bytes()
     }
 
     /// Pages in all.
@@ -143,7 +142,7 @@ impl LayerPages {
     }
 
     /// The keys and values of `seen` in every row, `[rows, kv_heads, seen, head_dim]`.
-    pub(crate) fn seen(&self, places: &Places, seen: Range<i64>) -> (Tensor, Tensor) {
+    pub(crate) fn seen(&self, places: &Places, seen: Range<i64>) -> [Tensor; 2] {
         let (rows, pages) = places.tables.size2().expect("tables are [rows, pages]");
         let (_, kv_heads, page_len, head_dim) =
             self.keys.size4().expect("keys are [pages, kv_heads, page_len, head_dim]");
@@ -153,6 +152,6 @@ impl LayerPages {
             let of_rows = of_rows.transpose(1, 2).reshape([rows, kv_heads, pages * page_len, head_dim]);
             of_rows.narrow(2, seen.start, seen.end - seen.start)
         };
-        (gather(&self.keys), gather(&self.values))
+        [gather(&self.keys), gather(&self.values)]
     }
 }

@@ -1,4 +1,4 @@
-//! Llama-family and Chameleon decoders over libtorch: attention over spans of text and images, sliding windows, a KV
+//! Llama-family, Gemma and Chameleon decoders over libtorch: attention over spans of text and images, sliding windows, a KV
 //! cache, hidden states of chosen layers, logits where they are asked for. It knows no pixels: an image is a span of
 //! embeddings that somebody else made. It trains nothing, and which token comes next is its caller's choice.
 //!
@@ -38,12 +38,13 @@ mod head_norm;
 mod kv_cache;
 mod kv_pages;
 mod mlp;
+mod norm;
 mod rope;
 mod rotary;
 
 pub use architecture::{MODEL_TYPES, QkNorm, absent_sizes, hf_class};
-pub use attention::{Attention, AttentionPlan, KernelChoice, VisionAttention, attend};
-pub use config::{LlmConfig, TokenIds};
+pub use attention::{Attention, AttentionPlan, KernelChoice, SharedKeys, VisionAttention, attend};
+pub use config::{KeyValues, LayerOverrides, LayerSizes, LlmConfig, TokenIds};
 pub use decoder::{
     CausalLm, Decoder, DecoderLayer, DropoutSeed, GenerationConfig, Output, PackedDecoder, PackedStep, Pass, greedy,
 };
@@ -52,7 +53,7 @@ pub use head_norm::HeadNorm;
 pub use kv_cache::KvCache;
 pub use kv_pages::{KvPages, PagedRow};
 pub use mlp::Mlp;
-pub use rope::{RopeParameters, RopeScaling};
+pub use rope::{RopeParameters, RopeScaling, Rotation};
 pub use rotary::{CosSin, Rotary};
 pub use tch;
 pub use vora_torch::weights::Weights;

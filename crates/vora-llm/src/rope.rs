@@ -53,7 +53,7 @@ pub struct RopeParameters {
 }
 
 /// The rope types that a config may name.
-const ROPE_TYPES: [&str; 6] = ["default", "linear", "dynamic", "llama3", "yarn", "longrope"];
+const ROPE_TYPES: [&str; 7] = ["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"];
 
 /// How the frequencies of positions are scaled to reach beyond the trained length.
 #[derive(Debug, Clone, PartialEq)]
@@ -111,6 +111,32 @@ pub enum RopeScaling {
         /// What cos and sin are multiplied by.
         attention_factor: f64,
     },
+    /// The first frequencies of a head divided by `factor`, the others zero: those dimensions do not turn (Gemma 4).
+    Proportional {
+        /// How many times longer.
+        factor: f64,
+        /// The share of a head's dimensions that turn.
+        partial_rotary_factor: f64,
+    },
+}
+
+/// How layers turn positions into angles.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Rotation {
+    /// How the frequencies are scaled.
+    pub scaling: RopeScaling,
+    /// Their base.
+    pub theta: f64,
+    /// Width of a head.
+    pub head_dim: i64,
+}
+
+impl Rotation {
+    /// The frequencies for inputs of `seq_len` positions; see [`RopeScaling::inv_freq`].
+    pub fn inv_freq(&self, seq_len: i64) -> Vec<f64> {
+        self.scaling.inv_freq(self.head_dim, self.theta, seq_len)
+    }
 }
 
 impl RopeScaling {
@@ -121,10 +147,10 @@ impl RopeScaling {
     /// [`ConfigError::RopeType`] for a type that is not known, else the key that is missing or out of range.
     pub fn from_parameters(p: &RopeParameters, max_position_embeddings: i64, head_dim: i64) -> Result<Self> {
         let name = p.rope_type.as_deref().or(p.older_type.as_deref()).unwrap_or("default");
+        let part = p.partial_rotary_factor.unwrap_or(1.0);
         ensure!(
-            p.partial_rotary_factor.is_none_or(|part| part == 1.0),
-            "partial_rotary_factor is {:?}, known is 1",
-            p.partial_rotary_factor
+            part == 1.0 || name == "proportional" && (0.0..1.0).contains(&part),
+            "partial_rotary_factor is {part}, known is 1, and a smaller one for rope type proportional"
         );
         let need = |key: &str, value: Option<f64>| {
             let value = value.with_context(|| format!("`{key}` is missing, rope type {name} needs it"))?;
@@ -181,6 +207,10 @@ impl RopeScaling {
                     attention_factor,
                 }
             }
+            "proportional" => Self::Proportional {
+                factor: if p.factor.is_some() { need("factor", p.factor)? } else { 1.0 },
+                partial_rotary_factor: part,
+            },
             _ => return Err(ConfigError::RopeType { found: name.to_owned(), known: &ROPE_TYPES }.into()),
         })
     }
@@ -238,6 +268,10 @@ impl RopeScaling {
                 let factors = if seq_len > *original_max_position_embeddings { long_factor } else { short_factor };
                 plain(theta).zip(factors).map(|(f, factor)| f / factor).collect()
             }
+            Self::Proportional { factor, partial_rotary_factor } => {
+                let turning = (partial_rotary_factor * dim / 2.0).floor() as usize;
+                plain(theta).enumerate().map(|(i, f)| if i < turning { f / factor } else { 0.0 }).collect()
+            }
         }
     }
 }
@@ -252,7 +286,7 @@ mod tests {
             (r#"{"rope_type": "yarn", "factor": -1.0}"#, "`factor` is -1, it must be positive"),
             (r#"{"type": "llama3", "factor": 8.0}"#, "`low_freq_factor` is missing, rope type llama3 needs it"),
             (r#"{"rope_type": "longrope", "short_factor": [1.0]}"#, "`short_factor` has 1 numbers, not 4"),
-            (r#"{"rope_type": "default", "partial_rotary_factor": 0.5}"#, "partial_rotary_factor is Some(0.5)"),
+            (r#"{"rope_type": "default", "partial_rotary_factor": 0.5}"#, "partial_rotary_factor is 0.5, known is 1"),
         ] {
             let parameters: RopeParameters = serde_json::from_str(json).unwrap();
             let error = format!("{:#}", RopeScaling::from_parameters(&parameters, 512, 8).unwrap_err());

@@ -5,53 +5,58 @@ use tch::{Kind, Tensor};
 use vora_torch::nn::fused;
 
 use crate::config::LlmConfig;
-use crate::rope::RopeScaling;
+use crate::rope::Rotation;
 
 /// The rotation of one batch: made once, shared by its layers.
 #[derive(Debug)]
 pub struct CosSin {
-    cos: Tensor, // [batch, seq, head_dim / 2], f32
-    sin: Tensor, // [batch, seq, head_dim / 2], f32
+    full: [Tensor; 2],            // cos and sin, [batch, seq, head_dim / 2] each, f32
+    sliding: Option<[Tensor; 2]>, // those of layers with a window, where they have others
 }
 
 impl CosSin {
-    /// Rotates every head: `[batch, seq, heads, head_dim]` -> the same.
-    pub fn rotate(&self, x: &Tensor) -> Tensor {
-        fused::rotate(x, &self.cos, &self.sin)
+    /// Rotates every head as layers with a window do (`slides`), or those without: `[batch, seq, heads, head_dim]` -> the
+    /// same.
+    pub fn rotate(&self, x: &Tensor, slides: bool) -> Tensor {
+        let [cos, sin] = self.sliding.as_ref().filter(|_| slides).unwrap_or(&self.full);
+        fused::rotate(x, cos, sin)
     }
 }
 
 /// The frequencies that turn positions into angles.
 #[derive(Debug)]
 pub struct Rotary {
-    scaling: RopeScaling,
-    theta: f64,
-    head_dim: i64,
+    full: Rotation,
+    sliding: Option<Rotation>, // of layers with a window, where it is another
 }
 
 impl Rotary {
     /// Takes base and scaling from the config.
     ///
     /// # Errors
-    /// See [`LlmConfig::rope`].
+    /// See [`LlmConfig::rotation`].
     pub fn new(config: &LlmConfig) -> Result<Self> {
-        Ok(Self { scaling: config.rope()?, theta: config.rope_base(), head_dim: config.head_width() })
+        let sliding = config.has_two_rotations().then(|| config.rotation(true)).transpose()?;
+        Ok(Self { full: config.rotation(false)?, sliding })
     }
 
     /// Cos and sin of `position_ids` `[batch, seq]`, all of which lie below `seq_len`.
     pub fn cos_sin(&self, position_ids: &Tensor, seq_len: i64) -> CosSin {
-        let inv_freq: Vec<f32> =
-            self.scaling.inv_freq(self.head_dim, self.theta, seq_len).iter().map(|&f| f as f32).collect();
-        let inv_freq = Tensor::from_slice(&inv_freq).to_device(position_ids.device()); // [head_dim / 2]
-        let angles = position_ids.to_kind(Kind::Float).unsqueeze(-1) * inv_freq; // [batch, seq, head_dim / 2]
-        let factor = self.scaling.attention_factor();
-        CosSin { cos: angles.cos() * factor, sin: angles.sin() * factor }
+        let of = |rotation: &Rotation| {
+            let inv_freq: Vec<f32> = rotation.inv_freq(seq_len).iter().map(|&f| f as f32).collect();
+            let inv_freq = Tensor::from_slice(&inv_freq).to_device(position_ids.device()); // [head_dim / 2]
+            let angles = position_ids.to_kind(Kind::Float).unsqueeze(-1) * inv_freq; // [batch, seq, head_dim / 2]
+            let factor = rotation.scaling.attention_factor();
+            [angles.cos() * factor, angles.sin() * factor]
+        };
+        CosSin { full: of(&self.full), sliding: self.sliding.as_ref().map(of) }
     }
 
-    /// Adds cos and sin of one position in a text of `seq_len` tokens, `[head_dim / 2]` each.
+    /// Adds cos and sin of one position in a text of `seq_len` tokens, `[head_dim / 2]` each, for layers that have no window
+    /// or no other rotation within it.
     pub(crate) fn push_angles(&self, position_id: i64, seq_len: i64, cos: &mut Vec<f32>, sin: &mut Vec<f32>) {
-        let factor = self.scaling.attention_factor() as f32;
-        for inv_freq in self.scaling.inv_freq(self.head_dim, self.theta, seq_len) {
+        let factor = self.full.scaling.attention_factor() as f32;
+        for inv_freq in self.full.inv_freq(seq_len) {
             let angle = position_id as f32 * inv_freq as f32;
             cos.push(angle.cos() * factor);
             sin.push(angle.sin() * factor);
@@ -117,7 +122,7 @@ mod tests {
                 let position_ids = Tensor::arange(seq_len, (Kind::Int64, Device::Cpu)).unsqueeze(0);
                 let cos_sin = rotary.cos_sin(&position_ids, seq_len);
                 let x = golden["x"].narrow(2, 0, seq_len).transpose(1, 2); // [batch, seq, heads, head_dim]
-                let found = cos_sin.rotate(&x).transpose(1, 2);
+                let found = cos_sin.rotate(&x, false).transpose(1, 2);
                 fixtures::assert_close_to(&found, &golden[&format!("{name}.{seq_len}")], 2e-5);
             }
         }

@@ -26,7 +26,7 @@ pub enum FolderError {
     },
     /// Its `config.json` names no model known here.
     #[error(
-        "model_type of {} is {}, known are vora, llava, chameleon, and of language models alone {}",
+        "model_type of {} is {}, known are vora, llava, chameleon, gemma4_unified, and of language models alone {}",
         path.display(),
         model_type.as_ref().map_or_else(|| "missing".to_owned(), |name| format!("`{name}`")),
         MODEL_TYPES.iter().copied().filter(|name| *name != "chameleon").collect::<Vec<_>>().join(", ")

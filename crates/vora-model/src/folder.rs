@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind};
 use vora_files::checksums;
 use vora_llm::{LlmConfig, MODEL_TYPES};
-use vora_lora::LoraConfig;
+use vora_lora::{ADAPTER_TENSORS, LoraConfig};
 use vora_torch::checkpoint::Checkpoint;
 use vora_torch::weights::Weights;
 use vora_vision::Encoder;
@@ -15,6 +15,7 @@ use vora_vision::Encoder;
 use crate::chameleon::{Chameleon, VQMODEL};
 use crate::few_bits::tell_of_whole_weights;
 use crate::files::{FolderError, read_config};
+use crate::gemma4::{Gemma4Unified, Gemma4UnifiedConfig};
 use crate::llava::{Llava, LlavaConfig};
 use crate::model::VisionLanguageModel;
 use crate::plain::PlainLlm;
@@ -30,6 +31,7 @@ enum ModelType {
     Vora,
     Llava,
     Chameleon,
+    Gemma4Unified,
     PlainLlm,
 }
 
@@ -39,6 +41,7 @@ impl ModelType {
             "vora" => Some(Self::Vora),
             "llava" => Some(Self::Llava),
             "chameleon" => Some(Self::Chameleon),
+            "gemma4_unified" => Some(Self::Gemma4Unified),
             plain if MODEL_TYPES.contains(&plain) => Some(Self::PlainLlm),
             _ => None,
         }
@@ -61,16 +64,22 @@ pub fn open(folder: &Path, device: Device, kind: Kind, resolve: &Resolve<'_>) ->
         model_type: config.get("model_type").and_then(Value::as_str).map(str::to_owned),
     })?;
     let mut model: Box<dyn VisionLanguageModel> = match model_type {
-        _ if trained::is_part(folder) => open_part(folder, model_type, &config, device, kind, resolve)?,
+        _ if is_part(folder, model_type) => open_part(folder, model_type, &config, device, kind, resolve)?,
         ModelType::Vora => Box::new(Vora::open(folder, device, kind)?),
         ModelType::Llava => Box::new(Llava::open(folder, device, kind)?),
         ModelType::Chameleon => Box::new(Chameleon::open(folder, device, kind)?),
+        ModelType::Gemma4Unified => Box::new(Gemma4Unified::open(folder, device, kind)?),
         ModelType::PlainLlm => Box::new(PlainLlm::open(folder, device, kind)?),
     };
     if let Some(answers_on) = model.lora().map(LoraConfig::answers_on) {
         model.set_acts_on(answers_on)?;
     }
     Ok(model)
+}
+
+/// Whether a folder has a part of a model, and not all of it. Of a Gemma 4 that may be adapters alone.
+fn is_part(folder: &Path, model_type: ModelType) -> bool {
+    trained::is_part(folder) || model_type == ModelType::Gemma4Unified && folder.join(ADAPTER_TENSORS).exists()
 }
 
 /// Opens what a run trained: frozen weights from where `resolve` finds them, trained ones from the folder.
@@ -110,6 +119,11 @@ fn open_part(
             vision.finish()?;
             return Ok(Box::new(model));
         }
+        ModelType::Gemma4Unified => {
+            let (config, trains_embedder) = (Gemma4UnifiedConfig::open(folder)?, folder.join(VISION).exists());
+            let (base, in_base) = (llm()?, || format!("loading the base of {}", folder.display()));
+            Box::new(Gemma4Unified::open_part(config, &base, trains_embedder, &new).with_context(in_base)?)
+        }
         ModelType::PlainLlm => return Ok(Box::new(PlainLlm::open(folder, device, kind)?)),
     };
     trained::expect(folder, model.peft_config()?.as_ref())?;
@@ -126,6 +140,18 @@ pub fn is_vision_language_model(folder: &Path) -> Result<bool> {
     Ok(ModelType::of(&read_config(folder)?).is_some_and(|model_type| model_type != ModelType::PlainLlm))
 }
 
+/// The config of the language model that a run takes from a folder: one alone, or that of a Gemma 4 Unified.
+///
+/// # Errors
+/// Names the file, and the key in it.
+pub fn llm_config(folder: &Path) -> Result<LlmConfig> {
+    let is_gemma = |config: &Map<String, Value>| ModelType::of(config) == Some(ModelType::Gemma4Unified);
+    match read_config(folder) {
+        Ok(config) if is_gemma(&config) => Ok(Gemma4UnifiedConfig::open(folder)?.llm),
+        _ => LlmConfig::open(folder),
+    }
+}
+
 /// The dtype that the LLM of a model's folder is stored in: its own folder's, or f32 where it was trained.
 ///
 /// # Errors
@@ -134,7 +160,7 @@ pub fn stored_kind(folder: &Path, resolve: &Resolve<'_>) -> Result<Kind> {
     let path =
         if trained::is_whole(folder) { folder.to_owned() } else { llm_path(folder, &read_config(folder)?, resolve)? };
     let checkpoint = Checkpoint::open(&path)?;
-    let norm = ["model.norm.weight", "llm.model.norm.weight", "norm.weight"]
+    let norm = ["model.norm.weight", "llm.model.norm.weight", "model.language_model.norm.weight", "norm.weight"]
         .into_iter()
         .find_map(|name| checkpoint.info(name));
     let kind = norm.map(|(kind, _)| kind);
@@ -187,6 +213,11 @@ mod tests {
             let first = format!("{llm_prefix}model.layers.0.self_attn.q_proj.weight");
             assert!(model.tensors().unwrap().iter().any(|(name, _)| *name == first), "{first}");
         }
+
+        let tiny = |name: &str| fixtures::root().join("tiny").join(name);
+        let gemma = super::open(&tiny("gemma4"), Device::Cpu, Kind::Float, &nowhere).unwrap();
+        assert!(is_vision_language_model(&tiny("gemma4")).unwrap() && gemma.sees());
+        assert_eq!(stored_kind(&tiny("gemma4"), &nowhere).unwrap(), Kind::Float);
 
         let llm = CausalLm::load(&LlmConfig::tiny(64), &Weights::random(0, Device::Cpu, Kind::Float)).unwrap();
         PlainLlm::new(llm).save(&root.path().join("llama")).unwrap();

@@ -1,6 +1,7 @@
 //! The ways a language model gets to see, on one interface: [`Vora`], which splices the patches of a picture among the
 //! word embeddings of a decoder that carries adapters, [`Llava`], which sees through an encoder and a projection,
-//! and [`Chameleon`], to which pictures are tokens as words are; beside them [`PlainLlm`], which sees nothing. It reads and
+//! [`Chameleon`], to which pictures are tokens as words are, and [`Gemma4Unified`], which was trained with patches from the
+//! start; beside them [`PlainLlm`], which sees nothing. It reads and
 //! writes their checkpoint folders; [`open`] takes any of them.
 //!
 //! It trains nothing and generates nothing: losses live in `vora-train`, decoding loops in `vora-infer`. It reads no
@@ -36,6 +37,7 @@ pub mod convert;
 mod few_bits;
 mod files;
 mod folder;
+mod gemma4;
 mod llava;
 mod model;
 mod plain;
@@ -45,7 +47,8 @@ mod vora;
 pub use adapted::AdaptedLlm;
 pub use chameleon::{Chameleon, VQMODEL, VocabularyMapping, image_token_name};
 pub use files::FolderError;
-pub use folder::{Resolve, is_vision_language_model, open, stored_kind};
+pub use folder::{Resolve, is_vision_language_model, llm_config, open, stored_kind};
+pub use gemma4::{Gemma4Unified, Gemma4UnifiedConfig};
 pub use llava::{ALL_LINEAR, Llava, LlavaConfig, MmProjectorType};
 pub use model::{ImageWriter, Input, VisionLanguageModel};
 pub use plain::PlainLlm;

@@ -113,6 +113,11 @@ pub trait VisionLanguageModel: Debug + Send {
         name.strip_prefix(self.llm_prefix()).map(str::to_owned)
     }
 
+    /// Whether that model is the LLM alone, which PEFT opens as a causal language model; else it is the class of this one.
+    fn adapts_llm_alone(&self) -> bool {
+        self.vision_lora().is_none()
+    }
+
     /// What `adapter_config.json` of that folder says; none where there are no adapters.
     ///
     /// # Errors

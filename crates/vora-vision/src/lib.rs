@@ -1,5 +1,5 @@
-//! From a picture's pixels to vectors of a language model's width: the trained [`PatchEmbed`], frozen vision transformers as
-//! [`Encoder`]s, and [`VqModel`], which turns pictures into the codes of a codebook and back. It knows no language model, no text and no
+//! From a picture's pixels to vectors of a language model's width: the trained [`PatchEmbed`], Gemma 4's
+//! [`Gemma4VisionEmbedder`], frozen vision transformers as [`Encoder`]s, and [`VqModel`], which turns pictures into the codes of a codebook and back. It knows no language model, no text and no
 //! dataset, and trains nothing by itself.
 //!
 //! What libtorch needs in a project of your own: [`vora_torch`].
@@ -25,6 +25,7 @@
 mod encoder;
 mod encoders;
 mod features;
+mod gemma4;
 #[cfg(test)]
 mod golden;
 mod patch_embed;
@@ -37,6 +38,7 @@ pub use encoders::{
     Aimv2VisionConfig, ClipVisionConfig, Dinov2Config, Siglip2VisionConfig, SiglipVisionConfig, VitConfig,
 };
 pub use features::{FeatureSelection, VisionFeatureLayer, VisionFeatureSelectStrategy};
+pub use gemma4::{Gemma4VisionConfig, Gemma4VisionEmbedder};
 pub use patch_embed::{PatchEmbed, PatchEmbedConfig, PositionTable};
 pub use pixels::{pixel_values, stack};
 pub use tch;

@@ -6,6 +6,7 @@ mod download;
 mod eval;
 mod exports;
 mod faults;
+mod gemma4;
 mod memory;
 mod serve;
 mod told_once;

@@ -9,8 +9,8 @@ use tch::{Device, Kind, Tensor};
 use vora_image::{ImageProcessor, Resample};
 use vora_llm::LlmConfig;
 use vora_lora::{ActsOn, LoraConfig};
-use vora_model::{Chameleon, VisionLanguageModel, Vora, VoraConfig};
-use vora_text::{ChatTemplate, Tokenizer};
+use vora_model::{Chameleon, Gemma4UnifiedConfig, VisionLanguageModel, Vora, VoraConfig};
+use vora_text::{ChatTemplate, Part, Tokenizer};
 use vora_torch::weights::{Quantization, Weights};
 
 use super::*;
@@ -325,4 +325,37 @@ fn an_exception_in_the_model_ends_the_request_alone() {
     assert_eq!(told(engine.stream(request(0)).unwrap()).unwrap().text, whole);
     assert_eq!((engine.stats().failed, engine.stats().used_pages), (1, 0));
     let _ = Tensor::zeros([1], (Kind::Float, Device::Cpu)); // libtorch goes on
+}
+
+/// HF's ids and greedy answers: of words, a picture of 1:3, several turns and pictures; alone, and from the engine.
+#[test]
+fn a_gemma_4_is_asked_and_answers_as_in_transformers() {
+    let folder = fixtures::root().join("tiny/gemma4");
+    let open =
+        || Assistant::open(&folder, Device::Cpu, Kind::Float, &|name| anyhow::bail!("{name} is nowhere")).unwrap();
+    let (alone, config) = (open(), EngineConfig { prefill_chunk: 7, ..EngineConfig::default() });
+    let engine = start(open(), config);
+    let bytes = &fixtures::arrays("gemma4_unified")["processor.asked.bytes"]; // [height, width, 3]
+    let picture = RgbImage::from_raw(bytes.shape[1] as u32, bytes.shape[0] as u32, bytes.bytes()).unwrap();
+    let golden = std::fs::read(fixtures::root().join("golden/gemma4_unified.json")).unwrap();
+    let golden: serde_json::Value = serde_json::from_slice(&golden).unwrap();
+    for prompt in golden["prompts"].as_array().unwrap() {
+        let part = |part: &serde_json::Value| part["text"].as_str().map_or(Part::Image, |text| Part::Text(text.into()));
+        let message = |message: &serde_json::Value| {
+            let content = message["content"].as_array().unwrap().iter().map(part).collect();
+            Message::of_parts(message["role"].as_str().unwrap(), content)
+        };
+        let messages: Vec<Message> = prompt["messages"].as_array().unwrap().iter().map(message).collect();
+        let pictures =
+            messages.iter().flat_map(|message| &message.content).filter(|part| **part == Part::Image).count();
+        let request = Request::new(vec![picture.clone(); pictures], messages).with_max_new_tokens(8);
+
+        let input = alone.prompter.prompt(&request).unwrap().input(&*alone.model).unwrap();
+        let image_token_id = Gemma4UnifiedConfig::open(&folder).unwrap().image_token_id;
+        let expected = prompt["input_ids"].as_array().unwrap().iter().map(|id| id.as_i64().unwrap());
+        let expected: Vec<i64> = expected.map(|id| if id == image_token_id { 0 } else { id }).collect();
+        assert_eq!(Vec::<i64>::try_from(input.input_ids.get(0)).unwrap(), expected);
+        assert_eq!(alone.reply(&request, |_| true).unwrap().text, prompt["answer"].as_str().unwrap());
+        assert_eq!(told(engine.stream(request).unwrap()).unwrap().text, prompt["answer"].as_str().unwrap());
+    }
 }

@@ -9,6 +9,6 @@ mod plan;
 mod segments;
 
 pub use attend::attend;
-pub use layer::Attention;
+pub use layer::{Attention, SharedKeys};
 pub use mode::VisionAttention;
 pub use plan::{AttentionPlan, KernelChoice};

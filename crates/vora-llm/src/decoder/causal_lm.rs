@@ -23,7 +23,8 @@ const BARE_NORM: &str = "norm.weight";
 #[derive(Debug)]
 pub struct CausalLm {
     pub(super) model: Decoder,
-    lm_head: Option<Tensor>, // [vocab, hidden]; none where the embedding is the head
+    lm_head: Option<Tensor>,      // [vocab, hidden]; none where the embedding is the head
+    embedding_scale: Option<f64>, // of words alone, rounded to the dtype as in HF
     config: LlmConfig,
     device: Device,
     kind: Kind,
@@ -65,6 +66,7 @@ impl CausalLm {
         Ok(Self {
             model: Decoder::load(&config, &weights.pp("model"))?,
             lm_head,
+            embedding_scale: config.embedding_scale().map(|scale| rounded(scale, weights.kind())),
             config,
             device: weights.device(),
             kind: weights.kind(),
@@ -103,9 +105,13 @@ impl CausalLm {
         }
     }
 
-    /// `[..]` -> `[.., hidden]`
+    /// The embeddings of words, as they go into the first layer: `[..]` -> `[.., hidden]`
     pub fn embed(&self, input_ids: &Tensor) -> Tensor {
-        Tensor::embedding(&self.model.embed_tokens, input_ids, -1, false, false).to_kind(self.kind)
+        let words = Tensor::embedding(&self.model.embed_tokens, input_ids, -1, false, false).to_kind(self.kind);
+        match self.embedding_scale {
+            Some(scale) => words * scale,
+            None => words,
+        }
     }
 
     /// Logits where they are asked for: `[n, hidden]` -> `[n, vocab]`
@@ -113,7 +119,11 @@ impl CausalLm {
     /// For a Chameleon they are as the head gives them: HF's forward puts those of image codes to the lowest number,
     /// which is the business of whoever samples text.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        hidden.linear::<&Tensor>(&self.head().to_kind(hidden.kind()), None)
+        let logits = hidden.linear::<&Tensor>(&self.head().to_kind(hidden.kind()), None);
+        match self.config.softcap() {
+            Some(cap) => (logits / cap).tanh() * cap,
+            None => logits,
+        }
     }
 
     /// The head's weight, `[vocab, hidden]`.
@@ -147,8 +157,8 @@ impl CausalLm {
         cache.check_prefill(lens)?;
         Ok(tch::no_grad(|| {
             let shared = self.model.shared(plan);
-            let x = self.model.through(inputs_embeds, |layer_idx, layer, x| {
-                layer.prefill(x, &shared.cos_sin, shared.by(layer), &mut cache.layers[layer_idx])
+            let x = self.model.through(inputs_embeds, |_, layer, x| {
+                layer.prefill(x, &shared.cos_sin, shared.by(layer), &mut cache.layers[layer.cache_idx()])
             }); // [batch, seq, hidden]
             cache.filled(lens, plan.adapted_rows());
             let rows: Vec<Tensor> = (0..).zip(lens).map(|(row, len)| x.get(row).get(len - 1)).collect();
@@ -167,8 +177,8 @@ impl CausalLm {
         let step = cache.next_step(batch)?;
         Ok(tch::no_grad(|| {
             let shared = self.model.shared_step(&step);
-            let x = self.model.through(&self.embed(input_ids), |layer_idx, layer, x| {
-                layer.decode_step(x, &shared.cos_sin, shared.by(layer), &mut cache.layers[layer_idx])
+            let x = self.model.through(&self.embed(input_ids), |_, layer, x| {
+                layer.decode_step(x, &shared.cos_sin, shared.by(layer), &mut cache.layers[layer.cache_idx()])
             }); // [batch, 1, hidden]
             cache.stepped();
             self.logits(&self.model.norm.forward(&x.squeeze_dim(1)))
@@ -200,8 +210,9 @@ impl CausalLm {
         let places = cache.places(&[*row], new);
         Ok(tch::no_grad(|| {
             let shared = self.model.shared(plan);
-            let x = self.model.through(inputs_embeds, |layer_idx, layer, x| {
-                layer.prefill_pages(x, &shared.cos_sin, shared.by(layer), (&mut cache.layers[layer_idx], &places))
+            let x = self.model.through(inputs_embeds, |_, layer, x| {
+                let kept = (&mut cache.layers[layer.cache_idx()], &places);
+                layer.prefill_pages(x, &shared.cos_sin, shared.by(layer), kept)
             }); // [1, part, hidden]
             self.logits(&self.model.norm.forward(&x.select(1, -1)))
         }))
@@ -218,8 +229,9 @@ impl CausalLm {
         Ok(tch::no_grad(|| {
             let shared = self.model.shared_step(&step);
             let ids = Tensor::from_slice(input_ids).unsqueeze(1).to_device(self.device); // [rows, 1]
-            let x = self.model.through(&self.embed(&ids), |layer_idx, layer, x| {
-                layer.decode_pages(x, &shared.cos_sin, shared.by(layer), (&mut cache.layers[layer_idx], &places))
+            let x = self.model.through(&self.embed(&ids), |_, layer, x| {
+                let kept = (&mut cache.layers[layer.cache_idx()], &places);
+                layer.decode_pages(x, &shared.cos_sin, shared.by(layer), kept)
             }); // [rows, 1, hidden]
             self.logits(&self.model.norm.forward(&x.squeeze_dim(1)))
         }))
@@ -293,7 +305,7 @@ impl CausalLm {
                     push(&format!("{name}.bias"), bias);
                 }
             }
-            for (name, tensor) in layer.norm_tensors() {
+            for (name, tensor) in layer.other_tensors() {
                 push(&name, tensor);
             }
         }
@@ -303,6 +315,11 @@ impl CausalLm {
         }
         tensors
     }
+}
+
+/// A number as the dtype has it.
+fn rounded(number: f64, kind: Kind) -> f64 {
+    Tensor::from(number).to_kind(kind).double_value(&[])
 }
 
 /// Whether a checkpoint has both an embedding and a head, which differ in the dtype that they are loaded in.

@@ -59,7 +59,7 @@ pub struct PackedStep<'a> {
 
 impl PackedDecoder {
     /// Packs a model: none where its device, or one of its adapters, is not served, and [`CausalLm::decode_step`] is to go on.
-    /// Served are all architectures on the CPU, and adapters without a magnitude. A head in [`Width::Int4`] is kept in
+    /// Served are all architectures but Gemma's on the CPU, and adapters without a magnitude. A head in [`Width::Int4`] is kept in
     /// [`Width::Int8`]: a token's logits are more sensitive than what layers do in between.
     ///
     /// # Errors
@@ -71,10 +71,10 @@ impl PackedDecoder {
             .iter()
             .flat_map(DecoderLayer::linears)
             .any(|(_, linear)| linear.adapters().any(|adapter| adapter.magnitude().is_some()));
-        if llm.device() != Device::Cpu || is_dora {
+        let config = llm.config();
+        if llm.device() != Device::Cpu || is_dora || !config.architecture().packs {
             return Ok(None);
         }
-        let config = llm.config();
         let layers = llm.model.layers.iter().enumerate();
         let layers = layers.map(|(layer_idx, layer)| {
             pack_layer(config, layer_idx, layer, width).with_context(|| format!("packing model.layers.{layer_idx}"))
@@ -173,7 +173,7 @@ fn pack_layer(config: &LlmConfig, layer_idx: usize, layer: &DecoderLayer, width:
         let (name, linear) = linears.next().context("seven linear layers")?;
         pack_linear(linear, width).context(name)
     };
-    let norms: BTreeMap<String, &Tensor> = layer.norm_tensors().into_iter().collect();
+    let norms: BTreeMap<String, &Tensor> = layer.other_tensors().into_iter().collect();
     let norm = |name: &str| norms.get(name).map(|t| t.shallow_clone());
     let head_norm = |name: &str| -> Option<HeadNorm> {
         let weight = norm(&format!("self_attn.{name}.weight"))?;

@@ -6,7 +6,7 @@ use vora_lora::LoraConfig;
 use vora_torch::nn::decode::{Pages, Width};
 use vora_torch::weights::Weights;
 
-use super::architectures::cases;
+use super::architectures::{gemmas, packed_cases};
 use super::{CausalLm, PackedDecoder, PackedStep};
 use crate::{AttentionPlan, LlmConfig, VisionAttention};
 use vora_text::{Span, Spans};
@@ -124,7 +124,7 @@ fn in_pieces(
 
 #[test]
 fn a_prompt_may_come_in_pieces_of_any_size() {
-    for case in cases() {
+    for case in packed_cases() {
         for (kind, width) in
             [Kind::Float, Kind::BFloat16].into_iter().flat_map(|kind| Width::ALL.map(|width| (kind, width)))
         {
@@ -147,7 +147,7 @@ fn a_prompt_may_come_in_pieces_of_any_size() {
 #[test]
 fn tokens_of_a_picture_attend_to_each_other() {
     let random = fixtures::Random::new(4);
-    for case in cases().iter().filter(|case| case.config.sliding_window.is_none()) {
+    for case in packed_cases().iter().filter(|case| case.config.sliding_window.is_none()) {
         let llm = case.load(Kind::Float);
         let mut decoder = PackedDecoder::new(&llm, Width::F32).unwrap().unwrap();
         let embeds = random.normal([9, 32]);
@@ -172,7 +172,7 @@ fn distance(found: &Tensor, expected: &Tensor) -> f64 {
 
 #[test]
 fn steps_match_reference() {
-    for case in cases() {
+    for case in packed_cases() {
         let texts = texts(&case.golden["prompts"], &case.golden["continuation"]);
         let steps = |kind, width| {
             let llm = case.load(kind);
@@ -231,7 +231,7 @@ fn quantised(llm: &CausalLm, decoder: &PackedDecoder) -> CausalLm {
 
 #[test]
 fn few_bits_are_a_model_of_the_weights_that_they_stand_for() {
-    for case in cases() {
+    for case in packed_cases() {
         let llm = case.load(Kind::Float);
         let texts = texts(&case.golden["prompts"], &case.golden["continuation"]);
         for width in [Width::Int8, Width::Int4] {
@@ -249,7 +249,7 @@ fn few_bits_are_a_model_of_the_weights_that_they_stand_for() {
 
 #[test]
 fn adapters_act_on_the_rows_that_have_them() {
-    for case in cases() {
+    for case in packed_cases() {
         let mut llm = case.load(Kind::Float);
         let texts = texts(&case.golden["prompts"], &case.golden["continuation"]);
         let without: Vec<Tensor> = texts.iter().map(|text| plain(&llm, text, 4)).collect();
@@ -297,4 +297,9 @@ fn what_is_not_served_is_left_to_the_plain_path() {
     })
     .unwrap();
     assert!(PackedDecoder::new(&llm, Width::F32).unwrap().is_none());
+    for case in gemmas() {
+        for width in Width::ALL {
+            assert!(PackedDecoder::new(&case.load(Kind::Float), width).unwrap().is_none(), "{} in {width}", case.name);
+        }
+    }
 }

@@ -6,7 +6,7 @@ use tch::Tensor;
 use super::dropout::DropoutSeed;
 use super::recompute::{Recompute, forward_recomputed};
 use super::stack::{Decoder, Output};
-use crate::attention::AttentionPlan;
+use crate::attention::{AttentionPlan, SharedKeys};
 
 /// A forward that has not gone backward yet: [`Decoder::forward_train`] or [`Decoder::forward_recomputed`].
 ///
@@ -65,15 +65,16 @@ impl Decoder {
         hidden_layers: usize,
         seed: DropoutSeed,
     ) -> Pass<'a> {
-        let shared = self.shared(plan);
+        let (shared, mut keys) = (self.shared(plan), SharedKeys::default());
         let output = self.output(inputs_embeds, hidden_layers, |layer_idx, layer, x| {
-            layer.forward_train(x, &shared.cos_sin, shared.by(layer), seed.at(layer_idx as u64))
+            layer.forward_train(x, &shared.cos_sin, shared.by(layer), &mut keys, seed.at(layer_idx as u64))
         });
         Pass { output, layers: None }
     }
 
     /// As [`Decoder::forward_train`], in little memory: what goes into each layer is kept, nothing from inside it. The
-    /// way back computes each layer once more.
+    /// way back computes each layer once more. Where layers attend to keys and values of others (Gemma 4's
+    /// `num_kv_shared_layers`), which one layer alone cannot make anew, everything is kept, as there.
     pub fn forward_recomputed<'a>(
         &'a self,
         inputs_embeds: &Tensor,
@@ -81,6 +82,9 @@ impl Decoder {
         hidden_layers: usize,
         seed: DropoutSeed,
     ) -> Pass<'a> {
+        if self.shares_keys() {
+            return self.forward_train(inputs_embeds, plan, hidden_layers, seed);
+        }
         let (output, layers) = forward_recomputed(self, inputs_embeds, plan, hidden_layers, seed);
         Pass { output, layers: Some(layers) }
     }

@@ -7,7 +7,7 @@ use vora_torch::autograd;
 
 use super::dropout::DropoutSeed;
 use super::stack::{Decoder, Output, Shared};
-use crate::attention::AttentionPlan;
+use crate::attention::{AttentionPlan, SharedKeys};
 
 /// What is left to do once a loss over a recomputed forward has gone backward: the layers, last to first.
 ///
@@ -35,7 +35,9 @@ pub(super) fn forward_recomputed<'a>(
     let mut states = vec![first.shallow_clone()];
     let shared = decoder.shared(plan);
     let output = decoder.output(&first, hidden_layers, |layer_idx, layer, x| {
-        let forward = || layer.forward_train(x, &shared.cos_sin, shared.by(layer), seed.at(layer_idx as u64));
+        let mut keys = SharedKeys::default(); // of no use to later layers, which have their own
+        let seed = seed.at(layer_idx as u64);
+        let forward = || layer.forward_train(x, &shared.cos_sin, shared.by(layer), &mut keys, seed);
         let y = leaf(&tch::no_grad(forward), true);
         states.push(y.shallow_clone());
         y
@@ -54,7 +56,8 @@ impl Recompute<'_> {
         for (layer_idx, layer) in decoder.layers.iter().enumerate().rev() {
             let (gradient, input) = (states.pop().map(|state| state.grad()), states.last());
             let (Some(gradient), Some(input)) = (gradient.filter(Tensor::defined), input) else { continue };
-            let y = layer.forward_train(input, &shared.cos_sin, shared.by(layer), seed.at(layer_idx as u64));
+            let (mut keys, seed) = (SharedKeys::default(), seed.at(layer_idx as u64));
+            let y = layer.forward_train(input, &shared.cos_sin, shared.by(layer), &mut keys, seed);
             if y.requires_grad() {
                 autograd::backward(&y, &gradient)?;
             }
@@ -70,6 +73,7 @@ impl Recompute<'_> {
 mod tests {
     use super::*;
     use crate::VisionAttention;
+    use crate::decoder::architectures::{Case, gemmas};
     use crate::{CausalLm, KernelChoice, LlmConfig};
     use tch::{Device, Kind};
     use vora_lora::{LoraConfig, attach_all};
@@ -127,7 +131,12 @@ mod tests {
         let _generator = crate::decoder::dropout::GENERATOR.lock().unwrap();
         let dropping = LlmConfig { attention_dropout: Some(0.3), dropout: Some(0.2), ..LlmConfig::tiny(32) };
         let windows = LlmConfig { model_type: "mistral".into(), sliding_window: Some(4), ..LlmConfig::tiny(32) };
-        for (config, trained) in [(&tiny, false), (&windows, false), (&tiny, true), (&dropping, false)] {
+        let tied = |case: Case| LlmConfig { tie_word_embeddings: true, ..case.config };
+        let gemmas: Vec<LlmConfig> = gemmas().into_iter().map(tied).collect();
+        let gemmas = gemmas.iter().flat_map(|config| [(config, false), (config, true)]);
+        for (config, trained) in
+            [(&tiny, false), (&windows, false), (&tiny, true), (&dropping, false)].into_iter().chain(gemmas)
+        {
             let kept = gradients(config, Kind::Float, trained, false);
             let recomputed = gradients(config, Kind::Float, trained, true);
             assert_eq!(kept.0, recomputed.0);
@@ -135,7 +144,7 @@ mod tests {
             for ((name, kept), (_, recomputed)) in kept.1.iter().zip(&recomputed.1) {
                 let scale = kept.abs().max().double_value(&[]);
                 let difference = (kept - recomputed).abs().max().double_value(&[]);
-                assert!(scale > 0.0 && difference <= 1e-6 * scale.max(1.0), "{name}: {difference} of {scale}");
+                assert!(scale > 0.0 && difference <= 2e-6 * scale.max(1.0), "{name}: {difference} of {scale}");
             }
         }
     }

@@ -6,9 +6,10 @@ use vora_torch::nn::RmsNorm;
 use vora_torch::weights::{Init, Weights};
 
 use super::layer::DecoderLayer;
-use crate::attention::AttentionPlan;
+use crate::attention::{AttentionPlan, SharedKeys};
 use crate::config::LlmConfig;
 use crate::kv_cache::Step;
+use crate::norm::rms_norm;
 use crate::rotary::{CosSin, Rotary};
 
 /// What a forward leaves.
@@ -51,7 +52,7 @@ impl Decoder {
     /// Takes `embed_tokens`, `layers` and `norm`.
     ///
     /// # Errors
-    /// See [`LlmConfig::rope`]; a tensor that cannot be read. Missing and misshapen ones are told by
+    /// See [`LlmConfig::rotation`]; a tensor that cannot be read. Missing and misshapen ones are told by
     /// [`Weights::finish`].
     pub fn load(config: &LlmConfig, weights: &Weights) -> Result<Self> {
         let vocab = [config.vocab_size, config.hidden_size];
@@ -64,20 +65,27 @@ impl Decoder {
                 DecoderLayer::load(config, layer_idx, &weights)
             })
             .collect::<Result<_>>()?;
-        let norm = RmsNorm::load(&weights.pp("norm"), config.hidden_size, config.rms_norm_eps)?;
+        let norm = rms_norm(config, &weights.pp("norm"), config.hidden_size)?;
         let window = (0..config.num_hidden_layers).find_map(|layer_idx| config.window(layer_idx));
         Ok(Self { embed_tokens, layers, norm, rotary: Rotary::new(config)?, window })
     }
 
     /// `[batch, seq, hidden]` -> [`Output`] with `hidden_states[0..=hidden_layers]`; nothing is dropped.
     pub fn forward(&self, inputs_embeds: &Tensor, plan: &AttentionPlan, hidden_layers: usize) -> Output {
-        let shared = self.shared(plan);
-        self.output(inputs_embeds, hidden_layers, |_, layer, x| layer.forward(x, &shared.cos_sin, shared.by(layer)))
+        let (shared, mut keys) = (self.shared(plan), SharedKeys::default());
+        self.output(inputs_embeds, hidden_layers, |_, layer, x| {
+            layer.forward(x, &shared.cos_sin, shared.by(layer), &mut keys)
+        })
     }
 
     /// The layers, first to last, to be looked at one by one.
     pub fn layers(&self) -> &[DecoderLayer] {
         &self.layers
+    }
+
+    /// Whether some layers attend to keys and values of others.
+    pub(super) fn shares_keys(&self) -> bool {
+        self.layers.iter().any(DecoderLayer::borrows_keys)
     }
 
     /// The rotation that the layers share in a forward with that plan.

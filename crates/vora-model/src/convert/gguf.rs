@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use tch::Kind;
 use vora_gguf::folder::read_json;
 use vora_gguf::write::{FileKind, LlmMetadata, LlmWriter, RopeScaling as Scaling};
-use vora_llm::{LlmConfig, RopeScaling};
+use vora_llm::{LlmConfig, RopeScaling, Rotation};
 use vora_text::{ChatTemplate, TextError, Tokenizer};
 
 use super::source::Source;
@@ -75,7 +75,7 @@ fn metadata(config: &LlmConfig, name: String) -> Result<LlmMetadata> {
     ensure!(
         (0..layers).all(|layer_idx| config.window(layer_idx) == window)
             && (window.is_none() || model_type == "mistral"),
-        "some layers of this {model_type} have a sliding window, for which llama.cpp has no word"
+        "some layers of this {model_type} have a sliding window, which is written into GGUF files of mistral alone"
     );
     // `n_no_rope_layer_step` of llama.cpp's SmolLM3.
     let skips = |layer_idx: usize| model_type == "smollm3" && (layer_idx + 1).is_multiple_of(4);
@@ -83,6 +83,7 @@ fn metadata(config: &LlmConfig, name: String) -> Result<LlmMetadata> {
         (0..layers).all(|layer_idx| config.has_rope(layer_idx) != skips(layer_idx)),
         "no_rope_layers: llama.cpp skips the rotary embedding in every fourth layer of a SmolLM3, and in no other"
     );
+    let rotation = config.rotation(false)?;
     Ok(LlmMetadata {
         model_type: model_type.to_owned(),
         name,
@@ -95,21 +96,20 @@ fn metadata(config: &LlmConfig, name: String) -> Result<LlmMetadata> {
         head_dim: size("head_dim", config.head_width())?,
         max_position_embeddings: size("max_position_embeddings", config.max_position_embeddings)?,
         rms_norm_eps: config.rms_norm_eps,
-        rope_theta: config.rope_base(),
-        rope_scaling: scaling(config)?,
+        rope_theta: rotation.theta,
+        rope_scaling: scaling(&rotation)?,
         sliding_window: window.map(|window| size("sliding_window", window)).transpose()?,
     })
 }
 
 /// Llama 3's scaling, and LongRoPE's where it has one list of factors, is what each frequency is divided by.
-fn scaling(config: &LlmConfig) -> Result<Scaling> {
-    let (head_dim, theta) = (config.head_width(), config.rope_base());
-    let rope = config.rope()?;
+fn scaling(rotation: &Rotation) -> Result<Scaling> {
     let factors = || {
-        let (plain, scaled) = (RopeScaling::Default.inv_freq(head_dim, theta, 1), rope.inv_freq(head_dim, theta, 1));
+        let plain = RopeScaling::Default.inv_freq(rotation.head_dim, rotation.theta, 1);
+        let scaled = rotation.inv_freq(1);
         Scaling::Factors(plain.iter().zip(scaled).map(|(plain, scaled)| (plain / scaled) as f32).collect())
     };
-    Ok(match &rope {
+    Ok(match &rotation.scaling {
         RopeScaling::Default => Scaling::Default,
         RopeScaling::Linear { factor } => Scaling::Linear(*factor),
         RopeScaling::Llama3 { .. } => factors(),

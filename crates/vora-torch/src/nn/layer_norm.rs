@@ -26,6 +26,11 @@ impl LayerNorm {
             eps,
         })
     }
+
+    /// `weight` and `bias`.
+    pub fn tensors(&self) -> [(&'static str, &Tensor); 2] {
+        [("weight", &self.weight), ("bias", &self.bias)]
+    }
 }
 
 impl Module for LayerNorm {

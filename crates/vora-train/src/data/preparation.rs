@@ -4,8 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use vora_data::Preparation;
-use vora_llm::LlmConfig;
-use vora_model::Resolve;
+use vora_model::{Resolve, llm_config};
 use vora_recipe::{ModelType, TrainConfig};
 use vora_text::{ChatTemplate, Tokenizer, special_tokens};
 
@@ -36,7 +35,7 @@ pub(crate) fn preparation_over(
     has_processor: bool,
     config: &TrainConfig,
 ) -> Result<Preparation> {
-    let llm = LlmConfig::open(llm_folder).context("model.llm")?;
+    let llm = llm_config(llm_folder).context("model.llm")?;
     let chat = match config.chat_template() {
         Some(source) => ChatTemplate::new(&source, special_tokens(llm_folder)?, "the run file's chat template")?,
         None => ChatTemplate::open(llm_folder)?,

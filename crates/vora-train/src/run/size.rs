@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use tch::{Device, Kind};
 use vora_data::{Loader, LoaderConfig, Source};
-use vora_llm::CausalLm;
+use vora_llm::{CausalLm, LayerSizes};
 use vora_lora::in_layer;
 use vora_model::VisionLanguageModel;
 use vora_recipe::TrainConfig;
@@ -326,12 +326,16 @@ impl Memory {
 fn activations(config: &TrainConfig, student: &Student, parameters: &Parameters, batch: &BatchShape) -> u64 {
     let llm = student.model.llm();
     let (c, element) = (llm.config(), llm.kind().elt_size_in_bytes() as u64);
-    let (hidden, intermediate, layers) = (c.hidden_size as u64, c.intermediate_size as u64, c.num_hidden_layers as u64);
-    let heads = (c.num_attention_heads * c.head_width()) as u64;
-    let kv = (c.kv_heads() * c.head_width()) as u64;
+    let (hidden, layers) = (c.hidden_size as u64, c.num_hidden_layers as u64);
     let tokens = batch.rows * batch.seq;
+    let sizes = || (0..c.num_hidden_layers).map(|layer_idx| c.layer(layer_idx));
+    let intermediate = sizes().map(|layer| layer.intermediate_size as u64).max().unwrap_or(0);
     // Into each norm and out of it; q, k, v, what attention gives and its rows for o_proj; gate, up and their product.
-    let layer = tokens * element * (4 * hidden + 3 * heads + 2 * kv + 3 * intermediate);
+    let numbers = |layer: LayerSizes| {
+        let (heads, kv) = (c.num_attention_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim);
+        4 * hidden + (3 * heads + 2 * kv + 3 * layer.intermediate_size) as u64
+    };
+    let all_layers = tokens * element * sizes().map(numbers).sum::<u64>();
     let state = tokens * element * hidden;
     let mut rank = 0; // columns of all adapters' inner products
     let visited = llm.linears(&mut |_, linear| {
@@ -341,7 +345,7 @@ fn activations(config: &TrainConfig, student: &Student, parameters: &Parameters,
     debug_assert!(visited.is_ok(), "the visit returns no error");
     // Trained weights are rounded to the kind of activations once a forward.
     let rounded = if llm.kind() == Kind::Float { 0 } else { element * parameters.num_trained() };
-    let mut kept = layers * layer + tokens * element * rank + rounded;
+    let mut kept = all_layers + tokens * element * rank + rounded;
     if config.gradient_checkpointing {
         kept = (layers + 1) * state + kept / layers;
     }

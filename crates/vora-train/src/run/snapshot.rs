@@ -42,7 +42,7 @@ impl Snapshot {
         Ok(Self {
             parts: parts_of(student)?.map(on_host),
             adapter: student.model.peft_config()?,
-            adapts_llm_alone: student.model.vision_lora().is_none(),
+            adapts_llm_alone: student.model.adapts_llm_alone(),
             llm_name: student.llm_name().to_owned(),
             llm_folder: student.llm_folder().to_owned(),
             config: student.model.config_json()?,

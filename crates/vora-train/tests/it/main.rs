@@ -1,6 +1,7 @@
 //! A whole training step against the reference: Hugging Face's Llama and DINOv2, PEFT's adapters, torch's autograd.
 
 mod described;
+mod gemma4;
 mod official;
 mod packing;
 

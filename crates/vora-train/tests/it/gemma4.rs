@@ -1,0 +1,121 @@
+//! A Gemma 4 Unified in the trainer, by a program of its own: pictures of any shape, answers alone, PEFT's adapters.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use tch::{Device, Kind, Tensor};
+use vora_data::SampleMaker;
+use vora_image::{ImageProcessor, RgbImage};
+use vora_lora::{AdapterFolder, LoraConfig};
+use vora_model::{Gemma4Unified, Input, VisionLanguageModel, Weights};
+use vora_recipe::TrainConfig;
+use vora_text::{Message, Piece};
+use vora_train::data::{Pictures, Sources};
+use vora_train::student::{Student, StudentParts};
+use vora_train::{Options, Outcome, Silent, Trainer};
+
+const FOLDER: &str = "fixtures/tiny/gemma4";
+const STEPS: u64 = 60;
+
+fn resolve(name: &str) -> Result<PathBuf> {
+    Ok(fixtures::root().parent().context("the workspace")?.join(name))
+}
+
+fn picture(index: usize) -> RgbImage {
+    let [width, height] = [[60, 20], [20, 60], [40, 40], [9, 90]][index];
+    RgbImage::from_fn(width, height, |x, y| [(x * 4) as u8, (y * 4) as u8, 60 * index as u8].into())
+}
+
+/// Four pictures of four shapes, with a word for each.
+fn config(folder: &Path, steps: u64) -> TrainConfig {
+    let record = |(index, answer): (usize, &str)| {
+        picture(index).save(folder.join(format!("{index}.png"))).unwrap();
+        format!(
+            r#"{{"frames": ["{index}.png"], "conversations": [{{"from": "human", "value": "<image>\nWhat shape?"}},
+                {{"from": "gpt", "value": "{answer}"}}]}}"#
+        )
+        .replace('\n', " ")
+    };
+    let records: Vec<String> = ["wide", "tall", "square", "a line"].into_iter().enumerate().map(record).collect();
+    std::fs::write(folder.join("records.jsonl"), records.join("\n")).unwrap();
+    let folder = folder.display();
+    TrainConfig::parse(
+        &format!(
+            "output_dir: {folder}/run\nmax_steps: {steps}\nlearning_rate: 0.02\nbf16: false\nsave_steps: 999\n\
+             per_device_train_batch_size: 4\nmodel: {{type: own, llm: {FOLDER}, image_size: 16}}\n\
+             data: {{train: {{data_fetch: {{data_paths: [{{anno_path: '{folder}/records.jsonl', image_folder: '{folder}'}}]}}}}}}\n"
+        ),
+        &[],
+    )
+    .unwrap()
+}
+
+fn trainer(config: TrainConfig, trains_embedder: bool, resume: bool) -> Trainer {
+    let folder = resolve(FOLDER).unwrap();
+    let new = Weights::random(config.seed, Device::Cpu, Kind::Float);
+    let lora = LoraConfig {
+        target_modules: vec!["q_proj".into(), "k_proj".into(), "o_proj".into(), "down_proj".into()],
+        ..LoraConfig::new(8, 3)
+    };
+    let model = Gemma4Unified::open_to_teach(&folder, FOLDER, Some(&lora), trains_embedder, &new).unwrap();
+    let token_size = model.vision_embedder().config().token_size();
+    let pictures = Pictures::new(ImageProcessor::open(&folder).unwrap(), token_size);
+    let parts = StudentParts { model: Box::new(model), trained: new, llm: None, llm_folder: folder, pictures };
+    let student = Student::from_parts(parts, &config).unwrap();
+    let maker = Arc::new(SampleMaker::new(student.preparation(&config).unwrap()));
+    let sources = Sources::open(&config, &maker).unwrap();
+    let mut options = Options::new(Device::Cpu, &resolve);
+    options.resume = resume;
+    Trainer::from_parts(config, options, student, sources).unwrap()
+}
+
+/// Logits at the end of a question about a picture.
+fn asked(model: &dyn VisionLanguageModel, folder: &Path, picture: &RgbImage) -> Tensor {
+    let tokenizer = vora_text::Tokenizer::open(folder).unwrap().for_processor(model.has_processor());
+    let chat = vora_text::ChatTemplate::open(folder).unwrap();
+    let pieces: Vec<Piece> = chat.encode_prompt(&tokenizer, &[Message::question_about(1, "What shape?")]).unwrap();
+    let pixels = ImageProcessor::open(folder).unwrap().preprocess(picture).unwrap();
+    let input = Input::prompt(&pieces, vec![vora_vision::pixel_values(&pixels)], model).unwrap();
+    let output = tch::no_grad(|| model.forward(&input, 0)).unwrap();
+    model.llm().logits(&output.last_hidden_state.select(1, -1))
+}
+
+#[test]
+fn it_learns_goes_on_bit_for_bit_and_what_it_leaves_opens() {
+    for trains_embedder in [true, false] {
+        let [whole, parts] = [(), ()].map(|()| tempfile::tempdir().unwrap());
+        let mut uninterrupted = trainer(config(whole.path(), STEPS), trains_embedder, false);
+        let first = uninterrupted.train_step().unwrap();
+        let Outcome::Finished(_) = uninterrupted.train(&mut Silent).unwrap() else { panic!("nobody stopped it") };
+        let mut half = trainer(config(parts.path(), STEPS), trains_embedder, false);
+        let again = half.train_step().unwrap();
+        assert_eq!(first.loss, again.loss);
+        half.save(&mut Silent).unwrap();
+        drop(half);
+        let mut half = trainer(config(parts.path(), STEPS), trains_embedder, true);
+        let mut last = again.loss;
+        while half.step() < STEPS {
+            last = half.train_step().unwrap().loss;
+        }
+        assert!(last < 0.5 * first.loss, "{} -> {last}", first.loss);
+        let trained = uninterrupted.parameters();
+        assert_eq!(trained.iter().any(|(name, _)| name.starts_with("model.vision_embedder.")), trains_embedder);
+        for ((name, a), (_, b)) in trained.iter().zip(&half.parameters()) {
+            assert!(a.equal(b), "{name}");
+        }
+
+        let left = whole.path().join("run/final");
+        assert_eq!(left.join("vision.safetensors").exists(), trains_embedder);
+        let adapter = AdapterFolder::open(&left).unwrap();
+        assert_eq!((adapter.config().r, adapter.base_model()), (8, Some(FOLDER)));
+        let mut model = vora_model::open(&left, Device::Cpu, Kind::Float, &resolve).unwrap();
+        let logits = asked(&*model, &left, &picture(3));
+        let base = vora_model::open(&resolve(FOLDER).unwrap(), Device::Cpu, Kind::Float, &resolve).unwrap();
+        let before = asked(&*base, &left, &picture(3));
+        assert!((&logits - before).abs().max().double_value(&[]) > 0.1);
+        model.merge().unwrap();
+        fixtures::assert_close_to(&asked(&*model, &left, &picture(3)), &logits, 1e-4);
+        drop(half);
+    }
+}
