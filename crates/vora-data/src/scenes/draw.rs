@@ -12,6 +12,7 @@ pub(super) enum Purpose {
     Questions,
     Wording,
     Rejected,
+    Size,
 }
 
 /// The draws of one picture for one purpose.

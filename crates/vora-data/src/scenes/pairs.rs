@@ -11,7 +11,7 @@ impl Scenes {
     /// other of yes and no, a caption or description with one attribute of one object changed. No wrong answer gives an
     /// object a colour and a shape that training is never to name together.
     pub fn pairs(&self, index: u64) -> Vec<(Question, String)> {
-        let draw = &mut Draw::new(self.config.seed, self.split as u64, index, Purpose::Rejected);
+        let draw = &mut Draw::new(self.config.seed, self.split.stream(), index, Purpose::Rejected);
         let scene = self.scene(index);
         let pair = |asked: Question| {
             let wrong = self.wrong(&scene, &asked, draw);

@@ -45,7 +45,7 @@ impl Scenes {
     /// `questions_per_image` questions about the scene of this number, or as many as there are, in random order:
     /// each question type in proportion to its weight in the config, no question twice.
     pub fn questions(&self, index: u64) -> Vec<Question> {
-        let draw = &mut Draw::new(self.config.seed, self.split as u64, index, Purpose::Questions);
+        let draw = &mut Draw::new(self.config.seed, self.split.stream(), index, Purpose::Questions);
         let scene = self.scene(index);
         let asks_shape_of_named = self.split != Split::Train || index >= self.config.shape_of_named_after;
         let mut candidates = Candidates { scenes: self, scene: &scene, index, asks_shape_of_named, found: Vec::new() };
@@ -116,7 +116,7 @@ impl Candidates<'_> {
     fn describe(&mut self) {
         if self.asks_shape_of_named || self.scene.objects.iter().all(|object| object.colour.is_none()) {
             let scenes = self.scenes;
-            let draw = &mut Draw::new(scenes.config.seed, scenes.split as u64, self.index, Purpose::Wording);
+            let draw = &mut Draw::new(scenes.config.seed, scenes.split.stream(), self.index, Purpose::Wording);
             let answer = whole_scene(self.scene, QuestionKind::Describe);
             self.push(1.0, QuestionKind::Describe, draw.pick(&DESCRIBE), &answer);
         }

@@ -3,6 +3,7 @@
 mod described;
 mod official;
 mod packing;
+mod shaped;
 
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
