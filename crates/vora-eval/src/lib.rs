@@ -9,6 +9,7 @@
 //! ```
 
 mod blind;
+mod budgets;
 mod described;
 mod greedy;
 pub mod language;
@@ -23,6 +24,7 @@ mod tally;
 mod task;
 
 pub use blind::show_other_pictures;
+pub use budgets::{Budget, Budgets};
 pub use described::described;
 pub use greedy::greedy_answers;
 pub use perplexity::{Perplexity, perplexity};

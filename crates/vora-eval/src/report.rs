@@ -26,6 +26,10 @@ pub struct Answered {
     pub answer: String,
     /// The answer to the same question about other pictures, where there are any.
     pub blind: Option<String>,
+    /// Tokens that its pictures became.
+    pub image_tokens: i64,
+    /// Seconds until it was answered, its share of those of a batch.
+    pub seconds: f64,
 }
 
 /// Scores by name, of a set, and that of each question.
@@ -77,7 +81,7 @@ impl Report {
             }
             each = seeing.each; // in the end, those of all
         }
-        let answers = answered.iter().zip(each).map(|(Answered { question, answer, blind }, score)| {
+        let answers = answered.iter().zip(each).map(|(Answered { question, answer, blind, .. }, score)| {
             json!({
                 "id": question.id,
                 "kind": question.kind,
@@ -101,6 +105,12 @@ impl Report {
             kind[format!("blind_{}", row.name)] = row.blind.into();
         }
         kinds.into()
+    }
+
+    /// The task's first score over all questions: its name, its value, and that of the blind control.
+    pub fn headline(&self) -> (&'static str, f64, Option<f64>) {
+        let all = self.rows.iter().find(|row| row.kind == "all");
+        all.map_or(("", 0.0, None), |row| (row.name, row.score, row.blind))
     }
 
     /// Every question with its answers, the expected, the given, the blind.
