@@ -10,7 +10,6 @@
 
 mod blind;
 mod budgets;
-mod described;
 mod greedy;
 pub mod language;
 mod perplexity;
@@ -20,17 +19,18 @@ mod record;
 mod report;
 mod runner;
 pub mod scores;
+mod spoken;
 mod tally;
 mod task;
 
 pub use blind::show_other_pictures;
 pub use budgets::{Budget, Budgets};
-pub use described::described;
 pub use greedy::greedy_answers;
 pub use perplexity::{Perplexity, perplexity};
 pub use question::Question;
 pub use question_set::QuestionSet;
 pub use report::{Answered, Report};
 pub use runner::answer;
+pub use spoken::spoken;
 pub use tally::Tally;
 pub use task::Task;

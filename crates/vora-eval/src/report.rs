@@ -6,14 +6,11 @@ use std::fmt;
 use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Map, Value, json};
-use vora_data::scenes::QuestionKind;
 use vora_data::short_name;
 use vora_run::interval::Interval;
 
 use crate::question::Question;
-use crate::scores::{
-    TokenizedCaption, YesNo, bleu, cider, exact_match, rouge_l, same_description, says_yes, vqa_accuracy,
-};
+use crate::scores::{TokenizedCaption, YesNo, bleu, cider, is_right, rouge_l, says_yes, vqa_accuracy};
 use crate::task::Task;
 
 /// A question that was answered.
@@ -146,20 +143,13 @@ impl fmt::Display for Report {
     }
 }
 
-/// Whether the answer is the expected one; of a description, whether it tells the same.
-fn is_right(answer: &str, question: &Question) -> bool {
-    match &question.kind {
-        Some(kind) if kind == QuestionKind::Describe.name() => same_description(answer, &question.references),
-        _ => exact_match(answer, &question.references),
-    }
-}
-
 /// The scores of answers by what is expected.
 fn score<'a>(task: Task, answers: impl Iterator<Item = (&'a str, &'a Question)>) -> Result<Scored> {
     let mean = |each: &[f64]| each.iter().sum::<f64>() / each.len().max(1) as f64;
     Ok(match task {
         Task::Exact => {
-            let each: Vec<f64> = answers.map(|(answer, q)| f64::from(u8::from(is_right(answer, q)))).collect();
+            let right = |(answer, q): (&str, &Question)| is_right(q.kind.as_deref(), answer, &q.references);
+            let each: Vec<f64> = answers.map(|one| f64::from(u8::from(right(one)))).collect();
             Scored { all: vec![("exact_match", mean(&each))], each }
         }
         Task::Vqa => {

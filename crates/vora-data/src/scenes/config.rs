@@ -225,13 +225,13 @@ fn check_kinds(key: &str, kinds: &BTreeMap<QuestionKind, f64>) -> Result<()> {
         ensure!(*weight >= 0.0 && weight.is_finite(), "scenes.{key}.{kind} is {weight}, it must be 0 or more");
     }
     // An object of an unnamed colour is not asked its colour, nor among several its shape: other question types must be there.
-    use QuestionKind::{Caption, Describe, HowMany, Where, YesNo};
+    use QuestionKind::{Box, Caption, Describe, HowMany, Where, YesNo};
     ensure!(
-        [Where, HowMany, YesNo, Caption, Describe]
+        [Where, HowMany, YesNo, Caption, Describe, Box]
             .iter()
             .any(|kind| kinds.get(kind).is_some_and(|weight| *weight > 0.0)),
         "scenes.{key} asks nothing that every picture can answer, it needs one of where, how_many, yes_no, caption, \
-         describe"
+         describe, box"
     );
     Ok(())
 }

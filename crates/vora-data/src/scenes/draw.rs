@@ -13,6 +13,7 @@ pub(super) enum Purpose {
     Wording,
     Rejected,
     Size,
+    Box,
 }
 
 /// The draws of one picture for one purpose.

@@ -1,6 +1,7 @@
 //! One scene: which objects there are, and their picture.
 
 use image::RgbImage;
+use vora_image::BoundingBox;
 
 use super::colour::{self, Colour, Rgb, distance_squared};
 use super::dataset::Scenes;
@@ -61,6 +62,7 @@ pub struct Scene {
     /// One to three, in no order; in the split `unseen` the first one is a pair that training never showed.
     pub objects: Vec<Object>,
     ground: Rgb,
+    size: PictureSize,
 }
 
 /// How far a ground keeps from every object's colour, where it can.
@@ -88,7 +90,7 @@ impl Scenes {
             objects.push(object);
         }
         let ground = self.ground(draw, &objects);
-        Scene { objects, ground }
+        Scene { objects, ground, size }
     }
 
     fn object(
@@ -154,7 +156,7 @@ impl Scenes {
     /// The scene's picture: anti-aliased by 4 x 4 inside tests a pixel, with noise.
     pub fn render(&self, index: u64) -> RgbImage {
         let scene = self.scene(index);
-        let PictureSize { height, width } = self.picture_size(index);
+        let PictureSize { height, width } = scene.size;
         let mut pixels = vec![scene.ground.map(f32::from); height as usize * width as usize];
         for object in &scene.objects {
             object.paint(&mut pixels, width as usize);
@@ -163,6 +165,20 @@ impl Scenes {
         let noise = self.config.noise;
         let bytes = pixels.into_iter().flatten().map(|value| (value + noise * normal(&mut draw) + 0.5) as u8).collect();
         RgbImage::from_raw(width, height, bytes).expect("three bytes a pixel")
+    }
+}
+
+impl Scene {
+    /// The box around one of its objects, in its picture.
+    pub fn bounding_box(&self, object: &Object) -> BoundingBox {
+        let [left, top, right, bottom] = object.shape.bounds();
+        let at = |centre: f32, end: f32, side: u32| {
+            let thousandths = (centre + end * object.radius) / side as f32 * 1000.0;
+            (thousandths.clamp(0.0, 1000.0) + 0.5) as i64
+        };
+        let ([x, y], PictureSize { height, width }) = (object.centre, self.size);
+        let corners = [at(x, left, width), at(y, top, height), at(x, right, width), at(y, bottom, height)];
+        BoundingBox::new(corners).expect("an object has its middle in its quarter, and a radius")
     }
 }
 
@@ -312,6 +328,29 @@ mod tests {
             assert_eq!(x < 28, matches!(object.quarter, Quarter::TopLeft | Quarter::BottomLeft));
             assert_eq!(y < 28, matches!(object.quarter, Quarter::TopLeft | Quarter::TopRight));
             assert_eq!(picture.get_pixel(55 - x, 55 - y).0, scene.ground);
+        }
+    }
+
+    #[test]
+    fn a_box_is_what_an_object_covers() {
+        let config = ScenesConfig { objects: [1.0, 0.0, 0.0], noise: 0.0, ..ScenesConfig::default() };
+        let scenes = Scenes::new(config, Split::Shaped).unwrap();
+        for index in 0..100 {
+            let (scene, picture) = (scenes.scene(index), scenes.render(index));
+            let covered: Vec<(u32, u32)> = picture
+                .enumerate_pixels()
+                .filter(|(_, _, pixel)| pixel.0 != scene.ground)
+                .map(|(x, y, _)| (x, y))
+                .collect();
+            let ends = |of: &dyn Fn(&(u32, u32)) -> u32, side: u32| {
+                let [first, last] = [covered.iter().map(of).min().unwrap(), covered.iter().map(of).max().unwrap() + 1];
+                [first, last].map(|end| i64::from(end * 1000 / side))
+            };
+            let ([x1, x2], [y1, y2]) = (ends(&|at| at.0, picture.width()), ends(&|at| at.1, picture.height()));
+            let found = BoundingBox::new([x1, y1, x2, y2]).unwrap();
+            let iou = scene.bounding_box(&scene.objects[0]).iou(&found);
+            // To the whole pixel, of which a small object has few.
+            assert!(iou > if picture.width().min(picture.height()) > 100 { 0.9 } else { 0.6 }, "{index}: {iou}");
         }
     }
 
