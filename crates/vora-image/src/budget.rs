@@ -60,14 +60,14 @@ impl TokenBudget {
     /// shape has a number of patches between the two.
     ///
     /// # Errors
-    /// Where the picture is longer, in its own widths, than the maximum: not even one row of patches has its shape.
+    /// Where the picture is so long and thin that even a single row of `max_image_tokens` patches would lose its shape.
     pub fn grid(&self, height: u32, width: u32) -> Result<(u32, u32)> {
         let (short, long) = (height.min(width), height.max(width));
         ensure!(short > 0, "a picture of {width} x {height} pixels shows nothing");
         let max = self.max_image_tokens;
         ensure!(
             u64::from(long) <= u64::from(max) * u64::from(short),
-            "a picture of {width} x {height} pixels keeps its shape in no {max} tokens: crop it, or raise max_image_tokens"
+            "a picture of {width} x {height} pixels cannot keep its shape within {max} tokens: crop it, or raise max_image_tokens"
         );
         let sides = [height, width].map(|side| f64::from(side) / f64::from(self.patch_size));
         let scaled = |scale: f64, whole: fn(f64) -> f64| sides.map(|side| whole(side * scale).max(1.0));
@@ -94,7 +94,7 @@ impl TokenBudget {
             |side: u32, patches: u32| 2 * u64::from(side) > (2 * u64::from(patches) + 1) * u64::from(self.patch_size);
         if shrinks(height, rows) || shrinks(width, columns) {
             tell_once(format!(
-                "pictures of more than max_image_tokens, {} patches of {} x {} pixels, are made smaller; they keep their shape",
+                "pictures larger than max_image_tokens ({} patches of {} x {} pixels) are scaled down; they keep their shape",
                 self.max_image_tokens, self.patch_size, self.patch_size
             ));
         }
@@ -157,7 +157,7 @@ mod tests {
         let budget = TokenBudget::new(14, 1, 64).unwrap();
         assert_eq!(
             budget.size(14, 2800).unwrap_err().to_string(),
-            "a picture of 2800 x 14 pixels keeps its shape in no 64 tokens: crop it, or raise max_image_tokens"
+            "a picture of 2800 x 14 pixels cannot keep its shape within 64 tokens: crop it, or raise max_image_tokens"
         );
         assert_eq!(budget.with_max(200).unwrap().size(14, 2800).unwrap(), (14, 2800));
     }

@@ -445,7 +445,7 @@ mod tests {
             }
         }
         let error = keeps.preprocess(&RgbImage::new(13, 1)).unwrap_err().to_string();
-        assert!(error.contains("a picture of 13 x 1 pixels keeps its shape in no 12 tokens"), "{error}");
+        assert!(error.contains("a picture of 13 x 1 pixels cannot keep its shape within 12 tokens"), "{error}");
         let refused = |key: &str, value: Value| {
             let mut json = keeps.to_json();
             json[key] = value;

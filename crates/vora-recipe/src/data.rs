@@ -71,7 +71,7 @@ pub struct EvalData {
     /// Questions about a picture of the split; absent: as many as in training.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub questions_per_image: Option<usize>,
-    /// Narrowest and widest pictures of the split, width over height; absent: as in training.
+    /// Narrowest and widest pictures of the split, width over height; `[1, 1]` makes squares; absent: as in training.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub aspects: Option<[f32; 2]>,
     /// Shortest and longest sides of its pictures, in pixels; absent: as in training.

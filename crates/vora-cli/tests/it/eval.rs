@@ -56,7 +56,8 @@ fn what_a_budget_costs_and_gives_is_told() {
     refused(&merged, "0", "max_image_tokens is 0, a picture takes at least 1 token");
     let sliver = folder.path().join("sliver.png");
     vora_image::RgbImage::new(1000, 5).save(&sliver).unwrap();
-    let says = "a picture of 1000 x 5 pixels keeps its shape in no 16 tokens: crop it, or raise max_image_tokens";
+    let says =
+        "a picture of 1000 x 5 pixels cannot keep its shape within 16 tokens: crop it, or raise max_image_tokens";
     fails(&["ask", &merged, sliver.to_str().unwrap(), "What is it?"], 1, &[says]);
     let squares = folder.path().join("squares");
     let [_, squares] = run(&squares, &["max_steps=1"]);

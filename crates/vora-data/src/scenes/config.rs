@@ -19,8 +19,9 @@ pub struct ScenesConfig {
     pub seed: u64,
     /// Side of the square picture, in pixels.
     pub image_size: u32,
-    /// Narrowest and widest pictures, width over height; with it or with `sides` the size of each is drawn. Absent: squares
-    /// of `image_size`, or what the split `shaped` draws.
+    /// Narrowest and widest pictures, width over height. With this key or `sides` the size of each picture is drawn; the one
+    /// that is absent is then `[1/3, 3]`, or `[28, 448]`. Without both, pictures are squares of `image_size`, but for those
+    /// of the split `shaped`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub aspects: Option<[f32; 2]>,
     /// Shortest and longest sides of pictures whose size is drawn, in pixels.

@@ -14,8 +14,8 @@ pub enum Split {
     Test,
     /// Pictures with an object whose colour and shape never come together in training; questions are about it.
     Unseen,
-    /// The scenes and questions of `test` in pictures of many shapes and sizes: those of `aspects` and `sides`, by themselves
-    /// from 1:3 to 3:1 and from 28 to 448 pixels.
+    /// The scenes and questions of `test` in pictures of many shapes and sizes: as `aspects` and `sides` have them, by default
+    /// from 1:3 to 3:1 with sides from 28 to 448 pixels.
     Shaped,
 }
 

@@ -127,7 +127,7 @@ fn training_and_asking_see_the_same_shape_and_refuse_the_same() {
         assert_eq!(grid, (rows as i64, columns as i64));
     }
     let error = format!("{:#}", shown.preprocess(&RgbImage::new(200, 10)).unwrap_err());
-    assert!(error.contains("a picture of 200 x 10 pixels keeps its shape in no 9 tokens"), "{error}");
+    assert!(error.contains("a picture of 200 x 10 pixels cannot keep its shape within 9 tokens"), "{error}");
 }
 
 #[test]

@@ -17,7 +17,7 @@ def whole_patches(height, width, patch_size, min_image_tokens, max_image_tokens)
     of them; the maximum always holds."""
     if max(height, width) > max_image_tokens * min(height, width):
         raise ValueError(
-            f"a picture of {width} x {height} pixels keeps its shape in no {max_image_tokens} tokens: crop it, or raise "
+            f"a picture of {width} x {height} pixels cannot keep its shape within {max_image_tokens} tokens: crop it, or raise "
             "max_image_tokens"
         )
     sides, by_rounding = (height / patch_size, width / patch_size), 1e-6
