@@ -117,7 +117,8 @@ fn main() -> Result<()> {
 
 /// Pictures of one to three objects, with captions and short answers alike.
 fn scenes_config() -> ScenesConfig {
-    let asked = QuestionKind::ALL.into_iter().filter(|kind| *kind != QuestionKind::Describe);
+    let free = [QuestionKind::Describe, QuestionKind::Box]; // judged by what is said
+    let asked = QuestionKind::ALL.into_iter().filter(|kind| !free.contains(kind));
     let kinds: BTreeMap<QuestionKind, f64> = asked.map(|kind| (kind, 1.0)).collect();
     ScenesConfig {
         objects: [1.0; 3],

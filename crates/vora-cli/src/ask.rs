@@ -1,10 +1,11 @@
 //! `vora ask`: pictures and a question in, a streamed answer out.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
+use vora_image::{BoundingBox, RgbImage};
 use vora_infer::{Assistant, OutputModality, Passage, Request};
 
 use crate::model::ModelArgs;
@@ -16,6 +17,7 @@ use crate::sampling::SamplingArgs;
 Examples:
   vora ask runs/scenes/merged picture.png \"What color is the circle?\"
   vora ask runs/scenes/final picture.png \"What color is the circle?\"
+  vora ask runs/boxes/final picture.png \"Give the box of the circle.\" --draw out.png
   vora ask runs/scenes/final \"What is a circle?\"
   vora ask HuggingFaceTB/SmolLM2-135M-Instruct \"What is a circle?\"
   vora ask runs/scenes/merged one.jpg two.jpg \"What differs?\" --temperature 0.7 --top-p 0.9 --seed 1
@@ -34,6 +36,10 @@ pub(crate) struct Args {
     /// The folder that written pictures go into, as 0.png, 1.png, …
     #[arg(long, value_name = "DIR", default_value = ".")]
     images_to: PathBuf,
+    /// Write the picture with the boxes of the answer drawn into it, where that tells some as Qwen-VL writes them:
+    /// <box>(x1,y1),(x2,y2)</box> in thousandths of width and height
+    #[arg(long, value_name = "FILE")]
+    draw: Option<PathBuf>,
     /// Print one JSON object when done instead of streaming
     #[arg(long)]
     json: bool,
@@ -52,6 +58,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let Some((question, pictures)) = args.rest.split_last() else { anyhow::bail!("no question given") };
     ensure!(!PathBuf::from(question).is_file(), "the last argument, {question}, is a file: put the question after it");
     let images = pictures.iter().map(|path| vora_image::open_image(path.as_ref())).collect::<Result<Vec<_>>>()?;
+    if args.draw.is_some() {
+        ensure!(images.len() == 1, "--draw takes one picture, there are {}", images.len());
+        ensure!(args.write == Modality::Text, "--draw is for an answer in words: leave --write out");
+    }
     let assistant = args.model.open()?;
     let request =
         Request::question(&images, question).with_sampling(params).with_max_new_tokens(args.sampling.max_new_tokens);
@@ -81,7 +91,18 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     } else {
         writeln!(out)?;
     }
+    if let (Some(path), [picture]) = (&args.draw, images.as_slice()) {
+        draw(&answer.text, picture.clone(), path).context("--draw")?;
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the picture with the boxes that the answer tells.
+fn draw(answer: &str, mut picture: RgbImage, path: &Path) -> Result<()> {
+    let boxes = BoundingBox::all_in(answer)?;
+    ensure!(!boxes.is_empty(), "the answer tells no box, {} is not written", path.display());
+    BoundingBox::draw(&boxes, &mut picture);
+    picture.save(path).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Prints words, and the paths of the pictures between them.

@@ -11,12 +11,13 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use tch::{Device, Kind};
 use vora_eval::language::{Side, language};
-use vora_eval::{Answered, Perplexity, QuestionSet, Report, Task, answer, perplexity};
+use vora_eval::{Answered, Budgets, Perplexity, QuestionSet, Report, Task, answer, perplexity};
 use vora_files::write_bytes;
 use vora_infer::Assistant;
 use vora_llm::{CausalLm, LlmConfig};
 use vora_lora::ActsOn;
 use vora_model::VisionLanguageModel;
+use vora_run::plot::{Measured, draw_measured};
 use vora_text::{ChatTemplate, Tokenizer};
 use vora_torch::runtime;
 use vora_torch::weights::Weights;
@@ -28,6 +29,7 @@ Examples:
   vora eval runs/scenes/merged --data scenes:unseen --limit 50
   vora eval runs/photos/final --data photos_eval/captions.jsonl --out captions.json
   vora eval runs/photos/merged --data questions.jsonl --task vqa --max-tokens 10 --json
+  vora eval runs/shaped/merged --data scenes:shaped --max-image-tokens 16,36,64,144,256 --curve budgets.svg
   vora eval runs/photos/merged --text held-out.txt
   vora eval runs/scenes/merged --language
 
@@ -46,7 +48,7 @@ questions are made for is the task, unless --task says. By --task the scores:
 pub(crate) struct Args {
     /// A model's folder, or its name in the hub's cache
     model: String,
-    /// JSON lines or a JSON array, or scenes:test, scenes:unseen
+    /// JSON lines or a JSON array, or scenes:test, scenes:unseen, scenes:shaped
     #[arg(long, value_name = "FILE", required_unless_present_any = ["text", "language"], conflicts_with_all = ["text", "language"])]
     data: Option<String>,
     /// The folder that the data's pictures are in; else that of the data
@@ -77,6 +79,13 @@ pub(crate) struct Args {
     /// Tokens from one window to the next; else half a window
     #[arg(long, value_name = "TOKENS", conflicts_with = "data")]
     stride: Option<usize>,
+    /// Ask everything once more for each of these, the most tokens that a picture may become, of a model whose pictures keep
+    /// their shape: 16,36,64
+    #[arg(long, value_name = "N,…", value_delimiter = ',', conflicts_with_all = ["text", "language"])]
+    max_image_tokens: Vec<u32>,
+    /// With --max-image-tokens: draw scores and seconds over it into this SVG file
+    #[arg(long, value_name = "FILE", requires = "max_image_tokens")]
+    curve: Option<PathBuf>,
     /// Questions that are answered together
     #[arg(long, value_name = "N", default_value_t = 8, conflicts_with = "text", value_parser = batch_size)]
     batch_size: usize,
@@ -233,18 +242,41 @@ fn on_questions(args: &Args, data: &str, folder: &Path, device: Device, kind: Ki
         writeln!(stderr, "{count} records: {note}")?;
     }
     let model = opened(args, folder, device, kind).with_context(|| format!("{} cannot be asked", args.model))?;
-    let assistant = Assistant::new(model, folder)?;
+    let mut assistant = Assistant::new(model, folder)?;
+    let mut results = json!({"task": task.name(), "data": data, "max_tokens": args.max_tokens, "notes": set.notes});
+    if !args.max_image_tokens.is_empty() {
+        let budgets = within_budgets(args, &mut assistant, &set, task)?;
+        results["budgets"] = budgets.json();
+        return Ok((budgets.to_string(), results, None));
+    }
     let (answered, left_out) = answers(&assistant, &set, args.batch_size, args.max_tokens)?;
     let report = Report::new(task, &answered)?;
-    let results = json!({
-        "task": task.name(),
-        "data": data,
-        "max_tokens": args.max_tokens,
-        "scores": report.scores(),
-        "left_out": left_out,
-        "notes": set.notes,
-    });
+    results["scores"] = report.scores();
+    results["left_out"] = left_out.into();
     Ok((report.to_string(), results, Some(report.answers().into())))
+}
+
+/// Every question within each budget of image tokens, and a curve of it where one is asked for.
+fn within_budgets(args: &Args, assistant: &mut Assistant, set: &QuestionSet, task: Task) -> Result<Budgets> {
+    let mut budgets = Budgets::default();
+    for &max_image_tokens in &args.max_image_tokens {
+        assistant.set_max_image_tokens(max_image_tokens).context("--max-image-tokens")?;
+        let (answered, left_out) = answers(assistant, set, args.batch_size, args.max_tokens)?;
+        budgets.push(max_image_tokens, &answered, left_out.len(), Report::new(task, &answered)?);
+    }
+    if let Some(path) = &args.curve {
+        let [(name, points), control, (seconds, taken)] = budgets.curves();
+        let most = (task != Task::Caption).then_some(1.0);
+        draw_measured(
+            path,
+            "max_image_tokens",
+            vec![
+                Measured { name, most, points, control: Some(control) },
+                Measured { name: seconds, most: None, points: taken, control: None },
+            ],
+        )?;
+    }
+    Ok(budgets)
 }
 
 /// How many of the records that were left out are named on the terminal; a file has all.

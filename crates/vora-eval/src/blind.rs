@@ -26,8 +26,8 @@ pub(crate) fn other_pictures<'a>(lists: impl Iterator<Item = &'a [String]> + Clo
     lists.map(|list| other.get(list).cloned()).collect()
 }
 
-/// Gives every picture's place to a picture of the same size that is another sample's and shows something else. For
-/// each question, whether all its pictures were exchanged.
+/// Gives every picture's place to a picture that is another sample's and shows something else: one of the same size, or
+/// where there is none another one, stretched to it. For each question, whether all its pictures were exchanged.
 pub fn show_other_pictures(batch: &mut Batch) -> Vec<bool> {
     let owners: Vec<usize> = batch
         .samples
@@ -38,23 +38,32 @@ pub fn show_other_pictures(batch: &mut Batch) -> Vec<bool> {
     let n = batch.images.len();
     let other = |i: usize| {
         let picture = &batch.images[i];
-        let fits = |j: &usize| {
+        let is_other = |j: &usize| owners[*j] != owners[i] && batch.images[*j].data != picture.data;
+        let is_alike = |j: &usize| {
             let other = &batch.images[*j];
-            owners[*j] != owners[i]
-                && (other.height, other.width) == (picture.height, picture.width)
-                && other.data != picture.data
+            (other.height, other.width) == (picture.height, picture.width)
         };
-        (i + 1..i + n).map(|j| j % n).find(fits)
+        let mut others = (i + 1..i + n).map(|j| j % n).filter(is_other);
+        let first = others.next()?;
+        let alike = std::iter::once(first).chain(others).find(is_alike);
+        Some(alike.map_or_else(
+            || batch.images[first].stretched(picture.height, picture.width),
+            |alike| batch.images[alike].clone(),
+        ))
     };
-    let others: Vec<Option<usize>> = (0..n).map(other).collect();
-    let images: Vec<Pixels> = others.iter().enumerate().map(|(i, j)| batch.images[j.unwrap_or(i)].clone()).collect();
-    batch.images = images;
+    let others: Vec<Option<Pixels>> = (0..n).map(other).collect();
     let is_blind = |row: usize| {
         let mut own = others.iter().zip(&owners).filter(|(_, owner)| **owner == row).peekable();
         own.peek().is_some() && own.all(|(other, _)| other.is_some())
     };
     let samples = batch.samples.iter().enumerate();
-    samples.flat_map(|(row, sample)| std::iter::repeat_n(is_blind(row), sample.questions.len())).collect()
+    let blind = samples.flat_map(|(row, sample)| std::iter::repeat_n(is_blind(row), sample.questions.len())).collect();
+    for (image, other) in batch.images.iter_mut().zip(others) {
+        if let Some(other) = other {
+            *image = other;
+        }
+    }
+    blind
 }
 
 #[cfg(test)]
@@ -93,6 +102,13 @@ mod tests {
         assert_eq!(show_other_pictures(&mut batch), [true, true, true, true, false]);
         let shown: Vec<f32> = batch.images.iter().map(|p| p.data[0]).collect();
         assert_eq!(shown, [2.0, 2.0, 1.0, 1.0]);
+        // Of another size is better than none.
+        let mut wide = sample("wide", &[4.0], 1);
+        wide.images[0] = Pixels { data: vec![4.0; 6], height: 1, width: 2 };
+        let mut batch = vora_data::collate(vec![wide, sample("a", &[1.0], 1)], 0);
+        assert_eq!(show_other_pictures(&mut batch), [true, true]);
+        assert_eq!(batch.images[0], Pixels { data: vec![1.0; 6], height: 1, width: 2 });
+        assert_eq!(batch.images[1], Pixels { data: vec![4.0; 3], height: 1, width: 1 });
         let mut alone = vora_data::collate(vec![sample("a", &[1.0], 1)], 0);
         assert_eq!(show_other_pictures(&mut alone), [false]);
     }

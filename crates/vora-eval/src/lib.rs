@@ -9,7 +9,7 @@
 //! ```
 
 mod blind;
-mod described;
+mod budgets;
 mod greedy;
 pub mod language;
 mod perplexity;
@@ -19,16 +19,18 @@ mod record;
 mod report;
 mod runner;
 pub mod scores;
+mod spoken;
 mod tally;
 mod task;
 
 pub use blind::show_other_pictures;
-pub use described::described;
+pub use budgets::{Budget, Budgets};
 pub use greedy::greedy_answers;
 pub use perplexity::{Perplexity, perplexity};
 pub use question::Question;
 pub use question_set::QuestionSet;
 pub use report::{Answered, Report};
 pub use runner::answer;
+pub use spoken::spoken;
 pub use tally::Tally;
 pub use task::Task;

@@ -36,7 +36,7 @@ enum Pictures {
 
 impl QuestionSet {
     /// Reads up to `limit` records of `data`: a file of JSON lines, its pictures under `images` or beside it, or
-    /// `scenes:test` and `scenes:unseen`.
+    /// `scenes:test`, `scenes:unseen` and `scenes:shaped`.
     ///
     /// # Errors
     /// Where the data cannot be read, name a picture that is not there, or ask nothing.
@@ -51,7 +51,8 @@ impl QuestionSet {
         let split = match split {
             "test" => Split::Test,
             "unseen" => Split::Unseen,
-            other => bail!("`scenes:{other}` is nothing to be asked about, it takes scenes:test or scenes:unseen"),
+            "shaped" => Split::Shaped,
+            other => bail!("unknown split `{other}`: use scenes:test, scenes:unseen or scenes:shaped"),
         };
         let scenes = Scenes::new(ScenesConfig::default(), split)?;
         let mut questions = Vec::new();

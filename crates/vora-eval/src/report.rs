@@ -6,14 +6,11 @@ use std::fmt;
 use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Map, Value, json};
-use vora_data::scenes::QuestionKind;
 use vora_data::short_name;
 use vora_run::interval::Interval;
 
 use crate::question::Question;
-use crate::scores::{
-    TokenizedCaption, YesNo, bleu, cider, exact_match, rouge_l, same_description, says_yes, vqa_accuracy,
-};
+use crate::scores::{TokenizedCaption, YesNo, bleu, cider, is_right, rouge_l, says_yes, vqa_accuracy};
 use crate::task::Task;
 
 /// A question that was answered.
@@ -26,6 +23,10 @@ pub struct Answered {
     pub answer: String,
     /// The answer to the same question about other pictures, where there are any.
     pub blind: Option<String>,
+    /// Tokens that its pictures became.
+    pub image_tokens: i64,
+    /// Seconds until it was answered, its share of those of a batch.
+    pub seconds: f64,
 }
 
 /// Scores by name, of a set, and that of each question.
@@ -77,7 +78,7 @@ impl Report {
             }
             each = seeing.each; // in the end, those of all
         }
-        let answers = answered.iter().zip(each).map(|(Answered { question, answer, blind }, score)| {
+        let answers = answered.iter().zip(each).map(|(Answered { question, answer, blind, .. }, score)| {
             json!({
                 "id": question.id,
                 "kind": question.kind,
@@ -101,6 +102,12 @@ impl Report {
             kind[format!("blind_{}", row.name)] = row.blind.into();
         }
         kinds.into()
+    }
+
+    /// The task's first score over all questions: its name, its value, and that of the blind control.
+    pub fn headline(&self) -> (&'static str, f64, Option<f64>) {
+        let all = self.rows.iter().find(|row| row.kind == "all");
+        all.map_or(("", 0.0, None), |row| (row.name, row.score, row.blind))
     }
 
     /// Every question with its answers, the expected, the given, the blind.
@@ -136,20 +143,13 @@ impl fmt::Display for Report {
     }
 }
 
-/// Whether the answer is the expected one; of a description, whether it tells the same.
-fn is_right(answer: &str, question: &Question) -> bool {
-    match &question.kind {
-        Some(kind) if kind == QuestionKind::Describe.name() => same_description(answer, &question.references),
-        _ => exact_match(answer, &question.references),
-    }
-}
-
 /// The scores of answers by what is expected.
 fn score<'a>(task: Task, answers: impl Iterator<Item = (&'a str, &'a Question)>) -> Result<Scored> {
     let mean = |each: &[f64]| each.iter().sum::<f64>() / each.len().max(1) as f64;
     Ok(match task {
         Task::Exact => {
-            let each: Vec<f64> = answers.map(|(answer, q)| f64::from(u8::from(is_right(answer, q)))).collect();
+            let right = |(answer, q): (&str, &Question)| is_right(q.kind.as_deref(), answer, &q.references);
+            let each: Vec<f64> = answers.map(|one| f64::from(u8::from(right(one)))).collect();
             Scored { all: vec![("exact_match", mean(&each))], each }
         }
         Task::Vqa => {

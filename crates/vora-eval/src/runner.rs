@@ -1,5 +1,7 @@
 //! Asks a model every question of a set, about its pictures and about others.
 
+use std::time::Instant;
+
 use anyhow::{Context, Result};
 use vora_image::RgbImage;
 use vora_infer::{Assistant, Request};
@@ -37,13 +39,26 @@ pub fn answer(
         for ((question, answer), blind) in questions.iter().zip(seeing).zip(blind) {
             match answer {
                 // Other pictures that cannot be read are told of at their own question.
-                Ok(answer) => answered.push(Answered { question: question.clone(), answer, blind: blind.ok() }),
+                Ok(Reply { text, image_tokens, seconds }) => answered.push(Answered {
+                    question: question.clone(),
+                    answer: text,
+                    blind: blind.ok().map(|blind| blind.text),
+                    image_tokens,
+                    seconds,
+                }),
                 Err(error) => left_out.push(format!("{}: {error:#}", question.id)),
             }
         }
         progress(done);
     }
     (answered, left_out)
+}
+
+/// What a model said, how many tokens it was shown of pictures, and how long it took.
+struct Reply {
+    text: String,
+    image_tokens: i64,
+    seconds: f64,
 }
 
 /// A question's messages with the pictures that are shown with them.
@@ -59,16 +74,26 @@ fn replies<'a>(
     assistant: &Assistant,
     prompts: impl Iterator<Item = Result<Prompt<'a>>>,
     max_tokens: usize,
-) -> Vec<Result<String>> {
-    let prompts: Vec<Result<Prompt<'a>>> = prompts.collect();
+) -> Vec<Result<Reply>> {
+    let sized = |prompt: Result<Prompt<'a>>| {
+        let (pictures, messages) = prompt?;
+        let image_tokens = pictures.iter().map(|picture| assistant.image_tokens(picture)).sum::<Result<i64>>()?;
+        Ok((pictures, messages, image_tokens))
+    };
+    let prompts: Vec<Result<_>> = prompts.map(sized).collect();
     let good = prompts.iter().flatten();
     let requests: Vec<Request<'_>> =
-        good.map(|(pictures, messages)| Request::new(pictures, *messages).with_max_new_tokens(max_tokens)).collect();
-    let mut answers: Vec<Result<String>> = match assistant.reply_all(&requests) {
+        good.map(|(pictures, messages, _)| Request::new(pictures, *messages).with_max_new_tokens(max_tokens)).collect();
+    let began = Instant::now();
+    let answers: Vec<Result<String>> = match assistant.reply_all(&requests) {
         Ok(answers) => answers.into_iter().map(|answer| Ok(answer.text)).collect(),
         Err(_) => requests.iter().map(|request| Ok(assistant.reply(request, |_| true)?.text)).collect(),
     };
-    let mut answers = answers.drain(..);
-    let answer = |prompt: Result<Prompt<'a>>| prompt.and_then(|_| answers.next().context("an answer is missing")?);
-    prompts.into_iter().map(answer).collect()
+    let seconds = began.elapsed().as_secs_f64() / requests.len().max(1) as f64;
+    let mut answers = answers.into_iter();
+    let mut reply = |prompt: Result<(_, _, i64)>| {
+        let (_, _, image_tokens) = prompt?;
+        Ok(Reply { text: answers.next().context("an answer is missing")??, image_tokens, seconds })
+    };
+    prompts.into_iter().map(&mut reply).collect()
 }

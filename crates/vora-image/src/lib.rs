@@ -13,12 +13,16 @@
 //! # }
 //! ```
 
+mod bounding_box;
+mod budget;
 mod decode;
 mod pixels;
 mod processor;
 mod processor_config;
 mod resample;
 
+pub use self::bounding_box::BoundingBox;
+pub use self::budget::TokenBudget;
 pub use self::decode::{ImageError, MAX_FILE, MAX_PIXELS, decode_image, dimensions, is_image, open_image, read_image};
 pub use self::pixels::Pixels;
 pub use self::processor::{Aspect, IMAGENET_DEFAULT, IMAGENET_STANDARD, ImageProcessor, OPENAI_CLIP, Size};

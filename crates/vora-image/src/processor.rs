@@ -3,6 +3,7 @@
 use anyhow::{Result, ensure};
 use image::RgbImage;
 
+use crate::budget::TokenBudget;
 use crate::decode::MAX_PIXELS;
 use crate::pixels::Pixels;
 use crate::resample::{Backend, Resample, resize};
@@ -44,9 +45,11 @@ pub enum Size {
         /// The most tokens there may be.
         max_soft_tokens: u32,
     },
+    /// Whole patches within a budget, at the picture's own aspect.
+    Budget(TokenBudget),
 }
 
-/// What becomes of a picture that is not square where a model takes squares.
+/// What becomes of a picture that is not square.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Aspect {
     /// Bars of this colour make it a square, then it is resized: all of it is there, in its own proportions.
@@ -55,6 +58,8 @@ pub enum Aspect {
     Squash,
     /// Its shorter side is resized, and what lies beyond a square in the middle is cut off.
     Crop,
+    /// It keeps its shape, in as many whole patches as a budget holds; a square does so as any other.
+    Keep(TokenBudget),
 }
 
 /// Pad, resize, crop, rescale and normalise: what a `preprocessor_config.json` describes.
@@ -125,39 +130,45 @@ impl ImageProcessor {
         match (self.pad, self.size, self.crop_size) {
             (Some(color), ..) => Aspect::Pad(color),
             (None, Some(Size::ShortestEdge(_)), Some(_)) => Aspect::Crop,
+            (None, Some(Size::Budget(budget)), _) => Aspect::Keep(budget),
             _ => Aspect::Squash,
         }
     }
 
-    /// The same processor for squares of `image_size` x `image_size`: same channels and sampling.
+    /// The same processor, by channels and sampling, for squares of `image_size` x `image_size`, or for pictures that keep
+    /// their shape.
     #[must_use]
-    pub fn square_of(&self, image_size: u32, aspect: Aspect) -> Self {
+    pub fn with_aspect(&self, image_size: u32, aspect: Aspect) -> Self {
         let exact = Size::Exact { height: image_size, width: image_size };
         let (size, crop_size, pad) = match aspect {
             Aspect::Pad(color) => (exact, None, Some(color)),
             Aspect::Squash => (exact, None, None),
             Aspect::Crop => (Size::ShortestEdge(image_size), Some((image_size, image_size)), None),
+            Aspect::Keep(budget) => (Size::Budget(budget), None, None),
         };
         let (rescale_factor, mean_std) = (self.rescale_factor, self.mean_std);
         Self::new(self.backend, Some(size), self.resample, crop_size, rescale_factor, mean_std).with_pad(pad)
     }
 
     /// The height and width of what comes out for a picture of that height and width.
-    pub fn output_size(&self, height: u32, width: u32) -> (u32, u32) {
+    ///
+    /// # Errors
+    /// Where the picture's shape fits in no budget ([`TokenBudget::grid`]).
+    pub fn output_size(&self, height: u32, width: u32) -> Result<(u32, u32)> {
         let (height, width) = self.padded(height, width);
-        self.crop_size.unwrap_or_else(|| self.resized(height, width))
+        self.crop_size.map_or_else(|| self.resized(height, width), Ok)
     }
 
     /// Pads, resizes, crops (filling up with black where the picture is smaller), rescales and normalises.
     ///
     /// # Errors
     /// Where the picture has no pixels, or resizing would make more than [`MAX_PIXELS`] of them, as for a picture one
-    /// pixel wide and very long.
+    /// pixel wide and very long; and where its shape fits in no budget.
     pub fn preprocess(&self, image: &RgbImage) -> Result<Pixels> {
         let (from_height, from_width) = (image.height(), image.width());
         ensure!(from_height > 0 && from_width > 0, "a picture of {from_width} x {from_height} pixels shows nothing");
         let (padded_height, padded_width) = self.padded(from_height, from_width);
-        let (height, width) = self.resized(padded_height, padded_width);
+        let (height, width) = self.resized(padded_height, padded_width)?;
         let most = u64::from(width) * u64::from(height.max(padded_height));
         ensure!(
             most <= MAX_PIXELS,
@@ -205,8 +216,8 @@ impl ImageProcessor {
         Ok(resize(&narrowed, (side, to.1), to, self.resample, self.backend)?.into_owned())
     }
 
-    fn resized(&self, height: u32, width: u32) -> (u32, u32) {
-        match self.size {
+    fn resized(&self, height: u32, width: u32) -> Result<(u32, u32)> {
+        Ok(match self.size {
             None => (height, width),
             Some(Size::Exact { height, width }) => (height, width),
             Some(Size::ShortestEdge(edge)) => {
@@ -221,7 +232,8 @@ impl ImageProcessor {
             Some(Size::SoftTokens { patch_size, pooling_kernel_size, max_soft_tokens }) => {
                 soft_tokens(height, width, patch_size * pooling_kernel_size, max_soft_tokens)
             }
-        }
+            Some(Size::Budget(budget)) => budget.size(height, width)?,
+        })
     }
 
     fn crop_and_normalise(&self, bytes: &[u8], height: usize, width: usize) -> Pixels {
@@ -351,7 +363,7 @@ mod tests {
             let found = processor.preprocess(&image).unwrap();
             assert_eq!(
                 (found.height as u32, found.width as u32),
-                processor.output_size(image.height(), image.width()),
+                processor.output_size(image.height(), image.width()).unwrap(),
                 "{name}"
             );
             let golden = &golden[&format!("pixel_values.{name}")];
@@ -391,7 +403,7 @@ mod tests {
         let processor = ImageProcessor::square(28, mean, std, Resample::Bicubic);
         let pixels = processor.preprocess(&image).unwrap();
         assert_eq!((pixels.height, pixels.width, pixels.data.len()), (28, 28, 3 * 28 * 28));
-        let small = processor.square_of(14, Aspect::Squash).preprocess(&image).unwrap();
+        let small = processor.with_aspect(14, Aspect::Squash).preprocess(&image).unwrap();
         assert_eq!((small.height, small.width), (14, 14));
     }
 
@@ -419,13 +431,13 @@ mod tests {
                 for (x, y, pixel) in picture.enumerate_pixels() {
                     square.put_pixel(before + x, above + y, *pixel);
                 }
-                let pixels = |aspect: Aspect| base.square_of(8, aspect).preprocess(&picture).unwrap();
+                let pixels = |aspect: Aspect| base.with_aspect(8, aspect).preprocess(&picture).unwrap();
                 assert_eq!(pixels(black), base.preprocess(&square).unwrap(), "{height} x {width}");
                 assert_eq!(pixels(Aspect::Squash), base.preprocess(&picture).unwrap());
                 let all = [black, Aspect::Pad([9, 8, 7]), Aspect::Squash, Aspect::Crop];
                 for (idx, aspect) in all.into_iter().enumerate() {
-                    let processor = base.square_of(8, aspect);
-                    assert_eq!((processor.aspect(), processor.output_size(height, width)), (aspect, (8, 8)));
+                    let processor = base.with_aspect(8, aspect);
+                    assert_eq!((processor.aspect(), processor.output_size(height, width).unwrap()), (aspect, (8, 8)));
                     let again = ImageProcessor::from_json(processor.to_json()).unwrap();
                     assert_eq!(again.aspect(), aspect);
                     assert_eq!(again.preprocess(&picture).unwrap(), pixels(aspect));
@@ -439,11 +451,42 @@ mod tests {
             }
         }
         // Bars of the mean are what Hugging Face's own class makes, and need no key of ours.
-        let padded = base.square_of(8, Aspect::Pad(base.mean_color())).to_json();
+        let padded = base.with_aspect(8, Aspect::Pad(base.mean_color())).to_json();
         assert_eq!((&padded["image_processor_type"], &padded["do_pad"]), (&json!("LlavaImageProcessor"), &json!(true)));
         assert_eq!(padded.get("background_color"), None);
         assert_eq!(base.mean_color(), [122, 116, 104]);
-        assert_eq!(base.square_of(8, black).to_json()["background_color"], json!([0, 0, 0]));
+        assert_eq!(base.with_aspect(8, black).to_json()["background_color"], json!([0, 0, 0]));
+    }
+
+    #[test]
+    fn a_picture_within_a_budget_keeps_its_shape() {
+        let budget = TokenBudget::new(4, 2, 12).unwrap();
+        let (mean, std) = IMAGENET_DEFAULT;
+        let base = ImageProcessor::square(8, mean, std, Resample::Bicubic);
+        let keeps = base.with_aspect(8, Aspect::Keep(budget));
+        let again = ImageProcessor::from_json(keeps.to_json()).unwrap();
+        assert_eq!((keeps.aspect(), again.aspect()), (Aspect::Keep(budget), Aspect::Keep(budget)));
+        for (width, height, columns, rows) in [(8, 8, 2, 2), (60, 20, 6, 2), (13, 40, 1, 6), (3, 3, 2, 2), (4, 4, 2, 2)]
+        {
+            let picture = RgbImage::from_fn(width, height, |x, y| [x as u8, y as u8, 90].into());
+            let pixels = again.preprocess(&picture).unwrap();
+            assert_eq!((pixels.width, pixels.height), (4 * columns, 4 * rows), "{width} x {height}");
+            // A square is one shape of many.
+            if width == height {
+                assert_eq!(pixels, base.preprocess(&picture).unwrap());
+            }
+        }
+        let error = keeps.preprocess(&RgbImage::new(13, 1)).unwrap_err().to_string();
+        assert!(error.contains("a picture of 13 x 1 pixels cannot keep its shape within 12 tokens"), "{error}");
+        let refused = |key: &str, value: Value| {
+            let mut json = keeps.to_json();
+            json[key] = value;
+            ImageProcessor::from_json(json).unwrap_err().to_string()
+        };
+        assert!(refused("max_image_tokens", json!(0)).contains("max_image_tokens is 0"));
+        assert!(refused("min_image_tokens", json!(13)).contains("more than max_image_tokens, 12"));
+        assert!(refused("patch_size", Value::Null).contains("patch_size is missing"));
+        assert!(refused("do_center_crop", json!(true)).contains("do_center_crop"));
     }
 
     #[test]

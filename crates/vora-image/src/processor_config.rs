@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use vora_files::{object, tell_once};
 
+use crate::budget::TokenBudget;
 use crate::processor::{IMAGENET_STANDARD, ImageProcessor, OPENAI_CLIP, Size};
 use crate::resample::{Backend, Resample};
 
@@ -71,6 +72,11 @@ impl ImageProcessor {
             resample = keys.resample.map_or(Ok(resample), Resample::from_pillow)?;
         }
         let do_center_crop = keys.do_center_crop.unwrap_or(class.do_center_crop);
+        let keeps_shape = matches!(size, Some(Size::Budget(_)));
+        ensure!(
+            !keeps_shape || !(do_center_crop || class.pads_to_square),
+            "max_image_tokens keeps a picture's shape, set do_center_crop to false and let no bars make it a square"
+        );
         let crop_size = do_center_crop.then(|| keys.crop_size(&class)).transpose()?;
         let rescale_factor =
             keys.do_rescale.unwrap_or(true).then(|| keys.rescale_factor.unwrap_or(class.rescale_factor));
@@ -98,7 +104,8 @@ impl ImageProcessor {
     /// The object that [`ImageProcessor::from_json`] and Hugging Face's `AutoImageProcessor` read. The latter takes the
     /// backend from its caller and not from the name of the class, and no file with a key `backend` (5.23.0:
     /// "property 'backend' has no setter"); and it pads to squares in the colour of the mean, so that another one has a
-    /// key of ours, `background_color`.
+    /// key of ours, `background_color`. Its processors that keep a picture's shape give rows of patches and no picture,
+    /// so that a budget has keys of ours too, `min_image_tokens` and `max_image_tokens`.
     pub fn to_json(&self) -> Value {
         let (image_mean, image_std) = self.mean_std();
         let mut json = json!({
@@ -125,6 +132,11 @@ impl ImageProcessor {
                 json["patch_size"] = json!(patch_size);
                 json["pooling_kernel_size"] = json!(pooling_kernel_size);
                 json["max_soft_tokens"] = json!(max_soft_tokens);
+            }
+            Some(Size::Budget(budget)) => {
+                json["patch_size"] = json!(budget.patch_size());
+                json["min_image_tokens"] = json!(budget.min_image_tokens());
+                json["max_image_tokens"] = json!(budget.max_image_tokens());
             }
             None => {}
         }
@@ -244,6 +256,8 @@ struct Keys {
     max_num_patches: Option<u32>,
     pooling_kernel_size: Option<u32>,
     max_soft_tokens: Option<u32>,
+    min_image_tokens: Option<u32>,
+    max_image_tokens: Option<u32>,
     do_pad: Option<bool>,
     pad_size: Option<Value>,
     background_color: Option<[u8; 3]>,
@@ -252,6 +266,11 @@ struct Keys {
 
 impl Keys {
     fn size(&self, class: &Class) -> Result<Size> {
+        if let Some(max_image_tokens) = self.max_image_tokens {
+            let patch_size = self.patch_size.context("max_image_tokens counts patches, patch_size is missing")?;
+            let min_image_tokens = self.min_image_tokens.unwrap_or(1);
+            return Ok(Size::Budget(TokenBudget::new(patch_size, min_image_tokens, max_image_tokens)?));
+        }
         let to_square = self.default_to_square.unwrap_or(class.default_to_square);
         let size = match (class.size, &self.size) {
             (Size::Patches { patch_size, max_num_patches }, _) => Size::Patches {
@@ -471,9 +490,9 @@ mod tests {
             assert_eq!(again, found, "{name}: to_json loses something");
         }
         let unsaid = ImageProcessor::from_json(json!({"image_processor_type": "Gemma4UnifiedImageProcessor"})).unwrap();
-        assert_eq!(unsaid.output_size(480, 640), (672, 912)); // 14 x 19 tokens of 48 pixels
-        assert_eq!(unsaid.output_size(1, 200), (48, 236 * 48));
-        assert_eq!(unsaid.output_size(900, 1), (280 * 48, 48));
+        assert_eq!(unsaid.output_size(480, 640).unwrap(), (672, 912)); // 14 x 19 tokens of 48 pixels
+        assert_eq!(unsaid.output_size(1, 200).unwrap(), (48, 236 * 48));
+        assert_eq!(unsaid.output_size(900, 1).unwrap(), (280 * 48, 48));
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use tch::{Device, Kind};
+use vora_image::RgbImage;
 use vora_model::{Input, Resolve, VisionLanguageModel};
 use vora_text::Tokenizer;
 
@@ -56,6 +57,24 @@ impl Assistant {
     /// The model's tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.prompter.tokenizer
+    }
+
+    /// Gives pictures another `max_image_tokens`, where they keep their shape.
+    ///
+    /// # Errors
+    /// Where they become squares, or the maximum is 0.
+    pub fn set_max_image_tokens(&mut self, max_image_tokens: u32) -> Result<()> {
+        self.prompter.set_max_image_tokens(max_image_tokens)
+    }
+
+    /// How many tokens a picture becomes.
+    ///
+    /// # Errors
+    /// Where the model does not take it.
+    pub fn image_tokens(&self, picture: &RgbImage) -> Result<i64> {
+        let (height, width) = self.prompter.picture_size(picture)?;
+        let (rows, columns) = self.model.image_grid(height.into(), width.into())?;
+        Ok(rows * columns)
     }
 
     /// Answers a request with words, one picture, or both; for a Chameleon, which writes pictures.

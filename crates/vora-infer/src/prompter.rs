@@ -3,9 +3,9 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 use tch::Tensor;
-use vora_image::{ImageProcessor, Pixels};
+use vora_image::{Aspect, ImageProcessor, Pixels, RgbImage};
 use vora_model::{Input, VisionLanguageModel};
 use vora_text::{ChatTemplate, Piece, Tokenizer};
 
@@ -60,6 +60,30 @@ impl Prompter {
         let pictures = pictures.collect::<Result<Vec<_>>>()?;
         let pieces = self.chat.encode_prompt(&self.tokenizer, &request.messages)?;
         Ok(Prompt { pieces, pictures, grammar: self.grammar(&request.format)? })
+    }
+
+    /// Gives pictures another budget of tokens.
+    ///
+    /// # Errors
+    /// Where they become squares, or none would be left of them.
+    pub(crate) fn set_max_image_tokens(&mut self, max_image_tokens: u32) -> Result<()> {
+        let processor = self.processor.as_mut().ok_or(InferError::SeesNoPictures)?;
+        let Aspect::Keep(budget) = processor.aspect() else {
+            bail!(
+                "the model's pictures become squares of one size; a budget is for one trained with model.max_image_tokens"
+            )
+        };
+        *processor = processor.with_aspect(0, Aspect::Keep(budget.with_max(max_image_tokens)?));
+        Ok(())
+    }
+
+    /// The height and width that a picture gets.
+    ///
+    /// # Errors
+    /// Where its shape fits in no budget, or the model takes no picture.
+    pub(crate) fn picture_size(&self, picture: &RgbImage) -> Result<(u32, u32)> {
+        let processor = self.processor.as_ref().context(InferError::SeesNoPictures)?;
+        processor.output_size(picture.height(), picture.width())
     }
 
     fn grammar(&self, format: &ResponseFormat) -> Result<Option<Grammar>> {

@@ -47,7 +47,7 @@ impl TrainConfig {
         );
         self.validate_best()?;
         self.model.validate()?;
-        self.data.validate(self.model.image_size)?;
+        self.data.validate(&self.model)?;
         self.validate_loss()?;
         self.validate_anchor()?;
         ensure!(

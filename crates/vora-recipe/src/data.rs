@@ -10,6 +10,8 @@ use serde::de::{self, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use vora_data::scenes::{QuestionKind, ScenesConfig, Split};
 
+use crate::model::ModelConfig;
+
 /// The data: what is learned from, and what is asked afterwards.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -69,6 +71,12 @@ pub struct EvalData {
     /// Questions about a picture of the split; absent: as many as in training.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub questions_per_image: Option<usize>,
+    /// Narrowest and widest pictures of the split, width over height; `[1, 1]` makes squares; absent: as in training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub aspects: Option<[f32; 2]>,
+    /// Shortest and longest sides of its pictures, in pixels; absent: as in training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sides: Option<[u32; 2]>,
     /// How often each question type is asked about a picture of the split; absent: as in training.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kinds: Option<BTreeMap<QuestionKind, f64>>,
@@ -91,6 +99,8 @@ impl Default for EvalData {
             data_fetch: None,
             samples: two_hundred(),
             questions_per_image: None,
+            aspects: None,
+            sides: None,
             kinds: None,
             kinds_of_several: None,
             objects: None,
@@ -108,6 +118,8 @@ impl EvalData {
                 Some(kinds) => Some(kinds.clone()),
                 None => train.kinds_of_several.filter(|_| self.kinds.is_none()),
             },
+            aspects: self.aspects.or(train.aspects),
+            sides: self.sides.or(train.sides),
             kinds: self.kinds.clone().unwrap_or(train.kinds),
             objects: self.objects.unwrap_or(train.objects),
             unnamed_share: self.unnamed_share.unwrap_or(train.unnamed_share),
@@ -327,7 +339,7 @@ fn two_hundred() -> usize {
 }
 
 impl DataConfig {
-    pub(crate) fn validate(&self, image_size: i64) -> Result<()> {
+    pub(crate) fn validate(&self, model: &ModelConfig) -> Result<()> {
         let is_own = self.train.source.is_some();
         ensure!(
             !is_own || (self.train.scenes.is_none() && self.train.data_fetch.is_none()),
@@ -352,9 +364,10 @@ impl DataConfig {
         if let Some(scenes) = &self.train.scenes {
             scenes.validate().map_err(|error| anyhow!("data.train.{error}"))?;
             ensure!(
-                i64::from(scenes.image_size) == image_size,
-                "data.train.scenes.image_size is {}, model.image_size is {image_size}: they must be the same",
-                scenes.image_size
+                i64::from(scenes.image_size) == model.image_size || model.max_image_tokens.is_some(),
+                "data.train.scenes.image_size is {}, model.image_size is {}: they must be the same",
+                scenes.image_size,
+                model.image_size
             );
         }
         if let Some(fetch) = &self.train.data_fetch {
@@ -391,6 +404,8 @@ impl DataConfig {
                     );
                     let of_scenes = [
                         ("questions_per_image", eval.questions_per_image.is_some()),
+                        ("aspects", eval.aspects.is_some()),
+                        ("sides", eval.sides.is_some()),
                         ("kinds", eval.kinds.is_some()),
                         ("kinds_of_several", eval.kinds_of_several.is_some()),
                         ("objects", eval.objects.is_some()),
@@ -494,7 +509,7 @@ mod tests {
 
     fn validate(yaml: &str) -> Result<()> {
         let config: DataConfig = crate::overrides::from_yaml(yaml)?;
-        config.validate(56)
+        config.validate(&ModelConfig { image_size: 56, ..ModelConfig::default() })
     }
 
     #[test]

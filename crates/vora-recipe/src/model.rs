@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Deserializer, Serialize};
+use vora_image::TokenBudget;
 use vora_llm::VisionAttention;
 use vora_lora::{ActsOn, LoraConfig};
 use vora_model::{ALL_LINEAR, MmProjectorType};
@@ -66,9 +67,9 @@ pub struct ModelConfig {
     /// A chat template (Jinja) in place of the LLM's own; it goes with the trained model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chat_template: Option<String>,
-    /// Side of a picture, in pixels.
+    /// Side of a picture, in pixels; with `max_image_tokens` that of the square whose patches have positions of their own.
     pub image_size: i64,
-    /// What becomes of a picture that is not square. Absent: what `model.pretrained` or a published recipe's
+    /// What becomes of a picture that is not square, where it does not keep its shape. Absent: what `model.pretrained` or a published recipe's
     /// `frames_ops` does with it, else `pad`. It is stored in the model's folder, and evaluations and answers see the
     /// same pixels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -96,6 +97,15 @@ pub struct ModelConfig {
     /// VoRA: side of a patch, in pixels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub patch_size: Option<i64>,
+    /// VoRA: the most tokens that a picture becomes. Given, a picture keeps its own shape: it is resized to whole patches,
+    /// the nearest to its size, made smaller to at most so many, and gets positions by `pos_embed: interpolate`. The
+    /// teacher sees the same pixels. Absent: squares, or what `model.pretrained` does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_image_tokens: Option<u32>,
+    /// VoRA: the fewest, which a smaller picture is enlarged to; absent: 1. The maximum goes before, where no grid of a
+    /// picture's shape has a number between the two.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_image_tokens: Option<u32>,
     /// VoRA: the teacher, a folder or a name on the hub. Absent: no distillation.
     #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
     pub aux_vision: Option<String>,
@@ -367,6 +377,8 @@ impl ModelConfig {
             ("vision_embedding", self.vision_embedding.is_some(), ModelType::Vora),
             ("vision_embedding_intermediate_size", self.vision_embedding_intermediate_size.is_some(), ModelType::Vora),
             ("patch_size", self.patch_size.is_some(), ModelType::Vora),
+            ("max_image_tokens", self.max_image_tokens.is_some(), ModelType::Vora),
+            ("min_image_tokens", self.min_image_tokens.is_some(), ModelType::Vora),
             ("aux_vision", self.aux_vision.is_some(), ModelType::Vora),
             ("skip_aux_cls", self.skip_aux_cls.is_some(), ModelType::Vora),
             ("reuse_aux_vision_embedding_layers", self.reuse_aux_vision_embedding_layers.is_some(), ModelType::Vora),
@@ -393,12 +405,31 @@ impl ModelConfig {
         Ok(())
     }
 
+    /// How many tokens a picture may become that keeps its own shape; none where pictures become squares.
+    ///
+    /// # Errors
+    /// Names the key that leaves no picture possible.
+    pub fn token_budget(&self) -> Result<Option<TokenBudget>> {
+        let Some(max_image_tokens) = self.max_image_tokens else {
+            ensure!(self.min_image_tokens.is_none(), "model.min_image_tokens is given without model.max_image_tokens");
+            return Ok(None);
+        };
+        ensure!(
+            self.image_aspect_ratio.is_none() && self.background_color.is_none(),
+            "model.image_aspect_ratio and background_color make squares, with model.max_image_tokens pictures keep their shape"
+        );
+        let patch_size = u32::try_from(self.patch_size.unwrap_or(0))?;
+        let budget = TokenBudget::new(patch_size, self.min_image_tokens.unwrap_or(1), max_image_tokens);
+        budget.map(Some).map_err(|error| anyhow!("model.{error}"))
+    }
+
     fn validate_vora(&self, patch_size: i64) -> Result<()> {
         let image_size = self.image_size;
         ensure!(
             image_size % patch_size == 0,
             "model.image_size is {image_size}, it must be a multiple of model.patch_size, {patch_size}"
         );
+        self.token_budget()?;
         let is_tuned = self.lora.as_ref().is_some_and(|lora| lora.r < 0);
         ensure!(
             !is_tuned || self.pretrained.is_some(),
@@ -577,6 +608,17 @@ mod tests {
             (VORA.replace(lora, ""), "model.lora is missing"),
             (VORA.replace("patch_size: 14, ", ""), "model.patch_size is missing"),
             (VORA.replace("image_size: 56", "image_size: 0"), "model.image_size is 0"),
+            (VORA.replace("llm: x", "llm: x, max_image_tokens: 0"), "model.max_image_tokens is 0"),
+            (
+                VORA.replace("llm: x", "llm: x, max_image_tokens: 4, min_image_tokens: 9"),
+                "more than max_image_tokens, 4",
+            ),
+            (VORA.replace("llm: x", "llm: x, min_image_tokens: 9"), "without model.max_image_tokens"),
+            (
+                VORA.replace("llm: x", "llm: x, max_image_tokens: 4, image_aspect_ratio: pad"),
+                "with model.max_image_tokens pictures keep their shape",
+            ),
+            (LLAVA.replace("llm: x", "llm: x, max_image_tokens: 4"), "model.max_image_tokens is for the type `vora`"),
             (LLAVA.replace("llava", "flamingo"), "flamingo"),
             (CHAMELEON.replace("56", "60"), "a multiple of the image tokenizer's stride, 8"),
             (CHAMELEON.replace("vqmodel: {}", "z_loss: 0"), "model.vqmodel is missing"),

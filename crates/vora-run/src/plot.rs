@@ -1,5 +1,5 @@
-//! `loss.svg`: both losses over the steps, what the cosine loss would be without looking, and the accuracies; and for the
-//! report a chart of everything else that is measured, each alone.
+//! `loss.svg`: both losses over the steps, what the cosine loss would be without looking, and the accuracies; for the
+//! report a chart of everything else that is measured, each alone; and curves over another number than steps.
 
 use std::path::Path;
 
@@ -64,10 +64,41 @@ pub fn draw(path: &Path, title: &str, lines: &[Line]) -> Result<()> {
     if panels.is_empty() {
         return Ok(());
     }
+    write(path, title, &panels)
+}
+
+/// Draws panels into `path`.
+fn write(path: &Path, title: &str, panels: &[Panel]) -> Result<()> {
     let mut svg = String::new();
-    paint(&mut svg, title, (WIDTH, HEAD + PANEL * panels.len() as u32), &panels)
+    paint(&mut svg, title, (WIDTH, HEAD + PANEL * panels.len() as u32), panels)
         .map_err(|e| anyhow!("cannot draw {}: {e}", path.display()))?;
     vora_files::write_bytes(path, svg.as_bytes())
+}
+
+/// What was measured at several values of one number, `title`: points `(value, measured)` of one panel.
+#[derive(Debug)]
+pub struct Measured {
+    /// What was measured.
+    pub name: &'static str,
+    /// The most that it can be, where there is a most.
+    pub most: Option<f64>,
+    /// The points.
+    pub points: Vec<(f64, f64)>,
+    /// Those of a control beside it, dashed, and its name.
+    pub control: Option<(&'static str, Vec<(f64, f64)>)>,
+}
+
+/// Draws such panels below each other into `path`.
+///
+/// # Errors
+/// Where the file cannot be written.
+pub fn draw_measured(path: &Path, title: &str, measured: Vec<Measured>) -> Result<()> {
+    let panel = |Measured { name, most, points, control }: Measured| {
+        let control = control.filter(|(_, points)| !points.is_empty());
+        let control = control.map(|(name, points)| Curve { dashed: true, ..Curve::new(name, GREY, points) });
+        (name, most, control.into_iter().chain([Curve::new(name, LANGUAGE, points)]).collect())
+    };
+    write(path, title, &measured.into_iter().map(panel).collect::<Vec<_>>())
 }
 
 /// Everything that a run measured, as SVG, a chart each.
@@ -368,6 +399,24 @@ mod tests {
         let steps: Vec<Line> = example().into_iter().filter(|l| matches!(l, Line::Step(_))).take(3).collect();
         draw(&path, "three steps", &steps).unwrap();
         assert!(!std::fs::read_to_string(&path).unwrap().contains("exact match"));
+    }
+
+    #[test]
+    fn what_was_measured_is_drawn_beside_its_control() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("budgets.svg");
+        let score = Measured {
+            name: "exact_match",
+            most: Some(1.0),
+            points: vec![(16.0, 0.5), (64.0, 0.75)],
+            control: Some(("wrong picture", vec![(16.0, 0.25), (64.0, 0.25)])),
+        };
+        let seconds = Measured { name: "seconds", most: None, points: vec![(16.0, 0.1), (64.0, 0.4)], control: None };
+        draw_measured(&path, "max_image_tokens", vec![score, seconds]).unwrap();
+        let svg = std::fs::read_to_string(&path).unwrap();
+        for text in ["max_image_tokens", "exact_match 0.75", "wrong picture 0.25", "seconds 0.40"] {
+            assert!(svg.contains(text), "no `{text}`");
+        }
     }
 
     #[test]

@@ -13,6 +13,7 @@ use image::RgbImage;
 use minijinja::Environment;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use vora_image::BoundingBox;
 
 use crate::block_maps::{self, Layout};
 use crate::interval::Interval;
@@ -60,6 +61,27 @@ struct Sample {
     expected: String,
     answer: Option<String>,
     is_right: bool,
+    boxes: Vec<Marked>,
+}
+
+/// A box over a sample's picture, in thousandths of its sides.
+#[derive(Debug, Serialize)]
+struct Marked {
+    is_expected: bool,
+    x: u16,
+    y: u16,
+    width: u16,
+    height: u16,
+}
+
+impl Marked {
+    /// Those that a text tells.
+    fn all_in(text: &str, is_expected: bool) -> impl Iterator<Item = Self> {
+        BoundingBox::all_in(text).unwrap_or_default().into_iter().map(move |each| {
+            let [x, y, right, bottom] = each.corners();
+            Self { is_expected, x, y, width: right - x, height: bottom - y }
+        })
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -296,11 +318,14 @@ fn asked(folder: &Path, answers: Option<&Answers>) -> Result<Vec<Sample>> {
         let path = folder.join(&question.image);
         let png = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let answer = answers.and_then(|answers| answers.get(&question.image)).map(|text| text.trim().to_owned());
+        let expected = question.answer.trim();
+        let told = answer.as_deref().unwrap_or_default();
         Ok(Sample {
             picture: data_uri(&png),
             split: question.split,
             question: question.question,
-            is_right: answer.as_deref() == Some(question.answer.trim()),
+            is_right: answer.is_some() && (told == expected || BoundingBox::same_in(told, expected)),
+            boxes: Marked::all_in(expected, true).chain(Marked::all_in(told, false)).collect(),
             expected: question.answer,
             answer,
         })
@@ -430,6 +455,29 @@ mod tests {
         assert!(
             html(run.path(), Err(String::new())).unwrap_err().to_string().contains("a picture outside: `../a.png`")
         );
+    }
+
+    #[test]
+    fn boxes_lie_over_their_picture() {
+        let run = tempfile::tempdir().unwrap();
+        begun(run.path());
+        let folder = run.path().join("samples");
+        std::fs::create_dir(&folder).unwrap();
+        let question = |image: &str, answer: &str| {
+            RgbImage::from_pixel(6, 2, [9, 9, 9].into()).save(folder.join(image)).unwrap();
+            let json =
+                json!({"image": image, "question": "Its box?", "answer": answer, "kind": "box", "split": "test"});
+            format!("{json}\n")
+        };
+        let expected = "<box>(100,200),(400,600)</box>";
+        std::fs::write(folder.join("questions.jsonl"), question("a.png", expected) + &question("b.png", expected))
+            .unwrap();
+        let answers = [("a.png", "<box>(100,200),(400,500)</box>"), ("b.png", "<box>(0,0),(1001,9)</box>")];
+        let answers = answers.map(|(image, text)| (image.to_owned(), text.to_owned())).into();
+        let page = html(run.path(), Ok(answers)).unwrap();
+        assert_eq!(page.matches(r#"<rect class="expected" x="100" y="200" width="300" height="400"/>"#).count(), 2);
+        assert_eq!(page.matches(r#"<rect class="told" x="100" y="200" width="300" height="300"/>"#).count(), 1);
+        assert!(page.contains("✓ &lt;box&gt;(100,200),(400,500)") && page.contains("✗ &lt;box&gt;(0,0),(1001,9)"));
     }
 
     #[test]

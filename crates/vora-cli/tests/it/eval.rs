@@ -32,6 +32,38 @@ fn write_lines(path: &Path, records: &[Value]) -> String {
     path.to_string_lossy().into_owned()
 }
 
+/// A model whose pictures keep their shape, asked within several budgets.
+#[test]
+fn what_a_budget_costs_and_gives_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let shaped =
+        ["max_steps=1", "model.max_image_tokens=16", "data.train.scenes={aspects: [0.4, 2.5], sides: [20, 80]}"];
+    let [_, merged] = run(folder.path(), &shaped);
+    let curve = folder.path().join("budgets.svg");
+    let asked = ["--data", "scenes:shaped", "--limit", "4", "--max-tokens", "2"];
+    let curve_args = ["--max-image-tokens", "4,9,36", "--curve", curve.to_str().unwrap()];
+    let found = eval(&merged, &[&asked[..], &curve_args].concat());
+    let tokens: Vec<f64> = (0..3).map(|idx| found["budgets"][idx]["image_tokens"].as_f64().unwrap()).collect();
+    assert!(tokens[0] <= 4.0 && tokens[0] < tokens[1] && tokens[1] <= 9.0 && tokens[1] < tokens[2], "{found}");
+    for budget in found["budgets"].as_array().unwrap() {
+        let all = &budget["scores"]["all"];
+        assert!(all["exact_match"].is_number() && all["blind_exact_match"].is_number(), "{found}");
+    }
+    assert!(std::fs::read_to_string(curve).unwrap().contains("wrong picture"));
+    let refused = |model: &str, budget: &str, says: &str| {
+        fails(&[&["eval", model, "--max-image-tokens", budget], &asked[..]].concat(), 1, &[says]);
+    };
+    refused(&merged, "0", "max_image_tokens is 0, a picture takes at least 1 token");
+    let sliver = folder.path().join("sliver.png");
+    vora_image::RgbImage::new(1000, 5).save(&sliver).unwrap();
+    let says =
+        "a picture of 1000 x 5 pixels cannot keep its shape within 16 tokens: crop it, or raise max_image_tokens";
+    fails(&["ask", &merged, sliver.to_str().unwrap(), "What is it?"], 1, &[says]);
+    let squares = folder.path().join("squares");
+    let [_, squares] = run(&squares, &["max_steps=1"]);
+    refused(&squares, "16", "the model's pictures become squares of one size");
+}
+
 /// Greedy answers are right just where the trainer says so, of a model that learned to answer some.
 #[test]
 fn exact_match_is_the_trainers() {
@@ -210,7 +242,11 @@ fn wrong(merged: &str, folder: &Path) {
     fails(&["eval", merged], 2, &["--data"]);
     fails(&["eval", merged, "--data", &data, "--text", &data], 2, &["cannot be used with"]);
     fails(&["eval", merged, "--data", &data, "--stride", "4"], 2, &["cannot be used with"]);
-    fails(&["eval", merged, "--data", "scenes:train"], 1, &["takes scenes:test or scenes:unseen"]);
+    fails(
+        &["eval", merged, "--data", "scenes:train"],
+        1,
+        &["unknown split `train`: use scenes:test, scenes:unseen or scenes:shaped"],
+    );
     fails(&["eval", merged, "--data", &data, "--task", "perplexity"], 1, &["give --text instead of --data"]);
     fails(&["eval", merged, "--text", &data, "--task", "vqa"], 1, &["no vqa: give --data"]);
     let images = ["--images", "fixtures/images"];

@@ -294,6 +294,14 @@ fn from_training_to_an_answer() {
     assert!(greedy["prompt_tokens"].as_i64().unwrap() > 4, "{greedy}");
     let sampled = ["--temperature", "1", "--top-p", "0.9", "--seed", "3"];
     assert_eq!(ask(&sampled), ask(&sampled));
+    let drawn = run.join("drawn.png").to_string_lossy().into_owned();
+    let question = ["What color?", "--draw", &drawn, "--max-new-tokens", "2"];
+    fails(&[&["ask", &merged, &picture], &question[..]].concat(), 1, &["--draw: the answer tells no box"]);
+    fails(
+        &[&["ask", &merged, &picture, &picture], &question[..]].concat(),
+        1,
+        &["--draw takes one picture, there are 2"],
+    );
 
     let parts = succeeded(&vora(&["inspect", &merged]));
     assert!(

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
+use vora_image::BoundingBox;
 use vora_text::{Message, Part};
 
 use super::frames::{frames, is_given, not_taken, picture_keys};
@@ -125,6 +126,9 @@ impl Record {
         );
         let len: usize = messages.iter().chain(&rejected).map(num_bytes).sum();
         ensure!(len <= MAX_WORDS, "it says {len} bytes of text, at most {MAX_WORDS} are read");
+        if !frames.is_empty() {
+            messages.iter().try_for_each(|message| BoundingBox::all_in(&shown(message)).map(drop))?;
+        }
         if beside.is_none_or(|num_images| num_images == 0) {
             notes.extend(not_taken(&object, keys, frames.is_empty())?);
         }
@@ -323,6 +327,19 @@ mod tests {
         assert!(error(r#"{"label": 3}"#, 1).contains("neither a conversation under `conversations`"));
         assert!(error(r#"{"conversations": "A cat."}"#, 1).contains("is a string, but no JSON"));
         assert!(error(r#"{"messages": [{"role": "user", "content": [{"type": "audio"}]}]}"#, 1).contains("`audio`"));
+    }
+
+    #[test]
+    fn a_box_outside_its_picture_is_refused_by_name() {
+        let read = |frames: &str, answer: &str| {
+            let turns = format!(r#"[{{"from": "human", "value": "Where?"}}, {{"from": "gpt", "value": "{answer}"}}]"#);
+            let line = format!(r#"{{"frames": [{frames}], "conversations": {turns}}}"#);
+            Record::parse(line.as_bytes(), &RecordKeys::default()).map(drop)
+        };
+        read(r#""a.png""#, "<box>(10,20),(1000,400)</box>").unwrap();
+        read("", "<box>(10,20),(1100,400)</box>").unwrap(); // there is no picture to lie outside of
+        let error = read(r#""a.png""#, "<box>(10,20),(1100,400)</box>").unwrap_err().to_string();
+        assert!(error.starts_with("the box (10,20),(1100,400) reaches outside the picture"), "{error}");
     }
 
     #[test]

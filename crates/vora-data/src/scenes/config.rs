@@ -19,6 +19,14 @@ pub struct ScenesConfig {
     pub seed: u64,
     /// Side of the square picture, in pixels.
     pub image_size: u32,
+    /// Narrowest and widest pictures, width over height. With this key or `sides` the size of each picture is drawn; the one
+    /// that is absent is then `[1/3, 3]`, or `[28, 448]`. Without both, pictures are squares of `image_size`, but for those
+    /// of the split `shaped`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub aspects: Option<[f32; 2]>,
+    /// Shortest and longest sides of pictures whose size is drawn, in pixels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sides: Option<[u32; 2]>,
     /// The named colours; at least 4.
     pub colours: Vec<Colour>,
     /// The shapes; at least 4.
@@ -65,6 +73,8 @@ impl Default for ScenesConfig {
         Self {
             seed: 0,
             image_size: 56,
+            aspects: None,
+            sides: None,
             colours: vec![Colour::Red, Colour::Green, Colour::Blue, Colour::Yellow, Colour::White, Colour::Black],
             shapes: vec![Shape::Square, Shape::Ring, Shape::Cross, Shape::Triangle],
             objects: [0.7, 0.15, 0.15],
@@ -97,6 +107,18 @@ impl ScenesConfig {
             "scenes.image_size is {}, it must be 8 to 4096",
             self.image_size
         );
+        if let Some([narrowest, widest]) = self.aspects {
+            ensure!(
+                0.1 <= narrowest && narrowest <= widest && widest <= 10.0,
+                "scenes.aspects is [{narrowest}, {widest}], it must be two numbers from 0.1 to 10, the smaller one first"
+            );
+        }
+        if let Some([shortest, longest]) = self.sides {
+            ensure!(
+                8 <= shortest && shortest <= longest && longest <= 4096,
+                "scenes.sides is [{shortest}, {longest}], it must be two numbers from 8 to 4096, the smaller one first"
+            );
+        }
         check_list("colours", &self.colours)?;
         check_list("shapes", &self.shapes)?;
         let total: f64 = self.objects.iter().sum();
@@ -204,13 +226,13 @@ fn check_kinds(key: &str, kinds: &BTreeMap<QuestionKind, f64>) -> Result<()> {
         ensure!(*weight >= 0.0 && weight.is_finite(), "scenes.{key}.{kind} is {weight}, it must be 0 or more");
     }
     // An object of an unnamed colour is not asked its colour, nor among several its shape: other question types must be there.
-    use QuestionKind::{Caption, Describe, HowMany, Where, YesNo};
+    use QuestionKind::{Box, Caption, Describe, HowMany, Where, YesNo};
     ensure!(
-        [Where, HowMany, YesNo, Caption, Describe]
+        [Where, HowMany, YesNo, Caption, Describe, Box]
             .iter()
             .any(|kind| kinds.get(kind).is_some_and(|weight| *weight > 0.0)),
         "scenes.{key} asks nothing that every picture can answer, it needs one of where, how_many, yes_no, caption, \
-         describe"
+         describe, box"
     );
     Ok(())
 }
@@ -250,6 +272,8 @@ mod tests {
         says(ScenesConfig { unnamed_share_after: Some(1.5), ..default() }, "scenes.unnamed_share_after is 1.5");
         says(ScenesConfig { kinds: BTreeMap::from([(QuestionKind::Colour, 1.0)]), ..default() }, "scenes.kinds");
         says(ScenesConfig { radius: [0.5, 0.4], ..default() }, "the smaller one first");
+        says(ScenesConfig { aspects: Some([0.0, 1.0]), ..default() }, "scenes.aspects is [0, 1]");
+        says(ScenesConfig { sides: Some([60, 30]), ..default() }, "scenes.sides is [60, 30]");
     }
 
     #[test]

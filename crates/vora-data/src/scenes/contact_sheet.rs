@@ -5,13 +5,17 @@ use image::{Rgb, RgbImage, imageops};
 use super::dataset::Scenes;
 
 impl Scenes {
-    /// The first `columns * rows` pictures, each pixel shown as `zoom * zoom`, with a line between them.
+    /// The first `columns * rows` pictures, each pixel of a square shown as `zoom * zoom`, with a line between them; those of
+    /// other shapes fill as much of as large a square.
     pub fn contact_sheet(&self, columns: u32, rows: u32, zoom: u32) -> RgbImage {
         let side = self.config.image_size * zoom;
         let pitch = side + 2;
         let mut sheet = RgbImage::from_pixel(columns * pitch, rows * pitch, Rgb([255; 3]));
         for index in 0..columns * rows {
-            let picture = imageops::resize(&self.render(index.into()), side, side, imageops::FilterType::Nearest);
+            let picture = self.render(index.into());
+            let longest = picture.width().max(picture.height());
+            let [width, height] = [picture.width(), picture.height()].map(|length| length * side / longest);
+            let picture = imageops::resize(&picture, width, height, imageops::FilterType::Nearest);
             imageops::replace(&mut sheet, &picture, (index % columns * pitch).into(), (index / columns * pitch).into());
         }
         sheet

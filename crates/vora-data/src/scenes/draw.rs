@@ -12,6 +12,8 @@ pub(super) enum Purpose {
     Questions,
     Wording,
     Rejected,
+    Size,
+    Box,
 }
 
 /// The draws of one picture for one purpose.

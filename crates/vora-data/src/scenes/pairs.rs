@@ -1,5 +1,7 @@
 //! A wrong answer beside the right one, for preferences.
 
+use vora_image::BoundingBox;
+
 use super::dataset::Scenes;
 use super::draw::{Draw, Purpose};
 use super::question::{Question, whole_scene};
@@ -8,10 +10,10 @@ use super::scene::{Object, Quarter, Scene};
 
 impl Scenes {
     /// [`Scenes::questions`], each with a wrong answer of its question type: another colour, shape, place or number, the
-    /// other of yes and no, a caption or description with one attribute of one object changed. No wrong answer gives an
-    /// object a colour and a shape that training is never to name together.
+    /// other of yes and no, the box in the mirror, a caption or description with one attribute of one object changed. No
+    /// wrong answer gives an object a colour and a shape that training is never to name together.
     pub fn pairs(&self, index: u64) -> Vec<(Question, String)> {
-        let draw = &mut Draw::new(self.config.seed, self.split as u64, index, Purpose::Rejected);
+        let draw = &mut Draw::new(self.config.seed, self.split.stream(), index, Purpose::Rejected);
         let scene = self.scene(index);
         let pair = |asked: Question| {
             let wrong = self.wrong(&scene, &asked, draw);
@@ -36,6 +38,7 @@ impl Scenes {
             QuestionKind::Where => draw.pick(&other(Quarter::ALL.map(Quarter::name), &asked.answer)),
             QuestionKind::HowMany => draw.pick(&other(["one", "two", "three"], &asked.answer)),
             QuestionKind::YesNo => draw.pick(&other(["yes", "no"], &asked.answer)),
+            QuestionKind::Box => return mirrored(&asked.answer),
             QuestionKind::Caption | QuestionKind::Describe => {
                 let mut changed = scene.clone();
                 self.change(&mut changed, draw);
@@ -74,6 +77,16 @@ impl Scenes {
         let is_other = |shape: &super::Shape| object.shape != *shape && !is_held_out(*shape);
         self.shapes().iter().copied().filter(is_other).collect()
     }
+}
+
+/// The boxes of an answer as they would be in a picture turned round.
+fn mirrored(answer: &str) -> String {
+    let boxes = BoundingBox::all_in(answer).unwrap_or_default();
+    let turned = boxes.iter().map(|each| {
+        let [x1, y1, x2, y2] = each.corners().map(|place| 1000 - i64::from(place));
+        BoundingBox::new([x2, y2, x1, y1]).map_or_else(|_| String::new(), |turned| turned.to_string())
+    });
+    turned.collect()
 }
 
 fn other<const N: usize>(names: [&'static str; N], right: &str) -> Vec<&'static str> {
@@ -130,6 +143,7 @@ mod tests {
                             let [right, wrong] = [answer, wrong].map(|text| Description::parse(text).unwrap());
                             assert_eq!(right.num_shared(&wrong) + 1, scenes.scene(index).objects.len());
                         }
+                        QuestionKind::Box => assert!(!BoundingBox::same_in(answer, wrong), "{answer}; {wrong}"),
                         _ => assert!(all_of(*kind).contains(&wrong.as_str()), "{wrong}"),
                     }
                     // What a wrong answer joins is nothing that the split `unseen` will ask for.

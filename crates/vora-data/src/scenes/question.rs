@@ -45,7 +45,7 @@ impl Scenes {
     /// `questions_per_image` questions about the scene of this number, or as many as there are, in random order:
     /// each question type in proportion to its weight in the config, no question twice.
     pub fn questions(&self, index: u64) -> Vec<Question> {
-        let draw = &mut Draw::new(self.config.seed, self.split as u64, index, Purpose::Questions);
+        let draw = &mut Draw::new(self.config.seed, self.split.stream(), index, Purpose::Questions);
         let scene = self.scene(index);
         let asks_shape_of_named = self.split != Split::Train || index >= self.config.shape_of_named_after;
         let mut candidates = Candidates { scenes: self, scene: &scene, index, asks_shape_of_named, found: Vec::new() };
@@ -74,6 +74,9 @@ impl Candidates<'_> {
         self.is_shape(asked, draw);
         self.push(1.0, QuestionKind::Caption, "Describe the picture.", &whole_scene(self.scene, QuestionKind::Caption));
         self.describe();
+        for object in asked {
+            self.box_of(object, 1.0 / asked.len() as f64);
+        }
     }
 
     fn push(&mut self, share: f64, kind: QuestionKind, question: impl Into<String>, answer: &str) {
@@ -116,10 +119,25 @@ impl Candidates<'_> {
     fn describe(&mut self) {
         if self.asks_shape_of_named || self.scene.objects.iter().all(|object| object.colour.is_none()) {
             let scenes = self.scenes;
-            let draw = &mut Draw::new(scenes.config.seed, scenes.split as u64, self.index, Purpose::Wording);
+            let draw = &mut Draw::new(scenes.config.seed, scenes.split.stream(), self.index, Purpose::Wording);
             let answer = whole_scene(self.scene, QuestionKind::Describe);
             self.push(1.0, QuestionKind::Describe, draw.pick(&DESCRIBE), &answer);
         }
+    }
+
+    /// The box around one object, which is called by its colour or its shape among several. How it is asked for is drawn apart,
+    /// so that the other questions stay what they are.
+    fn box_of(&mut self, object: &Object, share: f64) {
+        let scenes = self.scenes;
+        let stream = self.index.wrapping_mul(4).wrapping_add(object.quarter as u64);
+        let draw = &mut Draw::new(scenes.config.seed, scenes.split.stream(), stream, Purpose::Box);
+        let by_colour = draw.chance(0.5);
+        let question = match object.colour {
+            _ if self.lone() && !draw.chance(scenes.config.named_share) => "Give its box.".to_owned(),
+            Some(colour) if by_colour => format!("Give the box of the {} one.", colour.name()),
+            _ => format!("Give the box of the {}.", object.shape.name()),
+        };
+        self.push(share, QuestionKind::Box, question, &self.scene.bounding_box(object).to_string());
     }
 
     /// Whether something has a colour, once with yes and once with no. Where an object's colour has no name it is not
@@ -217,12 +235,18 @@ mod tests {
                             assert_eq!(objects.iter().any(named), answer == "yes", "{question}");
                         }
                         QuestionKind::Caption => assert_eq!(answer.split(", ").count(), objects.len()),
+                        QuestionKind::Box => {
+                            assert_eq!(scenes.scene(index).bounding_box(meant[0]).to_string(), answer);
+                        }
                         QuestionKind::Describe => {
                             let truth = Description::of(&scenes.scene(index));
                             assert_eq!(Description::parse(&answer), Some(truth));
                         }
                     }
-                    if matches!(kind, QuestionKind::Colour | QuestionKind::Shape | QuestionKind::Where) {
+                    if matches!(
+                        kind,
+                        QuestionKind::Colour | QuestionKind::Shape | QuestionKind::Where | QuestionKind::Box
+                    ) {
                         assert_eq!(meant.len(), 1, "`{question}` in scene {index}");
                         assert!(!question.contains(&answer), "`{question}` holds its answer");
                     }
@@ -313,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn a_description_is_asked_for_in_many_ways_and_changes_no_other_question() {
+    fn descriptions_and_boxes_change_no_other_question() {
         let kinds = [QuestionKind::ALL.map(|kind| (kind, 1.0)).into(), BTreeMap::from([(QuestionKind::Describe, 1.0)])];
         let [all, describe] = kinds.map(|kinds| {
             let config =
@@ -321,7 +345,11 @@ mod tests {
             Scenes::new(config, Split::Unseen).unwrap()
         });
         let without = ScenesConfig {
-            kinds: QuestionKind::ALL[..6].iter().map(|kind| (*kind, 1.0)).collect(),
+            kinds: QuestionKind::ALL
+                .into_iter()
+                .filter(|kind| *kind != QuestionKind::Describe)
+                .map(|kind| (kind, 1.0))
+                .collect(),
             ..all.config().clone()
         };
         let without = Scenes::new(without, Split::Unseen).unwrap();

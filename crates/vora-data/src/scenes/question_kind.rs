@@ -23,12 +23,15 @@ pub enum QuestionKind {
     /// The same in a sentence, asked for in everyday words. The model's own sentence is judged, decoded greedily: it is right
     /// where it tells the same set of colour, shape and quarter, in whatever order.
     Describe,
+    /// The box around an object as Qwen-VL writes it, `<box>(x1,y1),(x2,y2)</box>` in thousandths of width and height. The
+    /// model's own box is judged, decoded greedily: it is right at an IoU of 0.5 or more.
+    Box,
 }
 
 impl QuestionKind {
     /// Every question type.
-    pub const ALL: [Self; 7] =
-        [Self::Colour, Self::Shape, Self::Where, Self::HowMany, Self::YesNo, Self::Caption, Self::Describe];
+    pub const ALL: [Self; 8] =
+        [Self::Colour, Self::Shape, Self::Where, Self::HowMany, Self::YesNo, Self::Caption, Self::Describe, Self::Box];
 
     /// Its key in run files and results.
     pub fn name(self) -> &'static str {
@@ -40,6 +43,7 @@ impl QuestionKind {
             Self::YesNo => "yes_no",
             Self::Caption => "caption",
             Self::Describe => "describe",
+            Self::Box => "box",
         }
     }
 }

@@ -1,11 +1,13 @@
 //! One scene: which objects there are, and their picture.
 
 use image::RgbImage;
+use vora_image::BoundingBox;
 
 use super::colour::{self, Colour, Rgb, distance_squared};
 use super::dataset::Scenes;
 use super::draw::{Draw, Purpose};
 use super::ground::Ground;
+use super::picture_size::PictureSize;
 use super::shape::{EXTENT, Shape};
 use super::split::Split;
 
@@ -32,7 +34,7 @@ impl Quarter {
         }
     }
 
-    /// Its middle, as a share of the picture's side.
+    /// Its middle, as shares of the picture's width and height.
     fn middle(self) -> [f32; 2] {
         let x = if matches!(self, Self::TopLeft | Self::BottomLeft) { 0.25 } else { 0.75 };
         let y = if matches!(self, Self::TopLeft | Self::TopRight) { 0.25 } else { 0.75 };
@@ -60,6 +62,7 @@ pub struct Scene {
     /// One to three, in no order; in the split `unseen` the first one is a pair that training never showed.
     pub objects: Vec<Object>,
     ground: Rgb,
+    size: PictureSize,
 }
 
 /// How far a ground keeps from every object's colour, where it can.
@@ -68,12 +71,13 @@ const GROUND_DISTANCE: i32 = 75;
 impl Scenes {
     /// The scene of this number, always the same.
     pub fn scene(&self, index: u64) -> Scene {
-        let draw = &mut Draw::new(self.config.seed, self.split as u64, index, Purpose::Scene);
+        let draw = &mut Draw::new(self.config.seed, self.split.stream(), index, Purpose::Scene);
         let several = draw.weighted(self.config.objects);
         let alone = self.split == Split::Train && index < self.config.lone_first;
         let num_objects = if alone { 1 } else { 1 + several };
         let unnamed_share = self.config.unnamed_share_of(self.split, index);
         let quarters: [usize; 4] = draw.permutation();
+        let size = self.picture_size(index);
         let mut objects: Vec<Object> = Vec::with_capacity(num_objects);
         for quarter in &quarters[..num_objects] {
             let pair = if objects.is_empty() && self.split == Split::Unseen {
@@ -82,24 +86,30 @@ impl Scenes {
             } else {
                 self.seen_pair(draw, unnamed_share, &objects)
             };
-            let object = self.object(draw, Quarter::ALL[*quarter], pair);
+            let object = self.object(draw, size, Quarter::ALL[*quarter], pair);
             objects.push(object);
         }
         let ground = self.ground(draw, &objects);
-        Scene { objects, ground }
+        Scene { objects, ground, size }
     }
 
-    fn object(&self, draw: &mut Draw, quarter: Quarter, (colour, shape): (Option<Colour>, Shape)) -> Object {
+    fn object(
+        &self,
+        draw: &mut Draw,
+        size: PictureSize,
+        quarter: Quarter,
+        (colour, shape): (Option<Colour>, Shape),
+    ) -> Object {
         let config = &self.config;
         let rgb = match colour {
             Some(colour) => colour.shade(draw, config.colour_jitter),
             None => colour::unnamed(draw, self.colours()),
         };
-        let side = config.image_size as f32;
         let stray = config.position_jitter;
         let [x, y] = quarter.middle();
-        let centre = [x, y].map(|middle| (middle + 0.5 * draw.between(-stray, stray)) * side);
-        let radius = draw.between(config.radius[0], config.radius[1]) * 0.5 * side;
+        let mut at = |middle: f32, side: u32| (middle + 0.5 * draw.between(-stray, stray)) * side as f32;
+        let centre = [at(x, size.width), at(y, size.height)];
+        let radius = draw.between(config.radius[0], config.radius[1]) * 0.5 * size.short() as f32;
         Object { shape, colour, quarter, rgb, centre, radius }
     }
 
@@ -146,32 +156,46 @@ impl Scenes {
     /// The scene's picture: anti-aliased by 4 x 4 inside tests a pixel, with noise.
     pub fn render(&self, index: u64) -> RgbImage {
         let scene = self.scene(index);
-        let side = self.config.image_size as usize;
-        let mut pixels = vec![scene.ground.map(f32::from); side * side];
+        let PictureSize { height, width } = scene.size;
+        let mut pixels = vec![scene.ground.map(f32::from); height as usize * width as usize];
         for object in &scene.objects {
-            object.paint(&mut pixels, side);
+            object.paint(&mut pixels, width as usize);
         }
-        let mut draw = Draw::new(self.config.seed, self.split as u64, index, Purpose::Noise);
+        let mut draw = Draw::new(self.config.seed, self.split.stream(), index, Purpose::Noise);
         let noise = self.config.noise;
         let bytes = pixels.into_iter().flatten().map(|value| (value + noise * normal(&mut draw) + 0.5) as u8).collect();
-        RgbImage::from_raw(side as u32, side as u32, bytes).expect("three bytes a pixel")
+        RgbImage::from_raw(width, height, bytes).expect("three bytes a pixel")
+    }
+}
+
+impl Scene {
+    /// The box around one of its objects, in its picture.
+    pub fn bounding_box(&self, object: &Object) -> BoundingBox {
+        let [left, top, right, bottom] = object.shape.bounds();
+        let at = |centre: f32, end: f32, side: u32| {
+            let thousandths = (centre + end * object.radius) / side as f32 * 1000.0;
+            (thousandths.clamp(0.0, 1000.0) + 0.5) as i64
+        };
+        let ([x, y], PictureSize { height, width }) = (object.centre, self.size);
+        let corners = [at(x, left, width), at(y, top, height), at(x, right, width), at(y, bottom, height)];
+        BoundingBox::new(corners).expect("an object has its middle in its quarter, and a radius")
     }
 }
 
 impl Object {
-    /// Lays the object over what is there, pixel by pixel with the share that it covers.
-    fn paint(&self, pixels: &mut [[f32; 3]], side: usize) {
+    /// Lays the object over what is there, rows of `width` pixels, pixel by pixel with the share that it covers.
+    fn paint(&self, pixels: &mut [[f32; 3]], width: usize) {
         const STEPS: usize = 4;
         let reach = EXTENT * self.radius;
-        let range = |centre: f32| {
+        let range = |centre: f32, side: usize| {
             let first = (centre - reach).max(0.0) as usize;
             first..((centre + reach) as usize + 1).min(side)
         };
         let [x_centre, y_centre] = self.centre;
         let scale = 1.0 / self.radius;
         let offset = |step: usize| (step as f32 + 0.5) / STEPS as f32;
-        for y in range(y_centre) {
-            for x in range(x_centre) {
+        for y in range(y_centre, pixels.len() / width) {
+            for x in range(x_centre, width) {
                 let mut covered = 0;
                 for row in 0..STEPS {
                     let v = (y as f32 + offset(row) - y_centre) * scale;
@@ -181,7 +205,7 @@ impl Object {
                     }
                 }
                 let share = covered as f32 / (STEPS * STEPS) as f32;
-                for (value, colour) in pixels[y * side + x].iter_mut().zip(self.rgb) {
+                for (value, colour) in pixels[y * width + x].iter_mut().zip(self.rgb) {
                     *value += (f32::from(colour) - *value) * share;
                 }
             }
@@ -304,6 +328,29 @@ mod tests {
             assert_eq!(x < 28, matches!(object.quarter, Quarter::TopLeft | Quarter::BottomLeft));
             assert_eq!(y < 28, matches!(object.quarter, Quarter::TopLeft | Quarter::TopRight));
             assert_eq!(picture.get_pixel(55 - x, 55 - y).0, scene.ground);
+        }
+    }
+
+    #[test]
+    fn a_box_is_what_an_object_covers() {
+        let config = ScenesConfig { objects: [1.0, 0.0, 0.0], noise: 0.0, ..ScenesConfig::default() };
+        let scenes = Scenes::new(config, Split::Shaped).unwrap();
+        for index in 0..100 {
+            let (scene, picture) = (scenes.scene(index), scenes.render(index));
+            let covered: Vec<(u32, u32)> = picture
+                .enumerate_pixels()
+                .filter(|(_, _, pixel)| pixel.0 != scene.ground)
+                .map(|(x, y, _)| (x, y))
+                .collect();
+            let ends = |of: &dyn Fn(&(u32, u32)) -> u32, side: u32| {
+                let [first, last] = [covered.iter().map(of).min().unwrap(), covered.iter().map(of).max().unwrap() + 1];
+                [first, last].map(|end| i64::from(end * 1000 / side))
+            };
+            let ([x1, x2], [y1, y2]) = (ends(&|at| at.0, picture.width()), ends(&|at| at.1, picture.height()));
+            let found = BoundingBox::new([x1, y1, x2, y2]).unwrap();
+            let iou = scene.bounding_box(&scene.objects[0]).iou(&found);
+            // To the whole pixel, of which a small object has few.
+            assert!(iou > if picture.width().min(picture.height()) > 100 { 0.9 } else { 0.6 }, "{index}: {iou}");
         }
     }
 

@@ -48,6 +48,18 @@ impl Shape {
         }
     }
 
+    /// Its left, upper, right and lower ends.
+    pub(super) fn bounds(self) -> [f32; 4] {
+        match self {
+            Self::Circle | Self::Cross | Self::Ring => [-1.0, -1.0, 1.0, 1.0],
+            Self::Square => [-0.88, -0.88, 0.88, 0.88],
+            Self::Triangle => [-1.0, -1.0, 1.0, 0.8],
+            Self::Star => [-1.046, -1.1, 1.046, 0.89],
+            Self::Diamond => [-0.75, -1.0, 0.75, 1.0],
+            Self::Heart => [-0.99, -0.997, 0.99, 1.0],
+        }
+    }
+
     /// Whether the shape covers the point.
     pub(super) fn contains(self, u: f32, v: f32) -> bool {
         let (across, along) = (u.abs(), v.abs());
@@ -102,6 +114,23 @@ mod tests {
         assert_eq!(covered(Shape::Star), [true, false, false, true, false]);
         assert_eq!(covered(Shape::Diamond), [true, false, false, true, true]);
         assert_eq!(covered(Shape::Heart), [true, false, false, false, true]);
+    }
+
+    #[test]
+    fn bounds_are_where_a_shape_ends() {
+        const STEPS: i32 = 300;
+        for shape in Shape::ALL {
+            let mut found = [f32::MAX, f32::MAX, f32::MIN, f32::MIN];
+            let place = |step: i32| 1.2 * step as f32 / STEPS as f32;
+            for (row, column) in (-STEPS..=STEPS).flat_map(|row| (-STEPS..=STEPS).map(move |column| (row, column))) {
+                let (u, v) = (place(column), place(row));
+                if shape.contains(u, v) {
+                    found = [found[0].min(u), found[1].min(v), found[2].max(u), found[3].max(v)];
+                }
+            }
+            let apart = found.iter().zip(shape.bounds()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(apart < 0.03, "{shape:?}: {found:?}");
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use fixtures::Random;
 use tch::{Device, Kind, Tensor};
-use vora_image::{ImageProcessor, Resample};
+use vora_image::{Aspect, ImageProcessor, Resample, TokenBudget};
 use vora_llm::LlmConfig;
 use vora_lora::{ActsOn, LoraConfig};
 use vora_model::{Chameleon, Gemma4UnifiedConfig, VisionLanguageModel, Vora, VoraConfig};
@@ -19,7 +19,7 @@ use crate::{
     Assistant, FinishReason, InferError, Message, OutputModality, Passage, Request, RgbImage, SamplingParams, Width,
 };
 
-/// A model of random weights that sees 4 x 4 patches, with the tiny tokenizer; `acts_on` puts adapters on it.
+/// A model of random weights that sees up to 16 patches in a picture's own shape, with the tiny tokenizer; `acts_on` puts adapters on it.
 fn assistant(acts_on: Option<ActsOn>) -> Assistant {
     let folder = fixtures::root().join("tiny/llm");
     let llm = LlmConfig::open(&folder).unwrap();
@@ -34,20 +34,26 @@ fn assistant(acts_on: Option<ActsOn>) -> Assistant {
             tch::no_grad(|| tensor.shallow_clone().copy_(&(random.normal(tensor.size()) * 0.2)));
         }
     }
+    let budget = TokenBudget::new(4, 4, 16).unwrap();
     let processor = ImageProcessor::square(16, [0.5; 3], [0.5; 3], Resample::Bilinear);
+    let processor = processor.with_aspect(16, Aspect::Keep(budget));
     let (tokenizer, chat) = (Tokenizer::open(&folder).unwrap(), ChatTemplate::open(&folder).unwrap());
     let prompter = Prompter::new(tokenizer, chat, Some(processor));
     Assistant { model: Box::new(model), prompter }
 }
 
 fn picture(seed: u8) -> RgbImage {
-    let bytes =
-        (0..16 * 16).flat_map(|i: i32| [(i % 16 * 16) as u8 ^ seed, (i / 16 * 16) as u8, seed.wrapping_mul(37)]);
-    RgbImage::from_raw(16, 16, bytes.collect()).unwrap()
+    shaped(seed, 16, 16)
+}
+
+fn shaped(seed: u8, width: u32, height: u32) -> RgbImage {
+    RgbImage::from_fn(width, height, |x, y| [(x * 16) as u8 ^ seed, (y * 16) as u8, seed.wrapping_mul(37)].into())
 }
 
 fn request(i: usize) -> Request<'static> {
-    let pictures: Vec<RgbImage> = (0..i % 3).map(|p| picture((i * 5 + p) as u8)).collect();
+    const SHAPES: [(u32, u32); 4] = [(16, 16), (24, 8), (9, 30), (60, 12)];
+    let picture = |p: usize| shaped((i * 5 + p) as u8, SHAPES[(i + p) % 4].0, SHAPES[(i + p) % 4].1);
+    let pictures: Vec<RgbImage> = (0..i % 3).map(picture).collect();
     let words = ["Is it red?", "What stands left of the ring, and what colour has it?", "Why?"][i % 3];
     let sampling = match i % 4 {
         0 => SamplingParams::default(),

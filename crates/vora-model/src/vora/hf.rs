@@ -89,8 +89,10 @@ impl HfFiles {
         if processor_type.ends_with("Pil") {
             in_processor["image_backend"] = json!("pil");
         }
-        if !processor["background_color"].is_null() {
-            in_processor["background_color"] = processor["background_color"].clone();
+        for key in ["background_color", "min_image_tokens", "max_image_tokens"] {
+            if let Some(value) = processor.get(key) {
+                in_processor[key] = value.clone();
+            }
         }
         let mut files: Vec<_> = CODE.map(|(name, code)| (name, code.as_bytes().to_vec())).into();
         for (name, json) in [

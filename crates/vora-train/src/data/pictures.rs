@@ -82,9 +82,9 @@ impl Pictures {
     }
 }
 
-/// The processor of a run: squares of `model.image_size`. Channels and sampling are those of the recipe's `frames_ops`,
-/// else of the model that is gone on from, else the model's `own`; what becomes of a picture that is not square, the run
-/// file says, or the same in that order; a new run pads.
+/// The processor of a run: squares of `model.image_size`, or pictures in their own shape within a budget of tokens.
+/// Channels and sampling are those of the recipe's `frames_ops`, else of the model that is gone on from, else the model's
+/// `own`; what becomes of a picture that is not square, the run file says, or the same in that order; a new run pads.
 ///
 /// # Errors
 /// Names the key, and the file, that does not fit.
@@ -110,14 +110,15 @@ fn processor(
         (None, None) => (own.clone(), Aspect::Pad(own.mean_color())),
     };
     let color = || section.background_color.unwrap_or(base.mean_color());
-    let aspect = match section.image_aspect_ratio {
-        Some(ImageAspectRatio::Pad) => Aspect::Pad(color()),
-        Some(ImageAspectRatio::Squash) => Aspect::Squash,
-        Some(ImageAspectRatio::Crop) => Aspect::Crop,
-        None if section.background_color.is_some() => Aspect::Pad(color()),
-        None => aspect,
+    let aspect = match (section.token_budget()?, section.image_aspect_ratio) {
+        (Some(budget), _) => Aspect::Keep(budget),
+        (None, Some(ImageAspectRatio::Pad)) => Aspect::Pad(color()),
+        (None, Some(ImageAspectRatio::Squash)) => Aspect::Squash,
+        (None, Some(ImageAspectRatio::Crop)) => Aspect::Crop,
+        (None, None) if section.background_color.is_some() => Aspect::Pad(color()),
+        (None, None) => aspect,
     };
-    Ok(base.square_of(u32::try_from(section.image_size)?, aspect))
+    Ok(base.with_aspect(u32::try_from(section.image_size)?, aspect))
 }
 
 /// The processor of the vision model that a recipe names.

@@ -1,4 +1,4 @@
-//! Exact match by question type, of descriptions by what they tell, always beside the blind control: the same questions about another picture.
+//! Exact match by question type, of descriptions and boxes by what they tell, always beside the blind control: the same questions about another picture.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use tch::Tensor;
 use vora_data::{Batch, Loader, LoaderConfig};
-use vora_eval::{Tally, described, greedy_answers, show_other_pictures};
+use vora_eval::{Tally, greedy_answers, show_other_pictures, spoken};
 use vora_run::eval::EvalReport;
 use vora_text::Tokenizer;
 
@@ -55,12 +55,12 @@ pub(crate) fn evaluate(
 
 /// Each question's type and whether it is answered right: all tokens of its answer are the most likely ones.
 ///
-/// Under teacher forcing that is so exactly when greedy decoding gives the answer. Of descriptions several are right:
+/// Under teacher forcing that is so exactly when greedy decoding gives the answer. Of descriptions and boxes many are right:
 /// they are decoded greedily, and what they tell is compared.
 fn answers(student: &Student, tokenizer: &Tokenizer, batch: &Batch) -> Result<Vec<(String, bool)>> {
     let uploaded = DeviceBatch::new(batch, student.device());
     let right = tch::no_grad(|| right_tokens(&student.answer_logits(&uploaded)?, &uploaded.targets))?;
-    let said = described(batch, |prompts, most| {
+    let said = spoken(batch, |prompts, most| {
         greedy_answers(&*student.model, tokenizer, &DeviceBatch::new(prompts, student.device()).input, most)
     })?;
     let is_right = |said: Option<bool>, tokens: Range<usize>| said.unwrap_or_else(|| right[tokens].iter().all(|&r| r));

@@ -116,12 +116,17 @@ impl Distill {
         self.cache.as_ref().map(|_| elements * kind.elt_size_in_bytes() as u64)
     }
 
-    /// Measures what is always the same in the teacher's features, over pictures `[n, 3, height, width]`.
+    /// Measures what is always the same in the teacher's features, over pictures `[n, 3, height, width]`, those of another
+    /// grid than that of `side` x `side` pixels brought to it.
     ///
     /// # Errors
     /// See [`TeacherMean::measure`].
-    pub fn measure_mean(&mut self, pictures: &[Tensor], center: bool) -> Result<()> {
-        let features = |batch: &Tensor| Ok(self.features(batch));
+    pub fn measure_mean(&mut self, pictures: &[Tensor], side: i64, center: bool) -> Result<()> {
+        let square = (side / self.patch_size, side / self.patch_size);
+        let features = |batch: &Tensor| {
+            let grid = self.grid(batch);
+            Ok(self.features(batch).iter().map(|features| resample(features, grid, square)).collect())
+        };
         self.mean = Some(tch::no_grad(|| TeacherMean::measure(pictures, center, features))?);
         Ok(())
     }
@@ -144,8 +149,14 @@ impl Distill {
             None => self.look(pixel_values),
         };
         let (_, _, height, width) = pixel_values.size4().expect("pixel_values is [batch, 3, height, width]");
-        let (from, to) = (self.teacher.grid(height, width), (height / self.patch_size, width / self.patch_size));
+        let (from, to) = (self.teacher.grid(height, width), self.grid(pixel_values));
         states.iter().map(|state| resample(&state.to_kind(Kind::Float), from, to)).collect()
+    }
+
+    /// The student's rows and columns of pictures `[batch, 3, height, width]`.
+    fn grid(&self, pixel_values: &Tensor) -> (i64, i64) {
+        let (_, _, height, width) = pixel_values.size4().expect("pixel_values is [batch, 3, height, width]");
+        (height / self.patch_size, width / self.patch_size)
     }
 
     /// The same as the teacher computes it, on its own grid and in its dtype: in parts where there is much to see.
@@ -169,9 +180,10 @@ impl Distill {
         tch::no_grad(|| {
             let mut blocks: Vec<Vec<Tensor>> = self.states.iter().map(|_| Vec::new()).collect();
             for group in pixel_values.chunk_by(|a, b| a.size() == b.size()) {
-                let mut features = self.features(&Tensor::stack(group, 0));
+                let pictures = Tensor::stack(group, 0);
+                let mut features = self.features(&pictures);
                 if let Some(mean) = &self.mean {
-                    features = mean.center(features)?;
+                    features = mean.center(features, self.grid(&pictures));
                 }
                 for (block, features) in blocks.iter_mut().zip(features) {
                     block.push(features.flatten(0, 1));

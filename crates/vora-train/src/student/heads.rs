@@ -98,19 +98,19 @@ pub fn resample(features: &Tensor, from: (i64, i64), to: (i64, i64)) -> Tensor {
     grid.upsample_bilinear2d([to.0, to.1], false, None, None).permute([0, 2, 3, 1]).flatten(1, 2)
 }
 
-/// What is always the same in the teacher's features: their mean at each position of the grid, over some pictures.
+/// What is always the same in the teacher's features: their mean at each position of a square grid, over some pictures.
 ///
 /// Features of one position lie close together whatever the picture shows, so the cosine loss falls far by learning
 /// the mean alone. [`TeacherMean::baseline`] tells how far; [`TeacherMean::center`] takes the mean out of the targets.
 #[derive(Debug)]
 pub struct TeacherMean {
-    mean: Vec<Tensor>, // per block [patches, teacher_hidden]; none where targets are not centred
+    mean: Vec<Tensor>, // per block [side * side, teacher_hidden]; none where targets are not centred
     baseline: f64,
 }
 
 impl TeacherMean {
-    /// Measures over `pictures`, batches of pixel values all of one size; `features` gives each block's
-    /// `[batch, patches, teacher_hidden]`. With `center` the mean is kept, and the baseline is that of what is left.
+    /// Measures over `pictures`, batches of pixel values; `features` gives each block's `[batch, side * side, teacher_hidden]`.
+    /// With `center` the mean is kept, and the baseline is that of what is left.
     ///
     /// # Errors
     /// Where there are less than two pictures, or `features` fails.
@@ -126,7 +126,9 @@ impl TeacherMean {
             this.mean = sum_over(pictures, &features)?.into_iter().map(|sum| sum / n as f64).collect();
         }
         let unit = |batch: &Tensor| {
-            let features = this.center(features(batch)?)?;
+            let features = features(batch)?;
+            let side = features[0].size()[1].isqrt();
+            let features = this.center(features, (side, side));
             Ok(features.into_iter().map(|f| &f / f.norm_scalaropt_dim(2, [-1i64], true).clamp_min(1e-8)).collect())
         };
         // The best constant answer is the direction of the mean unit vector, and its mean cosine that vector's length;
@@ -146,20 +148,14 @@ impl TeacherMean {
         self.baseline
     }
 
-    /// The features without their mean, where it was asked for; each `[pictures, patches, teacher_hidden]`.
-    ///
-    /// # Errors
-    /// Where they are of another grid than the mean was measured on.
-    pub fn center(&self, features: Vec<Tensor>) -> Result<Vec<Tensor>> {
+    /// Features on a grid, each `[pictures, rows * columns, teacher_hidden]`, less their mean there, where that was asked for.
+    pub fn center(&self, features: Vec<Tensor>, grid: (i64, i64)) -> Vec<Tensor> {
         if self.mean.is_empty() {
-            return Ok(features);
+            return features;
         }
-        let (found, measured) = (features[0].size()[1], self.mean[0].size()[0]);
-        ensure!(
-            found == measured,
-            "distill.center: a picture of {found} patches among pictures of {measured}; centring takes one size"
-        );
-        Ok(features.into_iter().zip(&self.mean).map(|(f, mean)| f - mean).collect())
+        let side = self.mean[0].size()[0].isqrt();
+        let mean_at = |mean: &Tensor| resample(&mean.unsqueeze(0), (side, side), grid);
+        features.into_iter().zip(&self.mean).map(|(features, mean)| features - mean_at(mean)).collect()
     }
 
     /// What [`Self::load`] takes back.
@@ -254,8 +250,8 @@ mod tests {
 
     /// Features of one block that are a constant and some noise: `[n, patches, 8]`.
     fn noisy(random: &Random, n: i64, noise: f64) -> Tensor {
-        let constant = Tensor::ones([1, 3, 8], (Kind::Float, Device::Cpu));
-        constant + random.normal([n, 3, 8]) * noise
+        let constant = Tensor::ones([1, 4, 8], (Kind::Float, Device::Cpu));
+        constant + random.normal([n, 4, 8]) * noise
     }
 
     #[test]
@@ -269,7 +265,7 @@ mod tests {
         let reached = 1.0 - Tensor::cosine_similarity(&fresh, &constant, -1, 1e-8).mean(Kind::Float).double_value(&[]);
         assert!((mean.baseline() - reached).abs() < 0.02, "{} {reached}", mean.baseline());
         // The same features twice: a constant answer is right.
-        let same = TeacherMean::measure(&[noisy(&random, 1, 0.5).expand([4, 3, 8], false)], false, identity).unwrap();
+        let same = TeacherMean::measure(&[noisy(&random, 1, 0.5).expand([4, 4, 8], false)], false, identity).unwrap();
         assert!(same.baseline().abs() < 1e-5, "{}", same.baseline());
     }
 
@@ -280,7 +276,7 @@ mod tests {
         let pictures = noisy(&random, 256, 0.5);
         let mean = TeacherMean::measure(&pictures.split(100, 0), true, identity).unwrap();
         assert!(mean.baseline() > 0.9, "{}", mean.baseline());
-        let centred = mean.center(vec![pictures.shallow_clone(), &pictures * 2.0]).unwrap();
+        let centred = mean.center(vec![pictures.shallow_clone(), &pictures * 2.0], (2, 2));
         assert!(centred[1].mean_dim([0i64].as_slice(), false, Kind::Float).abs().max().double_value(&[]) < 1e-5);
 
         let folder = tempfile::tempdir().unwrap();
@@ -288,9 +284,11 @@ mod tests {
         vora_torch::checkpoint::save(&path, &mean.state(), &[]).unwrap();
         let again = TeacherMean::load(&Checkpoint::open(&path).unwrap(), Device::Cpu).unwrap();
         assert_eq!(again.baseline().to_bits(), mean.baseline().to_bits());
-        assert!(again.center(vec![pictures.shallow_clone()]).unwrap()[0].equal(&centred[0]));
-        let error = again.center(vec![pictures.narrow(1, 0, 2)]).unwrap_err().to_string();
-        assert!(error.contains("a picture of 2 patches among pictures of 3"), "{error}");
+        assert!(again.center(vec![pictures.shallow_clone()], (2, 2))[0].equal(&centred[0]));
+        // On another grid the mean lies between its neighbours.
+        let wide = again.center(vec![Tensor::zeros([1, 6, 8], (Kind::Float, Device::Cpu))], (2, 3));
+        let between = -(again.mean[0].get(2) + again.mean[0].get(3)) / 2.0;
+        fixtures::assert_close_to(&wide[0].get(0).get(4), &between, 1e-6);
     }
 
     #[test]

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
+use vora_image::Aspect;
 use vora_llm::{LlmConfig, VisionAttention};
 use vora_model::{VisionLanguageModel, Vora, VoraConfig};
 use vora_recipe::{DataPreprocess, ModelConfig, TeacherStart, TrainConfig};
 use vora_torch::weights::Weights;
-use vora_vision::{Encoder, EncoderConfig};
+use vora_vision::{Encoder, EncoderConfig, PositionTable};
 
 use vora_model::Resolve;
 
@@ -32,6 +33,7 @@ pub(super) fn student(
     let section = &config.model;
     let (llm, image_size) = (&section.llm, section.image_size);
     let patch_size = pictures.patch_size;
+    let keeps_shape = matches!(pictures.processor.aspect(), Aspect::Keep(_));
     let teacher_folder = section.aux_vision.as_deref().map(resolve).transpose().context("model.aux_vision")?;
     let open_teacher = |folder: &PathBuf| Encoder::open(folder, device, kind).context("model.aux_vision");
     let teacher = teacher_folder.as_ref().map(open_teacher).transpose()?;
@@ -39,6 +41,12 @@ pub(super) fn student(
         ensure!(
             image_size % teacher.patch_size() == 0,
             "model.image_size is {image_size}, it must be a multiple of the teacher's patch size, {}",
+            teacher.patch_size()
+        );
+        ensure!(
+            !keeps_shape || patch_size % teacher.patch_size() == 0,
+            "model.patch_size is {patch_size}, where pictures keep their shape (max_image_tokens) it must be a multiple of \
+             the teacher's, {}, so that both see the same of them",
             teacher.patch_size()
         );
     }
@@ -80,6 +88,10 @@ pub(super) fn student(
         (attention, _) => attention,
     };
     vora.pos_embed = section.pos_embed.unwrap_or(vora.pos_embed);
+    ensure!(
+        !(keeps_shape && vora.pos_embed == PositionTable::FirstRows),
+        "model.pos_embed is first_rows, which knows no shape but the square; with max_image_tokens it must be interpolate"
+    );
     vora.lora.clone_from(&lora);
     let is_whole = !section.freezes_llm();
     let weights = match &pretrained {

@@ -1,9 +1,10 @@
 //! A whole training step against the reference: Hugging Face's Llama and DINOv2, PEFT's adapters, torch's autograd.
 
-mod described;
 mod gemma4;
 mod official;
 mod packing;
+mod shaped;
+mod spoken;
 
 use serde_json::json;
 use tch::{Device, Kind, Tensor};

@@ -135,7 +135,7 @@ impl Encoder {
         self.tensors.iter().map(current).collect()
     }
 
-    /// How its pictures are prepared; [`ImageProcessor::square_of`] gives the same at another size.
+    /// How its pictures are prepared; [`ImageProcessor::with_aspect`] gives the same at another size.
     pub fn processor(&self) -> &ImageProcessor {
         &self.processor
     }
@@ -245,7 +245,7 @@ mod tests {
         let mut tensors = golden.under("weights.");
         write("config.json", golden::json("clip").to_string());
         save(&folder.path().join("model.safetensors"), &tensors, &[]).unwrap();
-        assert_eq!(open().unwrap().processor().output_size(90, 60), (16, 16)); // what CLIP takes where no file says so
+        assert_eq!(open().unwrap().processor().output_size(90, 60).unwrap(), (16, 16)); // what CLIP takes where no file says so
         write("preprocessor_config.json", json!({"image_mean": [0.1, 0.2, 0.3], "crop_size": 32}).to_string());
 
         let encoder = open().unwrap();
@@ -254,7 +254,7 @@ mod tests {
         assert!(stored.contains(&"vision_model.post_layernorm.bias"), "{stored:?}");
         assert!(stored.iter().all(|name| name.starts_with("vision_model.")), "{stored:?}");
         assert_eq!(encoder.processor().mean_std().0, [0.1, 0.2, 0.3]);
-        assert_eq!(encoder.processor().output_size(90, 60), (32, 32));
+        assert_eq!(encoder.processor().output_size(90, 60).unwrap(), (32, 32));
         assert!(encoder.patchifier().bias.is_none());
         assert!(encoder.first_hidden_state() == 0 && encoder.preprocessor().next().is_none());
         assert_eq!(encoder.patchifier().positions.size(), [16, 16]);

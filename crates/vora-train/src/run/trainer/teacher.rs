@@ -29,16 +29,14 @@ pub(super) fn measure_teacher(student: &mut Student, config: &TrainConfig, train
             break;
         }
     }
-    if let Some(size) = pictures.first().map(Tensor::size) {
-        pictures.retain(|picture| picture.size() == size);
-    }
     if pictures.len() < 2 {
         ensure!(!config.distill.center, "distill.center needs pictures, the data has too few");
         return Ok(());
     }
     let batches: Vec<Tensor> = pictures
-        .chunks(config.per_device_eval_batch_size)
+        .chunk_by(|a, b| a.size() == b.size())
+        .flat_map(|same| same.chunks(config.per_device_eval_batch_size))
         .map(|chunk| Tensor::stack(chunk, 0).to_device(device))
         .collect();
-    distill.measure_mean(&batches, config.distill.center)
+    distill.measure_mean(&batches, config.model.image_size, config.distill.center)
 }

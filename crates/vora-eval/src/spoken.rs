@@ -1,26 +1,25 @@
-//! Descriptions of scenes, judged by what the model says: teacher forcing knows only the sentence that is written down, and
-//! several are right.
+//! Descriptions and boxes, judged by what the model says: teacher forcing knows only the answer that is written down, and
+//! many are right.
 
 use anyhow::{Result, ensure};
-use vora_data::scenes::QuestionKind;
 use vora_data::{Batch, QuestionSpan, collate};
 
-use crate::scores::same_description;
+use crate::scores::{has_many_right, is_right};
 
-/// Tokens that a description may have beyond the right one's before it is cut off, and wrong.
+/// Tokens that an answer may have beyond the right one's before it is cut off, and wrong.
 const MORE_TOKENS: usize = 16;
 
-/// For each question of the batch whether it is answered right, where it asks for a description; none for the others.
+/// For each question of the batch whether it is answered right, where it asks for a description or a box; none for the others.
 /// `say` is given the prompts, a row each, and how many tokens may follow them at most: it says what does, or none where
 /// that has no end.
 ///
 /// # Errors
 /// Those of `say`.
-pub fn described(
+pub fn spoken(
     batch: &Batch,
     say: impl FnOnce(&Batch, usize) -> Result<Vec<Option<String>>>,
 ) -> Result<Vec<Option<bool>>> {
-    let is_asked = |question: &QuestionSpan| question.kind == QuestionKind::Describe.name();
+    let is_asked = |question: &QuestionSpan| has_many_right(&question.kind);
     let questions = || batch.questions().map(|(question, _)| question);
     let Some(longest) = questions().filter(|q| is_asked(q)).map(|q| q.tokens.len()).max() else {
         return Ok(questions().map(|_| None).collect());
@@ -34,11 +33,11 @@ pub fn described(
         prompts.spans.rows().len()
     );
     let mut said = said.into_iter();
-    let mut is_right = |question: &QuestionSpan| {
-        let said = said.next().flatten();
-        said.is_some_and(|said| same_description(&said, std::slice::from_ref(&question.answer)))
+    let mut is_said = |question: &QuestionSpan| {
+        let (said, expected) = (said.next().flatten(), std::slice::from_ref(&question.answer));
+        said.is_some_and(|said| is_right(Some(&question.kind), &said, expected))
     };
-    Ok(questions().map(|question| is_asked(question).then(|| is_right(question))).collect())
+    Ok(questions().map(|question| is_asked(question).then(|| is_said(question))).collect())
 }
 
 #[cfg(test)]
@@ -71,6 +70,14 @@ mod tests {
     }
 
     #[test]
+    fn a_box_is_said_and_need_not_be_the_same() {
+        let batch = collate(vec![sample(&["box", "colour", "box"], "<box>(0,0),(1000,1000)</box>")], 0);
+        let said = ["<box>(0,0),(990,980)</box>", "<box>(0,0),(490,980)</box>"];
+        let found = spoken(&batch, |_, _| Ok(said.map(|said| Some(said.to_owned())).into())).unwrap();
+        assert_eq!(found, [Some(true), None, Some(false)]);
+    }
+
+    #[test]
     fn only_descriptions_are_said_and_their_order_is_free() {
         let right = "The picture shows a red ring at the top left and a cross at the bottom right.";
         let samples = [&["where", "describe"][..], &["describe", "describe"], &["describe", "colour"]];
@@ -86,9 +93,9 @@ mod tests {
             assert_eq!((&prompts.input_ids[..], most), (&[0, 4, 5, 0, 1, 2, 0, 4, 5, 0, 1, 2][..], 2 + MORE_TOKENS));
             Ok(sentences.map(|said| said.map(str::to_owned)).into())
         };
-        let found = described(&batch, say).unwrap();
+        let found = spoken(&batch, say).unwrap();
         assert_eq!(found, [None, Some(true), Some(true), Some(false), Some(false), None]);
-        let none = described(&collate(vec![sample(&["where"], right)], 0), |_, _| panic!("nothing is asked")).unwrap();
+        let none = spoken(&collate(vec![sample(&["where"], right)], 0), |_, _| panic!("nothing is asked")).unwrap();
         assert_eq!(none, [None]);
     }
 }
