@@ -49,6 +49,7 @@ mod ffi;
 mod map;
 pub mod nn;
 pub mod optim;
+mod packed;
 pub mod runtime;
 pub mod weights;
 

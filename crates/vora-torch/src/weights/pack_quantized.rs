@@ -5,8 +5,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use tch::{Kind, Tensor};
 
-use crate::nn::decode::{PackedLinear, Width};
-use crate::weights::Weights;
+use crate::packed::{PackedLinear, Width};
 
 /// Numbers that share a scale here.
 const GROUP: i64 = 32;
@@ -23,27 +22,28 @@ const NOT_READ: [(&str, &str); 2] = [
     ("_g_idx", "columns in another order; those are read that are `actorder: null`"),
 ];
 
-/// The weight `name` `[out, in]` of a source that stores it so; none where it does not.
+/// The tensors that a weight is stored as, by the ends of their names.
+pub(super) const PARTS: [&str; 3] = [PACKED, SCALE, SHAPE];
+
+/// The weight `name` `[out, in]` of which `stored` finds the tensors, by the ends of their names; none where there are none.
 ///
 /// Scales that are shared by several groups of 32, or by a row, are repeated, and brought into f16.
 ///
 /// # Errors
 /// Another number of bits than 4 or 8, an offset, groups that are no multiple of 32, another size; each by the tensor's name.
-pub(super) fn read(weights: &Weights, name: &str, [rows, columns]: [i64; 2]) -> Result<Option<PackedLinear>> {
-    let stored = |part: &str| weights.stored_tensor(&format!("{name}{part}"));
+pub(super) fn read(
+    name: &str,
+    stored: &dyn Fn(&str) -> Result<Option<Tensor>>,
+    [rows, columns]: [i64; 2],
+) -> Result<Option<PackedLinear>> {
     let Some(packed) = stored(PACKED)? else { return Ok(None) };
-    let full_name = if weights.path().is_empty() { name.to_owned() } else { format!("{}.{name}", weights.path()) };
     for (part, has) in NOT_READ {
-        ensure!(stored(part)?.is_none(), "{full_name}{part}: this weight has {has}");
+        ensure!(stored(part)?.is_none(), "{name}{part}: this weight has {has}");
     }
-    let scale = stored(SCALE)?.with_context(|| format!("{full_name}{PACKED} has no {full_name}{SCALE}"))?;
+    let scale = stored(SCALE)?.with_context(|| format!("{name}{PACKED} has no {name}{SCALE}"))?;
     let made = unpack(&packed, &scale, [rows, columns])
         .and_then(|(values, scales)| PackedLinear::from_parts(&values, &scales, columns));
-    for part in [PACKED, SCALE, SHAPE] {
-        weights.ignore(&format!("{name}{part}"));
-        weights.forget(&format!("{name}{part}"));
-    }
-    made.map(Some).with_context(|| format!("reading {full_name}{PACKED}"))
+    made.map(Some).with_context(|| format!("reading {name}{PACKED}"))
 }
 
 /// `[out, words]` and `[out, groups]` -> values and scales as [`PackedLinear::from_parts`] takes them
@@ -119,7 +119,7 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::weights::{Quantization, QuantizedWeight};
+    use crate::weights::{Quantization, QuantizedWeight, Weights};
 
     fn source(tensors: &[(&str, &Tensor)]) -> Weights {
         let tensors = tensors.iter().map(|(name, t)| ((*name).to_owned(), t.shallow_clone()));
@@ -136,7 +136,7 @@ mod tests {
             let shape = Vec::<i64>::try_from(get("weight_shape")).unwrap();
             let weights =
                 source(&[("weight_packed", packed), ("weight_scale", scale), ("weight_shape", get("weight_shape"))]);
-            let read = read(&weights, "weight", [shape[0], shape[1]]).unwrap().unwrap();
+            let read = weights.packed("weight", [shape[0], shape[1]]).unwrap().unwrap();
             weights.finish().unwrap();
             assert!(read.dequantise(0..shape[0], Kind::Float).unwrap().equal(get("weight")), "{case}");
             // Written again they are the same words, but for what fills the last of them.
@@ -162,7 +162,7 @@ mod tests {
             let [(p, words), (s, scales), (z, shape)] = write(kept.packed().unwrap()).unwrap();
             let names = [p, s, z].map(|part| format!("weight{part}"));
             let weights = source(&[(&names[0], &words), (&names[1], &scales), (&names[2], &shape)]);
-            let again = read(&weights, "weight", [5, columns]).unwrap().unwrap();
+            let again = weights.packed("weight", [5, columns]).unwrap().unwrap();
             assert!(again.dequantise(0..5, Kind::Float).unwrap().equal(&kept.dequantized(Kind::Float)), "{columns}");
             let (found, expected) = (again.parts().unwrap(), kept.packed().unwrap().parts().unwrap());
             assert!(found.iter().zip(&expected).all(|(a, b)| a.equal(b)), "{columns} {quantization:?}");
@@ -174,11 +174,11 @@ mod tests {
         let kept = QuantizedWeight::new(&fixtures::Random::new(3).normal([4, 64]), Quantization::Int4Groups).unwrap();
         let [(_, words), (_, scales), _] = write(kept.packed().unwrap()).unwrap();
         let told = |tensors: &[(&str, &Tensor)], size| {
-            let error = read(&source(tensors).pp("q_proj"), "weight", size).unwrap_err();
+            let error = source(tensors).pp("q_proj").packed("weight", size).unwrap_err();
             format!("{error:#}")
         };
         let (packed, scale) = (("q_proj.weight_packed", &words), ("q_proj.weight_scale", &scales));
-        assert!(read(&source(&[scale]), "weight", [4, 64]).unwrap().is_none());
+        assert!(source(&[scale]).packed("weight", [4, 64]).unwrap().is_none());
         let said = told(&[packed], [4, 64]);
         assert!(said.contains("q_proj.weight_packed has no q_proj.weight_scale"), "{said}");
         let said = told(&[packed, scale, ("q_proj.weight_zero_point", &words)], [4, 64]);

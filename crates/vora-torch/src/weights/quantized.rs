@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 
 use crate::error;
 use crate::ffi;
-use crate::nn::decode::{PackedLinear, Width};
+use crate::packed::{PackedLinear, Width};
 use crate::weights::pack_quantized;
 
 /// Into how few bits a weight is brought.

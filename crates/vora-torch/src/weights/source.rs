@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::Checkpoint;
 use crate::error;
-use crate::nn::decode::PackedLinear;
+use crate::packed::PackedLinear;
 use crate::weights::init::{Init, new_tensor};
 use crate::weights::mismatch::Mismatch;
 use crate::weights::pack_quantized;
@@ -245,7 +245,14 @@ impl Weights {
     /// # Errors
     /// What of that format is not read, by name; a source that is [`Weights::trained`].
     pub fn packed(&self, name: &str, shape: [i64; 2]) -> Result<Option<PackedLinear>> {
-        let packed = pack_quantized::read(self, name, shape)?;
+        let stored = |part: &str| self.stored_tensor(&format!("{name}{part}"));
+        let packed = pack_quantized::read(&self.full_name(name), &stored, shape)?;
+        if packed.is_some() {
+            for part in pack_quantized::PARTS {
+                self.ignore(&format!("{name}{part}"));
+                self.forget(&format!("{name}{part}"));
+            }
+        }
         if packed.is_some() && self.trained && !self.frozen.contains(&self.full_name(name)) {
             bail!(
                 "{} is in few bits: weights are trained whole, take the folder that it was quantized from",

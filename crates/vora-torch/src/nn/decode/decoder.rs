@@ -4,11 +4,11 @@ use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
 use super::layer::{Layer, pointer, read};
-use super::linear::PackedLinear;
 use super::pages::Pages;
 use super::shape::DecoderShape;
 use super::step::Step;
 use crate::ffi::{self, decode as raw};
+use crate::packed::PackedLinear;
 
 /// Layers, final norm and head: `x [rows, hidden]` -> `[rows, vocab]`.
 ///

@@ -5,9 +5,9 @@ use std::ptr;
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
-use super::linear::PackedLinear;
 use super::shape::DecoderShape;
 use crate::ffi::decode as raw;
+use crate::packed::PackedLinear;
 
 /// The norm of each head of q or k.
 #[derive(Debug)]

@@ -7,19 +7,16 @@
 
 mod decoder;
 mod layer;
-mod linear;
 mod pages;
 mod shape;
 mod step;
-mod width;
 
 #[cfg(test)]
 mod tests;
 
+pub use crate::packed::{PackedLinear, Width};
 pub use decoder::Decoder;
 pub use layer::{HeadNorm, Layer};
-pub use linear::PackedLinear;
 pub use pages::Pages;
 pub use shape::DecoderShape;
 pub use step::Step;
-pub use width::Width;

@@ -46,7 +46,7 @@ impl Width {
     }
 
     /// The number that `csrc/decode/kernel.h` has for it.
-    pub(super) fn code(self) -> i64 {
+    pub(crate) fn code(self) -> i64 {
         match self {
             Self::F32 => 0,
             Self::Bf16 => 1,

@@ -273,7 +273,7 @@ impl PackedLinear {
     }
 
     /// What `csrc/` takes, which points into tensors of `self`.
-    pub(super) fn raw(&self) -> raw::Linear {
+    pub(crate) fn raw(&self) -> raw::Linear {
         let low_rank = self.low_rank.as_ref();
         raw::Linear {
             base: self.matrix(),
