@@ -174,13 +174,24 @@ impl QuantizedWeight {
     }
 
     /// `x W^T + b`: `[.., in]`, `[out]` -> `[.., out]`, with gradients for `x` and `b`. The weight is dequantized to the
-    /// dtype of `x` for this product, and once more for its gradient.
+    /// dtype of `x` for this product, and once more for its gradient. Where it is in groups and no gradient is asked for, `x` is
+    /// rounded to eight bits in groups of 32 instead, as decoding has it: [`PackedLinear::forward`].
     ///
     /// # Panics
     /// Where the shapes do not fit.
     pub fn linear(&self, x: &Tensor, bias: Option<&Tensor>) -> Tensor {
         let [rows, columns] = self.shape;
-        let Kept::Parts(parts) = &self.kept else { return x.linear(&self.dequantized(x.kind()), bias) };
+        let parts = match &self.kept {
+            Kept::Parts(parts) => parts,
+            Kept::Packed(packed) if !x.requires_grad() && bias.is_none_or(|bias| !bias.requires_grad()) => {
+                let y = packed.forward(x).unwrap_or_else(|e| panic!("{e:#}"));
+                return match bias {
+                    Some(bias) => y + bias,
+                    None => y,
+                };
+            }
+            Kept::Packed(_) => return x.linear(&self.dequantized(x.kind()), bias),
+        };
         let (parts, bias) = (ffi::pointers(parts), bias.map_or(ptr::null(), Tensor::as_ptr));
         // SAFETY: live tensors, as many as said, and a bias that is alive or null.
         let made = unsafe { ffi::vora_quantized_linear(x.as_ptr(), bias, parts.as_ptr(), parts.len(), rows, columns) };
@@ -355,7 +366,12 @@ mod tests {
                     assert_close_to(found, expected, tolerance);
                 }
             }
-            let x = random.normal([3, 20]).to_kind(kind).set_requires_grad(true);
+            let x = random.normal([3, 20]).to_kind(kind);
+            let y = kept.linear(&x, Some(&random.normal([6]).to_kind(kind)));
+            assert_eq!((y.size(), y.kind(), y.requires_grad()), (vec![3, 6], kind, false));
+            let (found, expected) = (kept.linear(&x, None), x.linear(&weight, None::<&Tensor>));
+            assert_close_to(&found, &expected, if quantization.width().is_some() { 2e-2 } else { 0.0 });
+            let x = x.set_requires_grad(true);
             let y = kept.linear(&x, None);
             assert!(y.equal(&x.linear(&weight, None::<&Tensor>)));
             y.sum(Kind::Float).backward();
