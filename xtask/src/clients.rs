@@ -62,8 +62,9 @@ pub fn run() -> Result<()> {
         }
     }
     drop(server);
-    let soak =
-        ["--package", "vora-serve", "--test", "it", "--", "--ignored", "ten_thousand"].map(str::to_owned).to_vec();
+    let soak = ["--package", "vora-serve", "--test", "it", "--", "--ignored", "--nocapture", "ten_thousand"]
+        .map(str::to_owned)
+        .to_vec();
     cmd::run(&mut test::command(&test::Args { args: soak, ..test::Args::default() })?)?;
     if !left.is_empty() {
         eprintln!("NOT CHECKED: {}", left.join(", "));

@@ -1,7 +1,9 @@
 //! Many clients, a fifth of them hostile (row 35).
 
 use std::io::{Read, Write};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
 use serde_json::json;
 use vora_serve::Server;
@@ -18,8 +20,8 @@ fn held() -> (usize, usize) {
     (pages * 4096, std::fs::read_dir("/proc/self/fd").unwrap().count())
 }
 
-/// Request number `at`; of five one is no good.
-fn one(server: &Server, at: usize, answered: &AtomicUsize) {
+/// Request number `at`; of five one is no good. Milliseconds of an answer go into `answered`.
+fn one(server: &Server, at: usize, answered: &Mutex<Vec<f64>>) {
     let request = match at % 3 {
         0 => about(&picture([(at % 250) as u8, 30, 60]), "What is it?", 1 + at % 7),
         _ => long(["Is it red?", "Where is the ring?"][at % 2], 1 + at % 9),
@@ -27,13 +29,14 @@ fn one(server: &Server, at: usize, answered: &AtomicUsize) {
     if at % 5 != 4 {
         let (mut request, streamed) = (request, at.is_multiple_of(2));
         request["stream"] = streamed.into();
+        let asked = Instant::now();
         let reply = ask(server, &request);
         match reply.status {
             200 if streamed => assert!(reply.events().iter().all(|event| event.get("error").is_none())),
             200 => assert!(reply.json()["usage"]["completion_tokens"].as_u64().unwrap() > 0),
             status => panic!("{status}: {}", reply.text()),
         }
-        answered.fetch_add(1, Ordering::Relaxed);
+        answered.lock().unwrap().push(1e3 * asked.elapsed().as_secs_f64());
         return;
     }
     match at / 5 % 6 {
@@ -72,7 +75,7 @@ fn soak(requests: usize, clients: usize, flat: usize) {
         (engine.max_batch, engine.max_waiting) = (8, 4 * clients);
     });
     let round = |from: usize, to: usize| {
-        let (next, answered) = (AtomicUsize::new(from), AtomicUsize::new(0));
+        let (next, answered) = (AtomicUsize::new(from), Mutex::new(Vec::new()));
         std::thread::scope(|scope| {
             for _ in 0..clients {
                 scope.spawn(|| {
@@ -89,12 +92,12 @@ fn soak(requests: usize, clients: usize, flat: usize) {
         until("all is quiet", || {
             metric(&server, "open_connections") == 1.0 && metric(&server, "num_requests_running") == 0.0
         });
-        answered.into_inner()
+        answered.into_inner().unwrap()
     };
     let first = requests / 3;
-    let mut answered = round(0, first); // what is made once is made here
+    let mut times = round(0, first); // what is made once is made here
     let (memory, descriptors) = held();
-    answered += round(first, requests);
+    times.extend(round(first, requests));
     let (more_memory, more_descriptors) = held();
     assert!(more_descriptors <= descriptors, "{descriptors} descriptors became {more_descriptors}");
     assert!(more_memory <= memory + flat, "{memory} bytes became {more_memory}");
@@ -112,7 +115,11 @@ fn soak(requests: usize, clients: usize, flat: usize) {
         (0.0, 0.0, 0.0)
     );
     assert_eq!(succeeded + cancelled, ended);
-    assert!(succeeded >= answered as f64, "{succeeded} of {answered}");
+    assert!(succeeded >= times.len() as f64, "{succeeded} of {}", times.len());
+    times.sort_by(f64::total_cmp);
+    let [half, most, nearly_all] = [50, 95, 99].map(|percent| times[(times.len() - 1) * percent / 100]);
+    let answers = times.len();
+    eprintln!("{answers} answers to {clients} clients: p50 {half:.1} ms, p95 {most:.1} ms, p99 {nearly_all:.1} ms");
 }
 
 #[test]
