@@ -50,13 +50,7 @@ fn to_json(quantization: Quantization, kind: Kind) -> Value {
 }
 
 /// The linear layers that are none of the decoder's, by the names that they have in all models here.
-const WHOLE: [&str; 5] = [
-    "re:.*lm_head",
-    "re:.*vision_tower.*",
-    "re:.*multi_modal_projector.*",
-    "re:.*vision_embedding.*",
-    "re:.*vqmodel.*",
-];
+const WHOLE: [&str; 4] = ["re:.*lm_head", "re:.*vision.*", "re:.*multi_modal_projector.*", "re:.*vqmodel.*"];
 
 /// In groups of 32, as `vora-torch` keeps them.
 fn groups(num_bits: u8) -> Value {

@@ -226,6 +226,9 @@ mod tests {
         let error = model.image_grid(28, 28).unwrap_err().to_string();
         assert_eq!(error, "a llama is a language model alone, which takes no picture");
 
+        let gemma = super::open(&fixtures::root().join("tiny/gemma4"), Device::Cpu, Kind::Float, &nowhere).unwrap();
+        gemma.save(&root.path().join("gemma4")).unwrap();
+
         // Each in few bits, written and opened again.
         for (name, quantization) in [
             ("vora", Quantization::Int8Groups),
@@ -233,6 +236,7 @@ mod tests {
             ("llava", Quantization::Int8Groups),
             ("chameleon", Quantization::Int4Groups),
             ("llama", Quantization::Int4Groups),
+            ("gemma4", Quantization::Int8Groups),
         ] {
             let mut model = open(name).unwrap();
             model.adapted_mut().quantize(quantization).unwrap();

@@ -28,8 +28,9 @@ impl Steps {
         };
         let Some(packed) = packed else {
             ensure!(
-                width.is_none(),
-                "weights in another width are read on the CPU, by a model in f32 or bf16 without DoRA's magnitudes; this one is in {:?} on {:?}",
+                width.is_none() || width == own,
+                "a {} in {:?} on {:?}, or one with DoRA's magnitudes, is not read in another width",
+                llm.config().model_type,
                 llm.kind(),
                 llm.device()
             );

@@ -215,7 +215,7 @@ impl VisionLanguageModel for Gemma4Unified {
     /// # Errors
     /// Where adapters are still apart from the weights.
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        let llm = self.llm.merged()?.tensors().into_iter();
+        let llm = self.llm.merged()?.stored()?.into_iter();
         let mut tensors: Vec<_> = llm.map(|(name, tensor)| (stored_name(&name), tensor)).collect();
         tensors.extend(under("model.", self.vision_embedder.tensors()));
         Ok(tensors)
