@@ -23,8 +23,9 @@ const BARE_NORM: &str = "norm.weight";
 #[derive(Debug)]
 pub struct CausalLm {
     pub(super) model: Decoder,
-    lm_head: Option<Tensor>,      // [vocab, hidden]; none where the embedding is the head
-    embedding_scale: Option<f64>, // of words alone, rounded to the dtype as in HF
+    lm_head: Option<Tensor>,             // [vocab, hidden]; none where the embedding is the head
+    embedding_scale: Option<f64>,        // of words alone, rounded to the dtype as in HF
+    placeholders: Option<(Tensor, i64)>, // ids, and the id whose embedding they have
     config: LlmConfig,
     device: Device,
     kind: Kind,
@@ -67,6 +68,7 @@ impl CausalLm {
             model: Decoder::load(&config, &weights.pp("model"))?,
             lm_head,
             embedding_scale: config.embedding_scale().map(|scale| rounded(scale, weights.kind())),
+            placeholders: None,
             config,
             device: weights.device(),
             kind: weights.kind(),
@@ -81,6 +83,11 @@ impl CausalLm {
     /// Sizes and constants.
     pub fn config(&self) -> &LlmConfig {
         &self.config
+    }
+
+    /// Gives these ids the embedding of another: those that hold the places of what is no word, as a model that sees has.
+    pub fn embed_as(&mut self, placeholders: &[i64], other: i64) {
+        self.placeholders = Some((Tensor::from_slice(placeholders).to_device(self.device), other));
     }
 
     /// Where the weights are.
@@ -107,7 +114,11 @@ impl CausalLm {
 
     /// The embeddings of words, as they go into the first layer: `[..]` -> `[.., hidden]`
     pub fn embed(&self, input_ids: &Tensor) -> Tensor {
-        let words = Tensor::embedding(&self.model.embed_tokens, input_ids, -1, false, false).to_kind(self.kind);
+        let input_ids = match &self.placeholders {
+            Some((ids, other)) => input_ids.masked_fill(&Tensor::isin(input_ids, ids, true, false), *other),
+            None => input_ids.shallow_clone(),
+        };
+        let words = Tensor::embedding(&self.model.embed_tokens, &input_ids, -1, false, false).to_kind(self.kind);
         match self.embedding_scale {
             Some(scale) => words * scale,
             None => words,

@@ -122,6 +122,14 @@ impl Gemma4UnifiedConfig {
         }
     }
 
+    /// The tokens that hold the places of pictures, films and sounds, and padding: a place that nothing is put into has the
+    /// embedding of that, as in transformers.
+    pub(super) fn placeholders(&self) -> ([i64; 3], i64) {
+        let id = |key: &str, absent: i64| self.extra.get(key).and_then(Value::as_i64).unwrap_or(absent);
+        let places = [self.image_token_id, id("video_token_id", 258_884), id("audio_token_id", 258_881)];
+        (places, self.llm.pad_token_id.unwrap_or(0))
+    }
+
     /// The object that [`Gemma4UnifiedConfig::open`] reads, and HF's `Gemma4UnifiedConfig`.
     ///
     /// # Errors

@@ -57,8 +57,11 @@ impl Gemma4Unified {
             }
         }
         let (lora, hidden_size) = (config.lora.take(), config.llm.hidden_size);
+        let mut decoder = CausalLm::load(&config.llm, &llm.pp("language_model"))?;
+        let (placeholders, padding) = config.placeholders();
+        decoder.embed_as(&placeholders, padding);
         let mut model = Self {
-            llm: AdaptedLlm::new(CausalLm::load(&config.llm, &llm.pp("language_model"))?),
+            llm: AdaptedLlm::new(decoder),
             vision_embedder: Gemma4VisionEmbedder::load(&config.vision, hidden_size, &vision.pp("model"))?,
             config,
         };
@@ -318,6 +321,16 @@ mod tests {
             let [before, after] = [&model, &again].map(|model| model.forward(&input, 0).unwrap().last_hidden_state);
             assert!(before.equal(&after) && before.kind() == kind);
         }
+    }
+
+    #[test]
+    fn a_place_without_a_picture_is_padding() {
+        let model = model(Kind::Float);
+        let embed = |id: i64| model.llm().embed(&Tensor::from_slice(&[id]));
+        let (placeholders, padding) = model.config().placeholders();
+        assert_eq!((placeholders, padding), ([512, 520, 515], 0));
+        assert!(placeholders.iter().all(|&id| embed(id).equal(&embed(0))));
+        assert!(!embed(513).equal(&embed(0)));
     }
 
     #[test]
