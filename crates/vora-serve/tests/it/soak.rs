@@ -69,6 +69,7 @@ fn receive_or_nothing(socket: &mut std::net::TcpStream) -> Option<u16> {
     matches!(socket.peek(&mut peeked), Ok(1)).then(|| receive(socket).status)
 }
 
+#[allow(clippy::print_stderr, reason = "how long answers took is for whoever runs it")]
 fn soak(requests: usize, clients: usize, flat: usize) {
     let server = serve(|config, engine| {
         config.max_body = 200_000;
