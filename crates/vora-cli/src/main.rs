@@ -36,6 +36,7 @@ Examples:
   vora train --config crates/vora-train/recipes/scenes.yaml
   vora data show crates/vora-train/recipes/scenes.yaml
   vora merge runs/scenes/final --out runs/scenes/merged --as seeing
+  vora quantize runs/scenes/merged --out runs/scenes/int8 --weights int8
   vora ask runs/scenes/merged picture.png \"What color is the circle?\"
   vora chat runs/scenes/merged
   vora serve runs/scenes/merged
