@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
+use benches::cpu_seconds;
 use clap::Parser;
 use tch::{Device, Kind, Tensor};
 use vora_llm::{AttentionPlan, CausalLm, LlmConfig, PackedDecoder, PackedStep, VisionAttention};
@@ -48,24 +49,16 @@ fn sizes() -> LlmConfig {
     }
 }
 
-/// Seconds of CPU that this thread has had.
-fn cpu_seconds() -> f64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: a place for the result.
-    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
-    time.tv_sec as f64 + 1e-9 * time.tv_nsec as f64
-}
-
 fn plain(llm: &CausalLm, rows: usize, steps: usize) -> Result<f64> {
     let mut cache = llm.new_cache(rows as i64, SEEN + steps as i64 + 1)?;
     let ids = Tensor::zeros([rows as i64, SEEN], (Kind::Int64, Device::Cpu));
     let plan = AttentionPlan::new(&Spans::text(&vec![SEEN; rows]), VisionAttention::Causal, Device::Cpu, llm.kind())?;
     let _ = llm.prefill(&llm.embed(&ids), &plan, &mut cache)?;
-    let start = cpu_seconds();
+    let start = cpu_seconds()?;
     for _ in 0..steps {
         let _ = llm.decode_step(&ids.narrow(1, 0, 1), &mut cache)?;
     }
-    Ok(cpu_seconds() - start)
+    Ok(cpu_seconds()? - start)
 }
 
 fn packed(decoder: &mut PackedDecoder, config: &LlmConfig, kind: Kind, rows: usize, steps: usize) -> Result<f64> {
@@ -76,7 +69,7 @@ fn packed(decoder: &mut PackedDecoder, config: &LlmConfig, kind: Kind, rows: usi
     let pages = Pages::new(&keys, &values)?;
     let tables: Vec<i32> = (0..(rows * max_pages) as i32).collect();
     let (ids, adapted) = (vec![5; rows], vec![false; rows]);
-    let start = cpu_seconds();
+    let start = cpu_seconds()?;
     for step in 0..steps as i64 {
         let lens = vec![SEEN + step; rows];
         let step = PackedStep {
@@ -88,7 +81,7 @@ fn packed(decoder: &mut PackedDecoder, config: &LlmConfig, kind: Kind, rows: usi
         };
         let _ = decoder.decode_step(&ids, &pages, &step)?;
     }
-    Ok(cpu_seconds() - start)
+    Ok(cpu_seconds()? - start)
 }
 
 fn main() -> Result<()> {

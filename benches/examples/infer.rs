@@ -19,7 +19,6 @@ use vora_infer::{Assistant, Engine, EngineConfig, Event, Request, SamplingParams
 use vora_llm::{KvPages, PackedDecoder, PackedStep};
 use vora_model::VisionLanguageModel;
 use vora_recipe::TrainConfig;
-use vora_torch::nn::decode::Pages;
 use vora_torch::runtime::{self, Workload};
 use vora_torch::weights::Quantization;
 use vora_train::student::Student;
@@ -224,11 +223,7 @@ fn perplexity(folder: &Path, ids: &[i64]) -> Result<f64> {
     let mut decoder = llm.width().map(|width| PackedDecoder::new(llm, width)).transpose()?.flatten();
     let decoder = decoder.as_mut().context("the model is not one that the kernels serve")?;
     let cache = KvPages::new(llm.config(), 1, WINDOW as i64, Device::Cpu, llm.kind())?;
-    let (keys, values): (Vec<Tensor>, Vec<Tensor>) = (0..llm.config().num_hidden_layers)
-        .map(|layer_idx| cache.layer(layer_idx))
-        .map(|(keys, values)| (keys.shallow_clone(), values.shallow_clone()))
-        .unzip();
-    let pages = Pages::new(&keys, &values)?;
+    let pages = cache.packed()?;
     let (mut sum, mut tokens) = (0.0, 0);
     for window in ids.chunks(WINDOW).filter(|window| window.len() > 1) {
         let places: Vec<i64> = (0..window.len() as i64).collect();

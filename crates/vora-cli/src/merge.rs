@@ -10,7 +10,8 @@ use vora_lora::ActsOn;
 use vora_model::{HfFiles, VisionLanguageModel, beside};
 use vora_torch::runtime;
 
-use crate::prompts::{logits, prompts};
+use crate::model::{ensure_vacant, written_kind};
+use crate::prompts::{logits, prompts, same_likeliest};
 
 /// Fold trained adapters into the weights and write a checkpoint folder.
 #[derive(Debug, clap::Args)]
@@ -64,15 +65,8 @@ enum Becomes {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    let kind = match args.dtype.as_str() {
-        "auto" => vora_model::stored_kind(&args.trained, &vora_hub::resolve)?,
-        other => runtime::kind(other, Device::Cpu)?,
-    };
-    ensure!(
-        !args.out.join("config.json").exists(),
-        "{} already holds a model; choose another --out",
-        args.out.display()
-    );
+    let kind = written_kind(&args.dtype, &args.trained)?;
+    ensure_vacant(&args.out)?;
     if args.hf {
         HfFiles::ensure_vacant(&args.out)?;
     }
@@ -160,7 +154,7 @@ fn check(before: &Tensor, after: &Tensor, kind: Kind, out: &mut impl Write) -> R
     }
     let largest = (after - before).abs().max().double_value(&[]);
     let scale = before.abs().max().double_value(&[]);
-    let same = after.argmax(-1, false).eq_tensor(&before.argmax(-1, false)).sum(Kind::Int64).int64_value(&[]);
+    let same = same_likeliest(before, after);
     let (places, dtype) = (before.size()[0], runtime::name_of(kind));
     writeln!(
         out,

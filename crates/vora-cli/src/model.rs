@@ -1,6 +1,9 @@
 //! The model that a command asks, and how it is opened.
 
-use anyhow::{Context, Result};
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use tch::{Device, Kind};
 use vora_infer::Assistant;
 use vora_lora::ActsOn;
 use vora_torch::runtime;
@@ -20,6 +23,20 @@ pub(crate) struct ModelArgs {
     /// auto, bf16, f32 or f16
     #[arg(long, default_value = "auto")]
     dtype: String,
+}
+
+/// The dtype of a folder that is written from another one: `auto` is what that is stored in.
+pub(crate) fn written_kind(dtype: &str, from: &Path) -> Result<Kind> {
+    match dtype {
+        "auto" => vora_model::stored_kind(from, &vora_hub::resolve),
+        other => runtime::kind(other, Device::Cpu),
+    }
+}
+
+/// An error where a model lies in the folder that is to be written.
+pub(crate) fn ensure_vacant(out: &Path) -> Result<()> {
+    ensure!(!out.join("config.json").exists(), "{} already holds a model; choose another --out", out.display());
+    Ok(())
 }
 
 impl ModelArgs {

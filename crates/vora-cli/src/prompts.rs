@@ -40,3 +40,8 @@ pub(crate) fn logits(model: &dyn VisionLanguageModel, prompts: &[Input]) -> Resu
     }
     Ok((!rows.is_empty()).then(|| Tensor::cat(&rows, 0)))
 }
+
+/// At how many places the likeliest token is the same, of logits `[words, vocab]`.
+pub(crate) fn same_likeliest(before: &Tensor, after: &Tensor) -> i64 {
+    after.argmax(-1, false).eq_tensor(&before.argmax(-1, false)).sum(Kind::Int64).int64_value(&[])
+}

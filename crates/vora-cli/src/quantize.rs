@@ -10,10 +10,10 @@ use vora_eval::language::{Side, language};
 use vora_infer::Width;
 use vora_model::{VisionLanguageModel, beside};
 use vora_text::{ChatTemplate, Tokenizer};
-use vora_torch::runtime;
 use vora_torch::weights::Quantization;
 
-use crate::prompts::{logits, prompts};
+use crate::model::{ensure_vacant, written_kind};
+use crate::prompts::{logits, prompts, same_likeliest};
 
 /// Bring the weights of a model's decoder into 8 or 4 bits and write a checkpoint folder.
 #[derive(Debug, clap::Args)]
@@ -51,15 +51,8 @@ fn quantised(name: &str) -> Result<Quantization> {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let folder = vora_hub::resolve(&args.model)?;
-    ensure!(
-        !args.out.join("config.json").exists(),
-        "{} already holds a model; choose another --out",
-        args.out.display()
-    );
-    let kind = match args.dtype.as_str() {
-        "auto" => vora_model::stored_kind(&folder, &vora_hub::resolve)?,
-        other => runtime::kind(other, Device::Cpu)?,
-    };
+    ensure_vacant(&args.out)?;
+    let kind = written_kind(&args.dtype, &folder)?;
     let open = || vora_model::open(&folder, Device::Cpu, kind, &vora_hub::resolve);
     let (base, mut model) = (open()?, open()?);
     ensure!(
@@ -92,11 +85,10 @@ fn costs(folder: &Path, base: &dyn VisionLanguageModel, model: &dyn VisionLangua
     if model.sees() {
         let prompts = prompts(folder, model)?;
         if let (Some(before), Some(after)) = (logits(base, &prompts)?, logits(model, &prompts)?) {
-            let same = after.argmax(-1, false).eq_tensor(&before.argmax(-1, false)).sum(tch::Kind::Int64);
             lines.push(format!(
                 "asked about {} pictures, the likeliest token is the same at {} of {} places",
                 prompts.len(),
-                same.int64_value(&[]),
+                same_likeliest(&before, &after),
                 before.size()[0]
             ));
         }

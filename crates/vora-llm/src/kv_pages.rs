@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
+use vora_torch::nn::decode::Pages;
 use vora_torch::runtime::reserved_zeros;
 
 use crate::config::LlmConfig;
@@ -70,6 +71,16 @@ impl KvPages {
     pub fn page_bytes(config: &LlmConfig, page_len: i64, kind: Kind) -> usize {
         let a_token: i64 = config.cached_heads().map(|(heads, head_dim)| 2 * heads * head_dim).sum();
         (a_token * page_len) as usize * kind.elt_size_in_bytes()
+    }
+
+    /// The same memory as a [`PackedDecoder`](crate::PackedDecoder) takes it.
+    ///
+    /// # Errors
+    /// As [`Pages::new`].
+    pub fn packed(&self) -> Result<Pages> {
+        let (keys, values): (Vec<Tensor>, Vec<Tensor>) =
+            self.layers.iter().map(|layer| (layer.keys.shallow_clone(), layer.values.shallow_clone())).unzip();
+        Pages::new(&keys, &values)
     }
 
     /// Pages in all.

@@ -36,11 +36,7 @@ impl Steps {
             );
             return Ok(Self::Plain);
         };
-        let (keys, values): (Vec<Tensor>, Vec<Tensor>) = (0..llm.config().num_hidden_layers)
-            .map(|layer_idx| cache.layer(layer_idx))
-            .map(|(keys, values)| (keys.shallow_clone(), values.shallow_clone()))
-            .unzip();
-        Ok(Self::Packed(Box::new(packed), Pages::new(&keys, &values)?))
+        Ok(Self::Packed(Box::new(packed), cache.packed()?))
     }
 
     /// A part of a prompt: the embeddings `[1, part, hidden]` of what `plan` is of, which goes on where `row` ends -> logits of the
