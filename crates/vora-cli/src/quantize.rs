@@ -25,8 +25,7 @@ Examples:
 
 Every 32 numbers of a row share a scale, as in ggml's Q8_0 and Q4_0. The linear layers of the decoder's
 blocks are stored so; embedding, head, norms and all that sees stay as they are. The folder is one of
-compressed-tensors' format pack-quantized: that of a language model alone, or of a LLaVA, is opened by
-transformers, too.")]
+compressed-tensors' format pack-quantized: that of a language model alone is opened by transformers, too.")]
 pub(crate) struct Args {
     /// The folder that `vora merge` wrote, or another model's; a model's name in the hub's cache
     model: String,
