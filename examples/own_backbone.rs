@@ -16,9 +16,9 @@ use vora_llm::{CausalLm, LlmConfig, VisionAttention};
 use vora_lora::LoraConfig;
 use vora_model::{AdaptedLlm, VisionLanguageModel, Weights};
 use vora_recipe::{DataConfig, ModelConfig, ModelType, TrainConfig, TrainData};
+use vora_student::{Pictures, Student, StudentParts};
 use vora_torch::weights::Init;
-use vora_train::data::{Pictures, Sources};
-use vora_train::student::{Student, StudentParts};
+use vora_train::data::Sources;
 use vora_train::tch::{Device, Kind, Tensor};
 use vora_train::{Options, Silent, Trainer};
 

@@ -67,7 +67,7 @@ fn main() -> Result<()> {
         ..TrainConfig::default()
     };
     let resolve = |name: &str| Ok(PathBuf::from(name)); // or vora-hub's cache
-    let maker = Arc::new(SampleMaker::new(data::preparation(&config, &resolve)?));
+    let maker = Arc::new(SampleMaker::new(vora_student::preparation(&config, &resolve)?));
     let source = |first| Arc::new(Greys { maker: maker.clone(), first });
     let sources = Sources::own("greys", source(0)).with_held_out(HeldOut::new("test", source(1000), 20));
 

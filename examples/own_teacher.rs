@@ -12,9 +12,9 @@ use vora_data::SampleMaker;
 use vora_data::scenes::ScenesConfig;
 use vora_lora::LoraConfig;
 use vora_recipe::{DataConfig, ModelConfig, TrainConfig, TrainData};
+use vora_student::{Student, Teacher};
 use vora_torch::weights::{Init, Weights};
 use vora_train::data::Sources;
-use vora_train::student::{Student, Teacher};
 use vora_train::tch::{Device, Kind, Tensor};
 use vora_train::{Options, Trainer};
 

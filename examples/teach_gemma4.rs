@@ -18,8 +18,8 @@ use vora_image::ImageProcessor;
 use vora_lora::LoraConfig;
 use vora_model::{Gemma4Unified, Weights};
 use vora_recipe::{DataConfig, ModelConfig, ModelType, TrainConfig, TrainData};
-use vora_train::data::{Pictures, Sources};
-use vora_train::student::{Student, StudentParts};
+use vora_student::{Pictures, Student, StudentParts};
+use vora_train::data::Sources;
 use vora_train::tch::{Device, Kind};
 use vora_train::{Options, Silent, Trainer};
 

@@ -19,9 +19,9 @@ use vora_infer::{Assistant, Engine, EngineConfig, Event, Request, SamplingParams
 use vora_llm::{KvPages, PackedDecoder, PackedStep};
 use vora_model::VisionLanguageModel;
 use vora_recipe::TrainConfig;
+use vora_student::Student;
 use vora_torch::runtime::{self, Workload};
 use vora_torch::weights::Quantization;
-use vora_train::student::Student;
 
 /// Side of a patch, and of a picture of 256 patches.
 const PATCH: i64 = 14;

@@ -15,8 +15,8 @@ use vora_data::scenes::{Scenes, ScenesConfig, Split};
 use vora_data::{Batch, Record, RecordKeys, Sample, SampleMaker, collate, pack};
 use vora_llm::DropoutSeed;
 use vora_recipe::TrainConfig;
+use vora_student::{DeviceBatch, Student};
 use vora_torch::runtime;
-use vora_train::student::{DeviceBatch, Student};
 
 /// Measures rows with one sample against packed rows
 #[derive(Debug, Parser)]

@@ -19,10 +19,10 @@ use tch::{Device, Kind, Tensor};
 use vora_llm::DropoutSeed;
 use vora_model::Input;
 use vora_recipe::TrainConfig;
+use vora_student::{DeviceBatch, Student};
 use vora_text::{Span, Spans};
 use vora_torch::{optim::Optimizer, runtime};
 use vora_train::step::optim::optimizer;
-use vora_train::student::{DeviceBatch, Student};
 
 /// Side of a patch.
 const PATCH: i64 = 14;

@@ -118,7 +118,7 @@ struct Shown {
 impl Show {
     fn run(&self) -> Result<ExitCode> {
         let config = TrainConfig::open(&self.config, &self.set)?;
-        let preparation = data::preparation(&config, &vora_hub::resolve)?;
+        let preparation = vora_student::preparation(&config, &vora_hub::resolve)?;
         let source = data::training(&config, &Arc::new(SampleMaker::new(preparation.clone())))?;
         let terminal = std::io::stdout().is_terminal();
         let colour = terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());

@@ -4,7 +4,7 @@
 //! start; beside them [`PlainLlm`], which sees nothing. It reads and
 //! writes their checkpoint folders; [`open`] takes any of them.
 //!
-//! It trains nothing and generates nothing: losses live in `vora-train`, decoding loops in `vora-infer`. It reads no
+//! It trains nothing and generates nothing: losses live in `vora-student`, decoding loops in `vora-infer`. It reads no
 //! image file either; pixels come in as tensors.
 //!
 //! What libtorch needs in a project of your own: [`vora_torch`].

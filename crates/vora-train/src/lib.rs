@@ -1,13 +1,12 @@
-//! Training a model that sees, a VoRA, a LLaVA or a Chameleon: the language loss at supervised positions, for a VoRA
-//! block-wise distillation from a vision transformer, for a Chameleon its image tokenizer and z-loss, AdamW over f32
-//! masters, and what makes steps a run: metrics, checkpoints that survive a crash, resuming bit for bit,
-//! evaluation beside a blind control. [`Trainer`] is the file to read first.
+//! Training a model that sees, a VoRA, a LLaVA or a Chameleon, whose losses are those of [`vora_student`]: AdamW over f32
+//! masters, the text anchor, for a Chameleon its image tokenizer, and what makes steps a run: metrics, checkpoints that
+//! survive a crash, resuming bit for bit, evaluation beside a blind control. [`Trainer`] is the file to read first.
 //!
 //! It draws no progress bar and catches no signal (its caller does, through [`Progress`] and
 //! [`Options::stop`]), downloads nothing, answers no question (the LLM writes the texts of its own anchor), and merges nothing.
 //!
-//! Data, teacher and model may each be a program's own: [`Trainer::with_data`], [`Teacher`](student::Teacher),
-//! [`Student::from_parts`](student::Student::from_parts); `examples/` at the top of the repository has a program for each.
+//! Data, teacher and model may each be a program's own: [`Trainer::with_data`], [`Teacher`](vora_student::Teacher),
+//! [`Student::from_parts`](vora_student::Student::from_parts); `examples/` at the top of the repository has a program for each.
 //!
 //! What libtorch needs in a project of your own: [`vora_torch`].
 //!
@@ -32,8 +31,6 @@ pub mod data;
 pub mod observe;
 pub mod run;
 pub mod step;
-pub mod student;
-
 pub use run::plan::{Measured, Plan, Threads};
 pub use run::progress::{Progress, Silent};
 pub use run::size::{Adapted, BatchShape, Memory, Parameters, Size, TeacherCacheSize};

@@ -14,8 +14,9 @@ const NEVER: &[(&str, &str)] = &[
     ("vora_recipe", "vora_torch"),
     ("vora_recipe", "vora_train"),
     ("vora_train::run::trainer", "vora_train::run::plan"),
-    ("vora_train::student", "vora_run"),
-    ("vora_train::student", "vora_train::run"),
+    ("vora_student", "vora_eval"),
+    ("vora_student", "vora_run"),
+    ("vora_student", "vora_train"),
 ];
 
 /// Each arrow of `arrows` that [`NEVER`] forbids, and each of its rows that names no module.

@@ -13,7 +13,7 @@ use vora_torch::nn::loss::kl_divergence;
 
 use super::held::Held;
 use super::texts::Texts;
-use crate::student::{Student, logits_rows};
+use vora_student::{Student, logits_rows};
 
 /// Texts whose states are computed side by side before the run.
 const ROWS: usize = 8;

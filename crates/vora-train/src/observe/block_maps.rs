@@ -14,7 +14,7 @@ use vora_image::RgbImage;
 use vora_run::block_maps::{FOLDER, Layout, PictureLayout};
 
 use crate::observe::samples::Shown;
-use crate::student::{DeviceBatch, Student};
+use vora_student::{DeviceBatch, Student};
 
 /// Pictures in a map.
 const PICTURES: usize = 4;

@@ -11,7 +11,7 @@ use vora_run::samples::Question;
 use vora_text::Tokenizer;
 
 use crate::data::HeldOut;
-use crate::student::{DeviceBatch, Student};
+use vora_student::{DeviceBatch, Student};
 
 /// Samples that are looked at for each that is chosen.
 const LOOKED_AT: u64 = 8;

@@ -12,7 +12,7 @@ use vora_text::Tokenizer;
 
 use crate::data::HeldOut;
 use crate::run::progress::Progress;
-use crate::student::{DeviceBatch, Student};
+use vora_student::{DeviceBatch, Student};
 
 /// Asks every question of every split, with its picture and with another one; none where `stop` was set meanwhile.
 pub(crate) fn evaluate(

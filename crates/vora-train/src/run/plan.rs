@@ -17,7 +17,7 @@ use crate::data;
 use crate::run::dtype;
 use crate::run::size::{Adapted, BatchShape, SMALLER, Size, mebibytes};
 use crate::run::trainer::{Options, Trainer};
-use crate::student::Student;
+use vora_student::Student;
 
 /// What is not counted before steps are measured: libtorch makes its kernels ready, and on a GPU its allocator asks the
 /// driver for memory as long as batches come in new shapes. On an H200 steps 2 to 14 of a run took 0.26 s, later ones 0.14.

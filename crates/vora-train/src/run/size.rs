@@ -16,7 +16,7 @@ use vora_torch::runtime::{available_memory, memory};
 use vora_torch::weights::QuantizedWeight;
 
 use crate::run::max_steps::max_steps;
-use crate::student::{Student, logits_rows};
+use vora_student::{Student, logits_rows};
 
 /// What a run takes.
 #[derive(Debug, Clone, PartialEq, Serialize)]

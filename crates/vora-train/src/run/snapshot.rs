@@ -16,8 +16,8 @@ use vora_model::beside::{CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, copy_text_files
 use vora_model::trained::{LLM, MODEL, Parts, VISION};
 use vora_torch::checkpoint::save;
 
-use crate::student::Student;
-use crate::student::parts::parts_of;
+use vora_student::Student;
+use vora_student::parts::parts_of;
 
 const CONFIG: &str = "config.json";
 

@@ -12,7 +12,7 @@ use vora_vision::VqModel;
 
 use crate::run::progress::Progress;
 use crate::step::optim::optimizer;
-use crate::student::Student;
+use vora_student::Student;
 
 /// Bad records in a row that end the search for a picture.
 const MAX_BAD_RECORDS: u64 = 100;

@@ -10,9 +10,9 @@ use vora_image::{ImageProcessor, RgbImage};
 use vora_lora::{AdapterFolder, LoraConfig};
 use vora_model::{Gemma4Unified, Input, VisionLanguageModel, Weights};
 use vora_recipe::TrainConfig;
+use vora_student::{Pictures, Student, StudentParts};
 use vora_text::{Message, Piece};
-use vora_train::data::{Pictures, Sources};
-use vora_train::student::{Student, StudentParts};
+use vora_train::data::Sources;
 use vora_train::{Options, Outcome, Silent, Trainer};
 
 const FOLDER: &str = "fixtures/tiny/gemma4";

@@ -12,10 +12,10 @@ use vora_llm::LlmConfig;
 use vora_lora::LoraConfig;
 use vora_model::{Input, VisionLanguageModel, Vora, VoraConfig};
 use vora_recipe::Pairing;
+use vora_student::heads::DistillHeads;
 use vora_text::{Span, Spans};
 use vora_torch::nn::loss::cross_entropy;
 use vora_torch::weights::Weights;
-use vora_train::student::heads::DistillHeads;
 use vora_vision::Dinov2Config;
 
 const ADAPTED: i64 = 2;

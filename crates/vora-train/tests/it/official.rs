@@ -11,11 +11,11 @@ use vora_lora::LoraConfig;
 use vora_model::convert::{Conversion, Layout, Options};
 use vora_model::{Input, VisionLanguageModel, Vora};
 use vora_recipe::TrainConfig;
+use vora_student::{DeviceBatch, Losses, Student};
 use vora_text::{Span, Spans};
 use vora_torch::checkpoint::{Checkpoint, save};
 use vora_train::run::snapshot::Snapshot;
 use vora_train::step::optim::optimizer;
-use vora_train::student::{DeviceBatch, Losses, Student};
 use vora_vision::PositionTable;
 
 const CASES: [&str; 4] = ["unmerged", "merged", "tied", "llama"];
@@ -350,5 +350,5 @@ fn without_a_rank_a_merged_official_folder_is_tuned_as_released() {
     fs::create_dir(&out).unwrap();
     Snapshot::of(&student).unwrap().write(&out).unwrap();
     says_the_same(&open(&out), &golden, "merged");
-    vora_train::student::parts::read(&student, &out).unwrap();
+    vora_student::parts::read(&student, &out).unwrap();
 }

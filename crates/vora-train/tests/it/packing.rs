@@ -9,8 +9,8 @@ use vora_data::{Batch, Record, RecordKeys, Sample, SampleMaker, collate, collate
 use vora_llm::DropoutSeed;
 use vora_recipe::TrainConfig;
 use vora_run::metrics::{Line, MetricsLog, StepMetrics};
-use vora_train::student::{DeviceBatch, Losses, Student};
-use vora_train::{Options, Trainer, data};
+use vora_student::{DeviceBatch, Losses, Student};
+use vora_train::{Options, Trainer};
 
 /// The ways to see, by their `model` sections.
 const SYSTEMS: [&str; 4] = [
@@ -82,7 +82,7 @@ fn packed_rows_have_the_loss_and_the_gradient_of_rows_with_one_sample() {
         let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
         let samples = samples(&SampleMaker::new(student.preparation(&config).unwrap()));
         // Without the student's weights they are the same.
-        let preparation = data::preparation(&config, &resolve).unwrap();
+        let preparation = vora_student::preparation(&config, &resolve).unwrap();
         assert_eq!(self::samples(&SampleMaker::new(preparation)), samples);
         let longest = samples.iter().map(|sample| sample.input_ids.len()).max().unwrap();
         let packed = pack(samples.clone(), 4, 2 * longest, 0);
@@ -257,7 +257,7 @@ fn a_template_with_a_token_beyond_the_embedding_is_refused_before_the_run() {
     assert!(text.contains("\"vocab_size\": 512"));
     std::fs::write(path, text.replace("\"vocab_size\": 512", r#""vocab_size": 1"#)).unwrap();
     let config = config(&[&format!("model.llm={}", folder.path().display())]);
-    let error = format!("{:#}", data::preparation(&config, &resolve).unwrap_err());
+    let error = format!("{:#}", vora_student::preparation(&config, &resolve).unwrap_err());
     assert!(error.starts_with("the chat template: token `<|im_"), "{error}");
     assert!(error.contains("the model's embedding has 1 rows, the tokenizer 512 tokens"), "{error}");
 }

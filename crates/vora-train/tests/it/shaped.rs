@@ -13,7 +13,7 @@ use vora_recipe::TrainConfig;
 use vora_run::eval::EvalReport;
 use vora_run::language::Language;
 use vora_run::metrics::{EvalMetrics, Line, MetricsLog, StepMetrics};
-use vora_train::student::Student;
+use vora_student::Student;
 use vora_train::{Options, Outcome, Progress, Silent, Trainer, data};
 
 const SHAPED: [&str; 4] = [
@@ -68,7 +68,7 @@ fn pictures_of_many_shapes_are_learned_from_and_a_run_on_them_goes_on_bit_for_bi
     let folder = tempfile::tempdir().unwrap();
     let [whole, cut] = ["whole", "cut"].map(|name| folder.path().join(name));
     let config = config(&whole, &SHAPED);
-    let maker = Arc::new(SampleMaker::new(data::preparation(&config, &resolve).unwrap()));
+    let maker = Arc::new(SampleMaker::new(vora_student::preparation(&config, &resolve).unwrap()));
     let training = data::training(&config, &maker).unwrap();
     let grids: BTreeSet<(usize, usize)> = (0..16)
         .flat_map(|index| training.sample(index).unwrap().images)
@@ -105,7 +105,7 @@ fn goes_on_from(trained: &Path) {
     let from = format!("model.pretrained={}", trained.display());
     let aspect = |more: &[&str]| {
         let config = config(trained, &[&[from.as_str()], more].concat());
-        data::preparation(&config, &resolve).unwrap().processor.aspect()
+        vora_student::preparation(&config, &resolve).unwrap().processor.aspect()
     };
     assert_eq!(aspect(&[]), Aspect::Keep(TokenBudget::new(14, 3, 12).unwrap()));
     assert_eq!(aspect(&["model.max_image_tokens=16"]), Aspect::Keep(TokenBudget::new(14, 1, 16).unwrap()));
@@ -117,7 +117,7 @@ fn training_and_asking_see_the_same_shape_and_refuse_the_same() {
     let folder = tempfile::tempdir().unwrap();
     let config = config(folder.path(), &["model.max_image_tokens=9", "model.min_image_tokens=4"]);
     let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
-    let shown = data::preparation(&config, &resolve).unwrap().processor;
+    let shown = vora_student::preparation(&config, &resolve).unwrap().processor;
     for (width, height, columns, rows) in [(150, 60, 4, 1), (60, 150, 1, 4), (30, 27, 2, 2), (9, 9, 2, 2)] {
         let picture = RgbImage::from_fn(width, height, |x, y| [x as u8, y as u8, 90].into());
         let pixels = shown.preprocess(&picture).unwrap();

@@ -9,9 +9,9 @@ use vora_torch::checkpoint::Checkpoint;
 use super::files::{CONFIG, EMA, OPTIMIZER, TEACHER_MEAN};
 use crate::run::state::TrainerState;
 use crate::step::ema::Ema;
-use crate::student::heads::TeacherMean;
-use crate::student::{Student, parts};
 use vora_run::checkpoint::{self, RunFolder};
+use vora_student::heads::TeacherMean;
+use vora_student::{Student, parts};
 use vora_torch::optim::Optimizer;
 
 /// Where the run goes on: none for a new one. A folder that already holds a run is not written over by mistake.

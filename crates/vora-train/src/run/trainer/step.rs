@@ -13,8 +13,8 @@ use vora_torch::runtime::memory;
 use super::not_finite::NotFinite;
 use super::trainer::Trainer;
 use crate::anchor::Anchor;
-use crate::student::heads::TeacherMean;
-use crate::student::{DeviceBatch, Rewards};
+use vora_student::heads::TeacherMean;
+use vora_student::{DeviceBatch, Rewards};
 
 /// Training stops after this many skipped steps in a row; by then no single batch is to blame.
 const MOST_SKIPPED_IN_A_ROW: u64 = 3;

@@ -7,7 +7,7 @@ use tch::Tensor;
 use vora_data::Source;
 use vora_recipe::{ModelType, TrainConfig};
 
-use crate::student::Student;
+use vora_student::Student;
 
 /// Looks at the first pictures of the training data through the teacher's eyes.
 pub(super) fn measure_teacher(student: &mut Student, config: &TrainConfig, training: &Arc<dyn Source>) -> Result<()> {

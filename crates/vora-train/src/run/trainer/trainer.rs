@@ -38,8 +38,8 @@ use crate::run::{dtype, size, snapshot, vq};
 use crate::step::ema::{Ema, InPlace};
 use crate::step::loss_scale::LossScale;
 use crate::step::optim::optimizer;
-use crate::student::{Student, parts};
 use vora_run::checkpoint::{self, RunFolder, Saver};
+use vora_student::{Student, parts};
 
 /// Held-out pictures of each split that are written for asking.
 const SAMPLES: u64 = 8;

@@ -11,8 +11,9 @@ use vora_text::{Message, Part};
 use vora_torch::weights::{Init, Weights};
 
 use super::*;
-use crate::data::{HeldOut, Pictures, Sources};
-use crate::student::{Student, StudentParts, Teacher};
+use crate::data::{HeldOut, Sources};
+use vora_student::Pictures;
+use vora_student::{Student, StudentParts, Teacher};
 
 /// Three grey pictures and what they are called.
 struct Greys {
@@ -45,7 +46,7 @@ impl Source for Greys {
 }
 
 fn greys(config: &TrainConfig, darker: u8) -> Sources {
-    let maker = Arc::new(SampleMaker::new(data::preparation(config, &resolve).unwrap()));
+    let maker = Arc::new(SampleMaker::new(vora_student::preparation(config, &resolve).unwrap()));
     sources(maker, darker, false)
 }
 
@@ -102,7 +103,7 @@ fn a_source_that_no_run_can_go_on_with_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let refuse = |forgets: bool, set: &[&str]| {
         let config = config("smoke.yaml", folder.path(), set);
-        let maker = Arc::new(SampleMaker::new(data::preparation(&config, &resolve).unwrap()));
+        let maker = Arc::new(SampleMaker::new(vora_student::preparation(&config, &resolve).unwrap()));
         error(Trainer::with_data(config, options(false), sources(maker, 0, forgets)))
     };
     let two = refuse(true, &[]);

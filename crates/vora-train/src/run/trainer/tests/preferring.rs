@@ -104,7 +104,7 @@ fn records_of_trl_are_learned_from() {
     let run = folder.path().join("run");
     let overrides = [&DPO[..], &[&fetch, "max_steps=20", "per_device_train_batch_size=2"]].concat();
     let config = config("debug.yaml", &run, &overrides);
-    let maker = SampleMaker::new(data::preparation(&config, &resolve).unwrap());
+    let maker = SampleMaker::new(vora_student::preparation(&config, &resolve).unwrap());
     let source = data::training(&config, &Arc::new(maker)).unwrap();
     for (index, says) in [
         (2, "pairs.jsonl:3: it has a `chosen` answer and no `rejected` one"),

@@ -33,7 +33,7 @@ fn one_preparation_serves_training_samples_and_show() {
     let mut run = trainer(second.clone());
     run.train(&mut Silent).unwrap();
 
-    let shown = SampleMaker::new(data::preparation(&second, &resolve).unwrap());
+    let shown = SampleMaker::new(vora_student::preparation(&second, &resolve).unwrap());
     let shown = data::training(&second, &Arc::new(shown)).unwrap();
     let processor = ImageProcessor::open(&path("first/final")).unwrap();
     assert_eq!(processor.mean_std(), ([0.1, 0.2, 0.3], [0.5, 0.4, 0.3]));

@@ -12,12 +12,13 @@ use vora_torch::nn::attention::has_attention;
 use vora_torch::nn::loss::cross_entropy_and_z_loss;
 use vora_torch::weights::Weights;
 
-use super::batch::DeviceBatch;
-use super::distill::Distill;
-use super::logits::logits_chunk;
-use super::preference::{Reference, Rewards};
-use super::teacher::Teacher;
-use crate::data::{Pictures, preparation_over};
+use crate::batch::DeviceBatch;
+use crate::distill::Distill;
+use crate::logits::logits_chunk;
+use crate::pictures::Pictures;
+use crate::preference::{Reference, Rewards};
+use crate::preparation::preparation_over;
+use crate::teacher::Teacher;
 
 /// The losses of one forward pass, f32 scalars.
 #[derive(Debug)]
@@ -41,16 +42,16 @@ pub struct Student {
     pub model: Box<dyn VisionLanguageModel>,
     /// The teacher's side; none where the run has no teacher.
     pub distill: Option<Distill>,
-    pub(super) llm_name: String,
-    pub(super) llm_folder: PathBuf,
-    pub(super) pictures: Pictures,
-    pub(super) chat_template: Option<String>,
-    pub(super) z_loss: f64,
-    pub(super) beta: Option<f64>, // of DPO, where the run learns from preferences
-    pub(super) is_whole: bool,
-    pub(super) gradient_checkpointing: bool,
-    pub(super) trained: Vec<(&'static str, Weights)>, // sources that handed out parameters, and where in the folder they stand
-    pub(super) made: Vec<(String, Tensor)>,
+    pub(crate) llm_name: String,
+    pub(crate) llm_folder: PathBuf,
+    pub(crate) pictures: Pictures,
+    pub(crate) chat_template: Option<String>,
+    pub(crate) z_loss: f64,
+    pub(crate) beta: Option<f64>, // of DPO, where the run learns from preferences
+    pub(crate) is_whole: bool,
+    pub(crate) gradient_checkpointing: bool,
+    pub(crate) trained: Vec<(&'static str, Weights)>, // sources that handed out parameters, and where in the folder they stand
+    pub(crate) made: Vec<(String, Tensor)>,
 }
 
 /// What a student is made of.
@@ -122,7 +123,7 @@ impl Student {
     }
 
     /// The same with heads, and the teacher that they meet.
-    pub(super) fn taught(mut self, teacher: Box<dyn Teacher>, config: &TrainConfig) -> Result<Self> {
+    pub(crate) fn taught(mut self, teacher: Box<dyn Teacher>, config: &TrainConfig) -> Result<Self> {
         let llm = self.model.llm().config();
         let layers = match self.model.lora() {
             Some(lora) => usize::try_from(lora.layers)?.min(llm.num_hidden_layers),
@@ -196,13 +197,13 @@ impl Student {
     }
 
     /// Whether the model learns to write pictures as well as words.
-    pub(crate) fn writes_pictures(&self) -> bool {
+    pub fn writes_pictures(&self) -> bool {
         self.model.image_writer().is_some()
     }
 
     /// Whether batches are to compute once what all their samples begin with: where attention computes of a long row what
     /// its documents attend to and nothing more. Not where pictures are written, as the place before one predicts it.
-    pub(crate) fn shares_starts(&self) -> bool {
+    pub fn shares_starts(&self) -> bool {
         let llm = self.model.llm();
         let drops = llm.config().attention_dropout.is_some_and(|dropped| dropped > 0.0); // takes a mask
         has_attention(llm.device(), llm.kind()) && !drops && !self.writes_pictures()
@@ -269,7 +270,7 @@ impl Student {
     }
 
     /// A training forward of the LLM, with the hidden states of so many layers.
-    pub(crate) fn pass<'a>(
+    pub fn pass<'a>(
         &'a self,
         inputs_embeds: &Tensor,
         plan: &'a AttentionPlan,

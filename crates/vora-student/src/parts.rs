@@ -7,10 +7,10 @@ use tch::Tensor;
 use vora_model::trained::{self, Parts, VISION};
 use vora_torch::checkpoint::Checkpoint;
 
-use super::Student;
+use crate::Student;
 
 /// Everything that a run made or trained.
-pub(crate) fn parts_of(student: &Student) -> Result<Parts> {
+pub fn parts_of(student: &Student) -> Result<Parts> {
     if student.is_whole() {
         let heads = student.parameters().into_iter().filter(|(name, _)| name.starts_with("aux_vision."));
         let whole = student.model.tensors()?.into_iter().chain(heads).collect();
@@ -41,8 +41,8 @@ pub fn start_from(student: &Student, folder: &Path) -> Result<()> {
     Parts::of_vision(parts.vision).fill_from(folder)
 }
 
-/// The teacher's heads in a folder of [`Snapshot::write`], by their names there; a model that was merged has none.
-pub(crate) fn heads(folder: &Path) -> Result<Vec<(String, Tensor)>> {
+/// The teacher's heads in a folder of a run, by their names there; a model that was merged has none.
+pub fn heads(folder: &Path) -> Result<Vec<(String, Tensor)>> {
     let path = if trained::is_whole(folder) { folder.to_owned() } else { folder.join(VISION) };
     let checkpoint = Checkpoint::open(&path)?;
     let names = checkpoint.names().filter(|name| name.starts_with("aux_vision."));

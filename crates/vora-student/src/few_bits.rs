@@ -10,7 +10,7 @@ use vora_torch::weights::{Quantization, Weights};
 ///
 /// # Errors
 /// Where it has few bits already; names the key.
-pub(super) fn in_few_bits(weights: &Weights, section: &ModelConfig) -> Result<Weights> {
+pub(crate) fn in_few_bits(weights: &Weights, section: &ModelConfig) -> Result<Weights> {
     let Some(key) = section.few_bits_key() else { return Ok(weights.clone()) };
     let quantization = if section.load_in_4bit { Quantization::Nf4 } else { Quantization::Int8 };
     if weights.device() == Device::Cpu {

@@ -14,15 +14,15 @@ use vora_vision::{Encoder, EncoderConfig, PositionTable};
 
 use vora_model::Resolve;
 
-use super::few_bits::in_few_bits;
-use super::{Student, StudentParts, parts};
-use crate::data::Pictures;
+use crate::few_bits::in_few_bits;
+use crate::pictures::Pictures;
+use crate::{Student, StudentParts, parts};
 
 /// Channels of the patch embedding where nothing says otherwise, as in the published model.
 const EMBED_DIM: i64 = 1536;
 
 /// Opens LLM and teacher, and what was trained before; makes what is new: adapters, patch embedding, heads.
-pub(super) fn student(
+pub(crate) fn student(
     config: &TrainConfig,
     llm_folder: PathBuf,
     pictures: Pictures,

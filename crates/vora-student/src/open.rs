@@ -5,9 +5,10 @@ use tch::{Device, Kind};
 use vora_model::Resolve;
 use vora_recipe::{TrainConfig, Way};
 
-use super::student::Student;
-use super::{chameleon, llava, vora};
-use crate::data;
+use crate::pictures::Pictures;
+use crate::preparation::llm_folder;
+use crate::student::Student;
+use crate::{chameleon, llava, vora};
 
 impl Student {
     /// Opens what `config.model` names and makes what it trains.
@@ -16,8 +17,8 @@ impl Student {
     /// Names the key, and the file, that does not fit.
     pub fn new(config: &TrainConfig, device: Device, kind: Kind, resolve: &Resolve<'_>) -> Result<Self> {
         config.model.validate()?;
-        let llm_folder = data::llm_folder(config, resolve)?;
-        let pictures = data::Pictures::open(config, &llm_folder, resolve)?;
+        let llm_folder = llm_folder(config, resolve)?;
+        let pictures = Pictures::open(config, &llm_folder, resolve)?;
         match config.model.way()? {
             Way::Vora { .. } => vora::student(config, llm_folder, pictures, device, kind, resolve),
             Way::Llava { vision_tower } => {

@@ -8,9 +8,9 @@ use vora_llm::LlmConfig;
 use vora_recipe::{DistillConfig, Pairing};
 use vora_torch::weights::Weights;
 
-use super::heads::{DistillHeads, TeacherMean, resample};
-use super::teacher::Teacher;
-use super::teacher_cache::TeacherCache;
+use crate::heads::{DistillHeads, TeacherMean, resample};
+use crate::teacher::Teacher;
+use crate::teacher_cache::TeacherCache;
 
 /// Pixels of one channel that the teacher looks at at once: sixteen pictures of 448 x 448.
 const MAX_TEACHER_PIXELS: i64 = 16 * 448 * 448;
@@ -29,7 +29,7 @@ pub struct Distill {
 impl Distill {
     /// Heads between `layers` of the student's blocks, of `num_hidden_layers`, and the teacher's, or as
     /// `distill.blocks` has them, on hidden states of `hidden_size`; a patch of the student's is `patch_size` wide.
-    pub(super) fn new(
+    pub(crate) fn new(
         teacher: Box<dyn Teacher>,
         layers: usize,
         llm: &LlmConfig,
@@ -62,17 +62,17 @@ impl Distill {
     }
 
     /// The heads.
-    pub(super) fn heads(&self) -> &DistillHeads {
+    pub(crate) fn heads(&self) -> &DistillHeads {
         &self.heads
     }
 
     /// The teacher, to be counted.
-    pub(crate) fn teacher(&self) -> &dyn Teacher {
+    pub fn teacher(&self) -> &dyn Teacher {
         &*self.teacher
     }
 
     /// How many heads there are.
-    pub(crate) fn num_heads(&self) -> usize {
+    pub fn num_heads(&self) -> usize {
         self.states.len()
     }
 
@@ -81,7 +81,7 @@ impl Distill {
     ///
     /// # Errors
     /// Says what of its hidden states is not as [`Teacher`] has it.
-    pub(super) fn check_teacher(&self, side: i64, device: Device) -> Result<()> {
+    pub(crate) fn check_teacher(&self, side: i64, device: Device) -> Result<()> {
         let picture = Tensor::zeros([1, 3, side, side], (Kind::Float, device));
         let layers = self.states.iter().copied().max().unwrap_or(0);
         let states = tch::no_grad(|| self.teacher.patch_states(&picture, layers));
@@ -104,13 +104,13 @@ impl Distill {
     }
 
     /// Keeps the teacher's features in `folder`; the teacher was opened from `teacher`.
-    pub(super) fn keep_features(&mut self, folder: &Path, teacher: &Path, device: Device, kind: Kind) -> Result<()> {
+    pub(crate) fn keep_features(&mut self, folder: &Path, teacher: &Path, device: Device, kind: Kind) -> Result<()> {
         self.cache = Some(TeacherCache::open(folder, teacher, &self.states, device, kind)?);
         Ok(())
     }
 
     /// Bytes that a picture of `height` x `width` takes in the cache; none without one.
-    pub(crate) fn cached_bytes(&self, height: i64, width: i64, kind: Kind) -> Option<u64> {
+    pub fn cached_bytes(&self, height: i64, width: i64, kind: Kind) -> Option<u64> {
         let (rows, columns) = self.teacher.grid(height, width);
         let elements = self.num_heads() as u64 * (rows * columns) as u64 * self.teacher.hidden_size() as u64;
         self.cache.as_ref().map(|_| elements * kind.elt_size_in_bytes() as u64)
@@ -176,7 +176,7 @@ impl Distill {
     }
 
     /// What the heads are to match, per block `[image tokens, teacher_hidden]`, in the order of the pictures.
-    pub(super) fn targets(&self, pixel_values: &[Tensor]) -> Result<Vec<Tensor>> {
+    pub(crate) fn targets(&self, pixel_values: &[Tensor]) -> Result<Vec<Tensor>> {
         tch::no_grad(|| {
             let mut blocks: Vec<Vec<Tensor>> = self.states.iter().map(|_| Vec::new()).collect();
             for group in pixel_values.chunk_by(|a, b| a.size() == b.size()) {

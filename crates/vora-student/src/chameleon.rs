@@ -10,11 +10,11 @@ use vora_recipe::{TrainConfig, VqTraining};
 use vora_torch::checkpoint::Checkpoint;
 use vora_torch::weights::Weights;
 
-use super::{Student, StudentParts};
-use crate::data::Pictures;
+use crate::pictures::Pictures;
+use crate::{Student, StudentParts};
 
 /// Opens the LLM, widens its vocabulary, and puts a new image tokenizer before it.
-pub(super) fn student(
+pub(crate) fn student(
     config: &TrainConfig,
     vqmodel: &VqTraining,
     llm_folder: PathBuf,

@@ -12,12 +12,12 @@ use vora_vision::Encoder;
 
 use vora_model::Resolve;
 
-use super::few_bits::in_few_bits;
-use super::{Student, StudentParts, parts};
-use crate::data::Pictures;
+use crate::few_bits::in_few_bits;
+use crate::pictures::Pictures;
+use crate::{Student, StudentParts, parts};
 
 /// Opens LLM and encoder and puts a new projection, and adapters where asked for, between and on them.
-pub(super) fn student(
+pub(crate) fn student(
     config: &TrainConfig,
     tower: &str,
     llm_folder: PathBuf,

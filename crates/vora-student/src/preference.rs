@@ -4,18 +4,18 @@ use tch::{Kind, Tensor};
 use vora_llm::{AttentionPlan, CausalLm};
 use vora_torch::nn::preference::{Dpo, dpo, log_probabilities};
 
-use super::batch::DeviceBatch;
-use super::logits::logits_chunk;
+use crate::batch::DeviceBatch;
+use crate::logits::logits_chunk;
 
 /// What a batch's answers have by the reference.
 #[derive(Debug)]
-pub(super) struct Reference {
+pub(crate) struct Reference {
     log_probabilities: Tensor, // [pairs, 2]
 }
 
 impl Reference {
     /// Runs the LLM with its adapters off; `plan` is the batch's.
-    pub(super) fn new(llm: &CausalLm, inputs_embeds: &Tensor, plan: AttentionPlan, batch: &DeviceBatch) -> Self {
+    pub(crate) fn new(llm: &CausalLm, inputs_embeds: &Tensor, plan: AttentionPlan, batch: &DeviceBatch) -> Self {
         let plan = plan.without_adapters();
         let log_probabilities = tch::no_grad(|| {
             let output = llm.decoder().forward(inputs_embeds, &plan, 0);
@@ -25,7 +25,7 @@ impl Reference {
     }
 
     /// The loss of each pair, from the last hidden state `[batch, seq, hidden]` of the model with its adapters on.
-    pub(super) fn dpo(&self, llm: &CausalLm, hidden: &Tensor, batch: &DeviceBatch, beta: f64) -> Dpo {
+    pub(crate) fn dpo(&self, llm: &CausalLm, hidden: &Tensor, batch: &DeviceBatch, beta: f64) -> Dpo {
         let policy = of_answers(llm, hidden, batch);
         let reference = &self.log_probabilities;
         dpo(&policy.select(1, 0), &policy.select(1, 1), &reference.select(1, 0), &reference.select(1, 1), beta)
@@ -45,7 +45,7 @@ pub struct Rewards {
 }
 
 impl Rewards {
-    pub(super) fn of(pairs: &Dpo) -> Self {
+    pub(crate) fn of(pairs: &Dpo) -> Self {
         let (chosen, rejected) = (&pairs.chosen_rewards, &pairs.rejected_rewards);
         let accuracies = chosen.gt_tensor(rejected).to_kind(Kind::Float);
         let [chosen, rejected, accuracies] = [chosen, rejected, &accuracies].map(|all| all.sum(Kind::Float));

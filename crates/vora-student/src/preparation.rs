@@ -8,13 +8,13 @@ use vora_model::{Resolve, llm_config};
 use vora_recipe::{ModelType, TrainConfig};
 use vora_text::{ChatTemplate, Tokenizer, special_tokens};
 
-use super::pictures::Pictures;
+use crate::pictures::Pictures;
 
 /// Where the LLM of a run lies.
 ///
 /// # Errors
 /// Where its name leads nowhere.
-pub(crate) fn llm_folder(config: &TrainConfig, resolve: &Resolve<'_>) -> Result<PathBuf> {
+pub fn llm_folder(config: &TrainConfig, resolve: &Resolve<'_>) -> Result<PathBuf> {
     resolve(&config.model.llm).context("model.llm")
 }
 
