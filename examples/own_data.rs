@@ -12,7 +12,7 @@ use vora_data::{Record, RgbImage, Sample, SampleMaker, Source};
 use vora_lora::LoraConfig;
 use vora_recipe::{ModelConfig, TrainConfig};
 use vora_text::{Message, Part};
-use vora_train::data::{self, HeldOut, Sources};
+use vora_train::data::{HeldOut, Sources};
 use vora_train::tch::Device;
 use vora_train::{Options, Outcome, Silent, Trainer};
 

@@ -10,6 +10,9 @@ use vora_torch::checkpoint::Checkpoint;
 use crate::Student;
 
 /// Everything that a run made or trained.
+///
+/// # Errors
+/// Where memory is short.
 pub fn parts_of(student: &Student) -> Result<Parts> {
     if student.is_whole() {
         let heads = student.parameters().into_iter().filter(|(name, _)| name.starts_with("aux_vision."));
@@ -42,6 +45,9 @@ pub fn start_from(student: &Student, folder: &Path) -> Result<()> {
 }
 
 /// The teacher's heads in a folder of a run, by their names there; a model that was merged has none.
+///
+/// # Errors
+/// Where the folder cannot be read.
 pub fn heads(folder: &Path) -> Result<Vec<(String, Tensor)>> {
     let path = if trained::is_whole(folder) { folder.to_owned() } else { folder.join(VISION) };
     let checkpoint = Checkpoint::open(&path)?;

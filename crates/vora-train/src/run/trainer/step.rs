@@ -54,7 +54,7 @@ impl Trainer {
             self.student.backward(batch, seed.at(number as u64), |losses| {
                 let mut loss = losses.lm_sum / num_targets;
                 loss_lm += loss.detach();
-                if let Some(Rewards { chosen, rejected, accuracies }) = losses.rewards {
+                if let Some(Rewards { chosen, rejected, accuracies, .. }) = losses.rewards {
                     let means = Tensor::stack(&[chosen, rejected, accuracies], 0) / num_targets;
                     rewards = Some(rewards.take().map_or_else(|| means.shallow_clone(), |sum| sum + &means));
                 }
