@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use vora_image::{BoundingBox, RgbImage};
-use vora_infer::{Assistant, OutputModality, Passage, Request};
+use vora_infer::{Assistant, OutputModality, Passage, Request, SamplingParams};
 
 use crate::model::ModelArgs;
 use crate::sampling::SamplingArgs;
@@ -54,7 +54,7 @@ enum Modality {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    let params = args.sampling.params()?;
+    let params = args.sampling.params(SamplingParams::default())?;
     let Some((question, pictures)) = args.rest.split_last() else { anyhow::bail!("no question given") };
     ensure!(!PathBuf::from(question).is_file(), "the last argument, {question}, is a file: put the question after it");
     let images = pictures.iter().map(|path| vora_image::open_image(path.as_ref())).collect::<Result<Vec<_>>>()?;

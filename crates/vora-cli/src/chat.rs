@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
-use vora_infer::{Engine, EngineConfig, Event, Message, Request, RgbImage, Width};
+use vora_infer::{Engine, EngineConfig, Event, Message, Request, RgbImage, SamplingParams, Width};
 
 use crate::model::ModelArgs;
 use crate::sampling::SamplingArgs;
@@ -44,10 +44,12 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    let params = args.sampling.params()?;
+    args.sampling.params(SamplingParams::default())?; // before the model is opened
     let mut config = EngineConfig::default();
     (config.max_batch, config.width) = (1, args.weights);
-    let engine = Engine::start(args.model.open()?, config)?;
+    let assistant = args.model.open()?;
+    let params = args.sampling.params(assistant.sampling(0.0))?;
+    let engine = Engine::start(assistant, config)?;
     let interrupts = Interrupts::new()?;
     let mut chat = Chat { system: args.system.clone(), ..Chat::default() };
     let (stdin, mut out) = (std::io::stdin(), std::io::stdout());

@@ -5,8 +5,9 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use comfy_table::{Table, presets};
+use tch::Kind;
 use vora_torch::checkpoint::Checkpoint;
 
 /// Show a checkpoint's tensors, adapters and parameter counts.
@@ -44,8 +45,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let mut rows = Vec::new();
     for name in checkpoint.names() {
         let Some((kind, shape)) = checkpoint.info(name) else { continue };
-        let parameters: i64 = shape.iter().product();
-        let bytes = parameters * kind.elt_size_in_bytes() as i64;
+        let parameters = parameters(&checkpoint, name, shape)?;
+        let bytes = shape.iter().product::<i64>() * kind.elt_size_in_bytes() as i64;
         for key in [group_of(name), "total".to_owned()] {
             let group = groups.entry(key).or_default();
             group.tensors += 1;
@@ -89,6 +90,22 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         writeln!(out, "adapter of rank {r} on {layers} linear layers")?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The numbers of the model that a tensor holds: where a weight is packed in few bits its words stand for those of its
+/// `weight_shape`, and what stands beside them for none.
+fn parameters(checkpoint: &Checkpoint, name: &str, shape: &[i64]) -> Result<i64> {
+    let packed =
+        |part: &str| name.strip_suffix(part).filter(|weight| checkpoint.info(&format!("{weight}_packed")).is_some());
+    if packed("_scale").or(packed("_shape")).or(packed("_zero_point")).or(packed("_g_idx")).is_some() {
+        return Ok(0);
+    }
+    let sizes = packed("_packed").map(|weight| format!("{weight}_shape"));
+    let sizes = match sizes.filter(|sizes| checkpoint.info(sizes).is_some()) {
+        Some(sizes) => Vec::<i64>::try_from(checkpoint.tensor(&sizes)?.to_kind(Kind::Int64))?,
+        None => shape.to_vec(),
+    };
+    sizes.iter().try_fold(1, |product: i64, size| product.checked_mul(*size)).context("a shape of too many numbers")
 }
 
 /// The part of the model that a tensor belongs to: its name up to the first number, adapters apart.

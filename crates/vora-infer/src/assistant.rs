@@ -10,14 +10,18 @@ use vora_text::Tokenizer;
 
 use crate::error::InferError;
 use crate::generate::generate_rows;
+use crate::generation_config::GenerationConfig;
 use crate::prompter::Prompter;
-use crate::{Constraint, Generated, OutputModality, Passage, Request, generate, generate_within, passages};
+use crate::{
+    Constraint, Generated, OutputModality, Passage, Request, SamplingParams, generate, generate_within, passages,
+};
 
 /// A model with everything that stands between it and a person.
 #[derive(Debug)]
 pub struct Assistant {
     pub(crate) model: Box<dyn VisionLanguageModel>,
     pub(crate) prompter: Prompter,
+    pub(crate) generation: GenerationConfig,
 }
 
 /// An answer.
@@ -46,7 +50,7 @@ impl Assistant {
     /// As [`Assistant::open`].
     pub fn new(model: Box<dyn VisionLanguageModel>, folder: &Path) -> Result<Self> {
         let prompter = Prompter::open(&*model, folder)?;
-        Ok(Self { model, prompter })
+        Ok(Self { model, prompter, generation: GenerationConfig::open(folder)? })
     }
 
     /// The model.
@@ -57,6 +61,13 @@ impl Assistant {
     /// The model's tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.prompter.tokenizer
+    }
+
+    /// How answers are written where nobody says otherwise: by the folder's `generation_config.json`, whose `temperature`,
+    /// `top_k`, `top_p`, `min_p` and `repetition_penalty` are read. `temperature` is for a folder that has none and does not
+    /// say `do_sample` either. A [`Request`] knows nothing of it: it takes the likeliest token until it is told.
+    pub fn sampling(&self, temperature: f64) -> SamplingParams {
+        self.generation.sampling(temperature)
     }
 
     /// Gives pictures another `max_image_tokens`, where they keep their shape.

@@ -46,6 +46,7 @@ mod engine;
 mod error;
 mod generate;
 mod generated;
+mod generation_config;
 mod grammar;
 mod passages;
 mod prompter;

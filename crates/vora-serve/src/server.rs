@@ -22,6 +22,8 @@ use crate::state::{Loaded, State};
 const SEND_BUFFER: u32 = 128 << 10;
 /// Bytes of a request's head.
 const MAX_HEAD: usize = 64 << 10;
+/// The temperature that OpenAI's API takes where nobody names one.
+const TEMPERATURE: f64 = 1.0;
 /// How long connections may take to say their last bytes.
 const LAST_BYTES: Duration = Duration::from_secs(2);
 
@@ -74,8 +76,9 @@ impl Server {
         let tokenizer = assistant.tokenizer();
         let longest = (0..tokenizer.vocab_size()).map(|id| tokenizer.token_bytes(id).len()).max().unwrap_or(1);
         let most_text = longest.saturating_mul(usize::try_from(context)?);
+        let sampling = assistant.sampling(TEMPERATURE);
         let engine = Engine::start(assistant, config)?;
-        self.state.set_loaded(Loaded { engine, sees, apart, context, most_text });
+        self.state.set_loaded(Loaded { engine, sees, apart, context, sampling, most_text });
         Ok(())
     }
 

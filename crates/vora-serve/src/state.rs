@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use hyper::header::HeaderValue;
 use tokio::sync::Semaphore;
-use vora_infer::Engine;
+use vora_infer::{Engine, SamplingParams};
 
 use crate::config::ServeConfig;
 use crate::error::ApiError;
@@ -52,6 +52,8 @@ pub(crate) struct Loaded {
     pub(crate) apart: bool,
     /// Tokens of prompt and answer.
     pub(crate) context: i64,
+    /// How answers are written where a request does not say.
+    pub(crate) sampling: SamplingParams,
     /// Bytes of text that could be that many tokens.
     pub(crate) most_text: usize,
 }

@@ -63,6 +63,11 @@ fn a_model_in_few_bits_runs_as_it_did() {
         succeeded(&vora(&["ask", &out, "Why?", "--max-new-tokens", "4"]));
         let said = succeeded(&vora(&["inspect", &out, "--tensors"]));
         assert!(said.contains("model.layers.0.self_attn.q_proj.weight_packed"), "{said}");
+        let parameters = |model: &str| {
+            let said = succeeded(&vora(&["inspect", model, "--json"]));
+            serde_json::from_str::<Value>(&said).unwrap()["groups"]["total"]["parameters"].as_i64().unwrap()
+        };
+        assert_eq!(parameters(&out), parameters(tiny));
         fails(&["quantize", &out, "--out", &path("x"), "--weights", "int8"], 1, &["are in few bits already"]);
         fails(&["quantize", tiny, "--out", &out, "--weights", width], 1, &["already holds a model"]);
         fails(&["convert", &out, &path("x"), "--to", "gguf"], 1, &["are in few bits", "quantized from"]);

@@ -41,7 +41,7 @@ impl Engine {
     /// Limits out of their ranges, and where there is no memory for the cache of keys and values.
     pub fn start(assistant: Assistant, config: EngineConfig) -> Result<Self> {
         config.validate()?;
-        let Assistant { model, prompter } = assistant;
+        let Assistant { model, prompter, generation: _ } = assistant;
         let prompter = Arc::new(prompter);
         let (jobs, of_jobs) = mpsc::channel();
         let counts = Arc::new(Counts::default());

@@ -14,6 +14,7 @@ use vora_text::{ChatTemplate, Part, Tokenizer};
 use vora_torch::weights::{Quantization, Weights};
 
 use super::*;
+use crate::generation_config::GenerationConfig;
 use crate::prompter::Prompter;
 use crate::{
     Assistant, FinishReason, InferError, Message, OutputModality, Passage, Request, RgbImage, SamplingParams, Width,
@@ -39,7 +40,7 @@ fn assistant(acts_on: Option<ActsOn>) -> Assistant {
     let processor = processor.with_aspect(16, Aspect::Keep(budget));
     let (tokenizer, chat) = (Tokenizer::open(&folder).unwrap(), ChatTemplate::open(&folder).unwrap());
     let prompter = Prompter::new(tokenizer, chat, Some(processor));
-    Assistant { model: Box::new(model), prompter }
+    Assistant { model: Box::new(model), prompter, generation: GenerationConfig::default() }
 }
 
 fn picture(seed: u8) -> RgbImage {
@@ -254,13 +255,16 @@ fn pictures_are_written() {
     };
     let folder = fixtures::root().join("tiny/llm");
     let prompter = Prompter::new(Tokenizer::open(&folder).unwrap(), ChatTemplate::open(&folder).unwrap(), None);
-    let alone = Assistant { model: Box::new(model()), prompter };
+    let alone = Assistant { model: Box::new(model()), prompter, generation: GenerationConfig::default() };
     let request = |seed| {
         let sampling = SamplingParams::default().with_temperature(2.0).with_seed(seed);
         Request::question(vec![], "A red ring.").with_sampling(sampling).with_max_new_tokens(60)
     };
     let prompter = Prompter::new(Tokenizer::open(&folder).unwrap(), ChatTemplate::open(&folder).unwrap(), None);
-    let engine = start(Assistant { model: Box::new(model()), prompter }, EngineConfig::default());
+    let engine = start(
+        Assistant { model: Box::new(model()), prompter, generation: GenerationConfig::default() },
+        EngineConfig::default(),
+    );
     let (mut pictures, mut words) = (0, 0);
     for (seed, modality) in (0..6).flat_map(|seed| [(seed, OutputModality::Image), (seed, OutputModality::Interleaved)])
     {

@@ -95,7 +95,7 @@ struct Asked {
 impl Asked {
     fn of(body: &[u8], state: &State, loaded: &Loaded) -> Result<Self, ApiError> {
         let wire = Wire::parse(body)?;
-        let rules = Rules::of(&wire, &state.config, loaded.engine.tokenizer().vocab_size())?;
+        let rules = Rules::of(&wire, &state.config, loaded)?;
         let model = wire.model.unwrap_or_else(|| state.config.name.clone());
         let known = loaded.names(&state.config.name);
         if !known.contains(&model) {

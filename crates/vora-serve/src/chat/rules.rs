@@ -5,6 +5,7 @@ use vora_infer::{ResponseFormat, SamplingParams};
 use super::wire::{OneOrMore, Whole, Wire, WireFormat};
 use crate::config::ServeConfig;
 use crate::error::ApiError;
+use crate::state::Loaded;
 
 /// Stop strings of a request, and bytes of each.
 const MAX_STOPS: usize = 4;
@@ -26,11 +27,11 @@ pub(super) struct Rules {
 }
 
 impl Rules {
-    /// Checks every field; `vocab` are the model's tokens.
+    /// Checks every field; what a request leaves out is as the model's folder has it.
     ///
     /// # Errors
     /// Names the first field that is wrong.
-    pub(super) fn of(wire: &Wire, config: &ServeConfig, vocab: i64) -> Result<Self, ApiError> {
+    pub(super) fn of(wire: &Wire, config: &ServeConfig, loaded: &Loaded) -> Result<Self, ApiError> {
         if wire.tools.as_ref().is_some_and(|tools| !tools.0.is_empty()) {
             return Err(ApiError::invalid("tools", "tools are not supported: leave them out"));
         }
@@ -46,7 +47,7 @@ impl Rules {
         }
         Ok(Self {
             n: n as usize,
-            sampling: sampling(wire, vocab)?,
+            sampling: sampling(wire, loaded.engine.tokenizer().vocab_size(), &loaded.sampling)?,
             max_tokens: max_tokens.map_or(config.default_max_tokens, |tokens| tokens as usize),
             stop: stops(wire.stop.as_ref())?,
             logprobs: logprobs(wire)?,
@@ -57,7 +58,7 @@ impl Rules {
     }
 }
 
-fn sampling(wire: &Wire, vocab: i64) -> Result<SamplingParams, ApiError> {
+fn sampling(wire: &Wire, vocab: i64, own: &SamplingParams) -> Result<SamplingParams, ApiError> {
     let mut biases = Vec::new();
     for (token, &bias) in wire.logit_bias.iter().flat_map(|named| &named.0) {
         let id = token.parse().ok().filter(|id| (0..vocab).contains(id));
@@ -65,20 +66,20 @@ fn sampling(wire: &Wire, vocab: i64) -> Result<SamplingParams, ApiError> {
         let bias = number("logit_bias", Some(bias), -100.0, 100.0)?.unwrap_or(0.0);
         biases.push((id, bias as f32));
     }
-    let top_p = number("top_p", wire.top_p, 0.0, 1.0)?.unwrap_or(1.0);
+    let top_p = number("top_p", wire.top_p, 0.0, 1.0)?.unwrap_or(own.top_p);
     let top_k = match wire.top_k {
         Some(Whole(-1)) => 0, // vLLM's word for all
-        top_k => whole("top_k", top_k, 0, i64::from(i32::MAX))?.unwrap_or(0),
+        top_k => whole("top_k", top_k, 0, i64::from(i32::MAX))?.map_or(own.top_k, |k| k as usize),
     };
-    let repetition = number("repetition_penalty", wire.repetition_penalty, 0.01, 10.0)?.unwrap_or(1.0);
+    let repetition = number("repetition_penalty", wire.repetition_penalty, 0.01, 10.0)?;
     Ok(SamplingParams::default()
-        .with_temperature(number("temperature", wire.temperature, 0.0, 2.0)?.unwrap_or(1.0))
+        .with_temperature(number("temperature", wire.temperature, 0.0, 2.0)?.unwrap_or(own.temperature))
         .with_top_p(top_p.max(f64::MIN_POSITIVE))
-        .with_top_k(top_k as usize)
-        .with_min_p(number("min_p", wire.min_p, 0.0, 1.0)?.unwrap_or(0.0))
+        .with_top_k(top_k)
+        .with_min_p(number("min_p", wire.min_p, 0.0, 1.0)?.unwrap_or(own.min_p))
         .with_presence_penalty(number("presence_penalty", wire.presence_penalty, -2.0, 2.0)?.unwrap_or(0.0))
         .with_frequency_penalty(number("frequency_penalty", wire.frequency_penalty, -2.0, 2.0)?.unwrap_or(0.0))
-        .with_repetition_penalty(repetition)
+        .with_repetition_penalty(repetition.unwrap_or(own.repetition_penalty))
         .with_logit_bias(biases)
         .with_seed(wire.seed.map_or_else(crate::state::random, |Whole(seed)| seed as u64)))
 }

@@ -1,5 +1,6 @@
 //! A tiny model of random weights, some of whose pictures do harm.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -24,6 +25,11 @@ struct Tiny(Vora);
 
 /// Ready to answer; its adapters are apart.
 pub(crate) fn assistant() -> Assistant {
+    assistant_with(|_| {})
+}
+
+/// The same, of a folder that is changed before it is opened.
+pub(crate) fn assistant_with(change: impl FnOnce(&Path)) -> Assistant {
     let llm = fixtures::root().join("tiny/llm");
     let folder = tempfile::tempdir().unwrap();
     for name in
@@ -47,6 +53,7 @@ pub(crate) fn assistant() -> Assistant {
     for (_, tensor) in adapters.parameters().iter().filter(|(name, _)| name.contains("lora_B")) {
         tch::no_grad(|| tensor.shallow_clone().copy_(&(random.normal(tensor.size()) * 0.2)));
     }
+    change(folder.path());
     Assistant::new(Box::new(Tiny(model)), folder.path()).unwrap()
 }
 

@@ -1,10 +1,10 @@
 //! What the `openai` package sends is answered as it expects, and each as if it were alone (row 38).
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::client::{Reply, get, say};
-use crate::model::picture;
-use crate::{about, ask, long, serve};
+use crate::model::{assistant_with, picture};
+use crate::{about, ask, loading, long, serve};
 
 /// A request as the package sent it.
 fn recorded(name: &str) -> Vec<u8> {
@@ -166,4 +166,29 @@ fn seeds_stops_and_streams_agree() {
     assert_eq!(choices[0]["message"]["content"], whole);
     assert_ne!(choices[0]["message"], choices[1]["message"]);
     assert_eq!(get(&server, "/v1/models").json()["data"][0]["id"], "tiny");
+}
+
+#[test]
+fn what_a_request_leaves_out_is_as_the_folder_has_it() {
+    let server = |generation: Value| {
+        let (server, engine) = loading(|_, _| {});
+        let assistant = assistant_with(|folder| {
+            std::fs::write(folder.join("generation_config.json"), generation.to_string()).unwrap();
+        });
+        server.answer_with(assistant, engine).unwrap();
+        server
+    };
+    let answer = |server: &_, changed: &[(&str, Value)]| {
+        let mut request = long("What is it?", 12);
+        request["temperature"] = Value::Null;
+        request["seed"] = 5.into();
+        changed.iter().for_each(|(key, value)| request[key] = value.clone());
+        said(&ask(server, &request))["choices"][0]["message"]["content"].as_str().unwrap().to_owned()
+    };
+    let (plain, own) = (server(json!({})), server(json!({"do_sample": true, "top_k": 1, "temperature": 0.6})));
+    let greedy = answer(&plain, &[("temperature", 0.into())]);
+    assert_eq!(answer(&own, &[]), greedy);
+    assert_ne!(answer(&plain, &[]), greedy);
+    // What it says goes first.
+    assert_eq!(answer(&own, &[("top_k", 0.into()), ("temperature", 1.into())]), answer(&plain, &[]));
 }
