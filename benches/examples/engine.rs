@@ -9,12 +9,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use benches::cpu_seconds;
+use benches::answer_seconds;
 use clap::Parser;
 use fixtures::Random;
 use tch::Device;
 use vora_image::RgbImage;
-use vora_infer::{Assistant, Engine, EngineConfig, Event, Request, SamplingParams};
+use vora_infer::{Assistant, Engine, EngineConfig, Request};
 
 /// Side of a picture of 256 patches.
 const SIDE: u32 = 224;
@@ -54,7 +54,7 @@ fn main() -> Result<()> {
     let engine = start(&args.model, EngineConfig::default())?;
     let times = alternating(args.rounds, |round| {
         let picture = picture(round)?;
-        let ask = |words: &str| seconds(&engine, vec![Request::question(vec![picture.clone()], words)], 1);
+        let ask = |words: &str| answer_seconds(&engine, vec![Request::question(vec![picture.clone()], words)], None, 1);
         Ok([ask("What is in the picture, and where does it stand?")?, ask("Is there anything else that is red?")?])
     })?;
     say("first token of a second question about a picture, over that of the first", times[1] / times[0], ms(&times));
@@ -64,8 +64,8 @@ fn main() -> Result<()> {
     let words = "What do you see in this picture, and what is it that stands to the left of the other things?";
     let request = |client| Ok(Request::question(vec![picture(client)?], words));
     let times = alternating(args.rounds.min(3), |_| {
-        let all = seconds(&engine, (0..args.clients).map(request).collect::<Result<_>>()?, NEW)?;
-        Ok([seconds(&engine, vec![request(0)?], NEW)?, all / args.clients as f64])
+        let all = answer_seconds(&engine, (0..args.clients).map(request).collect::<Result<_>>()?, None, NEW)?;
+        Ok([answer_seconds(&engine, vec![request(0)?], None, NEW)?, all / args.clients as f64])
     })?;
     let what = format!("tokens a second of {} clients with a picture each, over those of one", args.clients);
     say(&what, times[0] / times[1], format!("{} an answer", ms(&times)));
@@ -75,7 +75,7 @@ fn main() -> Result<()> {
     let text = "Tell me about the sea. ".repeat(40);
     for (new, what) in [(1, "first token"), (NEW, "an answer")] {
         let times = alternating(args.rounds, |_| {
-            let ask = |engine| seconds(engine, vec![Request::question(Vec::new(), &text)], new);
+            let ask = |engine| answer_seconds(engine, vec![Request::question(Vec::new(), &text)], None, new);
             Ok([ask(&plain)?, ask(&merged)?])
         })?;
         say(
@@ -114,26 +114,4 @@ fn alternating(rounds: usize, mut turn: impl FnMut(usize) -> Result<[f64; 2]>) -
 
 fn ms(times: &[f64; 2]) -> String {
     format!("{:.1} and {:.1} ms", 1e3 * times[0], 1e3 * times[1])
-}
-
-/// Seconds of the processor for answers of that many tokens to all of these at once.
-fn seconds(engine: &Engine, requests: Vec<Request<'static>>, new: usize) -> Result<f64> {
-    // Nothing ends an answer before its time.
-    let never = engine.tokenizer().eos_ids().iter().map(|&id| (id, f32::NEG_INFINITY)).collect();
-    let sampling = SamplingParams::default().with_logit_bias(never);
-    let before = cpu_seconds()?;
-    let streams = requests
-        .into_iter()
-        .map(|request| engine.stream(request.with_sampling(sampling.clone()).with_max_new_tokens(new)))
-        .collect::<Result<Vec<_>>>()?;
-    for event in streams.into_iter().flatten() {
-        match event {
-            Event::Finished { completion_tokens, .. } => {
-                ensure!(completion_tokens == new, "{completion_tokens} tokens");
-            }
-            Event::Failed(error) => bail!(error),
-            _ => {}
-        }
-    }
-    Ok(cpu_seconds()? - before)
 }

@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use benches::{Process, cpu_seconds};
+use benches::{Process, answer_seconds};
 use clap::Parser;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 use vora_image::{IMAGENET_DEFAULT, ImageProcessor, Resample, RgbImage};
-use vora_infer::{Assistant, Engine, EngineConfig, Event, Request, SamplingParams, Tokenizer, Width};
+use vora_infer::{Assistant, Engine, EngineConfig, Request, Tokenizer, Width};
 use vora_llm::{KvPages, PackedDecoder, PackedStep};
 use vora_model::VisionLanguageModel;
 use vora_recipe::TrainConfig;
@@ -261,37 +261,14 @@ fn take_turns(folder: &Path, text: &Path) -> Result<()> {
             continue;
         }
         let (batch, new): (usize, usize) = (batch.parse()?, new.parse()?);
-        let first = answers(&engine, &picture, batch, 1)?;
-        let rest = answers(&engine, &picture, batch, new)? - first;
+        let answers = |new| {
+            let requests = vec![Request::question(vec![picture.clone()], "Hi"); batch];
+            answer_seconds(&engine, requests, Some(PROMPT), new)
+        };
+        let first = answers(1)?;
+        let rest = answers(new)? - first;
         let peak_mib = runtime::peak_memory(Device::Cpu).unwrap_or(0) as f64 / f64::from(1 << 20);
         println!("{}", serde_json::to_string(&Turn { first, rest, peak_mib })?);
     }
     Ok(())
-}
-
-/// Seconds of the processor for that many answers of that many tokens.
-fn answers(engine: &Engine, picture: &RgbImage, batch: usize, new: usize) -> Result<f64> {
-    // Nothing ends an answer before its time.
-    let never = engine.tokenizer().eos_ids().iter().map(|&id| (id, f32::NEG_INFINITY)).collect();
-    let sampling = SamplingParams::default().with_logit_bias(never);
-    let words = "Hi".to_owned();
-    let before = cpu_seconds()?;
-    let request = || {
-        let request = Request::question(vec![picture.clone()], &words);
-        engine.stream(request.with_sampling(sampling.clone()).with_max_new_tokens(new))
-    };
-    let streams = (0..batch).map(|_| request()).collect::<Result<Vec<_>>>()?;
-    for event in streams.into_iter().flatten() {
-        match event {
-            Event::Started { prompt_tokens, .. } => {
-                ensure!(prompt_tokens == PROMPT, "a prompt of {prompt_tokens} tokens")
-            }
-            Event::Finished { completion_tokens, .. } => {
-                ensure!(completion_tokens == new, "{completion_tokens} tokens")
-            }
-            Event::Failed(error) => bail!(error),
-            _ => {}
-        }
-    }
-    Ok(cpu_seconds()? - before)
 }
