@@ -25,8 +25,9 @@ Layouts, and what they become:
   peft                 a VoRA's adapter: a run's final/     vora-unmerged, vora
   peft-llm             a plain language model's adapter     llm, gguf, with the adapter merged
   peft-llava           a LLaVA's adapter                    llava, llava-transformers5, with the adapter merged
-  llava                LLaVA, language_model.model...       llava, llava-transformers5, llm, gguf
-  llava-transformers5  LLaVA, model.language_model...       llava, llava-transformers5, llm, gguf
+  llava                LLaVA, language_model.model...       llava, llava-transformers5, llm, gguf, mmproj
+  llava-transformers5  LLaVA, model.language_model...       llava, llava-transformers5, llm, gguf, mmproj
+  mmproj               a LLaVA's eyes in one GGUF file
   safetensors          any others                           safetensors
 
 What SRC is, its files say. vora-unmerged is written as the published VoRA code reads it: one rank, no alpha, and a
@@ -34,7 +35,8 @@ bias beside every adapter. frozen-llm is the LLM as it was below the adapters. W
 files and dtypes change alone. Nothing is computed but merged adapters: what is kept or renamed keeps its bytes. A
 tokenizer, chat template or image processor in an adapter's own folder goes before its base's. What was written is
 opened once, or nothing is kept. A GGUF file has tokenizer and chat template in it; --dtype says what its matrices
-are, vectors and norms are f32.
+are, vectors and norms are f32. mmproj is the second file that llama.cpp takes: the encoder, a CLIP or a SigLIP, up
+to the layer that is projected, and the projection.
 
 Examples:
   vora convert model-Q8_0.gguf model --dtype bf16
@@ -44,6 +46,7 @@ Examples:
   vora convert llava-1.5-7b-hf renamed --to llava-transformers5 --dry-run
   vora convert llava-1.5-7b-hf vicuna --to llm
   vora convert runs/scenes/llm for-llama.cpp --to gguf --dtype q8_0
+  vora convert llava-1.5-7b-hf eyes-for-llama.cpp --to mmproj --dtype f16
   vora convert big smaller-files --max-shard-size 2GB
   vora convert runs/scenes/merged for-transformers --hf")]
 pub(crate) struct Args {
@@ -116,8 +119,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     ensure_vacant(&args.dst)?;
     let kind = args.dtype.map(Dtype::kind);
     ensure!(
-        kind != Some(None) || args.to == Some(Layout::Gguf),
-        "--dtype q8_0 and q4_0 are of GGUF files: --to gguf writes one"
+        kind != Some(None) || matches!(args.to, Some(Layout::Gguf | Layout::Mmproj)),
+        "--dtype q8_0 and q4_0 are of GGUF files: --to gguf and --to mmproj write one"
     );
     let options = Options::default()
         .with_layout(args.to)

@@ -104,7 +104,8 @@ fn a_language_model_becomes_a_gguf_file_and_one_again() {
             assert!(largest <= bound, "{dtype}: {name} is off by {largest}");
         }
     }
-    fails(&["convert", tiny, &path("x"), "--dtype", "q4_0"], 1, &["--to gguf writes one"]);
+    fails(&["convert", tiny, &path("x"), "--to", "mmproj"], 1, &["llm cannot become mmproj"]);
+    fails(&["convert", tiny, &path("x"), "--dtype", "q4_0"], 1, &["--to gguf and --to mmproj write one"]);
     fails(
         &["convert", "fixtures/tiny/dinov2", &path("x"), "--to", "gguf"],
         1,

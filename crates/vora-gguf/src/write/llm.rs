@@ -1,13 +1,11 @@
 //! The model's metadata and tensors, under llama.cpp's names and in its order of rows.
 
-use std::io::Write;
-
 use anyhow::{Context, Result, bail, ensure};
 
 use super::file::{MetadataValue, Writer};
-use super::quantise::{FileKind, quantise};
-use crate::TensorKind;
-use crate::llm::{Architecture, ROPE_FREQS, gguf_name, stored_row};
+use super::model::ModelWriter;
+use super::quantise::FileKind;
+use crate::llm::{Architecture, ROPE_FREQS, gguf_name};
 
 /// What a file says of the model itself.
 #[derive(Debug, Clone, PartialEq)]
@@ -54,25 +52,12 @@ pub enum RopeScaling {
     Factors(Vec<f32>),
 }
 
-/// A language model to write.
+/// A language model to write: its metadata, tensors, and tokenizer.
 #[derive(Debug)]
 pub struct LlmWriter {
-    pub(super) writer: Writer,
+    pub(super) model: ModelWriter,
     pub(super) vocab_size: usize,
     architecture: Architecture,
-    kind: FileKind,
-    tensors: Vec<Tensor>,
-}
-
-/// A tensor of the file.
-#[derive(Debug)]
-struct Tensor {
-    name: String,
-    hf_name: String,
-    kind: TensorKind,
-    heads: Option<usize>, // whose rows are reordered
-    width: usize,         // of a row
-    values: Vec<f32>,     // where they are known already
 }
 
 impl LlmWriter {
@@ -85,27 +70,12 @@ impl LlmWriter {
         let architecture = Architecture::of_model_type(model_type).with_context(|| {
             format!("model_type is `{model_type}`, GGUF files are written of llama, mistral, qwen2, qwen3, smollm3")
         })?;
-        let mut writer = Self {
-            writer: Writer::default(),
-            vocab_size: metadata.vocab_size as usize,
-            architecture,
-            kind,
-            tensors: Vec::new(),
-        };
+        let vocab_size = metadata.vocab_size as usize;
+        let mut writer = Self { model: ModelWriter::new(kind), vocab_size, architecture };
         writer.put_metadata(metadata);
         if let RopeScaling::Factors(factors) = &metadata.rope_scaling {
             ensure!(factors.len() as u32 * 2 == *head_dim, "{} factors for heads of {head_dim}", factors.len());
-            writer.writer.add(ROPE_FREQS, &[factors.len()], TensorKind::F32)?;
-            let name = ROPE_FREQS.to_owned();
-            let (hf_name, values) = (String::new(), factors.clone());
-            writer.tensors.push(Tensor {
-                name,
-                hf_name,
-                kind: TensorKind::F32,
-                heads: None,
-                width: factors.len(),
-                values,
-            });
+            writer.model.add_values(ROPE_FREQS, factors)?;
         }
         for (hf_name, shape) in tensors {
             writer.add(hf_name, shape, metadata)?;
@@ -117,11 +87,12 @@ impl LlmWriter {
         use MetadataValue::{F32, Text, U32};
         let architecture = self.architecture.name();
         let put = |writer: &mut Writer, key: &str, value| writer.put(format!("{architecture}.{key}"), value);
-        let writer = &mut self.writer;
+        let kind = self.model.kind;
+        let writer = &mut self.model.writer;
         writer.put("general.architecture", Text(architecture.into()));
         writer.put("general.type", Text("model".into()));
         writer.put("general.name", Text(metadata.name.clone()));
-        writer.put("general.file_type", U32(self.kind.file_type()));
+        writer.put("general.file_type", U32(kind.file_type()));
         writer.put("general.quantization_version", U32(2));
         for (key, value) in [
             ("block_count", metadata.num_hidden_layers),
@@ -177,55 +148,14 @@ impl LlmWriter {
                 "`{hf_name}` has {rows} rows, which do not split into {heads} heads with two halves each"
             );
         }
-        let kind = self.kind.of(&name, shape);
-        self.writer.add(name.clone(), shape, kind)?;
-        let width = shape.get(1).copied().unwrap_or(1);
-        self.tensors.push(Tensor { name, hf_name: hf_name.to_owned(), kind, heads, width, values: Vec::new() });
-        Ok(())
+        let kind = self.model.kind.of(&name, shape);
+        self.model.add(name, hf_name, shape, kind, heads)
     }
 
-    /// How many bytes the tensors take, and how many they are.
-    pub fn size(&self) -> (usize, usize) {
-        self.writer.tensors().fold((0, 0), |(bytes, count), (_, more)| (bytes + more, count + 1))
+    /// The file, with all that it is to hold.
+    pub fn finish(self) -> ModelWriter {
+        self.model
     }
-
-    /// What the tensor of that HF name is stored as.
-    pub fn kind(&self, hf_name: &str) -> Option<TensorKind> {
-        self.tensors.iter().find(|tensor| tensor.hf_name == hf_name).map(|tensor| tensor.kind)
-    }
-
-    /// The name in the file of the tensor of that HF name.
-    pub fn name(&self, hf_name: &str) -> Option<&str> {
-        self.tensors.iter().find(|tensor| tensor.hf_name == hf_name).map(|tensor| tensor.name.as_str())
-    }
-
-    /// Writes the file; `read` gives the values of a tensor by its HF name, row by row. One tensor is in memory at a time.
-    ///
-    /// # Errors
-    /// Where `read` does, a number cannot be stored, or `out` cannot be written.
-    pub fn write(&self, out: &mut impl Write, mut read: impl FnMut(&str) -> Result<Vec<f32>>) -> Result<()> {
-        self.writer.write(out, |name| {
-            let tensor = self.tensors.iter().find(|tensor| tensor.name == name).context("a tensor that was added")?;
-            let values = if tensor.values.is_empty() { read(&tensor.hf_name)? } else { tensor.values.clone() };
-            let values = match tensor.heads {
-                None => values,
-                Some(heads) => reordered(&values, tensor.width, heads),
-            };
-            let mut bytes = Vec::new();
-            quantise(tensor.kind, &values, &mut bytes)?;
-            Ok(bytes)
-        })
-    }
-}
-
-/// The rows of q or k in llama.cpp's order.
-fn reordered(values: &[f32], width: usize, heads: usize) -> Vec<f32> {
-    let mut out = vec![0.0; values.len()];
-    let rows = values.len() / width;
-    for (row, values) in values.chunks_exact(width).enumerate() {
-        out[stored_row(row, rows / heads) * width..][..width].copy_from_slice(values);
-    }
-    out
 }
 
 #[cfg(test)]
@@ -257,7 +187,7 @@ mod tests {
     fn written(metadata: &LlmMetadata, kind: FileKind, from: &Llm<&[u8]>) -> Llm<Vec<u8>> {
         let tensors: Vec<_> =
             from.names().map(|name| (name.to_owned(), from.info(name).unwrap().shape().to_vec())).collect();
-        let writer = LlmWriter::new(metadata, kind, &tensors).unwrap();
+        let writer = LlmWriter::new(metadata, kind, &tensors).unwrap().finish();
         let mut bytes = Vec::new();
         writer.write(&mut bytes, |name| from.tensor(name)).unwrap();
         assert!(writer.size().0 < bytes.len() && writer.size().1 >= tensors.len());

@@ -49,7 +49,7 @@ impl LlmWriter {
         let adds_bos =
             first_token(&tokenizer["post_processor"]).is_some_and(|first| id_of(first) == bos && bos.is_some());
 
-        let writer = &mut self.writer;
+        let writer = &mut self.model.writer;
         writer.put("tokenizer.ggml.model", Text("gpt2".into()));
         writer.put("tokenizer.ggml.pre", Text(pre.into()));
         writer.put("tokenizer.ggml.tokens", Texts(tokens));
@@ -180,7 +180,7 @@ mod tests {
         let mut writer = writer(19);
         writer.put_tokenizer(&tokenizer, &config, &[2, 1], template).unwrap();
         let mut bytes = Vec::new();
-        writer.write(&mut bytes, |_| Ok(vec![0.5; 19 * 32])).unwrap();
+        writer.finish().write(&mut bytes, |_| Ok(vec![0.5; 19 * 32])).unwrap();
         let model = Llm::new(Gguf::parse(bytes).unwrap()).unwrap();
         assert_eq!(model.tokenizer().unwrap(), tokenizer);
         assert_eq!(model.tokenizer_config().unwrap(), config);

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_files::{tell_once, write_folder_atomically};
-use vora_gguf::write::LlmWriter;
+use vora_gguf::Gguf;
+use vora_gguf::write::ModelWriter;
 use vora_llm::{CausalLm, LlmConfig};
 use vora_lora::{
     ADAPTER_TENSORS, ActsOn, AdapterFolder, BaseModel, LoraConfig, PEFT_PREFIX, merge_state_dict, save_adapter,
@@ -18,6 +19,7 @@ use vora_torch::weights::Weights;
 
 use super::gguf;
 use super::layout::Layout;
+use super::mmproj;
 use super::options::Options;
 use super::plan;
 use super::report::{Change, Report, ShardReport, TensorReport};
@@ -44,7 +46,7 @@ pub struct Conversion {
 enum Output {
     Shards(Shards),
     /// One GGUF file.
-    Gguf(Box<LlmWriter>),
+    Gguf(&'static str, Box<ModelWriter>),
     /// An adapter in PEFT's layout, and the vision weights in a file beside it.
     Adapter {
         lora: LoraConfig,
@@ -67,9 +69,9 @@ impl Conversion {
         let asked = options.to.or(source.base_layout);
         let to = source.layout.target(asked).with_context(|| source.path.display().to_string())?;
         // A GGUF file has what an LLM's folder would have, in other words.
-        let of_llm = to == Layout::Gguf;
+        let (of_llm, of_eyes) = (to == Layout::Gguf, to == Layout::Mmproj);
         let (written, to) = if of_llm { (to, Layout::Llm) } else { (to, to) };
-        let kind = if of_llm { Some(Kind::Float) } else { options.kind };
+        let kind = if of_llm || of_eyes { Some(Kind::Float) } else { options.kind };
         if source.layout == Layout::Peft {
             source.add_base(resolve)?;
         }
@@ -80,14 +82,18 @@ impl Conversion {
         );
         refuse_other_tokens(&source, to)?;
         let in_source = || format!("converting {} from {} to {written}", source.path.display(), source.layout);
-        let steps = plan::steps(&source, to, kind).with_context(in_source)?;
+        let mut steps = plan::steps(&source, to, kind).with_context(in_source)?;
         if of_llm {
             let config = side_files::config(&source, to, &steps, None).with_context(in_source)?;
             let config = config.with_context(|| format!("{} has no config.json", source.path.display()))?;
             let kind = options.gguf_kind.unwrap_or_else(|| gguf::kind_of(side_files::most_stored(&steps)));
             let writer = gguf::plan(&source, config, &steps, kind).with_context(in_source)?;
-            let (side_files, kind) = (Vec::new(), Some(Kind::Float));
-            return Ok(Self { source, steps, side_files, to: written, kind, output: Output::Gguf(Box::new(writer)) });
+            return Ok(Self::in_gguf(source, steps, written, gguf::FILE, writer));
+        }
+        if of_eyes {
+            let kind = options.gguf_kind.unwrap_or_else(|| gguf::kind_of(side_files::most_stored(&steps)));
+            let writer = mmproj::plan(&source, &mut steps, kind).with_context(in_source)?;
+            return Ok(Self::in_gguf(source, steps, written, mmproj::FILE, writer));
         }
         let side_files = side_files::plan(&source, to, &steps, options).with_context(in_source)?;
         let output = if to == Layout::Peft {
@@ -100,11 +106,17 @@ impl Conversion {
         Ok(Self { source, steps, side_files, to, kind: options.kind, output })
     }
 
+    /// One that writes a single GGUF file, for which every tensor is read in f32.
+    fn in_gguf(source: Source, steps: Vec<Step>, to: Layout, file: &'static str, writer: ModelWriter) -> Self {
+        let (side_files, kind) = (Vec::new(), Some(Kind::Float));
+        Self { source, steps, side_files, to, kind, output: Output::Gguf(file, Box::new(writer)) }
+    }
+
     /// What becomes of every tensor and file.
     pub fn report(&self) -> Report {
         let files = match &self.output {
             Output::Shards(shards) => shards.files().iter().map(ShardReport::of).collect(),
-            Output::Gguf(writer) => vec![ShardReport::gguf(gguf::FILE, writer)],
+            Output::Gguf(file, writer) => vec![ShardReport::gguf(file, writer)],
             Output::Adapter { .. } => {
                 [ADAPTER_TENSORS, VISION].map(|file| ShardReport::new(file, &self.infos_in(file))).into()
             }
@@ -122,7 +134,7 @@ impl Conversion {
     /// What becomes of one tensor: in a GGUF file it has another name, and mostly another dtype.
     fn of_step(&self, step: &Step) -> TensorReport {
         let mut report = step.report();
-        if let (Output::Gguf(writer), Some(name)) = (&self.output, &step.to) {
+        if let (Output::Gguf(_, writer), Some(name)) = (&self.output, &step.to) {
             (report.to, report.change) = match writer.name(name) {
                 Some(name) => (Some(name.to_owned()), Change::Renamed),
                 None => (None, Change::Dropped),
@@ -144,8 +156,8 @@ impl Conversion {
         write_folder_atomically(destination, |folder| {
             match &self.output {
                 Output::Shards(shards) => shards.write(folder, |name| self.tensor(name))?,
-                Output::Gguf(writer) => {
-                    let path = folder.join(gguf::FILE);
+                Output::Gguf(file, writer) => {
+                    let path = folder.join(file);
                     let mut out = BufWriter::new(File::create(&path)?);
                     writer.write(&mut out, |name| {
                         Ok(Vec::<f32>::try_from(self.tensor(name)?.contiguous().view([-1]))?)
@@ -182,6 +194,7 @@ impl Conversion {
                 VoraConfig::open(folder)?;
                 Checkpoint::open(&folder.join(VISION)).map(drop)
             }
+            Layout::Mmproj => Gguf::parse(std::fs::read(folder.join(mmproj::FILE))?).map(drop),
             Layout::Safetensors | Layout::PeftLlm | Layout::PeftLlava => Checkpoint::open(folder).map(drop),
         }
     }

@@ -6,9 +6,10 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value};
 use tch::Kind;
 use vora_gguf::folder::read_json;
-use vora_gguf::write::{FileKind, LlmMetadata, LlmWriter, RopeScaling as Scaling};
+use vora_gguf::write::{FileKind, LlmMetadata, LlmWriter, ModelWriter, RopeScaling as Scaling};
 use vora_llm::{LlmConfig, RopeScaling, Rotation};
 use vora_text::{ChatTemplate, TextError, Tokenizer};
+use vora_torch::checkpoint::TensorInfo;
 
 use super::source::Source;
 use super::step::Step;
@@ -27,22 +28,24 @@ pub(super) fn kind_of(most: Option<Kind>) -> FileKind {
 }
 
 /// The file of a language model of this config, whose tensors the steps make.
-pub(super) fn plan(source: &Source, config: Map<String, Value>, steps: &[Step], kind: FileKind) -> Result<LlmWriter> {
+pub(super) fn plan(source: &Source, config: Map<String, Value>, steps: &[Step], kind: FileKind) -> Result<ModelWriter> {
     let config: LlmConfig = serde_json::from_value(Value::Object(config))?;
     config.validate()?;
-    let tensors: Vec<_> = steps
-        .iter()
-        .filter_map(Step::info)
-        .filter(|info| !(config.tie_word_embeddings && info.name == "lm_head.weight"))
-        .map(|info| (info.name, info.shape.iter().map(|&dim| dim as usize).collect::<Vec<_>>()))
-        .collect();
+    let mut tensors = infos(steps);
+    tensors.retain(|(name, _)| !(config.tie_word_embeddings && name == "lm_head.weight"));
     let mut writer = LlmWriter::new(&metadata(&config, name(&source.path))?, kind, &tensors)?;
     let mut folders = [Some(source.path.as_path()), source.side_folder()].into_iter().flatten();
     let folder = folders.find(|folder| read_json::<Value>(folder, TOKENIZER).is_ok_and(|json| !json.is_null()));
     let folder =
         folder.with_context(|| format!("{} has no {TOKENIZER}, which a GGUF file holds too", source.path.display()))?;
     put_tokenizer(&mut writer, folder).with_context(|| format!("the tokenizer of {}", folder.display()))?;
-    Ok(writer)
+    Ok(writer.finish())
+}
+
+/// The tensors to write, by HF's names and shapes.
+pub(super) fn infos(steps: &[Step]) -> Vec<(String, Vec<usize>)> {
+    let info = |info: TensorInfo| (info.name, info.shape.iter().map(|&dim| dim as usize).collect());
+    steps.iter().filter_map(Step::info).map(info).collect()
 }
 
 fn put_tokenizer(writer: &mut LlmWriter, folder: &Path) -> Result<()> {
@@ -58,7 +61,7 @@ fn put_tokenizer(writer: &mut LlmWriter, folder: &Path) -> Result<()> {
 }
 
 /// A model's name by its folder's, or by the hub's in whose cache it lies.
-fn name(path: &Path) -> String {
+pub(super) fn name(path: &Path) -> String {
     let mut names = path.components().rev().filter_map(|part| part.as_os_str().to_str());
     let hub = names.clone().find_map(|name| name.strip_prefix("models--")).and_then(|name| name.split("--").last());
     hub.or_else(|| names.next()).unwrap_or("model").trim_end_matches(".gguf").to_owned()

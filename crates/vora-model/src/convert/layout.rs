@@ -29,18 +29,32 @@ pub enum Layout {
     Llava,
     /// LLaVA under the names that its modules have in transformers 5: `model.language_model…`, `lm_head`.
     LlavaTransformers5,
+    /// A LLaVA's encoder and projection in one GGUF file, as llama.cpp takes them beside the language model's.
+    Mmproj,
     /// Any other safetensors.
     Safetensors,
 }
 
 use Layout::{
-    FrozenLlm, Gguf, Llava, LlavaTransformers5, Llm, Peft, PeftLlava, PeftLlm, Safetensors, Vora, VoraUnmerged,
+    FrozenLlm, Gguf, Llava, LlavaTransformers5, Llm, Mmproj, Peft, PeftLlava, PeftLlm, Safetensors, Vora, VoraUnmerged,
 };
 
 impl Layout {
     /// All of them.
-    pub const ALL: [Self; 11] =
-        [Gguf, Llm, FrozenLlm, Vora, VoraUnmerged, Peft, PeftLlm, PeftLlava, Llava, LlavaTransformers5, Safetensors];
+    pub const ALL: [Self; 12] = [
+        Gguf,
+        Llm,
+        FrozenLlm,
+        Vora,
+        VoraUnmerged,
+        Peft,
+        PeftLlm,
+        PeftLlava,
+        Llava,
+        LlavaTransformers5,
+        Mmproj,
+        Safetensors,
+    ];
 
     /// The name that it is asked for by.
     pub fn name(self) -> &'static str {
@@ -55,6 +69,7 @@ impl Layout {
             PeftLlava => "peft-llava",
             Llava => "llava",
             LlavaTransformers5 => "llava-transformers5",
+            Mmproj => "mmproj",
             Safetensors => "safetensors",
         }
     }
@@ -67,7 +82,8 @@ impl Layout {
             VoraUnmerged => &[VoraUnmerged, Vora, Peft, FrozenLlm],
             Peft => &[VoraUnmerged, Vora],
             PeftLlava => &[Llava, LlavaTransformers5],
-            Llava | LlavaTransformers5 => &[Llava, LlavaTransformers5, Llm, Gguf],
+            Llava | LlavaTransformers5 => &[Llava, LlavaTransformers5, Llm, Gguf, Mmproj],
+            Mmproj => &[],
             Safetensors => &[Safetensors],
         }
     }

@@ -7,6 +7,7 @@ mod conversion;
 mod gguf;
 mod head;
 mod layout;
+mod mmproj;
 mod options;
 mod plan;
 mod published;

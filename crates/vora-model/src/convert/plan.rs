@@ -44,6 +44,10 @@ fn fate(from: Layout, to: Layout, name: &str, has_bias: impl Fn(&str) -> bool) -
             }
             None => Fate::Unknown,
         },
+        (Layout::Llava | Layout::LlavaTransformers5, Layout::Mmproj) => match llm_of_llava(from, name) {
+            Some(_) => Fate::Dropped("it speaks"),
+            None => Fate::To(name.strip_prefix("model.").unwrap_or(name).to_owned()),
+        },
         (Layout::Vora, Layout::Llm) | (Layout::VoraUnmerged, Layout::FrozenLlm) => match in_llm {
             Some(name) if adapted_module(name).is_some() => Fate::Dropped("an adapter"),
             Some(name) if has_bias(name) => Fate::Dropped("the bias of a layer with adapters"),

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
-use vora_gguf::write::LlmWriter;
+use vora_gguf::write::ModelWriter;
 use vora_torch::checkpoint::Shard;
 use vora_torch::checkpoint::TensorInfo;
 
@@ -89,7 +89,7 @@ pub struct ShardReport {
 }
 
 impl ShardReport {
-    pub(super) fn gguf(file: &str, writer: &LlmWriter) -> Self {
+    pub(super) fn gguf(file: &str, writer: &ModelWriter) -> Self {
         let (bytes, tensors) = writer.size();
         Self { file: file.to_owned(), tensors, bytes: bytes as u64 }
     }

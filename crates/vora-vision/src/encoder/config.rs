@@ -116,7 +116,7 @@ impl EncoderConfig {
 
     /// Whether no hidden state of the first `num_layers` blocks depends on this tensor of the encoder alone: later blocks, the
     /// norm after the last, and what no encoder reads.
-    pub(crate) fn is_beyond(&self, num_layers: usize, name: &str) -> bool {
+    pub fn is_beyond(&self, num_layers: usize, name: &str) -> bool {
         let names = self.family().names();
         let own = name.strip_prefix(names.alone).unwrap_or(name);
         let layer = own.split('.').find_map(|part| part.parse::<usize>().ok());
