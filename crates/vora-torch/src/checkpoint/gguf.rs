@@ -68,6 +68,8 @@ mod tests {
 
     use super::*;
     use crate::checkpoint::{Checkpoint, save};
+    use crate::map::map;
+    use crate::packed::{PackedLinear, Width};
     use crate::weights::{Init, Mismatch, Quantization, Weights};
 
     fn golden(name: &str) -> PathBuf {
@@ -122,6 +124,26 @@ mod tests {
             "{error}"
         );
         assert!(open("gguf_llama.gguf").quantized(Quantization::Nf4).is_ok());
+    }
+
+    /// Brought into the width that its blocks have already, a matrix keeps its numbers bit for bit.
+    #[test]
+    fn blocks_of_few_bits_are_kept_as_packed_weights() {
+        let path = golden("gguf_file.gguf");
+        let model = open(&map(&path).unwrap()).unwrap();
+        let weights = Weights::open(&path, Device::Cpu, Kind::Float).unwrap();
+        for (kind, width) in [(TensorKind::Q8_0, Width::Int8), (TensorKind::Q4_0, Width::Int4)] {
+            let of_kind = |name: &&str| model.info(name).unwrap().kind() == kind;
+            let names: Vec<&str> = model.names().filter(of_kind).collect();
+            assert!(!names.is_empty(), "{kind}");
+            for name in names {
+                let [rows, columns] = model.info(name).unwrap().shape()[..] else { continue };
+                let weight = weights.get(name, &[rows as i64, columns as i64], Init::Required).unwrap();
+                let packed =
+                    PackedLinear::new(&weight, width).unwrap().dequantise(0..rows as i64, Kind::Float).unwrap();
+                assert!(packed.equal(&weight), "{name}");
+            }
+        }
     }
 
     #[test]
