@@ -6,7 +6,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use vora_image::{BoundingBox, RgbImage};
-use vora_infer::{Assistant, OutputModality, Passage, Request, SamplingParams};
+use vora_infer::{
+    Assistant, Engine, EngineConfig, Event, FinishReason, OutputModality, Passage, Request, SamplingParams,
+};
 
 use crate::model::ModelArgs;
 use crate::sampling::SamplingArgs;
@@ -63,8 +65,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         ensure!(args.write == Modality::Text, "--draw is for an answer in words: leave --write out");
     }
     let assistant = args.model.open()?;
-    let request =
-        Request::question(&images, question).with_sampling(params).with_max_new_tokens(args.sampling.max_new_tokens);
+    let request = Request::question(images.clone(), question)
+        .with_sampling(params)
+        .with_max_new_tokens(args.sampling.max_new_tokens);
 
     let mut out = std::io::stdout();
     let modality = match args.write {
@@ -76,18 +79,16 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         let passages = assistant.write(&request, modality)?;
         return show(&passages, &assistant, args, &mut out);
     }
-    let answer = assistant.reply(&request, |text| {
+    // The engine of `chat` and `serve`, so that all three answer alike.
+    let mut config = EngineConfig::default();
+    (config.max_batch, config.prefix_caching) = (1, false);
+    let engine = Engine::start(assistant, config)?;
+    let answer = answer(&engine, request, |text| {
         // A reader that went away ends the answer.
         args.json || (write!(out, "{text}").is_ok() && out.flush().is_ok())
     })?;
     if args.json {
-        let json = serde_json::json!({
-            "answer": answer.text,
-            "finish_reason": format!("{:?}", answer.generated.finish_reason).to_lowercase(),
-            "prompt_tokens": answer.generated.prompt_tokens,
-            "completion_tokens": answer.generated.ids.len(),
-        });
-        writeln!(out, "{json}")?;
+        writeln!(out, "{}", answer.json())?;
     } else {
         writeln!(out)?;
     }
@@ -95,6 +96,48 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         draw(&answer.text, picture.clone(), path).context("--draw")?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// An answer, as far as it was listened to.
+struct Answer {
+    text: String,
+    reason: FinishReason,
+    prompt_tokens: usize,
+    completion_tokens: usize,
+}
+
+impl Answer {
+    fn json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "answer": self.text,
+            "finish_reason": format!("{:?}", self.reason).to_lowercase(),
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+        })
+    }
+}
+
+/// Asks the engine; `on_text` gets the text as it comes and may answer false to end it.
+fn answer(engine: &Engine, request: Request<'static>, mut on_text: impl FnMut(&str) -> bool) -> Result<Answer> {
+    let mut answer =
+        Answer { text: String::new(), reason: FinishReason::Cancelled, prompt_tokens: 0, completion_tokens: 0 };
+    for event in engine.stream(request)? {
+        match event {
+            Event::Started { prompt_tokens, .. } => answer.prompt_tokens = prompt_tokens,
+            Event::Text { text, .. } => {
+                answer.text.push_str(&text);
+                if !on_text(&text) {
+                    break;
+                }
+            }
+            Event::Finished { reason, completion_tokens } => {
+                (answer.reason, answer.completion_tokens) = (reason, completion_tokens);
+            }
+            Event::Failed(error) => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(answer)
 }
 
 /// Writes the picture with the boxes that the answer tells.

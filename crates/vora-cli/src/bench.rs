@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, ensure};
 use comfy_table::{Table, presets};
 use serde_json::json;
-use vora_infer::{Engine, EngineConfig, Event, Message, Request, RgbImage, SamplingParams, Width};
+use vora_infer::{Engine, EngineConfig, Event, InferError, Message, Request, RgbImage, SamplingParams, Width};
 use vora_torch::runtime;
 
 use crate::model::ModelArgs;
@@ -75,6 +75,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let assistant = args.model.open()?;
     let llm = assistant.model().llm();
     let (device, dtype) = (format!("{:?}", llm.device()), format!("{:?}", llm.kind()));
+    let context = llm.config().max_position_embeddings;
+    ensure!((args.prompt as i64) < context, "--prompt is {}, the model's context is {context} tokens", args.prompt);
     let engine = Engine::start(assistant, config)?;
     let words = words(&engine, args.prompt)?;
     let prompt_tokens = prompt_tokens(&engine, words)?;
@@ -156,7 +158,11 @@ fn measure(engine: &Engine, batch: usize, words: usize, new: usize, seed: &mut u
         match event {
             Event::Text { .. } => drop(firsts[at].get_or_insert(time)),
             Event::Finished { completion_tokens, .. } => {
-                ensure!(completion_tokens == new, "an answer ended after {completion_tokens} tokens");
+                ensure!(
+                    completion_tokens == new,
+                    "an answer ended after {completion_tokens} tokens, where prompt and answer fill the model's context: --new \
+                     and --prompt take fewer"
+                );
                 let took = firsts[at].map_or(Duration::ZERO, |first| time - first);
                 each.push((new - 1) as f64 / took.as_secs_f64());
                 end = time;
@@ -180,8 +186,14 @@ fn request(words: usize, seed: usize) -> Request<'static> {
 /// How many words make a prompt of so many tokens, or come near to it.
 fn words(engine: &Engine, tokens: usize) -> Result<usize> {
     let mut words = tokens;
-    for _ in 0..4 {
-        let found = prompt_tokens(engine, words)?;
+    for _ in 0..8 {
+        let found = match prompt_tokens(engine, words) {
+            Err(error) => match error.downcast_ref() {
+                Some(&InferError::PromptTooLong { tokens, .. }) => usize::try_from(tokens)?, // the template's own tokens
+                _ => return Err(error),
+            },
+            found => found?,
+        };
         if found == tokens {
             break;
         }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
-use vora_infer::{Engine, EngineConfig, Event, Message, Request, RgbImage, SamplingParams, Width};
+use vora_infer::{Engine, EngineConfig, Event, InferError, Message, Request, RgbImage, SamplingParams, Width};
 
 use crate::model::ModelArgs;
 use crate::sampling::SamplingArgs;
@@ -74,7 +74,16 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
                     Ok(text) => chat.answered(text),
                     Err(error) => {
                         chat.unanswered();
-                        tell(&error);
+                        let is_full = matches!(
+                            error.downcast_ref(),
+                            Some(InferError::PromptTooLong { .. } | InferError::ContextFull { .. })
+                        );
+                        let turns = chat.messages.len() / 2;
+                        tell(&if is_full && turns > 0 {
+                            error.context(format!("{turns} turns were said before: /reset begins anew"))
+                        } else {
+                            error
+                        });
                     }
                 }
             }

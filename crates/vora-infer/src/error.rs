@@ -49,6 +49,12 @@ pub enum InferError {
         /// What is wrong with it.
         problem: String,
     },
+    /// The chat template does not take the conversation: a system turn, two of a user's in a row, and the like.
+    #[error("the model's chat template does not take these messages: {problem}")]
+    BadMessages {
+        /// The template's own words.
+        problem: String,
+    },
     /// An answer is asked for in a form that cannot be kept.
     #[error("response_format: {problem}")]
     BadSchema {

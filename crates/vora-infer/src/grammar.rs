@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::Result;
 use llguidance::api::TopLevelGrammar;
 use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{JsonCompileOptions, Matcher, ParserFactory};
@@ -26,12 +26,12 @@ pub(crate) struct Grammar(Box<Matcher>);
 
 impl Grammars {
     /// # Errors
-    /// Where the tokenizer has no token that ends a sequence.
+    /// [`InferError::BadSchema`] where the tokenizer has no token that ends a sequence.
     pub(crate) fn new(tokenizer: &Tokenizer) -> Result<Self> {
         let eos = tokenizer.eos_ids().iter().filter_map(|&id| u32::try_from(id).ok()).collect::<Vec<_>>();
         let first = *eos
             .first()
-            .context("an answer of a given form needs a token that ends it, and the tokenizer names none")?;
+            .ok_or_else(|| bad("an answer of a given form needs a token that ends it, and the tokenizer names none"))?;
         let special =
             |id: i64, bytes: Vec<u8>| if tokenizer.is_special_id(id) { [vec![0xff], bytes].concat() } else { bytes };
         let tokens: Vec<Vec<u8>> =
@@ -58,7 +58,6 @@ impl Grammars {
             let options = JsonCompileOptions { whitespace_pattern: Some(WHITESPACE.to_owned()), ..Default::default() };
             options.apply_to(&mut schema);
         }
-        let bad = |problem: String| InferError::BadSchema { problem };
         let parser = self.factory.create_parser(TopLevelGrammar::from_json_schema(schema));
         let matcher = Matcher::new(parser);
         match matcher.get_error() {
@@ -72,9 +71,9 @@ impl Grammar {
     /// Leaves out the logits of what may not come next; those of the tokens that end an answer where it may end.
     ///
     /// # Errors
-    /// Where the grammar is too large to go on with.
+    /// [`InferError::BadSchema`] where the grammar is too large to go on with.
     pub(crate) fn mask(&mut self, logits: &mut [f32]) -> Result<()> {
-        let allowed = self.0.compute_mask_or_eos().map_err(|e| anyhow!("response_format: {e}"))?;
+        let allowed = self.0.compute_mask_or_eos().map_err(bad)?;
         let known = allowed.len();
         for (id, logit) in logits.iter_mut().enumerate() {
             if id >= known || !allowed.get(id) {
@@ -89,8 +88,13 @@ impl Grammar {
     /// # Errors
     /// Where it is none of those that may come.
     pub(crate) fn took(&mut self, token: i64) -> Result<()> {
-        self.0.consume_token(u32::try_from(token)?).map_err(|e| anyhow!("response_format: {e}"))
+        Ok(self.0.consume_token(u32::try_from(token)?).map_err(bad)?)
     }
+}
+
+/// What cannot be kept of a form.
+fn bad(problem: impl fmt::Display) -> InferError {
+    InferError::BadSchema { problem: problem.to_string() }
 }
 
 impl fmt::Debug for Grammars {

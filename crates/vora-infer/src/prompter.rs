@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use tch::Tensor;
 use vora_image::{Aspect, ImageProcessor, Pixels, RgbImage};
 use vora_model::{Input, VisionLanguageModel};
-use vora_text::{ChatTemplate, Piece, Tokenizer};
+use vora_text::{ChatTemplate, Piece, TextError, Tokenizer};
 
 use crate::error::InferError;
 use crate::grammar::{Grammar, Grammars};
@@ -50,7 +50,7 @@ impl Prompter {
     /// Renders and encodes the conversation, and prepares its pictures.
     ///
     /// # Errors
-    /// [`InferError::SeesNoPictures`], [`InferError::BadImage`], [`InferError::BadSchema`], and what the chat template refuses.
+    /// [`InferError::SeesNoPictures`], [`InferError::BadImage`], [`InferError::BadSchema`], [`InferError::BadMessages`].
     pub(crate) fn prompt(&self, request: &Request<'_>) -> Result<Prompt> {
         let pictures = request.images.iter().enumerate().map(|(index, image)| {
             let processor = self.processor.as_ref().ok_or(InferError::SeesNoPictures)?;
@@ -58,7 +58,11 @@ impl Prompter {
             Ok(processor.preprocess(image).map_err(bad)?)
         });
         let pictures = pictures.collect::<Result<Vec<_>>>()?;
-        let pieces = self.chat.encode_prompt(&self.tokenizer, &request.messages)?;
+        let refused = |error: anyhow::Error| match error.downcast_ref() {
+            Some(TextError::Template { problem, .. }) => InferError::BadMessages { problem: problem.clone() }.into(),
+            _ => error,
+        };
+        let pieces = self.chat.encode_prompt(&self.tokenizer, &request.messages).map_err(refused)?;
         Ok(Prompt { pieces, pictures, grammar: self.grammar(&request.format)? })
     }
 

@@ -152,6 +152,16 @@ pub fn llm_config(folder: &Path) -> Result<LlmConfig> {
     }
 }
 
+/// What the norm behind the LLM's layers is called in folders of every kind: of an LLM, a VoRA, a LLaVA under its published
+/// names and under those of transformers 5 (a Gemma 4 has these too), and of an LLM without its head.
+const NORMS: [&str; 5] = [
+    "model.norm.weight",
+    "llm.model.norm.weight",
+    "language_model.model.norm.weight",
+    "model.language_model.norm.weight",
+    "norm.weight",
+];
+
 /// The dtype that the LLM of a model's folder is stored in: its own folder's, or f32 where it was trained.
 ///
 /// # Errors
@@ -160,9 +170,7 @@ pub fn stored_kind(folder: &Path, resolve: &Resolve<'_>) -> Result<Kind> {
     let path =
         if trained::is_whole(folder) { folder.to_owned() } else { llm_path(folder, &read_config(folder)?, resolve)? };
     let checkpoint = Checkpoint::open(&path)?;
-    let norm = ["model.norm.weight", "llm.model.norm.weight", "model.language_model.norm.weight", "norm.weight"]
-        .into_iter()
-        .find_map(|name| checkpoint.info(name));
+    let norm = NORMS.into_iter().find_map(|name| checkpoint.info(name));
     let kind = norm.map(|(kind, _)| kind);
     kind.with_context(|| format!("{} has no model.norm.weight", path.display()))
 }

@@ -3,7 +3,10 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
+use hyper::http::uri::Authority;
+
+use crate::fetch;
 
 /// The settings of a [`Server`](crate::Server).
 #[derive(Debug, Clone)]
@@ -67,11 +70,49 @@ impl ServeConfig {
     pub(crate) fn validate(&self, addresses: impl IntoIterator<Item = IpAddr>) -> Result<()> {
         ensure!(!self.name.is_empty(), "the served model needs a name");
         ensure!(self.api_keys.iter().all(|key| !key.trim().is_empty()), "an API key is empty");
+        for host in &self.image_hosts {
+            check_image_host(host)?;
+        }
         ensure!(
             !self.api_keys.is_empty() || addresses.into_iter().all(|address| address.is_loopback()),
             "{} can be reached from other machines: give a key by --api-key or VORA_API_KEY, or listen on 127.0.0.1",
             self.host
         );
         Ok(())
+    }
+}
+
+/// A host that pictures may come from: a name or a public address, and a port behind it or none.
+fn check_image_host(host: &str) -> Result<()> {
+    let authority: Option<Authority> = host.parse().ok();
+    let known = authority.filter(|authority| !authority.host().is_empty() && !host.contains('@'));
+    let Some(authority) = known else {
+        bail!("pictures may come from a HOST or HOST:PORT, as pictures.example.org; `{host}` is neither");
+    };
+    let address = authority.host().trim_matches(['[', ']']).parse::<IpAddr>();
+    ensure!(
+        address.map_or(true, fetch::is_public),
+        "{host} is an address of this machine or of a private network, which is never asked for pictures"
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_of_pictures_are_names_or_public_addresses() {
+        for host in ["pictures.example.org", "pictures.example.org:8080", "93.184.216.34", "[2606:2800:220:1::1]:443"] {
+            assert!(check_image_host(host).is_ok(), "{host}");
+        }
+        for host in ["http://example.com", "example.com/pictures", "a@example.com", "", "two words"] {
+            let error = check_image_host(host).unwrap_err().to_string();
+            assert!(error.contains("HOST or HOST:PORT"), "{host}: {error}");
+        }
+        for host in ["127.0.0.1", "127.0.0.1:18090", "10.0.0.1", "[::1]:80", "192.168.1.1"] {
+            let error = check_image_host(host).unwrap_err().to_string();
+            assert!(error.contains("private network"), "{host}: {error}");
+        }
     }
 }

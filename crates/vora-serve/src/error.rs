@@ -20,6 +20,11 @@ impl ApiError {
         Self { param: Some(param.into()), ..Self::refused(StatusCode::BAD_REQUEST, message) }
     }
 
+    /// 400: the conversation is longer than the model's context.
+    pub(crate) fn too_long(param: &str, message: impl Into<String>) -> Self {
+        Self { code: Some("context_length_exceeded"), ..Self::invalid(param, message) }
+    }
+
     /// A refusal that concerns no field.
     pub(crate) fn refused(status: StatusCode, message: impl Into<String>) -> Self {
         Self { status, kind: "invalid_request_error", code: None, param: None, message: message.into() }
@@ -71,18 +76,28 @@ impl ApiError {
             InferError::BadImage { index, problem } => {
                 Self::invalid(picture(*index), format!("the picture cannot be used: {problem}"))
             }
-            InferError::PromptTooLong { .. } => {
-                Self { code: Some("context_length_exceeded"), ..Self::invalid("messages", known.to_string()) }
-            }
-            InferError::ContextFull { .. } => {
-                Self { code: Some("context_length_exceeded"), ..Self::invalid("max_tokens", known.to_string()) }
-            }
+            InferError::PromptTooLong { .. } => Self::too_long("messages", known.to_string()),
+            InferError::ContextFull { .. } => Self::too_long("max_tokens", known.to_string()),
+            InferError::BadSchema { .. } => Self::invalid("response_format", known.to_string()),
+            InferError::BadMessages { .. } => Self::invalid("messages", known.to_string()),
             other => Self::refused(StatusCode::BAD_REQUEST, other.to_string()),
         }
     }
 
     /// `{"error": {"message", "type", "param", "code"}}`
     pub(crate) fn json(&self) -> Value {
-        json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}})
+        // Either may hold a word of the request, of any length.
+        let (message, param) = (shortened(&self.message), self.param.as_deref().map(shortened));
+        json!({"error": {"message": message, "type": self.kind, "param": param, "code": self.code}})
+    }
+}
+
+/// Characters of a message or a field's name that a client is told.
+const MAX_TOLD: usize = 600;
+
+fn shortened(text: &str) -> String {
+    match text.char_indices().nth(MAX_TOLD) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
     }
 }

@@ -123,7 +123,7 @@ impl Resolver for Checked {
 }
 
 /// Whether an address is one of the public network, by IANA's registries of special addresses.
-fn is_public(address: IpAddr) -> bool {
+pub(crate) fn is_public(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(address) => is_public_v4(address),
         IpAddr::V6(address) => is_public_v6(address),

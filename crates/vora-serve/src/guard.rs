@@ -12,8 +12,9 @@ use crate::error::ApiError;
 pub(crate) struct Keys(Vec<[u8; 32]>);
 
 impl Keys {
+    /// White space around a key, as files with other line ends leave it, is none of it: HTTP takes it from what is sent, too.
     pub(crate) fn new(keys: &[String]) -> Self {
-        Self(keys.iter().map(|key| digest(key.as_bytes())).collect())
+        Self(keys.iter().map(|key| digest(key.trim().as_bytes())).collect())
     }
 
     /// Compares in a time that says nothing about the keys.
@@ -37,8 +38,11 @@ fn digest(key: &[u8]) -> [u8; 32] {
 /// on this machine alone), names that lead here by somebody else's DNS.
 ///
 /// # Errors
-/// 403.
+/// 403; 400 where it is said twice who is asked.
 pub(crate) fn check_site(headers: &HeaderMap, uri: &Uri, here: bool) -> Result<(), ApiError> {
+    if headers.get_all(HOST).iter().nth(1).is_some() {
+        return Err(ApiError::refused(StatusCode::BAD_REQUEST, "there are two headers Host, one may be")); // RFC 9112, 3.2
+    }
     let text = |name: HeaderName| headers.get(name).map(|value| value.to_str().unwrap_or("?"));
     let asked = uri.authority().map(|authority| authority.as_str()).or(text(HOST)).unwrap_or_default();
     if here && !is_this_machine(host_of(asked)) {
@@ -92,7 +96,7 @@ mod tests {
 
     #[test]
     fn one_of_the_keys_opens() {
-        let keys = Keys::new(&["one".to_owned(), "two".to_owned()]);
+        let keys = Keys::new(&["one".to_owned(), "two\r\n".to_owned()]);
         let opens = |value: &str| keys.check(&headers(&[("authorization", value)])).is_ok();
         assert!(opens("Bearer one") && opens("bearer two"));
         assert!(

@@ -7,6 +7,7 @@ use std::time::Duration;
 use hyper::body::{Body, Incoming};
 use hyper::header::{ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Request, Response, StatusCode};
+use percent_encoding::percent_decode_str;
 use serde_json::json;
 use tokio::time::timeout;
 
@@ -108,7 +109,7 @@ fn plain(state: &Arc<State>, route: Route<'_>) -> Result<(StatusCode, ResponseBo
         Route::Models => ResponseBody::json(&models::list(state, &*state.loaded()?)),
         Route::Model(name) => {
             let loaded = state.loaded()?;
-            let name = name.replace("%3A", ":").replace("%3a", ":").replace("%2F", "/").replace("%2f", "/");
+            let name = percent_decode_str(name).decode_utf8_lossy();
             let found = models::named(state, &loaded, &name);
             let missing = || ApiError::no_such_model(&name, &loaded.names(&state.config.name));
             ResponseBody::json(&found.ok_or_else(missing)?)

@@ -92,6 +92,10 @@ impl Server {
             busy() == 0
         };
         let answered = wait(Instant::now() + limit, &|| self.state.in_flight());
+        if let (false, Ok(loaded)) = (answered, self.state.loaded()) {
+            loaded.engine.give_up(); // every request is told
+            wait(Instant::now() + LAST_BYTES, &|| self.state.in_flight());
+        }
         let _ = self.ending.send(true);
         wait(Instant::now() + LAST_BYTES, &|| self.state.connections());
         answered

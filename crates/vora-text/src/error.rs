@@ -21,6 +21,14 @@ pub enum TextError {
         /// Where the template came from.
         origin: String,
     },
+    /// What a chat template says of a conversation that it does not take, or that it fails on.
+    #[error("{origin}: {problem}")]
+    Template {
+        /// Where the template came from.
+        origin: String,
+        /// The template's own words.
+        problem: String,
+    },
     /// The tokenizer knows a token that the model's embedding has no row for.
     #[error(
         "token `{token}` has id {id}, but the model's embedding has {rows} rows, the tokenizer {vocab_size} tokens: take \

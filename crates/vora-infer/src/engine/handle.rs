@@ -58,8 +58,8 @@ impl Engine {
     ///
     /// # Errors
     /// [`InferError::QueueFull`], [`InferError::Ending`], [`InferError::SeesNoPictures`], [`InferError::BadImage`],
-    /// [`InferError::BadSchema`], sampling rules out of their ranges, and what the chat template refuses. What else may be wrong with the request is known only when it meets the
-    /// model: [`Event::Failed`] comes in place of [`Event::Started`] then.
+    /// [`InferError::BadSchema`], [`InferError::BadMessages`], and sampling rules out of their ranges. What else may be wrong
+    /// with the request is known only when it meets the model: [`Event::Failed`] comes in place of [`Event::Started`] then.
     pub fn submit(&self, request: Request<'static>, on_event: impl FnMut(Event) + Send + 'static) -> Result<Ticket> {
         let waiting = self.counts.waiting.fetch_add(1, Ordering::Relaxed);
         let job = (waiting < self.config.max_waiting as u64)
@@ -116,6 +116,12 @@ impl Engine {
         self.counts.clone()
     }
 
+    /// Takes no more requests, and ends those that it has taken with [`InferError::Ending`].
+    pub fn give_up(&self) {
+        drop(self.jobs.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take());
+        self.counts.ending.store(true, Ordering::Relaxed);
+    }
+
     /// Takes no more requests, answers those that it has taken, and returns when that is done.
     pub fn finish(&self) {
         let lock = |mutex: &Mutex<Option<JoinHandle<()>>>| mutex.lock().unwrap_or_else(|p| p.into_inner()).take();
@@ -128,7 +134,7 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        self.counts.ending.store(true, Ordering::Relaxed);
+        self.give_up();
         self.finish();
     }
 }

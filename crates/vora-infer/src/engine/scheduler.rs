@@ -150,18 +150,26 @@ impl<'a> Turn<'a> {
     fn drop_cancelled(&mut self) {
         let before = self.queue.waiting.len();
         let all = self.counts.ending.load(Ordering::Relaxed);
-        self.queue.waiting.retain(|job| !all && !job.cancelled.load(Ordering::Relaxed));
+        self.queue.waiting.retain_mut(|job| {
+            let is_cancelled = job.cancelled.load(Ordering::Relaxed);
+            if all && !is_cancelled {
+                (job.on_event)(Event::Failed(InferError::Ending.into()));
+            }
+            !all && !is_cancelled
+        });
         let gone = (before - self.queue.waiting.len()) as u64;
         self.counts.waiting.fetch_sub(gone, Ordering::Relaxed);
         self.counts.ended.fetch_add(gone, Ordering::Relaxed);
         self.counts.cancelled.fetch_add(gone, Ordering::Relaxed);
         for place in [&mut self.queue.next, &mut self.queue.prefilling] {
             if let Some(answer) = place.take_if(|answer| all || answer.is_cancelled()) {
-                end(answer, Ending::Cancelled, &mut self.pool, self.counts, self.config);
+                let ending = given_up(&answer);
+                end(answer, ending, &mut self.pool, self.counts, self.config);
             }
         }
         for answer in self.queue.decoding.extract_if(.., |answer| all || answer.is_cancelled()) {
-            end(answer, Ending::Cancelled, &mut self.pool, self.counts, self.config);
+            let ending = given_up(&answer);
+            end(answer, ending, &mut self.pool, self.counts, self.config);
         }
     }
 
@@ -286,6 +294,11 @@ enum Ending {
     Finished(FinishReason),
     Failed(anyhow::Error),
     Cancelled,
+}
+
+/// How an answer ends that is not to be gone on with: taken back, or given up with the engine.
+fn given_up(answer: &Answer<'_>) -> Ending {
+    if answer.is_cancelled() { Ending::Cancelled } else { Ending::Failed(InferError::Ending.into()) }
 }
 
 /// Lets go of an answer's pages and says its last word.

@@ -109,7 +109,7 @@ impl Asked {
                 "the text has {bytes} bytes, which is more than the model's context of {} tokens",
                 loaded.context
             );
-            return Err(ApiError::invalid("messages", message));
+            return Err(ApiError::too_long("messages", message));
         }
         Ok(Self { rules, conversation, model, adapters })
     }

@@ -35,7 +35,8 @@ impl Rules {
         if wire.tools.as_ref().is_some_and(|tools| !tools.0.is_empty()) {
             return Err(ApiError::invalid("tools", "tools are not supported: leave them out"));
         }
-        let n = whole("n", wire.n, 1, config.max_n as i64)?.unwrap_or(1);
+        let most = config.max_n.min(loaded.engine.config().max_waiting); // more could never wait together
+        let n = whole("n", wire.n, 1, most as i64)?.unwrap_or(1);
         let (limit, name) = match wire.max_completion_tokens {
             Some(limit) => (Some(limit), "max_completion_tokens"),
             None => (wire.max_tokens, "max_tokens"),

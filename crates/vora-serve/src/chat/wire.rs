@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
 
+use serde::de::value::MapAccessDeserializer;
 use serde::de::{DeserializeSeed, Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Number, Value};
@@ -17,6 +18,7 @@ const MAX_SCHEMA: usize = 10_000;
 
 /// The fields of a request that something is done with.
 #[derive(Debug, Deserialize)]
+#[serde(remote = "Self")]
 pub(super) struct Wire {
     pub(super) model: Option<String>,
     pub(super) messages: Few<WireMessage>,
@@ -42,6 +44,7 @@ pub(super) struct Wire {
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(remote = "Self")]
 pub(super) struct WireMessage {
     pub(super) role: String,
     pub(super) content: Option<OneOrMore<WirePart>>,
@@ -49,6 +52,7 @@ pub(super) struct WireMessage {
 
 /// A part of a message; a plain string is one of type `text`.
 #[derive(Debug, Deserialize)]
+#[serde(remote = "Self")]
 pub(super) struct WirePart {
     pub(super) r#type: String,
     pub(super) text: Option<String>,
@@ -56,24 +60,63 @@ pub(super) struct WirePart {
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(remote = "Self")]
 pub(super) struct ImageUrl {
     pub(super) url: String,
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(remote = "Self")]
 pub(super) struct StreamOptions {
     pub(super) include_usage: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(remote = "Self")]
 pub(super) struct WireFormat {
     pub(super) r#type: String,
     pub(super) json_schema: Option<WireSchema>,
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(remote = "Self")]
 pub(super) struct WireSchema {
     pub(super) schema: Option<SmallJson>,
+}
+
+/// The structs above are read of objects alone; by itself serde takes a list for one, too, by the order of its fields.
+macro_rules! objects {
+    ($($name:ident: $what:literal,)*) => {$(
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+                struct Object;
+
+                impl<'de> Visitor<'de> for Object {
+                    type Value = $name;
+
+                    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                        f.write_str($what)
+                    }
+
+                    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<$name, A::Error> {
+                        $name::deserialize(MapAccessDeserializer::new(map))
+                    }
+                }
+
+                from.deserialize_map(Object)
+            }
+        }
+    )*};
+}
+
+objects! {
+    Wire: "an object with `messages`",
+    WireMessage: "an object with `role` and `content`",
+    WirePart: "an object with `type`",
+    ImageUrl: "an object with `url`",
+    StreamOptions: "an object",
+    WireFormat: "an object with `type`",
+    WireSchema: "an object with `schema`",
 }
 
 /// A whole number, which JSON may also write as `2.0`.
@@ -122,21 +165,20 @@ fn explain(path: &str, error: &serde_json::Error) -> ApiError {
         message.replace_range(from..=to, "a string");
     }
     message = message.replace("expected f64", "expected a number");
+    if error.is_syntax() || error.is_eof() {
+        return ApiError::refused(hyper::StatusCode::BAD_REQUEST, format!("the body is not JSON: {message}"));
+    }
     if path != "." {
         message.truncate(message.rfind(" at line ").unwrap_or(message.len()));
     }
-    match path {
-        "." | "?" => {
-            let syntax = error.is_syntax() || error.is_eof();
-            let what = if syntax { "the body is not JSON" } else { "the body is not a request" };
-            let field = message.strip_prefix("missing field `").and_then(|rest| rest.split('`').next());
-            let field = field.map(str::to_owned);
-            match field {
-                Some(field) => ApiError::invalid(field, message),
-                None => ApiError::refused(hyper::StatusCode::BAD_REQUEST, format!("{what}: {message}")),
-            }
+    let named = |start: &str| Some(message.strip_prefix(start)?.split('`').next()?.to_owned());
+    let field = named("missing field `").or_else(|| named("duplicate field `"));
+    match (path, field) {
+        ("." | "?", Some(field)) => ApiError::invalid(field, message),
+        ("." | "?", None) => {
+            ApiError::refused(hyper::StatusCode::BAD_REQUEST, format!("the body is not a request: {message}"))
         }
-        path => ApiError::invalid(path, format!("{path}: {message}")),
+        (path, _) => ApiError::invalid(path, format!("{path}: {message}")),
     }
 }
 

@@ -5,6 +5,7 @@ mod faults;
 mod limits;
 mod model;
 mod page;
+mod refused;
 mod soak;
 mod together;
 

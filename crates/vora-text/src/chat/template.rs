@@ -128,7 +128,7 @@ impl ChatTemplate {
         if error.kind() == ErrorKind::OutOfFuel {
             return TextError::OutOfFuel { origin: self.origin.clone() }.into();
         }
-        anyhow::anyhow!("{}: {error}", self.origin)
+        TextError::Template { origin: self.origin.clone(), problem: error.to_string() }.into()
     }
 
     fn try_render(&self, turns: &[Turn], add_generation_prompt: bool) -> Result<String, Error> {
