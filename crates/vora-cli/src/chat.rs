@@ -1,6 +1,6 @@
 //! `vora chat`: a conversation in the terminal.
 
-use std::io::{BufRead, IsTerminal, Write};
+use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
 use vora_infer::{Engine, EngineConfig, Event, InferError, Message, Request, RgbImage, SamplingParams, Width};
 
+use crate::lines::{Line, Lines};
 use crate::model::ModelArgs;
 use crate::sampling::SamplingArgs;
 use crate::tell;
@@ -52,18 +53,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let engine = Engine::start(assistant, config)?;
     let interrupts = Interrupts::new()?;
     let mut chat = Chat { system: args.system.clone(), ..Chat::default() };
-    let (stdin, mut out) = (std::io::stdin(), std::io::stdout());
-    let by_hand = stdin.is_terminal();
-    let mut line = String::new();
+    let (mut lines, mut out) = (Lines::of_stdin()?, std::io::stdout());
     loop {
-        if by_hand {
-            write!(out, "> ")?;
-            out.flush()?;
-        }
-        line.clear();
-        if stdin.lock().read_line(&mut line)? == 0 {
-            break;
-        }
+        let line = match lines.next()? {
+            Line::Text(line) => line,
+            Line::End => break,
+            Line::Interrupted => return Ok(ExitCode::from(128 + SIGINT as u8)),
+        };
         match chat.take(line.trim()) {
             Ok(Taken::Nothing) => {}
             Ok(Taken::End) => break,

@@ -10,6 +10,7 @@ mod data;
 mod download;
 mod eval;
 mod inspect;
+mod lines;
 mod merge;
 mod model;
 mod prompts;
