@@ -3,9 +3,9 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use tch::Tensor;
-use vora_image::{Aspect, ImageProcessor, Pixels, RgbImage};
+use vora_image::{ImageProcessor, Pixels, RgbImage};
 use vora_model::{Input, VisionLanguageModel};
 use vora_text::{ChatTemplate, Piece, Tokenizer};
 
@@ -68,12 +68,7 @@ impl Prompter {
     /// Where they become squares, or none would be left of them.
     pub(crate) fn set_max_image_tokens(&mut self, max_image_tokens: u32) -> Result<()> {
         let processor = self.processor.as_mut().ok_or(InferError::SeesNoPictures)?;
-        let Aspect::Keep(budget) = processor.aspect() else {
-            bail!(
-                "the model's pictures become squares of one size; a budget is for one trained with model.max_image_tokens"
-            )
-        };
-        *processor = processor.with_aspect(0, Aspect::Keep(budget.with_max(max_image_tokens)?));
+        *processor = processor.with_max_image_tokens(max_image_tokens)?;
         Ok(())
     }
 

@@ -174,9 +174,9 @@ impl TrainConfig {
             ),
             (
                 "distill",
-                !matches!(self.model.model_type, ModelType::Vora | ModelType::Own)
+                !matches!(self.model.model_type, ModelType::Vora | ModelType::Gemma4Unified | ModelType::Own)
                     && self.distill != DistillConfig { pairing: Some(Pairing::Output), ..DistillConfig::default() },
-                "only a VoRA has a teacher",
+                "only a VoRA and a Gemma 4 Unified have a teacher",
             ),
         ];
         let kwargs = self.lr_scheduler_kwargs.without_effect(self.lr_scheduler_type);

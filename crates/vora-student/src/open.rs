@@ -8,7 +8,7 @@ use vora_recipe::{TrainConfig, Way};
 use crate::pictures::Pictures;
 use crate::preparation::llm_folder;
 use crate::student::Student;
-use crate::{chameleon, llava, vora};
+use crate::{chameleon, gemma4, llava, vora};
 
 impl Student {
     /// Opens what `config.model` names and makes what it trains.
@@ -25,6 +25,7 @@ impl Student {
                 llava::student(config, vision_tower, llm_folder, pictures, device, kind, resolve)
             }
             Way::Chameleon { vqmodel } => chameleon::student(config, vqmodel, llm_folder, pictures, device, kind),
+            Way::Gemma4Unified => gemma4::student(config, llm_folder, pictures, device, kind, resolve),
         }
     }
 }

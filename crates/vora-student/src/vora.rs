@@ -125,7 +125,7 @@ pub(crate) fn student(
     }
     if let (Some(distill), Some(folder), Some(cache)) = (&mut student.distill, &teacher_folder, config.teacher_cache())
     {
-        distill.keep_features(cache, folder, device, kind).context("distill.cache")?;
+        distill.keep_features(cache, folder, "", device, kind).context("distill.cache")?;
     }
     if let Some(pretrained) = &pretrained {
         pretrained.start(&trained.parameters()).context("model.pretrained")?;

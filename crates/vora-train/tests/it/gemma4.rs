@@ -119,3 +119,85 @@ fn it_learns_goes_on_bit_for_bit_and_what_it_leaves_opens() {
         drop(half);
     }
 }
+
+/// The recipe for tests, in `folder`.
+fn recipe(folder: &Path, more: &[&str]) -> Result<TrainConfig> {
+    let file = fixtures::root().join("../crates/vora-train/recipes/gemma4-smoke.yaml");
+    let set = more.iter().map(|&set| set.to_owned()).chain([format!("output_dir={}/run", folder.display())]);
+    TrainConfig::open(&file, &set.collect::<Vec<_>>())
+}
+
+/// The trained tensors at the end of the recipe's run, gone on with from its middle where `stops`.
+fn taught(folder: &Path, more: &[&str], stops: bool) -> Vec<(String, Tensor)> {
+    let options = |resume| {
+        let mut options = Options::new(Device::Cpu, &resolve);
+        options.resume = resume;
+        options
+    };
+    let mut trainer = Trainer::new(recipe(folder, more).unwrap(), options(false)).unwrap();
+    if stops {
+        while trainer.step() < 2 {
+            trainer.train_step().unwrap();
+        }
+        trainer.save(&mut Silent).unwrap();
+        drop(trainer);
+        let resumed = [more, &["overwrite_output_dir=false"]].concat();
+        trainer = Trainer::new(recipe(folder, &resumed).unwrap(), options(true)).unwrap();
+        assert_eq!(trainer.step(), 2);
+    }
+    let Outcome::Finished(report) = trainer.train(&mut Silent).unwrap() else { panic!("nobody stopped it") };
+    assert!(!report.0.is_empty(), "the held-out split was asked about");
+    trainer.parameters().iter().map(|(name, tensor)| (name.clone(), tensor.copy())).collect()
+}
+
+#[test]
+fn a_run_file_teaches_it_and_goes_on_bit_for_bit() {
+    for more in [
+        &[][..],
+        &["model.train=[]", "learning_rates={}", "model.load_in_8bit=true"],
+        &["model.aux_vision=", "distill={}"],
+    ] {
+        let [whole, parts] = [(), ()].map(|()| tempfile::tempdir().unwrap());
+        let (uninterrupted, resumed) = (taught(whole.path(), more, false), taught(parts.path(), more, true));
+        let has = |part: &str| uninterrupted.iter().any(|(name, _)| name.starts_with(part));
+        assert!(has("language_model.model.layers.1.mlp.up_proj.lora_A") && !has("language_model.model.layers.2"));
+        let is = |word: &str| !more.iter().any(|set| set.contains(word));
+        assert_eq!((has("model.vision_embedder."), has("aux_vision.")), (is("train=[]"), is("aux_vision=")));
+        assert_eq!(uninterrupted.len(), resumed.len());
+        for ((name, a), (_, b)) in uninterrupted.iter().zip(&resumed) {
+            assert!(a.equal(b), "{more:?}: {name}");
+        }
+
+        let left = whole.path().join("run/final");
+        let mut model = vora_model::open(&left, Device::Cpu, Kind::Float, &resolve).unwrap();
+        let logits = asked(&*model, &left, &picture(1));
+        model.merge().unwrap();
+        let merged = whole.path().join("merged");
+        model.save(&merged).unwrap();
+        vora_model::beside::copy_beside(&left, &merged).unwrap();
+        let merged_model = vora_model::open(&merged, Device::Cpu, Kind::Float, &resolve).unwrap();
+        fixtures::assert_close_to(&asked(&*merged_model, &merged, &picture(1)), &logits, 1e-4);
+    }
+}
+
+#[test]
+fn a_run_file_that_does_not_fit_the_folder_is_told_by_key() {
+    let folder = tempfile::tempdir().unwrap();
+    let error = |more: &[&str]| {
+        let config = recipe(folder.path(), more).unwrap();
+        format!("{:#}", Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap_err())
+    };
+    let found = error(&["model.llm=fixtures/tiny/llm"]);
+    assert!(found.contains("model.llm") && found.contains("a Gemma 4 Unified folder says"), "{found}");
+    let found = error(&["model.max_image_tokens=100"]);
+    assert!(found.contains("max_image_tokens is 100, Gemma 4's processor takes 70, 140, 280, 560, 1120"), "{found}");
+    let found = error(&["model.lora.layers=9"]);
+    assert!(found.contains('9') && found.contains("layers"), "{found}");
+    let found = error(&["model.image_size=6"]);
+    assert!(found.contains("model.image_size: a picture of 6 x 6 pixels does not divide"), "{found}");
+    let config = recipe(folder.path(), &["model.max_image_tokens=140"]).unwrap();
+    let student = Student::new(&config, Device::Cpu, Kind::Float, &resolve).unwrap();
+    let (rows, columns) = (11, 11); // of 4 x 4 pixels, within 140
+    assert_eq!(student.image_size(), 44);
+    assert_eq!(student.model.image_grid(44, 44).unwrap(), (rows, columns));
+}
