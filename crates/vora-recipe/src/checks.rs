@@ -200,7 +200,7 @@ mod tests {
         let cases: [(&str, &str); 20] = [
             ("model.lora.r=0", "model.lora.r is 0, it must be at least 1"),
             ("model.image_size=50", "model.image_size is 50, it must be a multiple of model.patch_size, 14"),
-            ("model.vision_embedding=CLIP", "model.vision_embedding is `CLIP`"),
+            ("model.vision_embedding=CLIP", "model.vision_embedding=CLIP"),
             ("model.background_color=[1, 2]", "background_color"),
             ("data.train.scenes.image_size=84", "data.train.scenes.image_size is 84, model.image_size is 56"),
             ("data.train.scenes=null", "data.train has neither `scenes` nor `data_fetch`"),

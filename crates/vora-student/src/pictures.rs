@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use vora_image::{Aspect, IMAGENET_DEFAULT, ImageProcessor, Resample, chameleon_processor};
 use vora_model::trained::{self, VISION};
-use vora_model::{Chameleon, Gemma4UnifiedConfig, Resolve, llm_config};
+use vora_model::{Chameleon, Gemma4UnifiedConfig, Resolve, VisionEmbeddingType, llm_config};
 use vora_recipe::{FramesOps, ImageAspectRatio, ModelType, TrainConfig, Way};
 use vora_vision::EncoderConfig;
 
@@ -49,7 +49,13 @@ impl Pictures {
             Way::Vora { patch_size } => {
                 let processor = match &section.aux_vision {
                     Some(teacher) => encoder(teacher).context("model.aux_vision")?.0,
-                    None => ImageProcessor::square(side, IMAGENET_DEFAULT.0, IMAGENET_DEFAULT.1, Resample::Bicubic),
+                    None => {
+                        let (mean, std) = match section.vision_embedding.unwrap_or_default() {
+                            VisionEmbeddingType::Aimv2 => IMAGENET_DEFAULT,
+                            VisionEmbeddingType::Gemma4Unified => ([0.0; 3], [1.0; 3]), // in [0, 1], as Gemma 4's own
+                        };
+                        ImageProcessor::square(side, mean, std, Resample::Bicubic)
+                    }
                 };
                 (processor, patch_size, None)
             }

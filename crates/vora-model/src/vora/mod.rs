@@ -3,8 +3,10 @@
 mod config;
 mod hf;
 mod model;
+mod vision_embedding;
 
 pub(crate) use config::MERGED;
 pub use config::VoraConfig;
 pub use hf::HfFiles;
 pub use model::Vora;
+pub use vision_embedding::{VisionEmbedding, VisionEmbeddingType};

@@ -5,7 +5,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use vora_image::TokenBudget;
 use vora_llm::VisionAttention;
 use vora_lora::LoraConfig;
-use vora_model::{ALL_LINEAR, MmProjectorType};
+use vora_model::{ALL_LINEAR, MmProjectorType, VisionEmbeddingType};
 use vora_vision::{PositionTable, VisionFeatureLayer};
 
 use super::model_type::ModelType;
@@ -47,10 +47,14 @@ pub struct ModelConfig {
     #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
     pub pretrained: Option<String>,
 
-    /// VoRA: the patch embedding; only `AIMv2Embedding` is supported.
+    /// VoRA: what pictures go through. `AIMv2Embedding` is the published VoRA's: convolution, RMSNorm, a table of positions,
+    /// projection. `gemma4_unified` is Gemma 4's, in patches of `patch_size`: a matrix between layer norms, a table of columns
+    /// and one of rows, RMSNorm, projection; its pictures are not normalised where no teacher's processor does. Absent: that of
+    /// `model.pretrained`, else `AIMv2Embedding`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub vision_embedding: Option<String>,
-    /// VoRA: channels between patchifier and projection; absent: the teacher's hidden size, or 1536 without one.
+    pub vision_embedding: Option<VisionEmbeddingType>,
+    /// VoRA: channels between patchifier and projection; absent: the teacher's hidden size, or 1536 without one; the LLM's
+    /// hidden size for `gemma4_unified`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vision_embedding_intermediate_size: Option<i64>,
     /// VoRA: side of a patch, in pixels.

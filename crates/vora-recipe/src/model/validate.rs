@@ -3,13 +3,12 @@
 use anyhow::{Result, anyhow, bail, ensure};
 use vora_lora::ActsOn;
 
+use vora_model::VisionEmbeddingType;
+
 use super::config::{ImageAspectRatio, ModelConfig, TrainedPart};
 use super::model_type::ModelType;
 use super::vq::VqTraining;
 use super::way::Way;
-
-/// The published name of the patch embedding: conv, RMSNorm, positions, projection.
-const VISION_EMBEDDING: &str = "AIMv2Embedding";
 
 impl ModelConfig {
     /// Checks what the types leave open.
@@ -116,11 +115,18 @@ impl ModelConfig {
             "model.lora is missing, a VoRA learns to see by its adapters; or set model.freeze_llm=false to train all weights"
         );
         self.refuse_adapters_on_trained_weights()?;
-        if let Some(kind) = self.vision_embedding.as_deref() {
-            ensure!(
-                kind == VISION_EMBEDDING,
-                "model.vision_embedding is `{kind}`, only `{VISION_EMBEDDING}` is supported"
-            );
+        if self.vision_embedding == Some(VisionEmbeddingType::Gemma4Unified) {
+            for (key, given) in [
+                ("pos_embed", self.pos_embed.is_some()),
+                ("reuse_aux_vision_embedding_layers", self.reuse_aux_vision_embedding_layers.is_some()),
+                ("reuse_aux_vision_start", self.reuse_aux_vision_start.is_some()),
+            ] {
+                ensure!(
+                    !given,
+                    "model.{key} is for AIMv2Embedding; model.vision_embedding is gemma4_unified, which has positions by column \
+                     and row and nothing of a teacher's"
+                );
+            }
         }
         ensure!(
             self.skip_aux_cls != Some(true) || self.aux_vision.is_some(),
@@ -321,6 +327,21 @@ mod tests {
             (GEMMA4.replace("r: 4", "r: -1"), "nothing is trained"),
             (GEMMA4.replace("llm: x", "llm: x, image_size: -1"), "model.image_size is -1"),
             (VORA.replace(", image_size: 56", ""), "model.image_size is 0 or missing"),
+            (
+                VORA.replace("llm: x", "llm: x, vision_embedding: gemma4_unified, pos_embed: interpolate"),
+                "model.pos_embed is for AIMv2Embedding",
+            ),
+            (
+                VORA.replace(
+                    "llm: x",
+                    "llm: x, vision_embedding: gemma4_unified, aux_vision: y, reuse_aux_vision_embedding_layers: preprocessor",
+                ),
+                "model.reuse_aux_vision_embedding_layers is for AIMv2Embedding",
+            ),
+            (
+                VORA.replace("llm: x", "llm: x, vision_embedding: CLIP"),
+                "unknown variant `CLIP`, expected one of AIMv2Embedding, gemma4_unified",
+            ),
             (VORA.replace("llm: x", "llm: x, load_in_4bit: true, load_in_8bit: true"), "load_in_8bit are both true"),
             (CHAMELEON.replace("llm: x", "llm: x, load_in_4bit: true"), "all weights of a Chameleon are trained"),
             (

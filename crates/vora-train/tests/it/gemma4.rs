@@ -1,26 +1,23 @@
 //! A Gemma 4 Unified in the trainer, by a program of its own: pictures of any shape, answers alone, PEFT's adapters.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
-use tch::{Device, Kind, Tensor};
+use anyhow::Result;
+use tch::{Device, Kind};
 use vora_data::SampleMaker;
 use vora_image::{ImageProcessor, RgbImage};
 use vora_lora::{AdapterFolder, LoraConfig};
-use vora_model::{Gemma4Unified, Input, VisionLanguageModel, Weights};
+use vora_model::{Gemma4Unified, Weights};
 use vora_recipe::TrainConfig;
 use vora_student::{Pictures, Student, StudentParts};
-use vora_text::{Message, Piece};
 use vora_train::data::Sources;
 use vora_train::{Options, Outcome, Silent, Trainer};
 
+use crate::taught::{self, asked, resolve};
+
 const FOLDER: &str = "fixtures/tiny/gemma4";
 const STEPS: u64 = 60;
-
-fn resolve(name: &str) -> Result<PathBuf> {
-    Ok(fixtures::root().parent().context("the workspace")?.join(name))
-}
 
 fn picture(index: usize) -> RgbImage {
     let [width, height] = [[60, 20], [20, 60], [40, 40], [9, 90]][index];
@@ -70,17 +67,6 @@ fn trainer(config: TrainConfig, trains_embedder: bool, resume: bool) -> Trainer 
     Trainer::from_parts(config, options, student, sources).unwrap()
 }
 
-/// Logits at the end of a question about a picture.
-fn asked(model: &dyn VisionLanguageModel, folder: &Path, picture: &RgbImage) -> Tensor {
-    let tokenizer = vora_text::Tokenizer::open(folder).unwrap().for_processor(model.has_processor());
-    let chat = vora_text::ChatTemplate::open(folder).unwrap();
-    let pieces: Vec<Piece> = chat.encode_prompt(&tokenizer, &[Message::question_about(1, "What shape?")]).unwrap();
-    let pixels = ImageProcessor::open(folder).unwrap().preprocess(picture).unwrap();
-    let input = Input::prompt(&pieces, vec![vora_vision::pixel_values(&pixels)], model).unwrap();
-    let output = tch::no_grad(|| model.forward(&input, 0)).unwrap();
-    model.llm().logits(&output.last_hidden_state.select(1, -1))
-}
-
 #[test]
 fn it_learns_goes_on_bit_for_bit_and_what_it_leaves_opens() {
     for trains_embedder in [true, false] {
@@ -122,43 +108,19 @@ fn it_learns_goes_on_bit_for_bit_and_what_it_leaves_opens() {
 
 /// The recipe for tests, in `folder`.
 fn recipe(folder: &Path, more: &[&str]) -> Result<TrainConfig> {
-    let file = fixtures::root().join("../crates/vora-train/recipes/gemma4-smoke.yaml");
-    let set = more.iter().map(|&set| set.to_owned()).chain([format!("output_dir={}/run", folder.display())]);
-    TrainConfig::open(&file, &set.collect::<Vec<_>>())
-}
-
-/// The trained tensors at the end of the recipe's run, gone on with from its middle where `stops`.
-fn taught(folder: &Path, more: &[&str], stops: bool) -> Vec<(String, Tensor)> {
-    let options = |resume| {
-        let mut options = Options::new(Device::Cpu, &resolve);
-        options.resume = resume;
-        options
-    };
-    let mut trainer = Trainer::new(recipe(folder, more).unwrap(), options(false)).unwrap();
-    if stops {
-        while trainer.step() < 2 {
-            trainer.train_step().unwrap();
-        }
-        trainer.save(&mut Silent).unwrap();
-        drop(trainer);
-        let resumed = [more, &["overwrite_output_dir=false"]].concat();
-        trainer = Trainer::new(recipe(folder, &resumed).unwrap(), options(true)).unwrap();
-        assert_eq!(trainer.step(), 2);
-    }
-    let Outcome::Finished(report) = trainer.train(&mut Silent).unwrap() else { panic!("nobody stopped it") };
-    assert!(!report.0.is_empty(), "the held-out split was asked about");
-    trainer.parameters().iter().map(|(name, tensor)| (name.clone(), tensor.copy())).collect()
+    taught::recipe("gemma4-smoke.yaml", folder, more)
 }
 
 #[test]
 fn a_run_file_teaches_it_and_goes_on_bit_for_bit() {
+    let run = |folder: &Path, more: &[&str], stops| taught::parameters("gemma4-smoke.yaml", folder, more, stops);
     for more in [
         &[][..],
         &["model.train=[]", "learning_rates={}", "model.load_in_8bit=true"],
         &["model.aux_vision=", "distill={}"],
     ] {
         let [whole, parts] = [(), ()].map(|()| tempfile::tempdir().unwrap());
-        let (uninterrupted, resumed) = (taught(whole.path(), more, false), taught(parts.path(), more, true));
+        let (uninterrupted, resumed) = (run(whole.path(), more, false), run(parts.path(), more, true));
         let has = |part: &str| uninterrupted.iter().any(|(name, _)| name.starts_with(part));
         assert!(has("language_model.model.layers.1.mlp.up_proj.lora_A") && !has("language_model.model.layers.2"));
         let is = |word: &str| !more.iter().any(|set| set.contains(word));
