@@ -40,7 +40,7 @@ pub(crate) struct Args {
     #[arg(long)]
     resume: bool,
     /// Tell what the run will take, parameters, memory and time a step, and train nothing: some steps are made to
-    /// measure, and nothing is written to the run folder
+    /// measure, and nothing is written to the run folder. Of a Gemma 4 Unified a folder without weights will do
     #[arg(long, conflicts_with = "resume")]
     plan: bool,
     /// With --plan: as JSON

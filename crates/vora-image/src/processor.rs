@@ -151,6 +151,15 @@ impl ImageProcessor {
         Self::new(self.backend, Some(size), self.resample, crop_size, rescale_factor, mean_std).with_pad(pad)
     }
 
+    /// Side of the square that it takes for one token, in pixels, where it counts them.
+    pub fn token_size(&self) -> Option<u32> {
+        match self.size {
+            Some(Size::Budget(budget)) => Some(budget.patch_size()),
+            Some(Size::SoftTokens { patch_size, pooling_kernel_size, .. }) => Some(patch_size * pooling_kernel_size),
+            _ => None,
+        }
+    }
+
     /// The same processor with another budget of tokens, where pictures keep their shape.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use tch::Tensor;
 use vora_image::{ImageProcessor, Pixels, RgbImage};
 use vora_model::{Input, VisionLanguageModel};
@@ -38,6 +38,15 @@ impl Prompter {
     pub(crate) fn open(model: &dyn VisionLanguageModel, folder: &Path) -> Result<Self> {
         let (rows, has_processor) = (model.llm().config().vocab_size, model.has_processor());
         let processor = model.sees().then(|| ImageProcessor::open(folder)).transpose()?;
+        if let Some(side) = processor.as_ref().and_then(ImageProcessor::token_size) {
+            let grid = model.image_grid(i64::from(side), i64::from(side)).ok();
+            ensure!(
+                grid == Some((1, 1)),
+                "the image processor of {} takes {side} x {side} pixels for a token, its model does not: their patch_size \
+                 and pooling_kernel_size differ",
+                folder.display()
+            );
+        }
         let tokenizer = Tokenizer::open(folder)?.for_embedding(rows).for_processor(has_processor);
         Ok(Self::new(tokenizer, ChatTemplate::open(folder)?, processor))
     }

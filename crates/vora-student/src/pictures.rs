@@ -93,6 +93,13 @@ impl Pictures {
         ensure!(ops.is_none(), "data_preprocess.frames_ops: pictures go through a Gemma 4 Unified's own processor");
         let gemma = Gemma4UnifiedConfig::open(folder).context("model.llm")?;
         let mut processor = ImageProcessor::open(folder).context("model.llm")?;
+        let (side, own) = (processor.token_size().map(i64::from), gemma.vision.token_size());
+        ensure!(
+            side == Some(own),
+            "model.llm: {} has an image processor that takes {} for a token, and a vision_config of {own} x {own} pixels",
+            folder.display(),
+            side.map_or("no square of pixels".to_owned(), |side| format!("{side} x {side} pixels"))
+        );
         if let Some(max_image_tokens) = config.model.max_image_tokens {
             processor = processor.with_max_image_tokens(max_image_tokens).context("model")?;
         }

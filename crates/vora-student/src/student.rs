@@ -50,6 +50,7 @@ pub struct Student {
     pub(crate) z_loss: f64,
     pub(crate) beta: Option<f64>, // of DPO, where the run learns from preferences
     pub(crate) is_whole: bool,
+    pub(crate) is_outline: bool,
     pub(crate) gradient_checkpointing: bool,
     pub(crate) trained: Vec<(&'static str, Weights)>, // sources that handed out parameters, and where in the folder they stand
     pub(crate) made: Vec<(String, Tensor)>,
@@ -102,6 +103,7 @@ impl Student {
             z_loss: config.model.z_loss(),
             beta: config.dpo_beta(),
             is_whole: false,
+            is_outline: false,
             gradient_checkpointing: config.gradient_checkpointing,
             trained: [("", trained)].into_iter().chain(llm.map(|llm| (llm_prefix, llm))).collect(),
             made: Vec::new(),
@@ -174,6 +176,11 @@ impl Student {
     /// on from a merged one.
     pub fn is_whole(&self) -> bool {
         self.is_whole
+    }
+
+    /// Whether its frozen weights are shapes alone ([`Student::outline`]).
+    pub fn is_outline(&self) -> bool {
+        self.is_outline
     }
 
     /// What stands in place of the LLM's own chat template.

@@ -104,7 +104,7 @@ impl Gemma4Unified {
             .with_context(|| format!("loading {}", folder.display()))
     }
 
-    /// The same over a `base` that is open already.
+    /// The same over a `base` that is open already, or has shapes alone ([`Weights::shapes`]) for a model that is counted.
     ///
     /// # Errors
     /// As [`Gemma4Unified::open_to_teach`].
@@ -119,7 +119,8 @@ impl Gemma4Unified {
         config.llm_name = name.to_owned();
         config.lora = lora.map(|lora| lora.over(config.llm.num_hidden_layers));
         let model = Self::open_part(config, base, trains_embedder, new)?;
-        for (name, tensor) in model.vision_embedder.tensors().into_iter().filter(|_| trains_embedder) {
+        let starts = trains_embedder && base.has_numbers();
+        for (name, tensor) in model.vision_embedder.tensors().into_iter().filter(|_| starts) {
             let name = format!("model.{name}");
             let before = base.stored_tensor(&name)?.with_context(|| format!("there is no {name}"))?;
             tch::no_grad(|| tensor.shallow_clone().f_copy_(&before)).with_context(|| name)?;

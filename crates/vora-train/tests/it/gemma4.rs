@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
+use serde_json::{Value, json};
 use tch::{Device, Kind};
 use vora_data::SampleMaker;
 use vora_image::{ImageProcessor, RgbImage};
@@ -12,7 +13,7 @@ use vora_model::{Gemma4Unified, Weights};
 use vora_recipe::TrainConfig;
 use vora_student::{Pictures, Student, StudentParts};
 use vora_train::data::Sources;
-use vora_train::{Options, Outcome, Silent, Trainer};
+use vora_train::{Options, Outcome, Plan, Silent, Trainer};
 
 use crate::taught::{self, asked, resolve};
 
@@ -162,4 +163,76 @@ fn a_run_file_that_does_not_fit_the_folder_is_told_by_key() {
     let (rows, columns) = (11, 11); // of 4 x 4 pixels, within 140
     assert_eq!(student.image_size(), 44);
     assert_eq!(student.model.image_grid(44, 44).unwrap(), (rows, columns));
+}
+
+/// A folder with the config of a Gemma 4 Unified, the tiny one's tokenizer, and no weights.
+fn without_weights(change: impl Fn(&mut Value)) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(resolve(FOLDER).unwrap()).unwrap().map(|entry| entry.unwrap().path()) {
+        if file.extension().is_some_and(|extension| extension != "safetensors") {
+            std::fs::copy(&file, folder.path().join(file.file_name().unwrap())).unwrap();
+        }
+    }
+    let path = folder.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    change(&mut config);
+    std::fs::write(&path, config.to_string()).unwrap();
+    folder
+}
+
+#[test]
+fn a_plan_counts_what_a_config_foretells() {
+    let run = tempfile::tempdir().unwrap();
+    let plan = |llm: &str, more: &[&str]| {
+        let llm = format!("model.llm={llm}");
+        let more = [more, &[&llm]].concat();
+        Plan::measure(&recipe(run.path(), &more).unwrap(), Options::new(Device::Cpu, &resolve)).unwrap()
+    };
+    let folder = without_weights(|_| {});
+    let (with, without) = (plan(FOLDER, &[]), plan(folder.path().to_str().unwrap(), &[]));
+    assert_eq!((&with.size.parameters, &with.size.batch), (&without.size.parameters, &without.size.batch));
+    assert_eq!(with.size.memory.weights, without.size.memory.weights);
+    assert!(with.measured.is_some() && without.measured.is_none());
+    assert!(without.to_string().contains("not measured: the folder of model.llm has no weights"), "{without}");
+    let error = |more: &[&str]| {
+        let llm = format!("model.llm={}", folder.path().display());
+        let config = recipe(run.path(), &[more, &[&llm]].concat()).unwrap();
+        let found = Student::new(&config, Device::Cpu, Kind::Float, &resolve).map(drop).unwrap_err();
+        let counted = Student::outline(&config, Device::Cpu, Kind::Float, &resolve).map(drop);
+        (format!("{found:#}"), counted.map_err(|error| format!("{error:#}")))
+    };
+    assert!(error(&[]).0.contains("safetensors") && error(&[]).1.is_ok());
+    assert!(error(&["model.load_in_4bit=true"]).1.unwrap_err().contains("few bits are counted from weights"));
+}
+
+/// The sizes of google/gemma-4-12B-it, which has 11,959,730,176 parameters, 640 x 3840 of them in the part that hears; a scalar
+/// for each layer, which HF keeps as a buffer, is counted here too.
+#[test]
+fn the_published_12b_is_counted_to_the_last_parameter() {
+    let folder = without_weights(|config| {
+        let layer = |idx: i64| if idx % 6 == 5 { "full_attention" } else { "sliding_attention" };
+        let types: Vec<&str> = (0..48).map(layer).collect();
+        config["text_config"] = json!({
+            "model_type": "gemma4_unified_text", "vocab_size": 262_144, "hidden_size": 3840, "intermediate_size": 15_360,
+            "num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256,
+            "global_head_dim": 512, "num_global_key_value_heads": 1, "attention_k_eq_v": true, "layer_types": types,
+            "sliding_window": 1024, "max_position_embeddings": 262_144, "final_logit_softcapping": 30.0,
+            "tie_word_embeddings": true, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+        });
+        config["vision_config"] = json!({"model_type": "gemma4_unified_vision"});
+    });
+    let processor = folder.path().join("processor_config.json");
+    let mut json: Value = serde_json::from_slice(&std::fs::read(&processor).unwrap()).unwrap();
+    (json["image_processor"]["patch_size"], json["image_processor"]["pooling_kernel_size"]) = (json!(16), json!(3));
+    std::fs::write(&processor, json.to_string()).unwrap();
+    let run = tempfile::tempdir().unwrap();
+    let llm = format!("model.llm={}", folder.path().display());
+    let lora = "model.lora={r: 1, target_modules: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]}";
+    let more = [&llm, lora, "model.train=[]", "learning_rates={}", "model.aux_vision=", "distill={}"];
+    let plan = Plan::measure(&recipe(run.path(), &more).unwrap(), Options::new(Device::Cpu, &resolve)).unwrap();
+    assert_eq!(plan.size.parameters.frozen, 11_959_730_176 - 640 * 3840 + 48);
+    // The layers whose keys are values have no v_proj to adapt.
+    let linears = |module: &str| plan.size.adapters.iter().find(|adapted| adapted.module == module).unwrap().linears;
+    assert_eq!((linears("self_attn.q_proj"), linears("self_attn.v_proj")), (48, 40));
+    assert!(plan.measured.is_none());
 }
