@@ -9,7 +9,7 @@ use vora_llm::{LlmConfig, VisionAttention};
 use vora_lora::LoraConfig;
 use vora_vision::{PatchEmbedConfig, PositionTable};
 
-use super::vision_embedding::VisionEmbeddingType;
+use super::vision_embedding_type::VisionEmbeddingType;
 use crate::few_bits::QUANTIZATION_CONFIG;
 use crate::files::{keep_auto_map, lora_or_empty, read_config, to_object};
 

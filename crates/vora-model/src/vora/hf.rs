@@ -17,7 +17,7 @@ use crate::beside::{CHAT_TEMPLATE, GENERATION, PREPROCESSOR, PROCESSOR};
 use crate::files::{dtype, to_object};
 
 use super::config::{IMAGE_TOKEN_ID, VoraConfig};
-use super::vision_embedding::VisionEmbeddingType;
+use super::vision_embedding_type::VisionEmbeddingType;
 
 /// The code, by the names that the published folders have for it.
 const CODE: [(&str, &str); 3] = [

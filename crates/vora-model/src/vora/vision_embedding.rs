@@ -1,38 +1,14 @@
 //! What a VoRA's pictures go through on their way among the words.
 
 use anyhow::Result;
-use serde::{Deserialize, Serialize};
 use tch::Tensor;
 use tch::nn::Module;
 use vora_torch::weights::Weights;
 use vora_vision::{Gemma4VisionConfig, Gemma4VisionEmbedder, PatchEmbed};
 
-use super::VoraConfig;
+use super::{VisionEmbeddingType, VoraConfig};
 
-/// Which of them a VoRA has, by its name in `config.json` and in run files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub enum VisionEmbeddingType {
-    /// Convolution, RMSNorm, a table of positions, projection: that of the published VoRA.
-    #[default]
-    #[serde(rename = "AIMv2Embedding")]
-    Aimv2,
-    /// Gemma 4 Unified's: a matrix between layer norms, a table of columns and one of rows, RMSNorm, projection; in patches
-    /// of `patch_size`, each a token.
-    #[serde(rename = "gemma4_unified")]
-    Gemma4Unified,
-}
-
-impl VisionEmbeddingType {
-    /// Its name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Aimv2 => "AIMv2Embedding",
-            Self::Gemma4Unified => "gemma4_unified",
-        }
-    }
-}
-
-/// The embedding itself. All of it is trained, in f32; what comes out has the dtype of the weights' source.
+/// What its [`VisionEmbeddingType`] says. All of it is trained, in f32; what comes out has the dtype of the weights' source.
 #[derive(Debug)]
 pub enum VisionEmbedding {
     /// The published VoRA's.
