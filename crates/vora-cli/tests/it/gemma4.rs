@@ -132,3 +132,23 @@ fn pictures_beyond_the_budget_are_told_once() {
     assert_eq!(told, "");
     assert_eq!(with - without, 70 + 2); // 1:200 is one row of the most tokens, and a mark at either end
 }
+
+/// From a run file to a merged folder, which is asked, and compared with what it was.
+#[test]
+fn a_run_is_merged_and_keeps_its_language() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let (run, left, merged) = (format!("output_dir={}", path("run")), path("run/final"), path("merged"));
+    let smoke = "crates/vora-train/recipes/gemma4-smoke.yaml";
+    let few = ["--set", "max_steps=1", "--set", "data.eval={}", "--set", "evaluation_strategy=no"];
+    succeeded(&vora(&[&["train", "--config", smoke, "--set", &run], &few[..]].concat()));
+    succeeded(&vora(&["merge", &left, "--out", &merged, "--check"]));
+    let picture = picture(folder.path());
+    for model in [&left, &merged] {
+        let said = succeeded(&vora(&["ask", model, &picture, "What is it?", "--json", "--max-new-tokens", "4"]));
+        assert!(serde_json::from_str::<Value>(&said).unwrap()["prompt_tokens"].as_u64().unwrap() > 20);
+        let said = succeeded(&vora(&["eval", model, "--language", "--json"]));
+        let ratio = serde_json::from_str::<Value>(&said).unwrap()["ratio"].as_f64().unwrap();
+        assert!((0.9..1.1).contains(&ratio), "{ratio}");
+    }
+}
