@@ -15,12 +15,15 @@ use vora_text::{Message, Modality, Piece, Span};
 use vora_train::data;
 use vora_train::observe::samples;
 
-/// Look at what a run learns from.
+use crate::contrast::Contrast;
+
+/// Look at what a run learns from, or make some.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   vora data show crates/vora-train/recipes/scenes.yaml
-  vora data show run.yaml --index 17 --images shown")]
+  vora data show run.yaml --index 17 --images shown
+  vora data contrast photos/captions.jsonl --out photos/contrast.jsonl")]
 pub(crate) struct Args {
     #[command(subcommand)]
     command: Command,
@@ -30,6 +33,8 @@ pub(crate) struct Args {
 enum Command {
     /// Print training samples as the model sees them
     Show(Show),
+    /// Make yes/no questions of captions, right ones and wrong ones
+    Contrast(Contrast),
 }
 
 /// Print training samples as the model sees them: text, image places, what is learned, and the pictures.
@@ -67,6 +72,7 @@ struct Show {
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     match &args.command {
         Command::Show(args) => args.run(),
+        Command::Contrast(args) => args.run(),
     }
 }
 

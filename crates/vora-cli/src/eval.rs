@@ -215,10 +215,8 @@ fn on_language(args: &Args, folder: &Path, device: Device, kind: Kind) -> Result
         let name = args.base.as_deref().or_else(|| config.get("llm")?.as_str()).filter(|name| !name.is_empty());
         let name = name.with_context(|| format!("{} does not name the LLM that it was: give --base", args.model))?;
         let base = vora_hub::resolve(name).context("--base")?;
-        let weights = Weights::open(&base, device, kind)?;
-        let llm = CausalLm::load(&LlmConfig::open(&base)?, &weights)?;
-        weights.finish().with_context(|| format!("loading {}", base.display()))?;
-        language(Side::whole(&llm), this, &tokenizer, &chat)?
+        let base = vora_model::open(&base, device, kind, &vora_hub::resolve).context("--base")?; // an LLM, or a Gemma 4
+        language(Side::whole(base.llm()), this, &tokenizer, &chat)?
     };
     let mut results = json!(found);
     results["task"] = "language".into();

@@ -5,6 +5,7 @@
 mod ask;
 mod bench;
 mod chat;
+mod contrast;
 mod convert;
 mod data;
 mod download;

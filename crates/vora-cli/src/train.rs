@@ -15,12 +15,13 @@ use vora_torch::runtime;
 use vora_train::Plan;
 use vora_train::{Options, Outcome, Progress, Trainer};
 
-/// Train a model that sees, a VoRA, a LLaVA or a Chameleon, as a run file says.
+/// Train a model that sees, a VoRA, a LLaVA, a Chameleon or a Gemma 4 Unified, as a run file says.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   vora train --config crates/vora-train/recipes/scenes.yaml
   vora train --config crates/vora-train/recipes/scenes-llava.yaml
+  vora train --config crates/vora-train/recipes/gemma4.yaml --set model.llm=GEMMA4 --set data.train.data_fetch.data_paths.0.anno_path=FILE
   vora train --config run.yaml --set model.lora.r=64 --set max_steps=2000 --set output_dir=runs/r64
   vora train --config run.yaml --resume
   vora train --config run.yaml --plan
@@ -39,7 +40,7 @@ pub(crate) struct Args {
     #[arg(long)]
     resume: bool,
     /// Tell what the run will take, parameters, memory and time a step, and train nothing: some steps are made to
-    /// measure, and nothing is written to the run folder
+    /// measure, and nothing is written to the run folder. Of a Gemma 4 Unified a folder without weights will do
     #[arg(long, conflicts_with = "resume")]
     plan: bool,
     /// With --plan: as JSON

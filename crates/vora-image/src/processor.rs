@@ -1,7 +1,8 @@
 //! RGB picture -> normalised pixels, exactly as Hugging Face's image processors compute them.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use image::RgbImage;
+use vora_files::tell_once;
 
 use crate::budget::TokenBudget;
 use crate::decode::MAX_PIXELS;
@@ -150,6 +151,33 @@ impl ImageProcessor {
         Self::new(self.backend, Some(size), self.resample, crop_size, rescale_factor, mean_std).with_pad(pad)
     }
 
+    /// Side of the square that it takes for one token, in pixels, where it counts them.
+    pub fn token_size(&self) -> Option<u32> {
+        match self.size {
+            Some(Size::Budget(budget)) => Some(budget.patch_size()),
+            Some(Size::SoftTokens { patch_size, pooling_kernel_size, .. }) => Some(patch_size * pooling_kernel_size),
+            _ => None,
+        }
+    }
+
+    /// The same processor with another budget of tokens, where pictures keep their shape.
+    ///
+    /// # Errors
+    /// Where they become squares, the budget leaves no picture possible, or it is none that Gemma 4's processor takes.
+    pub fn with_max_image_tokens(&self, max_image_tokens: u32) -> Result<Self> {
+        let size = match self.size {
+            Some(Size::Budget(budget)) => Size::Budget(budget.with_max(max_image_tokens)?),
+            Some(Size::SoftTokens { patch_size, pooling_kernel_size, .. }) => {
+                soft_token_budget("max_image_tokens", max_image_tokens)?;
+                Size::SoftTokens { patch_size, pooling_kernel_size, max_soft_tokens: max_image_tokens }
+            }
+            _ => bail!(
+                "the model's pictures become squares of one size; a budget is for one trained with model.max_image_tokens"
+            ),
+        };
+        Ok(Self { size: Some(size), ..self.clone() })
+    }
+
     /// The height and width of what comes out for a picture of that height and width.
     ///
     /// # Errors
@@ -230,7 +258,15 @@ impl ImageProcessor {
                 whole_patches(height, width, patch_size, max_num_patches)
             }
             Some(Size::SoftTokens { patch_size, pooling_kernel_size, max_soft_tokens }) => {
-                soft_tokens(height, width, patch_size * pooling_kernel_size, max_soft_tokens)
+                let side = patch_size * pooling_kernel_size;
+                let (rows, columns) = soft_tokens(height, width, side, max_soft_tokens);
+                if u64::from(rows) * u64::from(columns) < u64::from(height) * u64::from(width) {
+                    tell_once(format!(
+                        "pictures larger than max_soft_tokens ({max_soft_tokens} tokens of {side} x {side} pixels) are scaled \
+                         down; they keep their shape, but for slivers"
+                    ));
+                }
+                (rows, columns)
             }
             Some(Size::Budget(budget)) => budget.size(height, width)?,
         })
@@ -277,6 +313,19 @@ fn whole_patches(height: u32, width: u32, patch_size: u32, most: u32) -> (u32, u
     }
     let side = |side| (patches(side, least) as u32).saturating_mul(patch_size);
     (side(height), side(width))
+}
+
+/// The budgets that Gemma 4's processor takes.
+const SOFT_TOKENS: [u32; 5] = [70, 140, 280, 560, 1120];
+
+/// An error where Gemma 4's processor does not take so many tokens a picture, which stand under `key`.
+pub(crate) fn soft_token_budget(key: &str, tokens: u32) -> Result<()> {
+    ensure!(
+        SOFT_TOKENS.contains(&tokens),
+        "{key} is {tokens}, Gemma 4's processor takes {}",
+        SOFT_TOKENS.map(|tokens| tokens.to_string()).join(", ")
+    );
+    Ok(())
 }
 
 /// The height and width in whole tokens of `side` pixels, no more of them than `most`, at which a picture keeps its aspect

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use vora_files::{object, tell_once};
 
 use crate::budget::TokenBudget;
-use crate::processor::{IMAGENET_STANDARD, ImageProcessor, OPENAI_CLIP, Size};
+use crate::processor::{IMAGENET_STANDARD, ImageProcessor, OPENAI_CLIP, Size, soft_token_budget};
 use crate::resample::{Backend, Resample};
 
 impl ImageProcessor {
@@ -294,11 +294,7 @@ impl Keys {
                 (1..=1024).contains(&patch_size) && (1..=64).contains(&pooling_kernel_size),
                 "patch_size is {patch_size} and pooling_kernel_size {pooling_kernel_size}, they go from 1 to 1024 and 64"
             );
-            ensure!(
-                SOFT_TOKENS.contains(&max_soft_tokens),
-                "max_soft_tokens is {max_soft_tokens}, Gemma 4's processor takes {}",
-                SOFT_TOKENS.map(|tokens| tokens.to_string()).join(", ")
-            );
+            soft_token_budget("max_soft_tokens", max_soft_tokens)?;
         }
         Ok(size)
     }
@@ -377,9 +373,6 @@ struct Class {
     do_normalize: bool,
     pads_to_square: bool, // what `do_pad` means, before all else
 }
-
-/// The budgets that Gemma 4's processor takes.
-const SOFT_TOKENS: [u32; 5] = [70, 140, 280, 560, 1120];
 
 impl Class {
     fn named(name: &str) -> Result<Self> {

@@ -3,9 +3,9 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use tch::Tensor;
-use vora_image::{Aspect, ImageProcessor, Pixels, RgbImage};
+use vora_image::{ImageProcessor, Pixels, RgbImage};
 use vora_model::{Input, VisionLanguageModel};
 use vora_text::{ChatTemplate, Piece, TextError, Tokenizer};
 
@@ -38,6 +38,15 @@ impl Prompter {
     pub(crate) fn open(model: &dyn VisionLanguageModel, folder: &Path) -> Result<Self> {
         let (rows, has_processor) = (model.llm().config().vocab_size, model.has_processor());
         let processor = model.sees().then(|| ImageProcessor::open(folder)).transpose()?;
+        if let Some(side) = processor.as_ref().and_then(ImageProcessor::token_size) {
+            let grid = model.image_grid(i64::from(side), i64::from(side)).ok();
+            ensure!(
+                grid == Some((1, 1)),
+                "the image processor of {} takes {side} x {side} pixels for a token, its model does not: their patch_size \
+                 and pooling_kernel_size differ",
+                folder.display()
+            );
+        }
         let tokenizer = Tokenizer::open(folder)?.for_embedding(rows).for_processor(has_processor);
         Ok(Self::new(tokenizer, ChatTemplate::open(folder)?, processor))
     }
@@ -72,12 +81,7 @@ impl Prompter {
     /// Where they become squares, or none would be left of them.
     pub(crate) fn set_max_image_tokens(&mut self, max_image_tokens: u32) -> Result<()> {
         let processor = self.processor.as_mut().ok_or(InferError::SeesNoPictures)?;
-        let Aspect::Keep(budget) = processor.aspect() else {
-            bail!(
-                "the model's pictures become squares of one size; a budget is for one trained with model.max_image_tokens"
-            )
-        };
-        *processor = processor.with_aspect(0, Aspect::Keep(budget.with_max(max_image_tokens)?));
+        *processor = processor.with_max_image_tokens(max_image_tokens)?;
         Ok(())
     }
 

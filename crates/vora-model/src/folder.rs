@@ -120,7 +120,10 @@ fn open_part(
             return Ok(Box::new(model));
         }
         ModelType::Gemma4Unified => {
-            let (config, trains_embedder) = (Gemma4UnifiedConfig::open(folder)?, folder.join(VISION).exists());
+            let (config, vision) = (Gemma4UnifiedConfig::open(folder)?, folder.join(VISION));
+            // The file may hold a teacher's heads alone.
+            let trains_embedder =
+                vision.exists() && Checkpoint::open(&vision)?.names().any(|name| name.starts_with("model."));
             let (base, in_base) = (llm()?, || format!("loading the base of {}", folder.display()));
             Box::new(Gemma4Unified::open_part(config, &base, trains_embedder, &new).with_context(in_base)?)
         }

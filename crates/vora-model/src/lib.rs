@@ -53,6 +53,6 @@ pub use llava::{ALL_LINEAR, Llava, LlavaConfig, MmProjectorType};
 pub use model::{ImageWriter, Input, VisionLanguageModel};
 pub use plain::PlainLlm;
 pub use tch;
-pub use vora::{HfFiles, Vora, VoraConfig};
+pub use vora::{HfFiles, VisionEmbedding, VisionEmbeddingType, Vora, VoraConfig};
 pub use vora_image::RgbImage;
 pub use vora_torch::weights::Weights;

@@ -83,7 +83,7 @@ pub trait VisionLanguageModel: Debug + Send {
         None
     }
 
-    /// The tensors of the encoder that are not trained, for models that see through one.
+    /// The tensors of what it sees through that are not trained, for models that have some.
     fn encoder_tensors(&self) -> Vec<(String, Tensor)> {
         Vec::new()
     }

@@ -174,9 +174,9 @@ impl TrainConfig {
             ),
             (
                 "distill",
-                !matches!(self.model.model_type, ModelType::Vora | ModelType::Own)
+                !matches!(self.model.model_type, ModelType::Vora | ModelType::Gemma4Unified | ModelType::Own)
                     && self.distill != DistillConfig { pairing: Some(Pairing::Output), ..DistillConfig::default() },
-                "only a VoRA has a teacher",
+                "only a VoRA and a Gemma 4 Unified have a teacher",
             ),
         ];
         let kwargs = self.lr_scheduler_kwargs.without_effect(self.lr_scheduler_type);
@@ -200,7 +200,7 @@ mod tests {
         let cases: [(&str, &str); 20] = [
             ("model.lora.r=0", "model.lora.r is 0, it must be at least 1"),
             ("model.image_size=50", "model.image_size is 50, it must be a multiple of model.patch_size, 14"),
-            ("model.vision_embedding=CLIP", "model.vision_embedding is `CLIP`"),
+            ("model.vision_embedding=CLIP", "model.vision_embedding=CLIP"),
             ("model.background_color=[1, 2]", "background_color"),
             ("data.train.scenes.image_size=84", "data.train.scenes.image_size is 84, model.image_size is 56"),
             ("data.train.scenes=null", "data.train has neither `scenes` nor `data_fetch`"),

@@ -364,7 +364,7 @@ impl DataConfig {
         if let Some(scenes) = &self.train.scenes {
             scenes.validate().map_err(|error| anyhow!("data.train.{error}"))?;
             ensure!(
-                i64::from(scenes.image_size) == model.image_size || model.max_image_tokens.is_some(),
+                i64::from(scenes.image_size) == model.image_size || model.keeps_shape(),
                 "data.train.scenes.image_size is {}, model.image_size is {}: they must be the same",
                 scenes.image_size,
                 model.image_size

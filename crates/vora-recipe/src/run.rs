@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use vora_model::VisionEmbeddingType;
 use vora_vision::PositionTable;
 
 use crate::anchor::TextAnchor;
@@ -303,7 +304,9 @@ impl TrainConfig {
         self.distill.pairing.get_or_insert(if published { Pairing::Input } else { Pairing::Output });
         if published && self.model.model_type == ModelType::Vora {
             self.model.fuse_adjacent_images.get_or_insert(true);
-            self.model.pos_embed.get_or_insert(PositionTable::FirstRows);
+            if self.model.vision_embedding.unwrap_or_default() == VisionEmbeddingType::Aimv2 {
+                self.model.pos_embed.get_or_insert(PositionTable::FirstRows);
+            }
         }
     }
 

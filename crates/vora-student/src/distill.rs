@@ -103,9 +103,17 @@ impl Distill {
         Ok(())
     }
 
-    /// Keeps the teacher's features in `folder`; the teacher was opened from `teacher`.
-    pub(crate) fn keep_features(&mut self, folder: &Path, teacher: &Path, device: Device, kind: Kind) -> Result<()> {
-        self.cache = Some(TeacherCache::open(folder, teacher, &self.states, device, kind)?);
+    /// Keeps the teacher's features in `folder`; the teacher was opened from `teacher`, and `view` says what it makes of a
+    /// picture before it looks.
+    pub(crate) fn keep_features(
+        &mut self,
+        folder: &Path,
+        teacher: &Path,
+        view: &str,
+        device: Device,
+        kind: Kind,
+    ) -> Result<()> {
+        self.cache = Some(TeacherCache::open(folder, teacher, view, &self.states, device, kind)?);
         Ok(())
     }
 

@@ -26,6 +26,8 @@ mod batch;
 mod chameleon;
 mod distill;
 mod few_bits;
+mod fitted;
+mod gemma4;
 pub mod heads;
 mod llava;
 mod logits;

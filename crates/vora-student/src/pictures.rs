@@ -5,9 +5,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use vora_image::{Aspect, IMAGENET_DEFAULT, ImageProcessor, Resample, chameleon_processor};
-use vora_llm::LlmConfig;
 use vora_model::trained::{self, VISION};
-use vora_model::{Chameleon, Resolve};
+use vora_model::{Chameleon, Gemma4UnifiedConfig, Resolve, VisionEmbeddingType, llm_config};
 use vora_recipe::{FramesOps, ImageAspectRatio, ModelType, TrainConfig, Way};
 use vora_vision::EncoderConfig;
 
@@ -40,7 +39,7 @@ impl Pictures {
     pub(crate) fn open(config: &TrainConfig, llm_folder: &Path, resolve: &Resolve<'_>) -> Result<Self> {
         let section = &config.model;
         let side = u32::try_from(section.image_size)?;
-        let llm = LlmConfig::open(llm_folder).context("model.llm")?;
+        let llm = llm_config(llm_folder).context("model.llm")?;
         let encoder = |name: &str| {
             let folder = resolve(name)?;
             let config = EncoderConfig::open(&folder)?;
@@ -50,7 +49,13 @@ impl Pictures {
             Way::Vora { patch_size } => {
                 let processor = match &section.aux_vision {
                     Some(teacher) => encoder(teacher).context("model.aux_vision")?.0,
-                    None => ImageProcessor::square(side, IMAGENET_DEFAULT.0, IMAGENET_DEFAULT.1, Resample::Bicubic),
+                    None => {
+                        let (mean, std) = match section.vision_embedding.unwrap_or_default() {
+                            VisionEmbeddingType::Aimv2 => IMAGENET_DEFAULT,
+                            VisionEmbeddingType::Gemma4Unified => ([0.0; 3], [1.0; 3]), // in [0, 1], as Gemma 4's own
+                        };
+                        ImageProcessor::square(side, mean, std, Resample::Bicubic)
+                    }
                 };
                 (processor, patch_size, None)
             }
@@ -63,6 +68,7 @@ impl Pictures {
                 let chameleon = Chameleon::config_over(&llm, &vq).context("model.llm")?;
                 (chameleon_processor(side)?, vq.stride(), Some(Chameleon::image_marks_of(&chameleon)?))
             }
+            Way::Gemma4Unified => return Self::of_gemma4(config, llm_folder),
         };
         let pretrained = section.pretrained.as_deref().map(resolve).transpose().context("model.pretrained")?;
         if let Some(folder) = &pretrained {
@@ -79,6 +85,38 @@ impl Pictures {
         }
         let processor = processor(config, &own, pretrained.as_deref(), resolve)?;
         Ok(Self { processor, patch_size, image_marks })
+    }
+
+    /// Those of a Gemma 4 Unified: its own processor's, within the run's budget.
+    fn of_gemma4(config: &TrainConfig, folder: &Path) -> Result<Self> {
+        let ops = config.data.train.data_preprocess.as_ref().and_then(|preprocess| preprocess.frames_ops.as_ref());
+        ensure!(ops.is_none(), "data_preprocess.frames_ops: pictures go through a Gemma 4 Unified's own processor");
+        let gemma = Gemma4UnifiedConfig::open(folder).context("model.llm")?;
+        let mut processor = ImageProcessor::open(folder).context("model.llm")?;
+        let (side, own) = (processor.token_size().map(i64::from), gemma.vision.token_size());
+        ensure!(
+            side == Some(own),
+            "model.llm: {} has an image processor that takes {} for a token, and a vision_config of {own} x {own} pixels",
+            folder.display(),
+            side.map_or("no square of pixels".to_owned(), |side| format!("{side} x {side} pixels"))
+        );
+        if let Some(max_image_tokens) = config.model.max_image_tokens {
+            processor = processor.with_max_image_tokens(max_image_tokens).context("model")?;
+        }
+        let (patch_size, marks) = (gemma.vision.token_size(), (gemma.boi_token_id, gemma.eoi_token_id));
+        Ok(Self::new(processor, patch_size).with_image_marks(Some(marks)))
+    }
+
+    /// Side of a square picture as the model gets it where its pictures keep their shape, in pixels: the smallest that the
+    /// processor makes.
+    ///
+    /// # Errors
+    /// Where it makes no squares of squares.
+    pub(crate) fn square_side(&self) -> Result<i64> {
+        let patch = u32::try_from(self.patch_size)?;
+        let (height, width) = self.processor.output_size(patch, patch)?;
+        ensure!(height == width, "a square becomes {width} x {height} pixels");
+        Ok(i64::from(height))
     }
 }
 

@@ -45,10 +45,12 @@ pub struct Student {
     pub(crate) llm_name: String,
     pub(crate) llm_folder: PathBuf,
     pub(crate) pictures: Pictures,
+    pub(crate) image_size: i64,
     pub(crate) chat_template: Option<String>,
     pub(crate) z_loss: f64,
     pub(crate) beta: Option<f64>, // of DPO, where the run learns from preferences
     pub(crate) is_whole: bool,
+    pub(crate) is_outline: bool,
     pub(crate) gradient_checkpointing: bool,
     pub(crate) trained: Vec<(&'static str, Weights)>, // sources that handed out parameters, and where in the folder they stand
     pub(crate) made: Vec<(String, Tensor)>,
@@ -78,12 +80,16 @@ impl Student {
     /// Where the model makes other tokens of a picture of `model.image_size` than `pictures` does.
     pub fn from_parts(parts: StudentParts, config: &TrainConfig) -> Result<Self> {
         let StudentParts { model, trained, llm, llm_folder, pictures } = parts;
-        let (side, patch_size) = (config.model.image_size, pictures.patch_size);
-        let (rows, columns) = model.image_grid(side, side).context("model.image_size")?;
+        let patch_size = pictures.patch_size;
+        let (image_size, what) = match config.model.image_size {
+            0 => (pictures.square_side()?, "what the image processor makes of a square"),
+            given => (given, "model.image_size"),
+        };
+        let (rows, columns) = model.image_grid(image_size, image_size).context(what)?;
         ensure!(
-            (rows * patch_size, columns * patch_size) == (side, side),
-            "model.image_size is {side}, of which the model makes {rows} x {columns} tokens; in patches of {patch_size} \
-             pixels that is another size"
+            (rows * patch_size, columns * patch_size) == (image_size, image_size),
+            "{what} is {image_size}, of which the model makes {rows} x {columns} tokens; in patches of {patch_size} pixels \
+             that is another size"
         );
         let llm_prefix = model.llm_prefix();
         Ok(Self {
@@ -92,10 +98,12 @@ impl Student {
             distill: None,
             llm_name: config.model.llm.clone(),
             llm_folder,
+            image_size,
             chat_template: config.chat_template(),
             z_loss: config.model.z_loss(),
             beta: config.dpo_beta(),
             is_whole: false,
+            is_outline: false,
             gradient_checkpointing: config.gradient_checkpointing,
             trained: [("", trained)].into_iter().chain(llm.map(|llm| (llm_prefix, llm))).collect(),
             made: Vec::new(),
@@ -117,7 +125,7 @@ impl Student {
         );
         let student = self.taught(teacher, config)?;
         if let Some(distill) = &student.distill {
-            distill.check_teacher(config.model.image_size, student.device())?;
+            distill.check_teacher(student.image_size, student.device())?;
         }
         Ok(student)
     }
@@ -158,10 +166,21 @@ impl Student {
         &self.pictures
     }
 
+    /// Side of its square pictures, in pixels: `model.image_size`, or what the processor makes of a square where pictures keep
+    /// their shape and the run file gives none.
+    pub fn image_size(&self) -> i64 {
+        self.image_size
+    }
+
     /// Whether what is saved is the whole model: a VoRA without adapters, all of whose weights are trained, or which goes
     /// on from a merged one.
     pub fn is_whole(&self) -> bool {
         self.is_whole
+    }
+
+    /// Whether its frozen weights are shapes alone ([`Student::outline`]).
+    pub fn is_outline(&self) -> bool {
+        self.is_outline
     }
 
     /// What stands in place of the LLM's own chat template.

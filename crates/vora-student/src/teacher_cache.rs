@@ -22,15 +22,22 @@ pub(crate) struct TeacherCache {
 }
 
 impl TeacherCache {
-    /// A cache below `folder` for these hidden states of the teacher in `teacher`; reads all of its weights once, to know
-    /// them again.
+    /// A cache below `folder` for these hidden states of the teacher in `teacher`, which sees pictures by `view`; reads all of
+    /// its weights once, to know them again.
     ///
     /// # Errors
     /// Where the teacher cannot be read, or a folder cannot be made.
-    pub(crate) fn open(folder: &Path, teacher: &Path, states: &[usize], device: Device, kind: Kind) -> Result<Self> {
+    pub(crate) fn open(
+        folder: &Path,
+        teacher: &Path,
+        view: &str,
+        states: &[usize],
+        device: Device,
+        kind: Kind,
+    ) -> Result<Self> {
         let place = if device.is_cuda() { "cuda" } else { "cpu" };
         let mut hash = Sha256::new();
-        hash.update(format!("states {states:?}, {kind:?}, {place}\n"));
+        hash.update(format!("states {states:?}, {kind:?}, {place}{view}\n"));
         for file in identity_files(teacher)? {
             let what = || format!("cannot read {}", file.display());
             std::io::copy(&mut File::open(&file).with_context(what)?, &mut hash).with_context(what)?;
@@ -152,7 +159,7 @@ mod tests {
 
     fn open(folder: &Path, blocks: &[usize]) -> TeacherCache {
         let teacher = fixtures::root().join("tiny/dinov2");
-        TeacherCache::open(folder, &teacher, blocks, Device::Cpu, Kind::BFloat16).unwrap()
+        TeacherCache::open(folder, &teacher, "", blocks, Device::Cpu, Kind::BFloat16).unwrap()
     }
 
     #[test]

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_image::Aspect;
 use vora_llm::{LlmConfig, VisionAttention};
-use vora_model::{VisionLanguageModel, Vora, VoraConfig};
+use vora_model::{VisionEmbedding, VisionEmbeddingType, VisionLanguageModel, Vora, VoraConfig};
 use vora_recipe::{DataPreprocess, ModelConfig, TeacherStart, TrainConfig};
 use vora_torch::weights::Weights;
 use vora_vision::{Encoder, EncoderConfig, PositionTable};
@@ -61,11 +61,17 @@ pub(crate) fn student(
     let open_pretrained = |name: &String| Pretrained::open(name, section, &llm_config, resolve);
     let pretrained = section.pretrained.as_ref().map(open_pretrained).transpose().context("model.pretrained")?;
     let before = pretrained.as_ref().map(|pretrained| &pretrained.config);
+    let vision_embedding =
+        section.vision_embedding.or(before.map(|config| config.vision_embedding)).unwrap_or_default();
+    let of_teacher = teacher.as_ref().map(Encoder::hidden_size);
+    let unsaid = match vision_embedding {
+        VisionEmbeddingType::Aimv2 => of_teacher.unwrap_or(EMBED_DIM),
+        VisionEmbeddingType::Gemma4Unified => llm_config.hidden_size, // as the published one has it
+    };
     let embed_dim = section
         .vision_embedding_intermediate_size
         .or(before.map(|config| config.vision_embedding_intermediate_size))
-        .or(teacher.as_ref().map(Encoder::hidden_size))
-        .unwrap_or(EMBED_DIM);
+        .unwrap_or(unsaid);
 
     let mut vora = VoraConfig::new(llm_config, embed_dim, patch_size, image_size);
     let lora = section.adapters().map(|lora| lora.over(vora.llm.num_hidden_layers));
@@ -75,6 +81,7 @@ pub(crate) fn student(
         "model.lora.layers is {layers}, {llm} has {} layers",
         vora.llm.num_hidden_layers
     );
+    vora.vision_embedding = vision_embedding;
     vora.llm_name.clone_from(llm);
     vora.aux_vision = section.aux_vision.clone().unwrap_or_default();
     if let Some(before) = before {
@@ -107,8 +114,12 @@ pub(crate) fn student(
     let model = Vora::assemble(vora, &source, &trained)?;
     weights.finish().with_context(|| format!("loading the LLM in {}", llm_folder.display()))?;
 
-    if let (Some(teacher), true, None) = (&teacher, section.starts_from_teacher(), &pretrained) {
-        let embedding = model.vision_embedding();
+    if let (VisionEmbedding::Gemma4Unified(embedder), None) = (model.vision_embedding(), &pretrained) {
+        embedder.scale_to(word_embedding_rms(&model));
+    }
+    if let (VisionEmbedding::Aimv2(embedding), Some(teacher), true, None) =
+        (model.vision_embedding(), &teacher, section.starts_from_teacher(), &pretrained)
+    {
         let is_published = config.data.train.data_preprocess.as_ref().is_some_and(DataPreprocess::is_published);
         let fits = teacher.preprocessor().next().is_some();
         let unsaid = if is_published && fits { TeacherStart::Copied } else { TeacherStart::Scaled };
@@ -125,7 +136,7 @@ pub(crate) fn student(
     }
     if let (Some(distill), Some(folder), Some(cache)) = (&mut student.distill, &teacher_folder, config.teacher_cache())
     {
-        distill.keep_features(cache, folder, device, kind).context("distill.cache")?;
+        distill.keep_features(cache, folder, "", device, kind).context("distill.cache")?;
     }
     if let Some(pretrained) = &pretrained {
         pretrained.start(&trained.parameters()).context("model.pretrained")?;
@@ -156,6 +167,10 @@ impl Pretrained {
                 "{name} is merged, it has no adapters to go on with; leave model.lora out and set model.freeze_llm=false \
                  to train all its weights"
             ),
+        }
+        if let Some(asked) = section.vision_embedding {
+            let (ours, theirs) = (asked.name(), config.vision_embedding.name());
+            ensure!(ours == theirs, "model.vision_embedding is {ours}, {name} was trained with {theirs}");
         }
         for (key, ours, theirs) in [
             ("model.image_size", section.image_size, config.image_size),

@@ -162,6 +162,14 @@ impl Gemma4VisionEmbedder {
         Ok((rows, columns))
     }
 
+    /// Gives a new projection the size that brings tokens to this root mean square, that of the word embeddings of a language
+    /// model that was not trained with it; the direction stays.
+    pub fn scale_to(&self, rms: f64) {
+        // What goes into it has a mean square of 1.
+        let size = (self.projection.square().mean(Kind::Float) * self.config.mm_embed_dim).sqrt();
+        tch::no_grad(|| self.projection.shallow_clone().copy_(&(&self.projection * (rms / size))));
+    }
+
     /// The sum of each token's column's and row's position, `[rows * columns, embed]`.
     fn positions(&self, rows: i64, columns: i64) -> Tensor {
         let along = |axis: i64, count: i64| self.pos_embedding.select(1, axis).narrow(0, 0, count).to_kind(self.kind);
@@ -228,6 +236,32 @@ mod tests {
                 .collect();
             fixtures::assert_close_to(&Tensor::cat(&features, 0), &golden["image_features"], 1e-5);
         }
+    }
+
+    /// In patches of another size, into a decoder of another width, as a VoRA has it.
+    #[test]
+    fn other_sizes_match_reference_with_gradients() {
+        let golden = fixtures::open("gemma4_eyes");
+        let weights = Weights::from_tensors(golden.under("weights."), Device::Cpu, Kind::Float);
+        let mut config = Gemma4VisionConfig { patch_size: 7, pooling_kernel_size: 1, ..Gemma4VisionConfig::default() };
+        (config.mm_embed_dim, config.output_proj_dims, config.mm_posemb_size) = (12, 12, 40);
+        let embedder = Gemma4VisionEmbedder::load(&config, 20, &weights.trained()).unwrap();
+        weights.finish().unwrap();
+        for name in ["square", "wide"] {
+            let found = embedder.forward(&golden[&format!("{name}.pixel_values")]);
+            fixtures::assert_close_to(&found, &golden[&format!("{name}.features")], 1e-5);
+        }
+        embedder.forward(&golden["wide.pixel_values"]).square().sum(Kind::Float).backward();
+        let parameters = weights.parameters();
+        assert_eq!(parameters.len(), 10);
+        for (name, parameter) in parameters {
+            fixtures::assert_close_to(&parameter.grad(), &golden[&format!("grads.{name}")], 1e-4);
+        }
+
+        let rms = |x: &Tensor| x.square().mean(Kind::Float).sqrt().double_value(&[]);
+        embedder.scale_to(0.25);
+        let found = rms(&embedder.forward(&golden["square.pixel_values"]));
+        assert!((0.15..0.4).contains(&found), "{found}");
     }
 
     #[test]

@@ -53,6 +53,7 @@ const COMPARISONS: [Comparison; 2] = [
             Training { name: "vora", config: train::SCENES, set: &[] },
             Training { name: "llava", config: "crates/vora-train/recipes/scenes-llava.yaml", set: &[] },
             Training { name: "chameleon", config: "crates/vora-train/recipes/scenes-chameleon.yaml", set: &[] },
+            Training { name: "gemma4", config: "crates/vora-train/recipes/scenes-gemma4.yaml", set: &[] },
         ],
     },
 ];
@@ -66,7 +67,7 @@ Examples:
   cargo xtask bench attention --variants -- --tokens 4096 --dtype bf16
   cargo xtask bench attention --train            train with bidirectional and with causal vision attention, same seed
   cargo xtask bench attention --train --set max_steps=100
-  cargo xtask bench systems --train              train a VoRA, a LLaVA and a Chameleon on the same data
+  cargo xtask bench systems --train              train a VoRA, a LLaVA, a Chameleon and Gemma 4's eyes on the same data
   cargo xtask bench attention --train --plot     draw again from the last two trainings
   cargo xtask bench seeds                        the default recipe with three seeds, and what seeing cost in text
   cargo xtask bench seeds --seeds 1 --set text_anchor.tokens=384 --dir runs/anchor-384

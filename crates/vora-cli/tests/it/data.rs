@@ -98,3 +98,21 @@ fn a_bad_record_says_why() {
     assert!(said.contains("sample 0 is bad") && said.contains("gone.png"), "{said}");
     fails(&["data", "show", SMOKE, "--set", &data, "--index", "1"], 1, &["--index is 1, the data has 1 samples"]);
 }
+
+#[test]
+fn captions_become_questions_that_a_run_learns_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("contrast.jsonl").to_string_lossy().into_owned();
+    let said = succeeded(&vora(&["data", "contrast", "fixtures/tiny/data/conversations.jsonl", "--out", &out]));
+    let data = format!(
+        "data={{train: {{data_fetch: {{data_paths: [{{anno_path: {out}, image_folder: fixtures/tiny/data/images}}]}}}}}}"
+    );
+    let samples = shown(&["--set", &data, "--count", "999"]);
+    assert!(said.starts_with(&format!("{} questions about {} pictures", samples.len(), samples.len() / 2)), "{said}");
+    let answer = |sample: &serde_json::Value| sample["answers"][0]["answer"].as_str().unwrap().to_owned();
+    for pair in samples.chunks(2) {
+        assert_eq!([answer(&pair[0]), answer(&pair[1])], ["yes", "no"]);
+        assert!(pair.iter().all(|sample| sample["agree"] == true && sample["images"].as_array().unwrap().len() == 1));
+    }
+    fails(&["data", "contrast", "no.jsonl", "--out", &out], 1, &["no.jsonl"]);
+}

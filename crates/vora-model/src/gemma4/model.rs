@@ -98,15 +98,31 @@ impl Gemma4Unified {
         trains_embedder: bool,
         new: &Weights,
     ) -> Result<Self> {
-        let mut config = Gemma4UnifiedConfig::open(folder)?;
+        let base = Weights::open(folder, new.device(), new.kind())?;
+        let config = Gemma4UnifiedConfig::open(folder)?;
+        Self::teach(config, &base, name, lora, trains_embedder, new)
+            .with_context(|| format!("loading {}", folder.display()))
+    }
+
+    /// The same over a `base` that is open already, or has shapes alone ([`Weights::shapes`]) for a model that is counted.
+    ///
+    /// # Errors
+    /// As [`Gemma4Unified::open_to_teach`].
+    pub fn teach(
+        mut config: Gemma4UnifiedConfig,
+        base: &Weights,
+        name: &str,
+        lora: Option<&LoraConfig>,
+        trains_embedder: bool,
+        new: &Weights,
+    ) -> Result<Self> {
         config.llm_name = name.to_owned();
         config.lora = lora.map(|lora| lora.over(config.llm.num_hidden_layers));
-        let base = Weights::open(folder, new.device(), new.kind())?;
-        let in_folder = || format!("loading {}", folder.display());
-        let model = Self::open_part(config, &base, trains_embedder, new).with_context(in_folder)?;
-        for (name, tensor) in model.vision_embedder.tensors().into_iter().filter(|_| trains_embedder) {
+        let model = Self::open_part(config, base, trains_embedder, new)?;
+        let starts = trains_embedder && base.has_numbers();
+        for (name, tensor) in model.vision_embedder.tensors().into_iter().filter(|_| starts) {
             let name = format!("model.{name}");
-            let before = base.stored_tensor(&name)?.with_context(|| format!("{} has no {name}", folder.display()))?;
+            let before = base.stored_tensor(&name)?.with_context(|| format!("there is no {name}"))?;
             tch::no_grad(|| tensor.shallow_clone().f_copy_(&before)).with_context(|| name)?;
         }
         Ok(model)
@@ -191,6 +207,11 @@ impl VisionLanguageModel for Gemma4Unified {
 
     fn image_features(&self, pixel_values: &Tensor) -> Tensor {
         self.vision_embedder.forward(pixel_values)
+    }
+
+    fn encoder_tensors(&self) -> Vec<(String, Tensor)> {
+        let is_frozen = |(_, tensor): &(String, Tensor)| !tensor.requires_grad();
+        under("model.", self.vision_embedder.tensors().into_iter().filter(is_frozen))
     }
 
     /// Adapters are those of Hugging Face's `Gemma4UnifiedForConditionalGeneration`.

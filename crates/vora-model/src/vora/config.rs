@@ -9,6 +9,7 @@ use vora_llm::{LlmConfig, VisionAttention};
 use vora_lora::LoraConfig;
 use vora_vision::{PatchEmbedConfig, PositionTable};
 
+use super::vision_embedding_type::VisionEmbeddingType;
 use crate::few_bits::QUANTIZATION_CONFIG;
 use crate::files::{keep_auto_map, lora_or_empty, read_config, to_object};
 
@@ -18,8 +19,8 @@ use crate::files::{keep_auto_map, lora_or_empty, read_config, to_object};
 struct VisionKeys {
     #[serde(default)]
     llm: String,
-    #[serde(default = "aimv2_embedding")]
-    vision_embedding: String,
+    #[serde(default)]
+    vision_embedding: VisionEmbeddingType,
     vision_embedding_intermediate_size: i64,
     patch_size: i64,
     image_size: i64,
@@ -46,11 +47,6 @@ pub(crate) const IMAGE_TOKEN_ID: &str = "image_token_id";
 /// The rank that the published code takes where `lora` names none.
 const PUBLISHED_RANK: i64 = 1024;
 
-/// The published name of the patch embedding: conv, RMSNorm, positions, projection.
-fn aimv2_embedding() -> String {
-    "AIMv2Embedding".to_owned()
-}
-
 /// What a VoRA is made of.
 #[derive(Debug, Clone)]
 pub struct VoraConfig {
@@ -60,6 +56,8 @@ pub struct VoraConfig {
     pub llm_name: String,
     /// Where the teacher came from.
     pub aux_vision: String,
+    /// What its pictures go through.
+    pub vision_embedding: VisionEmbeddingType,
     /// Channels between patchifier and projection.
     pub vision_embedding_intermediate_size: i64,
     /// Side of a patch, in pixels.
@@ -69,7 +67,7 @@ pub struct VoraConfig {
     /// Whether the tokens of a picture see each other in both directions; with `"fuse_adjacent_images": true`, those of
     /// the pictures right beside it too.
     pub vision_attention: VisionAttention,
-    /// Which rows of the position table a picture of another size gets: `"pos_embed": "interpolate"` or `"first_rows"`.
+    /// Of an `AIMv2Embedding`: which rows of the position table a picture of another size gets: `"pos_embed": "interpolate"` or `"first_rows"`.
     pub pos_embed: PositionTable,
     /// The adapters that are attached; none once merged.
     pub lora: Option<LoraConfig>,
@@ -85,6 +83,7 @@ impl VoraConfig {
             llm,
             llm_name: String::new(),
             aux_vision: String::new(),
+            vision_embedding: VisionEmbeddingType::default(),
             vision_embedding_intermediate_size,
             patch_size,
             image_size,
@@ -150,6 +149,7 @@ impl VoraConfig {
             llm,
             llm_name: keys.llm,
             aux_vision: keys.aux_vision,
+            vision_embedding: keys.vision_embedding,
             vision_embedding_intermediate_size: keys.vision_embedding_intermediate_size,
             patch_size: keys.patch_size,
             image_size: keys.image_size,
@@ -171,13 +171,13 @@ impl VoraConfig {
         let fused = self.vision_attention == VisionAttention::BidirectionalFused;
         let keys = VisionKeys {
             llm: self.llm_name.clone(),
-            vision_embedding: aimv2_embedding(),
+            vision_embedding: self.vision_embedding,
             vision_embedding_intermediate_size: self.vision_embedding_intermediate_size,
             patch_size: self.patch_size,
             image_size: self.image_size,
             vision_attention_mask: if fused { VisionAttention::Bidirectional } else { self.vision_attention },
             fuse_adjacent_images: Some(fused),
-            pos_embed: Some(self.pos_embed),
+            pos_embed: (self.vision_embedding == VisionEmbeddingType::Aimv2).then_some(self.pos_embed),
             aux_vision: self.aux_vision.clone(),
             lora_layer_bias: self.biases.is_some().then_some(true),
             lora: self.lora.clone().or_else(|| Some(LoraConfig { r: MERGED, ..self.biases.clone()? })),

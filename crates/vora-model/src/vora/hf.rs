@@ -17,6 +17,7 @@ use crate::beside::{CHAT_TEMPLATE, GENERATION, PREPROCESSOR, PROCESSOR};
 use crate::files::{dtype, to_object};
 
 use super::config::{IMAGE_TOKEN_ID, VoraConfig};
+use super::vision_embedding_type::VisionEmbeddingType;
 
 /// The code, by the names that the published folders have for it.
 const CODE: [(&str, &str); 3] = [
@@ -42,6 +43,12 @@ impl HfFiles {
         ensure!(
             model_type == "vora",
             "{} is a `{model_type}`: transformers has its class already, --hf is for a VoRA",
+            folder.display()
+        );
+        let eyes = config.get("vision_embedding").and_then(Value::as_str).unwrap_or_default();
+        ensure!(
+            eyes != VisionEmbeddingType::Gemma4Unified.name(),
+            "the pictures of {} go through Gemma 4's embedder (vision_embedding: gemma4_unified), for which --hf has no class",
             folder.display()
         );
         let is_apart = config.get("lora").is_some_and(|lora| lora["r"].as_i64().is_some_and(|r| r >= 0));
@@ -234,6 +241,8 @@ mod tests {
         assert!(refused(&config).contains("no preprocessor_config.json in"), "all else is there");
         config["lora"] = json!({"layers": 1, "r": 4, "target_modules": ["q_proj"]});
         assert!(refused(&config).contains("has adapters beside its weights"));
+        config["vision_embedding"] = "gemma4_unified".into();
+        assert!(refused(&config).contains("go through Gemma 4's embedder"));
         config["model_type"] = "llava".into();
         assert!(refused(&config).contains("is a `llava`: transformers has its class already, --hf is for a VoRA"));
     }

@@ -3,8 +3,12 @@
 mod config;
 mod hf;
 mod model;
+mod vision_embedding;
+mod vision_embedding_type;
 
 pub(crate) use config::MERGED;
 pub use config::VoraConfig;
 pub use hf::HfFiles;
 pub use model::Vora;
+pub use vision_embedding::VisionEmbedding;
+pub use vision_embedding_type::VisionEmbeddingType;

@@ -4,13 +4,11 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 use serde_json::Value;
-use tch::nn::Module;
 use tch::{Device, Kind, Tensor};
 use vora_llm::{CausalLm, VisionAttention};
 use vora_torch::weights::{Init, Weights};
-use vora_vision::PatchEmbed;
 
-use super::VoraConfig;
+use super::{VisionEmbedding, VoraConfig};
 use crate::adapted::{AdaptedLlm, under};
 use crate::few_bits::describe;
 use crate::model::VisionLanguageModel;
@@ -20,7 +18,7 @@ use crate::model::VisionLanguageModel;
 pub struct Vora {
     config: VoraConfig, // but for `llm` and `lora`, which `llm` knows
     llm: AdaptedLlm,
-    vision_embedding: PatchEmbed,
+    vision_embedding: VisionEmbedding,
 }
 
 impl Vora {
@@ -42,9 +40,7 @@ impl Vora {
         let lora = config.lora.take();
         let mut model = Self {
             llm: AdaptedLlm::new(CausalLm::load(&config.llm, llm_weights)?),
-            vision_embedding: PatchEmbed::load(&config.patch_embed(), &trained.pp("vision_embedding"))?
-                .with_rms_norm_eps(config.llm.rms_norm_eps)
-                .with_position_table(config.pos_embed),
+            vision_embedding: VisionEmbedding::load(&config, &trained.pp("vision_embedding"))?,
             config,
         };
         if let Some(lora) = lora {
@@ -103,8 +99,8 @@ impl Vora {
         VoraConfig { llm: self.llm().config().clone(), lora: self.lora().cloned(), ..self.config.clone() }
     }
 
-    /// The patch embedding.
-    pub fn vision_embedding(&self) -> &PatchEmbed {
+    /// What its pictures go through.
+    pub fn vision_embedding(&self) -> &VisionEmbedding {
         &self.vision_embedding
     }
 }
@@ -123,7 +119,7 @@ impl VisionLanguageModel for Vora {
     }
 
     /// # Errors
-    /// Where a side is not a positive multiple of `patch_size`.
+    /// See [`VisionEmbedding::grid`].
     fn image_grid(&self, height: i64, width: i64) -> Result<(i64, i64)> {
         self.vision_embedding.grid(height, width)
     }

@@ -23,6 +23,7 @@ enum Source {
     File(Checkpoint),
     Tensors(HashMap<String, Tensor>),
     New { seed: u64 },
+    Shapes,
 }
 
 /// What happened so far: asked for, registered, wrong.
@@ -66,6 +67,17 @@ impl Weights {
     /// Makes every tensor new from its [`Init`]; its values depend on `seed` and its full name alone.
     pub fn random(seed: u64, device: Device, kind: Kind) -> Self {
         Self::new(Source::New { seed }, device, kind)
+    }
+
+    /// Makes frozen tensors of any name of their shapes alone, over a single zero each: of a model that is counted before its
+    /// weights are there. They take no memory; what is trained of them ([`Weights::parameter`]) does.
+    pub fn shapes(kind: Kind) -> Self {
+        Self::new(Source::Shapes, Device::Cpu, kind)
+    }
+
+    /// Whether its tensors hold numbers; those of [`Weights::shapes`] do not.
+    pub fn has_numbers(&self) -> bool {
+        !matches!(*self.source, Source::Shapes)
     }
 
     /// Takes tensors from memory, as tests do.
@@ -121,8 +133,11 @@ impl Weights {
     /// bits: quantized from the dtype of this source, one after another. Norms, embedding and head stay as they are.
     ///
     /// # Errors
-    /// Where the source is a GGUF file that has tensors in few bits already.
+    /// Where the source is a GGUF file that has tensors in few bits already, and where it has shapes alone.
     pub fn quantized(&self, quantization: Quantization) -> Result<Self> {
+        if !self.has_numbers() {
+            bail!("few bits are counted from weights: there are none yet");
+        }
         if let Source::File(checkpoint) = &*self.source
             && let Some((name, kind)) = checkpoint.quantised()
         {
@@ -171,7 +186,7 @@ impl Weights {
         match &*self.source {
             Source::File(checkpoint) => checkpoint.info(&name).is_some(),
             Source::Tensors(tensors) => tensors.contains_key(&name),
-            Source::New { .. } => true,
+            Source::New { .. } | Source::Shapes => true,
         }
     }
 
@@ -181,7 +196,7 @@ impl Weights {
         match &*self.source {
             Source::File(checkpoint) => checkpoint.info(&name).map(|(_, shape)| shape.to_vec()),
             Source::Tensors(tensors) => tensors.get(&name).map(Tensor::size),
-            Source::New { .. } => None,
+            Source::New { .. } | Source::Shapes => None,
         }
     }
 
@@ -192,7 +207,7 @@ impl Weights {
         let mut names: Vec<String> = match &*self.source {
             Source::File(checkpoint) => checkpoint.names().filter_map(own).collect(),
             Source::Tensors(tensors) => tensors.keys().filter_map(|name| own(name)).collect(),
-            Source::New { .. } => Vec::new(),
+            Source::New { .. } | Source::Shapes => Vec::new(),
         };
         names.sort();
         names
@@ -208,7 +223,7 @@ impl Weights {
         match &*self.source {
             Source::File(checkpoint) => checkpoint.info(&name).map(|_| checkpoint.tensor(&name)).transpose(),
             Source::Tensors(tensors) => Ok(tensors.get(&name).map(Tensor::shallow_clone)),
-            Source::New { .. } => Ok(None),
+            Source::New { .. } | Source::Shapes => Ok(None),
         }
     }
 
@@ -311,7 +326,7 @@ impl Weights {
         let names: Vec<&str> = match &*self.source {
             Source::File(checkpoint) => checkpoint.names().collect(),
             Source::Tensors(tensors) => tensors.keys().map(String::as_str).collect(),
-            Source::New { .. } => Vec::new(),
+            Source::New { .. } | Source::Shapes => Vec::new(),
         };
         let mut unexpected: Vec<String> = names
             .into_iter()
@@ -332,6 +347,7 @@ impl Weights {
             Source::File(checkpoint) => checkpoint.path().to_owned(),
             Source::Tensors(_) => "tensors in memory".into(),
             Source::New { .. } => "new weights".into(),
+            Source::Shapes => "shapes without weights".into(),
         }
     }
 
@@ -353,6 +369,7 @@ impl Weights {
                 return new_tensor(*seed, &name, shape, init, self.initializer_range)
                     .with_context(|| format!("making tensor `{name}`"));
             }
+            Source::Shapes => return stand_in(shape, kind),
             Source::File(checkpoint) => checkpoint.info(&name).map(|(_, shape)| shape.to_vec()),
             Source::Tensors(tensors) => tensors.get(&name).map(Tensor::size),
         };
@@ -360,23 +377,23 @@ impl Weights {
             Some(found) if found == shape => match &*self.source {
                 Source::File(checkpoint) => checkpoint.tensor_as(&name, kind),
                 Source::Tensors(tensors) => Ok(tensors[&name].shallow_clone()),
-                Source::New { .. } => unreachable!("returned above"),
+                Source::New { .. } | Source::Shapes => unreachable!("returned above"),
             },
             Some(found) => {
                 self.ledger().misshapen.push((name, found, shape.to_vec()));
-                stand_in(shape)
+                stand_in(shape, kind)
             }
             None => {
                 self.ledger().missing.push(name);
-                stand_in(shape)
+                stand_in(shape, kind)
             }
         }
     }
 }
 
 /// A tensor of that shape over a single zero, for a model that will not be used.
-fn stand_in(shape: &[i64]) -> Result<Tensor> {
-    Tensor::zeros([1], (Kind::Float, Device::Cpu)).f_as_strided(shape, vec![0; shape.len()], 0).map_err(error::clean)
+fn stand_in(shape: &[i64], kind: Kind) -> Result<Tensor> {
+    Tensor::zeros([1], (kind, Device::Cpu)).f_as_strided(shape, vec![0; shape.len()], 0).map_err(error::clean)
 }
 
 #[cfg(test)]
@@ -414,6 +431,17 @@ mod tests {
         assert!(text.contains("misshapen  b.weight is [4], the model expects [5]"), "{text}");
         let weights = Weights::open(&path, Device::Cpu, Kind::Float).unwrap();
         weights.finish_allowing(|_| true).unwrap();
+    }
+
+    #[test]
+    fn shapes_alone_take_no_memory() {
+        let weights = Weights::shapes(Kind::BFloat16);
+        let shape = [1 << 20, 1 << 20]; // two TiB
+        let tensor = weights.pp("a").get("weight", &shape, Init::Required).unwrap();
+        assert_eq!((tensor.size(), tensor.kind(), tensor.numel()), (shape.to_vec(), Kind::BFloat16, 1 << 40));
+        assert!(weights.contains("b") && !weights.has_numbers() && weights.stored().unwrap().is_empty());
+        assert!(weights.quantized(Quantization::Nf4).unwrap_err().to_string().starts_with("few bits are counted"));
+        weights.finish().unwrap();
     }
 
     #[test]

@@ -89,15 +89,15 @@ pub struct Measured {
 }
 
 impl Plan {
-    /// Opens the model, counts, and unless it would not fit into the memory that there is makes a few steps in a folder
-    /// that is gone afterwards.
+    /// Opens the model, counts, and unless it has no weights yet or would not fit into the memory that there is makes a few
+    /// steps in a folder that is gone afterwards.
     ///
     /// # Errors
     /// As [`Trainer::new`] and [`Trainer::train_step`], the run folder left out: nothing is read from it or written to.
     pub fn measure(config: &TrainConfig, options: Options<'_>) -> Result<Self> {
-        let size = Self::open(config, &options)?;
+        let (size, is_outline) = Self::open(config, &options)?;
         let threads = Threads { compute: threads(), make_samples: config.dataloader_num_workers };
-        if size.exceeds().is_some() {
+        if is_outline || size.exceeds().is_some() {
             return Ok(Self { size, threads, measured: None });
         }
         let folder = tempfile::tempdir().context("cannot make a temporary folder to measure in")?;
@@ -113,12 +113,13 @@ impl Plan {
         Ok(Self { size, threads, measured: Some(measured) })
     }
 
-    /// Opens the model, counts, and closes it.
-    fn open(config: &TrainConfig, options: &Options<'_>) -> Result<Size> {
+    /// Opens the model, counts, and closes it; says whether it had shapes alone.
+    fn open(config: &TrainConfig, options: &Options<'_>) -> Result<(Size, bool)> {
         let program = memory(options.device).unwrap_or(0);
-        let student = Student::new(config, options.device, dtype::kind(config, options.device)?, options.resolve)?;
+        let student = Student::outline(config, options.device, dtype::kind(config, options.device)?, options.resolve)?;
         let maker = Arc::new(SampleMaker::new(student.preparation(config)?));
-        Size::count(config, &student, &data::training(config, &maker)?, program)
+        let size = Size::count(config, &student, &data::training(config, &maker)?, program)?;
+        Ok((size, student.is_outline()))
     }
 }
 
@@ -177,7 +178,7 @@ impl fmt::Display for Plan {
                     let (needed, available) = (mebibytes(needed), mebibytes(available));
                     write!(f, "not measured: {needed} are needed, {available} are there; {SMALLER}")
                 }
-                _ => write!(f, "not measured"),
+                _ => write!(f, "not measured: the folder of model.llm has no weights"),
             },
         }
     }

@@ -9,7 +9,8 @@ use vora_torch::optim::{Optimizer, OptimizerConfig, Parameter};
 /// A norm may be a matrix: Chameleon's of q and k has a row a head.
 fn decays(name: &str, tensor: &Tensor) -> bool {
     let is_norm = |step: &str| step == "norm" || step.ends_with("_norm") || step.ends_with("layernorm");
-    tensor.dim() >= 2 && !name.ends_with("pos_embed") && !name.split('.').any(is_norm)
+    let is_table = ["pos_embed", "pos_embedding"].iter().any(|table| name.ends_with(table));
+    tensor.dim() >= 2 && !is_table && !name.split('.').any(is_norm)
 }
 
 /// The optimizer of a run over `parameters`, f32 leaves by their names on disk.
@@ -88,6 +89,7 @@ mod tests {
         for (name, shape, expected) in [
             ("model.layers.0.self_attn.q_norm.weight", [4, 8], false),
             ("vision_embedding.pos_embed", [4, 8], false),
+            ("vision_embedding.vision_embedder.pos_embedding", [4, 8], false),
             ("model.layers.0.self_attn.q_proj.weight", [4, 8], true),
         ] {
             assert_eq!(decays(name, &parameter(&shape, 1.0)), expected, "{name}");

@@ -1,10 +1,12 @@
 //! A whole training step against the reference: Hugging Face's Llama and DINOv2, PEFT's adapters, torch's autograd.
 
+mod eyes;
 mod gemma4;
 mod official;
 mod packing;
 mod shaped;
 mod spoken;
+mod taught;
 
 use serde_json::json;
 use tch::{Device, Kind, Tensor};

@@ -11,9 +11,9 @@ use vora_student::Student;
 
 /// Looks at the first pictures of the training data through the teacher's eyes.
 pub(super) fn measure_teacher(student: &mut Student, config: &TrainConfig, training: &Arc<dyn Source>) -> Result<()> {
-    let device = student.device();
+    let (device, image_size) = (student.device(), student.image_size());
     let Some(distill) = &mut student.distill else {
-        let may_have_one = matches!(config.model.model_type, ModelType::Vora | ModelType::Own);
+        let may_have_one = !matches!(config.model.model_type, ModelType::Llava | ModelType::Chameleon);
         ensure!(
             !(config.distill.center && may_have_one),
             "distill.center is true, but model.aux_vision names no teacher, and none was given along"
@@ -38,5 +38,5 @@ pub(super) fn measure_teacher(student: &mut Student, config: &TrainConfig, train
         .flat_map(|same| same.chunks(config.per_device_eval_batch_size))
         .map(|chunk| Tensor::stack(chunk, 0).to_device(device))
         .collect();
-    distill.measure_mean(&batches, config.model.image_size, config.distill.center)
+    distill.measure_mean(&batches, image_size, config.distill.center)
 }
