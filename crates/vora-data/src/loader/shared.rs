@@ -8,7 +8,6 @@ use anyhow::{Result, ensure};
 use super::{Loader, LoaderConfig};
 use crate::batch::Batch;
 use crate::sample::Sample;
-use crate::sources::Source;
 
 /// What the processes that share a walk tell each other.
 pub trait Peers: Send {
@@ -165,7 +164,7 @@ mod tests {
     use std::thread;
 
     use super::*;
-    use crate::sources::Numbers;
+    use crate::sources::{Numbers, Source};
 
     /// Processes that are threads.
     #[derive(Clone)]

@@ -6,6 +6,7 @@ mod evaluate;
 mod max_steps;
 pub(crate) mod plan;
 pub(crate) mod progress;
+pub(crate) mod ranks;
 pub(crate) mod size;
 pub mod snapshot;
 mod spikes;
