@@ -95,7 +95,7 @@ fn compare_as_a_rank() {
         assert_eq!(steps.len(), expected.len());
         for (step, (found, expected)) in steps.iter().zip(expected).enumerate() {
             for (found, expected) in found.iter().zip(expected) {
-                let difference = (found - expected).abs() / expected.abs().max(1.0);
+                let difference = (found - expected).abs();
                 assert!(difference < 1e-5, "{}, step {}: {found} against {expected}", case.name, step + 1);
             }
         }
@@ -126,4 +126,75 @@ fn alone_and(test: &str, world_sizes: &[usize]) {
 #[test]
 fn two_processes_and_four_make_the_steps_of_one() {
     alone_and("two_processes_and_four_make_the_steps_of_one", &[2, 4]);
+}
+
+/// What the run of the tests below sets.
+const WHOLE: [&str; 5] = [
+    "max_steps=8",
+    "ema_decay=0.9",
+    "save_steps=4",
+    "text_anchor={texts: 5, tokens: 24, max_length: 12}",
+    "report_to=none",
+];
+
+/// A run in `folder`, to its end or to a step, from its last checkpoint where there is one.
+fn go_on(folder: &Path, stop: u64, group: Option<std::sync::Arc<ProcessGroup>>) -> Outcome {
+    let (rank, world_size) = group.as_ref().map_or((0, 1), |group| (group.rank(), group.world_size()));
+    let batch_size = format!("per_device_train_batch_size={}", 4 / world_size);
+    let settings = [&WHOLE[..], &[&batch_size]].concat();
+    let options = Options { group, resume: true, ..Options::new(Device::Cpu, &resolve) };
+    let mut trainer = Trainer::new(config("debug.yaml", folder, &settings), options).unwrap();
+    // One of the processes is told to stop: all do.
+    let flag = if rank + 1 == world_size { trainer.stop.clone() } else { Arc::default() };
+    trainer.train(&mut StopAfter(stop, flag)).unwrap()
+}
+
+#[test]
+fn a_run_goes_on_with_another_number_of_processes() {
+    const STOP: &str = "VORA_TEST_STOP";
+    const NEVER: u64 = 99;
+    if Ranks::is_one() {
+        let group =
+            ProcessGroup::join(&World::from_env().unwrap().unwrap(), std::time::Duration::from_secs(300)).unwrap();
+        let stop = std::env::var(STOP).unwrap().parse().unwrap();
+        let outcome = go_on(Path::new(&std::env::var(FOLDER).unwrap()), stop, Some(group));
+        assert_eq!(matches!(outcome, Outcome::Stopped { .. }), stop < NEVER);
+        return;
+    }
+    let ranks = |world_size: usize, folder: &Path, stop: &str| {
+        let variables = [(FOLDER, folder.to_str().unwrap()), (STOP, stop)];
+        let test = "run::trainer::tests::ranks::a_run_goes_on_with_another_number_of_processes";
+        Ranks::of(test, 0..world_size, world_size, &variables).pass();
+    };
+    let folders = tempfile::tempdir().unwrap();
+    let at = |name: &str| folders.path().join(name);
+    let saved = |name: &str| Checkpoint::open(&at(name).join("checkpoints/step-8/optimizer.safetensors")).unwrap();
+    go_on(&at("alone"), NEVER, None);
+    ranks(2, &at("two"), &NEVER.to_string());
+    // 2 -> 2, 2 -> 1, 1 -> 2, 2 -> 4.
+    for (name, first, second) in [("2-2", 2, 2), ("2-1", 2, 1), ("1-2", 1, 2), ("2-4", 2, 4)] {
+        for (world_size, stop) in [(first, 3), (second, NEVER)] {
+            match world_size {
+                1 => drop(go_on(&at(name), stop, None)),
+                _ => ranks(world_size, &at(name), &stop.to_string()),
+            }
+        }
+        let (expected, found) = (losses(&at("alone")), losses(&at(name)));
+        assert_eq!(found.len(), 8);
+        for (expected, found) in expected.iter().zip(&found) {
+            let distill = expected.2.unwrap() - found.2.unwrap();
+            assert!((expected.1 - found.1).abs() < 1e-5 && distill.abs() < 1e-5, "{name}: {expected:?} {found:?}");
+        }
+        // The files are those of one process.
+        let (alone, other) = (saved("alone"), saved(name));
+        assert!(alone.names().eq(other.names()));
+        for tensor in alone.names() {
+            let (a, b) = (alone.tensor(tensor).unwrap(), other.tensor(tensor).unwrap());
+            let difference = (&a - &b).abs().max().double_value(&[]);
+            assert!(difference <= 1e-3 * a.abs().max().double_value(&[]).max(1e-6), "{name}, {tensor}: {difference}");
+        }
+    }
+    assert_eq!(losses(&at("two")), losses(&at("2-2"))); // digit for digit
+    let (two, again) = (saved("two"), saved("2-2"));
+    assert!(two.names().all(|name| two.tensor(name).unwrap().equal(&again.tensor(name).unwrap())));
 }
