@@ -47,6 +47,9 @@ pub(crate) struct Args {
     /// measure, and nothing is written to the run folder
     #[arg(long, conflicts_with = "resume")]
     plan: bool,
+    /// With --plan: what 2, 4, 8, .. up to so many processes would send each other a step, and the bandwidth that takes
+    #[arg(long, value_name = "N", requires = "plan")]
+    world_size: Option<u64>,
     /// With --plan: as JSON
     #[arg(long, requires = "plan")]
     json: bool,
@@ -99,6 +102,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     options.group = group.clone();
     if args.plan {
         let plan = Plan::measure(&config, options)?;
+        let plan = match args.world_size {
+            Some(world_size) => plan.with_processes(world_size),
+            None => plan,
+        };
         let text = if args.json { serde_json::to_string_pretty(&plan)? } else { plan.to_string() };
         writeln!(std::io::stdout().lock(), "{text}")?;
         return Ok(ExitCode::SUCCESS);

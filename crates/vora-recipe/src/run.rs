@@ -64,7 +64,7 @@ pub struct TrainConfig {
     /// Passes over the data, where it has an end.
     #[serde(default = "one")]
     pub num_train_epochs: f64,
-    /// Samples in one forward pass.
+    /// Samples in one forward pass, of each process where several train.
     #[serde(default = "eight")]
     pub per_device_train_batch_size: usize,
     /// Samples in one forward pass of an evaluation.

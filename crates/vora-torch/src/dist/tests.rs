@@ -139,23 +139,24 @@ fn who_does_not_come_is_named() {
 
 #[test]
 fn a_rank_that_is_there_twice_and_a_port_in_use_are_told() {
-    if !Ranks::is_one() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port().to_string();
-        let taken = [("MASTER_PORT", &*port)];
-        let outputs =
-            Ranks::of("dist::tests::a_rank_that_is_there_twice_and_a_port_in_use_are_told", 0..1, 2, &taken).wait();
-        let told = format!("port {port} is in use on this machine");
-        assert!(said(&outputs[0]).contains(&told), "{}", said(&outputs[0]));
-        let twice = [("RANK", "0")];
-        let port = fixtures::free_port().to_string();
-        let twice = [twice[0], ("MASTER_PORT", &port), ("TORCHELASTIC_USE_AGENT_STORE", "False")];
-        let outputs =
-            Ranks::of("dist::tests::a_rank_that_is_there_twice_and_a_port_in_use_are_told", 0..2, 2, &twice).wait();
-        assert!(outputs.iter().any(|output| said(output).contains("in use on this machine")), "{}", said(&outputs[0]));
+    let test = "dist::tests::a_rank_that_is_there_twice_and_a_port_in_use_are_told";
+    if Ranks::is_one() {
+        println!("{:#}", join(Duration::from_secs(4)).unwrap_err());
         return;
     }
-    println!("{:#}", join(Duration::from_secs(3)).unwrap_err());
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    let outputs = Ranks::of(test, 0..2, 2, &[("MASTER_PORT", &port)]).wait();
+    let told = [format!("port {port} is in use on this machine"), format!("no store answers at 127.0.0.1:{port}")];
+    for (output, told) in outputs.iter().zip(told) {
+        assert!(said(output).contains(&told), "{}", said(output));
+    }
+    let port = fixtures::free_port().to_string();
+    let first = Ranks::of(test, 0..2, 3, &[("MASTER_PORT", &port)]);
+    let second = Ranks::of(test, 1..2, 3, &[("MASTER_PORT", &port)]);
+    let outputs = [first.wait(), second.wait()].concat();
+    let twice = outputs.iter().filter(|output| said(output).contains("there is another process of rank 1"));
+    assert_eq!(twice.count(), 1, "{}", outputs.iter().map(said).collect::<String>());
 }
 
 /// What the other ranks say of rank 1, which comes to its end in its own way.
