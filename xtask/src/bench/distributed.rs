@@ -94,13 +94,21 @@ pub fn run(args: &[String]) -> Result<()> {
         wait(&mut started, || !is_there(other))?;
         let found = start.elapsed();
         end(started)?;
-        ensure!(losses(&run)? == expected, "the run whose rank {rank} was {done} at step {step} ended with other losses");
+        ensure!(
+            losses(&run)? == expected,
+            "the run whose rank {rank} was {done} at step {step} ended with other losses"
+        );
         let said = fs::read_to_string(at("stderr"))?;
         let named = ["has not been heard of", "does not answer"];
         let named = said.lines().find(|line| named.iter().any(|words| line.contains(words))).unwrap_or_default();
-        println!("rank {rank} {done} at step {step}: the other ended after {found:.1?}; gone on to the same losses; {named}");
+        println!(
+            "rank {rank} {done} at step {step}: the other ended after {found:.1?}; gone on to the same losses; {named}"
+        );
         if signal == "STOP" {
-            ensure!(found < FOUND_WITHIN && named.contains(&format!("rank {rank}")), "rank {rank} was not found in time: {said}");
+            ensure!(
+                found < FOUND_WITHIN && named.contains(&format!("rank {rank}")),
+                "rank {rank} was not found in time: {said}"
+            );
         }
     }
     far_from_one(&vora, &at("far"))?;
@@ -129,7 +137,10 @@ fn far_from_one(vora: &Vora, folder: &Path) -> Result<()> {
         differences.fold(0.0, f64::max)
     };
     let (itself, two) = (far(&found[1]), far(&found[2]));
-    println!("in {} steps the loss of two processes gets {two:.1e} from that of one; one in other sums {itself:.1e}", found[0].len());
+    println!(
+        "in {} steps the loss of two processes gets {two:.1e} from that of one; one in other sums {itself:.1e}",
+        found[0].len()
+    );
     Ok(())
 }
 
@@ -145,10 +156,13 @@ fn beside_one(vora: &Vora, options: &Options, folder: &Path) -> Result<()> {
         for (name, batch, threads, more) in [("one", 8, "2", &[][..]), ("two", 4, "1", &["--nproc", "2"][..])] {
             let run = folder.join(format!("{name}-{round}"));
             let batch = format!("per_device_train_batch_size={batch}");
-            let set = [&*timed_steps, &batch, "data.eval={}", "evaluation_strategy=no", "save_strategy=no", "report_to=none"];
+            let set =
+                [&*timed_steps, &batch, "data.eval={}", "evaluation_strategy=no", "save_strategy=no", "report_to=none"];
             let mut train = vora.command("train");
             train.arg("--config").arg(cmd::root().join(train::SCENES)).env("OMP_NUM_THREADS", threads);
-            for setting in set.iter().map(|setting| (*setting).to_owned()).chain([format!("output_dir={}", run.display())]) {
+            for setting in
+                set.iter().map(|setting| (*setting).to_owned()).chain([format!("output_dir={}", run.display())])
+            {
                 train.args(["--set", &setting]);
             }
             end(train.args(more).stdout(Stdio::null()).spawn()?)?;

@@ -253,7 +253,9 @@ mod tests {
         assert_eq!(found, [2, 4, 8, 16, 24].map(|n| [(n, 0), (n, 1)]).concat());
         let (bytes, row) = (plan.size.memory.gradients, &scale.rows[3]); // four processes
         assert_eq!((row.gradients, row.weights, row.optimizer), (bytes * 3 / 2, bytes * 3 / 4, bytes / 2));
-        assert!(scale.rows.iter().all(|row| row.bandwidth.unwrap() > 0.0 && (row.weights == 0) == (row.zero_stage == 0)));
+        assert!(
+            scale.rows.iter().all(|row| row.bandwidth.unwrap() > 0.0 && (row.weights == 0) == (row.zero_stage == 0))
+        );
         assert!(scale.gradient_per_layer > 0 && plan.to_string().contains("gradients sent a step"), "{plan}");
     }
 

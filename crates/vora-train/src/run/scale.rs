@@ -57,12 +57,20 @@ impl Scale {
 
 impl fmt::Display for Scale {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut rows =
-            table(&["processes", "zero_stage", "gradients sent a step", "weights got", "optimizer of each", "bandwidth"]);
+        let mut rows = table(&[
+            "processes",
+            "zero_stage",
+            "gradients sent a step",
+            "weights got",
+            "optimizer of each",
+            "bandwidth",
+        ]);
         for Scaled { world_size, zero_stage, gradients, weights, optimizer, bandwidth } in &self.rows {
             let bandwidth = bandwidth.map_or("-".to_owned(), |bytes| format!("{:.3} GB/s", bytes / 1e9));
             let numbers = [world_size.to_string(), zero_stage.to_string()];
-            rows.add_row(numbers.into_iter().chain([gradients, weights, optimizer].map(|b| mebibytes(*b))).chain([bandwidth]));
+            rows.add_row(
+                numbers.into_iter().chain([gradients, weights, optimizer].map(|b| mebibytes(*b))).chain([bandwidth]),
+            );
         }
         writeln!(f, "{}", right(rows))?;
         if self.gradient_per_layer > 0 {

@@ -59,8 +59,9 @@ fn train(case: &Case, folder: &Path, group: Option<std::sync::Arc<ProcessGroup>>
     settings.push(format!("per_device_train_batch_size={}", case.micro_batch / world_size));
     let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
     let folder = folder.join(format!("{}-{world_size}", case.name));
-    let options = Options { group, ..Options::new(Device::Cpu, &resolve) };
+    let options = Options { group: group.clone(), ..Options::new(Device::Cpu, &resolve) };
     let mut trainer = Trainer::new(config("debug.yaml", &folder, &settings), options).unwrap();
+    let before = group.as_ref().map(|group| group.traffic());
     let mut steps = Vec::new();
     for step in 1..=STEPS {
         let (_, first) = trainer.parameters().swap_remove(0);
@@ -77,6 +78,14 @@ fn train(case: &Case, folder: &Path, group: Option<std::sync::Arc<ProcessGroup>>
         let losses = [found.loss_lm, found.loss_distill.unwrap_or(0.0), found.loss_anchor.unwrap_or(0.0)];
         let rewards = found.rewards.map_or(0.0, |rewards| rewards.margins);
         steps.push([losses[0], losses[1], losses[2], found.grad_norm, rewards]);
+    }
+    if let (Some(group), Some(before)) = (&group, before) {
+        // Gradients once a step, whatever its passes, and changed weights once where the state is sharded.
+        let (sent, bytes) =
+            (group.traffic(), trainer.parameters().iter().map(|(_, t)| 4 * t.numel() as u64).sum::<u64>());
+        let changed = if trainer.config.zero_stage == 0 { 0 } else { steps.len() as u64 };
+        assert_eq!(sent.gradients - before.gradients, STEPS * bytes, "{}", case.name);
+        assert_eq!(sent.broadcast - before.broadcast, changed * bytes, "{}", case.name);
     }
     let ema = trainer.ema.iter().flat_map(|ema| ema.state()).map(|(name, t)| (format!("average {name}"), t));
     let all = trainer.parameters().into_iter().chain(ema).map(|(name, t)| (name, t.detach().copy())).collect();
