@@ -211,8 +211,11 @@ mod tests {
         batch.samples.iter().map(|sample| sample.id.clone()).collect()
     }
 
-    /// The ids of each rank's batches, and where each loader stands afterwards.
-    fn run(config: &LoaderConfig, world_size: usize, batches: usize) -> Vec<(Vec<Vec<String>>, u64, Vec<u64>, u64)> {
+    /// The ids of a rank's batches, and where its loader stands afterwards: position, what it holds, records left out.
+    type Walked = (Vec<Vec<String>>, u64, Vec<u64>, u64);
+
+    /// Each rank's walk.
+    fn run(config: &LoaderConfig, world_size: usize, batches: usize) -> Vec<Walked> {
         let said = Arc::new(Mutex::new(vec![Vec::new(); world_size]));
         let barrier = Arc::new(Barrier::new(world_size));
         let rank = |rank| {
