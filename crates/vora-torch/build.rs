@@ -36,6 +36,7 @@ fn main() {
         .file("csrc/quantized.cpp")
         .files(["csrc/decode/step.cpp", "csrc/decode/linear.cpp"])
         .compile("vora_torch");
+    dist(&include);
     attention_kernel("plain", "4", &[]);
     if target.starts_with("x86_64") {
         attention_kernel("avx2", "8", &["-mavx2", "-mfma"]);
@@ -140,4 +141,17 @@ fn decode_kernels(target: &str) -> Vec<&'static str> {
         compile(isa, floats, &[base, flags].concat())
     });
     compiled.map(|(define, ..)| *define).collect()
+}
+
+/// Compiles what processes do together; Gloo's headers, which the wheel lacks, are declared in `csrc/dist/gloo`.
+fn dist(include: &Path) {
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .flag_if_supported("-Wno-unused-parameter")
+        .include("csrc/dist")
+        .include(include)
+        .include(include.join("torch/csrc/api/include"))
+        .files(["csrc/dist/group.cpp", "csrc/dist/reducer.cpp"])
+        .compile("vora_dist");
 }

@@ -32,6 +32,7 @@ Examples:
   cargo xtask train --smoke                                every step in seconds, with a tiny random model
   cargo xtask train --set max_steps=200 --set output_dir=runs/short
   cargo xtask train --resume                               go on from the last checkpoint
+  cargo xtask train --nproc 2                              in two processes
   cargo xtask train --config my.yaml --device cuda";
 
 /// Arguments of `train`.
@@ -50,6 +51,9 @@ pub struct Args {
     /// A tiny random model, in seconds: shows that every step works, learns nothing
     #[arg(long)]
     smoke: bool,
+    /// Train in so many processes on this machine
+    #[arg(long, value_name = "N")]
+    nproc: Option<usize>,
     /// auto, cpu, cuda or cuda:N
     #[arg(long)]
     device: Option<String>,
@@ -84,16 +88,15 @@ pub fn run(args: &Args) -> Result<()> {
     run.dir()?; // a run file that is wrong is told before anything is fetched
     setup::ensure()?;
     run.download()?;
-    train_merge_ask(&Vora::build()?, &run, args.resume)
+    let resume = args.resume.then(|| "--resume".to_owned());
+    let nproc = args.nproc.map(|nproc| format!("--nproc={nproc}"));
+    train_merge_ask(&Vora::build()?, &run, resume.into_iter().chain(nproc))
 }
 
-fn train_merge_ask(vora: &Vora, run: &Run, resume: bool) -> Result<()> {
+/// `more` are arguments of `vora train` alone.
+fn train_merge_ask(vora: &Vora, run: &Run, more: impl Iterator<Item = String>) -> Result<()> {
     let run_dir = run.dir()?;
-    let mut train = run.command(vora.command("train"));
-    if resume {
-        train.arg("--resume");
-    }
-    cmd::run(&mut train)?;
+    cmd::run(run.command(vora.command("train")).args(more))?;
 
     let merged = run_dir.join("merged");
     if merged.exists() {
@@ -269,10 +272,11 @@ mod tests {
         fs::set_permissions(at("vora"), fs::Permissions::from_mode(0o755)).unwrap();
 
         let run = Run { config: at("a.yaml"), set: vec![], device: Some("cpu".into()) };
-        train_merge_ask(&Vora { program: at("vora") }, &run, true).unwrap();
+        let more = ["--resume", "--nproc=2"].map(str::to_owned).into_iter();
+        train_merge_ask(&Vora { program: at("vora") }, &run, more).unwrap();
         let log = fs::read_to_string(at("log")).unwrap().replace(dir.path().to_str().unwrap(), "");
         let expected = [
-            "train --config /a.yaml --device cpu --resume",
+            "train --config /a.yaml --device cpu --resume --nproc=2",
             "merge /run/final --out /run/merged --as seeing",
             "ask /run/merged /run/samples/0.png What shape? --max-new-tokens 48 --device cpu",
             "ask /run/final What is the capital of Japan? --max-new-tokens 48 --device cpu",

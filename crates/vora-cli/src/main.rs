@@ -16,6 +16,8 @@ mod merge;
 mod model;
 mod prompts;
 mod quantize;
+#[cfg(unix)]
+mod ranks;
 mod report;
 mod sampling;
 mod serve;
@@ -110,7 +112,7 @@ fn main() -> ExitCode {
     #[cfg(target_os = "linux")]
     complete_environment();
     tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("VORA_LOG").unwrap_or_else(|_| "warn".into()))
+        .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("VORA_LOG").unwrap_or_else(|_| level().into()))
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()))
         .without_time()
@@ -140,6 +142,12 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// What is logged. Of processes that train together the first tells what all know, the others of records that they read.
+fn level() -> &'static str {
+    let is_another = std::env::var("RANK").is_ok_and(|rank| rank.trim() != "0");
+    if is_another { "error,vora_data=warn" } else { "warn" }
 }
 
 fn is_closed_pipe(error: &anyhow::Error) -> bool {

@@ -5,15 +5,17 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::time::Duration;
 
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use vora_recipe::TrainConfig;
 use vora_run::language::Language;
 use vora_run::metrics::{EvalMetrics, StepMetrics};
+use vora_torch::dist::{ProcessGroup, World};
 use vora_torch::runtime;
 use vora_train::Plan;
-use vora_train::{Options, Outcome, Progress, Trainer};
+use vora_train::{Options, Outcome, Progress, Silent, Trainer};
 
 /// Train a model that sees, a VoRA, a LLaVA, a Chameleon or a Gemma 4 Unified, as a run file says.
 #[derive(Debug, clap::Args)]
@@ -25,10 +27,13 @@ Examples:
   vora train --config run.yaml --set model.lora.r=64 --set max_steps=2000 --set output_dir=runs/r64
   vora train --config run.yaml --resume
   vora train --config run.yaml --plan
+  vora train --config run.yaml --nproc 8
+  torchrun --no-python --nnodes 2 --nproc-per-node 8 --rdzv-endpoint node0:29400 vora train --config run.yaml
 
 A run folder holds config.yaml, metrics.jsonl, loss.svg, eval.json, checkpoints/ and final/.
 SIGINT and SIGTERM save a checkpoint and stop; --resume goes on from it, bit for bit. A second SIGINT stops at once.
-SIGUSR1 saves a checkpoint and goes on.")]
+SIGUSR1 saves a checkpoint and goes on.
+Started by torchrun, or with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT otherwise set, it trains with the others.")]
 pub(crate) struct Args {
     /// The run file
     #[arg(long)]
@@ -43,9 +48,16 @@ pub(crate) struct Args {
     /// measure, and nothing is written to the run folder. Of a Gemma 4 Unified a folder without weights will do
     #[arg(long, conflicts_with = "resume")]
     plan: bool,
+    /// With --plan: what 2, 4, 8, .. up to so many processes would send each other a step, and the bandwidth that takes
+    #[arg(long, value_name = "N", requires = "plan")]
+    world_size: Option<u64>,
     /// With --plan: as JSON
     #[arg(long, requires = "plan")]
     json: bool,
+    /// Train in so many processes on this machine, each with a GPU of its own where there are some; each takes
+    /// per_device_train_batch_size samples at once
+    #[arg(long, value_name = "N", conflicts_with = "plan")]
+    nproc: Option<usize>,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", env = "VORA_DEVICE")]
     device: String,
@@ -55,6 +67,17 @@ pub(crate) struct Args {
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    #[cfg(unix)]
+    if let Some(nproc) = args.nproc.filter(|nproc| *nproc != 1) {
+        return crate::ranks::launch(nproc);
+    }
+    let config = TrainConfig::open(&args.config, &args.set)?;
+    let world = if args.plan { None } else { World::from_env()? };
+    let device = runtime::device(&of_rank(&args.device, world.as_ref()))?;
+    // Until all have met, a signal ends the process at once.
+    let timeout = Duration::from_secs(config.ddp_timeout);
+    let group =
+        world.filter(|world| world.world_size > 1).map(|world| ProcessGroup::join(&world, timeout)).transpose()?;
     let stop = Arc::new(AtomicBool::new(false));
     let save = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&save))?;
@@ -71,25 +94,36 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             })?;
         }
     }
-    let config = TrainConfig::open(&args.config, &args.set)?;
-    let device = runtime::device(&args.device)?;
     let folder = config.output_dir.clone();
     if std::env::var_os("OMP_NUM_THREADS").is_none() {
         runtime::set_threads(computing(runtime::threads(), config.dataloader_num_workers));
     }
     let mut options = Options::new(device, &vora_hub::resolve);
     (options.resume, options.stop, options.save) = (args.resume, stop, save);
+    options.group = group.clone();
     if args.plan {
         let plan = Plan::measure(&config, options)?;
+        let plan = match args.world_size {
+            Some(world_size) => plan.with_processes(world_size),
+            None => plan,
+        };
         let text = if args.json { serde_json::to_string_pretty(&plan)? } else { plan.to_string() };
         writeln!(std::io::stdout().lock(), "{text}")?;
         return Ok(ExitCode::SUCCESS);
     }
     let mut trainer = Trainer::new(config, options)?;
+    let is_first = group.as_ref().is_none_or(|group| group.rank() == 0);
+    if !is_first {
+        return Ok(match trainer.train(&mut Silent)? {
+            Outcome::Finished(_) => ExitCode::SUCCESS,
+            Outcome::Stopped { .. } => stopped(),
+        });
+    }
     let mut terminal = Terminal::new();
     let trained: usize = trainer.parameters().iter().map(|(_, tensor)| tensor.numel()).sum();
+    let processes = group.as_ref().map_or(String::new(), |group| format!(" in {} processes", group.world_size()));
     terminal.say(&format!(
-        "training {:.2}M parameters on {device:?}, run folder {}",
+        "training {:.2}M parameters on {device:?}{processes}, run folder {}",
         trained as f64 / 1e6,
         folder.display()
     ));
@@ -107,9 +141,26 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         }
         Outcome::Stopped { step } => {
             terminal.say(&format!("stopped after step {step}; `--resume` goes on from there"));
-            let signal = SIGNAL.load(Ordering::Relaxed);
-            Ok(ExitCode::from(u8::try_from(128 + signal).unwrap_or(1)))
+            Ok(stopped())
         }
+    }
+}
+
+/// The exit code after a signal; one that another process got counts as this one's.
+fn stopped() -> ExitCode {
+    let signal = match SIGNAL.load(Ordering::Relaxed) {
+        0 => signal_hook::consts::SIGTERM,
+        signal => signal,
+    };
+    ExitCode::from(u8::try_from(128 + signal).unwrap_or(1))
+}
+
+/// Of the GPUs of a machine each of its processes takes one.
+fn of_rank(device: &str, world: Option<&World>) -> String {
+    match (device, world) {
+        ("auto", Some(world)) if runtime::device("cuda").is_ok() => format!("cuda:{}", world.local_rank),
+        ("cuda", Some(world)) => format!("cuda:{}", world.local_rank),
+        _ => device.to_owned(),
     }
 }
 

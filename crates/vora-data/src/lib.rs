@@ -31,7 +31,7 @@ mod tokens;
 
 pub use batch::{Batch, SampleInfo, Supervised, collate, collate_rows, collate_sharing};
 pub use error::{DataError, TooLong};
-pub use loader::{Loader, LoaderConfig};
+pub use loader::{Loader, LoaderConfig, Peers};
 pub use maker::SampleMaker;
 pub use pack::pack;
 pub use preparation::Preparation;

@@ -1,5 +1,7 @@
 //! Batches, made ahead of time by worker threads, in an order that does not depend on how many there are.
 
+mod shared;
+
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -14,6 +16,9 @@ use crate::error::{DataError, TooLong};
 use crate::pack::OpenBatch;
 use crate::sample::Sample;
 use crate::sources::Source;
+
+pub use shared::Peers;
+use shared::Share;
 
 /// As many bad samples in a row stop the run: then it is not the records that are wrong.
 const MOST_BAD_IN_A_ROW: u64 = 100;
@@ -75,7 +80,11 @@ impl LoaderConfig {
     fn place(&self, draw: u64) -> Option<u64> {
         let place = match self.held.get(usize::try_from(draw).unwrap_or(usize::MAX)) {
             Some(held) => return Some(*held),
-            None => self.start + (draw - self.held.len() as u64) * self.world_size + self.rank,
+            None => {
+                // The places of a rank are those of its remainder, wherever the walk starts.
+                let first = (self.rank + self.world_size - self.start % self.world_size) % self.world_size;
+                self.start + (draw - self.held.len() as u64) * self.world_size + first
+            }
         };
         self.end.is_none_or(|end| place < end).then_some(place)
     }
@@ -85,6 +94,8 @@ impl LoaderConfig {
 /// their places; a hundred in a row are an error.
 pub struct Loader {
     config: LoaderConfig,
+    source: Arc<dyn Source>,
+    share: Share,
     workers: Vec<Worker>,
     drawn: u64,
     open: [OpenBatch; 2], // with pictures and without, where they are grouped
@@ -107,6 +118,22 @@ impl Loader {
     /// Where the config asks for no workers or for batches of nothing, or for a rank that is none; where the source
     /// is empty.
     pub fn new(source: Arc<dyn Source>, config: LoaderConfig) -> Result<Self> {
+        Self::start(source, config, Share::Whole)
+    }
+
+    /// Starts the workers of a process that shares its walk with others, the ranks of `config.world_size`: the batches of
+    /// all of them are together those of one process whose batches are as large as all of theirs, bad samples left out,
+    /// rows packed and modalities grouped as there. Where it takes the samples themselves to know who gets which, packed or
+    /// grouped, each process makes all of them and keeps its rows.
+    ///
+    /// # Errors
+    /// As [`Loader::new`], and where the walk has an end.
+    pub fn shared(source: Arc<dyn Source>, config: LoaderConfig, peers: Box<dyn Peers>) -> Result<Self> {
+        let (share, config) = Share::of(&config, peers)?;
+        Self::start(source, config, share)
+    }
+
+    fn start(source: Arc<dyn Source>, config: LoaderConfig, share: Share) -> Result<Self> {
         ensure!(config.batch_size > 0, "the batch size is 0, it must be at least 1");
         ensure!(config.row_len != Some(0), "the length of packed rows is 0, it must be at least 1");
         ensure!(config.num_workers > 0, "the number of data workers is 0, it must be at least 1");
@@ -121,6 +148,8 @@ impl Loader {
         Ok(Self {
             open: [open(), open()],
             config,
+            source,
+            share,
             workers,
             drawn: 0,
             num_skipped: 0,
@@ -134,12 +163,18 @@ impl Loader {
     /// Where the walk goes on; a loader that starts there, with the samples that are [held](Self::held), gives the
     /// same batches from there on. It is the same on every rank that drew as many samples.
     pub fn position(&self) -> u64 {
+        if let Share::Dealt(dealt) = &self.share {
+            return dealt.position();
+        }
         self.config.start + self.drawn.saturating_sub(self.config.held.len() as u64) * self.config.world_size
     }
 
     /// Samples that were drawn and stand in no batch yet, by their places in the walk: there are some only where
     /// batches are grouped or packed.
     pub fn held(&self) -> Vec<u64> {
+        if let Share::Dealt(dealt) = &self.share {
+            return dealt.held();
+        }
         let open = self.open.iter().flat_map(OpenBatch::places);
         let mut held: Vec<_> = open.chain(self.config.held.iter().skip(self.drawn as usize).copied()).collect();
         held.sort_unstable();
@@ -178,6 +213,9 @@ impl Loader {
     }
 
     fn next_batch(&mut self) -> Result<Option<Batch>> {
+        if let Share::Dealt(_) = self.share {
+            return self.next_dealt();
+        }
         while let Some((place, sample)) = self.next_good()? {
             let open = &mut self.open[usize::from(self.config.group_by_modality && sample.images.is_empty())];
             if let Some(rows) = open.push(place, sample) {
@@ -189,6 +227,7 @@ impl Loader {
     }
 
     fn collate(&self, rows: Vec<Vec<Sample>>) -> Batch {
+        let rows = self.share.of_rows(rows);
         let LoaderConfig { pad_id, row_len, shares_starts, .. } = self.config;
         if shares_starts && row_len.is_none() {
             return collate_sharing(rows.into_iter().flatten().collect(), pad_id);
@@ -210,15 +249,20 @@ impl Loader {
                 Err(error) => {
                     tracing::warn!("skipped a bad record: {error:#}");
                     self.num_skipped += 1;
-                    self.num_too_long += u64::from(error.chain().any(|cause| cause.is::<TooLong>()));
-                    self.num_bad_in_a_row += 1;
-                    if self.num_bad_in_a_row >= MOST_BAD_IN_A_ROW {
-                        return Err(error.context(format!("{MOST_BAD_IN_A_ROW} bad records in a row, the last is")));
-                    }
+                    self.num_too_long += u64::from(is_too_long(&error));
+                    self.count_bad_in_a_row(self.num_bad_in_a_row + 1, || error)?;
                 }
             }
         }
         Ok(None)
+    }
+
+    fn count_bad_in_a_row(&mut self, count: u64, last: impl FnOnce() -> anyhow::Error) -> Result<()> {
+        self.num_bad_in_a_row = count;
+        if count >= MOST_BAD_IN_A_ROW {
+            return Err(last().context(format!("{MOST_BAD_IN_A_ROW} bad records in a row, the last is")));
+        }
+        Ok(())
     }
 
     /// Samples are dealt to the workers in turn, so this knows who has the next.
@@ -275,13 +319,20 @@ impl Worker {
 fn work(number: u64, sender: &SyncSender<Result<Sample>>, source: &dyn Source, config: &LoaderConfig) {
     let seed = config.shuffle.then_some(config.seed);
     for place in (number..).step_by(config.num_workers).map_while(|draw| config.place(draw)) {
-        // A decoder that panics over a hostile file has only made a bad record.
-        let sample = catch_unwind(AssertUnwindSafe(|| source.walk(place, seed)))
-            .unwrap_or_else(|_| Err(anyhow!("the data's sample {place} made its decoder panic")));
-        if sender.send(sample).is_err() {
+        if sender.send(made(source, place, seed)).is_err() {
             return;
         }
     }
+}
+
+/// The sample at a place of the walk; a decoder that panics over a hostile file has only made a bad record.
+fn made(source: &dyn Source, place: u64, seed: Option<u64>) -> Result<Sample> {
+    catch_unwind(AssertUnwindSafe(|| source.walk(place, seed)))
+        .unwrap_or_else(|_| Err(anyhow!("the data's sample {place} made its decoder panic")))
+}
+
+fn is_too_long(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| cause.is::<TooLong>())
 }
 
 #[cfg(test)]

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
 use vora_run::eval::Score;
 
 /// Counts answers of one split.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Tally {
     seeing: BTreeMap<String, [u64; 2]>, // asked, right
     blind: BTreeMap<String, [u64; 2]>,
@@ -30,6 +31,16 @@ impl Tally {
         }
     }
 
+    /// Adds what another process counted of the same split.
+    pub fn merge(&mut self, other: Self) {
+        for (mine, theirs) in [(&mut self.seeing, other.seeing), (&mut self.blind, other.blind)] {
+            for (kind, [asked, right]) in theirs {
+                let count = mine.entry(kind).or_default();
+                *count = [count[0] + asked, count[1] + right];
+            }
+        }
+    }
+
     /// The scores by question type.
     pub fn scores(&self) -> BTreeMap<String, Score> {
         let share = |[n, right]: [u64; 2]| right as f64 / n as f64;
@@ -48,10 +59,15 @@ mod tests {
     #[test]
     fn counts_by_kind_and_over_all() {
         let mut tally = Tally::default();
-        for (kind, right) in [("colour", true), ("colour", false), ("shape", true), ("shape", true)] {
+        for (kind, right) in [("colour", true), ("colour", false)] {
             tally.add(kind, right);
         }
         tally.add_blind("colour", false);
+        let mut parts = Tally::default();
+        parts.add("shape", true);
+        parts.merge(std::mem::take(&mut tally));
+        parts.add("shape", true);
+        let tally = parts;
         let scores = tally.scores();
         assert_eq!(scores["colour"], Score { n: 2, exact_match: 0.5, blind_exact_match: Some(0.0) });
         assert_eq!(scores["shape"], Score { n: 2, exact_match: 1.0, blind_exact_match: None });

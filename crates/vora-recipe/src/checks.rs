@@ -25,10 +25,12 @@ impl TrainConfig {
             ("save_steps", self.save_steps as i64),
             ("save_total_limit", self.save_total_limit as i64),
             ("eval_steps", self.eval_steps as i64),
+            ("ddp_timeout", self.ddp_timeout as i64),
         ];
         for (key, value) in at_least_one {
             ensure!(value >= 1, "{key} is {value}, it must be at least 1");
         }
+        ensure!(self.zero_stage <= 1, "zero_stage is {}, 0 and 1 are supported", self.zero_stage);
         // Those of parts that only another type of model has, too.
         OptimConfig { learning_rates: self.learning_rates.clone(), ..self.optim() }.validate()?;
         let epochs = self.num_train_epochs;
@@ -150,7 +152,7 @@ impl TrainConfig {
                 "metric_for_best_model does not say of what",
             ),
             ("wandb_project", self.wandb_project.is_some(), "metrics go to metrics.jsonl"),
-            ("deepspeed", self.deepspeed.is_some(), "one process trains"),
+            ("deepspeed", self.deepspeed.is_some(), "zero_stage says what processes share"),
             ("data_preprocess.tokenizer", preprocess.is_some_and(|p| p.tokenizer.is_some()), "the LLM's own is used"),
             (
                 "data_preprocess.max_prompt_len",

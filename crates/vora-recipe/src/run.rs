@@ -65,7 +65,7 @@ pub struct TrainConfig {
     /// Passes over the data, where it has an end.
     #[serde(default = "one")]
     pub num_train_epochs: f64,
-    /// Samples in one forward pass.
+    /// Samples in one forward pass, of each process where several train.
     #[serde(default = "eight")]
     pub per_device_train_batch_size: usize,
     /// Samples in one forward pass of an evaluation.
@@ -119,6 +119,15 @@ pub struct TrainConfig {
     /// The gradient is scaled down to this norm; 0 leaves it.
     #[serde(default = "one")]
     pub max_grad_norm: f64,
+
+    /// DeepSpeed's `zero_optimization.stage`, where several processes train: 1 leaves to each a share of AdamW's running
+    /// means, 0 keeps all of them in each.
+    #[serde(default = "one_u64")]
+    pub zero_stage: u64,
+    /// HF's: seconds that a process waits for the others, to begin and in a step, before it ends and names who is missing. One
+    /// that is gone or frozen is found by its silence, within half a minute.
+    #[serde(default = "half_an_hour")]
+    pub ddp_timeout: u64,
 
     /// Decay of an exponential moving average of the trained weights, which evaluations see and `final/` holds in their
     /// place; absent: there is none.
@@ -207,6 +216,9 @@ fn eight() -> usize {
 fn five_hundred() -> u64 {
     500
 }
+fn half_an_hour() -> u64 {
+    1800
+}
 fn steps() -> Strategy {
     Strategy::Steps
 }
@@ -247,6 +259,8 @@ impl Default for TrainConfig {
             adam_beta2: optim::adam_beta2(),
             adam_epsilon: optim::adam_epsilon(),
             max_grad_norm: one(),
+            zero_stage: one_u64(),
+            ddp_timeout: half_an_hour(),
             ema_decay: None,
             logging_steps: one_u64(),
             save_strategy: steps(),

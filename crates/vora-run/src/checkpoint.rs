@@ -20,7 +20,7 @@ const RESULTS: [&str; 7] =
 #[derive(Debug)]
 pub struct RunFolder {
     path: PathBuf,
-    _lock: File,
+    _lock: Option<File>, // held by one of the processes that train together
 }
 
 impl RunFolder {
@@ -46,7 +46,7 @@ impl RunFolder {
         }
         lock.set_len(0).with_context(what)?;
         write!(lock, "{}", std::process::id()).with_context(what)?;
-        let this = Self { path: path.to_owned(), _lock: lock };
+        let this = Self { path: path.to_owned(), _lock: Some(lock) };
         for entry in fs::read_dir(this.checkpoints()).with_context(what)? {
             let entry = entry.with_context(what)?;
             if entry.file_name().to_string_lossy().starts_with(".tmp-") {
@@ -54,6 +54,11 @@ impl RunFolder {
             }
         }
         Ok(this)
+    }
+
+    /// The folder of a run that this process takes part in; another one has locked it and writes there.
+    pub fn of_others(path: &Path) -> Self {
+        Self { path: path.to_owned(), _lock: None }
     }
 
     /// The folder itself.

@@ -62,7 +62,7 @@ impl Distill {
     }
 
     /// The heads.
-    pub(crate) fn heads(&self) -> &DistillHeads {
+    pub fn heads(&self) -> &DistillHeads {
         &self.heads
     }
 

@@ -1,6 +1,7 @@
 //! Declarations of `csrc/`, and its error text.
 
 pub(crate) mod decode;
+pub(crate) mod dist;
 
 use std::ffi::{CStr, c_char, c_void};
 

@@ -44,6 +44,7 @@
 
 pub mod autograd;
 pub mod checkpoint;
+pub mod dist;
 pub mod error;
 mod ffi;
 mod map;

@@ -33,6 +33,7 @@ pub mod run;
 pub mod step;
 pub use run::plan::{Measured, Plan, Threads};
 pub use run::progress::{Progress, Silent};
+pub use run::scale::{Scale, Scaled};
 pub use run::size::{Adapted, BatchShape, Memory, Parameters, Size, TeacherCacheSize};
 pub use run::state::TrainerState;
 pub use run::trainer::{NotFinite, Options, Outcome, Trainer};

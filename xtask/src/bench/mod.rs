@@ -3,6 +3,7 @@
 
 mod ablations;
 mod data;
+mod distributed;
 mod drift;
 mod infer;
 mod memory;
@@ -83,6 +84,8 @@ Examples:
   cargo xtask bench ops -- --tokens 256 --dtype bf16 --traces 3
   cargo xtask bench gpu --part speed             on a GPU: a step of random models of three sizes of batch and of 7B beside transformers
   cargo xtask bench gpu --part speed -- --rehearse  the same commands with tiny models on the CPU
+  cargo xtask bench distributed                  two processes under torchrun: killed, frozen, beside one
+  cargo xtask bench distributed -- --kills 2 --rounds 0
   cargo xtask bench drift                        what QK-norm and z-loss do to the norms of a small Chameleon
   cargo xtask bench drift -- --learning-rate 1e-2 --steps 300
   cargo xtask bench packing                      tokens/s and padding of samples in rows of their own and packed
@@ -96,7 +99,7 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// A file of benches/benches, without `.rs`, or ablations, data, drift, gpu, memory, ops, packing, peers or seeds; all
+    /// A file of benches/benches, without `.rs`, or ablations, data, distributed, drift, gpu, memory, ops, packing, peers or seeds; all
     /// benches by default.
     /// With --train: attention or systems
     #[arg(required_if_eq("train", "true"))]
@@ -170,6 +173,9 @@ pub fn run(args: &Args) -> Result<()> {
     }
     if args.name.as_deref() == Some("packing") && !args.plot && args.out.is_none() {
         return packing(&args.args);
+    }
+    if args.name.as_deref() == Some("distributed") && !args.plot {
+        return distributed::run(&args.args);
     }
     if args.name.as_deref() == Some("memory") && !args.plot {
         let out = args.out.clone().unwrap_or_else(|| "runs/bench-memory".into());

@@ -4,6 +4,8 @@
 //! `crates/vora-train/FAULTS.md` is written from the rows here: `VORA_WRITE_FAULTS=1 cargo test -p vora-cli --test it
 //! faults::the_table_is_true`.
 
+mod ranks;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -115,7 +117,7 @@ const BAD_STEPS: Row = Row {
     lost: INTERVAL + 3,
 };
 
-const ROWS: [&Row; 13] = [
+const ROWS: [&Row; 16] = [
     &KILLED,
     &SIGTERM,
     &SIGINT,
@@ -129,6 +131,9 @@ const ROWS: [&Row; 13] = [
     &ANOTHER_RANK,
     &BAD_STEP,
     &BAD_STEPS,
+    &ranks::RANK_KILLED,
+    &ranks::RANK_FROZEN,
+    &ranks::TWO_GROUPS,
 ];
 
 /// A run of the tiny models in a folder of its own.
@@ -503,14 +508,15 @@ fn bad_steps() {
 fn the_table_is_true() {
     let mut table = String::from(
         "# Faults\n\nWhat can befall a training run. Each row is a test with the real program, in \
-         [`faults.rs`](../vora-cli/tests/it/faults.rs),\nwhich also wrote this table; after each, the run goes on from \
+         [`faults.rs`](../vora-cli/tests/it/faults.rs)\nand beside it, which also wrote this table; after each, the run goes on from \
          its last whole checkpoint. \"Lost\" are the steps that are done\nagain, at most; ",
     );
     table +=
         "checkpoints are written beside the training, so that a kill can cost those made while one was written.\n\n";
     table += "| fault | what happens | exit code | lost | test |\n| --- | --- | --- | --- | --- |\n";
     for Row { test, fault, happens, exit, lost } in ROWS {
-        assert!(include_str!("faults.rs").contains(&format!("#[test]\nfn {test}()")), "there is no test `{test}`");
+        let tests = concat!(include_str!("faults.rs"), include_str!("faults/ranks.rs"));
+        assert!(tests.contains(&format!("#[test]\nfn {test}()")), "there is no test `{test}`");
         let lost = match lost {
             0 => "none".to_owned(),
             _ => format!("{lost}, at a checkpoint every {INTERVAL}"),

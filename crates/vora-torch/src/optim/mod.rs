@@ -3,7 +3,9 @@
 mod adamw;
 mod gradients;
 mod optimizer;
+mod sharded;
 
 pub use adamw::{AdamW, fused_adamw};
 pub use gradients::{grad_norm, scale};
 pub use optimizer::{Optimizer, OptimizerConfig, Parameter};
+pub use sharded::broadcast;

@@ -45,19 +45,24 @@ impl Default for OptimizerConfig {
 struct Group {
     learning_rate: f64,
     weight_decay: f64,
-    members: Vec<usize>,
+    members: Vec<usize>, // numbers among this process's own
 }
 
 /// AdamW (Loshchilov & Hutter 2019) with its running means, one fused call per group.
 ///
 /// Every parameter takes part in every step: one that a batch did not reach has a gradient of zero, so that a step
 /// does not depend on what was reached before it.
+///
+/// Several processes that train the same parameters may each keep a share of the running means, and change that share
+/// of the parameters: [`Self::sharded`].
 #[derive(Debug)]
 pub struct Optimizer {
     parameters: Vec<(String, Tensor)>,
-    exp_avgs: Vec<Tensor>,
-    exp_avg_sqs: Vec<Tensor>,
-    step: Tensor, // [], f32: fused AdamW reads it where the parameters are
+    own: Vec<usize>,               // those that this process changes
+    pub(super) owners: Vec<usize>, // which rank changes each
+    exp_avgs: Vec<Tensor>,         // of its own
+    exp_avg_sqs: Vec<Tensor>,      // of its own
+    step: Tensor,                  // [], f32: fused AdamW reads it where the parameters are
     groups: Vec<Group>,
     config: OptimizerConfig,
 }
@@ -77,10 +82,30 @@ impl Optimizer {
     /// # Errors
     /// Where there are none, or one is not f32.
     pub fn new(parameters: Vec<Parameter>, config: OptimizerConfig) -> Result<Self> {
+        Self::sharded(parameters, config, 0, 1)
+    }
+
+    /// That of `rank` among `world_size` processes, ZeRO's first stage (Rajbhandari et al. 2020): whole tensors are dealt to
+    /// them, about as many elements to each, and [`Self::step`] changes those of this process. The others' come by
+    /// [`Self::gather_parameters`].
+    ///
+    /// # Errors
+    /// As [`Optimizer::new`].
+    pub fn sharded(
+        parameters: Vec<Parameter>,
+        config: OptimizerConfig,
+        rank: usize,
+        world_size: usize,
+    ) -> Result<Self> {
         ensure!(!parameters.is_empty(), "an optimizer of no parameters");
-        let mut groups: Vec<Group> = Vec::new();
-        for (i, Parameter { name, tensor, learning_rate, weight_decay }) in parameters.iter().enumerate() {
+        let owners = deal(&parameters.iter().map(|p| p.tensor.numel()).collect::<Vec<_>>(), world_size);
+        let own: Vec<usize> = (0..parameters.len()).filter(|&i| owners[i] == rank).collect();
+        for Parameter { name, tensor, .. } in &parameters {
             ensure!(tensor.kind() == Kind::Float, "parameter `{name}` is {:?}, a master is f32", tensor.kind());
+        }
+        let mut groups: Vec<Group> = Vec::new();
+        for (i, &parameter) in own.iter().enumerate() {
+            let Parameter { learning_rate, weight_decay, .. } = &parameters[parameter];
             match groups.iter_mut().find(|g| g.learning_rate == *learning_rate && g.weight_decay == *weight_decay) {
                 Some(group) => group.members.push(i),
                 None => {
@@ -89,9 +114,9 @@ impl Optimizer {
             }
         }
         let parameters: Vec<(String, Tensor)> = parameters.into_iter().map(|p| (p.name, p.tensor)).collect();
-        let zeros = || parameters.iter().map(|(_, t)| t.zeros_like().set_requires_grad(false)).collect();
+        let zeros = || own.iter().map(|&i| parameters[i].1.zeros_like().set_requires_grad(false)).collect();
         let step = Tensor::zeros([], (Kind::Float, parameters[0].1.device()));
-        Ok(Self { exp_avgs: zeros(), exp_avg_sqs: zeros(), step, groups, config, parameters })
+        Ok(Self { exp_avgs: zeros(), exp_avg_sqs: zeros(), step, groups, config, own, owners, parameters })
     }
 
     /// The trained tensors by name.
@@ -143,8 +168,8 @@ impl Optimizer {
             let pick = |of: &dyn Fn(usize) -> Tensor| members.iter().map(|&i| of(i)).collect::<Vec<_>>();
             let adamw = AdamW { lr: learning_rate * factor, beta1, beta2, weight_decay: *weight_decay, eps };
             fused_adamw(
-                &pick(&|i| self.parameters[i].1.shallow_clone()),
-                &pick(&|i| gradients[i].shallow_clone()),
+                &pick(&|i| self.parameters[self.own[i]].1.shallow_clone()),
+                &pick(&|i| gradients[self.own[i]].shallow_clone()),
                 &pick(&|i| self.exp_avgs[i].shallow_clone()),
                 &pick(&|i| self.exp_avg_sqs[i].shallow_clone()),
                 &pick(&|_| self.step.shallow_clone()),
@@ -168,30 +193,30 @@ impl Optimizer {
         self.parameters.iter().map(|(_, t)| gradient(t)).collect()
     }
 
-    /// Running means and step, by parameter name.
+    /// Running means and step, by parameter name; of a sharded one this process's, [`Self::gather_state`] has all.
     pub fn state(&self) -> Vec<(String, Tensor)> {
         let mut state = vec![("step".to_owned(), self.step.shallow_clone())];
-        for (i, (name, _)) in self.parameters.iter().enumerate() {
+        for (i, name) in self.own.iter().map(|&i| &self.parameters[i].0).enumerate() {
             state.push((format!("{name}.exp_avg"), self.exp_avgs[i].shallow_clone()));
             state.push((format!("{name}.exp_avg_sq"), self.exp_avg_sqs[i].shallow_clone()));
         }
         state
     }
 
-    /// Takes back what [`Self::state`] gave.
+    /// Takes back what [`Self::state`] gave, and a sharded one its share of what [`Self::gather_state`] gave, whatever the
+    /// number of processes was.
     ///
     /// # Errors
     /// Where the file holds another optimizer's state, or cannot be read.
     pub fn load_state(&mut self, saved: &Checkpoint) -> Result<()> {
-        let expected = self.state();
+        let expected_len = 1 + 2 * self.parameters.len();
         let saved_len = saved.names().count();
         ensure!(
-            saved_len == expected.len(),
-            "{} has {saved_len} tensors, this run's optimizer {}",
-            saved.path().display(),
-            expected.len()
+            saved_len == expected_len,
+            "{} has {saved_len} tensors, this run's optimizer {expected_len}",
+            saved.path().display()
         );
-        for (name, tensor) in expected {
+        for (name, tensor) in self.state() {
             let saved = saved.tensor(&name)?;
             ensure!(
                 saved.size() == tensor.size(),
@@ -203,6 +228,20 @@ impl Optimizer {
         }
         Ok(())
     }
+}
+
+/// Which of `world_size` ranks each of these goes to: the largest first, each to the rank that has least.
+fn deal(sizes: &[usize], world_size: usize) -> Vec<usize> {
+    let mut by_size: Vec<usize> = (0..sizes.len()).collect();
+    by_size.sort_by_key(|&i| std::cmp::Reverse(sizes[i])); // stable: the same in every process
+    let mut loads = vec![0; world_size.max(1)];
+    let mut owners = vec![0; sizes.len()];
+    for i in by_size {
+        let least = (0..loads.len()).min_by_key(|&rank| loads[rank]).unwrap_or(0);
+        loads[least] += sizes[i];
+        owners[i] = least;
+    }
+    owners
 }
 
 #[cfg(test)]
@@ -311,6 +350,13 @@ mod tests {
         assert!(error.contains("NaN"), "{error}");
         assert!(optimizer.parameters()[0].1.equal(&parameter(&[2], 1.0)));
         assert_eq!(optimizer.state()[0].1.double_value(&[]), 0.0);
+    }
+
+    #[test]
+    fn tensors_are_dealt_evenly() {
+        assert_eq!(deal(&[5, 9, 1, 4, 3], 1), [0; 5]);
+        assert_eq!(deal(&[5, 9, 1, 4, 3], 2), [1, 0, 1, 1, 0]);
+        assert_eq!(deal(&[2, 2], 3), [0, 1]);
     }
 
     #[test]

@@ -94,8 +94,14 @@ impl Anchor {
         self.taken(step).into_iter().map(|i| self.texts[i].clone()).collect()
     }
 
+    /// Whether any of the texts that the step of this number takes fall to `rank` of `world_size` processes.
+    pub(crate) fn has_texts(&self, step: u64, rank: usize, world_size: usize) -> bool {
+        self.taken(step).into_iter().skip(rank).step_by(world_size).next().is_some()
+    }
+
     /// `KL(frozen || adapted)`, mean over what is held of the texts that this step takes, with the adapters on; `total` makes
-    /// of it what goes backward. The value without a graph, none where the step takes no text.
+    /// of it what goes backward. Of several processes each has its part of the texts, and of the mean: together they make it.
+    /// The value without a graph, none where the step takes no text.
     ///
     /// # Errors
     /// What libtorch says of the way back.
@@ -104,13 +110,19 @@ impl Anchor {
         student: &Student,
         step: u64,
         seed: DropoutSeed,
+        (rank, world_size): (usize, usize),
         total: impl FnOnce(&Tensor) -> Tensor,
     ) -> Result<Option<Tensor>> {
-        let taken = self.taken(step);
-        if taken.is_empty() {
+        let all = self.taken(step);
+        let llm = student.model.llm();
+        if all.is_empty() {
             return Ok(None);
         }
-        let llm = student.model.llm();
+        let held: i64 = all.iter().map(|i| self.frozen[*i].size()[0]).sum();
+        let taken: Vec<usize> = all.into_iter().skip(rank).step_by(world_size).collect();
+        if taken.is_empty() {
+            return Ok(Some(Tensor::zeros([], (Kind::Float, llm.device()))));
+        }
         let texts: Vec<&Held> = taken.iter().map(|i| &self.texts[*i]).collect();
         let batch = TextBatch::new(&texts, llm);
         let frozen = Tensor::cat(&taken.iter().map(|i| &self.frozen[*i]).collect::<Vec<_>>(), 0); // [tokens, hidden]
@@ -120,7 +132,7 @@ impl Anchor {
         pass.backward(|output| {
             let hidden = output.last_hidden_state.flatten(0, 1).index_select(0, &batch.places); // [tokens, hidden]
             let sum = kl_divergence(&hidden, &frozen, logits_rows(llm), |rows| llm.logits(rows));
-            let mean = sum / frozen.size()[0] as f64;
+            let mean = sum / held as f64;
             value = Some(mean.detach());
             Ok(total(&mean))
         })?;

@@ -42,12 +42,22 @@ impl Texts {
         serde_json::from_slice(&bytes).with_context(|| format!("{} holds no anchor's texts", path.display()))
     }
 
+    /// The file's content, for processes that do not read it.
+    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>> {
+        Ok(serde_json::to_vec_pretty(self)?)
+    }
+
+    /// What [`Self::to_bytes`] made.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        Ok(serde_json::from_slice(bytes)?)
+    }
+
     /// Keeps them for when the run goes on.
     ///
     /// # Errors
     /// Where the file cannot be written.
     pub(crate) fn save(&self, run: &Path) -> Result<()> {
-        write_bytes(&run.join(FILE), &serde_json::to_vec_pretty(self)?)
+        write_bytes(&run.join(FILE), &self.to_bytes()?)
     }
 
     /// `count` texts that the LLM writes.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 use vora_data::scenes::{Scenes, ScenesConfig, Split};
-use vora_data::{Chain, Mix, RecordFiles, RecordKeys, SampleMaker, SceneSource, Source};
+use vora_data::{Chain, Mix, RecordFiles, RecordKeys, Sample, SampleMaker, SceneSource, Source};
 use vora_recipe::{DataFetch, DataPath, DataPreprocess, EvalData, TrainConfig};
 
 /// A held-out split.
@@ -29,6 +29,9 @@ impl HeldOut {
 
 /// Samples of a source of a program's own that are looked at before the first step, and again where the run goes on.
 const COMPARED: u64 = 2;
+
+/// Samples that are compared between processes that train together.
+const SEEN: u64 = 8;
 
 /// Where a run's samples come from: what its file names, or what a program brings along.
 pub struct Sources {
@@ -103,14 +106,42 @@ impl Sources {
                  samples that have one",
                 first.id
             );
-            hash.update(format!("{} {:?} {:?} {:?}", first.id, first.input_ids, first.targets, first.spans));
-            for pixels in &first.images {
-                hash.update(format!("{} {}", pixels.height, pixels.width));
-                pixels.data.iter().for_each(|value| hash.update(value.to_le_bytes()));
-            }
+            add(&mut hash, &first);
         }
-        Ok(Some(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()))
+        Ok(Some(hex(hash)))
     }
+
+    /// What processes that train on the same files all see of them: how many samples there are, and a digest of some.
+    pub(crate) fn seen(&self) -> String {
+        let of = |source: &Arc<dyn Source>| {
+            let mut hash = Sha256::new();
+            let len = source.len().unwrap_or(COMPARED);
+            let step = if source.is_stream() { 1 } else { len.div_ceil(SEEN).max(1) };
+            for index in (0..len).step_by(usize::try_from(step).unwrap_or(usize::MAX)).take(SEEN as usize) {
+                match source.sample(index) {
+                    Ok(sample) => add(&mut hash, &sample),
+                    Err(_) => hash.update("bad"),
+                }
+            }
+            let records = source.len().map_or("records without end".to_owned(), |len| format!("{len} records"));
+            format!("{records} with the digest {}", &hex(hash)[..12])
+        };
+        let all = std::iter::once(&self.training).chain(self.held_out.iter().map(|split| &split.source));
+        all.map(of).collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// Adds all that a model is shown of a sample.
+fn add(hash: &mut Sha256, sample: &Sample) {
+    hash.update(format!("{} {:?} {:?} {:?}", sample.id, sample.input_ids, sample.targets, sample.spans));
+    for pixels in &sample.images {
+        hash.update(format!("{} {}", pixels.height, pixels.width));
+        pixels.data.iter().for_each(|value| hash.update(value.to_le_bytes()));
+    }
+}
+
+fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A refusal of data that only a program has.

@@ -7,50 +7,89 @@ use anyhow::{Context, Result};
 use tch::Tensor;
 use vora_data::{Batch, Loader, LoaderConfig};
 use vora_eval::{Tally, greedy_answers, show_other_pictures, spoken};
+use vora_recipe::TrainConfig;
 use vora_run::eval::EvalReport;
 use vora_text::Tokenizer;
 
 use crate::data::HeldOut;
 use crate::run::progress::Progress;
+use crate::run::ranks::Ranks;
 use vora_student::{DeviceBatch, Student};
 
-/// Asks every question of every split, with its picture and with another one; none where `stop` was set meanwhile.
+/// Asks every question of every split, with its picture and with another one; none where `stop` was set meanwhile. Several
+/// processes take the batches in turn.
 pub(crate) fn evaluate(
     student: &Student,
     tokenizer: &Tokenizer,
     splits: &[HeldOut],
-    batch_size: usize,
-    num_workers: usize,
+    config: &TrainConfig,
+    ranks: &Ranks,
     stop: &AtomicBool,
     progress: &mut dyn Progress,
 ) -> Result<Option<EvalReport>> {
+    let (batch_size, num_workers) = (config.per_device_eval_batch_size, config.dataloader_num_workers);
     let total = splits.iter().map(|split| (split.samples as usize).div_ceil(batch_size)).sum();
     let mut done = 0;
     let mut report = EvalReport::default();
     for split in splits {
-        let (end, shares_starts) = (Some(split.samples), student.shares_starts());
-        let config = LoaderConfig { batch_size, num_workers, end, shares_starts, ..LoaderConfig::default() };
+        let shares_starts = student.shares_starts();
         let mut tally = Tally::default();
-        for batch in Loader::new(split.source.clone(), config)? {
-            if stop.load(Ordering::Relaxed) {
-                return Ok(None);
+        let mut is_stopped = false;
+        for (start, end) in parts(split.samples, batch_size as u64, ranks) {
+            let walk = LoaderConfig {
+                batch_size,
+                num_workers,
+                start,
+                end: Some(end),
+                shares_starts,
+                ..LoaderConfig::default()
+            };
+            for batch in Loader::new(split.source.clone(), walk)? {
+                is_stopped |= stop.load(Ordering::Relaxed);
+                if is_stopped {
+                    break;
+                }
+                ask(student, tokenizer, batch?, &mut tally)?;
+                done += ranks.world_size();
+                progress.evaluating(done.min(total), total);
             }
-            let mut batch = batch?;
-            for (kind, right) in answers(student, tokenizer, &batch)? {
-                tally.add(&kind, right);
+        }
+        if ranks.any(is_stopped)? {
+            return Ok(None);
+        }
+        if ranks.are_several() {
+            let tallies = ranks.gather(serde_json::to_vec(&tally)?)?;
+            tally = Tally::default();
+            for theirs in tallies {
+                tally.merge(serde_json::from_slice(&theirs)?);
             }
-            let is_blind = show_other_pictures(&mut batch);
-            for ((kind, right), _) in
-                answers(student, tokenizer, &batch)?.into_iter().zip(is_blind).filter(|(_, is_blind)| *is_blind)
-            {
-                tally.add_blind(&kind, right);
-            }
-            done += 1;
-            progress.evaluating(done, total);
         }
         report.0.insert(split.name.clone(), tally.scores());
     }
     Ok(Some(report))
+}
+
+/// Where in a split's walk this process asks, by first sample and end: all of it, or every so many-th batch.
+fn parts(samples: u64, batch_size: u64, ranks: &Ranks) -> Vec<(u64, u64)> {
+    if !ranks.are_several() {
+        return vec![(0, samples)];
+    }
+    let starts = (0..samples).step_by(batch_size as usize).skip(ranks.rank()).step_by(ranks.world_size());
+    starts.map(|start| (start, (start + batch_size).min(samples))).collect()
+}
+
+/// Asks a batch's questions with their pictures and with others.
+fn ask(student: &Student, tokenizer: &Tokenizer, mut batch: Batch, tally: &mut Tally) -> Result<()> {
+    for (kind, right) in answers(student, tokenizer, &batch)? {
+        tally.add(&kind, right);
+    }
+    let is_blind = show_other_pictures(&mut batch);
+    for ((kind, right), _) in
+        answers(student, tokenizer, &batch)?.into_iter().zip(is_blind).filter(|(_, is_blind)| *is_blind)
+    {
+        tally.add_blind(&kind, right);
+    }
+    Ok(())
 }
 
 /// Each question's type and whether it is answered right: all tokens of its answer are the most likely ones.

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use comfy_table::{CellAlignment, Table};
 use serde::Serialize;
 use tch::Device;
 use vora_data::SampleMaker;
@@ -15,7 +14,9 @@ use vora_torch::runtime::{memory, peak_memory, threads};
 
 use crate::data;
 use crate::run::dtype;
+use crate::run::scale::Scale;
 use crate::run::size::{Adapted, BatchShape, SMALLER, Size, mebibytes};
+use crate::run::table::{right, table};
 use crate::run::trainer::{Options, Trainer};
 use vora_student::Student;
 
@@ -63,6 +64,9 @@ pub struct Plan {
     /// What steps of the run took; none where they would not fit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub measured: Option<Measured>,
+    /// What more processes send each other, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scale: Option<Scale>,
 }
 
 /// How a run's threads share the processor.
@@ -98,7 +102,7 @@ impl Plan {
         let (size, is_outline) = Self::open(config, &options)?;
         let threads = Threads { compute: threads(), make_samples: config.dataloader_num_workers };
         if is_outline || size.exceeds().is_some() {
-            return Ok(Self { size, threads, measured: None });
+            return Ok(Self { size, threads, measured: None, scale: None });
         }
         let folder = tempfile::tempdir().context("cannot make a temporary folder to measure in")?;
         let mut config = config.clone();
@@ -110,7 +114,14 @@ impl Plan {
         let (steps, seconds) = MEASURED.run(&mut trainer, device)?;
         let seconds_per_step = seconds / f64::from(steps);
         let measured = Measured { steps, seconds_per_step, peak_memory: peak_memory(device) };
-        Ok(Self { size, threads, measured: Some(measured) })
+        Ok(Self { size, threads, measured: Some(measured), scale: None })
+    }
+
+    /// With what 2, 4, 8, .. up to `world_size` processes send each other.
+    #[must_use]
+    pub fn with_processes(self, world_size: u64) -> Self {
+        let seconds = self.measured.as_ref().map(|measured| measured.seconds_per_step);
+        Self { scale: Some(Scale::new(&self.size, world_size.max(2), seconds)), ..self }
     }
 
     /// Opens the model, counts, and closes it; says whether it had shapes alone.
@@ -180,22 +191,12 @@ impl fmt::Display for Plan {
                 }
                 _ => write!(f, "not measured: the folder of model.llm has no weights"),
             },
+        }?;
+        match &self.scale {
+            Some(scale) => write!(f, "\n{scale}"),
+            None => Ok(()),
         }
     }
-}
-
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_style(comfy_table::presets::ASCII_MARKDOWN);
-    table.set_header(header);
-    table
-}
-
-fn right(mut table: Table) -> Table {
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table
 }
 
 fn millions(count: u64) -> String {
@@ -243,6 +244,20 @@ mod tests {
         {
             assert!(text.contains(part), "{part} is missing in\n{text}");
         }
+    }
+
+    #[test]
+    fn more_processes_send_what_their_strategy_needs() {
+        let plan = measure(&[]).with_processes(24);
+        let scale = plan.scale.as_ref().unwrap();
+        let found: Vec<_> = scale.rows.iter().map(|row| (row.world_size, row.zero_stage)).collect();
+        assert_eq!(found, [2, 4, 8, 16, 24].map(|n| [(n, 0), (n, 1)]).concat());
+        let (bytes, row) = (plan.size.memory.gradients, &scale.rows[3]); // four processes
+        assert_eq!((row.gradients, row.weights, row.optimizer), (bytes * 3 / 2, bytes * 3 / 4, bytes / 2));
+        assert!(
+            scale.rows.iter().all(|row| row.bandwidth.unwrap() > 0.0 && (row.weights == 0) == (row.zero_stage == 0))
+        );
+        assert!(scale.gradient_per_layer > 0 && plan.to_string().contains("gradients sent a step"), "{plan}");
     }
 
     #[test]

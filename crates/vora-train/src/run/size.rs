@@ -164,7 +164,7 @@ impl Size {
             image_tokens,
         };
         let parameters = Parameters::of(student)?;
-        let max_steps = max_steps(config, training.as_ref())?;
+        let max_steps = max_steps(config, training.as_ref(), 1)?;
         let texts = config.text_anchor.as_ref().map_or(0, |anchor| anchor.num_texts(max_steps) as u64);
         let memory = Memory::count(config, student, &parameters, &batch, texts, program);
         let teacher_cache = cached_bytes.map(|bytes_per_picture| TeacherCacheSize {

@@ -18,13 +18,27 @@ fn decays(name: &str, tensor: &Tensor) -> bool {
 /// # Errors
 /// Where there are none, a value is out of its range, or a rate of its own fits none of them.
 pub fn optimizer(parameters: Vec<(String, Tensor)>, config: &OptimConfig) -> Result<Optimizer> {
+    sharded(parameters, config, 0, 1)
+}
+
+/// That of `rank` among `world_size` processes, which keeps a share of the running means ([`Optimizer::sharded`]).
+///
+/// # Errors
+/// As [`optimizer`].
+pub(crate) fn sharded(
+    parameters: Vec<(String, Tensor)>,
+    config: &OptimConfig,
+    rank: usize,
+    world_size: usize,
+) -> Result<Optimizer> {
     ensure!(!parameters.is_empty(), "nothing to train: no adapter, no patch embedding, no head");
     config.validate()?;
     if let Some(part) = config.learning_rates.part_of_none(parameters.iter().map(|(name, _)| name.as_str())) {
         bail!("learning_rates.{part} is part of no trained parameter's name; one such name is `{}`", parameters[0].0);
     }
     let OptimConfig { beta1, beta2, eps, max_grad_norm, .. } = *config;
-    Optimizer::new(groups(parameters, config), OptimizerConfig { beta1, beta2, eps, max_grad_norm })
+    let shared = OptimizerConfig { beta1, beta2, eps, max_grad_norm };
+    Optimizer::sharded(groups(parameters, config), shared, rank, world_size)
 }
 
 /// Each parameter with the rate and the decay that its name asks for.

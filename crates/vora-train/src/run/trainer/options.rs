@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::Result;
 use tch::Device;
 use vora_run::eval::EvalReport;
+use vora_torch::dist::ProcessGroup;
 
 /// What a run needs that its file does not say.
 #[non_exhaustive]
@@ -21,12 +22,14 @@ pub struct Options<'a> {
     pub stop: Arc<AtomicBool>,
     /// Set by a signal: the run then saves a checkpoint, clears this and goes on.
     pub save: Arc<AtomicBool>,
+    /// The processes that train this run together; none: this one alone.
+    pub group: Option<Arc<ProcessGroup>>,
 }
 
 impl<'a> Options<'a> {
     /// A new run on `device` that nobody stops; `resolve` finds the folder of a model by the name in the run file.
     pub fn new(device: Device, resolve: &'a dyn Fn(&str) -> Result<PathBuf>) -> Self {
-        Self { device, resume: false, resolve, stop: Arc::default(), save: Arc::default() }
+        Self { device, resume: false, resolve, stop: Arc::default(), save: Arc::default(), group: None }
     }
 }
 

@@ -7,6 +7,7 @@ use vora_recipe::{Difference, TrainConfig};
 use vora_torch::checkpoint::Checkpoint;
 
 use super::files::{CONFIG, EMA, OPTIMIZER, TEACHER_MEAN};
+use crate::run::ranks::Ranks;
 use crate::run::state::TrainerState;
 use crate::step::ema::Ema;
 use vora_run::checkpoint::{self, RunFolder};
@@ -15,7 +16,7 @@ use vora_student::{Student, parts};
 use vora_torch::optim::Optimizer;
 
 /// Where the run goes on: none for a new one. A folder that already holds a run is not written over by mistake.
-pub(super) fn last_checkpoint(run: &RunFolder, config: &TrainConfig, resume: bool) -> Result<Option<PathBuf>> {
+fn last_checkpoint(run: &RunFolder, config: &TrainConfig, resume: bool) -> Result<Option<PathBuf>> {
     if !resume {
         if config.overwrite_output_dir {
             return Ok(None); // the old run is cleared once all of the new one has been opened
@@ -42,6 +43,33 @@ pub(super) fn last_checkpoint(run: &RunFolder, config: &TrainConfig, resume: boo
     if !changed.is_empty() {
         tracing::warn!("resuming with other settings: {}", list(&changed));
     }
+    Ok(Some(folder))
+}
+
+/// The same in every process: rank 0 looks for it.
+pub(super) fn last_of_all(
+    ranks: &Ranks,
+    run: &RunFolder,
+    config: &TrainConfig,
+    resume: bool,
+) -> Result<Option<PathBuf>> {
+    let mut found = None;
+    let name = ranks.of_first(|| {
+        found = last_checkpoint(run, config, resume)?;
+        let name = found.as_deref().and_then(Path::file_name).unwrap_or_default();
+        Ok(name.to_string_lossy().into_owned().into_bytes())
+    })?;
+    if ranks.is_first() || name.is_empty() {
+        return Ok(found);
+    }
+    let folder = run.path().join("checkpoints").join(String::from_utf8_lossy(&name).into_owned());
+    ensure!(
+        folder.is_dir(),
+        "rank {} sees no checkpoint at {}, from which rank 0 goes on: all processes take the run folder from a file \
+         system that they share",
+        ranks.rank(),
+        folder.display()
+    );
     Ok(Some(folder))
 }
 

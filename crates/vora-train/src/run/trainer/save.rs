@@ -16,10 +16,17 @@ const RANDOM: &str = "scenes: ChaCha8 of (seed, split, index); order: Feistel ne
      dropout: libtorch's generator by (seed, step, micro-batch, layer)";
 
 impl Trainer {
-    /// Copies all that a checkpoint holds, begins to write it, and draws the plot anew. A save that is still being
+    /// Copies all that a checkpoint holds to rank 0, begins to write it there, and draws the plot anew. A save that is still being
     /// written is waited for.
     pub(super) fn begin_save(&mut self, progress: &mut dyn Progress) -> Result<()> {
         self.wait_for_save(progress)?;
+        let optimizer = match self.config.zero_stage {
+            0 => self.optimizer.state(),
+            _ => self.ranks.gather_state(&self.optimizer)?,
+        };
+        if !self.ranks.is_first() {
+            return Ok(());
+        }
         let yaml = self.config.to_yaml()?;
         let state = TrainerState {
             step: self.step,
@@ -37,7 +44,7 @@ impl Trainer {
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };
         let snapshot = Snapshot::of(&self.student)?;
-        let optimizer = on_host(self.optimizer.state());
+        let optimizer = on_host(optimizer);
         let mean = self.student.distill.as_ref().and_then(|d| d.mean()).map(|mean| on_host(mean.state()));
         let ema = self.ema.as_ref().map(|ema| on_host(ema.state()));
         let keep = Keep { newest: self.config.save_total_limit, best: self.best.map(|best| best.step) };

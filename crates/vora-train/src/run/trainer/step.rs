@@ -28,6 +28,9 @@ impl Trainer {
     /// on, and, as with HF's trainer where a scaler leaves a step out, it is counted as a step done while the learning
     /// rate's schedule waits for the next one that is taken. Its numbers go into the log as an event.
     ///
+    /// Of several processes each takes its part of the batch; losses are means over the tokens of all of them, and
+    /// gradients their sums: the step is that of one process with the whole batch.
+    ///
     /// # Errors
     /// [`NotFinite`] at the third skipped step in a row.
     pub fn train_step(&mut self) -> Result<StepMetrics> {
@@ -39,7 +42,11 @@ impl Trainer {
         let device = self.student.device();
         let uploaded: Vec<DeviceBatch> = batches.iter().map(|batch| DeviceBatch::new(batch, device)).collect();
         let num_targets = uploaded.iter().map(|batch| self.student.num_targets(batch)).sum::<i64>() as f64;
-        let num_image_tokens = uploaded.iter().map(DeviceBatch::num_image_tokens).sum::<i64>().max(1) as f64;
+        let num_image_tokens = uploaded.iter().map(DeviceBatch::num_image_tokens).sum::<i64>() as f64;
+        let mut over_all = [num_targets, num_image_tokens];
+        self.ranks.note_step(self.step + 1);
+        self.ranks.sum(&mut over_all)?;
+        let [num_targets, num_image_tokens] = over_all;
 
         let distill_weight = self.config.distill.weight_at(self.step, self.schedule.max_steps);
         let scale = self.loss_scale.map_or(1.0, |loss_scale| f64::from(loss_scale.scale));
@@ -50,15 +57,21 @@ impl Trainer {
         let mut distill_blocks: Option<Tensor> = None; // [blocks]
         let mut rewards: Option<Tensor> = None; // [3]: chosen, rejected, accuracies
         let seed = DropoutSeed::new(self.config.seed).at(self.step);
+        let (rank, world_size) = (self.ranks.rank(), self.ranks.world_size());
+        let anchored = self.anchor.as_ref().is_some_and(|anchor| anchor.has_texts(self.step, rank, world_size));
+        let first = rank * uploaded.len(); // micro-batch of the step
         for (number, batch) in uploaded.iter().enumerate() {
-            self.student.backward(batch, seed.at(number as u64), |losses| {
+            if number + 1 == uploaded.len() && !anchored {
+                self.sync_gradients()?;
+            }
+            self.student.backward(batch, seed.at((first + number) as u64), |losses| {
                 let mut loss = losses.lm_sum / num_targets;
                 loss_lm += loss.detach();
                 if let Some(Rewards { chosen, rejected, accuracies, .. }) = losses.rewards {
                     let means = Tensor::stack(&[chosen, rejected, accuracies], 0) / num_targets;
                     rewards = Some(rewards.take().map_or_else(|| means.shallow_clone(), |sum| sum + &means));
                 }
-                let share = batch.num_image_tokens() as f64 / num_image_tokens;
+                let share = batch.num_image_tokens() as f64 / num_image_tokens.max(1.0);
                 if let (Some(distill), Some(blocks)) = (losses.distill, losses.distill_blocks) {
                     let (distill, blocks) = (distill * share, blocks * share);
                     loss_distill += distill.detach();
@@ -70,13 +83,28 @@ impl Trainer {
             })?;
         }
         let anchor_weight = self.anchor.as_ref().map_or(0.0, Anchor::weight);
+        if anchored {
+            self.sync_gradients()?;
+        }
         let loss_anchor = match &self.anchor {
-            Some(anchor) => anchor.backward(&self.student, self.step, seed.at(u64::MAX), |loss| {
-                let loss = loss * anchor_weight;
-                if self.loss_scale.is_some() { loss * scale } else { loss }
-            })?,
+            Some(anchor) => anchor.backward(
+                &self.student,
+                self.step,
+                seed.at(u64::MAX - rank as u64),
+                (rank, world_size),
+                |loss| {
+                    let loss = loss * anchor_weight;
+                    if self.loss_scale.is_some() { loss * scale } else { loss }
+                },
+            )?,
             None => None,
         };
+        if let Some(gradients) = &self.gradients {
+            if !self.sums_on_the_way() {
+                gradients.sync_next()?;
+            }
+            gradients.finish()?;
+        }
         if self.loss_scale.is_some() {
             self.optimizer.scale_gradient(scale.recip())?;
         }
@@ -85,10 +113,19 @@ impl Trainer {
         let has_anchor = loss_anchor.is_some();
         let loss_anchor = loss_anchor.unwrap_or_else(zero);
         let mut read = vec![Tensor::stack(&[loss_lm, loss_distill, loss_anchor, self.optimizer.grad_norm()?], 0)];
-        let num_rewards = rewards.as_ref().map_or(0, |_| 3);
+        let num_rewards = if self.config.dpo_beta().is_some() { 3 } else { 0 };
         read.extend(rewards);
-        read.extend(distill_blocks);
-        let read = Vec::<f64>::try_from(Tensor::cat(&read, 0).to_kind(Kind::Double))?;
+        let heads = self.student.distill.as_ref().filter(|_| num_image_tokens > 0.0);
+        if let Some(distill) = heads {
+            // A process whose part has no picture adds nothing to the others' losses.
+            let blocks = distill.heads().teacher_blocks().count() as i64;
+            read.push(distill_blocks.unwrap_or_else(|| Tensor::zeros([blocks], (Kind::Float, device))));
+        }
+        let mut read = Vec::<f64>::try_from(Tensor::cat(&read, 0).to_kind(Kind::Double))?;
+        if rank > 0 {
+            read[3] = 0.0; // the norm is that of the sum already, the same in every process
+        }
+        self.ranks.sum(&mut read)?;
         let (loss_lm, loss_distill, loss_anchor) = (read[0], read[1], has_anchor.then_some(read[2]));
         let (rewards, distill_blocks) = read[4..].split_at(num_rewards);
         let (grad_norm, distill_blocks) = (read[3], distill_blocks.to_vec());
@@ -114,10 +151,14 @@ impl Trainer {
         }
         let factor = self.schedule.factor(self.step - self.skipped_steps);
         if !read.iter().all(|value| value.is_finite()) {
-            let samples = self.culprits(&batches, &uploaded)?;
+            let found = self.ranks.join(self.culprits(&batches, &uploaded)?)?;
+            let samples = if found.is_empty() { self.ranks.join(ids(&batches))? } else { found };
             self.skip(NotFinite { step, loss_lm, loss_distill, loss_anchor, grad_norm, samples })?;
         } else {
             self.optimizer.step(factor, grad_norm)?;
+            if self.config.zero_stage > 0 {
+                self.ranks.gather_parameters(&self.optimizer)?;
+            }
             if let Some(ema) = &mut self.ema {
                 ema.update(self.optimizer.parameters());
             }
@@ -128,16 +169,24 @@ impl Trainer {
 
         let seconds = start.elapsed().as_secs_f64();
         self.seconds += seconds;
-        let num_tokens: i64 = batches.iter().map(|batch| batch.spans.num_tokens()).sum();
-        let num_slots: i64 = batches.iter().map(|batch| batch.batch * batch.seq).sum();
-        let num_samples: usize = batches.iter().map(|batch| batch.samples.len()).sum();
+        let samples = batches.iter().flat_map(|batch| &batch.samples);
+        let mut counted = [
+            batches.iter().map(|batch| batch.spans.num_tokens()).sum::<i64>() as f64,
+            batches.iter().map(|batch| batch.batch * batch.seq).sum::<i64>() as f64,
+            samples.clone().count() as f64,
+            samples.filter(|sample| sample.cut_answers > 0).count() as f64,
+        ];
+        self.ranks.sum(&mut counted)?;
+        let [num_tokens, num_slots, num_samples, truncated] = counted;
         let loss = loss_lm + distill_weight * loss_distill + anchor_weight * loss_anchor.unwrap_or(0.0);
         if !is_skipped && let Some(sigmas) = self.spikes.observe(loss) {
-            let samples = ids(&batches);
+            let samples = self.ranks.join(ids(&batches))?;
             let message =
                 format!("step {step}: the loss, {loss:.4}, lies {sigmas:.1} standard deviations above the last ones");
-            tracing::warn!("{message}, on {}", samples.join(", "));
-            self.metrics.write(&Line::Event(EventMetrics { step, event: EventKind::LossSpike, message, samples }))?;
+            if self.ranks.is_first() {
+                tracing::warn!("{message}, on {}", samples.join(", "));
+            }
+            self.write(&Line::Event(EventMetrics { step, event: EventKind::LossSpike, message, samples }))?;
         }
         let metrics = StepMetrics {
             step,
@@ -150,10 +199,10 @@ impl Trainer {
             rewards,
             lr: self.config.learning_rate * factor,
             grad_norm,
-            samples_per_second: num_samples as f64 / seconds,
-            tokens_per_second: num_tokens as f64 / seconds,
-            padding_share: 1.0 - num_tokens as f64 / num_slots as f64,
-            truncated: batches.iter().flat_map(|batch| &batch.samples).filter(|s| s.cut_answers > 0).count() as u64,
+            samples_per_second: num_samples / seconds,
+            tokens_per_second: num_tokens / seconds,
+            padding_share: 1.0 - num_tokens / num_slots,
+            truncated: truncated as u64,
             too_long: self.loader.num_too_long() - too_long_before,
             data_wait,
             memory: memory(self.student.device()),
@@ -165,7 +214,7 @@ impl Trainer {
             return Ok(metrics);
         }
         if step.is_multiple_of(self.config.logging_steps) || step == self.schedule.max_steps {
-            self.metrics.write(&Line::Step(metrics.clone()))?;
+            self.write(&Line::Step(metrics.clone()))?;
             if let Some(board) = &mut self.board {
                 board.step(&metrics)?;
             }
@@ -173,13 +222,30 @@ impl Trainer {
         Ok(metrics)
     }
 
+    /// The backward pass to come is the step's last: sums over all processes begin on its way.
+    fn sync_gradients(&self) -> Result<()> {
+        match &self.gradients {
+            Some(gradients) if self.sums_on_the_way() => gradients.sync_next(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether a backward pass brings each parameter its gradient at once: not where embeddings are a head as well, and
+    /// layers are computed anew from there, one after the other.
+    fn sums_on_the_way(&self) -> bool {
+        let in_two_parts = !self.config.model.freezes_llm() && self.student.model.llm().config().tie_word_embeddings;
+        !(self.config.gradient_checkpointing && in_two_parts)
+    }
+
     /// Counts and tells of a step that is not finite.
     fn skip(&mut self, refused: NotFinite) -> Result<()> {
         self.skipped_steps += 1;
         self.skipped_in_a_row += 1;
         let message = refused.to_string();
-        tracing::warn!("skipped: {message}");
-        self.metrics.write(&Line::Event(EventMetrics {
+        if self.ranks.is_first() {
+            tracing::warn!("skipped: {message}");
+        }
+        self.write(&Line::Event(EventMetrics {
             step: refused.step,
             event: EventKind::SkippedStep,
             message,
@@ -216,7 +282,7 @@ impl Trainer {
         (0..self.config.gradient_accumulation_steps).map(next).collect()
     }
 
-    /// Whose hidden states are not finite.
+    /// Whose hidden states are not finite; none where no single sample is to blame.
     fn culprits(&self, batches: &[Batch], uploaded: &[DeviceBatch]) -> Result<Vec<String>> {
         let mut found = Vec::new();
         for (batch, uploaded) in batches.iter().zip(uploaded) {
@@ -229,7 +295,7 @@ impl Trainer {
                 }
             }
         }
-        Ok(if found.is_empty() { ids(batches) } else { found })
+        Ok(found)
     }
 }
 

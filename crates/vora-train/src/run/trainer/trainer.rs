@@ -16,6 +16,7 @@ use vora_run::metrics::{EvalMetrics, Line, MetricsLog};
 use vora_run::plot;
 use vora_run::results::TrainResults;
 use vora_text::Tokenizer;
+use vora_torch::dist::Gradients;
 use vora_torch::optim::Optimizer;
 use vora_torch::runtime::{machine, memory, peak_memory};
 
@@ -32,12 +33,13 @@ use crate::run::best::{self, Best};
 use crate::run::evaluate::evaluate;
 use crate::run::max_steps::max_steps;
 use crate::run::progress::Progress;
+use crate::run::ranks::Ranks;
 use crate::run::spikes::SpikeDetector;
 use crate::run::state::TrainerState;
 use crate::run::{dtype, size, snapshot, vq};
 use crate::step::ema::{Ema, InPlace};
 use crate::step::loss_scale::LossScale;
-use crate::step::optim::optimizer;
+use crate::step::optim::sharded;
 use vora_run::checkpoint::{self, RunFolder, Saver};
 use vora_student::{Student, parts};
 
@@ -47,10 +49,12 @@ const SAMPLES: u64 = 8;
 /// One run.
 pub struct Trainer {
     pub(super) config: TrainConfig,
+    pub(super) ranks: Ranks,
     pub(super) run: Arc<RunFolder>,
     pub(super) saver: Saver,
     pub(super) student: Student,
     pub(super) anchor: Option<Anchor>,
+    pub(super) gradients: Option<Gradients>, // where several processes train
     pub(super) optimizer: Optimizer,
     pub(super) ema: Option<Ema>,
     pub(super) loss_scale: Option<LossScale>, // in f16
@@ -59,7 +63,7 @@ pub struct Trainer {
     pub(super) source_sha256: Option<String>,
     pub(super) loader: Loader,
     pub(super) held_out: Vec<HeldOut>,
-    pub(super) metrics: MetricsLog,
+    pub(super) metrics: Option<MetricsLog>, // of rank 0, as the board
     pub(super) board: Option<Board>,
     pub(super) tokenizer: Arc<Tokenizer>,
     pub(super) spikes: SpikeDetector,
@@ -77,6 +81,7 @@ pub struct Trainer {
 /// A run before anything of it is opened: its folder, and the checkpoint that it goes on from.
 struct Begun {
     config: TrainConfig,
+    ranks: Ranks,
     run: Arc<RunFolder>,
     last: Option<PathBuf>,
     state: Option<TrainerState>,
@@ -86,13 +91,16 @@ struct Begun {
 impl Begun {
     fn new(config: TrainConfig, options: &Options<'_>) -> Result<Self> {
         let config = config.checked()?;
-        let run = Arc::new(RunFolder::lock(&config.output_dir)?);
-        let last = resume::last_checkpoint(&run, &config, options.resume)?;
+        let ranks = Ranks::new(options.group.clone());
+        ranks.same_run(&config)?;
+        let run = ranks.first(|| RunFolder::lock(&config.output_dir))?;
+        let run = Arc::new(run.unwrap_or_else(|| RunFolder::of_others(&config.output_dir)));
+        let last = resume::last_of_all(&ranks, &run, &config, options.resume)?;
         let state = last.as_deref().map(TrainerState::open).transpose()?;
-        for (key, reason) in config.without_effect() {
+        for (key, reason) in config.without_effect().into_iter().filter(|_| ranks.is_first()) {
             tracing::warn!("{key} has no effect here: {reason}");
         }
-        Ok(Self { config, run, last, state, program: memory(options.device).unwrap_or(0) })
+        Ok(Self { config, ranks, run, last, state, program: memory(options.device).unwrap_or(0) })
     }
 
     fn student(&self, options: &Options<'_>) -> Result<Student> {
@@ -108,6 +116,10 @@ impl Trainer {
     /// Whatever does not fit, by name: a key of the config, a run folder in use or already full, a model that is missing, an
     /// adapter of another rank.
     pub fn new(config: TrainConfig, options: Options<'_>) -> Result<Self> {
+        Ranks::new(options.group.clone()).told(Self::open(config, options))
+    }
+
+    fn open(config: TrainConfig, options: Options<'_>) -> Result<Self> {
         let begun = Begun::new(config, &options)?;
         let student = begun.student(&options)?;
         let maker = Arc::new(SampleMaker::new(student.preparation(&begun.config)?));
@@ -145,13 +157,17 @@ impl Trainer {
         maker: &Arc<SampleMaker>,
         sources: Sources,
     ) -> Result<Self> {
-        let Begun { config, run, last, state, program } = begun;
+        let Begun { config, ranks, run, last, state, program } = begun;
+        if ranks.are_several() {
+            ranks.same("data", &sources.seen())?;
+        }
         let source_sha256 = sources.fingerprint(&config)?;
         resume::expect_source(state.as_ref(), source_sha256.as_deref(), &config)?;
         let (training, held_out) = sources.into_parts();
         size::warn_if_short(&config, &student, &training, program);
 
-        let mut optimizer = optimizer(student.parameters(), &config.optim())?;
+        let (rank, world_size) = if config.zero_stage == 0 { (0, 1) } else { (ranks.rank(), ranks.world_size()) };
+        let mut optimizer = sharded(student.parameters(), &config.optim(), rank, world_size)?;
         let mut ema = config.ema_decay.map(|decay| Ema::new(&student.parameters(), decay));
         if let Some(folder) = &last {
             resume::restore(&mut student, &mut optimizer, ema.as_mut(), folder)
@@ -160,17 +176,21 @@ impl Trainer {
             teacher::measure_teacher(&mut student, &config, &training)?;
         }
 
-        let max_steps = max_steps(&config, training.as_ref())?;
+        ranks.copy_first(&student.parameters().iter().map(|(_, tensor)| tensor.detach()).collect::<Vec<_>>())?;
+        let gradients = ranks.gradients(optimizer.parameters())?;
+
+        let max_steps = max_steps(&config, training.as_ref(), ranks.world_size())?;
         let texts = config.text_anchor.as_ref().map(|anchor| {
             let count = anchor.num_texts(max_steps);
-            match (&last, &anchor.data_fetch) {
+            let make = || match (&last, &anchor.data_fetch) {
                 (Some(_), _) => Texts::open(run.path()),
                 (None, Some(fetch)) => {
                     let source = data::of_fetch(fetch, &config, maker).context("text_anchor")?;
                     Texts::from_records(&*source, maker, anchor, count).context("text_anchor")
                 }
                 (None, None) => Texts::written(student.model.llm(), maker.preparation(), anchor, count, config.seed),
-            }
+            };
+            Texts::from_bytes(&ranks.of_first(|| make()?.to_bytes())?)
         });
         let texts = texts.transpose()?;
         let anchor = config.text_anchor.clone().zip(texts.as_ref());
@@ -181,34 +201,43 @@ impl Trainer {
         let held = state.as_ref().map_or(Vec::new(), |state| state.samples_held.clone());
         let skipped = state.as_ref().map_or((0, 0), |state| (state.skipped_steps, state.skipped_in_a_row));
         let schedule = config.schedule(max_steps);
-        let loader = Loader::new(
-            training.clone(),
-            LoaderConfig {
-                batch_size: config.per_device_train_batch_size,
-                row_len: config.packed_row_len(),
-                shares_starts: student.shares_starts(),
-                num_workers: config.dataloader_num_workers,
-                shuffle: config.shuffle,
-                seed: config.seed,
-                group_by_modality: config.data.train.group_by_modality,
-                start,
-                held,
-                ..LoaderConfig::default()
-            },
-        )?;
+        let walk = LoaderConfig {
+            batch_size: config.per_device_train_batch_size,
+            row_len: config.packed_row_len(),
+            shares_starts: student.shares_starts(),
+            num_workers: config.dataloader_num_workers,
+            shuffle: config.shuffle,
+            seed: config.seed,
+            group_by_modality: config.data.train.group_by_modality,
+            rank: ranks.rank() as u64,
+            world_size: ranks.world_size() as u64,
+            start,
+            held,
+            ..LoaderConfig::default()
+        };
+        let loader = match ranks.peers() {
+            Some(peers) => Loader::shared(training.clone(), walk, peers)?,
+            None => Loader::new(training.clone(), walk)?,
+        };
         let yaml = config.to_yaml()?;
-        // The last act of opening: whatever was wrong with the new run, the old one is still there.
-        if !options.resume && config.overwrite_output_dir {
-            run.clear()?;
-        }
-        let metrics = MetricsLog::open(&run.path().join("metrics.jsonl"), step)?;
-        let board = config.reports_to_tensorboard().then(|| Board::open(run.path(), step)).transpose()?;
-        write_bytes(&run.path().join(CONFIG), yaml.as_bytes())?;
-        if let (Some(texts), None) = (&texts, &last) {
-            texts.save(run.path())?;
-        }
+        let log = ranks.first(|| {
+            // The last act of opening: whatever was wrong with the new run, the old one is still there.
+            if !options.resume && config.overwrite_output_dir {
+                run.clear()?;
+            }
+            let metrics = MetricsLog::open(&run.path().join("metrics.jsonl"), step)?;
+            let board = config.reports_to_tensorboard().then(|| Board::open(run.path(), step)).transpose()?;
+            write_bytes(&run.path().join(CONFIG), yaml.as_bytes())?;
+            if let (Some(texts), None) = (&texts, &last) {
+                texts.save(run.path())?;
+            }
+            Ok((metrics, board))
+        })?;
+        let (metrics, board) = log.unzip();
         Ok(Self {
             saver: Saver::new(run.clone()),
+            ranks,
+            gradients,
             student,
             anchor,
             optimizer,
@@ -220,7 +249,7 @@ impl Trainer {
             loader,
             held_out,
             metrics,
-            board,
+            board: board.flatten(),
             tokenizer: maker.preparation().tokenizer.clone(),
             spikes: SpikeDetector::default(),
             step,
@@ -243,8 +272,14 @@ impl Trainer {
     /// # Errors
     /// As [`Trainer::train_step`], and where a file of the run cannot be written.
     pub fn train(&mut self, progress: &mut dyn Progress) -> Result<Outcome> {
+        let outcome = self.run(progress);
+        self.ranks.told(outcome)
+    }
+
+    fn run(&mut self, progress: &mut dyn Progress) -> Result<Outcome> {
         if self.step == 0 {
             vq::train(&self.student, &self.config, &*self.training, &self.stop, progress)?;
+            self.ranks.copy_first(&self.student.made().iter().map(|(_, t)| t.shallow_clone()).collect::<Vec<_>>())?;
         }
         progress.begin(self.step, self.schedule.max_steps);
         if self.step > 0 {
@@ -252,7 +287,7 @@ impl Trainer {
             self.evaluate_if_due(progress)?;
         }
         let mut saved_at = self.resumed;
-        while self.step < self.schedule.max_steps && !self.is_stopped() {
+        while self.step < self.schedule.max_steps && !self.is_stopped()? {
             let metrics = self.train_step()?;
             progress.step(&metrics);
             if let Some(folder) = self.saver.written()? {
@@ -261,7 +296,8 @@ impl Trainer {
             let due = self.config.save_strategy == Strategy::Steps && self.step.is_multiple_of(self.config.save_steps);
             // Among skipped steps the weights themselves may be what is wrong: the checkpoints before are the better ones.
             let due = due && self.skipped_in_a_row == 0;
-            if due || self.save.swap(false, Ordering::Relaxed) {
+            let asked = self.save.swap(false, Ordering::Relaxed);
+            if due || self.ranks.any(asked)? {
                 self.begin_save(progress)?;
                 saved_at = self.step;
             }
@@ -271,7 +307,7 @@ impl Trainer {
             self.begin_save(progress)?;
         }
         self.wait_for_save(progress)?;
-        if self.is_stopped() {
+        if self.is_stopped()? {
             return Ok(Outcome::Stopped { step: self.step });
         }
         self.finish(progress)
@@ -282,15 +318,7 @@ impl Trainer {
     /// # Errors
     /// Where held-out data cannot be read or does not fit the model.
     pub fn evaluate(&self, progress: &mut dyn Progress) -> Result<Option<EvalReport>> {
-        evaluate(
-            &self.student,
-            &self.tokenizer,
-            &self.held_out,
-            self.config.per_device_eval_batch_size,
-            self.config.dataloader_num_workers,
-            &self.stop,
-            progress,
-        )
+        evaluate(&self.student, &self.tokenizer, &self.held_out, &self.config, &self.ranks, &self.stop, progress)
     }
 
     /// Steps done.
@@ -309,7 +337,8 @@ impl Trainer {
     /// Where the checkpoint cannot be written.
     pub fn save(&mut self, progress: &mut dyn Progress) -> Result<()> {
         self.begin_save(progress)?;
-        self.wait_for_save(progress)
+        let saved = self.wait_for_save(progress);
+        self.ranks.agree(saved)
     }
 
     pub(super) fn wait_for_save(&mut self, progress: &mut dyn Progress) -> Result<()> {
@@ -322,21 +351,15 @@ impl Trainer {
     /// What is left to do once the last step is done and saved.
     fn finish(&mut self, progress: &mut dyn Progress) -> Result<Outcome> {
         let _averaged = self.averaged();
-        if !self.config.load_best_model_at_end {
-            self.run.save_folder("final", |folder| snapshot::Snapshot::of(&self.student)?.write(folder))?;
-        }
-        self.results().save(self.run.path())?;
-        let shown = samples::choose(&self.held_out, SAMPLES);
-        samples::write(&self.run.path().join(vora_run::samples::FOLDER), &shown, &self.student.pictures().processor)?;
-        if self.loader.num_skipped() > 0 {
-            tracing::warn!(
-                "{} bad records were left out, {} of them as not even their first answer fits into max_seq_len",
-                self.loader.num_skipped(),
-                self.loader.num_too_long()
-            );
-        }
-        if self.truncated > 0 {
-            tracing::warn!("{} samples lost turns at their end, to fit into max_seq_len", self.truncated);
+        let shown = if self.ranks.is_first() { samples::choose(&self.held_out, SAMPLES) } else { Vec::new() };
+        if self.ranks.is_first() {
+            if !self.config.load_best_model_at_end {
+                self.write_final()?;
+            }
+            self.results().save(self.run.path())?;
+            let folder = self.run.path().join(vora_run::samples::FOLDER);
+            samples::write(&folder, &shown, &self.student.pictures().processor)?;
+            self.tell_of_records();
         }
         let Some(mut report) = self.evaluate(progress)? else {
             return Ok(Outcome::Stopped { step: self.step });
@@ -355,7 +378,10 @@ impl Trainer {
                 };
                 report = of_best;
             }
-            self.run.save_folder("final", |folder| snapshot::Snapshot::of(&self.student)?.write(folder))?;
+            self.ranks.first(|| self.write_final())?;
+        }
+        if !self.ranks.is_first() {
+            return Ok(Outcome::Finished(report));
         }
         if !report.0.is_empty() {
             report.save(&self.run.path().join("eval.json"))?;
@@ -372,6 +398,23 @@ impl Trainer {
             Err(error) => tracing::warn!("what seeing cost in text was not measured: {error:#}"),
         }
         Ok(Outcome::Finished(report))
+    }
+
+    fn write_final(&self) -> Result<()> {
+        self.run.save_folder("final", |folder| snapshot::Snapshot::of(&self.student)?.write(folder)).map(|_| ())
+    }
+
+    fn tell_of_records(&self) {
+        if self.loader.num_skipped() > 0 {
+            tracing::warn!(
+                "{} bad records were left out, {} of them as not even their first answer fits into max_seq_len",
+                self.loader.num_skipped(),
+                self.loader.num_too_long()
+            );
+        }
+        if self.truncated > 0 {
+            tracing::warn!("{} samples lost turns at their end, to fit into max_seq_len", self.truncated);
+        }
     }
 
     /// What the adapters cost in text where they act on everything; none where there are no adapters, for then the LLM is
@@ -415,8 +458,10 @@ impl Trainer {
             if self.step.is_multiple_of(self.config.save_steps) {
                 self.compare(&report)?;
             }
-            self.show(&samples::choose(&self.held_out, SAMPLES))?;
-            self.plot()?;
+            if self.ranks.is_first() {
+                self.show(&samples::choose(&self.held_out, SAMPLES))?;
+                self.plot()?;
+            }
         }
         Ok(())
     }
@@ -427,7 +472,11 @@ impl Trainer {
         if let Some(board) = &mut self.board {
             board.eval(&metrics)?;
         }
-        self.metrics.write(&Line::Eval(metrics))
+        self.write(&Line::Eval(metrics))
+    }
+
+    pub(super) fn write(&mut self, line: &Line) -> Result<()> {
+        self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.write(line))
     }
 
     /// Takes this step's checkpoint for the best, where its evaluation says so.
@@ -465,7 +514,8 @@ impl Trainer {
         plot::draw(&path.join("loss.svg"), &title, &MetricsLog::read(&path.join("metrics.jsonl"))?)
     }
 
-    fn is_stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
+    /// Whether any of the processes was told to stop.
+    fn is_stopped(&self) -> Result<bool> {
+        self.ranks.any(self.stop.load(Ordering::Relaxed))
     }
 }

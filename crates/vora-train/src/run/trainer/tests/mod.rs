@@ -6,6 +6,7 @@ mod few_bits;
 mod own;
 mod pictures;
 mod preferring;
+mod ranks;
 mod refused;
 mod resumed;
 mod steps;

@@ -1,0 +1,122 @@
+// Processes that work together, over libtorch's c10d: a store that all of them reach, and collectives over Gloo.
+#include "group.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
+
+#include <cstring>
+
+#include "../guard.h"
+
+using c10d::Store;
+using StorePtr = c10::intrusive_ptr<Store>;
+
+extern "C" {
+
+// A client of the store at that place, which this process keeps as well where `is_server`; keys begin with `prefix`.
+StorePtr* vora_store_new(const char* host, uint16_t port, int is_server, const char* prefix, int64_t timeout_ms) {
+  return guard<StorePtr*>(nullptr, [&] {
+    c10d::TCPStoreOptions options;
+    options.port = port;
+    options.isServer = is_server != 0;
+    options.waitWorkers = false;
+    options.timeout = std::chrono::milliseconds(timeout_ms);
+    StorePtr store = c10::make_intrusive<c10d::TCPStore>(host, options);
+    return new StorePtr(c10::make_intrusive<c10d::PrefixStore>(prefix, store));
+  });
+}
+
+void vora_store_free(StorePtr* store) { delete store; }
+
+int vora_store_set(StorePtr* store, const char* key, const uint8_t* data, size_t len) {
+  return guard(-1, [&] {
+    (*store)->set(key, std::vector<uint8_t>(data, data + len));
+    return 0;
+  });
+}
+
+// 1 where the key is there, 0 where it is not.
+int vora_store_has(StorePtr* store, const char* key) {
+  return guard(-1, [&] { return (*store)->check({key}) ? 1 : 0; });
+}
+
+// The bytes under a key; it is waited for.
+at::Tensor* vora_store_get(StorePtr* store, const char* key) {
+  return guard<at::Tensor*>(nullptr, [&] {
+    auto value = (*store)->get(key);
+    auto bytes = at::empty({static_cast<int64_t>(value.size())}, at::kByte);
+    if (!value.empty()) std::memcpy(bytes.data_ptr(), value.data(), value.size());
+    return new at::Tensor(bytes);
+  });
+}
+
+// A group over Gloo. `interface` and `host` choose the network device, both empty: that of the machine's name.
+Group* vora_group_new(StorePtr* store, int rank, int world_size, const char* interface, const char* host,
+                      int64_t timeout_ms) {
+  return guard<Group*>(nullptr, [&] {
+    using c10d::ProcessGroupGloo;
+    auto options = ProcessGroupGloo::Options::create(std::chrono::milliseconds(timeout_ms));
+    options->devices.push_back(*interface != 0 ? ProcessGroupGloo::createDeviceForInterface(interface)
+                               : *host != 0    ? ProcessGroupGloo::createDeviceForHostname(host)
+                                               : ProcessGroupGloo::createDefaultDevice());
+    StorePtr for_gloo = c10::make_intrusive<c10d::PrefixStore>("gloo", *store);
+    auto gloo = c10::make_intrusive<ProcessGroupGloo>(for_gloo, rank, world_size, options);
+    auto group = c10::make_intrusive<c10d::ProcessGroup>(*store, rank, world_size);
+    group->setDefaultBackend(c10d::ProcessGroup::BackendType::GLOO);
+    for (auto device : {c10::kCPU, c10::kCUDA}) {
+      group->setBackend(device, c10d::ProcessGroup::BackendType::GLOO, c10::intrusive_ptr<c10d::Backend>(gloo));
+    }
+    return new Group{group, std::make_shared<Waits>(), std::make_shared<std::atomic<uint64_t>>(0)};
+  });
+}
+
+// Threads of a group that was told to stop may never come back from the network: it is left to the end of the process.
+void vora_group_free(Group* group) {
+  if (!group->waits->is_aborted()) delete group;
+}
+
+// `op` is c10d's `ReduceOp`.
+int vora_group_all_reduce(Group* group, at::Tensor* tensor, int op) {
+  return guard(-1, [&] {
+    std::vector<at::Tensor> tensors{*tensor};
+    c10d::AllreduceOptions options;
+    options.reduceOp = c10d::ReduceOp(static_cast<c10d::ReduceOp::RedOpType>(op));
+    group->waits->wait(group->group->allreduce(tensors, options));
+    return 0;
+  });
+}
+
+int vora_group_broadcast(Group* group, at::Tensor* tensor, int root) {
+  return guard(-1, [&] {
+    std::vector<at::Tensor> tensors{*tensor};
+    c10d::BroadcastOptions options;
+    options.rootRank = root;
+    group->waits->wait(group->group->broadcast(tensors, options));
+    return 0;
+  });
+}
+
+// `[..]` of every rank -> `[world_size, ..]`.
+at::Tensor* vora_group_all_gather(Group* group, at::Tensor* tensor) {
+  return guard<at::Tensor*>(nullptr, [&] {
+    auto shape = tensor->sizes().vec();
+    shape.insert(shape.begin(), group->group->getSize());
+    auto gathered = at::empty(shape, tensor->options());
+    auto rows = gathered.unbind(0);
+    std::vector<std::vector<at::Tensor>> outputs{rows};
+    std::vector<at::Tensor> inputs{*tensor};
+    group->waits->wait(group->group->allgather(outputs, inputs));
+    return new at::Tensor(gathered);
+  });
+}
+
+void vora_group_abort(Group* group, const char* reason) { group->waits->abort(reason); }
+
+double vora_group_waiting(Group* group) { return group->waits->oldest(); }
+
+uint64_t vora_group_reduced(Group* group) { return group->reduced->load(); }
+
+}  // extern "C"

@@ -1,0 +1,15 @@
+//! Processes that train together, over libtorch's c10d: rendezvous from the environment that `torchrun` sets, collectives
+//! over Gloo, gradients through c10d's Reducer. A process that dies, freezes or fails ends the others within half a
+//! minute, and they say which it was.
+
+mod gradients;
+mod group;
+mod store;
+#[cfg(test)]
+mod tests;
+mod watch;
+mod world;
+
+pub use gradients::Gradients;
+pub use group::{Op, ProcessGroup, Traffic};
+pub use world::World;

@@ -1,0 +1,79 @@
+//! What processes with a share each of an optimizer's state tell each other.
+
+use anyhow::Result;
+use tch::Tensor;
+
+use super::optimizer::Optimizer;
+use crate::dist::ProcessGroup;
+
+/// Elements that are sent together.
+const CHUNK: usize = 16 << 20;
+
+impl Optimizer {
+    /// After [`Self::step`]: takes over what the other processes made of their parameters.
+    ///
+    /// # Errors
+    /// Where one of them is gone.
+    pub fn gather_parameters(&self, group: &ProcessGroup) -> Result<()> {
+        for rank in 0..group.world_size() {
+            broadcast(group, &self.owned_by(rank), rank)?;
+        }
+        Ok(())
+    }
+
+    /// The state of all parameters, put together from what each process has: whole on rank 0, which gets it in the memory of
+    /// the host, and empty on the others.
+    ///
+    /// # Errors
+    /// Where one of them is gone.
+    pub fn gather_state(&self, group: &ProcessGroup) -> Result<Vec<(String, Tensor)>> {
+        let mut own = self.state().into_iter();
+        let mut whole: Vec<_> = own.by_ref().take(1).map(|(name, step)| (name, step.copy())).collect();
+        for ((name, parameter), &owner) in self.parameters().iter().zip(&self.owners) {
+            for mean in ["exp_avg", "exp_avg_sq"] {
+                let tensor = match owner == group.rank() {
+                    true => own.next().map(|(_, tensor)| tensor),
+                    false => None,
+                };
+                let tensor = tensor.unwrap_or_else(|| parameter.zeros_like().set_requires_grad(false));
+                group.broadcast(&tensor, owner)?;
+                if group.rank() == 0 {
+                    let host = tensor.to_device(tch::Device::Cpu);
+                    whole.push((format!("{name}.{mean}"), if owner == 0 { host.copy() } else { host }));
+                }
+            }
+        }
+        Ok(if group.rank() == 0 { whole } else { Vec::new() })
+    }
+
+    fn owned_by(&self, rank: usize) -> Vec<Tensor> {
+        let owned = self.parameters().iter().zip(&self.owners).filter(|(_, owner)| **owner == rank);
+        owned.map(|((_, tensor), _)| tensor.detach()).collect()
+    }
+}
+
+/// Makes `tensors`, f32, those of `root` in every process.
+///
+/// # Errors
+/// Where one of the processes is gone.
+pub fn broadcast(group: &ProcessGroup, tensors: &[Tensor], root: usize) -> Result<()> {
+    let mut rest = tensors;
+    while !rest.is_empty() {
+        let (mut len, mut elements) = (0, 0);
+        while len < rest.len() && (len == 0 || elements + rest[len].numel() <= CHUNK) {
+            elements += rest[len].numel();
+            len += 1;
+        }
+        let (chunk, after) = rest.split_at(len);
+        let flat = Tensor::cat(&chunk.iter().map(|tensor| tensor.flatten(0, -1)).collect::<Vec<_>>(), 0);
+        group.broadcast(&flat, root)?;
+        if group.rank() != root {
+            let sizes: Vec<i64> = chunk.iter().map(|tensor| tensor.numel() as i64).collect();
+            for (tensor, part) in chunk.iter().zip(flat.split_with_sizes(sizes.as_slice(), 0)) {
+                tch::no_grad(|| tensor.shallow_clone().copy_(&part.view_as(tensor)));
+            }
+        }
+        rest = after;
+    }
+    Ok(())
+}
