@@ -78,6 +78,8 @@ mod tests {
         };
         let endless = error("{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}");
         assert_eq!(endless.downcast_ref(), Some(&TextError::OutOfFuel { origin: "test".to_owned() }), "{endless:#}");
-        assert!(error("{{ raise_exception('no') }}").downcast_ref::<TextError>().is_none());
+        let refusing = error("{{ raise_exception('no') }}");
+        let Some(TextError::Template { origin, problem }) = refusing.downcast_ref() else { panic!("{refusing:#}") };
+        assert!(origin == "test" && problem.contains("no"), "{problem}");
     }
 }
