@@ -113,7 +113,6 @@ fn compare_as_a_rank() {
             let same = (1..group.world_size() as i64).all(|rank| all.get(rank).equal(&all.get(0)));
             assert!(same, "{}: {name} is not the same in all processes", case.name);
         }
-        println!("{}: as alone", case.name);
     }
 }
 
