@@ -257,10 +257,15 @@ impl ProcessGroup {
         add(&mut self.traffic.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// An error of the network says which address it was at; the watch soon knows which rank.
     pub(super) fn explained<T>(&self, result: Result<T>) -> Result<T> {
-        let Err(error) = result else { return result };
-        let said = error.to_string();
+        result.map_err(|error| self.explain(error))
+    }
+
+    /// What is behind an error that something on the way of collectives ended with, a backward pass for one: an error of the
+    /// network says which address it was at, and soon it is known which rank. Other errors come back as they are.
+    pub fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+        let said = format!("{error:#}");
+        let said = said.lines().next().unwrap_or_default();
         if !self.is_over() && ["onnection", "peer", "socket", "imed out"].iter().any(|word| said.contains(word)) {
             let _ = self.store.set(BREAK, b"");
             let start = Instant::now();
@@ -268,10 +273,7 @@ impl ProcessGroup {
                 thread::sleep(Duration::from_millis(50));
             }
         }
-        match self.handle.reason() {
-            Some(reason) => Err(anyhow!(reason)),
-            None => Err(error),
-        }
+        self.handle.reason().map_or(error, |reason| anyhow!(reason))
     }
 }
 
