@@ -1,7 +1,6 @@
 //! Collectives: what all processes of a run do together.
 
 use std::ffi::{CString, c_void};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -9,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, bail, ensure};
 use tch::Tensor;
 
+use super::handle::Handle;
 use super::store::Store;
 use super::watch::{BREAK, END, Watch, beat, is_done};
 use super::world::World;
@@ -44,59 +44,6 @@ pub struct Traffic {
     pub broadcast: u64,
     /// Gathered of all processes together.
     pub all_gather: u64,
-}
-
-/// The C++ side, shared with the thread that watches.
-#[derive(Debug)]
-pub(super) struct Handle {
-    group: *mut c_void,
-    collectives: AtomicU64, // begun
-    step: AtomicU64,
-    is_over: AtomicBool,
-    reason: Mutex<Option<String>>,
-}
-
-// SAFETY: the group's waits are locked on the C++ side; the rest are atomics.
-unsafe impl Send for Handle {}
-// SAFETY: as above.
-unsafe impl Sync for Handle {}
-
-impl Handle {
-    /// Ends whatever is waited for, now and later.
-    pub(super) fn abort(&self, reason: &str) {
-        self.reason.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| reason.to_owned());
-        self.is_over.store(true, Ordering::Relaxed);
-        if let Ok(reason) = CString::new(reason.replace('\0', " ")) {
-            // SAFETY: a live group and a string.
-            unsafe { dist::vora_group_abort(self.group, reason.as_ptr()) };
-        }
-    }
-
-    /// For how long the oldest collective has been waited for.
-    pub(super) fn waiting(&self) -> Duration {
-        // SAFETY: a live group.
-        Duration::from_secs_f64(unsafe { dist::vora_group_waiting(self.group) }.max(0.0))
-    }
-
-    /// Collectives begun, and the step of the run.
-    pub(super) fn progress(&self) -> (u64, u64) {
-        (self.collectives.load(Ordering::Relaxed), self.step.load(Ordering::Relaxed))
-    }
-
-    pub(super) fn is_over(&self) -> bool {
-        self.is_over.load(Ordering::Relaxed)
-    }
-
-    fn reason(&self) -> Option<String> {
-        self.reason.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-}
-
-impl Drop for Handle {
-    fn drop(&mut self) {
-        // SAFETY: made by `vora_group_new`, freed once: the watch has ended.
-        unsafe { dist::vora_group_free(self.group) };
-    }
 }
 
 /// The processes that train together. What one of them calls here, all call, in the same order.
@@ -141,13 +88,7 @@ impl ProcessGroup {
                 GLOO_SOCKET_IFNAME names the interface to use",
             ));
         }
-        let handle = Arc::new(Handle {
-            group,
-            collectives: AtomicU64::new(0),
-            step: AtomicU64::new(0),
-            is_over: AtomicBool::new(false),
-            reason: Mutex::new(None),
-        });
+        let handle = Arc::new(Handle::new(group));
         let watch = Watch::start(world, Arc::clone(&handle), timeout)?;
         let traffic = Mutex::default();
         Ok(Arc::new(Self { world: world.clone(), watch: Some(watch), handle, store, traffic }))
@@ -290,7 +231,7 @@ impl ProcessGroup {
 
     /// Leaves word which step of the run this process is at, to be told should it get no further.
     pub fn note_step(&self, step: u64) {
-        self.handle.step.store(step, Ordering::Relaxed);
+        self.handle.note_step(step);
     }
 
     /// What was handed to collectives so far.
@@ -309,17 +250,22 @@ impl ProcessGroup {
     }
 
     pub(super) fn count_collective(&self) {
-        self.handle.collectives.fetch_add(1, Ordering::Relaxed);
+        self.handle.count_collective();
     }
 
     fn count(&self, add: impl FnOnce(&mut Traffic)) {
         add(&mut self.traffic.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// An error of the network says which address it was at; the watch soon knows which rank.
     pub(super) fn explained<T>(&self, result: Result<T>) -> Result<T> {
-        let Err(error) = result else { return result };
-        let said = error.to_string();
+        result.map_err(|error| self.explain(error))
+    }
+
+    /// What is behind an error that something on the way of collectives ended with, a backward pass for one: an error of the
+    /// network says which address it was at, and soon it is known which rank. Other errors come back as they are.
+    pub fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+        let said = format!("{error:#}");
+        let said = said.lines().next().unwrap_or_default();
         if !self.is_over() && ["onnection", "peer", "socket", "imed out"].iter().any(|word| said.contains(word)) {
             let _ = self.store.set(BREAK, b"");
             let start = Instant::now();
@@ -327,10 +273,7 @@ impl ProcessGroup {
                 thread::sleep(Duration::from_millis(50));
             }
         }
-        match self.handle.reason() {
-            Some(reason) => Err(anyhow!(reason)),
-            None => Err(error),
-        }
+        self.handle.reason().map_or(error, |reason| anyhow!(reason))
     }
 }
 

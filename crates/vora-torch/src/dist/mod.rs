@@ -4,6 +4,7 @@
 
 mod gradients;
 mod group;
+mod handle;
 mod store;
 #[cfg(test)]
 mod tests;

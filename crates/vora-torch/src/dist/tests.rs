@@ -1,4 +1,5 @@
 //! Groups of real processes: each test starts itself again, once for each rank.
+#![expect(clippy::print_stdout, reason = "what a process found is read from its output")]
 
 use std::process::Output;
 use std::time::{Duration, Instant};

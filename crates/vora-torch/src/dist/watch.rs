@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::group::Handle;
+use super::handle::Handle;
 use super::store::Store;
 use super::world::World;
 

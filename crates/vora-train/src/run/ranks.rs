@@ -50,12 +50,14 @@ impl Ranks {
         }
     }
 
-    /// Tells the others of an error that this process ends with.
+    /// Tells the others of an error that this process ends with; one that comes of another process is that one's.
     pub(crate) fn told<T>(&self, result: Result<T>) -> Result<T> {
-        if let (Some(group), Err(error)) = (&self.0, &result) {
-            group.fail(error);
-        }
-        result
+        let Some(group) = &self.0 else { return result };
+        result.map_err(|error| {
+            let error = group.explain(error);
+            group.fail(&error);
+            error
+        })
     }
 
     /// Each value as the sum over all processes.
@@ -132,19 +134,8 @@ impl Ranks {
         if !self.are_several() {
             return Ok(());
         }
-        let version = env!("CARGO_PKG_VERSION");
-        let first = self.of_first(|| Ok(serde_json::to_vec(&(version, config))?))?;
-        let (of_first, theirs): (String, serde_json::Value) = serde_json::from_slice(&first)?;
-        let rank = self.rank();
-        let compare = || {
-            ensure!(of_first == version, "rank {rank} runs version {version} of this program, rank 0 runs {of_first}");
-            let theirs: TrainConfig = serde_json::from_value(theirs)?;
-            let differences = theirs.differences(config)?;
-            let list = differences.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
-            ensure!(list.is_empty(), "the run file of rank {rank} is another than that of rank 0: {list}");
-            Ok(())
-        };
-        self.agree(compare())
+        let first = self.of_first(|| Ok(serde_json::to_vec(&(VERSION, config))?))?;
+        self.agree(compare(self.rank(), &first, config))
     }
 
     /// Sees to it that all processes found the same; `found` says what of `what`.
@@ -164,11 +155,44 @@ impl Ranks {
     }
 }
 
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Compares this process's program and run file with those of rank 0, as it wrote them.
+fn compare(rank: usize, first: &[u8], config: &TrainConfig) -> Result<()> {
+    let (version, theirs): (String, serde_json::Value) = serde_json::from_slice(first)?;
+    ensure!(version == VERSION, "rank {rank} runs version {VERSION} of this program, rank 0 runs {version}");
+    let theirs: TrainConfig = serde_json::from_value(theirs)?;
+    let differences = theirs.differences(config)?;
+    let list = differences.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    ensure!(list.is_empty(), "the run file of rank {rank} is another than that of rank 0: {list}");
+    Ok(())
+}
+
 /// A group that a loader asks.
 struct Group(Arc<ProcessGroup>);
 
 impl Peers for Group {
     fn all_gather(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
         self.0.all_gather_bytes(mine)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_version_or_run_file_is_told() {
+        let config = TrainConfig::default();
+        let error = |version: &str, config: &TrainConfig| {
+            let first = serde_json::to_vec(&(version, &TrainConfig::default())).unwrap();
+            compare(3, &first, config).map_err(|error| error.to_string())
+        };
+        assert_eq!(error(VERSION, &config), Ok(()));
+        let other = error("0.0.1-other", &config).unwrap_err();
+        assert_eq!(other, format!("rank 3 runs version {VERSION} of this program, rank 0 runs 0.0.1-other"));
+        let config = TrainConfig { seed: 7, ..config };
+        let other = error(VERSION, &config).unwrap_err();
+        assert_eq!(other, "the run file of rank 3 is another than that of rank 0: seed was 42, is 7");
     }
 }

@@ -122,10 +122,13 @@ fn processes_stop_together_and_go_on() {
     succeeded(&run.output(&[&format!("max_steps={}", run.saved() + 1), "per_device_train_batch_size=2"]));
 }
 
+/// Settings of a process, and variables of its environment.
+type Given<'a> = (&'a [&'a str], &'a [(&'a str, &'a str)]);
+
 /// Each process by itself, with the environment that is given and what else it sets; what each said.
-fn by_hand(run: &Run, ranks: [(&[&str], &[(&str, &str)]); 2], without: &str) -> [Output; 2] {
+fn by_hand(run: &Run, ranks: [Given<'_>; 2], without: &str) -> [Output; 2] {
     let port = fixtures::free_port();
-    let spawn = |(rank, (more, variables)): (usize, (&[&str], &[(&str, &str)]))| {
+    let spawn = |(rank, (more, variables)): (usize, Given<'_>)| {
         let mut command = run.train(&[&[HALF, "ddp_timeout=8"], more].concat());
         command.envs(fixtures::environment(rank, 2, port)).envs(variables.iter().copied()).env_remove(without);
         command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()

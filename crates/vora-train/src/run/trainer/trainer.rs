@@ -331,7 +331,7 @@ impl Trainer {
         self.student.parameters()
     }
 
-    /// Writes a checkpoint and waits until it is whole.
+    /// Writes a checkpoint and waits until it is whole; of several processes all call it.
     ///
     /// # Errors
     /// Where the checkpoint cannot be written.

@@ -113,7 +113,6 @@ fn compare_as_a_rank() {
             let same = (1..group.world_size() as i64).all(|rank| all.get(rank).equal(&all.get(0)));
             assert!(same, "{}: {name} is not the same in all processes", case.name);
         }
-        println!("{}: as alone", case.name);
     }
 }
 
@@ -206,4 +205,43 @@ fn a_run_goes_on_with_another_number_of_processes() {
     assert_eq!(losses(&at("two")), losses(&at("2-2"))); // digit for digit
     let (two, again) = (saved("two"), saved("2-2"));
     assert!(two.names().all(|name| two.tensor(name).unwrap().equal(&again.tensor(name).unwrap())));
+}
+
+#[test]
+fn whole_runs_end_as_those_of_one_process() {
+    let models = ["seed=0", OTHER_SYSTEMS[3]];
+    let run = |model: &str, folder: &Path, group: Option<std::sync::Arc<ProcessGroup>>| {
+        let batch_size = format!("per_device_train_batch_size={}", if group.is_some() { 1 } else { 2 });
+        let settings = [model, &batch_size, "bf16=false", "max_steps=4", "eval_steps=2", "report_to=none"];
+        let options = Options { group, ..Options::new(Device::Cpu, &resolve) };
+        let mut trainer = Trainer::new(config("smoke.yaml", folder, &settings), options).unwrap();
+        assert!(matches!(trainer.train(&mut Silent).unwrap(), Outcome::Finished(_)));
+    };
+    if Ranks::is_one() {
+        let group =
+            ProcessGroup::join(&World::from_env().unwrap().unwrap(), std::time::Duration::from_secs(300)).unwrap();
+        let folder = PathBuf::from(std::env::var(FOLDER).unwrap());
+        for (number, model) in models.into_iter().enumerate() {
+            run(model, &folder.join(format!("two-{number}")), Some(group.clone()));
+        }
+        return;
+    }
+    let folders = tempfile::tempdir().unwrap();
+    let variables = [(FOLDER, folders.path().to_str().unwrap())];
+    Ranks::of("run::trainer::tests::ranks::whole_runs_end_as_those_of_one_process", 0..2, 2, &variables).pass();
+    for (number, model) in models.into_iter().enumerate() {
+        let (one, two) = (folders.path().join(format!("one-{number}")), folders.path().join(format!("two-{number}")));
+        run(model, &one, None);
+        for (one, two) in losses(&one).iter().zip(&losses(&two)) {
+            assert!(one.0 == two.0 && (one.1 - two.1).abs() < 1e-5, "{one:?} {two:?}");
+        }
+        // Each question once, and the same answers about the same other pictures.
+        let read = |folder: &Path| std::fs::read_to_string(folder.join("eval.json")).unwrap();
+        assert_eq!(read(&one), read(&two));
+        let files = |folder: &Path| {
+            let names = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
+            names.collect::<std::collections::BTreeSet<_>>()
+        };
+        assert_eq!(files(&one), files(&two));
+    }
 }
