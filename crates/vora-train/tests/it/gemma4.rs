@@ -236,3 +236,22 @@ fn the_published_12b_is_counted_to_the_last_parameter() {
     assert_eq!((linears("self_attn.q_proj"), linears("self_attn.v_proj")), (48, 40));
     assert!(plan.measured.is_none());
 }
+
+/// The teacher's features of what it is shown, other pixels than the student's, are kept as they were.
+#[test]
+fn kept_features_of_its_teacher_teach_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let tiny = resolve("fixtures/tiny/data").unwrap().display().to_string();
+    let fetch =
+        format!("data_fetch: {{data_paths: [{{anno_path: {tiny}/conversations.jsonl, image_folder: {tiny}/images}}]}}");
+    let data = format!("data={{train: {{{fetch}}}, eval: {{test: {{{fetch}, samples: 1}}}}}}");
+    let run = |more: &[&str]| {
+        taught::parameters("gemma4-smoke.yaml", folder.path(), &[&[data.as_str()], more].concat(), false)
+    };
+    let cache = format!("distill.cache={}", folder.path().join("cache").display());
+    let runs = [run(&[]), run(&[&cache]), run(&[&cache])];
+    assert!(folder.path().join("cache").exists());
+    for kept in &runs[1..] {
+        assert!(kept.iter().zip(&runs[0]).all(|((_, a), (_, b))| a.equal(b)));
+    }
+}
