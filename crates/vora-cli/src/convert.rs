@@ -20,14 +20,14 @@ use crate::size;
 Layouts, and what they become:
   gguf                 a language model in one file         llm, gguf
   llm                  a language model, as HF has it       llm, gguf
-  vora                 a VoRA, published or merged here     vora, llm, gguf
+  vora                 a VoRA, published or merged here     vora, llm, gguf, mmproj
   vora-unmerged        a VoRA, adapters beside the weights  vora-unmerged, vora, peft, frozen-llm
   peft                 a VoRA's adapter: a run's final/     vora-unmerged, vora
   peft-llm             a plain language model's adapter     llm, gguf, with the adapter merged
   peft-llava           a LLaVA's adapter                    llava, llava-transformers5, with the adapter merged
   llava                LLaVA, language_model.model...       llava, llava-transformers5, llm, gguf, mmproj
   llava-transformers5  LLaVA, model.language_model...       llava, llava-transformers5, llm, gguf, mmproj
-  mmproj               a LLaVA's eyes in one GGUF file
+  mmproj               a model's eyes in one GGUF file
   safetensors          any others                           safetensors
 
 What SRC is, its files say. vora-unmerged is written as the published VoRA code reads it: one rank, no alpha, and a
@@ -35,8 +35,8 @@ bias beside every adapter. frozen-llm is the LLM as it was below the adapters. W
 files and dtypes change alone. Nothing is computed but merged adapters: what is kept or renamed keeps its bytes. A
 tokenizer, chat template or image processor in an adapter's own folder goes before its base's. What was written is
 opened once, or nothing is kept. A GGUF file has tokenizer and chat template in it; --dtype says what its matrices
-are, vectors and norms are f32. mmproj is the second file that llama.cpp takes: the encoder, a CLIP or a SigLIP, up
-to the layer that is projected, and the projection.
+are, vectors and norms are f32. mmproj is the second file that llama.cpp takes: of a LLaVA the encoder, a CLIP or a
+SigLIP, up to the layer that is projected, and the projection; of a VoRA its vision_embedding, gemma4_unified alone.
 
 Examples:
   vora convert model-Q8_0.gguf model --dtype bf16

@@ -160,7 +160,8 @@ impl Conversion {
                     let path = folder.join(file);
                     let mut out = BufWriter::new(File::create(&path)?);
                     writer.write(&mut out, |name| {
-                        Ok(Vec::<f32>::try_from(self.tensor(name)?.contiguous().view([-1]))?)
+                        let tensor = mmproj::arranged(name, &self.tensor(name)?)?;
+                        Ok(Vec::<f32>::try_from(tensor.contiguous().view([-1]))?)
                     })?;
                     out.into_inner()?.sync_all()?;
                 }

@@ -29,7 +29,8 @@ pub enum Layout {
     Llava,
     /// LLaVA under the names that its modules have in transformers 5: `model.language_model…`, `lm_head`.
     LlavaTransformers5,
-    /// A LLaVA's encoder and projection in one GGUF file, as llama.cpp takes them beside the language model's.
+    /// The eyes of a LLaVA (encoder and projection), or of a VoRA that has Gemma 4's, in one GGUF file, as llama.cpp takes them
+    /// beside the language model's.
     Mmproj,
     /// Any other safetensors.
     Safetensors,
@@ -78,7 +79,7 @@ impl Layout {
     pub fn targets(self) -> &'static [Self] {
         match self {
             Gguf | PeftLlm | Llm | FrozenLlm => &[Llm, Gguf],
-            Vora => &[Vora, Llm, Gguf],
+            Vora => &[Vora, Llm, Gguf, Mmproj],
             VoraUnmerged => &[VoraUnmerged, Vora, Peft, FrozenLlm],
             Peft => &[VoraUnmerged, Vora],
             PeftLlava => &[Llava, LlavaTransformers5],

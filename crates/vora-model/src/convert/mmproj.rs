@@ -1,23 +1,86 @@
-//! The eyes of a LLaVA as the file that llama.cpp takes beside its language model's.
+//! The eyes of a model as the file that llama.cpp takes beside its language model's: those of a LLaVA, and a VoRA's that are
+//! Gemma 4's.
 
 use anyhow::{Result, bail, ensure};
+use tch::Tensor;
 use vora_files::tell_once;
-use vora_gguf::write::{FileKind, MmprojMetadata, ModelWriter, mmproj};
+use vora_gguf::write::{FileKind, Gemma4EyesMetadata, MmprojMetadata, ModelWriter, gemma4_eyes, mmproj};
 use vora_image::ImageProcessor;
-use vora_vision::{EncoderConfig, VisionFeatureSelectStrategy};
+use vora_vision::{EncoderConfig, Gemma4VisionConfig, VisionFeatureSelectStrategy};
 
 use super::gguf;
 use super::report::Change;
 use super::source::Source;
 use super::step::Step;
 use crate::llava::{LlavaConfig, MmProjectorType};
+use crate::vora::{VisionEmbeddingType, VoraConfig};
 
 /// The only file in the folder that is written.
 pub(super) const FILE: &str = "mmproj.gguf";
 
-/// The file of a LLaVA's encoder and projection, whose tensors the steps make; those that nothing which is projected depends on
-/// are dropped.
+/// The file of the eyes, whose tensors the steps make; those that nothing which the language model sees depends on are dropped.
 pub(super) fn plan(source: &Source, steps: &mut [Step], kind: FileKind) -> Result<ModelWriter> {
+    match &source.vora {
+        Some(vora) => of_vora(source, vora, steps, kind),
+        None => of_llava(source, steps, kind),
+    }
+}
+
+fn of_vora(source: &Source, vora: &VoraConfig, steps: &[Step], kind: FileKind) -> Result<ModelWriter> {
+    ensure!(
+        vora.vision_embedding == VisionEmbeddingType::Gemma4Unified,
+        "vision_embedding is {}, for which llama.cpp has no word in an mmproj file: it has {}",
+        vora.vision_embedding.name(),
+        VisionEmbeddingType::Gemma4Unified.name()
+    );
+    let processor = ImageProcessor::open(&source.path)?;
+    let (image_mean, image_std) = processor.mean_std();
+    tell_once(format!(
+        "llama.cpp writes <|image> and <image|> around a picture: the chat template that {} was trained with has to write them, \
+         too; and it makes 70 to 280 tokens of it, unless --image-min-tokens and --image-max-tokens say otherwise",
+        source.path.display()
+    ));
+    let metadata = Gemma4EyesMetadata {
+        name: gguf::name(&source.path),
+        image_size: u32::try_from(vora.image_size)?,
+        patch_size: u32::try_from(vora.patch_size)?,
+        mm_embed_dim: u32::try_from(vora.vision_embedding_intermediate_size)?,
+        rms_norm_eps: Gemma4VisionConfig::default().rms_norm_eps,
+        projection_dim: u32::try_from(vora.llm.hidden_size)?,
+        image_mean,
+        image_std,
+    };
+    let mut tensors = gguf::infos(steps);
+    for (name, shape) in &mut tensors {
+        if name.ends_with(POSITIONS) {
+            shape.swap(0, 1);
+        }
+    }
+    gemma4_eyes(&metadata, kind, &tensors)
+}
+
+/// Positions `[positions, 2, embed]`: columns, then rows.
+const POSITIONS: &str = "vision_embedder.pos_embedding";
+/// What has a number for each of a patch's pixels, by row, column and channel.
+const OF_PIXELS: [&str; 3] =
+    ["vision_embedder.patch_ln1.weight", "vision_embedder.patch_ln1.bias", "vision_embedder.patch_dense.weight"];
+
+/// A tensor as it lies in the file: of Gemma 4's eyes pixels by channel, row and column, and all columns before all rows.
+pub(super) fn arranged(name: &str, tensor: &Tensor) -> Result<Tensor> {
+    if name.ends_with(POSITIONS) {
+        return Ok(tensor.f_transpose(0, 1)?);
+    }
+    if !OF_PIXELS.iter().any(|of_pixels| name.ends_with(of_pixels)) {
+        return Ok(tensor.shallow_clone());
+    }
+    let size = tensor.size();
+    let pixels = size.last().copied().unwrap_or(0) / 3;
+    let side = (pixels as f64).sqrt() as i64;
+    Ok(tensor.f_view([-1, side, side, 3])?.f_permute([0, 3, 1, 2])?.f_reshape(&size)?)
+}
+
+/// That of a LLaVA's encoder and projection.
+fn of_llava(source: &Source, steps: &mut [Step], kind: FileKind) -> Result<ModelWriter> {
     let config = LlavaConfig::open(&source.path)?;
     let encoder = config.encoder()?;
     let mut metadata = metadata(&config, &encoder)?;
@@ -92,13 +155,14 @@ mod tests {
     use std::fs;
 
     use serde_json::{Value, json};
-    use tch::{Kind, Tensor};
+    use tch::Kind;
     use vora_gguf::Gguf;
     use vora_llm::LlmConfig;
 
     use super::*;
     use crate::convert::{Conversion, Layout, Options};
     use crate::files::save_folder;
+    use crate::vora::Vora;
 
     fn said(tower: Value, keys: Value) -> Result<MmprojMetadata, String> {
         let mut json = json!({
@@ -172,5 +236,49 @@ mod tests {
             assert!(dropped("encoder.layers.0.") == 0 && dropped("multi_modal_projector") == 0, "{tower}");
             assert!(file.has("clip.use_gelu") == (tower == "siglip"));
         }
+    }
+
+    /// Pixels of a patch go by channel first, and the columns' positions stand before the rows'.
+    #[test]
+    fn a_voras_eyes_are_written_where_they_are_gemmas() {
+        let mut config = VoraConfig::new(LlmConfig::tiny(64), 6, 2, 8);
+        let convert = |config: &VoraConfig, folder: &std::path::Path| {
+            let weights = vora_torch::weights::Weights::random(3, tch::Device::Cpu, Kind::Float);
+            let model = Vora::load(config.clone(), &weights).unwrap();
+            let tensors = crate::VisionLanguageModel::tensors(&model).unwrap();
+            let source = folder.join("source");
+            save_folder(&source, &config.to_json().unwrap(), &tensors).unwrap();
+            let processor = ImageProcessor::square(8, [0.0; 3], [1.0; 3], vora_image::Resample::Bicubic);
+            fs::write(source.join("preprocessor_config.json"), processor.to_json().to_string()).unwrap();
+            let options = Options::default().with_layout(Some(Layout::Mmproj));
+            let conversion = Conversion::plan(&source, &options, &|_| bail!("it has no base"))?;
+            conversion.write(&folder.join("eyes"))?;
+            let file = Gguf::parse(fs::read(folder.join("eyes").join(FILE)).unwrap()).unwrap();
+            anyhow::Ok((file, tensors))
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let error = format!("{:#}", convert(&config, folder.path()).unwrap_err());
+        assert!(error.contains("vision_embedding is AIMv2Embedding, for which llama.cpp has no word"), "{error}");
+
+        config.vision_embedding = VisionEmbeddingType::Gemma4Unified;
+        let folder = tempfile::tempdir().unwrap();
+        let (file, tensors) = convert(&config, folder.path()).unwrap();
+        assert_eq!((file.names().count(), file.text("clip.projector_type").unwrap()), (10, "gemma4uv"));
+        assert_eq!(file.info("v.position_embd.weight").unwrap().shape(), [2, 1120, 6]);
+        let written = |name: &str| file.tensor(name).unwrap();
+        let stored = |end: &str| {
+            let (_, tensor) = tensors.iter().find(|(name, _)| name.ends_with(end)).unwrap();
+            Vec::<f32>::try_from(tensor.detach().contiguous().view([-1])).unwrap()
+        };
+        let (weight, dense) = (written("v.patch_embd.weight"), stored("patch_dense.weight"));
+        for (row, y, x, channel) in [(0, 0, 1, 0), (3, 1, 0, 2), (5, 1, 1, 1)] {
+            let (there, here) = ((channel * 2 + y) * 2 + x, (y * 2 + x) * 3 + channel);
+            assert_eq!(weight[row * 12 + there], dense[row * 12 + here]);
+        }
+        let (table, positions) = (written("v.position_embd.weight"), stored("pos_embedding"));
+        for (axis, at) in [(0, 7), (1, 3)] {
+            assert_eq!(table[(axis * 1120 + at) * 6..][..6], positions[(at * 2 + axis) * 6..][..6]);
+        }
+        assert_eq!(written("mm.input_projection.weight"), stored("embedding_projection.weight"));
     }
 }

@@ -48,6 +48,12 @@ fn fate(from: Layout, to: Layout, name: &str, has_bias: impl Fn(&str) -> bool) -
             Some(_) => Fate::Dropped("it speaks"),
             None => Fate::To(name.strip_prefix("model.").unwrap_or(name).to_owned()),
         },
+        (Layout::Vora, Layout::Mmproj) => match in_llm {
+            Some(_) => Fate::Dropped("it speaks"),
+            None if name.starts_with(SIGHT[0]) => Fate::To(name.to_owned()),
+            None if sees => Fate::Dropped("a head for the teacher"),
+            None => Fate::Unknown,
+        },
         (Layout::Vora, Layout::Llm) | (Layout::VoraUnmerged, Layout::FrozenLlm) => match in_llm {
             Some(name) if adapted_module(name).is_some() => Fate::Dropped("an adapter"),
             Some(name) if has_bias(name) => Fate::Dropped("the bias of a layer with adapters"),
