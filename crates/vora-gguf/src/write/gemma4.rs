@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 
-use super::file::MetadataValue::{Bool, F32, F32s, Text, U32};
+use super::clip::Clip;
 use super::model::ModelWriter;
 use super::quantise::FileKind;
 use crate::TensorKind;
@@ -48,31 +48,25 @@ pub fn gemma4_eyes(
     kind: FileKind,
     tensors: &[(String, Vec<usize>)],
 ) -> Result<ModelWriter> {
-    let mut model = ModelWriter::new(kind);
-    let writer = &mut model.writer;
-    writer.put("general.architecture", Text("clip".into()));
-    writer.put("general.type", Text("mmproj".into()));
-    writer.put("general.name", Text(metadata.name.clone()));
-    writer.put("general.file_type", U32(kind.file_type()));
-    writer.put("general.quantization_version", U32(2));
-    writer.put("clip.has_vision_encoder", Bool(true));
-    writer.put("clip.projector_type", Text("gemma4uv".into()));
-    for (key, value) in [
-        ("image_size", metadata.image_size),
-        ("patch_size", metadata.patch_size),
-        ("projector.scale_factor", 1), // a patch is a token
-        ("embedding_length", metadata.mm_embed_dim),
-        ("projection_dim", metadata.projection_dim),
-        // Of an encoder, which these eyes have none of; llama.cpp asks all the same.
-        ("feed_forward_length", metadata.mm_embed_dim),
-        ("block_count", 0),
-        ("attention.head_count", 1),
-    ] {
-        writer.put(format!("clip.vision.{key}"), U32(value));
-    }
-    writer.put("clip.vision.attention.layer_norm_epsilon", F32(metadata.rms_norm_eps as f32));
-    writer.put("clip.vision.image_mean", F32s(metadata.image_mean.map(|x| x as f32).into()));
-    writer.put("clip.vision.image_std", F32s(metadata.image_std.map(|x| x as f32).into()));
+    let clip = Clip {
+        name: &metadata.name,
+        projector_type: "gemma4uv",
+        sizes: &[
+            ("image_size", metadata.image_size),
+            ("patch_size", metadata.patch_size),
+            ("projector.scale_factor", 1), // a patch is a token
+            ("embedding_length", metadata.mm_embed_dim),
+            ("projection_dim", metadata.projection_dim),
+            // Of an encoder, which these eyes have none of; llama.cpp asks all the same.
+            ("feed_forward_length", metadata.mm_embed_dim),
+            ("block_count", 0),
+            ("attention.head_count", 1),
+        ],
+        norm_eps: metadata.rms_norm_eps,
+        image_mean: metadata.image_mean,
+        image_std: metadata.image_std,
+    };
+    let mut model = clip.writer(kind);
     for (hf_name, shape) in tensors {
         let name = gguf_name(hf_name).with_context(|| format!("`{hf_name}` is no part of these eyes"))?;
         let kind = if hf_name.ends_with(POSITIONS) { TensorKind::F32 } else { kind.of(&name, shape) };

@@ -2,7 +2,8 @@
 
 use anyhow::{Context, Result, bail};
 
-use super::file::MetadataValue::{Bool, F32, F32s, I32s, Text, U32};
+use super::clip::Clip;
+use super::file::MetadataValue::{Bool, I32s};
 use super::model::ModelWriter;
 use super::quantise::FileKind;
 use crate::TensorKind;
@@ -56,37 +57,32 @@ const IN_BLOCKS: [(&str, &str); 8] = [
 /// # Errors
 /// A tensor that is no part of them, an activation that llama.cpp has not.
 pub fn mmproj(metadata: &MmprojMetadata, kind: FileKind, tensors: &[(String, Vec<usize>)]) -> Result<ModelWriter> {
-    let mut model = ModelWriter::new(kind);
+    let clip = Clip {
+        name: &metadata.name,
+        projector_type: "mlp",
+        sizes: &[
+            ("image_size", metadata.image_size),
+            ("patch_size", metadata.patch_size),
+            ("embedding_length", metadata.hidden_size),
+            ("feed_forward_length", metadata.intermediate_size),
+            ("projection_dim", metadata.projection_dim),
+            ("block_count", metadata.num_hidden_layers),
+            ("attention.head_count", metadata.num_attention_heads),
+        ],
+        norm_eps: metadata.layer_norm_eps,
+        image_mean: metadata.image_mean,
+        image_std: metadata.image_std,
+    };
+    let mut model = clip.writer(kind);
     let writer = &mut model.writer;
-    writer.put("general.architecture", Text("clip".into()));
-    writer.put("general.type", Text("mmproj".into()));
-    writer.put("general.name", Text(metadata.name.clone()));
-    writer.put("general.file_type", U32(kind.file_type()));
-    writer.put("general.quantization_version", U32(2));
-    writer.put("clip.has_vision_encoder", Bool(true));
     writer.put("clip.has_llava_projector", Bool(true));
-    writer.put("clip.projector_type", Text("mlp".into()));
     match metadata.hidden_act.as_str() {
         "quick_gelu" => {}
         "gelu" | "gelu_new" | "gelu_pytorch_tanh" => writer.put("clip.use_gelu", Bool(true)),
         other => bail!("hidden_act `{other}` of the encoder has no word in GGUF, quick_gelu and gelu have"),
     }
-    for (key, value) in [
-        ("image_size", metadata.image_size),
-        ("patch_size", metadata.patch_size),
-        ("embedding_length", metadata.hidden_size),
-        ("feed_forward_length", metadata.intermediate_size),
-        ("projection_dim", metadata.projection_dim),
-        ("block_count", metadata.num_hidden_layers),
-        ("attention.head_count", metadata.num_attention_heads),
-    ] {
-        writer.put(format!("clip.vision.{key}"), U32(value));
-    }
-    writer.put("clip.vision.attention.layer_norm_epsilon", F32(metadata.layer_norm_eps as f32));
     // Of the hidden states the one after all blocks that are written; without this key llama.cpp leaves one block out.
     writer.put("clip.vision.feature_layer", I32s(vec![i32::try_from(metadata.num_hidden_layers)?]));
-    writer.put("clip.vision.image_mean", F32s(metadata.image_mean.map(|x| x as f32).into()));
-    writer.put("clip.vision.image_std", F32s(metadata.image_std.map(|x| x as f32).into()));
     for (hf_name, shape) in tensors {
         let name = gguf_name(hf_name).with_context(|| format!("`{hf_name}` is no part of a CLIP or SigLIP encoder"))?;
         let kind = if name.starts_with("v.position_embd") { TensorKind::F32 } else { kind.of(&name, shape) };

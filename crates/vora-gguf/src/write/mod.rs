@@ -1,5 +1,6 @@
 //! A language model, or the eyes of one that sees, written as llama.cpp's converter writes it: names, order of rows, metadata, tokenizer.
 
+mod clip;
 mod file;
 mod gemma4;
 mod llm;

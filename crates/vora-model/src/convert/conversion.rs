@@ -83,15 +83,15 @@ impl Conversion {
         refuse_other_tokens(&source, to)?;
         let in_source = || format!("converting {} from {} to {written}", source.path.display(), source.layout);
         let mut steps = plan::steps(&source, to, kind).with_context(in_source)?;
+        let gguf_kind = || options.gguf_kind.unwrap_or_else(|| gguf::kind_of(side_files::most_stored(&steps)));
         if of_llm {
             let config = side_files::config(&source, to, &steps, None).with_context(in_source)?;
             let config = config.with_context(|| format!("{} has no config.json", source.path.display()))?;
-            let kind = options.gguf_kind.unwrap_or_else(|| gguf::kind_of(side_files::most_stored(&steps)));
-            let writer = gguf::plan(&source, config, &steps, kind).with_context(in_source)?;
+            let writer = gguf::plan(&source, config, &steps, gguf_kind()).with_context(in_source)?;
             return Ok(Self::in_gguf(source, steps, written, gguf::FILE, writer));
         }
         if of_eyes {
-            let kind = options.gguf_kind.unwrap_or_else(|| gguf::kind_of(side_files::most_stored(&steps)));
+            let kind = gguf_kind();
             let writer = mmproj::plan(&source, &mut steps, kind).with_context(in_source)?;
             return Ok(Self::in_gguf(source, steps, written, mmproj::FILE, writer));
         }
