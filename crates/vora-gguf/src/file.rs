@@ -222,6 +222,15 @@ impl<B: AsRef<[u8]>> Gguf<B> {
         (0..len).map(|_| Ok(reader.u32()?.cast_signed())).collect()
     }
 
+    /// An array of 32-bit floats.
+    ///
+    /// # Errors
+    /// As [`Gguf::text`].
+    pub fn floats(&self, key: &str) -> Result<Vec<f32>> {
+        let (len, mut reader) = self.array(key, 6)?;
+        (0..len).map(|_| Ok(f32::from_bits(reader.u32()?))).collect()
+    }
+
     fn value(&self, key: &str) -> Result<&Value> {
         self.metadata.get(key).with_context(|| format!("there is no metadata `{key}`"))
     }

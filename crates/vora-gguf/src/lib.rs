@@ -25,6 +25,7 @@ mod file;
 pub mod folder;
 mod kind;
 mod llm;
+mod sentencepiece;
 mod tokenizer;
 pub mod write;
 

@@ -39,6 +39,22 @@ mod tests {
     }
 
     #[test]
+    fn pieces_of_a_gguf_file_are_sentencepieces() {
+        let tokenizer = Tokenizer::open(&golden("sentencepiece.gguf")).unwrap();
+        let cases: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(golden("sentencepiece.json")).unwrap()).unwrap();
+        let cases = cases["texts"].as_array().unwrap();
+        assert_eq!(cases.len(), 10);
+        for case in cases {
+            let text = case["text"].as_str().unwrap();
+            let expected: Vec<i64> = serde_json::from_value(case["ids"].clone()).unwrap();
+            let ids = tokenizer.encode(text).unwrap();
+            assert_eq!(ids, expected, "{text}");
+            assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
+        }
+    }
+
+    #[test]
     fn a_gguf_file_alone_has_a_tokenizer_and_a_chat_template() {
         let path = golden("gguf_file.gguf");
         let tokenizer = Tokenizer::open(&path).unwrap();

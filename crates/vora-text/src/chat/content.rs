@@ -190,9 +190,11 @@ fn place(written: &str, image_token: Option<&str>) -> Option<String> {
         return Some(token.to_owned());
     }
     let marks = ["start", "begin", "boi", "end", "eoi", "/", "fake", "around"];
+    // `<|a>` and `<a|>`: Gemma 4 begins and ends something so.
+    let is_half = |token: &str| token.starts_with("<|") != token.ends_with("|>");
+    let is_mark = |token: &str| is_half(token) || marks.iter().any(|mark| token.to_lowercase().contains(mark));
     let tokens = bracketed(written);
-    let inner: Vec<&str> =
-        tokens.iter().copied().filter(|token| !marks.iter().any(|mark| token.to_lowercase().contains(mark))).collect();
+    let inner: Vec<&str> = tokens.iter().copied().filter(|token| !is_mark(token)).collect();
     match (tokens.as_slice(), inner.as_slice()) {
         ([], _) => Some(written.to_owned()),
         ([only], _) | (_, [only]) => Some((*only).to_owned()),
@@ -226,6 +228,7 @@ mod tests {
         for (written, image_token, expected) in [
             ("<image>", None, Some("<image>")),
             ("<|vision_start|><|image_pad|><|vision_end|>", None, Some("<|image_pad|>")),
+            ("<|image><image><image|>", None, Some("<image>")),
             ("<start_of_image>", None, Some("<start_of_image>")),
             ("[IMG]", None, Some("[IMG]")),
             ("<img><IMG_CONTEXT></img>", Some("<IMG_CONTEXT>"), Some("<IMG_CONTEXT>")),
