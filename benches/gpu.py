@@ -1,28 +1,32 @@
 """What a session of some minutes on a GPU measures, without cargo and without weights: models of the right shapes are made there.
 
     python benches/gpu.py --part speed --program target/debug/examples/peers --out DIR [--rehearse]
+    python benches/gpu.py --part photos --program target/debug/vora --out DIR --llm DIR --teacher DIR --photos DIR --held-out DIR [--seconds 110]
 
-`cargo xtask bench gpu --part speed` builds the program and runs this. Where there is no cargo, carry the program (stripped) and
-run this with LD_LIBRARY_PATH at the libraries of a PyTorch 2.11. Python needs torch, transformers and peft. `--rehearse` goes
-through the same commands with tiny models on the CPU.
+`cargo xtask bench gpu --part PART` builds the program and runs this. Where there is no cargo, carry the program (stripped) and
+run this with LD_LIBRARY_PATH at the libraries of a PyTorch 2.11. Part `speed` needs Python's torch, transformers and peft. `--rehearse`
+goes through the same commands with tiny models on the CPU.
 
 Part `speed`: the first step on the GPU against the CPU's; a step of the default recipe's models at three batch sizes, and one of
 the published VoRA's size (Qwen2.5-7B, LoRA of rank 1024 on 24 blocks, 1024 picture tokens), each beside transformers with PEFT.
+
+Part `photos`: a VoRA and a LLaVA, each taught for so many seconds by the same captioned photographs (recipes photos.yaml and
+photos-llava.yaml), then asked about held-out ones: CIDEr of captions, and yes/no by contrast, beside blind controls. The folders have
+`captions.jsonl` and what it names; weights are those of SmolLM2-135M-Instruct and DINOv2-small.
 """
 
 import argparse
 import atexit
 import json
+import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Dinov2Config, Dinov2Model
 
 HERE = Path(__file__).parent
 LLMS = {
@@ -56,14 +60,21 @@ STEPS = [
 TINY = [("batch 3", "tiny", "tiny", "--tokens 4 --words 8 --batch 3 --rank 4 --blocks 2 --steps 2")]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--part", choices=["speed"], required=True)
+parser.add_argument("--part", choices=["speed", "photos"], required=True)
 parser.add_argument("--program", type=Path, required=True)
 parser.add_argument("--out", type=Path, required=True)
 parser.add_argument("--rehearse", action="store_true")
+for name in ("llm", "teacher", "photos", "held-out"):
+    parser.add_argument(f"--{name}", type=Path, help="of part photos")
+parser.add_argument("--seconds", type=float, default=110, help="of part photos: of training, each")
 args = parser.parse_args()
 device = "cpu" if args.rehearse else "cuda"
+machine = f"a rehearsal on {os.cpu_count()} cores"
+if not args.rehearse:
+    names = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], check=True, text=True, stdout=subprocess.PIPE)
+    machine = names.stdout.splitlines()[0]
 args.out.mkdir(parents=True, exist_ok=True)
-scratch = Path(tempfile.mkdtemp())  # models and starts, gigabytes; the two tables alone go to --out
+scratch = Path(tempfile.mkdtemp())  # models, runs and starts, gigabytes; tables alone go to --out
 atexit.register(shutil.rmtree, scratch, True)
 began = time.monotonic()
 
@@ -74,6 +85,9 @@ def said(text):
 
 def folder(kind, name):
     """The folder of a model with random weights, in bf16."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, Dinov2Config, Dinov2Model
+
     path = scratch / f"{kind}-{name}"
     if (path / "config.json").exists():
         return path
@@ -104,32 +118,125 @@ def first_step(llm, teacher, more, out, device):
     return json.loads(run.stdout.splitlines()[-1])["first"]
 
 
-rows, steps = [], TINY if args.rehearse else STEPS
-name, llm, teacher, more = steps[0]
-both = [first_step(folder("llm", llm), folder("teacher", teacher), more.split(), scratch / place, place)
-        for place in ("cpu", device)]  # fmt: skip
-apart = [abs(a - b) / abs(a) for a, b in zip(*both)]
-said(f"first step on cpu and {device}, f32: {both}, apart {apart}")
-assert max(apart) < 2e-3, "the GPU computes something else than the CPU"
-for name, llm, teacher, more in steps:
-    out = scratch / name.replace(" ", "-")
-    try:
-        peers(folder("llm", llm), folder("teacher", teacher), [*more.split(), "--dtype", "bf16", "--rounds", "3"], out, device, 150)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        said(f"{name}: {error}")
-        continue
-    tokens = sum(int(more.split()[more.split().index(key) + 1]) for key in ("--tokens", "--words"))
-    batch = int(more.split()[more.split().index("--batch") + 1])
-    for row in json.loads((out / "peers.json").read_text()):
-        rate = row["samples_per_second"]
-        rows.append({"step": name, "of": row["name"], "seconds": batch / rate, "tokens_per_second": rate * tokens, "peak_mib": row["peak_mib"]})  # fmt: skip
-    said(name)
-machine = torch.cuda.get_device_name() if device == "cuda" else f"a rehearsal on {os.cpu_count()} cores"
-table = f"{machine}, bf16, `benches/gpu.py --part speed`\n\n| step | | s | tokens/s | peak MiB |\n| --- | --- | --- | --- | --- |\n"
-for row in rows:
-    table += f"| {row['step']} | {row['of']} | {row['seconds']:.4f} | {row['tokens_per_second']:.0f} | {row['peak_mib']:.0f} |\n"
-(args.out / "speed.json").write_text(json.dumps({"machine": machine, "first_step": both, "rows": rows}, indent=1) + "\n")
-(args.out / "speed.md").write_text(table)
-print(table)
-if len(rows) < 3 * len(steps):
-    sys.exit("some steps were not measured")
+def speed():
+    rows, steps = [], TINY if args.rehearse else STEPS
+    name, llm, teacher, more = steps[0]
+    both = [first_step(folder("llm", llm), folder("teacher", teacher), more.split(), scratch / place, place)
+            for place in ("cpu", device)]  # fmt: skip
+    apart = [abs(a - b) / abs(a) for a, b in zip(*both)]
+    said(f"first step on cpu and {device}, f32: {both}, apart {apart}")
+    assert max(apart) < 2e-3, "the GPU computes something else than the CPU"
+    for name, llm, teacher, more in steps:
+        out = scratch / name.replace(" ", "-")
+        try:
+            peers(folder("llm", llm), folder("teacher", teacher), [*more.split(), "--dtype", "bf16", "--rounds", "3"], out, device, 150)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            said(f"{name}: {error}")
+            continue
+        tokens = sum(int(more.split()[more.split().index(key) + 1]) for key in ("--tokens", "--words"))
+        batch = int(more.split()[more.split().index("--batch") + 1])
+        for row in json.loads((out / "peers.json").read_text()):
+            rate = row["samples_per_second"]
+            rows.append({"step": name, "of": row["name"], "seconds": batch / rate, "tokens_per_second": rate * tokens, "peak_mib": row["peak_mib"]})  # fmt: skip
+        said(name)
+    table = f"{machine}, bf16, `benches/gpu.py --part speed`\n\n| step | | s | tokens/s | peak MiB |\n| --- | --- | --- | --- | --- |\n"
+    for row in rows:
+        table += f"| {row['step']} | {row['of']} | {row['seconds']:.4f} | {row['tokens_per_second']:.0f} | {row['peak_mib']:.0f} |\n"
+    (args.out / "speed.json").write_text(json.dumps({"machine": machine, "first_step": both, "rows": rows}, indent=1) + "\n")
+    (args.out / "speed.md").write_text(table)
+    print(table)
+    if len(rows) < 3 * len(steps):
+        sys.exit("some steps were not measured")
+
+
+def vora(*command):
+    """Runs the program, with its words on the screen."""
+    subprocess.run([str(part) for part in (args.program, *command)], check=True)
+
+
+def made_up(folder, count, first):
+    """Photographs for a rehearsal: squares of a colour, with captions that say so."""
+    import numpy as np
+    from PIL import Image
+
+    colours = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
+    (folder / "images").mkdir(parents=True)
+    with open(folder / "captions.jsonl", "w") as records:
+        for number in range(first, first + count):
+            name, colour = list(colours.items())[number % 4]
+            pixels = np.full((60 + number % 5 * 20, 80, 3), 128, dtype=np.uint8)
+            pixels[10:40, 20:50] = colour
+            Image.fromarray(pixels).save(folder / f"images/{number}.png")
+            captions = [f"A {name} square on grey .", f"There is a {name} square number {number} ."]
+            turns = [{"from": "human", "value": "<image>\nDescribe this image."}, {"from": "gpt", "value": captions[0]}]
+            record = {"id": str(number), "frames": [f"images/{number}.png"], "conversations": turns, "captions": captions}
+            records.write(json.dumps(record) + "\n")
+    return folder
+
+
+def photos():
+    llm, teacher, batch, workers, trial = args.llm, args.teacher, 64, 14, 40
+    train, held_out = args.photos, args.held_out
+    if args.rehearse:
+        tiny = HERE.parent / "fixtures/tiny"
+        llm, teacher, batch, workers, trial = tiny / "llm", tiny / "dinov2", 4, 1, 4
+        train, held_out = made_up(scratch / "photos", 24, 0), made_up(scratch / "held-out", 12, 100)
+    if None in (llm, teacher, train, held_out):
+        sys.exit("part photos needs --llm, --teacher, --photos and --held-out")
+    contrast, asked = scratch / "contrast.jsonl", scratch / "asked.jsonl"
+    vora("data", "contrast", train / "captions.jsonl", "--out", contrast)
+    vora("data", "contrast", held_out / "captions.jsonl", "--out", asked, "--captions", "5" if not args.rehearse else "2")
+    paths = [{"anno_path": str(file), "image_folder": str(train), "weight": 1.0} for file in (train / "captions.jsonl", contrast)]
+    rows = []
+    for name, recipe, sees in (("VoRA", "photos.yaml", "aux_vision"), ("LLaVA", "photos-llava.yaml", "vision_tower")):
+        run = scratch / name
+
+        def train_for(steps, *more):
+            keys = {
+                "model.llm": llm, f"model.{sees}": teacher, "output_dir": run, "max_steps": steps, "save_steps": 1000000,
+                "data.train.data_fetch.data_paths": json.dumps(paths), "data.eval": "{}", "report_to": "none",
+                "per_device_train_batch_size": batch, "dataloader_num_workers": workers,
+            }  # fmt: skip
+            more = [*more, *(["model.lora.layers=2"] if args.rehearse else [])]
+            sets = [f"{key}={value}" for key, value in keys.items()] + more
+            config = HERE.parent / "crates/vora-train/recipes" / recipe
+            vora("train", "--config", config, "--device", device, *(part for pair in sets for part in ("--set", pair)))
+
+        train_for(trial, "text_anchor=null")
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        ends = [line["seconds"] for line in lines[trial // 2 :]]
+        step = statistics.median(after - before for before, after in zip(ends, ends[1:]))
+        shutil.rmtree(run)
+        # A step with texts beside pictures takes longer than the trial's by their share of the tokens, which is small.
+        steps = max(int(args.seconds / step), trial)
+        said(f"{name}: {step:.3f} s a step, {steps} steps")
+        train_for(steps, f"warmup_steps={max(steps // 20, 1)}")
+        result = json.loads((run / "train_results.json").read_text())
+        row = {"of": name, "steps": steps, "seconds": result["train_runtime"], "peak_mib": result["peak_memory"] / 2**20}
+        for task, data, tokens in (("caption", held_out / "captions.jsonl", 20), ("yesno", asked, 3)):
+            out = scratch / f"{name}-{task}.json"
+            vora("eval", run / "final", "--data", data, "--images", held_out, "--task", task, "--max-tokens", tokens, "--batch-size", batch,
+                 "--device", device, "--out", out)  # fmt: skip
+            row[task] = json.loads(out.read_text())["scores"]
+        rows.append(row)
+        said(name)
+    table = f"{machine}, `benches/gpu.py --part photos`\n\n"
+    table += "| | steps | seconds | CIDEr (blind) | yes/no (blind) of | interval of 95% |\n| --- | --- | --- | --- | --- | --- |\n"
+    for row in rows:
+        caption, yesno = row["caption"]["all"], row["yesno"]["all"]
+        share, n = yesno["accuracy"], yesno["n"]
+        low, high = wilson(share, n)
+        table += f"| {row['of']} | {row['steps']} | {row['seconds']:.0f} | {caption['cider']:.3f} ({caption['blind_cider']:.3f}) | "
+        table += f"{share:.3f} ({yesno['blind_accuracy']:.3f}) of {n} | {low:.3f} to {high:.3f} |\n"
+    (args.out / "photos.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    (args.out / "photos.md").write_text(table)
+    print(table)
+
+
+def wilson(share, n, z=1.96):
+    """Wilson's interval of a share."""
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return [(middle + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
+
+
+{"speed": speed, "photos": photos}[args.part]()

@@ -84,6 +84,7 @@ Examples:
   cargo xtask bench ops -- --tokens 256 --dtype bf16 --traces 3
   cargo xtask bench gpu --part speed             on a GPU: a step of random models of three sizes of batch and of 7B beside transformers
   cargo xtask bench gpu --part speed -- --rehearse  the same commands with tiny models on the CPU
+  cargo xtask bench gpu --part photos -- --photos DIR --held-out DIR  a VoRA and a LLaVA on captioned photographs, five minutes together
   cargo xtask bench distributed                  two processes under torchrun: killed, frozen, beside one
   cargo xtask bench distributed -- --kills 2 --rounds 0
   cargo xtask bench drift                        what QK-norm and z-loss do to the norms of a small Chameleon
@@ -137,7 +138,7 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     steps: Option<u64>,
     /// Of gpu: what is measured, some minutes each
-    #[arg(long, value_parser = ["speed"], required_if_eq("name", "gpu"))]
+    #[arg(long, value_parser = ["speed", "photos"], required_if_eq("name", "gpu"))]
     part: Option<String>,
     /// Handed to the bench
     #[arg(last = true, value_name = "ARGS", conflicts_with = "train")]
@@ -235,15 +236,24 @@ fn peers_into(out: &Path) -> Result<Command> {
     Ok(example)
 }
 
-/// Runs `benches/gpu.py` over `benches/examples/peers.rs`.
+/// Runs `benches/gpu.py` over `benches/examples/peers.rs`, or over `vora`.
 fn gpu(part: &str, args: &[String]) -> Result<()> {
     setup::ensure()?;
-    cmd::run(cmd::cargo().args(["build", "--locked", "--package", "benches", "--example", "peers"]))?;
+    let (build, program): (&[&str], _) = match part {
+        "speed" => (&["--package", "benches", "--example", "peers"], "debug/examples/peers"),
+        _ => (&["--package", "vora-cli"], "debug/vora"),
+    };
+    cmd::run(cmd::cargo().args(["build", "--locked"]).args(build))?;
     let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| cmd::root().join("target"), PathBuf::from);
     let mut script = Command::new(fixtures::python()?);
     script.arg(cmd::root().join("benches/gpu.py")).args(["--part", part, "--program"]);
-    script.arg(target.join("debug/examples/peers")).arg("--out").arg(cmd::root().join("runs/bench-gpu")).args(args);
-    cmd::run(script.env("LD_LIBRARY_PATH", cmd::root().join(".libtorch/lib")))
+    script.arg(target.join(program)).arg("--out").arg(cmd::root().join("runs/bench-gpu"));
+    if part == "photos" && !args.iter().any(|arg| arg == "--rehearse") {
+        for (flag, model) in ["--llm", "--teacher"].into_iter().zip(train::DEFAULT_MODELS) {
+            script.arg(flag).arg(download::ensure(model)?);
+        }
+    }
+    cmd::run(script.args(args).env("LD_LIBRARY_PATH", cmd::root().join(".libtorch/lib")))
 }
 
 /// Runs `benches/examples/packing.rs` over the default recipe's language model.
