@@ -23,6 +23,7 @@ Examples:
   vora ask runs/scenes/final \"What is a circle?\"
   vora ask HuggingFaceTB/SmolLM2-135M-Instruct \"What is a circle?\"
   vora ask runs/scenes/merged one.jpg two.jpg \"What differs?\" --temperature 0.7 --top-p 0.9 --seed 1
+  vora ask HuggingFaceTB/SmolLM2-135M-Instruct picture.png \"What is it?\" --lora-modules scenes=runs/scenes/final --adapter scenes
   vora ask runs/scenes-chameleon/merged \"A red ring.\" --write image --images-to drawn")]
 pub(crate) struct Args {
     #[command(flatten)]

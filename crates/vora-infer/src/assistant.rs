@@ -2,16 +2,19 @@
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind};
 use vora_image::RgbImage;
 use vora_model::{Input, Resolve, VisionLanguageModel};
 use vora_text::Tokenizer;
+use vora_torch::nn::decode::LoraId;
 
+use crate::adapters::NamedAdapter;
 use crate::error::InferError;
 use crate::generate::generate_rows;
 use crate::generation_config::GenerationConfig;
 use crate::prompter::Prompter;
+use crate::request::AdapterChoice;
 use crate::{
     Constraint, Generated, OutputModality, Passage, Request, SamplingParams, generate, generate_within, passages,
 };
@@ -22,6 +25,7 @@ pub struct Assistant {
     pub(crate) model: Box<dyn VisionLanguageModel>,
     pub(crate) prompter: Prompter,
     pub(crate) generation: GenerationConfig,
+    pub(crate) adapters: Vec<NamedAdapter>,
 }
 
 /// An answer.
@@ -50,7 +54,46 @@ impl Assistant {
     /// As [`Assistant::open`].
     pub fn new(model: Box<dyn VisionLanguageModel>, folder: &Path) -> Result<Self> {
         let prompter = Prompter::open(&*model, folder)?;
-        Ok(Self { model, prompter, generation: GenerationConfig::open(folder)? })
+        Ok(Self { model, prompter, generation: GenerationConfig::open(folder)?, adapters: Vec::new() })
+    }
+
+    /// Adds an adapter over the model's LLM, which a [`Request`] then asks for by `name`: PEFT's folder, or what a run trained
+    /// (its `final/`, or a checkpoint), which sees through its own patch embedding. Requests by several names are answered
+    /// together, over one copy of the LLM's weights; the model's own adapters, where it has some, do not act on those that name
+    /// another one. `resolve` finds the models that a run left where they were.
+    ///
+    /// ```no_run
+    /// # use std::path::{Path, PathBuf};
+    /// # use vora_infer::tch::{Device, Kind};
+    /// # use vora_infer::{Assistant, Engine, EngineConfig, Request, RgbImage};
+    /// # fn main() -> anyhow::Result<()> {
+    /// # let resolve = |name: &str| Ok(PathBuf::from(name));
+    /// let mut assistant = Assistant::open(Path::new("SmolLM2"), Device::Cpu, Kind::BFloat16, &resolve)?;
+    /// assistant.add_adapter("cats", Path::new("adapters/cats"), &resolve)?;
+    /// assistant.add_adapter("dogs", Path::new("adapters/dogs"), &resolve)?;
+    /// let engine = Engine::start(assistant, EngineConfig::default())?;
+    /// let question = Request::question(Vec::<RgbImage>::new(), "Who are you?");
+    /// let (by_cats, by_none) = (engine.stream(question.clone().with_adapter("cats"))?, engine.stream(question)?);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// A name that is taken; an adapter of another model; what cannot act on some rows of a batch while others have another one,
+    /// by name: DoRA, `modules_to_save`, LoRA on an embedding, trained biases.
+    pub fn add_adapter(&mut self, name: &str, folder: &Path, resolve: &Resolve<'_>) -> Result<()> {
+        ensure!(!self.adapters.iter().any(|adapter| adapter.name == name), "there is an adapter `{name}` already");
+        let most = LoraId::MAX_NAMED;
+        let id = LoraId::named(self.adapters.len()).with_context(|| format!("more than {most} adapters"))?;
+        let adapter = NamedAdapter::attach(&mut *self.model, name, id, folder, resolve);
+        self.adapters.push(adapter.with_context(|| format!("the adapter `{name}`"))?);
+        Ok(())
+    }
+
+    /// The names of the adapters that were added, and whether pictures may be shown to each.
+    pub fn adapters(&self) -> impl Iterator<Item = (&str, bool)> {
+        let sees = |adapter: &NamedAdapter| adapter.eyes.is_some() || self.model.sees();
+        self.adapters.iter().map(move |adapter| (adapter.name.as_str(), sees(adapter)))
     }
 
     /// The model.
@@ -101,8 +144,12 @@ impl Assistant {
         passages(model, &generate_within(&constraint, &input, sampling, stop, *max_new_tokens, |_| true)?.ids)
     }
 
-    /// What is asked, as the model takes it.
+    /// What is asked, as the model takes it with its own adapters.
     fn prompt(&self, request: &Request<'_>) -> Result<Input> {
+        ensure!(
+            request.adapter == AdapterChoice::Own,
+            "one request alone is answered with the model's own adapters: an Engine takes those that ask for others, or none"
+        );
         self.prompter.prompt(request)?.input(&*self.model)
     }
 

@@ -111,7 +111,7 @@ fn plain(state: &Arc<State>, route: Route<'_>) -> Result<(StatusCode, ResponseBo
             let loaded = state.loaded()?;
             let name = percent_decode_str(name).decode_utf8_lossy();
             let found = models::named(state, &loaded, &name);
-            let missing = || ApiError::no_such_model(&name, &loaded.names(&state.config.name));
+            let missing = || ApiError::no_such_model(&name, &loaded.names());
             ResponseBody::json(&found.ok_or_else(missing)?)
         }
         Route::Chat => return Err(ApiError::failed()),

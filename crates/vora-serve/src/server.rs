@@ -16,6 +16,7 @@ use vora_infer::{Assistant, Engine, EngineConfig};
 use crate::config::ServeConfig;
 use crate::connection::Patient;
 use crate::router;
+use crate::served::Served;
 use crate::state::{Loaded, State};
 
 /// Bytes that the system keeps of an answer that its client does not take.
@@ -65,20 +66,20 @@ impl Server {
         self.address
     }
 
-    /// Answers with this model from now on.
+    /// Answers with this model from now on, and by the names of the adapters that were added to it.
     ///
     /// # Errors
-    /// As [`Engine::start`].
+    /// As [`Engine::start`], and an adapter that is called as the served model is.
     pub fn answer_with(&self, assistant: Assistant, config: EngineConfig) -> Result<()> {
         let model = assistant.model();
-        let (sees, apart) = (model.sees(), model.lora().is_some());
+        let models = Served::all(&self.state.config.name, &assistant)?;
         let context = model.llm().config().max_position_embeddings;
         let tokenizer = assistant.tokenizer();
         let longest = (0..tokenizer.vocab_size()).map(|id| tokenizer.token_bytes(id).len()).max().unwrap_or(1);
         let most_text = longest.saturating_mul(usize::try_from(context)?);
         let sampling = assistant.sampling(TEMPERATURE);
         let engine = Engine::start(assistant, config)?;
-        self.state.set_loaded(Loaded { engine, sees, apart, context, sampling, most_text });
+        self.state.set_loaded(Loaded { engine, models, context, sampling, most_text });
         Ok(())
     }
 

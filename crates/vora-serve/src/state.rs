@@ -15,6 +15,7 @@ use crate::fetch::Fetcher;
 use crate::guard::Keys;
 use crate::metrics::Metrics;
 use crate::page;
+use crate::served::Served;
 
 /// Requests whose pictures are decoded at once; what decoding takes is bounded by it.
 const DECODING: usize = 2;
@@ -46,10 +47,8 @@ pub(crate) struct State {
 #[derive(Debug)]
 pub(crate) struct Loaded {
     pub(crate) engine: Engine,
-    /// Whether it takes pictures.
-    pub(crate) sees: bool,
-    /// Whether it has adapters that a request may do without.
-    pub(crate) apart: bool,
+    /// By which names it is asked.
+    pub(crate) models: Vec<Served>,
     /// Tokens of prompt and answer.
     pub(crate) context: i64,
     /// How answers are written where a request does not say.
@@ -58,7 +57,7 @@ pub(crate) struct Loaded {
     pub(crate) most_text: usize,
 }
 
-/// Counts a request or a connection while it lives.
+/// Counts a request while it lives.
 #[derive(Debug)]
 pub(crate) struct InFlight(Arc<AtomicUsize>);
 
@@ -134,10 +133,14 @@ impl State {
 }
 
 impl Loaded {
+    /// What answers to this name, where something does.
+    pub(crate) fn served(&self, name: &str) -> Option<&Served> {
+        self.models.iter().find(|served| served.name == name)
+    }
+
     /// The names that it answers to.
-    pub(crate) fn names(&self, name: &str) -> Vec<String> {
-        let base = self.apart.then(|| format!("{name}:base"));
-        std::iter::once(name.to_owned()).chain(base).collect()
+    pub(crate) fn names(&self) -> Vec<&str> {
+        self.models.iter().map(|served| served.name.as_str()).collect()
     }
 }
 
