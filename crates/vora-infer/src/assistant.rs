@@ -4,14 +4,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind};
-use vora_image::RgbImage;
 use vora_model::{Input, Resolve, VisionLanguageModel};
 use vora_text::Tokenizer;
 use vora_torch::nn::decode::LoraId;
 
 use crate::adapters::NamedAdapter;
 use crate::error::InferError;
-use crate::generate::generate_rows;
 use crate::generation_config::GenerationConfig;
 use crate::prompter::Prompter;
 use crate::request::AdapterChoice;
@@ -113,24 +111,6 @@ impl Assistant {
         self.generation.sampling(temperature)
     }
 
-    /// Gives pictures another `max_image_tokens`, where they keep their shape.
-    ///
-    /// # Errors
-    /// Where they become squares, or the maximum is 0.
-    pub fn set_max_image_tokens(&mut self, max_image_tokens: u32) -> Result<()> {
-        self.prompter.set_max_image_tokens(max_image_tokens)
-    }
-
-    /// How many tokens a picture becomes.
-    ///
-    /// # Errors
-    /// Where the model does not take it.
-    pub fn image_tokens(&self, picture: &RgbImage) -> Result<i64> {
-        let (height, width) = self.prompter.picture_size(picture)?;
-        let (rows, columns) = self.model.image_grid(height.into(), width.into())?;
-        Ok(rows * columns)
-    }
-
     /// Answers a request with words, one picture, or both; for a Chameleon, which writes pictures.
     ///
     /// # Errors
@@ -184,18 +164,5 @@ impl Assistant {
             text.push_str(&rest);
         }
         Ok(Answer { text, generated })
-    }
-
-    /// Answers several requests together; otherwise as [`reply`](Self::reply).
-    ///
-    /// # Errors
-    /// As [`reply`](Self::reply), of any of them.
-    pub fn reply_all(&self, requests: &[Request<'_>]) -> Result<Vec<Answer>> {
-        let input = Input::concat(requests.iter().map(|request| self.prompt(request)).collect::<Result<_>>()?)?;
-        let wanted: Vec<_> = requests.iter().map(|request| (&request.sampling, request.max_new_tokens)).collect();
-        let generated = generate_rows(&*self.model, &input, &wanted, self.tokenizer().eos_ids())?;
-        let answer =
-            |generated: Generated| Ok(Answer { text: self.tokenizer().decode(&generated.ids, true)?, generated });
-        generated.into_iter().map(answer).collect()
     }
 }

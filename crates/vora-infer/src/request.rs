@@ -121,6 +121,12 @@ impl<'a> Request<'a> {
         Self { modality, ..self }
     }
 
+    /// The same with another budget of tokens for each picture, of a model whose pictures keep their shape.
+    #[must_use]
+    pub fn with_max_image_tokens(self, max_image_tokens: u32) -> Self {
+        Self { max_image_tokens: Some(max_image_tokens), ..self }
+    }
+
     /// The same without the model's adapters, where they are apart from its weights: the language model as it was. An engine
     /// sees to it.
     #[must_use]

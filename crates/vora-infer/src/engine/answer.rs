@@ -129,6 +129,10 @@ impl<'a> Answer<'a> {
         self.input.spans.seq()
     }
 
+    pub(super) fn image_tokens(&self) -> i64 {
+        self.input.spans.rows().iter().flatten().filter(|span| span.is_image()).map(Span::len).sum()
+    }
+
     /// Tokens of prompt and answer at most.
     pub(super) fn most_tokens(&self) -> i64 {
         self.prompt_len() + self.sequence.max_new_tokens() as i64

@@ -204,6 +204,7 @@ impl<'a> Turn<'a> {
             answer.tell(Event::Started {
                 prompt_tokens: answer.prompt_len() as usize,
                 cached_tokens: answer.held() as usize,
+                image_tokens: answer.image_tokens() as usize,
             });
             self.queue.prefilling = Some(answer);
         }

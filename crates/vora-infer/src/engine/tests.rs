@@ -81,7 +81,7 @@ fn told(events: impl Iterator<Item = Event>) -> Result<Told, String> {
     for event in events {
         assert!(!ended, "{event:?} after the end");
         match event {
-            Event::Started { prompt_tokens, cached_tokens } => {
+            Event::Started { prompt_tokens, cached_tokens, .. } => {
                 (told.prompt_tokens, told.cached_tokens) = (prompt_tokens, cached_tokens);
             }
             Event::Text { text, .. } => told.text.push_str(&text),
