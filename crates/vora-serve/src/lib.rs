@@ -28,6 +28,7 @@ mod guard;
 mod metrics;
 mod models;
 mod page;
+mod places;
 mod router;
 mod served;
 mod server;

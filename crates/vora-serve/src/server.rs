@@ -10,11 +10,12 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::runtime::Runtime;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use vora_infer::{Assistant, Engine, EngineConfig};
 
 use crate::config::ServeConfig;
 use crate::connection::Patient;
+use crate::places::Place;
 use crate::router;
 use crate::served::Served;
 use crate::state::{Loaded, State};
@@ -98,7 +99,7 @@ impl Server {
             wait(Instant::now() + LAST_BYTES, &|| self.state.in_flight());
         }
         let _ = self.ending.send(true);
-        wait(Instant::now() + LAST_BYTES, &|| self.state.connections());
+        wait(Instant::now() + LAST_BYTES, &|| self.state.places.open());
         answered
     }
 }
@@ -124,19 +125,14 @@ fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
     socket.listen(1024)
 }
 
-/// Takes connections, as many as may be open at once.
+/// Takes connections, each of which gets a place.
 async fn accept(listener: TcpListener, state: Arc<State>, is_ending: watch::Receiver<bool>) {
-    let places = Arc::new(Semaphore::new(state.config.max_connections));
     loop {
-        let Ok(place) = places.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((socket, _)) => {
+                let place = Arc::new(state.places.take().await);
                 let (state, is_ending) = (state.clone(), is_ending.clone());
-                tokio::spawn(async move {
-                    let _place = place;
-                    let _open = state.open();
-                    serve(socket, &state, is_ending).await;
-                });
+                tokio::spawn(async move { serve(socket, &state, place, is_ending).await });
             }
             // Out of descriptors, as a rule: others will close.
             Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
@@ -144,11 +140,11 @@ async fn accept(listener: TcpListener, state: Arc<State>, is_ending: watch::Rece
     }
 }
 
-/// One connection, until either side closes it.
-async fn serve(socket: TcpStream, state: &Arc<State>, mut is_ending: watch::Receiver<bool>) {
+/// One connection, until either side closes it, or another one needs its place.
+async fn serve(socket: TcpStream, state: &Arc<State>, place: Arc<Place>, mut is_ending: watch::Receiver<bool>) {
     let _ = socket.set_nodelay(true);
     let patience = state.config.patience;
-    let service = service_fn(|request| router::answer(state.clone(), request));
+    let service = service_fn(|request| router::answer(state.clone(), place.clone(), request));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(patience)
@@ -158,6 +154,7 @@ async fn serve(socket: TcpStream, state: &Arc<State>, mut is_ending: watch::Rece
     let ended = tokio::select! {
         result = connection.as_mut() => Some(result),
         () = async { drop(is_ending.wait_for(|ending| *ending).await) } => None,
+        () = place.given_up() => return,
     };
     let result = match ended {
         Some(result) => result,

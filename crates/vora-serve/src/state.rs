@@ -15,6 +15,7 @@ use crate::fetch::Fetcher;
 use crate::guard::Keys;
 use crate::metrics::Metrics;
 use crate::page;
+use crate::places::Places;
 use crate::served::Served;
 
 /// Requests whose pictures are decoded at once; what decoding takes is bounded by it.
@@ -35,12 +36,12 @@ pub(crate) struct State {
     pub(crate) decoding: Arc<Semaphore>,
     pub(crate) fetching: Arc<Semaphore>,
     pub(crate) bodies: Arc<Semaphore>,
+    pub(crate) places: Arc<Places>,
     pub(crate) started: u64,
     pub(crate) page_policy: HeaderValue,
     loaded: OnceLock<Arc<Loaded>>,
     draining: AtomicBool,
     in_flight: Arc<AtomicUsize>,
-    connections: Arc<AtomicUsize>,
 }
 
 /// A model that answers.
@@ -71,6 +72,7 @@ impl State {
             decoding: Arc::new(Semaphore::new(DECODING)),
             fetching: Arc::new(Semaphore::new(FETCHING)),
             bodies: Arc::new(Semaphore::new(BODIES)),
+            places: Places::new(config.max_connections),
             started: now(),
             page_policy: HeaderValue::try_from(page::policy())
                 .unwrap_or(HeaderValue::from_static("default-src 'none'")),
@@ -78,7 +80,6 @@ impl State {
             loaded: OnceLock::new(),
             draining: AtomicBool::new(false),
             in_flight: Arc::default(),
-            connections: Arc::default(),
         }
     }
 
@@ -105,17 +106,6 @@ impl State {
     /// Requests that are being answered.
     pub(crate) fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::SeqCst)
-    }
-
-    /// Connections that are open.
-    pub(crate) fn connections(&self) -> usize {
-        self.connections.load(Ordering::SeqCst)
-    }
-
-    /// Counts a connection in.
-    pub(crate) fn open(&self) -> InFlight {
-        self.connections.fetch_add(1, Ordering::SeqCst);
-        InFlight(self.connections.clone())
     }
 
     /// Counts a request in.
