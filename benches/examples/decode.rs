@@ -12,7 +12,7 @@ use clap::Parser;
 use tch::{Device, Kind, Tensor};
 use vora_llm::{AttentionPlan, CausalLm, LlmConfig, PackedDecoder, PackedStep, VisionAttention};
 use vora_text::Spans;
-use vora_torch::nn::decode::{Pages, Width};
+use vora_torch::nn::decode::{LoraId, Pages, Width};
 use vora_torch::weights::Weights;
 
 const SEEN: i64 = 352;
@@ -68,7 +68,7 @@ fn packed(decoder: &mut PackedDecoder, config: &LlmConfig, kind: Kind, rows: usi
     let (keys, values): (Vec<Tensor>, Vec<Tensor>) = (tensors(), tensors());
     let pages = Pages::new(&keys, &values)?;
     let tables: Vec<i32> = (0..(rows * max_pages) as i32).collect();
-    let (ids, adapted) = (vec![5; rows], vec![false; rows]);
+    let (ids, adapters) = (vec![5; rows], vec![LoraId::NONE; rows]);
     let start = cpu_seconds()?;
     for step in 0..steps as i64 {
         let lens = vec![SEEN + step; rows];
@@ -76,7 +76,7 @@ fn packed(decoder: &mut PackedDecoder, config: &LlmConfig, kind: Kind, rows: usi
             tables: &tables,
             lens: &lens,
             position_ids: &lens,
-            adapted: &adapted,
+            adapters: &adapters,
             ..PackedStep::default()
         };
         let _ = decoder.decode_step(&ids, &pages, &step)?;

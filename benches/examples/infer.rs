@@ -20,6 +20,7 @@ use vora_llm::{KvPages, PackedDecoder, PackedStep};
 use vora_model::VisionLanguageModel;
 use vora_recipe::TrainConfig;
 use vora_student::Student;
+use vora_torch::nn::decode::LoraId;
 use vora_torch::runtime::{self, Workload};
 use vora_torch::weights::Quantization;
 
@@ -231,7 +232,7 @@ fn perplexity(folder: &Path, ids: &[i64]) -> Result<f64> {
             tables: &vec![0; window.len()],
             lens: &places,
             position_ids: &places,
-            adapted: &vec![false; window.len()],
+            adapters: &vec![LoraId::NONE; window.len()],
             ..PackedStep::default()
         };
         let logits = decoder.decode_step(window, &pages, &step)?; // [window, vocab]

@@ -23,6 +23,7 @@ Examples:
   vora ask runs/scenes/final \"What is a circle?\"
   vora ask HuggingFaceTB/SmolLM2-135M-Instruct \"What is a circle?\"
   vora ask runs/scenes/merged one.jpg two.jpg \"What differs?\" --temperature 0.7 --top-p 0.9 --seed 1
+  vora ask HuggingFaceTB/SmolLM2-135M-Instruct picture.png \"What is it?\" --lora-modules scenes=runs/scenes/final --adapter scenes
   vora ask runs/scenes-chameleon/merged \"A red ring.\" --write image --images-to drawn")]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -32,6 +33,9 @@ pub(crate) struct Args {
     rest: Vec<String>,
     #[command(flatten)]
     sampling: SamplingArgs,
+    /// Which of --lora-modules answers
+    #[arg(long, value_name = "NAME", conflicts_with = "write")]
+    adapter: Option<String>,
     /// What the answer may be made of; only a Chameleon writes pictures
     #[arg(long, value_enum, default_value_t = Modality::Text)]
     write: Modality,
@@ -68,6 +72,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let request = Request::question(images.clone(), question)
         .with_sampling(params)
         .with_max_new_tokens(args.sampling.max_new_tokens);
+    let request = args.adapter.iter().fold(request, Request::with_adapter);
 
     let mut out = std::io::stdout();
     let modality = match args.write {
@@ -79,10 +84,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         let passages = assistant.write(&request, modality)?;
         return show(&passages, &assistant, args, &mut out);
     }
-    // The engine of `chat` and `serve`, so that all three answer alike.
-    let mut config = EngineConfig::default();
-    (config.max_batch, config.prefix_caching) = (1, false);
-    let engine = Engine::start(assistant, config)?;
+    let engine = alone(assistant)?;
     let answer = answer(&engine, request, |text| {
         // A reader that went away ends the answer.
         args.json || (write!(out, "{text}").is_ok() && out.flush().is_ok())
@@ -99,8 +101,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// An answer, as far as it was listened to.
-struct Answer {
-    text: String,
+pub(crate) struct Answer {
+    pub(crate) text: String,
     reason: FinishReason,
     prompt_tokens: usize,
     completion_tokens: usize,
@@ -117,8 +119,17 @@ impl Answer {
     }
 }
 
+/// The engine of `chat`, `serve` and `eval`, so that all answer alike, for one question at a time.
+pub(crate) fn alone(assistant: Assistant) -> Result<Engine> {
+    Engine::start(assistant, EngineConfig::default().with_max_batch(1).with_prefix_caching(false))
+}
+
 /// Asks the engine; `on_text` gets the text as it comes and may answer false to end it.
-fn answer(engine: &Engine, request: Request<'static>, mut on_text: impl FnMut(&str) -> bool) -> Result<Answer> {
+pub(crate) fn answer(
+    engine: &Engine,
+    request: Request<'static>,
+    mut on_text: impl FnMut(&str) -> bool,
+) -> Result<Answer> {
     let mut answer =
         Answer { text: String::new(), reason: FinishReason::Cancelled, prompt_tokens: 0, completion_tokens: 0 };
     for event in engine.stream(request)? {

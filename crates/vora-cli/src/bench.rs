@@ -23,7 +23,8 @@ use crate::size;
 Examples:
   vora bench runs/scenes/merged
   vora bench HuggingFaceTB/SmolLM2-135M-Instruct --batch 1,4,16 --prompt 1024 --new 64 --json
-  vora bench runs/scenes/merged --weights int4")]
+  vora bench runs/scenes/merged --weights int4
+  vora bench HuggingFaceTB/SmolLM2-135M-Instruct --lora-modules a=adapters/a b=adapters/b --adapter a,b,base")]
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
@@ -39,6 +40,9 @@ pub(crate) struct Args {
     /// What the weights are brought into: f32, bf16, int8 or int4 (on a CPU); else as they are
     #[arg(long, value_name = "WIDTH", value_parser = Width::parse)]
     weights: Option<Width>,
+    /// Which of --lora-modules answer, the requests of a batch in turn; `base` is none
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    adapter: Vec<String>,
     /// Rounds, whose medians are told; one more before them warms up
     #[arg(long, default_value_t = 3)]
     rounds: usize,
@@ -86,7 +90,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     for &batch in &args.batch {
         let mut rounds = Vec::new();
         for round in 0..=args.rounds {
-            let measured = measure(&engine, batch, words, args.new, &mut seed)?;
+            let measured = measure(&engine, &args.adapter, batch, words, args.new, &mut seed)?;
             if round > 0 {
                 rounds.push(measured);
             }
@@ -113,7 +117,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         });
         let report = json!({
             "model": args.model.short_name(), "device": device, "dtype": dtype, "threads": runtime::threads(),
-            "prompt_tokens": prompt_tokens, "new_tokens": args.new, "rounds": args.rounds,
+            "adapters": args.adapter, "prompt_tokens": prompt_tokens, "new_tokens": args.new, "rounds": args.rounds,
             "batches": batches.collect::<Vec<_>>(),
         });
         writeln!(out, "{report}")?;
@@ -137,7 +141,14 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// Asks so many at once.
-fn measure(engine: &Engine, batch: usize, words: usize, new: usize, seed: &mut usize) -> Result<Measured> {
+fn measure(
+    engine: &Engine,
+    adapters: &[String],
+    batch: usize,
+    words: usize,
+    new: usize,
+    seed: &mut usize,
+) -> Result<Measured> {
     let eos: Vec<(i64, f32)> = engine.tokenizer().eos_ids().iter().map(|&id| (id, f32::NEG_INFINITY)).collect();
     let sampling = SamplingParams::default().with_logit_bias(eos);
     let (events, of_events) = mpsc::channel();
@@ -146,6 +157,11 @@ fn measure(engine: &Engine, batch: usize, words: usize, new: usize, seed: &mut u
     for at in 0..batch {
         *seed += 1;
         let request = request(words, *seed).with_sampling(sampling.clone()).with_max_new_tokens(new).with_logprobs(0);
+        let request = match adapters.get(at % adapters.len().max(1)).map(String::as_str) {
+            None => request,
+            Some("base") => request.without_adapters(),
+            Some(name) => request.with_adapter(name),
+        };
         let events = events.clone();
         // With log-probabilities every token is told of, also one that completes no character.
         tickets.push(engine.submit(request, move |event| drop(events.send((at, Instant::now(), event))))?);

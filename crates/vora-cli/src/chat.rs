@@ -39,6 +39,9 @@ pub(crate) struct Args {
     /// What the weights are brought into: f32, bf16, int8 or int4 (on a CPU); else as they are
     #[arg(long, value_name = "WIDTH", value_parser = Width::parse)]
     weights: Option<Width>,
+    /// Which of --lora-modules answers
+    #[arg(long, value_name = "NAME")]
+    adapter: Option<String>,
     /// How the model is to answer, as /system says it
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
@@ -66,6 +69,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             Ok(Taken::Question) => {
                 let request = chat.request().with_sampling(params.clone());
                 let request = request.with_max_new_tokens(args.sampling.max_new_tokens);
+                let request = args.adapter.iter().fold(request, Request::with_adapter);
                 match answer(&engine, request, &interrupts, &mut out)? {
                     Ok(text) => chat.answered(text),
                     Err(error) => {

@@ -11,9 +11,10 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use tch::{Device, Kind};
 use vora_eval::language::{Side, language};
-use vora_eval::{Answered, Budgets, Perplexity, QuestionSet, Report, Task, answer, perplexity};
+use vora_eval::{Answered, Asking, Budgets, Perplexity, QuestionSet, Report, Task, answer, engine_config, perplexity};
 use vora_files::write_bytes;
-use vora_infer::Assistant;
+use vora_image::ImageProcessor;
+use vora_infer::{Assistant, Engine, Width};
 use vora_llm::{CausalLm, LlmConfig};
 use vora_lora::ActsOn;
 use vora_model::VisionLanguageModel;
@@ -89,6 +90,9 @@ pub(crate) struct Args {
     /// Questions that are answered together
     #[arg(long, value_name = "N", default_value_t = 8, conflicts_with = "text", value_parser = batch_size)]
     batch_size: usize,
+    /// With --data, what the weights are brought into: f32, bf16, int8 or int4 (on a CPU); else as they are
+    #[arg(long, value_name = "WIDTH", value_parser = Width::parse, conflicts_with_all = ["text", "language"])]
+    weights: Option<Width>,
     /// Print JSON instead of a table
     #[arg(long)]
     json: bool,
@@ -240,14 +244,21 @@ fn on_questions(args: &Args, data: &str, folder: &Path, device: Device, kind: Ki
         writeln!(stderr, "{count} records: {note}")?;
     }
     let model = opened(args, folder, device, kind).with_context(|| format!("{} cannot be asked", args.model))?;
-    let mut assistant = Assistant::new(model, folder)?;
+    let assistant = Assistant::new(model, folder)?;
+    for &most in &args.max_image_tokens {
+        ImageProcessor::open(folder)?.with_max_image_tokens(most).context("--max-image-tokens")?;
+    }
+    let mut config = engine_config(&assistant, args.batch_size);
+    config.width = args.weights;
+    config.prefix_caching = args.max_image_tokens.is_empty(); // else each question costs what it costs alone
+    let engine = Engine::start(assistant, config)?;
     let mut results = json!({"task": task.name(), "data": data, "max_tokens": args.max_tokens, "notes": set.notes});
     if !args.max_image_tokens.is_empty() {
-        let budgets = within_budgets(args, &mut assistant, &set, task)?;
+        let budgets = within_budgets(args, &engine, &set, task)?;
         results["budgets"] = budgets.json();
         return Ok((budgets.to_string(), results, None));
     }
-    let (answered, left_out) = answers(&assistant, &set, args.batch_size, args.max_tokens)?;
+    let (answered, left_out) = answers(&engine, &set, Asking::new(args.max_tokens))?;
     let report = Report::new(task, &answered)?;
     results["scores"] = report.scores();
     results["left_out"] = left_out.into();
@@ -255,11 +266,11 @@ fn on_questions(args: &Args, data: &str, folder: &Path, device: Device, kind: Ki
 }
 
 /// Every question within each budget of image tokens, and a curve of it where one is asked for.
-fn within_budgets(args: &Args, assistant: &mut Assistant, set: &QuestionSet, task: Task) -> Result<Budgets> {
+fn within_budgets(args: &Args, engine: &Engine, set: &QuestionSet, task: Task) -> Result<Budgets> {
     let mut budgets = Budgets::default();
     for &max_image_tokens in &args.max_image_tokens {
-        assistant.set_max_image_tokens(max_image_tokens).context("--max-image-tokens")?;
-        let (answered, left_out) = answers(assistant, set, args.batch_size, args.max_tokens)?;
+        let asking = Asking::new(args.max_tokens).with_max_image_tokens(max_image_tokens);
+        let (answered, left_out) = answers(engine, set, asking)?;
         budgets.push(max_image_tokens, &answered, left_out.len(), Report::new(task, &answered)?);
     }
     if let Some(path) = &args.curve {
@@ -291,12 +302,7 @@ fn batch_size(text: &str) -> Result<usize> {
 }
 
 /// The answers to every question, with a progress bar; what was left out is named.
-fn answers(
-    assistant: &Assistant,
-    set: &QuestionSet,
-    batch_size: usize,
-    max_tokens: usize,
-) -> Result<(Vec<Answered>, Vec<String>)> {
+fn answers(engine: &Engine, set: &QuestionSet, asking: Asking) -> Result<(Vec<Answered>, Vec<String>)> {
     let mut stderr = std::io::stderr();
     let is_terminal = stderr.is_terminal();
     let total = set.questions.len();
@@ -306,7 +312,7 @@ fn answers(
         bar.set_style(style);
     }
     let mut told = 0;
-    let (answered, left_out) = answer(assistant, set, batch_size, max_tokens, &mut |done| {
+    let (answered, left_out) = answer(engine, set, asking, &mut |done| {
         bar.set_position(done as u64);
         if !is_terminal && (done >= told + QUESTIONS_PER_LINE || done == total) {
             told = done;

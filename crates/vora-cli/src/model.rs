@@ -23,6 +23,17 @@ pub(crate) struct ModelArgs {
     /// auto, bf16, f32 or f16
     #[arg(long, default_value = "auto")]
     dtype: String,
+    /// Adapters over the model's LLM, each by the name that it is asked by: PEFT's folder, or a run's final/, which sees with its
+    /// own eyes
+    #[arg(long, value_name = "NAME=FOLDER", num_args = 1.., value_parser = named_folder)]
+    lora_modules: Vec<(String, String)>,
+}
+
+/// A name and a folder.
+fn named_folder(text: &str) -> Result<(String, String)> {
+    let parts = text.split_once('=').filter(|(name, folder)| !name.is_empty() && !folder.is_empty());
+    let (name, folder) = parts.with_context(|| format!("`{text}` is not NAME=FOLDER, as cats=adapters/cats"))?;
+    Ok((name.to_owned(), folder.to_owned()))
 }
 
 /// The dtype of a folder that is written from another one: `auto` is what that is stored in.
@@ -49,7 +60,12 @@ impl ModelArgs {
         if let Some(acts_on) = self.acts_on {
             model.set_acts_on(acts_on).context("--acts-on")?;
         }
-        Assistant::new(model, &folder)
+        let mut assistant = Assistant::new(model, &folder)?;
+        for (name, folder) in &self.lora_modules {
+            let folder = vora_hub::resolve(folder).with_context(|| format!("the adapter `{name}`"))?;
+            assistant.add_adapter(name, &folder, &vora_hub::resolve).context("--lora-modules")?;
+        }
+        Ok(assistant)
     }
 
     /// The last part of its name or path.

@@ -11,6 +11,8 @@ use vora_run::report::{Answers, html};
 use vora_run::samples;
 use vora_torch::runtime;
 
+use crate::ask;
+
 /// Tokens of an answer at most.
 const MAX_NEW_TOKENS: usize = 64;
 
@@ -60,11 +62,12 @@ fn answers(run: &Path, device: &str) -> Result<Answers> {
     let questions = samples::read(&folder)?;
     let device = runtime::device(device)?;
     let model = vora_model::open(&trained, device, runtime::kind("auto", device)?, &vora_hub::resolve)?;
-    let assistant = Assistant::new(model, &trained)?;
+    let engine = ask::alone(Assistant::new(model, &trained)?)?;
     let ask = |question: samples::Question| {
-        let picture = [vora_image::open_image(&folder.join(&question.image))?];
-        let request = Request::question(&picture, &question.question).with_max_new_tokens(MAX_NEW_TOKENS);
-        let answer = assistant.reply(&request, |_| true).with_context(|| format!("asking about {}", question.image))?;
+        let picture = vec![vora_image::open_image(&folder.join(&question.image))?];
+        let request = Request::question(picture, &question.question).with_max_new_tokens(MAX_NEW_TOKENS);
+        let answer =
+            ask::answer(&engine, request, |_| true).with_context(|| format!("asking about {}", question.image))?;
         Ok((question.image, answer.text))
     };
     questions.into_iter().map(ask).collect()

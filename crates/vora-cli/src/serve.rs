@@ -19,7 +19,8 @@ use crate::size;
 /// Serve a model over HTTP as OpenAI's API, with a page to chat on.
 ///
 /// POST /v1/chat/completions, GET /v1/models, /health, /metrics, /openapi.json, and the page at /. Pictures come as `data:`
-/// addresses in `image_url`. Where adapters are apart from the weights, the model NAME:base answers without them.
+/// addresses in `image_url`. Where adapters are apart from the weights, the model NAME:base answers without them; each of
+/// --lora-modules answers by its own name, in one batch with the others and over one copy of the weights.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -27,6 +28,7 @@ Examples:
   vora serve runs/scenes/final --served-model-name scenes --port 8080 --max-batch 8 --cache 512MiB
   VORA_API_KEY=secret vora serve runs/scenes/merged --host 0.0.0.0
   vora serve runs/scenes/merged --weights int8
+  vora serve HuggingFaceTB/SmolLM2-135M-Instruct --lora-modules cats=adapters/cats scenes=runs/scenes/final
   vora serve runs/scenes/merged --allow-images-from pictures.example.org
 
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\

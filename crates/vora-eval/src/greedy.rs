@@ -8,6 +8,9 @@ use vora_text::Tokenizer;
 /// What the model says after each prompt of `input`, always the likeliest token; none where it has not come to an end
 /// within `max_new_tokens`.
 ///
+/// For a model in training: an engine takes a model for itself and packs its weights and adapters as they are, while here they
+/// change with each step and stay with whoever trains them.
+///
 /// # Errors
 /// Where a prompt does not fit the model, or a token is none of the tokenizer's.
 pub fn greedy_answers(

@@ -30,7 +30,7 @@ pub use perplexity::{Perplexity, perplexity};
 pub use question::Question;
 pub use question_set::QuestionSet;
 pub use report::{Answered, Report};
-pub use runner::answer;
+pub use runner::{Asking, answer, engine_config};
 pub use spoken::spoken;
 pub use tally::Tally;
 pub use task::Task;

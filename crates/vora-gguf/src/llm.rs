@@ -148,6 +148,21 @@ impl<B: AsRef<[u8]>> Llm<B> {
         Ok(())
     }
 
+    /// The blocks of few bits that hold a matrix `[rows, width]`, in HF's order of rows, as they lie in the file. None where its
+    /// values are plain numbers, or where it is no matrix of whole blocks.
+    pub fn blocks(&self, name: &str) -> Option<Vec<u8>> {
+        let (place, info) = (self.tensors.get(name)?, self.info(name)?);
+        let (block_len, block_bytes) = info.kind().block();
+        if block_len == 1 || info.shape().len() != 2 || info.shape()[1] % block_len != 0 {
+            return None;
+        }
+        let (rows, width) = rows(info, place.heads.is_some());
+        let (raw, row_bytes) = (self.file.raw(info), width / block_len * block_bytes);
+        let Some(heads) = place.heads else { return Some(raw.to_vec()) };
+        let of_row = |row: usize| &raw[stored_row(row, rows / heads) * row_bytes..][..row_bytes];
+        Some((0..rows).flat_map(of_row).copied().collect())
+    }
+
     /// All values of a tensor in HF's order.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use crate::cache::CONFIGS;
 use crate::{Cache, HubError, MAIN};
 
-/// The folder of `name`: the folder itself if there is one of that name, else its snapshot in the cache of the hub's own
+/// The folder of `name`: the folder itself, or a GGUF file, if there is one of that name, else its snapshot in the cache of the hub's own
 /// clients. Nothing is downloaded.
 ///
 /// # Errors
@@ -15,7 +15,7 @@ use crate::{Cache, HubError, MAIN};
 /// model, and where no cache is known.
 pub fn resolve(name: &str) -> Result<PathBuf> {
     let folder = Path::new(name);
-    if folder.is_dir() {
+    if folder.is_dir() || folder.is_file() && folder.extension().is_some_and(|extension| extension == "gguf") {
         return Ok(folder.to_owned());
     }
     in_cache(&Cache::from_env()?, name)

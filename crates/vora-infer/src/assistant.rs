@@ -2,16 +2,17 @@
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind};
-use vora_image::RgbImage;
 use vora_model::{Input, Resolve, VisionLanguageModel};
 use vora_text::Tokenizer;
+use vora_torch::nn::decode::LoraId;
 
+use crate::adapters::NamedAdapter;
 use crate::error::InferError;
-use crate::generate::generate_rows;
 use crate::generation_config::GenerationConfig;
 use crate::prompter::Prompter;
+use crate::request::AdapterChoice;
 use crate::{
     Constraint, Generated, OutputModality, Passage, Request, SamplingParams, generate, generate_within, passages,
 };
@@ -22,6 +23,7 @@ pub struct Assistant {
     pub(crate) model: Box<dyn VisionLanguageModel>,
     pub(crate) prompter: Prompter,
     pub(crate) generation: GenerationConfig,
+    pub(crate) adapters: Vec<NamedAdapter>,
 }
 
 /// An answer.
@@ -50,7 +52,46 @@ impl Assistant {
     /// As [`Assistant::open`].
     pub fn new(model: Box<dyn VisionLanguageModel>, folder: &Path) -> Result<Self> {
         let prompter = Prompter::open(&*model, folder)?;
-        Ok(Self { model, prompter, generation: GenerationConfig::open(folder)? })
+        Ok(Self { model, prompter, generation: GenerationConfig::open(folder)?, adapters: Vec::new() })
+    }
+
+    /// Adds an adapter over the model's LLM, which a [`Request`] then asks for by `name`: PEFT's folder, or what a run trained
+    /// (its `final/`, or a checkpoint), which sees through its own patch embedding. Requests by several names are answered
+    /// together, over one copy of the LLM's weights; the model's own adapters, where it has some, do not act on those that name
+    /// another one. `resolve` finds the models that a run left where they were.
+    ///
+    /// ```no_run
+    /// # use std::path::{Path, PathBuf};
+    /// # use vora_infer::tch::{Device, Kind};
+    /// # use vora_infer::{Assistant, Engine, EngineConfig, Request, RgbImage};
+    /// # fn main() -> anyhow::Result<()> {
+    /// # let resolve = |name: &str| Ok(PathBuf::from(name));
+    /// let mut assistant = Assistant::open(Path::new("SmolLM2"), Device::Cpu, Kind::BFloat16, &resolve)?;
+    /// assistant.add_adapter("cats", Path::new("adapters/cats"), &resolve)?;
+    /// assistant.add_adapter("dogs", Path::new("adapters/dogs"), &resolve)?;
+    /// let engine = Engine::start(assistant, EngineConfig::default())?;
+    /// let question = Request::question(Vec::<RgbImage>::new(), "Who are you?");
+    /// let (by_cats, by_none) = (engine.stream(question.clone().with_adapter("cats"))?, engine.stream(question)?);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// A name that is taken; an adapter of another model; what cannot act on some rows of a batch while others have another one,
+    /// by name: DoRA, `modules_to_save`, LoRA on an embedding, trained biases.
+    pub fn add_adapter(&mut self, name: &str, folder: &Path, resolve: &Resolve<'_>) -> Result<()> {
+        ensure!(!self.adapters.iter().any(|adapter| adapter.name == name), "there is an adapter `{name}` already");
+        let most = LoraId::MAX_NAMED;
+        let id = LoraId::named(self.adapters.len()).with_context(|| format!("more than {most} adapters"))?;
+        let adapter = NamedAdapter::attach(&mut *self.model, name, id, folder, resolve);
+        self.adapters.push(adapter.with_context(|| format!("the adapter `{name}`"))?);
+        Ok(())
+    }
+
+    /// The names of the adapters that were added, and whether pictures may be shown to each.
+    pub fn adapters(&self) -> impl Iterator<Item = (&str, bool)> {
+        let sees = |adapter: &NamedAdapter| adapter.eyes.is_some() || self.model.sees();
+        self.adapters.iter().map(move |adapter| (adapter.name.as_str(), sees(adapter)))
     }
 
     /// The model.
@@ -70,24 +111,6 @@ impl Assistant {
         self.generation.sampling(temperature)
     }
 
-    /// Gives pictures another `max_image_tokens`, where they keep their shape.
-    ///
-    /// # Errors
-    /// Where they become squares, or the maximum is 0.
-    pub fn set_max_image_tokens(&mut self, max_image_tokens: u32) -> Result<()> {
-        self.prompter.set_max_image_tokens(max_image_tokens)
-    }
-
-    /// How many tokens a picture becomes.
-    ///
-    /// # Errors
-    /// Where the model does not take it.
-    pub fn image_tokens(&self, picture: &RgbImage) -> Result<i64> {
-        let (height, width) = self.prompter.picture_size(picture)?;
-        let (rows, columns) = self.model.image_grid(height.into(), width.into())?;
-        Ok(rows * columns)
-    }
-
     /// Answers a request with words, one picture, or both; for a Chameleon, which writes pictures.
     ///
     /// # Errors
@@ -101,8 +124,12 @@ impl Assistant {
         passages(model, &generate_within(&constraint, &input, sampling, stop, *max_new_tokens, |_| true)?.ids)
     }
 
-    /// What is asked, as the model takes it.
+    /// What is asked, as the model takes it with its own adapters.
     fn prompt(&self, request: &Request<'_>) -> Result<Input> {
+        ensure!(
+            request.adapter == AdapterChoice::Own,
+            "one request alone is answered with the model's own adapters: an Engine takes those that ask for others, or none"
+        );
         self.prompter.prompt(request)?.input(&*self.model)
     }
 
@@ -137,18 +164,5 @@ impl Assistant {
             text.push_str(&rest);
         }
         Ok(Answer { text, generated })
-    }
-
-    /// Answers several requests together; otherwise as [`reply`](Self::reply).
-    ///
-    /// # Errors
-    /// As [`reply`](Self::reply), of any of them.
-    pub fn reply_all(&self, requests: &[Request<'_>]) -> Result<Vec<Answer>> {
-        let input = Input::concat(requests.iter().map(|request| self.prompt(request)).collect::<Result<_>>()?)?;
-        let wanted: Vec<_> = requests.iter().map(|request| (&request.sampling, request.max_new_tokens)).collect();
-        let generated = generate_rows(&*self.model, &input, &wanted, self.tokenizer().eos_ids())?;
-        let answer =
-            |generated: Generated| Ok(Answer { text: self.tokenizer().decode(&generated.ids, true)?, generated });
-        generated.into_iter().map(answer).collect()
     }
 }

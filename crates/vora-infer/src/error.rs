@@ -61,6 +61,14 @@ pub enum InferError {
         /// What is wrong with the schema.
         problem: String,
     },
+    /// A request asks for an adapter that there is not.
+    #[error("there is no adapter `{name}`{}", if known.is_empty() { String::new() } else { format!(", only {}", known.join(", ")) })]
+    UnknownAdapter {
+        /// What was asked for.
+        name: String,
+        /// The names that there are.
+        known: Vec<String>,
+    },
     /// A picture is shown to a language model alone.
     #[error("the model is a language model alone, which takes no picture")]
     SeesNoPictures,

@@ -38,18 +38,9 @@ pub fn generate_batch(
     stop: &[i64],
     max_new_tokens: usize,
 ) -> Result<Vec<Generated>> {
-    generate_rows(model, input, &vec![(params, max_new_tokens); input.spans.rows().len()], stop)
-}
-
-/// As [`generate_batch`], each row with its own rules and length.
-pub(crate) fn generate_rows(
-    model: &dyn VisionLanguageModel,
-    input: &Input,
-    wanted: &[(&SamplingParams, usize)],
-    stop: &[i64],
-) -> Result<Vec<Generated>> {
     let words = model.image_writer().map(|writer| Constraint::new(OutputModality::Text, writer));
-    run(model, input, words.as_ref(), wanted, stop, |_, _| true)
+    let wanted = vec![(params, max_new_tokens); input.spans.rows().len()];
+    run(model, input, words.as_ref(), &wanted, stop, |_, _| true)
 }
 
 /// As [`generate`] with the constraint's model, of nothing but what the constraint allows.
@@ -234,19 +225,6 @@ mod tests {
         let rows = generate_batch(&with_image, &batch, &SamplingParams::default(), &[], 5).unwrap();
         assert_eq!(rows[0].ids, say(&plain, &text(&[3, 1, 4, 1, 5])));
         assert_eq!(rows[1].ids, say(&everywhere, &input(&[])));
-    }
-
-    #[test]
-    fn rows_may_differ_in_rules_and_length() {
-        let model = model();
-        let batch = Input::concat(vec![input(&[]), input(&[2, 6]), input(&[2, 2, 6])]).unwrap();
-        let hot = SamplingParams { temperature: 1.0, seed: 3, ..SamplingParams::default() };
-        let wanted = [(&SamplingParams::default(), 2), (&hot, 5), (&SamplingParams { seed: 4, ..hot.clone() }, 3)];
-        let rows = generate_rows(&model, &batch, &wanted, &[]).unwrap();
-        for ((row, new), (params, max)) in rows.iter().zip([&[][..], &[2, 6], &[2, 2, 6]]).zip(wanted) {
-            assert_eq!(row, &generate(&model, &input(new), params, &[], max, |_| true).unwrap());
-            assert_eq!(row.ids.len(), max);
-        }
     }
 
     #[test]

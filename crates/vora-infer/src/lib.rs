@@ -1,6 +1,7 @@
 //! Generation: a prompt with pictures goes through the decoder once, then one token at a time comes out, from a KV
 //! cache, greedy or sampled, streamed as text; what a Chameleon writes can be kept to words, to a picture, or to whole
-//! pictures among words. An [`Engine`] answers many requests at once, each as if it were alone. It cannot train, knows no HTTP,
+//! pictures among words. An [`Engine`] answers many requests at once, each as if it were alone and each by the adapter that it
+//! names ([`Assistant::add_adapter`]), over one copy of the weights. It cannot train, knows no HTTP,
 //! and loads nothing but model folders, merged or a run's.
 //!
 //! ```no_run
@@ -40,6 +41,7 @@
 //! # }
 //! ```
 
+mod adapters;
 mod assistant;
 mod constraint;
 mod engine;

@@ -1,11 +1,12 @@
 //! What stands between a person and a model: tokenizer, chat template, image processor.
 
+use std::borrow::Cow;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use tch::Tensor;
-use vora_image::{ImageProcessor, Pixels, RgbImage};
+use vora_image::{ImageProcessor, Pixels};
 use vora_model::{Input, VisionLanguageModel};
 use vora_text::{ChatTemplate, Piece, TextError, Tokenizer};
 
@@ -59,10 +60,15 @@ impl Prompter {
     /// Renders and encodes the conversation, and prepares its pictures.
     ///
     /// # Errors
-    /// [`InferError::SeesNoPictures`], [`InferError::BadImage`], [`InferError::BadSchema`], [`InferError::BadMessages`].
+    /// [`InferError::SeesNoPictures`], [`InferError::BadImage`], [`InferError::BadSchema`], [`InferError::BadMessages`]; another
+    /// budget of tokens for pictures that become squares.
     pub(crate) fn prompt(&self, request: &Request<'_>) -> Result<Prompt> {
+        let processor = match (&self.processor, request.max_image_tokens) {
+            (Some(processor), Some(most)) => Some(Cow::Owned(processor.with_max_image_tokens(most)?)),
+            (processor, _) => processor.as_ref().map(Cow::Borrowed),
+        };
         let pictures = request.images.iter().enumerate().map(|(index, image)| {
-            let processor = self.processor.as_ref().ok_or(InferError::SeesNoPictures)?;
+            let processor = processor.as_ref().ok_or(InferError::SeesNoPictures)?;
             let bad = |problem: anyhow::Error| InferError::BadImage { index, problem: format!("{problem:#}") };
             Ok(processor.preprocess(image).map_err(bad)?)
         });
@@ -73,25 +79,6 @@ impl Prompter {
         };
         let pieces = self.chat.encode_prompt(&self.tokenizer, &request.messages).map_err(refused)?;
         Ok(Prompt { pieces, pictures, grammar: self.grammar(&request.format)? })
-    }
-
-    /// Gives pictures another budget of tokens.
-    ///
-    /// # Errors
-    /// Where they become squares, or none would be left of them.
-    pub(crate) fn set_max_image_tokens(&mut self, max_image_tokens: u32) -> Result<()> {
-        let processor = self.processor.as_mut().ok_or(InferError::SeesNoPictures)?;
-        *processor = processor.with_max_image_tokens(max_image_tokens)?;
-        Ok(())
-    }
-
-    /// The height and width that a picture gets.
-    ///
-    /// # Errors
-    /// Where its shape fits in no budget, or the model takes no picture.
-    pub(crate) fn picture_size(&self, picture: &RgbImage) -> Result<(u32, u32)> {
-        let processor = self.processor.as_ref().context(InferError::SeesNoPictures)?;
-        processor.output_size(picture.height(), picture.width())
     }
 
     fn grammar(&self, format: &ResponseFormat) -> Result<Option<Grammar>> {

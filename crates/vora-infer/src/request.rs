@@ -28,7 +28,19 @@ pub struct Request<'a> {
     pub(crate) top_logprobs: Option<usize>,
     pub(crate) format: ResponseFormat,
     pub(crate) modality: OutputModality,
-    pub(crate) adapters: bool,
+    pub(crate) adapter: AdapterChoice,
+    pub(crate) max_image_tokens: Option<u32>,
+}
+
+/// Which adapters act on a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum AdapterChoice {
+    /// The model's own, where it has some.
+    Own,
+    /// None.
+    None,
+    /// One that was added, by its name.
+    Named(String),
 }
 
 /// What an answer has to be.
@@ -60,7 +72,8 @@ impl<'a> Request<'a> {
             top_logprobs: None,
             format: ResponseFormat::Text,
             modality: OutputModality::Text,
-            adapters: true,
+            adapter: AdapterChoice::Own,
+            max_image_tokens: None,
         }
     }
 
@@ -108,10 +121,23 @@ impl<'a> Request<'a> {
         Self { modality, ..self }
     }
 
+    /// The same with another budget of tokens for each picture, of a model whose pictures keep their shape.
+    #[must_use]
+    pub fn with_max_image_tokens(self, max_image_tokens: u32) -> Self {
+        Self { max_image_tokens: Some(max_image_tokens), ..self }
+    }
+
     /// The same without the model's adapters, where they are apart from its weights: the language model as it was. An engine
     /// sees to it.
     #[must_use]
     pub fn without_adapters(self) -> Self {
-        Self { adapters: false, ..self }
+        Self { adapter: AdapterChoice::None, ..self }
+    }
+
+    /// The same with the adapter of this name in place of the model's own; see
+    /// [`Assistant::add_adapter`](crate::Assistant::add_adapter). An engine sees to it.
+    #[must_use]
+    pub fn with_adapter(self, name: impl Into<String>) -> Self {
+        Self { adapter: AdapterChoice::Named(name.into()), ..self }
     }
 }

@@ -6,6 +6,7 @@ use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_lora::Active;
 use vora_torch::nn::attention::{Band, Bands, Run, has_attention};
+use vora_torch::nn::decode::LoraId;
 
 use crate::config::LlmConfig;
 use crate::error::CacheError;
@@ -16,8 +17,8 @@ use crate::error::CacheError;
 #[derive(Debug)]
 pub struct KvCache {
     pub(crate) layers: Vec<LayerCache>,
-    lens: Vec<i64>,     // tokens of each row
-    adapted: Vec<bool>, // whether adapters act on what is added to each row
+    lens: Vec<i64>,        // tokens of each row
+    adapters: Vec<LoraId>, // those that act on what is added to each row
     capacity: i64,
     kind: Kind,
     device: Device,
@@ -72,7 +73,7 @@ impl KvCache {
         let layer = |size| LayerCache { keys: zeros(size), values: zeros(size) };
         let layers = config.cached_heads().map(layer).collect();
         let rows = batch as usize;
-        Ok(Self { layers, lens: vec![0; rows], adapted: vec![true; rows], capacity, kind, device })
+        Ok(Self { layers, lens: vec![0; rows], adapters: vec![LoraId::OWN; rows], capacity, kind, device })
     }
 
     /// Tokens held of each row.
@@ -124,8 +125,8 @@ impl KvCache {
         if found == expected { Ok(()) } else { Err(CacheError::Rows { found, expected }) }
     }
 
-    pub(crate) fn filled(&mut self, row_lens: &[i64], adapted: &[bool]) {
-        (self.lens, self.adapted) = (row_lens.to_vec(), adapted.to_vec());
+    pub(crate) fn filled(&mut self, row_lens: &[i64], adapters: &[LoraId]) {
+        (self.lens, self.adapters) = (row_lens.to_vec(), adapters.to_vec());
     }
 
     /// Plans a step that adds one token to every row.
@@ -139,7 +140,7 @@ impl KvCache {
         if longest >= self.capacity {
             return Err(CacheError::Full { len: longest, capacity: self.capacity });
         }
-        Ok(Step::new(&self.lens, &self.adapted, self.device, self.kind))
+        Ok(Step::new(&self.lens, &self.adapters, self.device, self.kind))
     }
 
     pub(crate) fn stepped(&mut self) {
@@ -149,17 +150,12 @@ impl KvCache {
 
 impl Step {
     /// A step that adds one token to every row of these lengths.
-    pub(crate) fn new(lens: &[i64], adapted: &[bool], device: Device, kind: Kind) -> Self {
+    pub(crate) fn new(lens: &[i64], adapters: &[LoraId], device: Device, kind: Kind) -> Self {
         let (longest, shortest) = (lens.iter().max().copied().unwrap_or(0), lens.iter().min().copied().unwrap_or(0));
         let of_rows = Tensor::from_slice(lens).to_device(device); // [batch]
         let rows = || Tensor::arange(lens.len() as i64, (Kind::Int64, device));
         let places = (longest != shortest).then(|| [rows(), of_rows.shallow_clone()]);
-        let on: Vec<i64> = (0..).zip(adapted).filter(|(_, on)| **on).map(|(row, _)| row).collect();
-        let adapters = match on.len() {
-            0 => Active::Off,
-            all if all == adapted.len() => Active::All,
-            _ => Active::At(Tensor::from_slice(&on).to_device(device)),
-        };
+        let adapters = Active::of_tokens(adapters, device);
         let (position_ids, lens, kernel) = (of_rows.unsqueeze(1), lens.to_vec(), StepKernel::Plain);
         Self { position_ids, first: 0, seen: longest + 1, kernel, lens, kind, places, adapters }.with_kernel(None)
     }
@@ -266,7 +262,7 @@ mod tests {
         cache.check_prefill(&[1, 3]).unwrap();
         let ones = Tensor::ones([2, 2, 3, 8], (F32.1, F32.0));
         cache.layers[0].fill(&ones, &ones);
-        cache.filled(&[1, 3], &[true; 2]);
+        cache.filled(&[1, 3], &[LoraId::OWN; 2]);
         let step = cache.next_step(2).unwrap();
         let new = Tensor::full([2, 2, 1, 8], 7.0, (F32.1, F32.0));
         cache.layers[0].append(&new, &new, &step);
@@ -286,7 +282,7 @@ mod tests {
     #[test]
     fn a_window_narrows_what_a_step_sees() {
         let mut cache = KvCache::new(&LlmConfig::tiny(8), 2, 9, F32.0, F32.1).unwrap();
-        cache.filled(&[3, 5], &[true; 2]);
+        cache.filled(&[3, 5], &[LoraId::OWN; 2]);
         let step = cache.next_step(2).unwrap();
         assert!(step.within(6).is_none());
         let windowed = step.within(2).unwrap();
@@ -300,10 +296,10 @@ mod tests {
         assert_eq!(kept, [0.0, 7.0, 0.0, 0.0, 0.0, 0.0, 0.0, 7.0]);
         // Rows of one length attend to all that is handed over, and need no mask where there are no bands.
         let mut cache = KvCache::new(&LlmConfig::tiny(8), 2, 9, Device::Cpu, Kind::Double).unwrap();
-        cache.filled(&[4, 4], &[true; 2]);
+        cache.filled(&[4, 4], &[LoraId::OWN; 2]);
         let windowed = cache.next_step(2).unwrap().within(2).unwrap();
         assert!((windowed.first, windowed.seen) == (3, 5) && matches!(windowed.kernel, StepKernel::Plain));
-        cache.filled(&[4, 2], &[true; 2]);
+        cache.filled(&[4, 2], &[LoraId::OWN; 2]);
         assert!(matches!(cache.next_step(2).unwrap().kernel, StepKernel::Mask(_)));
     }
 
@@ -327,7 +323,7 @@ mod tests {
         assert_eq!(refused(&cache, &[5]), CacheError::TooLong { seq: 5, capacity: 4 });
         assert_eq!(refused(&cache, &[1, 1]), CacheError::Rows { found: 2, expected: 1 });
         assert_eq!(refused(&cache, &[1, 1]).to_string(), "2 rows in a cache for 1");
-        cache.filled(&[4], &[true]);
+        cache.filled(&[4], &[LoraId::OWN]);
         assert_eq!(cache.next_step(1).unwrap_err(), CacheError::Full { len: 4, capacity: 4 });
         assert_eq!(refused(&cache, &[1]), CacheError::Filled);
         cache.reset();

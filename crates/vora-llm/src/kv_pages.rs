@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
-use vora_torch::nn::decode::Pages;
+use vora_torch::nn::decode::{LoraId, Pages};
 use vora_torch::runtime::reserved_zeros;
 
 use crate::config::LlmConfig;
@@ -35,8 +35,8 @@ pub struct PagedRow<'a> {
     pub pages: &'a [i32],
     /// Tokens that are held already.
     pub len: i64,
-    /// Whether adapters act on what a decoding step adds.
-    pub adapted: bool,
+    /// The adapter that acts on what a decoding step adds.
+    pub adapter: LoraId,
 }
 
 /// Where the tokens of some rows lie.
@@ -136,8 +136,8 @@ impl KvPages {
 
     /// Plans a step that adds one token to every row.
     pub(crate) fn next_step(&self, rows: &[PagedRow<'_>]) -> Step {
-        let (lens, adapted): (Vec<i64>, Vec<bool>) = rows.iter().map(|row| (row.len, row.adapted)).unzip();
-        Step::new(&lens, &adapted, self.device, self.kind)
+        let (lens, adapters): (Vec<i64>, Vec<LoraId>) = rows.iter().map(|row| (row.len, row.adapter)).unzip();
+        Step::new(&lens, &adapters, self.device, self.kind)
     }
 }
 

@@ -4,7 +4,8 @@ use std::fmt;
 
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Device, Tensor};
+use vora_torch::nn::decode::LoraId;
 
 /// The tokens that adapters act on, by what they belong to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,12 +70,53 @@ impl fmt::Display for ActsOn {
 /// The tokens of one pass that adapters act on.
 #[derive(Debug)]
 pub enum Active {
-    /// All.
+    /// The model's own on all.
     All,
     /// None: the model as it is without adapters, bit for bit.
     Off,
-    /// Those at these places of the flattened batch, `[n]`, int64.
+    /// The model's own on those at these places of the flattened batch, `[n]`, int64.
     At(Tensor),
+    /// Several, each on those at its places; no place has two.
+    Each(Vec<(LoraId, Tensor)>),
+}
+
+impl Active {
+    /// Each of these tokens' own adapter.
+    pub fn of_tokens(adapters: &[LoraId], device: Device) -> Self {
+        let mut ids = adapters.to_vec();
+        ids.sort_unstable();
+        ids.dedup();
+        let places = |id: LoraId| {
+            let places: Vec<i64> = (0..).zip(adapters).filter(|(_, of)| **of == id).map(|(place, _)| place).collect();
+            Tensor::from_slice(&places).to_device(device)
+        };
+        match ids[..] {
+            [] | [LoraId::NONE] => Self::Off,
+            [LoraId::OWN] => Self::All,
+            [LoraId::NONE, LoraId::OWN] => Self::At(places(LoraId::OWN)),
+            _ => Self::Each(ids.into_iter().filter(|&id| id != LoraId::NONE).map(|id| (id, places(id))).collect()),
+        }
+    }
+
+    /// The adapter of each of so many tokens.
+    ///
+    /// # Errors
+    /// Where the places cannot be read.
+    pub fn by_token(&self, tokens: usize) -> Result<Vec<LoraId>> {
+        let mut adapters = vec![LoraId::own_if(matches!(self, Self::All)); tokens];
+        let mut put = |id: LoraId, places: &Tensor| {
+            for place in Vec::<i64>::try_from(places)? {
+                adapters[place as usize] = id;
+            }
+            anyhow::Ok(())
+        };
+        match self {
+            Self::All | Self::Off => {}
+            Self::At(places) => put(LoraId::OWN, places)?,
+            Self::Each(each) => each.iter().try_for_each(|(id, places)| put(*id, places))?,
+        }
+        Ok(adapters)
+    }
 }
 
 impl Clone for Active {
@@ -84,6 +126,7 @@ impl Clone for Active {
             Self::All => Self::All,
             Self::Off => Self::Off,
             Self::At(places) => Self::At(places.shallow_clone()),
+            Self::Each(each) => Self::Each(each.iter().map(|(id, places)| (*id, places.shallow_clone())).collect()),
         }
     }
 }
@@ -101,6 +144,19 @@ mod tests {
         }
         let error = ActsOn::ImageTokens.check_opened(ActsOn::All).unwrap_err().to_string();
         assert!(error.starts_with("adapters that were trained through `image_tokens` cannot act on `all`"), "{error}");
+    }
+
+    #[test]
+    fn each_token_has_its_adapter() {
+        let named = LoraId::named(0).unwrap();
+        let (none, own) = (LoraId::NONE, LoraId::OWN);
+        for adapters in
+            [vec![], vec![none; 2], vec![own; 2], vec![own, none, own], vec![named; 2], vec![named, none, own]]
+        {
+            let active = Active::of_tokens(&adapters, Device::Cpu);
+            assert_eq!(active.by_token(adapters.len()).unwrap(), adapters, "{active:?}");
+            assert_eq!(matches!(active, Active::Each(_)), adapters.contains(&named));
+        }
     }
 
     #[test]

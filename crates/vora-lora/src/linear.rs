@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor, nn::Module};
+use vora_torch::nn::decode::LoraId;
 use vora_torch::weights::{Init, Quantization, QuantizedWeight, Weights};
 
 use crate::acts_on::Active;
@@ -16,7 +17,8 @@ pub struct Linear {
     weight: Weight,       // W [out, in], frozen, maybe in few bits, or a trained f32 master
     bias: Option<Tensor>, // b [out], likewise
     adapters: Vec<Adapter>,
-    adapters_bias: bool, // whether the bias came with the adapters and acts where they do
+    named: Vec<(LoraId, Adapter)>, // those that act where they are asked for by name
+    adapters_bias: bool,           // whether the bias came with the adapters and acts where they do
 }
 
 impl Linear {
@@ -29,7 +31,7 @@ impl Linear {
     pub fn load(weights: &Weights, in_features: i64, out_features: i64, bias: bool) -> Result<Self> {
         let weight = Weight::load(weights, in_features, out_features)?;
         let bias = bias.then(|| weights.get("bias", &[out_features], Init::Zeros)).transpose()?;
-        Ok(Self { weight, bias, adapters: Vec::new(), adapters_bias: false })
+        Ok(Self { weight, bias, adapters: Vec::new(), named: Vec::new(), adapters_bias: false })
     }
 
     /// Adds the adapter `name`: `lora_A.weight` and `lora_B.weight` of `weights`, as trained f32 parameters, and DoRA's
@@ -64,6 +66,16 @@ impl Linear {
     /// Where there is none, with the names of those that there are.
     pub fn detach(&mut self, name: &str) -> Result<Adapter> {
         Ok(self.adapters.remove(self.position(name)?))
+    }
+
+    /// Takes an adapter in that acts where [`Active::Each`] has `id` alone. Merging leaves it as it is.
+    pub fn add_named(&mut self, id: LoraId, adapter: Adapter) {
+        self.named.push((id, adapter));
+    }
+
+    /// The adapters that act where they are asked for alone.
+    pub fn named_adapters(&self) -> impl Iterator<Item = (LoraId, &Adapter)> {
+        self.named.iter().map(|(id, adapter)| (*id, adapter))
     }
 
     /// The weight without adapters, `[out_features, in_features]`: the tensor itself, or a new one where it is kept in few
@@ -108,7 +120,7 @@ impl Linear {
         self.weight.size()[0]
     }
 
-    /// The adapters, in the order they were attached; all of them are active.
+    /// The model's own adapters, in the order they were attached; all of them are active.
     pub fn adapters(&self) -> impl Iterator<Item = &Adapter> {
         self.adapters.iter()
     }
@@ -183,7 +195,12 @@ impl Linear {
     pub fn forward_on(&self, x: &Tensor, active: &Active) -> Tensor {
         let bias = self.bias.as_ref().map(|bias| bias.to_kind(x.kind())); // frozen ones are in it already
         let own_bias = bias.as_ref().filter(|_| !self.adapters_bias);
-        if self.adapters.is_empty() || matches!(active, Active::Off) {
+        let is_plain = match active {
+            Active::Off => true,
+            Active::Each(_) => self.adapters.is_empty() && self.named.is_empty(),
+            Active::All | Active::At(_) => self.adapters.is_empty(),
+        };
+        if is_plain {
             return self.weight.linear(x, own_bias);
         }
         let mut shape = x.size();
@@ -191,23 +208,32 @@ impl Linear {
         let x = x.reshape([-1, self.in_features()]); // [tokens, in]
         let y = match active {
             Active::At(places) => {
-                let mut y = self.weight.linear(&x, own_bias); // [tokens, out]
-                let mut at = y.index_select(0, places); // [n, out]
-                if let Some(bias) = bias.as_ref().filter(|_| self.adapters_bias) {
-                    at += bias;
-                }
-                let at = self.adapt(at, &x.index_select(0, places));
-                y.index_copy_(0, places, &at)
+                self.adapt_at(self.weight.linear(&x, own_bias), &x, LoraId::OWN, places, bias.as_ref())
             }
-            _ => self.adapt(self.weight.linear(&x, bias.as_ref()), &x),
+            Active::Each(each) => each.iter().fold(self.weight.linear(&x, own_bias), |y, (id, places)| {
+                self.adapt_at(y, &x, *id, places, bias.as_ref())
+            }),
+            _ => self.adapt(self.weight.linear(&x, bias.as_ref()), &x, LoraId::OWN),
         };
         *shape.last_mut().expect("x is [.., in_features]") = self.out_features();
         y.reshape(shape)
     }
 
-    /// What the adapters make of the base's output `y` `[tokens, out]`, which they write into, for `x` `[tokens, in]`.
-    fn adapt(&self, mut y: Tensor, x: &Tensor) -> Tensor {
-        for adapter in &self.adapters {
+    /// What an adapter makes of the tokens at `places` of the base's output `y` `[tokens, out]`, which it writes into. The bias
+    /// that came with the model's own acts where these do.
+    fn adapt_at(&self, mut y: Tensor, x: &Tensor, id: LoraId, places: &Tensor, bias: Option<&Tensor>) -> Tensor {
+        let mut at = y.index_select(0, places); // [n, out]
+        if let Some(bias) = bias.filter(|_| self.adapters_bias && id == LoraId::OWN) {
+            at += bias;
+        }
+        let at = self.adapt(at, &x.index_select(0, places), id);
+        y.index_copy_(0, places, &at)
+    }
+
+    /// What the adapters of this id make of the base's output `y` `[tokens, out]`, which they write into, for `x` `[tokens, in]`.
+    fn adapt(&self, mut y: Tensor, x: &Tensor, id: LoraId) -> Tensor {
+        let own = self.adapters.iter().filter(|_| id == LoraId::OWN);
+        for adapter in own.chain(self.named.iter().filter(|(of, _)| *of == id).map(|(_, adapter)| adapter)) {
             let xa = x.mm(&adapter.lora_a().to_kind(x.kind()).tr()); // [tokens, r]
             let b_t = adapter.scaled_b_t(x.kind()); // [r, out]
             y = match adapter.row_scale(|| self.weight.whole()) {

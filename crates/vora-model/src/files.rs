@@ -17,7 +17,7 @@ use vora_torch::checkpoint::save;
 #[non_exhaustive]
 pub enum FolderError {
     /// It has no `config.json`, or one that cannot be read.
-    #[error("cannot read {}; a model is a folder with config.json in it", path.display())]
+    #[error("cannot read {}; a model is a folder with config.json in it, or a GGUF file", path.display())]
     NoConfig {
         /// The file that was looked for.
         path: PathBuf,
@@ -39,11 +39,11 @@ pub enum FolderError {
     },
 }
 
-/// The object in `config.json`.
+/// The object in `config.json`, or what a GGUF file says in its place.
 pub(crate) fn read_config(folder: &Path) -> Result<Map<String, Value>> {
-    let path = folder.join("config.json");
-    let text = std::fs::read(&path).map_err(|source| FolderError::NoConfig { path: path.clone(), source })?;
-    serde_json::from_slice(&text).with_context(|| format!("{} is not a JSON object", path.display()))
+    let config: Option<_> = vora_gguf::folder::read_json(folder, "config.json")?;
+    let missing = || FolderError::NoConfig { path: folder.join("config.json"), source: io::ErrorKind::NotFound.into() };
+    Ok(config.ok_or_else(missing)?)
 }
 
 /// A config's keys.

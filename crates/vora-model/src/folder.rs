@@ -274,6 +274,6 @@ mod tests {
         let error = open("nowhere").unwrap_err();
         assert!(matches!(error.downcast_ref(), Some(FolderError::NoConfig { .. })), "{error:?}");
         let error = error.to_string();
-        assert!(error.ends_with("config.json; a model is a folder with config.json in it"), "{error}");
+        assert!(error.ends_with("config.json; a model is a folder with config.json in it, or a GGUF file"), "{error}");
     }
 }

@@ -25,12 +25,12 @@ impl PlainLlm {
         Self { llm: AdaptedLlm::new(llm) }
     }
 
-    /// Opens a folder with `config.json` and safetensors.
+    /// Opens a folder with `config.json` and safetensors, or a GGUF file: see [`Weights::keeping_blocks`].
     ///
     /// # Errors
     /// Names the file, and what in it does not fit.
     pub fn open(folder: &Path, device: Device, kind: Kind) -> Result<Self> {
-        let weights = Weights::open(folder, device, kind)?;
+        let weights = Weights::open(folder, device, kind)?.keeping_blocks();
         let llm = CausalLm::load(&LlmConfig::open(folder)?, &weights)?;
         weights.finish()?;
         Ok(Self::new(llm))

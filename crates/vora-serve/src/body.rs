@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::fmt;
 use std::future::poll_fn;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::chat::ChatStream;
 use crate::config::ServeConfig;
 use crate::error::ApiError;
+use crate::places::Place;
 
 /// How long the rest of a refused body is read, so that the client reads why.
 const LINGER: Duration = Duration::from_millis(500);
@@ -67,6 +69,42 @@ impl Body for ResponseBody {
             Self::Whole { bytes, .. } => SizeHint::with_exact(bytes.len() as u64),
             Self::Stream(_) => SizeHint::default(),
         }
+    }
+}
+
+/// A body on a connection that keeps its place until it is sent.
+#[derive(Debug)]
+pub(crate) struct Held {
+    body: ResponseBody,
+    place: Arc<Place>,
+}
+
+impl Held {
+    pub(crate) fn new(body: ResponseBody, place: Arc<Place>) -> Self {
+        Self { body, place }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.place.waits();
+    }
+}
+
+impl Body for Held {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

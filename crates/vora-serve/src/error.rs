@@ -37,9 +37,9 @@ impl ApiError {
     }
 
     /// 404 for a model.
-    pub(crate) fn no_such_model(asked: &str, known: &[String]) -> Self {
+    pub(crate) fn no_such_model(asked: &str, known: &[&str]) -> Self {
         let asked: String = asked.chars().take(100).collect();
-        let message = format!("there is no model `{asked}` here, only {}", known.join(" and "));
+        let message = format!("there is no model `{asked}` here, only {}", known.join(", "));
         let param = Some("model".to_owned());
         Self { code: Some("model_not_found"), param, ..Self::refused(StatusCode::NOT_FOUND, message) }
     }

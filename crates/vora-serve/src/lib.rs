@@ -1,6 +1,7 @@
 //! A server for a model that sees: OpenAI's chat completions over HTTP, streamed or whole, a page to chat on, and metrics.
 //! It takes nothing on trust: keys, hosts, sizes, numbers and times are checked before the model hears of a request. It
-//! computes nothing, which is the engine's, and opens no model.
+//! computes nothing, which is the engine's, and opens no model. Adapters that were added to the assistant
+//! ([`Assistant::add_adapter`](vora_infer::Assistant::add_adapter)) answer by names of their own.
 //!
 //! ```no_run
 //! use vora_infer::tch::{Device, Kind};
@@ -27,7 +28,9 @@ mod guard;
 mod metrics;
 mod models;
 mod page;
+mod places;
 mod router;
+mod served;
 mod server;
 mod state;
 

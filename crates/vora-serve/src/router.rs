@@ -11,9 +11,10 @@ use percent_encoding::percent_decode_str;
 use serde_json::json;
 use tokio::time::timeout;
 
-use crate::body::{self, ResponseBody};
+use crate::body::{self, Held, ResponseBody};
 use crate::chat::Answered;
 use crate::error::ApiError;
+use crate::places::Place;
 use crate::state::State;
 use crate::{chat, guard, models, page};
 
@@ -64,11 +65,12 @@ impl<'a> Route<'a> {
     }
 }
 
-/// Answers a request. Dropped before it is done, it takes back what it asked of the engine.
+/// Answers a request that came by a connection in `place`. Dropped before it is done, it takes back what it asked of the engine.
 pub(crate) async fn answer(
     state: Arc<State>,
+    place: Arc<Place>,
     request: Request<Incoming>,
-) -> Result<Response<ResponseBody>, Infallible> {
+) -> Result<Response<Held>, Infallible> {
     let (head, mut incoming) = request.into_parts();
     let route = Route::of(head.uri.path());
     let checked = if route == Some(Route::Health) {
@@ -84,7 +86,7 @@ pub(crate) async fn answer(
         (Ok(()), Some(route)) if !route.takes(&head.method) => {
             Err(ApiError::refused(StatusCode::METHOD_NOT_ALLOWED, "this address does not take this method"))
         }
-        (Ok(()), Some(Route::Chat)) => chat(&state, &head.headers, &mut incoming).await,
+        (Ok(()), Some(Route::Chat)) => chat(&state, &place, &head.headers, &mut incoming).await,
         (Ok(()), Some(route)) => plain(&state, route),
     };
     let read_whole = incoming.is_end_stream();
@@ -93,7 +95,8 @@ pub(crate) async fn answer(
     }
     let name = route.map_or("other", Route::name);
     state.metrics.responded(name, result.as_ref().map_or_else(|error| error.status, |(status, _)| *status).as_u16());
-    Ok(respond(&state, result, route, read_whole))
+    place.works();
+    Ok(respond(&state, result, route, read_whole).map(|body| Held::new(body, place)))
 }
 
 fn plain(state: &Arc<State>, route: Route<'_>) -> Result<(StatusCode, ResponseBody), ApiError> {
@@ -103,7 +106,7 @@ fn plain(state: &Arc<State>, route: Route<'_>) -> Result<(StatusCode, ResponseBo
         Route::OpenApi => ResponseBody::Whole { bytes: OPENAPI.into(), content_type: "application/json" },
         Route::Metrics => {
             let stats = state.loaded().map_or_else(|_| Default::default(), |loaded| loaded.engine.stats());
-            let text = state.metrics.text(&state.config.name, &stats, state.connections() as u64);
+            let text = state.metrics.text(&state.config.name, &stats, state.places.open() as u64);
             ResponseBody::Whole { bytes: text.into(), content_type: "text/plain; version=0.0.4; charset=utf-8" }
         }
         Route::Models => ResponseBody::json(&models::list(state, &*state.loaded()?)),
@@ -111,7 +114,7 @@ fn plain(state: &Arc<State>, route: Route<'_>) -> Result<(StatusCode, ResponseBo
             let loaded = state.loaded()?;
             let name = percent_decode_str(name).decode_utf8_lossy();
             let found = models::named(state, &loaded, &name);
-            let missing = || ApiError::no_such_model(&name, &loaded.names(&state.config.name));
+            let missing = || ApiError::no_such_model(&name, &loaded.names());
             ResponseBody::json(&found.ok_or_else(missing)?)
         }
         Route::Chat => return Err(ApiError::failed()),
@@ -134,6 +137,7 @@ fn health(state: &State) -> (StatusCode, ResponseBody) {
 
 async fn chat(
     state: &Arc<State>,
+    place: &Place,
     headers: &hyper::HeaderMap,
     incoming: &mut Incoming,
 ) -> Result<(StatusCode, ResponseBody), ApiError> {
@@ -152,6 +156,7 @@ async fn chat(
     let room = timeout(ROOM, state.bodies.clone().acquire_many_owned(kib)).await;
     let Ok(Ok(room)) = room else { return Err(ApiError::overloaded()) };
     let bytes = body::read(incoming, &state.config).await?;
+    place.works();
     let body = match chat::complete(state, loaded, in_flight, bytes, room).await? {
         Answered::Whole(whole) => ResponseBody::json(&whole),
         Answered::Stream(stream) => ResponseBody::Stream(stream),

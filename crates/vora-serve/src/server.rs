@@ -10,12 +10,14 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::runtime::Runtime;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use vora_infer::{Assistant, Engine, EngineConfig};
 
 use crate::config::ServeConfig;
 use crate::connection::Patient;
+use crate::places::Place;
 use crate::router;
+use crate::served::Served;
 use crate::state::{Loaded, State};
 
 /// Bytes that the system keeps of an answer that its client does not take.
@@ -65,20 +67,20 @@ impl Server {
         self.address
     }
 
-    /// Answers with this model from now on.
+    /// Answers with this model from now on, and by the names of the adapters that were added to it.
     ///
     /// # Errors
-    /// As [`Engine::start`].
+    /// As [`Engine::start`], and an adapter that is called as the served model is.
     pub fn answer_with(&self, assistant: Assistant, config: EngineConfig) -> Result<()> {
         let model = assistant.model();
-        let (sees, apart) = (model.sees(), model.lora().is_some());
+        let models = Served::all(&self.state.config.name, &assistant)?;
         let context = model.llm().config().max_position_embeddings;
         let tokenizer = assistant.tokenizer();
         let longest = (0..tokenizer.vocab_size()).map(|id| tokenizer.token_bytes(id).len()).max().unwrap_or(1);
         let most_text = longest.saturating_mul(usize::try_from(context)?);
         let sampling = assistant.sampling(TEMPERATURE);
         let engine = Engine::start(assistant, config)?;
-        self.state.set_loaded(Loaded { engine, sees, apart, context, sampling, most_text });
+        self.state.set_loaded(Loaded { engine, models, context, sampling, most_text });
         Ok(())
     }
 
@@ -97,7 +99,7 @@ impl Server {
             wait(Instant::now() + LAST_BYTES, &|| self.state.in_flight());
         }
         let _ = self.ending.send(true);
-        wait(Instant::now() + LAST_BYTES, &|| self.state.connections());
+        wait(Instant::now() + LAST_BYTES, &|| self.state.places.open());
         answered
     }
 }
@@ -123,19 +125,14 @@ fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
     socket.listen(1024)
 }
 
-/// Takes connections, as many as may be open at once.
+/// Takes connections, each of which gets a place.
 async fn accept(listener: TcpListener, state: Arc<State>, is_ending: watch::Receiver<bool>) {
-    let places = Arc::new(Semaphore::new(state.config.max_connections));
     loop {
-        let Ok(place) = places.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((socket, _)) => {
+                let place = Arc::new(state.places.take().await);
                 let (state, is_ending) = (state.clone(), is_ending.clone());
-                tokio::spawn(async move {
-                    let _place = place;
-                    let _open = state.open();
-                    serve(socket, &state, is_ending).await;
-                });
+                tokio::spawn(async move { serve(socket, &state, place, is_ending).await });
             }
             // Out of descriptors, as a rule: others will close.
             Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
@@ -143,11 +140,11 @@ async fn accept(listener: TcpListener, state: Arc<State>, is_ending: watch::Rece
     }
 }
 
-/// One connection, until either side closes it.
-async fn serve(socket: TcpStream, state: &Arc<State>, mut is_ending: watch::Receiver<bool>) {
+/// One connection, until either side closes it, or another one needs its place.
+async fn serve(socket: TcpStream, state: &Arc<State>, place: Arc<Place>, mut is_ending: watch::Receiver<bool>) {
     let _ = socket.set_nodelay(true);
     let patience = state.config.patience;
-    let service = service_fn(|request| router::answer(state.clone(), request));
+    let service = service_fn(|request| router::answer(state.clone(), place.clone(), request));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(patience)
@@ -157,6 +154,7 @@ async fn serve(socket: TcpStream, state: &Arc<State>, mut is_ending: watch::Rece
     let ended = tokio::select! {
         result = connection.as_mut() => Some(result),
         () = async { drop(is_ending.wait_for(|ending| *ending).await) } => None,
+        () = place.given_up() => return,
     };
     let result = match ended {
         Some(result) => result,

@@ -15,6 +15,8 @@ use crate::fetch::Fetcher;
 use crate::guard::Keys;
 use crate::metrics::Metrics;
 use crate::page;
+use crate::places::Places;
+use crate::served::Served;
 
 /// Requests whose pictures are decoded at once; what decoding takes is bounded by it.
 const DECODING: usize = 2;
@@ -34,22 +36,20 @@ pub(crate) struct State {
     pub(crate) decoding: Arc<Semaphore>,
     pub(crate) fetching: Arc<Semaphore>,
     pub(crate) bodies: Arc<Semaphore>,
+    pub(crate) places: Arc<Places>,
     pub(crate) started: u64,
     pub(crate) page_policy: HeaderValue,
     loaded: OnceLock<Arc<Loaded>>,
     draining: AtomicBool,
     in_flight: Arc<AtomicUsize>,
-    connections: Arc<AtomicUsize>,
 }
 
 /// A model that answers.
 #[derive(Debug)]
 pub(crate) struct Loaded {
     pub(crate) engine: Engine,
-    /// Whether it takes pictures.
-    pub(crate) sees: bool,
-    /// Whether it has adapters that a request may do without.
-    pub(crate) apart: bool,
+    /// By which names it is asked.
+    pub(crate) models: Vec<Served>,
     /// Tokens of prompt and answer.
     pub(crate) context: i64,
     /// How answers are written where a request does not say.
@@ -58,7 +58,7 @@ pub(crate) struct Loaded {
     pub(crate) most_text: usize,
 }
 
-/// Counts a request or a connection while it lives.
+/// Counts a request while it lives.
 #[derive(Debug)]
 pub(crate) struct InFlight(Arc<AtomicUsize>);
 
@@ -72,6 +72,7 @@ impl State {
             decoding: Arc::new(Semaphore::new(DECODING)),
             fetching: Arc::new(Semaphore::new(FETCHING)),
             bodies: Arc::new(Semaphore::new(BODIES)),
+            places: Places::new(config.max_connections),
             started: now(),
             page_policy: HeaderValue::try_from(page::policy())
                 .unwrap_or(HeaderValue::from_static("default-src 'none'")),
@@ -79,7 +80,6 @@ impl State {
             loaded: OnceLock::new(),
             draining: AtomicBool::new(false),
             in_flight: Arc::default(),
-            connections: Arc::default(),
         }
     }
 
@@ -108,17 +108,6 @@ impl State {
         self.in_flight.load(Ordering::SeqCst)
     }
 
-    /// Connections that are open.
-    pub(crate) fn connections(&self) -> usize {
-        self.connections.load(Ordering::SeqCst)
-    }
-
-    /// Counts a connection in.
-    pub(crate) fn open(&self) -> InFlight {
-        self.connections.fetch_add(1, Ordering::SeqCst);
-        InFlight(self.connections.clone())
-    }
-
     /// Counts a request in.
     ///
     /// # Errors
@@ -134,10 +123,14 @@ impl State {
 }
 
 impl Loaded {
+    /// What answers to this name, where something does.
+    pub(crate) fn served(&self, name: &str) -> Option<&Served> {
+        self.models.iter().find(|served| served.name == name)
+    }
+
     /// The names that it answers to.
-    pub(crate) fn names(&self, name: &str) -> Vec<String> {
-        let base = self.apart.then(|| format!("{name}:base"));
-        std::iter::once(name.to_owned()).chain(base).collect()
+    pub(crate) fn names(&self) -> Vec<&str> {
+        self.models.iter().map(|served| served.name.as_str()).collect()
     }
 }
 

@@ -109,21 +109,23 @@ fn a_model_is_scored() {
     wrong(&merged, folder.path());
 }
 
-/// `vora ask` opens what `vora eval` opens, merged or with the adapters apart, and answers the same.
+/// `vora ask` opens what `vora eval` opens, merged or with the adapters apart, and answers the same, in bf16 too and beside other
+/// questions.
 fn asked(models: [&str; 2], images: &str, folder: &Path) {
-    let record = json!({"image": "rgb.png", "question": "Is it red?", "answers": ["yes"]});
-    let data = write_lines(&folder.join("asked.jsonl"), &[record]);
+    let record = |question| json!({"image": "rgb.png", "question": question, "answers": ["yes"]});
+    let records = [record("Is it red?"), record("What stands left of the blue ring, and why?")];
+    let data = write_lines(&folder.join("asked.jsonl"), &records);
     let picture = Path::new(images).join("rgb.png");
     let out = folder.join("asked.json");
-    for model in models {
+    for (model, dtype) in models.into_iter().flat_map(|model| ["f32", "bf16"].map(|dtype| (model, dtype))) {
         let out = out.to_string_lossy();
-        eval(model, &["--data", &data, "--images", images, "--max-tokens", "6", "--out", &out]);
+        eval(model, &["--data", &data, "--images", images, "--max-tokens", "6", "--out", &out, "--dtype", dtype]);
         let evaluated: Value = serde_json::from_slice(&std::fs::read(&*out).unwrap()).unwrap();
         let picture = picture.to_string_lossy();
-        let args = ["ask", model, &picture, "Is it red?", "--max-new-tokens", "6", "--dtype", "f32", "--json"];
+        let args = ["ask", model, &picture, "Is it red?", "--max-new-tokens", "6", "--dtype", dtype, "--json"];
         let asked: Value = serde_json::from_str(&succeeded(&vora(&args))).unwrap();
         let answer = |value: &Value| value["answer"].as_str().unwrap().trim().to_owned();
-        assert_eq!(answer(&asked), answer(&evaluated["answers"][0]), "{model}");
+        assert_eq!(answer(&asked), answer(&evaluated["answers"][0]), "{model} in {dtype}");
     }
 }
 

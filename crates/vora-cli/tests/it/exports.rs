@@ -104,6 +104,34 @@ fn a_language_model_becomes_a_gguf_file_and_one_again() {
             assert!(largest <= bound, "{dtype}: {name} is off by {largest}");
         }
     }
+    // Its blocks are what decoding reads, of a folder and as --weights names them; as --weights bf16 they are made whole.
+    let turn = |text: &str| {
+        format!(r#"{{"conversations": [{{"from": "human", "value": "{text}"}}, {{"from": "gpt", "value": "yes"}}]}}"#)
+    };
+    std::fs::write(path("words.jsonl"), [turn("Hello?"), turn("Is it red, or is it blue?")].join("\n")).unwrap();
+    for (dtype, own, other) in [("q8_0", "int8", "int4"), ("q4_0", "int4", "int8")] {
+        let file = path(&format!("{dtype}-asked"));
+        succeeded(&vora(&["convert", tiny, &file, "--to", "gguf", "--dtype", dtype]));
+        let data = path("words.jsonl");
+        let asked = ["--dtype", "f32", "--data", &data, "--max-tokens", "8", "--json"];
+        let eval = |weights: &[&str]| vora(&[&["eval", &file], &asked[..], weights].concat());
+        let answers = |weights: &[&str]| {
+            let out = path("answers.json");
+            succeeded(&eval(&[weights, &["--out", &out]].concat()));
+            let json: serde_json::Value = serde_json::from_slice(&std::fs::read(out).unwrap()).unwrap();
+            json["answers"].as_array().unwrap().iter().map(|answer| answer["answer"].clone()).collect::<Vec<_>>()
+        };
+        let kept = answers(&[]);
+        assert_eq!(kept, answers(&["--weights", own]), "{dtype}");
+        assert_eq!(answers(&["--weights", "bf16"]).len(), kept.len());
+        let refused = eval(&["--weights", other]);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success() && said.contains("in few bits already, of another kind"), "{said}");
+        let ask = succeeded(&vora(&["ask", &file, "Hello?", "--dtype", "f32", "--max-new-tokens", "8"]));
+        assert_eq!(format!("{}\n", kept[0].as_str().unwrap()), ask, "{dtype}: `ask` answers as `eval`");
+        let itself = format!("{file}/model.gguf");
+        assert_eq!(ask, succeeded(&vora(&["ask", &itself, "Hello?", "--dtype", "f32", "--max-new-tokens", "8"])));
+    }
     fails(&["convert", tiny, &path("x"), "--to", "mmproj"], 1, &["llm cannot become mmproj"]);
     fails(&["convert", tiny, &path("x"), "--dtype", "q4_0"], 1, &["--to gguf and --to mmproj write one"]);
     fails(

@@ -2,9 +2,11 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
+use vora_lora::{BaseModel, LoraConfig, save_adapter};
 
 use super::{fails, program, succeeded, text, vora};
 
@@ -92,6 +94,59 @@ fn a_conversation_comes_by_lines() {
     for part in ["no.png", "there is no /fly", "takes no picture"] {
         assert!(said.contains(part), "{part}: {said}");
     }
+}
+
+/// A PEFT adapter over the model.
+fn adapter(folder: &Path, seed: u64) {
+    let random = fixtures::Random::new(seed);
+    let tensors = (0..4).flat_map(|layer| {
+        let name = |half: &str| format!("model.layers.{layer}.self_attn.q_proj.{half}.weight");
+        [(name("lora_A"), random.normal([2, 32])), (name("lora_B"), random.normal([32, 2]))]
+    });
+    let (lora, tensors) = (LoraConfig::of_modules(2, ["q_proj"]), tensors.collect::<Vec<_>>());
+    save_adapter(folder, &lora, BaseModel::causal_lm("tiny"), &tensors).unwrap();
+}
+
+#[test]
+fn adapters_are_asked_by_name() {
+    let root = tempfile::tempdir().unwrap();
+    let modules: Vec<String> = [("cats", 1), ("dogs", 2)]
+        .map(|(name, seed)| {
+            adapter(&root.path().join(name), seed);
+            format!("{name}={}", root.path().join(name).display())
+        })
+        .to_vec();
+    let modules = ["--lora-modules", &modules[0], &modules[1]];
+    let ask = |args: &[&str]| {
+        succeeded(&vora(&[&["ask", MODEL, "Hello?", "--dtype", "f32", "--max-new-tokens", "8"], args].concat()))
+    };
+    let by = |name: &'static str| ask(&[&modules[..], &["--adapter", name]].concat());
+    let (base, cats, dogs) = (ask(&modules), by("cats"), by("dogs"));
+    assert!(base == ask(&[]) && cats != base && dogs != base && cats != dogs, "{base} {cats} {dogs}");
+
+    let mut command = program();
+    command.args(["chat", MODEL, "--dtype", "f32", "--max-new-tokens", "8", "--adapter", "dogs"]).args(modules);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"Hello?\n").unwrap();
+    assert_eq!(succeeded(&child.wait_with_output().unwrap()), dogs);
+
+    let args =
+        ["bench", MODEL, "--prompt", "40", "--new", "6", "--batch", "3", "--rounds", "1", "--cache", "4MiB", "--json"];
+    let report = succeeded(&vora(&[&args[..], &modules, &["--adapter", "cats,base,dogs"]].concat()));
+    let report: Value = serde_json::from_str(&report).unwrap();
+    assert_eq!(report["adapters"], serde_json::json!(["cats", "base", "dogs"]));
+
+    let modules = ["ask", MODEL, "Hello?", "--lora-modules"];
+    fails(&[&modules[..], &["cats"]].concat(), 2, &["`cats` is not NAME=FOLDER"]);
+    fails(&[&modules[..], &["cats=no/where"]].concat(), 1, &["the adapter `cats`", "no/where"]);
+    let dora = fixtures::root().join("golden/peft_folders/dora");
+    let dora = format!("dora={}", dora.display());
+    fails(
+        &["serve", MODEL, "--port", "0", "--lora-modules", &dora],
+        1,
+        &["the adapter `dora`", "is a DoRA (`use_dora`)"],
+    );
+    fails(&["ask", MODEL, "Hello?", "--adapter", "birds"], 1, &["there is no adapter `birds`"]);
 }
 
 #[test]

@@ -10,13 +10,14 @@ use vora_llm::{AttentionPlan, KvPages, PagedRow, VisionAttention};
 use vora_lora::ActsOn;
 use vora_model::{ImageWriter, Input, VisionLanguageModel};
 use vora_text::{Span, Spans, TokenStream, Tokenizer};
+use vora_torch::nn::decode::LoraId;
 
 use super::event::{Event, TokenLogprob};
 use super::job::OnEvent;
-use super::loaded::Loaded;
+use super::loaded::{Chosen, Loaded};
 use super::logprobs::logprob;
 use super::pool::Pool;
-use super::prefix::{Keys, PageKey, TokenKey};
+use super::prefix::{AdapterKey, Keys, PageKey, TokenKey};
 use super::steps::Steps;
 use super::stop::StopStrings;
 use crate::prompter::Prompt;
@@ -25,9 +26,10 @@ use crate::{FinishReason, InferError, OutputModality, Request};
 
 /// One request while it is answered.
 pub(super) struct Answer<'a> {
+    model: &'a dyn VisionLanguageModel, // what its pictures are seen by
     input: Input,
     plan: AttentionPlan,
-    adapted: bool, // whether adapters act on what is generated
+    adapter: LoraId, // that acts on what is generated
     pages: Vec<i32>,
     held: i64, // tokens whose keys and values are in the pages
     sequence: Sequence<'a>,
@@ -45,7 +47,7 @@ pub(super) struct Answer<'a> {
 /// What the pages of a sequence are found by.
 struct Naming<'a> {
     keys: &'a Keys,
-    adapted: u8,
+    adapter: AdapterKey,
     tokens: Vec<TokenKey>, // of the prompt
     prompt: Vec<PageKey>,  // of its full pages
     page_len: usize,
@@ -68,7 +70,7 @@ impl<'a> Answer<'a> {
         request: &Request<'static>,
         page_len: Option<usize>,
     ) -> Result<Self> {
-        let (model, prompter) = (loaded.model, loaded.prompter);
+        let Chosen { model, prompter, id, acts_on } = loaded.chosen(&request.adapter)?;
         let input = prompt.input(model)?;
         let context = model.llm().config().max_position_embeddings;
         let wanted = [(&request.sampling, request.max_new_tokens)];
@@ -77,22 +79,22 @@ impl<'a> Answer<'a> {
         let sequence =
             Sequence::of_rows(&input, context, constraint, &wanted)?.pop().context("a row became nothing")?;
         let sequence = sequence.with_grammar(prompt.grammar.take());
-        let plan = model.plan(&input.spans)?;
-        let plan = if request.adapters { plan } else { plan.without_adapters() };
-        let adapted = plan.adapted_rows().first().copied().unwrap_or(false);
+        let plan = model.plan(&input.spans)?.with_adapters(acts_on).with_lora(id);
+        let adapter = plan.adapted_rows().first().copied().unwrap_or_default();
         let naming = page_len.map(|page_len| {
             let ids = Vec::<i64>::try_from(input.input_ids.view([-1]))?;
             let fused = model.vision_attention() == VisionAttention::BidirectionalFused;
             let spans = input.spans.rows().first().map_or(&[][..], Vec::as_slice);
             let tokens = loaded.keys.tokens(&ids, spans, prompt.pictures(), fused);
             // Adapters that act on the picture's tokens alone act on what follows from the tokens.
-            let by_tokens = request.adapters && model.adapted().acts_on() == ActsOn::ImageTokens;
-            let adapted = if by_tokens { 2 } else { u8::from(adapted) };
-            let prompt = loaded.keys.pages(adapted, &tokens, page_len);
-            anyhow::Ok(Naming { keys: loaded.keys, adapted, tokens, prompt, page_len })
+            let by_tokens = id != LoraId::NONE && acts_on == ActsOn::ImageTokens;
+            let adapter = if by_tokens { AdapterKey::Pictures(id) } else { AdapterKey::Whole(adapter) };
+            let prompt = loaded.keys.pages(adapter, &tokens, page_len);
+            anyhow::Ok(Naming { keys: loaded.keys, adapter, tokens, prompt, page_len })
         });
         Ok(Self {
-            adapted,
+            model,
+            adapter,
             plan,
             input,
             pages: Vec::new(),
@@ -125,6 +127,10 @@ impl<'a> Answer<'a> {
 
     pub(super) fn prompt_len(&self) -> i64 {
         self.input.spans.seq()
+    }
+
+    pub(super) fn image_tokens(&self) -> i64 {
+        self.input.spans.rows().iter().flatten().filter(|span| span.is_image()).map(Span::len).sum()
     }
 
     /// Tokens of prompt and answer at most.
@@ -173,7 +179,7 @@ impl<'a> Answer<'a> {
     ) -> Result<Option<Tensor>> {
         let len = self.prompt_len();
         let end = self.plan.whole_blocks((self.held + chunk).min(len));
-        let embeds = embed_part(loaded.model, &self.input, self.held, end)?;
+        let embeds = embed_part(self.model, &self.input, self.held, end)?;
         let plan = self.plan.part(self.held..end)?;
         let ends: Vec<i64> = (self.held..end).map(|place| self.plan.whole_blocks(place + 1)).collect();
         let logits = steps.prefill(loaded.model.llm(), &embeds, &plan, &ends, &self.row(), cache)?;
@@ -183,7 +189,7 @@ impl<'a> Answer<'a> {
 
     /// Itself as a decoding step takes it.
     pub(super) fn row(&self) -> PagedRow<'_> {
-        PagedRow { pages: &self.pages, len: self.held, adapted: self.adapted }
+        PagedRow { pages: &self.pages, len: self.held, adapter: self.adapter }
     }
 
     /// The token that goes through the decoder next.
@@ -194,6 +200,11 @@ impl<'a> Answer<'a> {
     /// Notes that its last token went through the decoder.
     pub(super) fn stepped(&mut self) {
         self.held += 1;
+    }
+
+    /// The adapter that acts on what it generates.
+    pub(super) fn adapter(&self) -> LoraId {
+        self.adapter
     }
 
     /// Chooses the next token by the logits of all tokens, and tells of the text; why it has ended, where it has.
@@ -273,7 +284,7 @@ impl Naming<'_> {
         let mut tokens = self.tokens.clone();
         tokens.extend(ids.iter().map(|&id| TokenKey::Word(id)));
         tokens.truncate(len);
-        self.keys.pages(self.adapted, &tokens, self.page_len)
+        self.keys.pages(self.adapter, &tokens, self.page_len)
     }
 }
 

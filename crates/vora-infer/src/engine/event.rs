@@ -12,6 +12,8 @@ pub enum Event {
         prompt_tokens: usize,
         /// Of these, the ones that an earlier prompt began with as well, and that were not computed again.
         cached_tokens: usize,
+        /// Of the prompt's, those that its pictures became.
+        image_tokens: usize,
     },
     /// The answer goes on.
     Text {

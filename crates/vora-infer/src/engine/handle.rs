@@ -13,8 +13,10 @@ use super::event::Event;
 use super::job::Job;
 use super::scheduler::Scheduler;
 use super::stats::{Counts, EngineStats};
+use crate::adapters::NamedAdapter;
 use crate::error::InferError;
 use crate::prompter::Prompter;
+use crate::request::AdapterChoice;
 use crate::{Assistant, Request};
 
 /// A model that answers many requests at once, on a thread of its own. It is shared by whoever asks. Dropped, it takes all requests
@@ -22,7 +24,8 @@ use crate::{Assistant, Request};
 #[derive(Debug)]
 pub struct Engine {
     prompter: Arc<Prompter>,
-    jobs: Mutex<Option<Sender<Job>>>, // none once it is ending
+    named: Vec<(String, Arc<Prompter>)>, // by the names of adapters
+    jobs: Mutex<Option<Sender<Job>>>,    // none once it is ending
     counts: Arc<Counts>,
     config: EngineConfig,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -41,14 +44,16 @@ impl Engine {
     /// Limits out of their ranges, and where there is no memory for the cache of keys and values.
     pub fn start(assistant: Assistant, config: EngineConfig) -> Result<Self> {
         config.validate()?;
-        let Assistant { model, prompter, generation: _ } = assistant;
+        let Assistant { model, prompter, generation: _, adapters } = assistant;
         let prompter = Arc::new(prompter);
+        let own = |adapter: &NamedAdapter| adapter.eyes.as_ref().map_or(&prompter, |eyes| &eyes.prompter).clone();
+        let named = adapters.iter().map(|adapter| (adapter.name.clone(), own(adapter))).collect();
         let (jobs, of_jobs) = mpsc::channel();
         let counts = Arc::new(Counts::default());
-        let scheduler = Scheduler::new(model, prompter.clone(), config.clone(), counts.clone())?;
+        let scheduler = Scheduler::new(model, prompter.clone(), adapters, config.clone(), counts.clone())?;
         let thread = std::thread::Builder::new().name("vora-engine".to_owned());
         let thread = thread.spawn(move || scheduler.run(&of_jobs))?;
-        Ok(Self { prompter, jobs: Mutex::new(Some(jobs)), counts, config, thread: Mutex::new(Some(thread)) })
+        Ok(Self { prompter, named, jobs: Mutex::new(Some(jobs)), counts, config, thread: Mutex::new(Some(thread)) })
     }
 
     /// Takes a request; `on_event` is called on the engine's thread with what becomes of it, and should return at once. The last
@@ -57,8 +62,8 @@ impl Engine {
     /// Conversation and pictures are prepared by the caller's thread.
     ///
     /// # Errors
-    /// [`InferError::QueueFull`], [`InferError::Ending`], [`InferError::SeesNoPictures`], [`InferError::BadImage`],
-    /// [`InferError::BadSchema`], [`InferError::BadMessages`], and sampling rules out of their ranges. What else may be wrong
+    /// [`InferError::QueueFull`], [`InferError::Ending`], [`InferError::UnknownAdapter`], [`InferError::SeesNoPictures`],
+    /// [`InferError::BadImage`], [`InferError::BadSchema`], [`InferError::BadMessages`], and sampling rules out of their ranges. What else may be wrong
     /// with the request is known only when it meets the model: [`Event::Failed`] comes in place of [`Event::Started`] then.
     pub fn submit(&self, request: Request<'static>, on_event: impl FnMut(Event) + Send + 'static) -> Result<Ticket> {
         let waiting = self.counts.waiting.fetch_add(1, Ordering::Relaxed);
@@ -67,7 +72,7 @@ impl Engine {
             .ok_or_else(|| InferError::QueueFull { waiting: waiting as usize }.into())
             .and_then(|()| {
                 request.sampling.validate()?;
-                self.prompter.prompt(&request)
+                self.prompter_of(&request)?.prompt(&request)
             });
         // A request that waits holds its pictures as the model takes them, and no longer as they came.
         let request = Request { images: Vec::new().into(), ..request };
@@ -94,6 +99,14 @@ impl Engine {
         Ok(of_events.into_iter().inspect(move |_| {
             let _held = &ticket;
         }))
+    }
+
+    /// What makes a prompt of it.
+    fn prompter_of(&self, request: &Request<'_>) -> Result<&Prompter, InferError> {
+        let AdapterChoice::Named(name) = &request.adapter else { return Ok(&self.prompter) };
+        let found = self.named.iter().find(|(known, _)| known == name).map(|(_, prompter)| &**prompter);
+        let known = || self.named.iter().map(|(name, _)| name.clone()).collect();
+        found.ok_or_else(|| InferError::UnknownAdapter { name: name.clone(), known: known() })
     }
 
     /// The model's tokenizer.

@@ -1,6 +1,8 @@
 //! Many requests answered together by one model, each as if it were alone.
 
 mod answer;
+#[cfg(test)]
+mod by_name;
 mod config;
 mod event;
 mod handle;

@@ -5,6 +5,7 @@ use std::hash::{BuildHasher, Hash, Hasher};
 
 use vora_image::Pixels;
 use vora_text::{Modality, Span};
+use vora_torch::nn::decode::LoraId;
 
 /// What a page holds, and all that comes before it. Two that are equal hold the same, but for one chance in 2^128 that no
 /// request can look for: the engine drew the hash function when it started.
@@ -22,6 +23,15 @@ pub(super) enum TokenKey {
     Word(i64),
     /// Which one, of pictures whose tokens may see each other: they stand for their tokens all together.
     Patch(PageKey, i64),
+}
+
+/// Which adapter acts on the tokens of a sequence, where that does not follow from the tokens themselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum AdapterKey {
+    /// This one, or none, on all.
+    Whole(LoraId),
+    /// This one on the pictures'.
+    Pictures(LoraId),
 }
 
 impl Keys {
@@ -54,10 +64,9 @@ impl Keys {
         tokens
     }
 
-    /// The keys of all whole pages of a sequence. `adapted` says which of its tokens adapters act on, where that does not follow
-    /// from the tokens themselves.
-    pub(super) fn pages(&self, adapted: u8, tokens: &[TokenKey], page_len: usize) -> Vec<PageKey> {
-        let mut before = self.of(&adapted);
+    /// The keys of all whole pages of a sequence.
+    pub(super) fn pages(&self, adapter: AdapterKey, tokens: &[TokenKey], page_len: usize) -> Vec<PageKey> {
+        let mut before = self.of(&adapter);
         let page = |tokens: &[TokenKey]| {
             before = self.of(&(before, tokens));
             before
@@ -95,10 +104,11 @@ mod tests {
     fn keys_differ_from_where_the_prompts_do() {
         let keys = Keys::default();
         let spans = [Span::text(2), Span::image(1, 2), Span::image(2, 1), Span::text(2)];
-        let of = |ids: [i64; 8], pictures: [f32; 2], adapted, fused| {
+        let whole = |adapter| AdapterKey::Whole(LoraId::named(adapter).unwrap());
+        let of = |ids: [i64; 8], pictures: [f32; 2], adapter, fused| {
             let tokens = keys.tokens(&ids, &spans, &pictures.map(picture), fused);
             assert_eq!(tokens.len(), 8);
-            keys.pages(adapted, &tokens, 2)
+            keys.pages(whole(adapter), &tokens, 2)
         };
         let ids = [5, 6, 0, 0, 0, 0, 7, 8];
         let common = |a: &[PageKey], b: &[PageKey]| a.iter().zip(b).take_while(|(a, b)| a == b).count();
@@ -113,6 +123,9 @@ mod tests {
         assert_eq!(common(&first, &of(ids, [0.0, 2.0], 1, false)), 2);
         assert_eq!(common(&of(ids, [0.0, 1.0], 1, true), &of(ids, [0.0, 2.0], 1, true)), 1, "they see each other");
         assert_eq!(common(&first, &of(ids, [0.0, 1.0], 0, false)), 0);
-        assert_eq!(common(&first, &Keys::default().pages(1, &keys.tokens(&ids, &spans, &[], false), 2)), 0);
+        let pictures = AdapterKey::Pictures(LoraId::named(1).unwrap());
+        let tokens = keys.tokens(&ids, &spans, &[picture(0.0), picture(1.0)], false);
+        assert_eq!(common(&first, &keys.pages(pictures, &tokens, 2)), 0);
+        assert_eq!(common(&first, &Keys::default().pages(whole(1), &keys.tokens(&ids, &spans, &[], false), 2)), 0);
     }
 }

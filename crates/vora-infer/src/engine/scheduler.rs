@@ -23,6 +23,7 @@ use super::pool::Pool;
 use super::prefix::Keys;
 use super::stats::Counts;
 use super::steps::Steps;
+use crate::adapters::NamedAdapter;
 use crate::error::InferError;
 use crate::prompter::Prompter;
 use crate::{Constraint, FinishReason, OutputModality};
@@ -35,6 +36,7 @@ const PAGE_LEN: i64 = 16;
 pub(super) struct Scheduler {
     model: Box<dyn VisionLanguageModel>,
     prompter: Arc<Prompter>,
+    named: Vec<NamedAdapter>,
     config: EngineConfig,
     counts: Arc<Counts>,
     cache: KvPages,
@@ -51,6 +53,7 @@ impl Scheduler {
     pub(super) fn new(
         mut model: Box<dyn VisionLanguageModel>,
         prompter: Arc<Prompter>,
+        named: Vec<NamedAdapter>,
         config: EngineConfig,
         counts: Arc<Counts>,
     ) -> Result<Self> {
@@ -75,12 +78,13 @@ impl Scheduler {
             .with_context(|| format!("no memory for {pages} pages of {page_bytes} bytes for keys and values"))?;
         let steps = Steps::new(llm, config.width, &cache)?;
         counts.cache_pages.store(pages as u64, Ordering::Relaxed);
-        Ok(Self { model, prompter, config, counts, cache, steps, pool: Pool::new(pages), keys: Keys::default() })
+        let (pool, keys) = (Pool::new(pages), Keys::default());
+        Ok(Self { model, prompter, named, config, counts, cache, steps, pool, keys })
     }
 
     /// Answers requests until there are none and none can come.
     pub(super) fn run(self, jobs: &Receiver<Job>) {
-        let Self { model, prompter, config, counts, cache, steps, pool, keys } = self;
+        let Self { model, prompter, named, config, counts, cache, steps, pool, keys } = self;
         let constraints = model.image_writer().map(|writer| {
             [OutputModality::Text, OutputModality::Image, OutputModality::Interleaved]
                 .map(|m| Constraint::new(m, writer))
@@ -90,6 +94,7 @@ impl Scheduler {
             prompter: &prompter,
             constraints: constraints.as_ref().map(<[_; 3]>::as_slice),
             keys: &keys,
+            named: &named,
         };
         let queue = Queue { waiting: VecDeque::new(), next: None, prefilling: None, decoding: Vec::new(), open: true };
         let mut turn = Turn { loaded, config: &config, counts: &counts, cache, steps, pool, queue };
@@ -199,6 +204,7 @@ impl<'a> Turn<'a> {
             answer.tell(Event::Started {
                 prompt_tokens: answer.prompt_len() as usize,
                 cached_tokens: answer.held() as usize,
+                image_tokens: answer.image_tokens() as usize,
             });
             self.queue.prefilling = Some(answer);
         }
@@ -245,6 +251,7 @@ impl<'a> Turn<'a> {
         if answers.is_empty() {
             return;
         }
+        answers.sort_by_key(Answer::adapter); // rows of one adapter are multiplied together
         let (ids, rows): (Vec<i64>, Vec<_>) = answers.iter().map(|answer| (answer.last(), answer.row())).unzip();
         let logits = guarded(|| self.steps.step(self.loaded.model.llm(), &ids, &rows, &mut self.cache));
         match logits {

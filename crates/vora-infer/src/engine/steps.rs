@@ -3,8 +3,7 @@
 use anyhow::{Result, ensure};
 use tch::Tensor;
 use vora_llm::{AttentionPlan, CausalLm, KvPages, PackedDecoder, PackedStep, PagedRow};
-use vora_lora::Active;
-use vora_torch::nn::decode::{Pages, Width};
+use vora_torch::nn::decode::{LoraId, Pages, Width};
 
 /// Who computes decoding steps.
 #[derive(Debug)]
@@ -22,9 +21,10 @@ impl Steps {
     /// Where weights are to be read in a width that only our own kernels have, and those do not serve the model.
     pub(super) fn new(llm: &CausalLm, width: Option<Width>, cache: &KvPages) -> Result<Self> {
         let own = llm.width();
-        let packed = match width.or(own).filter(|_| own.is_some()) {
-            Some(width) => PackedDecoder::new(llm, width)?,
-            None => None,
+        let packed = match width {
+            Some(width) if own.is_some() => PackedDecoder::new(llm, width)?,
+            Some(_) => None,
+            None => PackedDecoder::as_stored(llm)?,
         };
         let Some(packed) = packed else {
             ensure!(
@@ -55,10 +55,7 @@ impl Steps {
     ) -> Result<Tensor> {
         let Self::Packed(packed, pages) = self else { return llm.prefill_pages(inputs_embeds, plan, row, cache) };
         let places: Vec<i64> = (row.len..).take(ends.len()).collect();
-        let mut adapted = vec![matches!(plan.adapters(), Active::All); ends.len()];
-        if let Active::At(tokens) = plan.adapters() {
-            Vec::<i64>::try_from(tokens)?.into_iter().for_each(|token| adapted[token as usize] = true);
-        }
+        let adapters = plan.adapters().by_token(ends.len())?;
         let seq_lens = vec![places.last().map_or(0, |last| last + 1); ends.len()];
         let step = PackedStep {
             tables: &row.pages.repeat(ends.len()),
@@ -66,7 +63,7 @@ impl Steps {
             ends,
             position_ids: &places,
             seq_lens: &seq_lens,
-            adapted: &adapted,
+            adapters: &adapters,
             asked: &[ends.len() as i64 - 1],
         };
         packed.forward(&inputs_embeds.squeeze_dim(0), pages, &step)
@@ -90,12 +87,12 @@ impl Steps {
             tables.extend_from_slice(row.pages);
             tables.resize(end * most, 0); // beyond a row's tokens, where nothing is read
         }
-        let (lens, adapted): (Vec<i64>, Vec<bool>) = rows.iter().map(|row| (row.len, row.adapted)).unzip();
+        let (lens, adapters): (Vec<i64>, Vec<LoraId>) = rows.iter().map(|row| (row.len, row.adapter)).unzip();
         let step = PackedStep {
             tables: &tables,
             lens: &lens,
             position_ids: &lens,
-            adapted: &adapted,
+            adapters: &adapters,
             ..PackedStep::default()
         };
         packed.decode_step(ids, pages, &step)

@@ -40,7 +40,7 @@ fn assistant(acts_on: Option<ActsOn>) -> Assistant {
     let processor = processor.with_aspect(16, Aspect::Keep(budget));
     let (tokenizer, chat) = (Tokenizer::open(&folder).unwrap(), ChatTemplate::open(&folder).unwrap());
     let prompter = Prompter::new(tokenizer, chat, Some(processor));
-    Assistant { model: Box::new(model), prompter, generation: GenerationConfig::default() }
+    Assistant { model: Box::new(model), prompter, generation: GenerationConfig::default(), adapters: Vec::new() }
 }
 
 fn picture(seed: u8) -> RgbImage {
@@ -81,7 +81,7 @@ fn told(events: impl Iterator<Item = Event>) -> Result<Told, String> {
     for event in events {
         assert!(!ended, "{event:?} after the end");
         match event {
-            Event::Started { prompt_tokens, cached_tokens } => {
+            Event::Started { prompt_tokens, cached_tokens, .. } => {
                 (told.prompt_tokens, told.cached_tokens) = (prompt_tokens, cached_tokens);
             }
             Event::Text { text, .. } => told.text.push_str(&text),
@@ -255,14 +255,15 @@ fn pictures_are_written() {
     };
     let folder = fixtures::root().join("tiny/llm");
     let prompter = Prompter::new(Tokenizer::open(&folder).unwrap(), ChatTemplate::open(&folder).unwrap(), None);
-    let alone = Assistant { model: Box::new(model()), prompter, generation: GenerationConfig::default() };
+    let alone =
+        Assistant { model: Box::new(model()), prompter, generation: GenerationConfig::default(), adapters: Vec::new() };
     let request = |seed| {
         let sampling = SamplingParams::default().with_temperature(2.0).with_seed(seed);
         Request::question(vec![], "A red ring.").with_sampling(sampling).with_max_new_tokens(60)
     };
     let prompter = Prompter::new(Tokenizer::open(&folder).unwrap(), ChatTemplate::open(&folder).unwrap(), None);
     let engine = start(
-        Assistant { model: Box::new(model()), prompter, generation: GenerationConfig::default() },
+        Assistant { model: Box::new(model()), prompter, generation: GenerationConfig::default(), adapters: Vec::new() },
         EngineConfig::default(),
     );
     let (mut pictures, mut words) = (0, 0);

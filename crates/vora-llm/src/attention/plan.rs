@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 use vora_lora::{Active, ActsOn};
 use vora_text::{Span, Spans};
 use vora_torch::nn::attention::{Bands, has_attention};
+use vora_torch::nn::decode::LoraId;
 
 use super::bands::bands;
 use super::mask::Tokens;
@@ -50,7 +51,7 @@ pub struct AttentionPlan {
     kind: Kind,
     pub(super) kernel: Kernel,
     adapters: Active,
-    adapted_rows: Vec<bool>, // whether adapters act on what generation adds to a row
+    adapted_rows: Vec<LoraId>, // which adapters act on what generation adds to a row
 }
 
 /// Which kernel [`AttentionPlan::with_kernel`] is to take.
@@ -102,7 +103,7 @@ impl AttentionPlan {
         Ok(Self::build(spans, mode, device, kind, choice))
     }
 
-    /// The same with adapters that act on these tokens alone; without it they act on all.
+    /// The same with the model's own adapters acting on these tokens alone; without it they act on all.
     #[must_use]
     pub fn with_adapters(self, acts_on: ActsOn) -> Self {
         let (adapters, adapted_rows) = active(&self.spans, acts_on, self.position_ids.device());
@@ -112,7 +113,24 @@ impl AttentionPlan {
     /// The same without adapters: what the layers do is what they did before any was attached.
     #[must_use]
     pub fn without_adapters(self) -> Self {
-        Self { adapters: Active::Off, adapted_rows: vec![false; self.row_lens.len()], ..self }
+        self.with_lora(LoraId::NONE)
+    }
+
+    /// The same with another adapter wherever one acts.
+    #[must_use]
+    pub fn with_lora(self, id: LoraId) -> Self {
+        let device = self.position_ids.device();
+        let all = || Tensor::arange(self.batch() * self.position_ids.size()[1], (Kind::Int64, device));
+        let adapters = match self.adapters {
+            _ if id == LoraId::NONE => Active::Off,
+            own if id == LoraId::OWN => own,
+            Active::Off => Active::Off,
+            Active::All => Active::Each(vec![(id, all())]),
+            Active::At(places) => Active::Each(vec![(id, places)]),
+            Active::Each(each) => Active::Each(each.into_iter().map(|(_, places)| (id, places)).collect()),
+        };
+        let adapted = |&of: &LoraId| if of == LoraId::NONE { of } else { id };
+        Self { adapters, adapted_rows: self.adapted_rows.iter().map(adapted).collect(), ..self }
     }
 
     /// The same batch for layers with a sliding window: a token attends to itself and the `window - 1` positions before it,
@@ -173,13 +191,16 @@ impl AttentionPlan {
         };
         let adapters = match &self.adapters {
             Active::At(places) => {
-                let within = places.ge(part.start).logical_and(&places.lt(part.end));
-                let places = places.masked_select(&within) - part.start;
+                let places = within(places, &part);
                 match places.numel() as i64 {
                     0 => Active::Off,
                     all if all == part.end - part.start => Active::All,
                     _ => Active::At(places),
                 }
+            }
+            Active::Each(each) => {
+                let each = each.iter().map(|(id, places)| (*id, within(places, &part)));
+                Active::Each(each.filter(|(_, places)| places.numel() > 0).collect())
             }
             whole => whole.clone(),
         };
@@ -246,7 +267,7 @@ impl AttentionPlan {
             kind,
             kernel,
             adapters: Active::All,
-            adapted_rows: vec![true; spans.rows().len()],
+            adapted_rows: vec![LoraId::OWN; spans.rows().len()],
         }
     }
 
@@ -255,8 +276,8 @@ impl AttentionPlan {
         &self.adapters
     }
 
-    /// Whether adapters act on what generation adds to each row.
-    pub fn adapted_rows(&self) -> &[bool] {
+    /// Which adapters act on what generation adds to each row.
+    pub fn adapted_rows(&self) -> &[LoraId] {
         &self.adapted_rows
     }
 
@@ -304,8 +325,14 @@ impl AttentionPlan {
     }
 }
 
-/// The tokens that adapters act on by that rule, and whether they act on what generation adds to each row.
-fn active(spans: &Spans, acts_on: ActsOn, device: Device) -> (Active, Vec<bool>) {
+/// Those of these places that lie in the part, counted from its start.
+fn within(places: &Tensor, part: &Range<i64>) -> Tensor {
+    let within = places.ge(part.start).logical_and(&places.lt(part.end));
+    places.masked_select(&within) - part.start
+}
+
+/// The tokens that the model's own adapters act on by that rule, and whether they act on what generation adds to each row.
+fn active(spans: &Spans, acts_on: ActsOn, device: Device) -> (Active, Vec<LoraId>) {
     // What all documents begin with is theirs alike: there no picture of one is none of the others'.
     let is_of = |span: &Span, document: Option<i64>| document.is_none() || span.document() == document;
     let has_image = |row: &[Span], document| row.iter().any(|span| span.is_image() && is_of(span, document));
@@ -335,7 +362,7 @@ fn active(spans: &Spans, acts_on: ActsOn, device: Device) -> (Active, Vec<bool>)
         ActsOn::WithImage => row.iter().any(Span::is_image), // rows that can be continued are one document
         ActsOn::ImageTokens => false,
     };
-    (active, spans.rows().iter().map(goes_on).collect())
+    (active, spans.rows().iter().map(|row| LoraId::own_if(goes_on(row))).collect())
 }
 
 /// A mask reads and writes `seq^2` numbers that neither bands nor causal calls need. On a GPU it goes before calls by
@@ -433,6 +460,7 @@ mod tests {
                             Active::Off => assert!(expected.is_empty()),
                             Active::All => assert_eq!(expected.len() as i64, end - start),
                             Active::At(places) => assert_eq!(Vec::<i64>::try_from(places).unwrap(), expected),
+                            Active::Each(each) => panic!("{each:?}"),
                         }
                     }
                 }
@@ -526,8 +554,9 @@ mod tests {
                 Active::All => vec![-1],
                 Active::Off => vec![],
                 Active::At(places) => Vec::<i64>::try_from(places).unwrap(),
+                Active::Each(each) => panic!("{each:?}"),
             };
-            (places, plan.adapted_rows().to_vec())
+            (places, plan.adapted_rows().iter().map(|&id| id == LoraId::OWN).collect::<Vec<bool>>())
         };
         assert_eq!(at(&rows, ActsOn::All), (vec![-1], vec![true, true]));
         assert_eq!(at(&rows, ActsOn::WithImage).0, [0, 1, 2, 3, 6, 7]);
@@ -539,7 +568,19 @@ mod tests {
         assert_eq!(at(&rows[..1], ActsOn::WithImage), (vec![], vec![false]));
         assert_eq!(at(&rows[1..], ActsOn::WithImage), (vec![-1], vec![true]));
         let off = plan(rows.to_vec(), VisionAttention::Bidirectional).without_adapters();
-        assert!(matches!(off.adapters(), Active::Off) && off.adapted_rows() == [false, false]);
+        assert!(matches!(off.adapters(), Active::Off) && off.adapted_rows() == [LoraId::NONE; 2]);
+        // One by name acts where the own ones would, in parts too.
+        let named = LoraId::named(3).unwrap();
+        let row = vec![Span::text(2), Span::image(1, 2), Span::text(1)];
+        let plan = plan(vec![row], VisionAttention::Bidirectional);
+        let by_token = |plan: &AttentionPlan| plan.adapters().by_token(plan.position_ids().numel()).unwrap();
+        let plan = plan.with_lora(named);
+        assert_eq!((by_token(&plan), plan.adapted_rows()), (vec![named; 5], &[named][..]));
+        let plan = plan.with_adapters(ActsOn::ImageTokens).with_lora(named);
+        let none = LoraId::NONE;
+        assert_eq!((by_token(&plan), plan.adapted_rows()), (vec![none, none, named, named, none], &[none][..]));
+        assert_eq!(by_token(&plan.part(1..5).unwrap()), [none, named, named, none]);
+        assert!(matches!(plan.with_lora(LoraId::NONE).adapters(), Active::Off));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 use vora_lora::LoraConfig;
 use vora_text::{Span, Spans};
 use vora_torch::checkpoint::save;
+use vora_torch::nn::decode::LoraId;
 use vora_torch::weights::Weights;
 
 use super::{CausalLm, DropoutSeed};
@@ -147,7 +148,7 @@ fn keys_of_gemma_in_pages_match_reference() {
         let mut cache = KvPages::new(&case.config, 6, 3, Device::Cpu, Kind::Float).unwrap();
         let bytes = KvPages::page_bytes(&case.config, 3, Kind::Float);
         assert_eq!(bytes * 6, llm.new_cache(6, 3).unwrap().num_bytes(), "{}", case.name);
-        let row = |len| PagedRow { pages: &[5, 0, 3, 1], len, adapted: true };
+        let row = |len| PagedRow { pages: &[5, 0, 3, 1], len, adapter: LoraId::OWN };
         let plan = text(&[8], Kind::Float);
         let mut logits = Vec::new();
         for part in [0..5, 5..8] {

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor, nn::Module};
 use vora_files::tell_once;
 use vora_lora::Linear;
-use vora_torch::nn::decode::Width;
+use vora_torch::nn::decode::{PackedLinear, Width};
 use vora_torch::weights::{Init, QuantizedWeight, Weights};
 
 use super::stack::Decoder;
@@ -26,6 +26,7 @@ pub struct CausalLm {
     lm_head: Option<Tensor>,             // [vocab, hidden]; none where the embedding is the head
     embedding_scale: Option<f64>,        // of words alone, rounded to the dtype as in HF
     placeholders: Option<(Tensor, i64)>, // ids, and the id whose embedding they have
+    stored_head: Option<PackedLinear>,   // as decoding reads it, of a file whose blocks are kept
     config: LlmConfig,
     device: Device,
     kind: Kind,
@@ -64,9 +65,22 @@ impl CausalLm {
         } else {
             Some(head.get("weight", &[config.vocab_size, config.hidden_size], Init::Required)?)
         };
+        let model = Decoder::load(&config, &weights.pp("model"))?;
+        let stored_head = if weights.keeps_blocks() {
+            let name = if config.tie_word_embeddings { EMBEDDING } else { HEAD };
+            Some(match weights.packed(name, [config.vocab_size, config.hidden_size])? {
+                Some(packed) => packed,
+                None => {
+                    PackedLinear::new(lm_head.as_ref().unwrap_or(&model.embed_tokens), plain_width(weights.kind()))?
+                }
+            })
+        } else {
+            None
+        };
         Ok(Self {
-            model: Decoder::load(&config, &weights.pp("model"))?,
+            model,
             lm_head,
+            stored_head,
             embedding_scale: config.embedding_scale().map(|scale| rounded(scale, weights.kind())),
             placeholders: None,
             config,
@@ -90,6 +104,23 @@ impl CausalLm {
         self.placeholders = Some((Tensor::from_slice(placeholders).to_device(self.device), other));
     }
 
+    /// Lets go of its layers, and shares the embedding, the last norm and the head of `other`: what is left puts words among
+    /// what is no word for a decoder that several models have in common.
+    pub fn share_words_of(&mut self, other: &Self) {
+        self.model.layers.clear();
+        self.model.embed_tokens = other.model.embed_tokens.shallow_clone();
+        self.lm_head = other.lm_head.as_ref().map(Tensor::shallow_clone);
+        self.stored_head = None;
+    }
+
+    /// Whether it has the words of `other`, number for number, and as many layers: then it is the same model in all likelihood.
+    pub fn has_words_of(&self, other: &Self) -> bool {
+        let same = |a: &Tensor, b: &Tensor| a.size() == b.size() && a.equal(b);
+        self.model.layers.len() == other.model.layers.len()
+            && same(&self.model.embed_tokens, &other.model.embed_tokens)
+            && same(self.model.norm.weight(), other.model.norm.weight())
+    }
+
     /// Where the weights are.
     pub fn device(&self) -> Device {
         self.device
@@ -106,8 +137,7 @@ impl CausalLm {
         let quantized = linears.and_then(|linears| linears.into_iter().find_map(|(_, linear)| linear.quantized()));
         match (quantized, self.kind) {
             (Some(quantized), _) => quantized.quantization().width(),
-            (None, Kind::Float) => Some(Width::F32),
-            (None, Kind::BFloat16) => Some(Width::Bf16),
+            (None, Kind::Float | Kind::BFloat16) => Some(plain_width(self.kind)),
             (None, _) => None,
         }
     }
@@ -140,6 +170,11 @@ impl CausalLm {
     /// The head's weight, `[vocab, hidden]`.
     pub(super) fn head(&self) -> &Tensor {
         self.lm_head.as_ref().unwrap_or(&self.model.embed_tokens)
+    }
+
+    /// The head as decoding reads it, of a file whose blocks are kept ([`Weights::keeping_blocks`]).
+    pub(super) fn stored_head(&self) -> Option<&PackedLinear> {
+        self.stored_head.as_ref()
     }
 
     /// Whether the head's own weight is trained, tied to the embedding or not.
@@ -328,6 +363,11 @@ impl CausalLm {
     }
 }
 
+/// The width of what is in no blocks.
+pub(super) fn plain_width(kind: Kind) -> Width {
+    if kind == Kind::Float { Width::F32 } else { Width::Bf16 }
+}
+
 /// A number as the dtype has it.
 fn rounded(number: f64, kind: Kind) -> f64 {
     Tensor::from(number).to_kind(kind).double_value(&[])
@@ -353,6 +393,7 @@ mod tests {
     use super::*;
     use fixtures::Golden;
     use vora_lora::{LoraConfig, attach_all};
+    use vora_torch::nn::decode::LoraId;
 
     use crate::{CacheError, VisionAttention};
     use vora_text::{Span, Spans};
@@ -695,7 +736,7 @@ mod tests {
                 let (mut start, mut logits) = (0, None);
                 while start < len {
                     let end = plan.whole_blocks((start + 4).min(len));
-                    let part = PagedRow { pages: &tables[i], len: start, adapted: true };
+                    let part = PagedRow { pages: &tables[i], len: start, adapter: LoraId::OWN };
                     let embeds = embeds.narrow(1, start, end - start);
                     let found = llm.prefill_pages(&embeds, &plan.part(start..end).unwrap(), &part, &mut cache).unwrap();
                     (start, logits) = (end, Some(found));
@@ -705,7 +746,7 @@ mod tests {
             for step in 0..3 {
                 let row = |i: usize| {
                     let len: i64 = rows[i].iter().map(Span::len).sum();
-                    PagedRow { pages: &tables[i], len: len + step, adapted: true }
+                    PagedRow { pages: &tables[i], len: len + step, adapter: LoraId::OWN }
                 };
                 let rows = [row(0), row(1), row(2)];
                 let logits = llm.decode_pages(&new_ids(step), &rows, &mut cache).unwrap(); // [3, vocab]
@@ -714,10 +755,10 @@ mod tests {
                     fixtures::assert_close_to(&logits.get(i as i64).unsqueeze(0), expected, 1e-5);
                 }
             }
-            let short = PagedRow { pages: &tables[1], len: 9, adapted: true };
+            let short = PagedRow { pages: &tables[1], len: 9, adapter: LoraId::OWN };
             let error = llm.decode_pages(&[1], &[short], &mut cache).unwrap_err().to_string();
             assert_eq!(error, "row 0 has pages for 9 tokens and is to hold 10");
-            let unknown = PagedRow { pages: &[20], len: 0, adapted: true };
+            let unknown = PagedRow { pages: &[20], len: 0, adapter: LoraId::OWN };
             assert!(llm.decode_pages(&[1], &[unknown], &mut cache).is_err());
         }
     }

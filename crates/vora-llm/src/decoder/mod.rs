@@ -5,6 +5,7 @@ mod causal_lm;
 mod dropout;
 mod generate;
 mod layer;
+mod named;
 mod packed;
 mod pass;
 mod recompute;

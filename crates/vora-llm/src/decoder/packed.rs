@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_lora::Linear;
-use vora_torch::nn::decode::{self, DecoderShape, HeadNorm, PackedLinear, Pages, Step, Width};
-use vora_torch::weights::QuantizedWeight;
+use vora_torch::nn::decode::{self, DecoderShape, HeadNorm, LoraId, PackedLinear, Pages, Step, Width};
+use vora_torch::weights::{Quantization, QuantizedWeight};
 
-use super::causal_lm::CausalLm;
+use super::causal_lm::{CausalLm, plain_width};
 use super::layer::DecoderLayer;
 use crate::architecture::QkNorm;
 use crate::config::LlmConfig;
@@ -51,38 +51,66 @@ pub struct PackedStep<'a> {
     /// Tokens that each row's text will have after this step, `[rows]`, by which rotary frequencies go where they depend on the
     /// length; where this is empty, a text ends with its row's position.
     pub seq_lens: &'a [i64],
-    /// Whether adapters act on each row, `[rows]`.
-    pub adapted: &'a [bool],
+    /// The adapter of each row, `[rows]`: fastest where rows of one lie side by side.
+    pub adapters: &'a [LoraId],
     /// The rows whose logits are asked for; all where this is empty.
     pub asked: &'a [i64],
 }
 
 impl PackedDecoder {
-    /// Packs a model: none where its device, or one of its adapters, is not served, and [`CausalLm::decode_step`] is to go on.
+    /// Packs a model with each matrix in the width that it has already: those in groups of few bits as they are, the others in the
+    /// model's dtype. None where [`PackedDecoder::new`] gives none, or the bits are others ([`CausalLm::width`]).
+    ///
+    /// The head of a model in few bits is kept in [`Width::Int8`], but for that of a file whose own blocks are kept
+    /// ([`Weights::keeping_blocks`](crate::Weights::keeping_blocks)), which is as it is there.
+    ///
+    /// # Errors
+    /// Where a weight cannot be packed.
+    pub fn as_stored(llm: &CausalLm) -> Result<Option<Self>> {
+        let Some(own) = llm.width() else { return Ok(None) };
+        let of_linear = |linear: &Linear| {
+            let quantization = linear.quantized().map(QuantizedWeight::quantization);
+            quantization.and_then(Quantization::width).unwrap_or(plain_width(llm.kind()))
+        };
+        Self::pack(llm, own, &of_linear, || match llm.stored_head() {
+            Some(head) => Ok(head.shared()),
+            None => PackedLinear::new(llm.head(), head_width(own)),
+        })
+    }
+
+    /// Packs a model in one width: none where its device, or one of its adapters, is not served, and [`CausalLm::decode_step`] is to go on.
     /// Served are all architectures but Gemma's on the CPU, and adapters without a magnitude. A head in [`Width::Int4`] is kept in
     /// [`Width::Int8`]: a token's logits are more sensitive than what layers do in between.
     ///
     /// # Errors
     /// Where a weight cannot be packed.
     pub fn new(llm: &CausalLm, width: Width) -> Result<Option<Self>> {
+        Self::pack(llm, width, &|_| width, || PackedLinear::new(llm.head(), head_width(width)))
+    }
+
+    fn pack(
+        llm: &CausalLm,
+        width: Width,
+        of_linear: &dyn Fn(&Linear) -> Width,
+        head: impl FnOnce() -> Result<PackedLinear>,
+    ) -> Result<Option<Self>> {
         let is_dora = llm
             .model
             .layers
             .iter()
             .flat_map(DecoderLayer::linears)
-            .any(|(_, linear)| linear.adapters().any(|adapter| adapter.magnitude().is_some()));
+            .any(|(_, linear)| linear.adapters().any(|adapter| adapter.magnitude().is_some())); // none by name is one
         let config = llm.config();
         if llm.device() != Device::Cpu || is_dora || !config.architecture().packs {
             return Ok(None);
         }
         let layers = llm.model.layers.iter().enumerate();
         let layers = layers.map(|(layer_idx, layer)| {
-            pack_layer(config, layer_idx, layer, width).with_context(|| format!("packing model.layers.{layer_idx}"))
+            pack_layer(config, layer_idx, layer, of_linear).with_context(|| format!("packing model.layers.{layer_idx}"))
         });
         let layers = layers.collect::<Result<Vec<_>>>()?;
         let embed_tokens = llm.model.embed_tokens.detach();
-        let head_width = if width == Width::Int4 { Width::Int8 } else { width };
-        let head = PackedLinear::new(llm.head(), head_width).context("packing the head")?;
+        let head = head().context("packing the head")?;
         let shape = DecoderShape {
             hidden_size: config.hidden_size,
             intermediate_size: config.intermediate_size,
@@ -108,7 +136,7 @@ impl PackedDecoder {
         }))
     }
 
-    /// The width of its layers.
+    /// The width of its layers, or of most where they differ.
     pub fn width(&self) -> Width {
         self.width
     }
@@ -160,18 +188,28 @@ impl PackedDecoder {
             ends: step.ends,
             cos: &self.cos,
             sin: &self.sin,
-            adapted: step.adapted,
+            adapters: step.adapters,
             asked: step.asked,
         };
         tch::no_grad(|| self.decoder.step(&inputs_embeds.to_kind(self.kind), pages, &step))
     }
 }
 
-fn pack_layer(config: &LlmConfig, layer_idx: usize, layer: &DecoderLayer, width: Width) -> Result<decode::Layer> {
+/// The width of a head over layers of this one.
+fn head_width(width: Width) -> Width {
+    if width == Width::Int4 { Width::Int8 } else { width }
+}
+
+fn pack_layer(
+    config: &LlmConfig,
+    layer_idx: usize,
+    layer: &DecoderLayer,
+    of_linear: &dyn Fn(&Linear) -> Width,
+) -> Result<decode::Layer> {
     let mut linears = layer.linears().into_iter();
     let mut next = || {
         let (name, linear) = linears.next().context("seven linear layers")?;
-        pack_linear(linear, width).context(name)
+        pack_linear(linear, of_linear(linear)).context(name)
     };
     let norms: BTreeMap<String, &Tensor> = layer.other_tensors().into_iter().collect();
     let norm = |name: &str| norms.get(name).map(|t| t.shallow_clone());
@@ -208,8 +246,9 @@ fn pack_linear(linear: &Linear, width: Width) -> Result<PackedLinear> {
     if let Some(bias) = linear.bias() {
         packed = packed.with_bias(bias, linear.bias_is_adapted())?;
     }
-    for adapter in linear.adapters() {
-        packed = packed.with_adapter(adapter.lora_a(), adapter.lora_b(), adapter.scaling())?;
+    let own = linear.adapters().map(|adapter| (LoraId::OWN, adapter));
+    for (id, adapter) in own.chain(linear.named_adapters()) {
+        packed = packed.with_adapter(id, adapter.lora_a(), adapter.lora_b(), adapter.scaling())?;
     }
     Ok(packed)
 }

@@ -3,8 +3,8 @@
 use fixtures::assert_close_to;
 use tch::{Device, Kind, Tensor};
 use vora_lora::LoraConfig;
-use vora_torch::nn::decode::{Pages, Width};
-use vora_torch::weights::Weights;
+use vora_torch::nn::decode::{LoraId, Pages, Width};
+use vora_torch::weights::{Quantization, Weights};
 
 use super::architectures::{gemmas, packed_cases};
 use super::{CausalLm, PackedDecoder, PackedStep};
@@ -31,11 +31,11 @@ struct Rows {
     tables: Vec<[i32; ROW_PAGES]>,
     texts: Vec<Vec<i64>>,
     lens: Vec<usize>,
-    adapted: Vec<bool>,
+    adapters: Vec<LoraId>,
 }
 
 impl Rows {
-    fn new(config: &LlmConfig, kind: Kind, texts: Vec<Vec<i64>>, adapted: Vec<bool>) -> Self {
+    fn new(config: &LlmConfig, kind: Kind, texts: Vec<Vec<i64>>, adapters: Vec<LoraId>) -> Self {
         let rows = texts.len();
         // The pages of all rows mixed.
         let table = |row: usize| std::array::from_fn(|page| ((rows - 1 - row) + rows * (ROW_PAGES - 1 - page)) as i32);
@@ -44,7 +44,7 @@ impl Rows {
             tables: (0..rows).map(table).collect(),
             lens: vec![0; rows],
             texts,
-            adapted,
+            adapters,
         }
     }
 
@@ -60,7 +60,7 @@ impl Rows {
             tables: &chosen.iter().flat_map(|&row| self.tables[row]).collect::<Vec<_>>(),
             lens: &lens,
             position_ids: &lens,
-            adapted: &chosen.iter().map(|&row| self.adapted[row]).collect::<Vec<_>>(),
+            adapters: &chosen.iter().map(|&row| self.adapters[row]).collect::<Vec<_>>(),
             ..PackedStep::default()
         };
         let input_ids = of(&|row| self.texts[row][self.lens[row]]);
@@ -104,7 +104,7 @@ fn in_pieces(
     cuts: &[i64],
     end_of: &dyn Fn(i64) -> i64,
 ) -> Tensor {
-    let rows = Rows::new(config, kind, vec![Vec::new(); 2], vec![true; 2]);
+    let rows = Rows::new(config, kind, vec![Vec::new(); 2], vec![LoraId::OWN; 2]);
     let mut made = Vec::new();
     for piece in cuts.windows(2) {
         let lens: Vec<i64> = (piece[0]..piece[1]).collect();
@@ -113,7 +113,7 @@ fn in_pieces(
             lens: &lens,
             ends: &lens.iter().map(|&place| end_of(place)).collect::<Vec<_>>(),
             position_ids: &lens,
-            adapted: &vec![true; lens.len()],
+            adapters: &vec![LoraId::OWN; lens.len()],
             asked: &[lens.len() as i64 - 1],
             ..PackedStep::default()
         };
@@ -178,7 +178,7 @@ fn steps_match_reference() {
             let llm = case.load(kind);
             let mut decoder = PackedDecoder::new(&llm, width).unwrap().unwrap();
             assert_eq!(decoder.num_bytes(), 0, "what has the dtype is shared");
-            Rows::new(&case.config, kind, texts.clone(), vec![true; 2]).logits(&mut decoder, &[5, 8], 4)
+            Rows::new(&case.config, kind, texts.clone(), vec![LoraId::OWN; 2]).logits(&mut decoder, &[5, 8], 4)
         };
         let expected = case.get("steps");
         assert_close_to(&steps(Kind::Float, Width::F32), expected, 2e-5);
@@ -193,8 +193,14 @@ fn steps_match_reference() {
 
 /// What the plain path gives a whole text at its last tokens, `[1 + new, vocab]`
 fn plain(llm: &CausalLm, text: &[i64], new: i64) -> Tensor {
+    by_name(llm, text, new, LoraId::OWN)
+}
+
+/// The same with this adapter.
+fn by_name(llm: &CausalLm, text: &[i64], new: i64, id: LoraId) -> Tensor {
     let plan = AttentionPlan::new(&Spans::text(&[text.len() as i64]), VisionAttention::Causal, Device::Cpu, llm.kind())
         .unwrap();
+    let plan = plan.with_lora(id);
     let output = llm.decoder().forward(&llm.embed(&Tensor::from_slice(text).unsqueeze(0)), &plan, 0);
     llm.logits(&output.last_hidden_state.get(0).narrow(0, text.len() as i64 - 1 - new, 1 + new))
 }
@@ -237,12 +243,44 @@ fn few_bits_are_a_model_of_the_weights_that_they_stand_for() {
         for width in [Width::Int8, Width::Int4] {
             let mut decoder = PackedDecoder::new(&llm, width).unwrap().unwrap();
             let expected: Vec<Tensor> = texts.iter().map(|text| plain(&quantised(&llm, &decoder), text, 4)).collect();
-            let mut rows = Rows::new(&case.config, Kind::Float, texts.clone(), vec![true; 2]);
+            let mut rows = Rows::new(&case.config, Kind::Float, texts.clone(), vec![LoraId::OWN; 2]);
             let found = rows.logits(&mut decoder, &[5, 8], 4);
             // What is left is the rounding of each product's input to 8 bits.
             let expected = Tensor::stack(&expected, 0);
             let far = distance(&found, &expected) / distance(&expected, &expected.zeros_like());
             assert!(far < 0.08, "{} in {width}: {far}", case.name);
+        }
+    }
+}
+
+/// As a file has them whose matrices are in several widths: each stays in its own.
+#[test]
+fn widths_may_differ_within_a_layer() {
+    for case in packed_cases() {
+        let mut llm = case.load(Kind::Float);
+        llm.linears_mut(&mut |path, linear| match path.rsplit('.').next() {
+            Some("q_proj" | "down_proj") => linear.quantize(Quantization::Int8Groups),
+            Some("v_proj" | "up_proj") => linear.quantize(Quantization::Int4Groups),
+            _ => Ok(()),
+        })
+        .unwrap();
+        let lora = LoraConfig { lora_alpha: Some(1.0), ..LoraConfig::new(3, 1) };
+        llm.linears_mut(&mut |path, linear| {
+            linear.attach("own", &lora, &Weights::random(9, Device::Cpu, Kind::Float).pp(path))
+        })
+        .unwrap(); // of a B that is zero: what it needs is made, and changes nothing
+        let mut decoder = PackedDecoder::as_stored(&llm).unwrap().unwrap();
+        let layer = &decoder.decoder().layers()[0];
+        let widths = [&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.down_proj].map(|linear| linear.width());
+        assert_eq!(widths, [Width::Int8, Width::F32, Width::Int4, Width::Int8]);
+        let texts = texts(&case.golden["prompts"], &case.golden["continuation"]);
+        let expected: Vec<Tensor> = texts.iter().map(|text| plain(&quantised(&llm, &decoder), text, 4)).collect();
+        let expected = Tensor::stack(&expected, 0);
+        for id in [LoraId::NONE, LoraId::OWN] {
+            let mut rows = Rows::new(&case.config, Kind::Float, texts.clone(), vec![id; 2]);
+            let far = distance(&rows.logits(&mut decoder, &[5, 8], 4), &expected)
+                / distance(&expected, &expected.zeros_like());
+            assert!(far < 0.08, "{}: {far}", case.name);
         }
     }
 }
@@ -269,12 +307,41 @@ fn adapters_act_on_the_rows_that_have_them() {
         })
         .unwrap();
         let with: Vec<Tensor> = texts.iter().map(|text| plain(&llm, text, 4)).collect();
+        // Another one by a name, of another rank and on some of the linears: alone it is the model's own.
+        let named = LoraId::named(1).unwrap();
+        let lora = LoraConfig { lora_alpha: Some(10.0), ..LoraConfig::new(5, 1) };
+        let mut alone = case.load(Kind::Float);
+        for (llm, is_named) in [(&mut alone, false), (&mut llm, true)] {
+            let random = fixtures::Random::new(10);
+            llm.linears_mut(&mut |path, linear| {
+                if !path.contains("layers.1.") || path.ends_with("k_proj") {
+                    return Ok(());
+                }
+                linear.attach("named", &lora, &Weights::random(11, Device::Cpu, Kind::Float).pp(path))?;
+                let adapter = linear.detach("named")?;
+                let b = adapter.lora_b().shallow_clone();
+                tch::no_grad(|| b.shallow_clone().copy_(&(random.normal(b.size()) * 0.1)));
+                linear.add_named(if is_named { named } else { LoraId::named(0).unwrap() }, adapter);
+                Ok(())
+            })
+            .unwrap();
+        }
+        let other: Vec<Tensor> = texts.iter().map(|text| by_name(&alone, text, 4, LoraId::named(0).unwrap())).collect();
+        assert!(distance(&other[0], &without[0]) > 1e-3, "{}: it changes something", case.name);
+        assert!(by_name(&llm, &texts[0], 4, named).equal(&other[0]), "{}: beside the own ones", case.name);
         let mut decoder = PackedDecoder::new(&llm, Width::F32).unwrap().unwrap();
-        for adapted in [[true, false], [false, true], [true, true], [false, false]] {
-            let mut rows = Rows::new(&case.config, Kind::Float, texts.clone(), adapted.to_vec());
+        let (none, own) = (LoraId::NONE, LoraId::OWN);
+        for adapters in
+            [[own, none], [none, own], [own, own], [none, none], [own, named], [named, none], [named, named]]
+        {
+            let mut rows = Rows::new(&case.config, Kind::Float, texts.clone(), adapters.to_vec());
             let found = rows.logits(&mut decoder, &[5, 8], 4);
-            for (row, on) in adapted.into_iter().enumerate() {
-                let expected = if on { &with[row] } else { &without[row] };
+            for (row, id) in adapters.into_iter().enumerate() {
+                let expected = match id {
+                    LoraId::NONE => &without[row],
+                    LoraId::OWN => &with[row],
+                    _ => &other[row],
+                };
                 assert_close_to(&found.get(row as i64), expected, 3e-5);
             }
         }

@@ -34,9 +34,11 @@ pub enum AdapterError {
 pub struct AdapterFolder {
     path: PathBuf,
     config: LoraConfig,
-    modules: Vec<String>,    // that carry an adapter, by their paths in the base model
-    embeddings: Vec<String>, // those of them that are embeddings
-    bias: String,            // which biases were trained as well
+    modules: Vec<String>,     // that carry an adapter, by their paths in the base model
+    embeddings: Vec<String>,  // those of them that are embeddings
+    saved_whole: Vec<String>, // modules that were trained themselves, by theirs
+    is_dora: bool,
+    bias: String, // which biases were trained as well
     base_model: Option<String>,
 }
 
@@ -93,8 +95,10 @@ impl AdapterFolder {
         }
         let config = peft.lora_config(&ranks);
         config.validate().with_context(in_file)?;
-        let (bias, base_model) = (peft.bias, peft.base_model_name_or_path);
-        Ok(Self { path: folder.to_owned(), config, modules, embeddings, bias, base_model })
+        let whole = tensors.names().filter_map(|name| name.strip_prefix(PEFT_PREFIX));
+        let saved_whole = whole.filter(|name| adapted_module(name).is_none()).map(str::to_owned).collect();
+        let (bias, base_model, is_dora) = (peft.bias, peft.base_model_name_or_path, peft.use_dora);
+        Ok(Self { path: folder.to_owned(), config, modules, embeddings, saved_whole, is_dora, bias, base_model })
     }
 
     /// What the adapter adapts. Where PEFT's file has other layers than the first ones, an expression or exclusions,
@@ -122,6 +126,31 @@ impl AdapterFolder {
             "the adapter in {at} has trained biases (`bias` is `{bias}`), which can only be merged: `vora convert` does"
         );
         Ok(())
+    }
+
+    /// Checks that it is `B A` on linear layers and nothing else, so that it can act on some rows of a batch while others
+    /// have another one.
+    ///
+    /// # Errors
+    /// Names what else it is: DoRA, modules that were trained themselves, LoRA on an embedding, trained biases.
+    pub fn low_rank_alone(&self) -> Result<()> {
+        let at = self.path.display();
+        ensure!(
+            !self.is_dora,
+            "the adapter in {at} is a DoRA (`use_dora`), which scales the rows of the weights themselves: `vora convert` merges it"
+        );
+        if let Some(name) = self.saved_whole.first() {
+            bail!(
+                "the adapter in {at} has weights of the model's own (`modules_to_save`), as `{name}`, which all requests would \
+                 share: `vora convert` merges it"
+            )
+        }
+        self.linears_only()
+    }
+
+    /// The modules that carry an adapter, by their paths in the base model.
+    pub fn modules(&self) -> &[String] {
+        &self.modules
     }
 
     /// Compares the adapter with what `config` asks for.

@@ -82,7 +82,7 @@ pub(super) async fn whole(mut running: Running) -> Result<Value, ApiError> {
         let (at, event) = running.events.recv().await.ok_or_else(ApiError::failed)?;
         let choice = &mut choices[at];
         match event {
-            Event::Started { prompt_tokens, cached_tokens } => usage.started(prompt_tokens, cached_tokens, at),
+            Event::Started { prompt_tokens, cached_tokens, .. } => usage.started(prompt_tokens, cached_tokens, at),
             Event::Text { text, tokens } => {
                 choice.text.push_str(&text);
                 choice.logprobs.extend(tokens.iter().map(logprob));

@@ -58,14 +58,14 @@ pub(crate) async fn complete(
         let (state, loaded) = (state.clone(), loaded.clone());
         blocking(move || Asked::of(&body, &state, &loaded)).await?
     };
-    let Asked { rules, conversation, model, adapters } = asked;
+    let Asked { rules, conversation, model } = asked;
     let files = read_all(state, &conversation.pictures).await?;
     let params: Vec<String> = files.iter().map(|(param, _)| param.clone()).collect();
 
     let decoding = state.decoding.clone().acquire_owned().await.map_err(|_| ApiError::failed())?;
     let (events, of_events) = mpsc::unbounded_channel();
     let tickets = {
-        let (state, rules, params) = (state.clone(), rules.clone(), params.clone());
+        let (state, rules, params, model) = (state.clone(), rules.clone(), params.clone(), model.clone());
         blocking(move || {
             let _until_submitted = (decoding, room);
             let images = pictures::decode(&files, state.config.max_pixels)?;
@@ -74,7 +74,7 @@ pub(crate) async fn complete(
             let request = request.with_max_new_tokens(rules.max_tokens).with_stop(rules.stop.clone());
             let request = request.with_format(rules.format.clone());
             let request = rules.logprobs.into_iter().fold(request, Request::with_logprobs);
-            let request = if adapters { request } else { request.without_adapters() };
+            let request = loaded.served(&model).ok_or_else(ApiError::failed)?.of(request);
             submit(&state, &loaded, request, &rules, events, received)
                 .map_err(|error| ApiError::of_engine(&error, &params))
         })
@@ -89,7 +89,6 @@ struct Asked {
     rules: Rules,
     conversation: Conversation,
     model: String,
-    adapters: bool,
 }
 
 impl Asked {
@@ -97,11 +96,9 @@ impl Asked {
         let wire = Wire::parse(body)?;
         let rules = Rules::of(&wire, &state.config, loaded)?;
         let model = wire.model.unwrap_or_else(|| state.config.name.clone());
-        let known = loaded.names(&state.config.name);
-        if !known.contains(&model) {
-            return Err(ApiError::no_such_model(&model, &known));
+        if loaded.served(&model).is_none() {
+            return Err(ApiError::no_such_model(&model, &loaded.names()));
         }
-        let adapters = model == state.config.name;
         let conversation = Conversation::of(wire.messages.0, state.config.max_pictures)?;
         let (bytes, most) = (conversation.text_len(), loaded.most_text);
         if bytes > most {
@@ -111,7 +108,7 @@ impl Asked {
             );
             return Err(ApiError::too_long("messages", message));
         }
-        Ok(Self { rules, conversation, model, adapters })
+        Ok(Self { rules, conversation, model })
     }
 }
 

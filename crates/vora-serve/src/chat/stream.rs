@@ -59,7 +59,7 @@ impl ChatStream {
 
     fn write(&mut self, piece: &mut String, choice: usize, event: Event) {
         match event {
-            Event::Started { prompt_tokens, cached_tokens } => {
+            Event::Started { prompt_tokens, cached_tokens, .. } => {
                 self.usage.started(prompt_tokens, cached_tokens, choice);
                 self.chunk(piece, choice, json!({"role": "assistant", "content": ""}), Vec::new(), None);
             }

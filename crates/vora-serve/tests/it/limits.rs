@@ -1,6 +1,7 @@
 //! Who is answered, and when.
 
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use crate::client::{connect, get, posted, receive, say};
@@ -59,6 +60,69 @@ fn a_server_that_has_to_end_gives_up_what_runs() {
     assert!(!server.drain(Duration::ZERO));
     drop(server);
     assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
+}
+
+/// Connections whose clients say nothing hold nobody up: the one that has waited longest goes.
+#[test]
+fn idle_connections_make_room() {
+    let server = serve(|config, _| config.max_connections = 8);
+    let is_closed = |socket: &mut TcpStream| {
+        socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        match socket.read(&mut [0; 16]) {
+            Ok(read) => read == 0,
+            Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+        }
+    };
+    // One that is answered keeps its place, and so does one whose answer is on its way.
+    let mut stream = long("Is it red?", 450);
+    stream["stream"] = true.into();
+    let mut running = connect(&server);
+    running.write_all(&posted("/v1/chat/completions", "", stream.to_string().as_bytes())).unwrap();
+    until("it runs", || metric(&server, "num_requests_running") == 1.0);
+    let mut idle: Vec<TcpStream> = (0..40).map(|_| connect(&server)).collect();
+    let cut = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{";
+    idle.extend((0..10).map(|_| {
+        let mut socket = connect(&server);
+        socket.write_all(cut).unwrap(); // a body that does not come
+        socket
+    }));
+    let start = Instant::now();
+    for _ in 0..5 {
+        assert_eq!(get(&server, "/health").status, 200);
+        assert_eq!(ask(&server, &long("Is it red?", 2)).status, 200);
+    }
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    assert!(idle.iter_mut().take(20).all(is_closed), "the first are gone");
+    assert!(metric(&server, "open_connections") <= 8.0);
+    assert!(receive(&mut running).events().len() >= 450);
+    // One that asked before may ask again for as long as there is room.
+    drop(idle);
+    let mut kept = connect(&server);
+    for _ in 0..3 {
+        kept.write_all(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
+        assert_eq!(receive(&mut kept).status, 200);
+    }
+}
+
+/// Where every connection has a request to be answered, the next one waits for the first that ends.
+#[test]
+fn a_connection_waits_for_those_that_work() {
+    let server = serve(|config, _| config.max_connections = 2);
+    let mut running: Vec<TcpStream> = (0..2)
+        .map(|at| {
+            let mut socket = connect(&server);
+            let request = long("Is it red?", 100 + 300 * at);
+            socket
+                .write_all(&posted("/v1/chat/completions", "connection: close\r\n", request.to_string().as_bytes()))
+                .unwrap();
+            socket
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(get(&server, "/health").status, 200);
+    for socket in &mut running {
+        assert_eq!(receive(socket).status, 200);
+    }
 }
 
 #[test]

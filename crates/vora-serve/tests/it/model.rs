@@ -8,8 +8,8 @@ use base64::Engine as _;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 use vora_infer::{Assistant, RgbImage};
-use vora_llm::{LlmConfig, VisionAttention};
-use vora_lora::{ActsOn, LoraConfig};
+use vora_llm::{CausalLm, LlmConfig, VisionAttention};
+use vora_lora::{ActsOn, BaseModel, LoraConfig, save_adapter};
 use vora_model::{AdaptedLlm, Input, VisionLanguageModel, Vora, VoraConfig};
 use vora_torch::weights::Weights;
 
@@ -49,12 +49,33 @@ pub(crate) fn assistant_with(change: impl FnOnce(&Path)) -> Assistant {
     let (lora, adapters) =
         (LoraConfig { acts_on: ActsOn::All, ..LoraConfig::new(4, 3) }, Weights::random(5, Device::Cpu, Kind::Float));
     model.attach("seeing", &lora, &adapters).unwrap();
-    let random = fixtures::Random::new(3);
+    shake(&adapters, 3);
+    change(folder.path());
+    Assistant::new(Box::new(Tiny(model)), folder.path()).unwrap()
+}
+
+/// The same with adapters `cats` and `dogs` for whoever asks for them.
+pub(crate) fn assistant_of_several() -> Assistant {
+    let (mut assistant, root) = (assistant(), tempfile::tempdir().unwrap());
+    for (name, seed) in [("cats", 1), ("dogs", 2)] {
+        let llm = LlmConfig::open(&fixtures::root().join("tiny/llm")).unwrap();
+        let mut llm = AdaptedLlm::new(CausalLm::load(&llm, &Weights::random(9, Device::Cpu, Kind::Float)).unwrap());
+        let (lora, adapters) = (LoraConfig::new(3, 4), Weights::random(seed, Device::Cpu, Kind::Float));
+        llm.attach(name, &lora, &adapters).unwrap();
+        shake(&adapters, seed);
+        let folder = root.path().join(name);
+        save_adapter(&folder, &lora, BaseModel::causal_lm("tiny"), &llm.adapter_tensors().unwrap()).unwrap();
+        assistant.add_adapter(name, &folder, &|name| anyhow::bail!("{name} is nowhere")).unwrap();
+    }
+    assistant
+}
+
+/// Gives adapters a B that is not zero.
+fn shake(adapters: &Weights, seed: u64) {
+    let random = fixtures::Random::new(seed);
     for (_, tensor) in adapters.parameters().iter().filter(|(name, _)| name.contains("lora_B")) {
         tch::no_grad(|| tensor.shallow_clone().copy_(&(random.normal(tensor.size()) * 0.2)));
     }
-    change(folder.path());
-    Assistant::new(Box::new(Tiny(model)), folder.path()).unwrap()
 }
 
 /// A picture of one colour as a `data:` address.

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::client::{Reply, get, say};
-use crate::model::{assistant_with, picture};
+use crate::model::{assistant_of_several, assistant_with, picture};
 use crate::{about, ask, loading, long, serve};
 
 /// A request as the package sent it.
@@ -137,6 +137,60 @@ fn each_is_answered_as_if_it_were_alone() {
         text(&ask(&server, &base))
     };
     assert!(differ, "adapters change nothing");
+}
+
+#[test]
+fn adapters_answer_by_their_names() {
+    let start = |most: usize| {
+        let (server, engine) = loading(|_, engine| (engine.max_batch, engine.prefix_caching) = (most, most > 1));
+        server.answer_with(assistant_of_several(), engine).unwrap();
+        server
+    };
+    let server = start(8);
+    let listed = said(&get(&server, "/v1/models"))["data"].clone();
+    let listed: Vec<_> =
+        listed.as_array().unwrap().iter().map(|model| (model["id"].clone(), model["parent"].clone())).collect();
+    let none = Value::Null;
+    assert_eq!(listed[..2], [("tiny".into(), none.clone()), ("tiny:base".into(), none)]);
+    assert_eq!(listed[2..], [("cats".into(), "tiny".into()), ("dogs".into(), "tiny".into())]);
+    assert_eq!(get(&server, "/v1/models/cats").json()["parent"], "tiny");
+
+    let requests: Vec<Value> = ["tiny", "cats", "dogs", "tiny:base", "cats", "dogs"]
+        .into_iter()
+        .enumerate()
+        .map(|(at, model)| {
+            let mut request = about(&picture([200, 7, 90]), ["What colour is it?", "Why?"][at / 4], 20);
+            request["model"] = model.into();
+            request["logprobs"] = true.into();
+            request
+        })
+        .collect();
+    let tokens = |reply: &Reply| said(reply)["choices"][0]["logprobs"].clone();
+    let alone: Vec<Value> = {
+        let server = start(1);
+        requests.iter().map(|request| tokens(&ask(&server, request))).collect()
+    };
+    for (at, answer) in alone.iter().enumerate().take(4) {
+        assert!(!alone[..at].contains(answer), "{alone:?}");
+    }
+    for round in 0..2 {
+        let together: Vec<Value> = std::thread::scope(|scope| {
+            let asked: Vec<_> = requests.iter().map(|request| scope.spawn(|| tokens(&ask(&server, request)))).collect();
+            asked.into_iter().map(|answer| answer.join().unwrap()).collect()
+        });
+        assert_eq!(together, alone, "round {round}");
+    }
+    let mut request = requests[1].clone();
+    assert_eq!(said(&ask(&server, &request))["model"], "cats");
+    request["model"] = "birds".into();
+    let reply = ask(&server, &request);
+    let (message, param, code) = reply.error();
+    assert_eq!((reply.status, param.as_str(), code.as_str()), (404, "model", "model_not_found"));
+    assert_eq!(message, "there is no model `birds` here, only tiny, tiny:base, cats, dogs");
+
+    let (server, engine) = loading(|config, _| config.name = "cats".to_owned());
+    let error = server.answer_with(assistant_of_several(), engine).unwrap_err().to_string();
+    assert!(error.contains("the adapter `cats` has a name of the served model"), "{error}");
 }
 
 #[test]

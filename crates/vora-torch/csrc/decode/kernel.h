@@ -9,6 +9,7 @@ namespace decode {
 
 // How a matrix's numbers are kept. The last two have a scale for every GROUP of them along a row.
 enum Width : int64_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+constexpr int64_t WIDTHS = 4;
 
 constexpr int64_t GROUP = 32;
 // Rows of a quantised matrix that lie side by side.

@@ -31,6 +31,53 @@ struct Span {
 
 Span share(int64_t n, int64_t thread, int64_t threads) { return {n * thread / threads, n * (thread + 1) / threads}; }
 
+// The adapter's part of a linear; null where it has none.
+const Lora* lora_of(const Linear& l, int64_t adapter) {
+  if (adapter < 1 || adapter > l.num_loras || l.loras[adapter - 1].a.out == 0) return nullptr;
+  return &l.loras[adapter - 1];
+}
+
+// Its rank, as far as memory for it goes.
+int64_t padded_rank(const Linear& l, int64_t adapter) {
+  const Lora* lora = lora_of(l, adapter);
+  return lora == nullptr ? 0 : groups_of(lora->a.out) * GROUP;
+}
+
+// The most numbers that `x A^T` of all these linears has of a row.
+int64_t padded_ranks(std::initializer_list<const Linear*> linears) {
+  int64_t most = 0, adapters = 0;
+  for (const Linear* l : linears) adapters = std::max(adapters, l->num_loras);
+  for (int64_t adapter = 1; adapter <= adapters; adapter++) {
+    int64_t ranks = 0;
+    for (const Linear* l : linears) ranks += padded_rank(*l, adapter);
+    most = std::max(most, ranks);
+  }
+  return most;
+}
+
+// Whether some matrix that is multiplied with a layer's input has this width.
+bool is_used(const Decoder& d, int64_t width) {
+  const auto uses = [&](const Linear& l) {
+    bool used = l.base.width == width;
+    for (int64_t adapter = 1; adapter <= l.num_loras; adapter++) {
+      const Lora* lora = lora_of(l, adapter);
+      used = used || (lora != nullptr && lora->a.width == width);
+    }
+    return used;
+  };
+  bool used = uses(d.head);
+  for (int64_t i = 0; i < d.num_layers && !used; i++) {
+    const Layer& l = d.layers[i];
+    for (const Linear* linear : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) used = used || uses(*linear);
+  }
+  return used;
+}
+
+// Rows side by side that have one adapter.
+struct Run {
+  int64_t adapter, from, to;
+};
+
 // Memory that all threads share, and of each thread.
 struct Memory {
   Memory(const Decoder& d, const Step& s, char* base) : base(base) {
@@ -38,8 +85,8 @@ struct Memory {
     int64_t ranks = 0, longest = 0;
     for (int64_t i = 0; i < d.num_layers; i++) {
       const Layer& l = d.layers[i];
-      ranks = std::max({ranks, padded_rank(l.q) + padded_rank(l.k) + padded_rank(l.v), padded_rank(l.o),
-                        padded_rank(l.gate) + padded_rank(l.up), padded_rank(l.down)});
+      ranks = std::max({ranks, padded_ranks({&l.q, &l.k, &l.v}), padded_ranks({&l.o}), padded_ranks({&l.gate, &l.up}),
+                        padded_ranks({&l.down})});
     }
     for (int64_t r = 0; r < s.rows; r++) longest = std::max(longest, s.ends[r]);
     x = floats(s.rows * d.hidden);
@@ -50,9 +97,11 @@ struct Memory {
     gated = floats(s.rows * d.intermediate);
     low_step = ranks;
     low = floats(s.rows * ranks);
-    operand = bytes(s.rows * operand_bytes(widest));
-    lora_operand = bytes(ranks == 0 ? 0 : s.rows * operand_bytes(widest));
+    for (int64_t width = 0; width < WIDTHS; width++) {
+      operands[width] = is_used(d, width) ? bytes(s.rows * operand_bytes(widest)) : nullptr;
+    }
     low_operand = bytes(s.rows * 4 * ranks);
+    runs = reinterpret_cast<Run*>(bytes(s.rows * static_cast<int64_t>(sizeof(Run))));
     private_bytes = size;
     for (auto& tile : tiles) tile = floats(s.rows * UNIT);
     row = floats(widest);
@@ -61,7 +110,18 @@ struct Memory {
     size += private_bytes * (s.threads - 1);
   }
 
-  static int64_t padded_rank(const Linear& l) { return groups_of(l.lora_a.out) * GROUP; }
+  // The rows that adapters act on.
+  void find_runs(const Step& s) {
+    for (int64_t r = 0; r < s.rows; r++) {
+      const int64_t adapter = s.adapters[r];
+      if (adapter == 0) continue;
+      if (num_runs > 0 && runs[num_runs - 1].to == r && runs[num_runs - 1].adapter == adapter) {
+        runs[num_runs - 1].to++;
+      } else {
+        runs[num_runs++] = {adapter, r, r + 1};
+      }
+    }
+  }
 
   char* bytes(int64_t len) {
     char* taken = base + size;
@@ -76,12 +136,11 @@ struct Memory {
   char* base;
   int64_t size = 0, private_bytes = 0;
   float *x, *y, *qkv, *attended, *gated, *low;
-  char *operand, *lora_operand, *low_operand;
-  int64_t qkv_step, low_step;
+  char *operands[WIDTHS], *low_operand;  // the first as each width has them
+  Run* runs;
+  int64_t num_runs = 0, qkv_step, low_step;
   float *tiles[3], *row, *scratch;
 };
-
-bool has_lora(const Linear& l) { return l.lora_a.out > 0; }
 
 // One thread's part of a step.
 class Worker {
@@ -91,7 +150,6 @@ class Worker {
     for (int i = 0; i < 3; i++) tiles_[i] = m.of(m.tiles[i], thread);
     row_ = m.of(m.row, thread);
     scratch_ = m.of(m.scratch, thread);
-    for (int64_t r = 0; r < s.rows; r++) any_adapted_ = any_adapted_ || s.adapted[r] != 0;
   }
 
   void run() {
@@ -129,14 +187,17 @@ class Worker {
     if (threads_ > 1) meeting_.meet(threads_);
   }
 
-  bool adapts(const Linear& l) const { return any_adapted_ && has_lora(l); }
-
-  // A row as the operand of linears, and of their adapters.
+  // A row as the operand of linears, and of its adapter there: once for each width.
   void take(const float* x, int64_t len, int64_t row, Linears linears) const {
-    const int64_t width = (*linears.begin())->base.width, at = row * operand_bytes(len);
-    k_.take(width, x, len, m_.operand + at);
+    bool taken[WIDTHS] = {};
+    const auto once = [&](int64_t width) {
+      if (!taken[width]) k_.take(width, x, len, m_.operands[width] + row * operand_bytes(len));
+      taken[width] = true;
+    };
     for (const Linear* l : linears) {
-      if (adapts(*l) && l->lora_a.width != width) return k_.take(l->lora_a.width, x, len, m_.lora_operand + at);
+      const Lora* lora = lora_of(*l, s_.adapters[row]);
+      once(l->base.width);
+      if (lora != nullptr) once(lora->a.width);
     }
   }
 
@@ -165,39 +226,49 @@ class Worker {
     lower(d_.hidden, linears);
   }
 
-  // `x A^T` of the linears that have adapters, one after the other, as the operand of their `B`.
+  // `x A^T` of each row's adapter at the linears, one after the other, as the operand of its `B`.
   void lower(int64_t len, Linears linears) const {
-    bool any = false;
-    for (const Linear* l : linears) any = any || adapts(*l);
-    if (!any) return;
-    int64_t at = 0;
-    for (const Linear* l : linears) {
-      if (has_lora(*l)) {
-        const Span units = share((l->lora_a.out + UNIT - 1) / UNIT, thread_, threads_);
-        for (int64_t unit = units.from; unit < units.to; unit++) {
-          const int64_t from = unit * UNIT, to = std::min(l->lora_a.out, from + UNIT);
-          const char* x = l->lora_a.width == l->base.width ? m_.operand : m_.lora_operand;
-          k_.product(l->lora_a, from, to, x, operand_bytes(len), s_.rows, tiles_[0], UNIT);
-          write(tiles_[0], from, to, m_.low + at, m_.low_step);
+    if (padded_ranks_of_runs(linears) == 0) return;
+    int64_t piece = 0;
+    for (int64_t i = 0; i < m_.num_runs; i++) {
+      const Run& run = m_.runs[i];
+      int64_t at = run.from * m_.low_step;
+      for (const Linear* l : linears) {
+        const Lora* lora = lora_of(*l, run.adapter);
+        if (lora == nullptr) continue;
+        const char* x = m_.operands[lora->a.width];
+        for (int64_t from = 0; from < lora->a.out; from += UNIT) {
+          if (piece++ % threads_ != thread_) continue;
+          const int64_t to = std::min(lora->a.out, from + UNIT), step = operand_bytes(len);
+          k_.product(lora->a, from, to, x + run.from * step, step, run.to - run.from, tiles_[0], UNIT);
+          write(tiles_[0], run.to - run.from, from, to, m_.low + at, m_.low_step);
         }
-        at += Memory::padded_rank(*l);
+        at += padded_rank(*l, run.adapter);
       }
     }
     meet();
     const Span own = share(s_.rows, thread_, threads_);
     for (int64_t r = own.from; r < own.to; r++) {
-      at = 0;
+      int64_t at = r * m_.low_step;
       for (const Linear* l : linears) {
-        if (!has_lora(*l)) continue;
-        const int64_t place = r * m_.low_step + at;
-        k_.take(l->lora_b.width, m_.low + place, l->lora_a.out, m_.low_operand + 4 * place);
-        at += Memory::padded_rank(*l);
+        const Lora* lora = lora_of(*l, s_.adapters[r]);
+        if (lora == nullptr) continue;
+        k_.take(lora->b.width, m_.low + at, lora->a.out, m_.low_operand + 4 * at);
+        at += padded_rank(*l, s_.adapters[r]);
       }
     }
     meet();
   }
 
-  // Calls `each(index, linear, from, to)` for this thread's share of the linears' outputs.
+  int64_t padded_ranks_of_runs(Linears linears) const {
+    int64_t ranks = 0;
+    for (int64_t i = 0; i < m_.num_runs; i++) {
+      for (const Linear* l : linears) ranks += padded_rank(*l, m_.runs[i].adapter);
+    }
+    return ranks;
+  }
+
+  // Calls `each(index, from, to)` for this thread's share of the linears' outputs.
   template <typename Each>
   void each_unit(Linears linears, Each each) const {
     int64_t outputs = 0;
@@ -212,33 +283,39 @@ class Worker {
       const int64_t units = (l->base.out + unit - 1) / unit;
       for (int64_t u = std::max(own.from, first); u < std::min(own.to, first + units); u++) {
         const int64_t from = (u - first) * unit;
-        each(index, *l, from, std::min(l->base.out, from + unit));
+        each(index, from, std::min(l->base.out, from + unit));
       }
       first += units;
       index++;
     }
   }
 
-  // Outputs `from..to` of all rows, `[rows, UNIT]`; `low` is where the linear's part of `low` begins.
-  void product(const Linear& l, int64_t from, int64_t to, int64_t len, int64_t low, float* y) const {
-    k_.product(l.base, from, to, m_.operand, operand_bytes(len), s_.rows, y, UNIT);
+  // Outputs `from..to` of all rows, `[rows, UNIT]`, of the linear `index` of those that share an operand.
+  void product(Linears linears, int64_t index, int64_t from, int64_t to, int64_t len, float* y) const {
+    const Linear& l = **(linears.begin() + index);
+    k_.product(l.base, from, to, m_.operands[l.base.width], operand_bytes(len), s_.rows, y, UNIT);
     if (l.bias != nullptr) {
       for (int64_t r = 0; r < s_.rows; r++) {
-        if (l.bias_is_adapted != 0 && s_.adapted[r] == 0) continue;
+        if (l.bias_is_adapted != 0 && s_.adapters[r] != OWN) continue;
         for (int64_t i = from; i < to; i++) y[r * UNIT + i - from] += l.bias[i];
       }
     }
-    if (!adapts(l)) return;
-    float* added = tiles_[2];
-    k_.product(l.lora_b, from, to, m_.low_operand + 4 * low, 4 * m_.low_step, s_.rows, added, UNIT);
-    for (int64_t r = 0; r < s_.rows; r++) {
-      if (s_.adapted[r] == 0) continue;
-      for (int64_t i = 0; i < to - from; i++) y[r * UNIT + i] += added[r * UNIT + i];
+    for (int64_t i = 0; i < m_.num_runs; i++) {
+      const Run& run = m_.runs[i];
+      const Lora* lora = lora_of(l, run.adapter);
+      if (lora == nullptr) continue;
+      int64_t low = run.from * m_.low_step;
+      for (int64_t before = 0; before < index; before++) low += padded_rank(**(linears.begin() + before), run.adapter);
+      float* added = tiles_[2];
+      k_.product(lora->b, from, to, m_.low_operand + 4 * low, 4 * m_.low_step, run.to - run.from, added, UNIT);
+      for (int64_t r = run.from; r < run.to; r++) {
+        for (int64_t j = 0; j < to - from; j++) y[r * UNIT + j] += added[(r - run.from) * UNIT + j];
+      }
     }
   }
 
-  void write(const float* tile, int64_t from, int64_t to, float* y, int64_t y_step) const {
-    for (int64_t r = 0; r < s_.rows; r++) {
+  void write(const float* tile, int64_t rows, int64_t from, int64_t to, float* y, int64_t y_step) const {
+    for (int64_t r = 0; r < rows; r++) {
       std::copy(tile + r * UNIT, tile + r * UNIT + to - from, y + r * y_step + from);
     }
   }
@@ -246,19 +323,18 @@ class Worker {
   void project(const Layer& l) const {
     const int64_t q_len = d_.heads * d_.head_dim, k_len = d_.kv_heads * d_.head_dim;
     const int64_t places[] = {0, q_len, q_len + k_len};
-    const int64_t q_rank = Memory::padded_rank(l.q);
-    const int64_t lows[] = {0, q_rank, q_rank + Memory::padded_rank(l.k)};
-    each_unit({&l.q, &l.k, &l.v}, [&](int64_t index, const Linear& linear, int64_t from, int64_t to) {
-      product(linear, from, to, d_.hidden, lows[index], tiles_[0]);
-      write(tiles_[0], from, to, m_.qkv + places[index], m_.qkv_step);
+    const Linears linears = {&l.q, &l.k, &l.v};
+    each_unit(linears, [&](int64_t index, int64_t from, int64_t to) {
+      product(linears, index, from, to, d_.hidden, tiles_[0]);
+      write(tiles_[0], s_.rows, from, to, m_.qkv + places[index], m_.qkv_step);
     });
   }
 
   // Onto the residual stream, or beside it where its norm comes first.
   void add_product(const Linear& l, int64_t len) const {
-    each_unit({&l}, [&](int64_t, const Linear& linear, int64_t from, int64_t to) {
-      product(linear, from, to, len, 0, tiles_[0]);
-      if (d_.norms_after != 0) return write(tiles_[0], from, to, m_.y, d_.hidden);
+    each_unit({&l}, [&](int64_t index, int64_t from, int64_t to) {
+      product({&l}, index, from, to, len, tiles_[0]);
+      if (d_.norms_after != 0) return write(tiles_[0], s_.rows, from, to, m_.y, d_.hidden);
       for (int64_t r = 0; r < s_.rows; r++) {
         float* x = m_.x + r * d_.hidden + from;
         for (int64_t i = 0; i < to - from; i++) x[i] += tiles_[0][r * UNIT + i];
@@ -267,10 +343,10 @@ class Worker {
   }
 
   void gate(const Layer& l) const {
-    const int64_t up_low = Memory::padded_rank(l.gate);
-    each_unit({&l.gate}, [&](int64_t, const Linear&, int64_t from, int64_t to) {
-      product(l.gate, from, to, d_.hidden, 0, tiles_[0]);
-      product(l.up, from, to, d_.hidden, up_low, tiles_[1]);
+    const Linears linears = {&l.gate, &l.up};
+    each_unit({&l.gate}, [&](int64_t, int64_t from, int64_t to) {
+      product(linears, 0, from, to, d_.hidden, tiles_[0]);
+      product(linears, 1, from, to, d_.hidden, tiles_[1]);
       for (int64_t r = 0; r < s_.rows; r++) {
         k_.swiglu(tiles_[0] + r * UNIT, tiles_[1] + r * UNIT, to - from, m_.gated + r * d_.intermediate + from);
       }
@@ -337,6 +413,7 @@ class Worker {
   // The logits that are asked for.
   void answer(const float* norm_of_y) const {
     const Span own = share(s_.num_asked, thread_, threads_);
+    const Matrix& head = d_.head.base;
     const auto eps = static_cast<float>(d_.eps);
     for (int64_t i = own.from; i < own.to; i++) {
       float* x = m_.x + s_.asked[i] * d_.hidden;
@@ -345,13 +422,13 @@ class Worker {
         for (int64_t j = 0; j < d_.hidden; j++) x[j] += row_[j];
       }
       k_.rms_norm(x, d_.final_norm, d_.hidden, eps, row_);
-      k_.take(d_.head.base.width, row_, d_.hidden, m_.operand + i * operand_bytes(d_.hidden));
+      k_.take(head.width, row_, d_.hidden, m_.operands[head.width] + i * operand_bytes(d_.hidden));
     }
     meet();
-    each_unit({&d_.head}, [&](int64_t, const Linear& l, int64_t from, int64_t to) {
-      k_.product(l.base, from, to, m_.operand, operand_bytes(d_.hidden), s_.num_asked, tiles_[0], UNIT);
+    each_unit({&d_.head}, [&](int64_t, int64_t from, int64_t to) {
+      k_.product(head, from, to, m_.operands[head.width], operand_bytes(d_.hidden), s_.num_asked, tiles_[0], UNIT);
       for (int64_t i = 0; i < s_.num_asked; i++) {
-        std::copy(tiles_[0] + i * UNIT, tiles_[0] + i * UNIT + to - from, s_.logits + i * l.base.out + from);
+        std::copy(tiles_[0] + i * UNIT, tiles_[0] + i * UNIT + to - from, s_.logits + i * head.out + from);
       }
     });
   }
@@ -385,7 +462,6 @@ class Worker {
   const Kernels& k_;
   const int64_t thread_, threads_;
   float *tiles_[3], *row_, *scratch_;
-  bool any_adapted_ = false;
 };
 
 }  // namespace
@@ -400,7 +476,8 @@ int vora_decode_step(const Decoder* decoder, const Step* step, char* memory) {
   return guard(-1, [&] {
     TORCH_CHECK(step->rows > 0 && step->threads > 0, "a decoding step of ", step->rows, " rows");
     const auto address = reinterpret_cast<uintptr_t>(memory);
-    const Memory places(*decoder, *step, memory + (64 - address % 64) % 64);
+    Memory places(*decoder, *step, memory + (64 - address % 64) % 64);
+    places.find_runs(*step);
     Meeting meeting;
 #ifdef _OPENMP
     if (step->threads > 1) {

@@ -8,14 +8,22 @@
 namespace vora {
 namespace decode {
 
-// `y = x W^T + b + (x A^T) B^T`, where A and B act on adapted rows alone, and so does the bias where it says so. B has the
-// adapters' scaling. A has no rows where there are no adapters.
+// What an adapter adds, `(x A^T) B^T`. B has its scaling; A has no rows where the adapter leaves a linear alone.
+struct Lora {
+  Matrix a;  // [r, in]
+  Matrix b;  // [out, r]
+};
+
+// The model's own adapter; 0 is none, and those that follow are the ones that have names.
+constexpr uint8_t OWN = 1;
+
+// `y = x W^T + b + (x A^T) B^T`, where A and B are those of the row's adapter. A bias may act on rows of the model's own alone.
 struct Linear {
   Matrix base;
   const float* bias;
   int64_t bias_is_adapted;
-  Matrix lora_a;  // [r, in]
-  Matrix lora_b;  // [out, r]
+  const Lora* loras;  // of the adapters from 1 to num_loras
+  int64_t num_loras;
 };
 
 // The norm of each head of q or k.
@@ -54,7 +62,7 @@ struct Step {
   const int64_t* ends;      // [rows], tokens up to which it attends
   const float* cos;         // [rows, head_dim / 2]
   const float* sin;
-  const uint8_t* adapted;   // [rows]
+  const uint8_t* adapters;  // [rows], the adapter of each: fastest where rows of one lie side by side
   void* const* keys;        // of each layer, [pages, kv_heads, page_len, head_dim]
   void* const* values;
   const float* x;           // [rows, hidden]

@@ -9,11 +9,12 @@ use anyhow::{Context, Result};
 use half::{bf16, f16};
 use memmap2::MmapMut;
 use tch::{Device, Kind, Tensor};
-use vora_gguf::{Gguf, Llm, TensorKind};
+use vora_gguf::{Gguf, Llm, TensorInfo, TensorKind};
 
 use crate::checkpoint::entry::{Entry, dims};
 use crate::error;
 use crate::map::Mapped;
+use crate::packed::PackedLinear;
 
 /// The tensors of a GGUF file under HF's names.
 pub(super) fn entries(model: &Llm<Mapped>) -> Result<Vec<(String, Entry)>> {
@@ -50,6 +51,25 @@ pub(super) fn dequantise(model: &Llm<Mapped>, name: &str, shape: &[i64], kind: K
     }
     Ok(tensor.to_kind(kind))
 }
+
+/// A matrix `[out, in]` in the blocks that decoding reads, none rounded again; none where it is stored in another way.
+pub(super) fn packed(model: &Llm<Mapped>, name: &str, [rows, columns]: [i64; 2]) -> Result<Option<PackedLinear>> {
+    let kind = model.info(name).map(TensorInfo::kind);
+    let values_kind = match kind {
+        Some(TensorKind::Q8_0) => Kind::Int8,
+        Some(TensorKind::Q4_0) => Kind::Uint8,
+        _ => return Ok(None),
+    };
+    let Some(blocks) = model.blocks(name) else { return Ok(None) };
+    let blocks = Tensor::from_slice(&blocks).f_view([rows, columns / GROUP, -1])?; // a scale of two bytes, then values
+    let part = |from, len| blocks.narrow(2, from, len).contiguous();
+    let scales = part(0, 2).f_view_dtype(Kind::Half)?.squeeze_dim(2);
+    let values = part(2, blocks.size()[2] - 2).f_view_dtype(values_kind)?;
+    PackedLinear::from_parts(&values, &scales, columns).map(Some)
+}
+
+/// Numbers of a block.
+const GROUP: i64 = 32;
 
 /// Writes the values into a new contiguous CPU tensor whose elements are `T`s.
 fn fill<T: Send>(model: &Llm<Mapped>, name: &str, tensor: &Tensor, convert: impl Fn(f32) -> T + Sync) -> Result<()> {
@@ -124,6 +144,42 @@ mod tests {
             "{error}"
         );
         assert!(open("gguf_llama.gguf").quantized(Quantization::Nf4).is_ok());
+    }
+
+    /// The blocks that decoding reads are the file's own; what is stored otherwise is made whole, as is all of it unless asked.
+    #[test]
+    fn blocks_that_decoding_reads_are_kept() {
+        let path = golden("gguf_file.gguf");
+        let model = open(&map(&path).unwrap()).unwrap();
+        let plain = Weights::open(&path, Device::Cpu, Kind::Float).unwrap();
+        let (kept, trained) = (plain.keeping_blocks(), plain.keeping_blocks().trained());
+        let mut found = Vec::new();
+        for name in model.names() {
+            let (kind, &[rows, columns]) = (model.info(name).unwrap().kind(), model.info(name).unwrap().shape()) else {
+                continue;
+            };
+            let shape = [rows as i64, columns as i64];
+            let packed = kept.packed(name, shape).unwrap();
+            assert!(plain.packed(name, shape).unwrap().is_none() && trained.packed(name, shape).unwrap().is_none());
+            let width = packed.as_ref().map(PackedLinear::width);
+            let expected = match kind {
+                TensorKind::Q8_0 => Some(Width::Int8),
+                TensorKind::Q4_0 => Some(Width::Int4),
+                _ => None,
+            };
+            assert_eq!(width, expected, "{name} in {kind}");
+            if let Some(packed) = packed {
+                let whole = plain.get(name, &shape, Init::Required).unwrap();
+                assert!(packed.dequantise(0..shape[0], Kind::Float).unwrap().equal(&whole), "{name}");
+                found.push((kind, name.contains("q_proj"))); // q's rows are put back in order
+            }
+        }
+        for kind in [TensorKind::Q8_0, TensorKind::Q4_0] {
+            assert!(found.iter().any(|(of, _)| *of == kind), "{found:?}");
+        }
+        assert!(kept.keeps_blocks() && !plain.keeps_blocks());
+        let whole = Weights::open(&golden("gguf_llama.gguf"), Device::Cpu, Kind::Float).unwrap();
+        assert!(!whole.keeping_blocks().keeps_blocks(), "a file without blocks");
     }
 
     /// Brought into the width that its blocks have already, a matrix keeps its numbers bit for bit.

@@ -14,6 +14,7 @@ use crate::checkpoint::error::CheckpointError;
 use crate::checkpoint::files::checkpoint_files;
 use crate::checkpoint::{gguf, safetensors};
 use crate::map::{self, map, view};
+use crate::packed::PackedLinear;
 
 /// One mapped file, and what a GGUF file has in it.
 #[derive(Debug)]
@@ -113,6 +114,13 @@ impl Checkpoint {
             Some(_) => Ok(self.tensor(name)?.to_kind(kind)),
             None => self.dequantise(name, entry, kind),
         }
+    }
+
+    /// The matrix of this name where a GGUF file has it in the blocks that decoding reads: Q8_0 or Q4_0.
+    pub(crate) fn packed(&self, name: &str, shape: [i64; 2]) -> Result<Option<PackedLinear>> {
+        let Some(entry) = self.entries.get(name).filter(|entry| entry.shape == shape) else { return Ok(None) };
+        let Some(model) = &self.files[entry.file_idx].gguf else { return Ok(None) };
+        gguf::packed(model, name, shape).with_context(|| format!("reading {name} of {}", self.path.display()))
     }
 
     /// Gives back the memory that this tensor's bytes in the file were read into; whoever reads them again has the file

@@ -20,6 +20,14 @@ impl Matrix {
         Self { width: 0, out_features: 0, in_features: 0, values: ptr::null(), scales: ptr::null() };
 }
 
+/// `Lora`
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Lora {
+    pub(crate) a: Matrix,
+    pub(crate) b: Matrix,
+}
+
 /// `Linear`
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -27,8 +35,8 @@ pub(crate) struct Linear {
     pub(crate) base: Matrix,
     pub(crate) bias: *const f32,
     pub(crate) bias_is_adapted: i64,
-    pub(crate) lora_a: Matrix,
-    pub(crate) lora_b: Matrix,
+    pub(crate) loras: *const Lora,
+    pub(crate) num_loras: i64,
 }
 
 /// `HeadNorm`
@@ -87,7 +95,7 @@ pub(crate) struct Step {
     pub(crate) ends: *const i64,
     pub(crate) cos: *const f32,
     pub(crate) sin: *const f32,
-    pub(crate) adapted: *const bool,
+    pub(crate) adapters: *const u8,
     pub(crate) keys: *const *mut c_void,
     pub(crate) values: *const *mut c_void,
     pub(crate) x: *const f32,

@@ -4,10 +4,11 @@ use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
+use super::lora_id::LoraId;
 use super::width::Width;
 use crate::checkpoint::forget_view;
 use crate::ffi::{self, decode as raw};
@@ -15,7 +16,7 @@ use crate::ffi::{self, decode as raw};
 /// Numbers that share a scale.
 const GROUP: i64 = 32;
 
-/// `y = x W^T + b`, and for rows that adapters act on `+ scaling * (x A^T) B^T`, on the CPU.
+/// `y = x W^T + b`, and for each row `+ scaling * (x A^T) B^T` of its adapter, on the CPU.
 ///
 /// [`Width::F32`] and [`Width::Bf16`] read the weight where it lies, if it has that dtype already: it is shared, not copied.
 /// The quantised widths keep a copy in another order.
@@ -29,8 +30,16 @@ pub struct PackedLinear {
     is_copy: bool,
     bias: Option<Tensor>, // [out], f32
     bias_is_adapted: bool,
-    low_rank: Option<[Tensor; 2]>, // A [r, in] and B [out, r], f32 or bf16, B with its scaling
+    loras: Vec<Option<[Tensor; 2]>>, // by `LoraId::place`, A [r, in] and B [out, r], f32 or bf16, B with its scaling
+    raw_loras: RawLoras,
 }
+
+/// What `csrc/` takes of the adapters.
+#[derive(Debug, Default)]
+struct RawLoras(Vec<raw::Lora>);
+
+// SAFETY: it points into tensors that lie beside it, which are `Send`, and is read in a step alone.
+unsafe impl Send for RawLoras {}
 
 impl PackedLinear {
     /// Packs a weight `[out, in]`, f32 or bf16. Of one that is a view of a checkpoint, and quantised here, the memory that it was
@@ -98,8 +107,9 @@ impl PackedLinear {
         scales: Option<Tensor>,
         is_copy: bool,
     ) -> Self {
-        let (bias, low_rank) = (None, None);
-        Self { width, out_features, in_features, values, scales, is_copy, bias, bias_is_adapted: false, low_rank }
+        let (bias, loras, raw_loras) = (None, Vec::new(), RawLoras::default());
+        let bias_is_adapted = false;
+        Self { width, out_features, in_features, values, scales, is_copy, bias, bias_is_adapted, loras, raw_loras }
     }
 
     /// The same matrix for one more reader: values and scales are shared, not copied, and neither bias nor adapters come with
@@ -110,7 +120,7 @@ impl PackedLinear {
         Self::of(self.width, [self.out_features, self.in_features], values, scales, false)
     }
 
-    /// The same with a bias `[out]`; where `adapted`, it acts on the rows that adapters act on.
+    /// The same with a bias `[out]`; where `adapted`, it acts on the rows that the model's own adapters act on.
     ///
     /// # Errors
     /// A bias of another shape.
@@ -120,11 +130,11 @@ impl PackedLinear {
         Ok(Self { bias: Some(bias), bias_is_adapted: adapted, ..self })
     }
 
-    /// The same with one adapter more: `A` `[r, in]` and `B` `[out, r]`, which are kept in f32 beside f32 and else in bf16.
+    /// The same with `A` `[r, in]` and `B` `[out, r]` more for the adapter `id`, which are kept in f32 beside f32 and else in bf16.
     ///
     /// # Errors
-    /// Matrices of other shapes.
-    pub fn with_adapter(self, a: &Tensor, b: &Tensor, scaling: f64) -> Result<Self> {
+    /// Matrices of other shapes, and an `id` that is none.
+    pub fn with_adapter(mut self, id: LoraId, a: &Tensor, b: &Tensor, scaling: f64) -> Result<Self> {
         let r = a.size().first().copied().unwrap_or(0);
         ensure!(
             a.size() == [r, self.in_features] && b.size() == [self.out_features, r] && r > 0,
@@ -134,14 +144,24 @@ impl PackedLinear {
             self.out_features,
             self.in_features
         );
+        let place = id.place().context("an adapter that is none")?;
         let kind = if self.width == Width::F32 { Kind::Float } else { Kind::BFloat16 };
         let kept = |t: Tensor| t.detach().to_kind(kind);
         let (a, b) = (kept(a.shallow_clone()), kept(b.to_kind(Kind::Float) * scaling));
-        let low_rank = match &self.low_rank {
+        if self.loras.len() <= place {
+            self.loras.resize_with(place + 1, || None);
+        }
+        let lora = &mut self.loras[place];
+        *lora = Some(match lora {
             None => [a.contiguous(), b.contiguous()],
             Some([before_a, before_b]) => [Tensor::cat(&[before_a, &a], 0), Tensor::cat(&[before_b, &b], 1)],
+        });
+        let raw = |lora: &Option<[Tensor; 2]>| match lora {
+            None => raw::Lora { a: raw::Matrix::NONE, b: raw::Matrix::NONE },
+            Some([a, b]) => raw::Lora { a: plain_matrix(a), b: plain_matrix(b) },
         };
-        Ok(Self { low_rank: Some(low_rank), ..self })
+        self.raw_loras = RawLoras(self.loras.iter().map(raw).collect());
+        Ok(self)
     }
 
     /// How its numbers are kept.
@@ -161,7 +181,7 @@ impl PackedLinear {
 
     /// Whether it has adapters.
     pub fn has_adapters(&self) -> bool {
-        self.low_rank.is_some()
+        self.loras.iter().any(Option::is_some)
     }
 
     /// Bytes that it reads for a token, adapters left out: those of values and scales.
@@ -230,12 +250,12 @@ impl PackedLinear {
         self.forward_on(x, &[])
     }
 
-    /// As [`PackedLinear::forward`], with adapters on those of the rows of `x`, flattened, for which `adapted` says so; the
-    /// others get what they would without adapters, bit for bit.
+    /// As [`PackedLinear::forward`], with an adapter for each of the rows of `x`, flattened; what has none gets what it would
+    /// without adapters, bit for bit. Where `adapters` is empty, no row has one.
     ///
     /// # Errors
-    /// As [`PackedLinear::forward`], and an `adapted` for another number of rows.
-    pub fn forward_on(&self, x: &Tensor, adapted: &[bool]) -> Result<Tensor> {
+    /// As [`PackedLinear::forward`], and `adapters` for another number of rows.
+    pub fn forward_on(&self, x: &Tensor, adapters: &[LoraId]) -> Result<Tensor> {
         let mut size = x.size();
         ensure!(
             size.last() == Some(&self.in_features),
@@ -245,16 +265,22 @@ impl PackedLinear {
         let x32 = x.detach().to_kind(Kind::Float).reshape([-1, self.in_features]).contiguous(); // [rows, in]
         let plain_bias = self.bias.as_ref().filter(|_| !self.bias_is_adapted);
         let mut y = product(&self.matrix(), plain_bias, &x32)?;
-        if adapted.iter().any(|&on| on) && (self.low_rank.is_some() || self.bias_is_adapted) {
-            ensure!(adapted.len() as i64 == y.size()[0], "{} rows, adapters on {} of them", y.size()[0], adapted.len());
-            let mut on = y.copy();
-            if let Some(bias) = self.bias.as_ref().filter(|_| self.bias_is_adapted) {
-                on += bias;
+        let rows = y.size()[0];
+        ensure!(adapters.is_empty() || adapters.len() as i64 == rows, "{rows} rows, adapters of {}", adapters.len());
+        if let Some(bias) = self.bias.as_ref().filter(|_| self.bias_is_adapted) {
+            let on: Vec<bool> = adapters.iter().map(|&id| id == LoraId::OWN).collect();
+            if on.contains(&true) {
+                y = (&y + bias).where_self(&Tensor::from_slice(&on).unsqueeze(1), &y);
             }
-            if let Some([a, b]) = &self.low_rank {
-                on += product(&plain_matrix(b), None, &product(&plain_matrix(a), None, &x32)?)?;
+        }
+        for (place, lora) in self.loras.iter().enumerate() {
+            let with_it = (0..).zip(adapters).filter(|(_, id)| id.place() == Some(place)).map(|(row, _)| row);
+            let with_it: Vec<i64> = with_it.collect();
+            if let (Some([a, b]), false) = (lora, with_it.is_empty()) {
+                let with_it = Tensor::from_slice(&with_it);
+                let low = product(&plain_matrix(a), None, &x32.index_select(0, &with_it))?;
+                let _ = y.index_add_(0, &with_it, &product(&plain_matrix(b), None, &low)?);
             }
-            y = on.where_self(&Tensor::from_slice(adapted).unsqueeze(1), &y);
         }
         if let Some(last) = size.last_mut() {
             *last = self.out_features;
@@ -274,13 +300,12 @@ impl PackedLinear {
 
     /// What `csrc/` takes, which points into tensors of `self`.
     pub(crate) fn raw(&self) -> raw::Linear {
-        let low_rank = self.low_rank.as_ref();
         raw::Linear {
             base: self.matrix(),
             bias: self.bias.as_ref().map_or(ptr::null(), |bias| bias.data_ptr() as *const f32),
             bias_is_adapted: i64::from(self.bias_is_adapted),
-            lora_a: low_rank.map_or(raw::Matrix::NONE, |[a, _]| plain_matrix(a)),
-            lora_b: low_rank.map_or(raw::Matrix::NONE, |[_, b]| plain_matrix(b)),
+            loras: self.raw_loras.0.as_ptr(),
+            num_loras: self.raw_loras.0.len() as i64,
         }
     }
 }

@@ -53,6 +53,7 @@ pub struct Weights {
     frozen: Rc<BTreeSet<String>>, // full names that stay frozen where the rest is trained
     initializer_range: f64,
     quantization: Option<Quantization>,
+    keeps_blocks: bool,
 }
 
 impl Weights {
@@ -97,6 +98,7 @@ impl Weights {
             frozen: Rc::default(),
             initializer_range: 0.02,
             quantization: None,
+            keeps_blocks: false,
         }
     }
 
@@ -147,6 +149,20 @@ impl Weights {
             );
         }
         Ok(Self { quantization: Some(quantization), ..self.clone() })
+    }
+
+    /// The same source for a model that answers, on the CPU: linear layers keep the blocks of a GGUF file that decoding reads (Q8_0
+    /// and Q4_0) as they are, see [`Weights::packed`]. Blocks of other kinds, and all of them without this, are made whole.
+    #[must_use]
+    pub fn keeping_blocks(&self) -> Self {
+        let is_read = self.device == Device::Cpu && matches!(self.kind, Kind::Float | Kind::BFloat16);
+        let has_some = matches!(&*self.source, Source::File(checkpoint) if checkpoint.quantised().is_some());
+        Self { keeps_blocks: is_read && has_some, ..self.clone() }
+    }
+
+    /// Whether some blocks are kept as they are: [`Weights::keeping_blocks`] of a file that has some.
+    pub fn keeps_blocks(&self) -> bool {
+        self.keeps_blocks
     }
 
     /// The few bits of [`Weights::quantized`].
@@ -254,12 +270,19 @@ impl Weights {
         Ok(self.find(name, shape, init, self.kind)?.to_kind(self.kind).to_device(self.device))
     }
 
-    /// The weight of this name where the source stores it in groups of few bits, as `compressed-tensors` does; none where it
-    /// does not. It is read into memory of its own.
+    /// The weight of this name where the source stores it in groups of few bits, as `compressed-tensors` does, or a GGUF file whose
+    /// blocks are kept; none where it does not. It is read into memory of its own.
     ///
     /// # Errors
     /// What of that format is not read, by name; a source that is [`Weights::trained`].
     pub fn packed(&self, name: &str, shape: [i64; 2]) -> Result<Option<PackedLinear>> {
+        if let (Source::File(checkpoint), true, false) = (&*self.source, self.keeps_blocks, self.trained) {
+            let packed = checkpoint.packed(&self.stored_name(name), shape)?;
+            if packed.is_some() {
+                self.ignore(name);
+                return Ok(packed);
+            }
+        }
         let stored = |part: &str| self.stored_tensor(&format!("{name}{part}"));
         let packed = pack_quantized::read(&self.full_name(name), &stored, shape)?;
         if packed.is_some() {

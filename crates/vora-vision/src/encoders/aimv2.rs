@@ -174,7 +174,7 @@ impl Aimv2VisionConfig {
         let (projections, output_bias) = match names.query_key_value {
             QueryKeyValue::Apart(names) => {
                 let [query, key, value] = names.map(|name| linear(name, hidden, hidden, self.qkv_bias));
-                (Projections::Apart([query?, key?, value?]), self.qkv_bias)
+                (Projections::Apart(Box::new([query?, key?, value?])), self.qkv_bias)
             }
             QueryKeyValue::Together(name) => {
                 (Projections::Together(linear(name, hidden, 3 * hidden, self.qkv_bias)?), self.mlp_bias)

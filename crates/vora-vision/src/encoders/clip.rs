@@ -102,7 +102,7 @@ impl ClipLayer {
         Ok(Block {
             norm1: norm("layer_norm1")?,
             attention: Attention {
-                projections: Projections::Apart([proj("q_proj")?, proj("k_proj")?, proj("v_proj")?]),
+                projections: Projections::Apart(Box::new([proj("q_proj")?, proj("k_proj")?, proj("v_proj")?])),
                 output: proj("out_proj")?,
                 num_heads: heads,
             },

@@ -139,7 +139,7 @@ impl Dinov2Config {
         Ok(Block {
             norm1: self.norm(&weights.pp("norm1"))?,
             attention: Attention {
-                projections: Projections::Apart([part("query")?, part("key")?, part("value")?]),
+                projections: Projections::Apart(Box::new([part("query")?, part("key")?, part("value")?])),
                 output: Linear::load(&attention.pp("output.dense"), hidden, hidden, true)?,
                 num_heads: self.num_attention_heads,
             },

@@ -134,11 +134,11 @@ impl VitConfig {
         Ok(Block {
             norm1: self.norm(&weights.pp("layernorm_before"))?,
             attention: Attention {
-                projections: Projections::Apart([
+                projections: Projections::Apart(Box::new([
                     proj(names.query, self.qkv_bias)?,
                     proj(names.key, self.qkv_bias)?,
                     proj(names.value, self.qkv_bias)?,
-                ]),
+                ])),
                 output: proj(names.output, true)?,
                 num_heads: self.num_attention_heads,
             },

@@ -17,7 +17,7 @@ pub(crate) struct Attention {
 /// Query, key and value in three layers or in one.
 #[derive(Debug)]
 pub(crate) enum Projections {
-    Apart([Linear; 3]),
+    Apart(Box<[Linear; 3]>),
     Together(Linear),
 }
 

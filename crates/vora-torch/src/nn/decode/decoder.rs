@@ -148,7 +148,7 @@ impl Decoder {
             ends: ends.as_ptr(),
             cos: step.cos.as_ptr(),
             sin: step.sin.as_ptr(),
-            adapted: step.adapted.as_ptr(),
+            adapters: step.adapters.as_ptr().cast(), // a byte each
             keys,
             values,
             x: x.data_ptr() as *const f32,

@@ -68,8 +68,6 @@ impl Layer {
                 found == [out_features, in_features],
                 "{name} is {found:?}, expected [{out_features}, {in_features}]"
             );
-            let width = self.q_proj.width();
-            ensure!(linear.width() == width, "{name} is in {}, q_proj in {width}", linear.width());
         }
         ensure!(self.window.is_none_or(|window| window > 0), "a window of {:?}", self.window);
         Ok(Self {

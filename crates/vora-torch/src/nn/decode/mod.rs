@@ -14,7 +14,7 @@ mod step;
 #[cfg(test)]
 mod tests;
 
-pub use crate::packed::{PackedLinear, Width};
+pub use crate::packed::{LoraId, PackedLinear, Width};
 pub use decoder::Decoder;
 pub use layer::{HeadNorm, Layer};
 pub use pages::Pages;

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use anyhow::{Result, bail, ensure};
 
 use super::pages::Pages;
+use crate::packed::LoraId;
 
 /// New tokens, one a row. Several rows may be tokens of one text, which then have the same pages: a prompt, or a part of it.
 #[derive(Debug, Clone, Copy, Default)]
@@ -20,8 +21,8 @@ pub struct Step<'a> {
     pub cos: &'a [f32],
     /// Sin of the same.
     pub sin: &'a [f32],
-    /// Whether adapters act on each row, `[rows]`.
-    pub adapted: &'a [bool],
+    /// The adapter of each row, `[rows]`: fastest where rows of one lie side by side.
+    pub adapters: &'a [LoraId],
     /// The rows whose logits are asked for; all where this is empty.
     pub asked: &'a [i64],
 }
@@ -37,10 +38,10 @@ impl Step<'_> {
         let rows = self.rows();
         ensure!(rows > 0, "a decoding step without rows");
         ensure!(
-            self.adapted.len() == rows && self.tables.len().is_multiple_of(rows),
-            "a step of {rows} rows with {} pages in tables and {} answers whether adapters act",
+            self.adapters.len() == rows && self.tables.len().is_multiple_of(rows),
+            "a step of {rows} rows with {} pages in tables and adapters of {} rows",
             self.tables.len(),
-            self.adapted.len()
+            self.adapters.len()
         );
         let angles = rows * head_dim as usize / 2;
         ensure!(

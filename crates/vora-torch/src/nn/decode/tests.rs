@@ -153,13 +153,26 @@ fn adapters_act_on_their_rows_alone() {
         let bias = random.normal([20]);
         let plain = PackedLinear::new(&weight, width).unwrap();
         let packed = PackedLinear::new(&weight, width).unwrap().with_bias(&bias, true).unwrap();
-        let packed = packed.with_adapter(&a, &b, 0.5).unwrap().with_adapter(&a, &b, 0.25).unwrap();
-        let y = packed.forward_on(&x, &[true, false, true]).unwrap();
+        let packed =
+            packed.with_adapter(LoraId::OWN, &a, &b, 0.5).unwrap().with_adapter(LoraId::OWN, &a, &b, 0.25).unwrap();
+        let y = packed.forward_on(&x, &[LoraId::OWN, LoraId::NONE, LoraId::OWN]).unwrap();
         let without = plain.forward(&x).unwrap();
         assert!(y.get(1).equal(&without.get(1)));
         let added = x.matmul(&a.tr()).matmul(&b.tr()) * 0.75 + bias;
         let tolerance = if width == Width::F32 { 1e-4 } else { 0.5 };
-        fixtures::assert_close_to(&y.get(2), &(without + added).get(2), tolerance);
+        fixtures::assert_close_to(&y.get(2), &(&without + added).get(2), tolerance);
+
+        // Others by name, of other ranks; the bias is the own one's.
+        let named = |index| LoraId::named(index).unwrap();
+        let (c, d) = (random.normal([9, 40]), random.normal([20, 9]));
+        let packed = packed.with_adapter(named(1), &c, &d, 2.0).unwrap();
+        let y = packed.forward_on(&x, &[named(1), named(0), LoraId::OWN]).unwrap();
+        let added = x.matmul(&c.tr()).matmul(&d.tr()) * 2.0;
+        fixtures::assert_close_to(&y.get(0), &(&without + added).get(0), if width == Width::F32 { 1e-3 } else { 5.0 });
+        assert!(y.get(1).equal(&without.get(1)));
+        assert!(y.get(2).equal(&packed.forward_on(&x, &[LoraId::OWN; 3]).unwrap().get(2)));
+        let error = packed.forward_on(&x, &[LoraId::OWN]).unwrap_err().to_string();
+        assert_eq!(error, "3 rows, adapters of 1");
     }
 }
 
@@ -181,8 +194,14 @@ fn decoder(width: Width, norms_after: bool) -> Decoder {
         let weight = random.normal([out_features, in_features]) * (in_features as f64).powf(-0.5);
         let bias = random.normal([out_features]) * 0.1;
         let (a, b) = (random.normal([3, in_features]) * 0.1, random.normal([out_features, 3]) * 0.1);
-        let packed = PackedLinear::new(&weight, width).unwrap().with_bias(&bias, false).unwrap();
-        packed.with_adapter(&a, &b, 2.0).unwrap()
+        let mut packed = PackedLinear::new(&weight, width).unwrap().with_bias(&bias, false).unwrap();
+        packed = packed.with_adapter(LoraId::OWN, &a, &b, 2.0).unwrap();
+        // One by name whose rank fills more than a unit, on some of the linears.
+        if out_features != 40 {
+            let (a, b) = (random.normal([70, in_features]) * 0.1, random.normal([out_features, 70]) * 0.1);
+            packed = packed.with_adapter(LoraId::named(1).unwrap(), &a, &b, 0.5).unwrap();
+        }
+        packed
     };
     let layer = |first: bool| {
         let head_norm = |heads: i64| {
@@ -230,11 +249,12 @@ fn logits(decoder: &mut Decoder, kind: Kind, rows: &[usize]) -> Vec<Vec<f32>> {
     let (cos, sin) = (numbers(&angles.cos().index_select(0, &chosen)), numbers(&angles.sin().index_select(0, &chosen)));
     let tables: Vec<i32> =
         rows.iter().flat_map(|&row| (0..3).map(move |page| ((row * 3 + page) * 7 % 40) as i32)).collect();
-    let adapted: Vec<bool> = rows.iter().map(|row| row % 3 != 1).collect();
+    let known = [LoraId::OWN, LoraId::NONE, LoraId::named(1).unwrap(), LoraId::named(0).unwrap()];
+    let adapters: Vec<LoraId> = rows.iter().map(|row| known[row % 4]).collect();
     let mut made = Vec::new();
     for step_idx in 0..2 {
         let lens: Vec<i64> = rows.iter().map(|&row| row as i64 * 3 % 11 + step_idx).collect();
-        let step = Step { tables: &tables, lens: &lens, cos: &cos, sin: &sin, adapted: &adapted, ..Step::default() };
+        let step = Step { tables: &tables, lens: &lens, cos: &cos, sin: &sin, adapters: &adapters, ..Step::default() };
         made.push(decoder.step(&x, &pages, &step).unwrap());
     }
     let both = Tensor::cat(&made, 1);
@@ -277,8 +297,14 @@ fn what_does_not_fit_is_told() -> Result<()> {
     let pages = pages(Kind::Float);
     let x = Tensor::zeros([2, 72], F32);
     let (cos, sin) = ([1.0; 20], [0.0; 20]);
-    let step =
-        Step { tables: &[0, 1, 2, 3], lens: &[5, 2], cos: &cos, sin: &sin, adapted: &[true, false], ..Step::default() };
+    let step = Step {
+        tables: &[0, 1, 2, 3],
+        lens: &[5, 2],
+        cos: &cos,
+        sin: &sin,
+        adapters: &[LoraId::OWN, LoraId::NONE],
+        ..Step::default()
+    };
     let _ = decoder.step(&x, &pages, &step)?;
     for (step, says) in [
         (Step { lens: &[8, 2], ..step }, "row 0 has 9 tokens in 2 pages of 4"),
@@ -291,7 +317,7 @@ fn what_does_not_fit_is_told() -> Result<()> {
         (Step { cos: &cos[1..], ..step }, "a step of 2 rows has 19 cosines and 20 sines, 20 were expected"),
         (Step { ends: &[6, 2], ..step }, "row 1 has 2 tokens before it, and attends to 2"),
         (Step { asked: &[2], ..step }, "logits of row 2 of 2"),
-        (Step { lens: &[], adapted: &[], ..step }, "a decoding step without rows"),
+        (Step { lens: &[], adapters: &[], ..step }, "a decoding step without rows"),
     ] {
         assert_eq!(decoder.step(&x, &pages, &step).unwrap_err().to_string(), says);
     }
