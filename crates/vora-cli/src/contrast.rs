@@ -1,6 +1,6 @@
 //! `vora data contrast`: yes/no questions about captions, each caption asked about its own picture and about another one.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -9,10 +9,12 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 use vora_files::write_bytes;
 
+use crate::model::ensure_apart;
+
 /// Make yes/no questions of captions: each caption is asked about its own picture, and about another.
 ///
-/// Where all pictures have as many captions, each is right as often as it is wrong, so that whoever does not see the picture
-/// knows nothing. Pictures are named as in the file, and none is copied: what reads it is told the same folder.
+/// Where all pictures have as many captions and no two the same, each is right as often as it is wrong, so that whoever does not
+/// see the picture knows nothing. A caption that is one of the picture's own, in other letters or points too, is never asked as wrong. Pictures are named as in the file, and none is copied: what reads it is told the same folder.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -45,6 +47,7 @@ struct Captioned {
 
 impl Contrast {
     pub(crate) fn run(&self) -> Result<ExitCode> {
+        ensure_apart(&self.out, &[&self.file])?;
         let read = || anyhow::Ok(captioned(&std::fs::read_to_string(&self.file)?)?);
         let pictures = read().with_context(|| self.file.display().to_string())?;
         let questions = questions(&pictures, usize::try_from(self.captions)?, self.seed)
@@ -109,11 +112,20 @@ impl Captioned {
         let captions: Vec<_> =
             captions.iter().map(|text| text.trim().to_owned()).filter(|text| !text.is_empty()).collect();
         ensure!(!captions.is_empty(), "it has no caption (`captions`, `caption`, or an answer in its conversation)");
+        let mark = captions.iter().find(|text| text.contains("<image>"));
+        ensure!(mark.is_none(), "its caption {:?} has a picture's place in it", mark.map_or("", String::as_str));
         Ok(Self { key, picture, captions })
     }
 }
 
-/// A record for every caption and its own picture, and one for it and another: that of a picture as far away for all.
+/// A caption but for its letters' case, spaces and points.
+fn words(caption: &str) -> Vec<String> {
+    let words = caption.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
+    words.map(str::to_lowercase).collect()
+}
+
+/// A record for every caption and its own picture, and one for it and another: that of a picture as far away for all, or the first
+/// behind it that says something else.
 fn questions(pictures: &[Captioned], most: usize, seed: u64) -> Result<Vec<Value>> {
     let n = pictures.len() as u64;
     if n < 2 {
@@ -121,10 +133,16 @@ fn questions(pictures: &[Captioned], most: usize, seed: u64) -> Result<Vec<Value
     }
     let mut questions = Vec::new();
     for (place, own) in pictures.iter().enumerate() {
+        let said: HashSet<_> = own.captions.iter().map(|caption| words(caption)).collect();
         for number in 0..own.captions.len().min(most) {
-            let away = 1 + mixed(seed, number as u64) % (n - 1);
-            let other = &pictures[((place as u64 + away) % n) as usize];
-            let wrong = &other.captions[number % other.captions.len()];
+            let away = mixed(seed, number as u64) % (n - 1);
+            let others =
+                (0..n - 1).map(|further| &pictures[((place as u64 + 1 + (away + further) % (n - 1)) % n) as usize]);
+            let mut captions = others.map(|other| &other.captions[number % other.captions.len()]);
+            let wrong = captions.find(|caption| !said.contains(&words(caption)));
+            let wrong = wrong.with_context(|| {
+                format!("all other pictures have captions of {} too, none is wrong of it", own.picture)
+            })?;
             for (caption, answer) in [(&own.captions[number], "yes"), (wrong, "no")] {
                 questions.push(json!({
                     "id": format!("{place}-{number}-{answer}"),
@@ -186,6 +204,27 @@ mod tests {
     }
 
     #[test]
+    fn a_pictures_own_caption_is_never_wrong() {
+        let file = |captions: &[&str]| {
+            let lines = captions
+                .iter()
+                .enumerate()
+                .map(|(k, caption)| json!({"image": format!("{k}.jpg"), "caption": caption}));
+            captioned(&lines.map(|line| format!("{line}\n")).collect::<String>()).unwrap()
+        };
+        for seed in 0..5 {
+            for question in questions(&file(&["a cat", "A cat.", "a dog"]), 1, seed).unwrap() {
+                let asked = question["conversations"][0]["value"].as_str().unwrap();
+                let is_cat = asked.to_lowercase().contains("a cat");
+                let right = is_cat == (question["image"] != "2.jpg");
+                assert_eq!(question["conversations"][1]["value"], if right { "yes" } else { "no" }, "{question}");
+            }
+        }
+        let error = questions(&file(&["a cat", "a cat"]), 1, 0).unwrap_err().to_string();
+        assert!(error.starts_with("all other pictures have captions of \"0.jpg\" too"), "{error}");
+    }
+
+    #[test]
     fn what_is_no_caption_is_told_by_its_place() {
         let error = |text: &str| {
             let found = captioned(text).and_then(|pictures| questions(&pictures, 1, 0));
@@ -195,6 +234,10 @@ mod tests {
         assert_eq!(error("\n{\"caption\": \"A.\"}"), "record 1: it names no picture (`frames`, `images` or `image`)");
         assert!(error("{\"frames\": [\"a\", \"b\"], \"caption\": \"A.\"}").contains("names 2 pictures"));
         assert!(error("{\"image\": \"a.jpg\", \"captions\": [\" \"]}").contains("it has no caption"));
+        assert!(
+            error("{\"image\": \"a.jpg\", \"caption\": \"an <image>\"}")
+                .contains("\"an <image>\" has a picture's place")
+        );
         assert!(error("{}\nnot json").starts_with("line 2: "), "{}", error("{}\nnot json"));
     }
 }

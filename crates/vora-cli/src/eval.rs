@@ -23,6 +23,8 @@ use vora_text::{ChatTemplate, Tokenizer};
 use vora_torch::runtime;
 use vora_torch::weights::Weights;
 
+use crate::model::ensure_apart;
+
 /// Score a model on held-out questions beside a blind control, or on a text.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -123,6 +125,10 @@ fn tasks() -> impl clap::builder::TypedValueParser<Value = String> {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    if let Some(out) = &args.out {
+        let read = [args.data.as_deref().map(Path::new), args.text.as_deref()];
+        ensure_apart(out, &read.into_iter().flatten().collect::<Vec<_>>())?;
+    }
     let device = runtime::device(&args.device)?;
     let kind = runtime::kind(&args.dtype, device)?;
     let folder = vora_hub::resolve(&args.model)?;

@@ -10,7 +10,7 @@ use vora_lora::ActsOn;
 use vora_model::{HfFiles, VisionLanguageModel, beside};
 use vora_torch::runtime;
 
-use crate::model::{ensure_vacant, written_kind};
+use crate::model::{ensure_vacant, same_place, written_kind};
 use crate::prompts::{logits, prompts, same_likeliest};
 
 /// Fold trained adapters into the weights and write a checkpoint folder.
@@ -66,7 +66,15 @@ enum Becomes {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let kind = written_kind(&args.dtype, &args.trained)?;
-    ensure_vacant(&args.out)?;
+    ensure_vacant("--out", &args.out)?;
+    if let Some(llm) = &args.llm {
+        ensure_vacant("--llm", llm)?;
+        ensure!(
+            !same_place(llm, &args.out),
+            "--llm and --out are both {}: the LLM wants a folder of its own",
+            llm.display()
+        );
+    }
     if args.hf {
         HfFiles::ensure_vacant(&args.out)?;
     }

@@ -44,9 +44,27 @@ pub(crate) fn written_kind(dtype: &str, from: &Path) -> Result<Kind> {
     }
 }
 
-/// An error where a model lies in the folder that is to be written.
-pub(crate) fn ensure_vacant(out: &Path) -> Result<()> {
-    ensure!(!out.join("config.json").exists(), "{} already holds a model; choose another --out", out.display());
+/// An error where a model, or an adapter, lies in the folder that is to be written, which is given as `flag`.
+pub(crate) fn ensure_vacant(flag: &str, out: &Path) -> Result<()> {
+    let there = ["config.json", "adapter_config.json"].into_iter().any(|file| out.join(file).exists());
+    ensure!(!there, "{} already holds a model; choose another {flag}", out.display());
+    Ok(())
+}
+
+/// Whether both are one file or folder, however they are written.
+pub(crate) fn same_place(a: &Path, b: &Path) -> bool {
+    let whole =
+        |path: &Path| path.canonicalize().or_else(|_| std::path::absolute(path)).unwrap_or_else(|_| path.to_owned());
+    whole(a) == whole(b)
+}
+
+/// An error where what is to be written is one of the files that are read, or its folder is not there.
+pub(crate) fn ensure_apart(out: &Path, read: &[&Path]) -> Result<()> {
+    for file in read {
+        ensure!(!same_place(out, file), "--out is {}, which is read: choose another file", file.display());
+    }
+    let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty());
+    ensure!(folder.is_none_or(Path::is_dir), "--out is {}, whose folder is not there", out.display());
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
-use tch::Device;
+use tch::{Device, Kind};
 use vora_eval::language::{Side, language};
 use vora_infer::Width;
 use vora_model::{VisionLanguageModel, beside};
@@ -38,7 +38,7 @@ pub(crate) struct Args {
     /// Do not measure what it costs: the text of both models on prose and on chats, and their words about pictures
     #[arg(long)]
     no_check: bool,
-    /// The dtype that the model computes in: auto is what it is stored in; bf16 or f32
+    /// The dtype that the model computes in: auto is what it is stored in, f32 for f16; bf16 or f32
     #[arg(long, default_value = "auto")]
     dtype: String,
 }
@@ -50,8 +50,12 @@ fn quantised(name: &str) -> Result<Quantization> {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let folder = vora_hub::resolve(&args.model)?;
-    ensure_vacant(&args.out)?;
-    let kind = written_kind(&args.dtype, &folder)?;
+    ensure_vacant("--out", &args.out)?;
+    // Weights in few bits are packed out of f32 or bf16, and f16 has numbers that bf16 has not.
+    let kind = match written_kind(&args.dtype, &folder)? {
+        Kind::BFloat16 => Kind::BFloat16,
+        _ => Kind::Float,
+    };
     let open = || vora_model::open(&folder, Device::Cpu, kind, &vora_hub::resolve);
     let (base, mut model) = (open()?, open()?);
     ensure!(

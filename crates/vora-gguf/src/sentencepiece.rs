@@ -121,7 +121,7 @@ pub(crate) fn scores<'a>(merges: &[(&'a str, &'a str)], pieces: &[&'a str]) -> R
 }
 
 /// The ways to cut a piece in two that are known.
-fn splits<'a>(piece: &'a str, is_known: impl Fn(&str) -> bool) -> impl Iterator<Item = (&'a str, &'a str)> {
+fn splits(piece: &str, is_known: impl Fn(&str) -> bool) -> impl Iterator<Item = (&str, &str)> {
     let cuts = piece.char_indices().skip(1).map(|(at, _)| piece.split_at(at));
     cuts.filter(move |(left, right)| is_known(left) && is_known(right))
 }

@@ -86,9 +86,56 @@ pub(crate) fn keep_auto_map(config: &mut Map<String, Value>, there: impl Fn(&str
     }
 }
 
-/// `config.json` and `model.safetensors`, each written beside its place and renamed.
+/// Says a dtype where a config says one, of the whole and of its parts.
+pub(crate) fn set_dtype(config: &mut Map<String, Value>, kind: Kind) {
+    for (key, value) in config {
+        match value {
+            Value::Object(part) if ["text_config", "vision_config"].contains(&key.as_str()) => set_dtype(part, kind),
+            _ if ["dtype", "torch_dtype"].contains(&key.as_str()) => *value = dtype(kind).into(),
+            _ => {}
+        }
+    }
+}
+
+/// The dtype that most of these numbers have, of those that are no integers.
+fn most(tensors: &[(String, Tensor)]) -> Option<Kind> {
+    let numbers =
+        |kind: Kind| tensors.iter().filter(|(_, tensor)| tensor.kind() == kind).map(|(_, t)| t.numel()).sum::<usize>();
+    let kinds = [Kind::Double, Kind::Float, Kind::BFloat16, Kind::Half];
+    kinds.into_iter().max_by_key(|kind| numbers(*kind)).filter(|kind| numbers(*kind) > 0)
+}
+
+/// `config.json` and `model.safetensors`, each written beside its place and renamed. The config's dtype is that of the tensors.
 pub(crate) fn save_folder(folder: &Path, config: &Value, tensors: &[(String, Tensor)]) -> Result<()> {
+    let mut config = config.clone();
+    if let (Value::Object(config), Some(kind)) = (&mut config, most(tensors)) {
+        set_dtype(config, kind);
+    }
     std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
     save(&folder.join("model.safetensors"), tensors, &[])?;
-    write_bytes(&folder.join("config.json"), &serde_json::to_vec_pretty(config)?)
+    write_bytes(&folder.join("config.json"), &serde_json::to_vec_pretty(&config)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Device;
+
+    #[test]
+    fn a_configs_dtype_is_that_of_the_weights() {
+        let folder = tempfile::tempdir().unwrap();
+        let config =
+            serde_json::json!({"torch_dtype": "float16", "text_config": {"dtype": "float16", "hidden_size": 4}});
+        let tensors = [Kind::BFloat16, Kind::Float, Kind::Int64].map(|kind| {
+            let rows = if kind == Kind::Float { 1 } else { 4 };
+            (format!("{kind:?}"), Tensor::zeros([rows, 4], (kind, Device::Cpu)))
+        });
+        save_folder(folder.path(), &config, &tensors).unwrap();
+        let written = read_config(folder.path()).unwrap();
+        assert_eq!(
+            (&written["torch_dtype"], &written["text_config"]["dtype"]),
+            (&"bfloat16".into(), &"bfloat16".into())
+        );
+        assert_eq!(written["text_config"]["hidden_size"], 4);
+    }
 }

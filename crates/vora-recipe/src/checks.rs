@@ -199,7 +199,7 @@ mod tests {
 
     #[test]
     fn values_out_of_range_name_their_key() {
-        let cases: [(&str, &str); 20] = [
+        let cases: [(&str, &str); 21] = [
             ("model.lora.r=0", "model.lora.r is 0, it must be at least 1"),
             ("model.image_size=50", "model.image_size is 50, it must be a multiple of model.patch_size, 14"),
             ("model.vision_embedding=CLIP", "model.vision_embedding=CLIP"),
@@ -217,6 +217,7 @@ mod tests {
             ("distill.weight_schedule={type: linear, end: -1}", "distill.weight_schedule.end is -1"),
             ("save_steps=0", "save_steps is 0, it must be at least 1"),
             ("data.eval.test.samples=3", "data.eval.test must have one of `split`"),
+            ("data.eval={../a: {split: test}}", "data.eval has a split `../a`: names of files"),
             ("data.eval={test: {split: test, questions_per_image: 0}}", "data.eval.test.questions_per_image is 0"),
             (
                 "data.eval={one: {split: test, objects: [0, 0, 0]}}",

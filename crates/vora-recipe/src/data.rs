@@ -374,6 +374,11 @@ impl DataConfig {
             fetch.validate("data.train")?;
         }
         for (name, eval) in &self.eval {
+            ensure!(
+                name.chars().all(|c| c.is_alphanumeric() || "_-.".contains(c))
+                    && name.starts_with(char::is_alphanumeric),
+                "data.eval has a split `{name}`: names of files are made of it, so it takes letters, digits, `_`, `-` and `.`, a letter or digit first"
+            );
             ensure!(eval.samples >= 1, "data.eval.{name}.samples is 0, it must be at least 1");
             if eval.source.is_some() {
                 ensure!(

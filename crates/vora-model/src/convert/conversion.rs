@@ -175,7 +175,8 @@ impl Conversion {
                 }
             }
             self.side_files.iter().try_for_each(|file| file.write(folder))?;
-            self.open_again(folder).context("what was written does not open, and is not kept")
+            let from = || format!("what comes of {} does not open, and is not kept", self.source.path.display());
+            self.open_again(folder).with_context(from)
         })
     }
 

@@ -33,6 +33,10 @@ pub(super) fn plan(source: &Source, config: Map<String, Value>, steps: &[Step], 
     config.validate()?;
     let mut tensors = infos(steps);
     tensors.retain(|(name, _)| !(config.tie_word_embeddings && name == "lm_head.weight"));
+    ensure!(
+        config.tie_word_embeddings || tensors.iter().any(|(name, _)| name == "lm_head.weight"),
+        "there is no lm_head.weight, and config.json does not tie it to the embeddings (tie_word_embeddings)"
+    );
     let mut writer = LlmWriter::new(&metadata(&config, name(&source.path))?, kind, &tensors)?;
     let mut folders = [Some(source.path.as_path()), source.side_folder()].into_iter().flatten();
     let folder = folders.find(|folder| read_json::<Value>(folder, TOKENIZER).is_ok_and(|json| !json.is_null()));

@@ -16,9 +16,6 @@ mod side_files;
 mod source;
 mod step;
 
-#[cfg(test)]
-mod peft_tests;
-
 pub use conversion::Conversion;
 pub use layout::Layout;
 pub use options::Options;

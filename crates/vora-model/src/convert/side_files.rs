@@ -17,7 +17,7 @@ use super::report::{Change, FileReport};
 use super::source::{LLM_PREFIX, Source, read_object};
 use super::step::Step;
 use crate::beside::{CHAT_TEMPLATE, CHAT_TEMPLATES, PROCESSORS, TOKENIZER, is_text_file, tokenizer_files};
-use crate::files::{dtype, keep_auto_map};
+use crate::files::{dtype, keep_auto_map, set_dtype};
 use crate::llava::LlavaConfig;
 use crate::vora::{HfFiles, MERGED, VoraConfig};
 
@@ -248,11 +248,6 @@ pub(super) fn config(
     }
     if let Some(kind) = kind {
         set_dtype(&mut config, kind);
-        for part in ["text_config", "vision_config"] {
-            if let Some(Value::Object(config)) = config.get_mut(part) {
-                set_dtype(config, kind);
-            }
-        }
     }
     Ok(Some(config))
 }
@@ -283,15 +278,6 @@ fn fit_vocabulary(config: &mut Map<String, Value>, steps: &[Step], llm_prefix: &
     }
 }
 
-/// Says the new dtype where a config says one.
-fn set_dtype(config: &mut Map<String, Value>, kind: Kind) {
-    for key in ["dtype", "torch_dtype"] {
-        if let Some(value) = config.get_mut(key) {
-            *value = dtype(kind).into();
-        }
-    }
-}
-
 /// The dtype that most of what is written has.
 pub(super) fn most_bytes(steps: &[Step]) -> Option<Kind> {
     most(steps, |step| step.kind)
@@ -307,5 +293,5 @@ fn most(steps: &[Step], kind_of: impl Fn(&Step) -> Kind) -> Option<Kind> {
         let written = steps.iter().filter(|step| step.to.is_some() && kind_of(step) == kind);
         written.map(|step| step.shape.iter().product::<i64>() as u64 * kind.elt_size_in_bytes() as u64).sum()
     };
-    [Kind::Float, Kind::BFloat16, Kind::Half].into_iter().max_by_key(|kind| bytes(*kind))
+    [Kind::Double, Kind::Float, Kind::BFloat16, Kind::Half].into_iter().max_by_key(|kind| bytes(*kind))
 }

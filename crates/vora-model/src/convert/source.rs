@@ -91,6 +91,12 @@ impl Source {
              --as base writes the model that PEFT puts them on",
             path.display()
         );
+        ensure!(
+            vora.is_some() || !path.join(VISION).exists(),
+            "{} holds what a run trained beside the adapter ({VISION}), which has no place in what an adapter becomes: `vora merge` it, \
+             then convert what that writes",
+            path.display()
+        );
         let adapter = AdapterFolder::open(path)?;
         let mut checkpoints = vec![Checkpoint::open(&path.join(ADAPTER_TENSORS))?];
         let layout = if let Some(vora) = &vora {

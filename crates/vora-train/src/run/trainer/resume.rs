@@ -31,7 +31,7 @@ fn last_checkpoint(run: &RunFolder, config: &TrainConfig, resume: bool) -> Resul
         return Ok(None);
     }
     let Some(folder) = checkpoint::latest(run.path())? else {
-        tracing::info!("{} has no checkpoint: the run begins at its start", run.path().display());
+        tracing::warn!("{} has no checkpoint: the run begins at its start", run.path().display());
         return Ok(None);
     };
     let text = std::fs::read_to_string(folder.join(CONFIG))?;

@@ -13,9 +13,14 @@ use vora_text::Spans;
 use vora_torch::checkpoint::{Checkpoint, save};
 use vora_torch::weights::Weights;
 
-use super::{Conversion, Layout, Options, Report};
-use crate::files::save_folder;
-use crate::{Llava, LlavaConfig};
+use vora_model::convert::{Conversion, Layout, Options, Report};
+use vora_model::{Llava, LlavaConfig};
+
+fn save_folder(folder: &Path, config: &Value, tensors: &[(String, Tensor)]) -> Result<()> {
+    fs::create_dir_all(folder)?;
+    save(&folder.join("model.safetensors"), tensors, &[])?;
+    Ok(fs::write(folder.join("config.json"), config.to_string())?)
+}
 
 fn convert(from: &Path, destination: &Path, to: Option<Layout>, base: &Path) -> Result<Report> {
     let conversion = Conversion::plan(from, &Options::default().with_layout(to), &|_| Ok(base.to_owned()))?;

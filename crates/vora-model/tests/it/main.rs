@@ -1,0 +1,3 @@
+//! Folders that others made, through the crate's public parts.
+
+mod peft;
