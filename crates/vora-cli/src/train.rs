@@ -45,10 +45,11 @@ pub(crate) struct Args {
     #[arg(long)]
     resume: bool,
     /// Tell what the run will take, parameters, memory and time a step, and train nothing: some steps are made to
-    /// measure, and nothing is written to the run folder. Of a Gemma 4 Unified a folder without weights will do
+    /// measure, and nothing is written to the run folder. Folders of models that lack their weights will do, but for a Chameleon's
     #[arg(long, conflicts_with = "resume")]
     plan: bool,
-    /// With --plan: what 2, 4, 8, .. up to so many processes would send each other a step, and the bandwidth that takes
+    /// With --plan: what 2, 4, 8, .. up to so many processes would send each other a step, the bandwidth that takes, and
+    /// the memory of each
     #[arg(long, value_name = "N", requires = "plan")]
     world_size: Option<u64>,
     /// With --plan: as JSON

@@ -1,5 +1,6 @@
 //! The checksums of a folder's files, as `sha256sum` writes and checks them.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
 
@@ -17,14 +18,22 @@ pub const MANIFEST: &str = "SHA256SUMS";
 /// # Errors
 /// Where a file cannot be read or the list not written.
 pub fn write(folder: &Path) -> Result<()> {
-    let mut lines = Vec::new();
+    let mut digests = BTreeMap::new();
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        lines.push(format!("{}  {name}\n", digest_of(&path)?));
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        digests.insert(name, digest_of(&path)?);
     }
-    lines.sort_by(|a, b| a[64..].cmp(&b[64..]));
-    write_bytes(&folder.join(MANIFEST), lines.concat().as_bytes())
+    write_list(folder, &digests)
+}
+
+/// Writes those that whoever wrote the files found, by name: [`digest_of`].
+///
+/// # Errors
+/// Where the list cannot be written.
+pub fn write_list(folder: &Path, digests: &BTreeMap<String, String>) -> Result<()> {
+    let lines = digests.iter().map(|(name, digest)| format!("{digest}  {name}\n"));
+    write_bytes(&folder.join(MANIFEST), lines.collect::<String>().as_bytes())
 }
 
 /// Compares every file that a folder's checksums name, and returns their names; a folder without checksums has none.
@@ -62,7 +71,11 @@ pub fn of(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
-fn digest_of(path: &Path) -> Result<String> {
+/// SHA-256 of a file, in hex.
+///
+/// # Errors
+/// Where it cannot be read.
+pub fn digest_of(path: &Path) -> Result<String> {
     let mut digest = Sha256::new();
     let mut file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
     std::io::copy(&mut file, &mut digest).with_context(|| format!("cannot read {}", path.display()))?;

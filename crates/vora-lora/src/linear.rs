@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor, nn::Module};
+use vora_torch::dist::ShardedWeight;
 use vora_torch::nn::decode::LoraId;
 use vora_torch::weights::{Init, Quantization, QuantizedWeight, Weights};
 
@@ -14,7 +15,7 @@ use crate::weight::Weight;
 /// the weights is [`Weights::trained`].
 #[derive(Debug)]
 pub struct Linear {
-    weight: Weight,       // W [out, in], frozen, maybe in few bits, or a trained f32 master
+    weight: Weight,       // W [out, in], frozen, maybe in few bits or in shares, or a trained f32 master
     bias: Option<Tensor>, // b [out], likewise
     adapters: Vec<Adapter>,
     named: Vec<(LoraId, Adapter)>, // those that act where they are asked for by name
@@ -24,7 +25,7 @@ pub struct Linear {
 impl Linear {
     /// Takes `weight` `[out_features, in_features]` and, where `bias`, `bias` `[out_features]`; both stay frozen, unless
     /// the source is [`Weights::trained`]. A source that is [`Weights::quantized`] keeps the frozen weight in few bits: each
-    /// product makes it whole again.
+    /// product makes it whole again; one that is [`Weights::sharded`] keeps a share of it.
     ///
     /// # Errors
     /// Where the source has nothing to make them of; tensors that do not fit are told by [`Weights::finish`].
@@ -79,7 +80,7 @@ impl Linear {
     }
 
     /// The weight without adapters, `[out_features, in_features]`: the tensor itself, or a new one where it is kept in few
-    /// bits.
+    /// bits. One that several processes share is brought together, which all of them do at once.
     pub fn weight(&self) -> Tensor {
         self.weight.whole()
     }
@@ -88,7 +89,23 @@ impl Linear {
     pub fn quantized(&self) -> Option<&QuantizedWeight> {
         match &self.weight {
             Weight::Quantized(weight) => Some(weight),
-            Weight::Plain(_) => None,
+            Weight::Plain(_) | Weight::Sharded(_) => None,
+        }
+    }
+
+    /// The weight, where each of several processes has a share of it.
+    pub fn sharded(&self) -> Option<&ShardedWeight> {
+        match &self.weight {
+            Weight::Sharded(weight) => Some(weight),
+            Weight::Plain(_) | Weight::Quantized(_) => None,
+        }
+    }
+
+    /// The weight, where it is a plain tensor: frozen, or a trained f32 master.
+    pub fn plain(&self) -> Option<&Tensor> {
+        match &self.weight {
+            Weight::Plain(weight) => Some(weight),
+            Weight::Quantized(_) | Weight::Sharded(_) => None,
         }
     }
 

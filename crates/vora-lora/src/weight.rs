@@ -1,7 +1,8 @@
-//! What a linear multiplies with: a plain tensor, or one that is kept in few bits.
+//! What a linear multiplies with: a plain tensor, one that is kept in few bits, or one that several processes share.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
+use vora_torch::dist::ShardedWeight;
 use vora_torch::weights::{Init, Quantization, QuantizedWeight, Weights};
 
 /// A weight `[out, in]`.
@@ -9,6 +10,7 @@ use vora_torch::weights::{Init, Quantization, QuantizedWeight, Weights};
 pub(crate) enum Weight {
     Plain(Tensor), // frozen, or a trained f32 master
     Quantized(Box<QuantizedWeight>),
+    Sharded(Box<ShardedWeight>), // frozen
 }
 
 impl Weight {
@@ -23,6 +25,13 @@ impl Weight {
                 weights.path(),
                 packed.width()
             );
+            ensure!(
+                weights.shards().is_none(),
+                "{}.weight is in {} already, and zero_stage 3 shares out plain weights: take the folder that it was quantized \
+                 from",
+                weights.path(),
+                packed.width()
+            );
             if device != Device::Cpu {
                 let own = if kind == Kind::BFloat16 { kind } else { Kind::Float };
                 return Ok(Self::Plain(packed.dequantise(0..out_features, own)?.to_kind(kind).to_device(device)));
@@ -32,6 +41,11 @@ impl Weight {
             }
         }
         let weight = weights.get("weight", &[out_features, in_features], Init::Required)?;
+        if let Some(shards) = weights.shards().filter(|_| !weight.requires_grad()) {
+            let sharded = ShardedWeight::new(&weight, shards);
+            weights.forget("weight");
+            return Ok(Self::Sharded(Box::new(sharded)));
+        }
         Ok(match weights.quantization().filter(|_| !weight.requires_grad()) {
             Some(quantization) => {
                 let quantized = QuantizedWeight::new(&weight, quantization)?;
@@ -45,7 +59,7 @@ impl Weight {
     /// Brings a plain, frozen one into few bits.
     ///
     /// # Errors
-    /// Where it is in few bits already, or trained; what [`QuantizedWeight::new`] refuses.
+    /// Where it is in few bits already, trained, or shared; what [`QuantizedWeight::new`] refuses.
     pub(crate) fn quantize(&mut self, quantization: Quantization) -> Result<()> {
         match self {
             Self::Plain(weight) => {
@@ -57,6 +71,7 @@ impl Weight {
                 ensure!(weight.quantization() == quantization, "it is in few bits already, of another kind");
                 Ok(())
             }
+            Self::Sharded(_) => bail!("several processes have a share of it each"),
         }
     }
 
@@ -68,14 +83,16 @@ impl Weight {
                 [out_features, in_features]
             }
             Self::Quantized(weight) => weight.size(),
+            Self::Sharded(weight) => weight.size(),
         }
     }
 
-    /// The tensor itself, or a new one that the bits stand for.
+    /// The tensor itself, or a new one that the bits stand for; see [`ShardedWeight::whole`].
     pub(crate) fn whole(&self) -> Tensor {
         match self {
             Self::Plain(weight) => weight.shallow_clone(),
             Self::Quantized(weight) => weight.dequantized(weight.kind()),
+            Self::Sharded(weight) => weight.whole(),
         }
     }
 
@@ -83,6 +100,7 @@ impl Weight {
     pub(crate) fn linear(&self, x: &Tensor, bias: Option<&Tensor>) -> Tensor {
         match self {
             Self::Plain(weight) => x.linear(&weight.to_kind(x.kind()), bias),
+            Self::Sharded(weight) => x.linear(&weight.whole().to_kind(x.kind()), bias),
             Self::Quantized(weight) => weight.linear(x, bias),
         }
     }

@@ -30,7 +30,7 @@ impl TrainConfig {
         for (key, value) in at_least_one {
             ensure!(value >= 1, "{key} is {value}, it must be at least 1");
         }
-        ensure!(self.zero_stage <= 1, "zero_stage is {}, 0 and 1 are supported", self.zero_stage);
+        self.validate_zero_stage()?;
         // Those of parts that only another type of model has, too.
         OptimConfig { learning_rates: self.learning_rates.clone(), ..self.optim() }.validate()?;
         let epochs = self.num_train_epochs;
@@ -60,6 +60,31 @@ impl TrainConfig {
             self.max_steps > 0 || !self.data.train.packing,
             "max_steps is -1, but with data.train.packing it shows only on the way how many samples a step takes: say \
              how many steps"
+        );
+        Ok(())
+    }
+
+    /// Weights that are shared out are frozen, plain, and needed block by block.
+    fn validate_zero_stage(&self) -> Result<()> {
+        let (stage, model) = (self.zero_stage, &self.model);
+        ensure!([0, 1, 3].contains(&stage), "zero_stage is {stage}, 0, 1 and 3 are supported");
+        if stage < 3 {
+            return Ok(());
+        }
+        ensure!(
+            self.gradient_checkpointing,
+            "zero_stage is 3, which gathers a block's weights while it computes: set gradient_checkpointing=true, without \
+             which the way back would keep those of all blocks"
+        );
+        ensure!(
+            model.freezes_llm() && model.model_type != ModelType::Chameleon,
+            "zero_stage is 3, which shares out the LLM's frozen weights, and this run trains all of them: take 1"
+        );
+        let few_bits = model.few_bits_key();
+        ensure!(
+            few_bits.is_none(),
+            "zero_stage is 3, which shares out plain weights, and {} keeps them in few bits: take one of the two",
+            few_bits.unwrap_or_default()
         );
         Ok(())
     }
@@ -199,7 +224,7 @@ mod tests {
 
     #[test]
     fn values_out_of_range_name_their_key() {
-        let cases: [(&str, &str); 21] = [
+        let cases: [(&str, &str); 23] = [
             ("model.lora.r=0", "model.lora.r is 0, it must be at least 1"),
             ("model.image_size=50", "model.image_size is 50, it must be a multiple of model.patch_size, 14"),
             ("model.vision_embedding=CLIP", "model.vision_embedding=CLIP"),
@@ -215,6 +240,11 @@ mod tests {
             ("ema_decay=1", "ema_decay is 1, it must be at least 0 and below 1"),
             ("distill.blocks={}", "distill.blocks is empty"),
             ("distill.weight_schedule={type: linear, end: -1}", "distill.weight_schedule.end is -1"),
+            ("zero_stage=2", "zero_stage is 2, 0, 1 and 3 are supported"),
+            (
+                "zero_stage=3",
+                "zero_stage is 3, which gathers a block's weights while it computes: set gradient_checkpointing",
+            ),
             ("save_steps=0", "save_steps is 0, it must be at least 1"),
             ("data.eval.test.samples=3", "data.eval.test must have one of `split`"),
             ("data.eval={../a: {split: test}}", "data.eval has a split `../a`: names of files"),
@@ -227,6 +257,19 @@ mod tests {
         ];
         for (entry, expected) in cases {
             fails(set(&[entry]), &[expected]);
+        }
+    }
+
+    #[test]
+    fn weights_are_shared_out_where_they_are_frozen_and_plain() {
+        let shared = ["zero_stage=3", "gradient_checkpointing=true"];
+        assert!(set(&shared).is_ok());
+        for (more, expected) in [
+            ("model.load_in_4bit=true", "shares out plain weights, and model.load_in_4bit keeps them in few bits"),
+            ("model.freeze_llm=false", "this run trains all of them: take 1"),
+        ] {
+            let lora = if more.contains("freeze") { "model.lora=null" } else { "model.lora.r=4" };
+            fails(set(&[&shared[..], &[more, lora]].concat()), &[expected]);
         }
     }
 

@@ -121,7 +121,8 @@ pub struct TrainConfig {
     pub max_grad_norm: f64,
 
     /// DeepSpeed's `zero_optimization.stage`, where several processes train: 1 leaves to each a share of AdamW's running
-    /// means, 0 keeps all of them in each.
+    /// means, 0 keeps all of them in each. 3 leaves to each a share of the frozen weights of the LLM's blocks as well, which a
+    /// block gathers while it computes; it needs `gradient_checkpointing`.
     #[serde(default = "one_u64")]
     pub zero_stage: u64,
     /// HF's: seconds that a process waits for the others, to begin and in a step, before it ends and names who is missing. One
@@ -137,6 +138,10 @@ pub struct TrainConfig {
     /// Steps between two lines of metrics.
     #[serde(default = "one_u64")]
     pub logging_steps: u64,
+    /// Whether each process writes lines of its own too, `metrics-rank-N.jsonl`: the losses of its samples, the time of a step
+    /// and how much of it was spent waiting for others, memory.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub log_on_each_rank: bool,
     /// When checkpoints are written during the run; there is always one at its end.
     #[serde(default = "steps")]
     pub save_strategy: Strategy,
@@ -263,6 +268,7 @@ impl Default for TrainConfig {
             ddp_timeout: half_an_hour(),
             ema_decay: None,
             logging_steps: one_u64(),
+            log_on_each_rank: false,
             save_strategy: steps(),
             save_steps: five_hundred(),
             save_total_limit: three(),

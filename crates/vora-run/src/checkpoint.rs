@@ -1,5 +1,6 @@
 //! Checkpoints that a crash cannot halve: written beside their place, checksummed, synced, renamed.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, TryLockError};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -8,6 +9,8 @@ use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use vora_files::checksums::{self, MANIFEST};
+
+use crate::metrics::RANK_METRICS;
 
 /// Where the trainer stands: the file that every checkpoint has.
 pub const TRAINER_STATE: &str = "trainer_state.json";
@@ -73,7 +76,9 @@ impl RunFolder {
     pub fn clear(&self) -> Result<()> {
         let folders = list(&self.path)?.into_iter().map(|(_, folder)| folder);
         let of_the_run = RESULTS.iter().map(|name| self.path.join(name));
-        for path in folders.chain(of_the_run) {
+        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten().map(|entry| entry.path());
+        let of_ranks = entries.filter(|path| name_of(path).starts_with(RANK_METRICS));
+        for path in folders.chain(of_the_run).chain(of_ranks) {
             let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
             match removed {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -103,6 +108,53 @@ impl RunFolder {
     pub fn save(&self, step: u64, keep: Keep, write: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
         let folder = self.checkpoint(step);
         replace_folder(&folder, write)?;
+        self.keep_only(keep)?;
+        Ok(folder)
+    }
+
+    /// Makes the folder beside its place that several processes write a checkpoint into, each its share; one of them makes it.
+    ///
+    /// # Errors
+    /// Of the disk.
+    pub fn begin_shared(&self, step: u64) -> Result<()> {
+        let beside = self.shared(step);
+        let what = || format!("cannot write {}", beside.display());
+        if beside.exists() {
+            fs::remove_dir_all(&beside).with_context(what)?;
+        }
+        fs::create_dir_all(&beside).with_context(what)
+    }
+
+    /// Where processes write their shares of a step's checkpoint.
+    pub fn shared(&self, step: u64) -> PathBuf {
+        beside(&self.checkpoint(step))
+    }
+
+    /// Ends a checkpoint whose shares are all written: `digests` are the checksums of its files, as those found them who
+    /// wrote them. As with [`Self::save`] it is there whole or not at all, and older ones go.
+    ///
+    /// # Errors
+    /// Of the disk, and where a file is there that nobody told of, or lacks.
+    pub fn end_shared(&self, step: u64, keep: Keep, digests: &BTreeMap<String, String>) -> Result<PathBuf> {
+        let folder = self.checkpoint(step);
+        let what = || format!("cannot write {}", folder.display());
+        let mut found = BTreeSet::new();
+        for entry in fs::read_dir(self.shared(step)).with_context(what)? {
+            found.insert(entry.with_context(what)?.file_name().to_string_lossy().into_owned());
+        }
+        let odd = found.iter().find(|name| !digests.contains_key(*name));
+        let odd = odd.or_else(|| digests.keys().find(|name| !found.contains(*name)));
+        if let Some(odd) = odd {
+            bail!("{}: the processes that wrote it do not agree about {odd}", what());
+        }
+        checksums::write_list(&self.shared(step), digests).with_context(what)?;
+        put_in_place(&folder)?;
+        self.keep_only(keep)?;
+        Ok(folder)
+    }
+
+    /// Removes all checkpoints but those that `keep` names.
+    fn keep_only(&self, keep: Keep) -> Result<()> {
         let old = list(&self.path)?.into_iter().rev().skip(keep.newest.max(1));
         for (_, old) in old.filter(|(step, _)| keep.best != Some(*step)) {
             // First out of sight, so that no half-removed checkpoint is ever found.
@@ -110,7 +162,7 @@ impl RunFolder {
             fs::rename(&old, &gone).with_context(|| format!("cannot remove {}", old.display()))?;
             fs::remove_dir_all(&gone).with_context(|| format!("cannot remove {}", gone.display()))?;
         }
-        Ok(folder)
+        Ok(())
     }
 
     /// Writes a folder of the run, as [`Self::save`] writes a checkpoint.
@@ -193,11 +245,67 @@ impl Drop for Saver {
     }
 }
 
+/// This process's share of a checkpoint that several write together, on its way to the disk on a thread of its own.
+///
+/// Dropped, it waits for the thread.
+#[derive(Debug)]
+pub struct Share {
+    /// The step of the checkpoint.
+    pub step: u64,
+    /// Which checkpoints are to stay.
+    pub keep: Keep,
+    writing: Option<JoinHandle<Result<BTreeMap<String, String>>>>,
+}
+
+impl Share {
+    /// Begins: `write` writes files into [`RunFolder::shared`] and tells their names.
+    ///
+    /// # Errors
+    /// Where no thread can be started.
+    pub fn begin(
+        run: &RunFolder,
+        step: u64,
+        keep: Keep,
+        write: impl FnOnce(&Path) -> Result<Vec<String>> + Send + 'static,
+    ) -> Result<Self> {
+        let folder = run.shared(step);
+        let work = move || {
+            let names = write(&folder).with_context(|| format!("cannot write {}", folder.display()))?;
+            let digest = |name: String| Ok((name.clone(), checksums::digest_of(&folder.join(name))?));
+            names.into_iter().map(digest).collect()
+        };
+        let thread = thread::Builder::new().name("checkpoint".to_owned());
+        let writing = thread.spawn(work).context("cannot start a thread for a checkpoint")?;
+        Ok(Self { step, keep, writing: Some(writing) })
+    }
+
+    /// Whether it is on the disk, or was given up.
+    pub fn is_written(&self) -> bool {
+        self.writing.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Waits for it: the checksums of its files.
+    ///
+    /// # Errors
+    /// What `write` said.
+    pub fn written(mut self) -> Result<BTreeMap<String, String>> {
+        let writing = self.writing.take().context("a share is waited for once")?;
+        writing.join().map_err(|_| anyhow!("the thread that writes a checkpoint panicked"))?
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        if let Some(writing) = self.writing.take() {
+            drop(writing.join());
+        }
+    }
+}
+
 /// Makes `folder` whole or not at all.
 fn replace_folder(folder: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let what = || format!("cannot write {}", folder.display());
-    let parent = folder.parent().with_context(what)?;
-    let beside = parent.join(format!(".tmp-{}", name_of(folder)));
+    let beside = beside(folder);
     if beside.exists() {
         fs::remove_dir_all(&beside).with_context(what)?;
     }
@@ -210,6 +318,18 @@ fn replace_folder(folder: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
         let _ = fs::remove_dir_all(&beside);
         return Err(error).with_context(what);
     }
+    put_in_place(folder)
+}
+
+/// Where a folder is written before it takes its place.
+fn beside(folder: &Path) -> PathBuf {
+    folder.with_file_name(format!(".tmp-{}", name_of(folder)))
+}
+
+/// Gives what was written beside a folder's place that place.
+fn put_in_place(folder: &Path) -> Result<()> {
+    let what = || format!("cannot write {}", folder.display());
+    let (parent, beside) = (folder.parent().with_context(what)?, beside(folder));
     if folder.exists() {
         let old = parent.join(format!(".tmp-old-{}", name_of(folder)));
         fs::rename(folder, &old).with_context(what)?;
@@ -333,6 +453,52 @@ mod tests {
         drop(saver);
         assert_eq!(steps(run.path()), [10, 40]);
         RunFolder::lock(run.path()).unwrap();
+    }
+
+    #[test]
+    fn a_checkpoint_in_shares_is_there_once_all_are_written() {
+        let run = tempfile::tempdir().unwrap();
+        let folder = RunFolder::lock(run.path()).unwrap();
+        folder.save(10, newest(2), fill(10)).unwrap();
+        let other = RunFolder::of_others(run.path());
+        let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
+        let begin = || {
+            folder.begin_shared(20).unwrap();
+            let first = move |folder: &Path| {
+                fill(20)(folder)?;
+                Ok(names(&["optimizer.safetensors", TRAINER_STATE]))
+            };
+            let second = move |folder: &Path| {
+                fs::write(folder.join("second"), b"its share")?;
+                Ok(names(&["second"]))
+            };
+            let shares = [Share::begin(&folder, 20, newest(1), first), Share::begin(&other, 20, newest(1), second)];
+            shares.map(|share| share.unwrap().written().unwrap())
+        };
+        let [mut all, second] = begin();
+        let error = format!("{:#}", folder.end_shared(20, newest(1), &all).unwrap_err());
+        assert!(error.contains("do not agree about second"), "{error}");
+        assert_eq!(steps(run.path()), [10]); // a crash here leaves the one before
+        RunFolder::of_others(run.path());
+        all.extend(second);
+        let last = folder.end_shared(20, newest(1), &all).unwrap();
+        assert_eq!((steps(run.path()), latest(run.path()).unwrap().unwrap()), (vec![20], last.clone()));
+        verify(&last).unwrap();
+        fs::write(last.join("second"), b"it5 share").unwrap();
+        assert!(format!("{:#}", verify(&last).unwrap_err()).contains("second"));
+        // Again over itself, after a share that was never ended, and one that fails.
+        begin();
+        let [mut all, second] = begin();
+        all.extend(second);
+        verify(&folder.end_shared(20, newest(1), &all).unwrap()).unwrap();
+        folder.begin_shared(30).unwrap();
+        let full = |_: &Path| Err(std::io::Error::from(std::io::ErrorKind::StorageFull).into());
+        let share = Share::begin(&other, 30, newest(1), full).unwrap();
+        let error = format!("{:#}", share.written().unwrap_err());
+        assert!(error.contains(".tmp-step-30") && error.contains("no storage space"), "{error}");
+        drop(folder);
+        RunFolder::lock(run.path()).unwrap();
+        assert!(!run.path().join("checkpoints/.tmp-step-30").exists());
     }
 
     #[test]

@@ -2,9 +2,11 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::eval::EvalReport;
@@ -130,9 +132,56 @@ pub enum Line {
     Step(StepMetrics),
 }
 
-impl Line {
-    /// Whether a run that goes on after `step` has this in its past. The evaluation that follows a checkpoint is made
-    /// again.
+/// What one of several processes found of a step: a line of its `metrics-rank-N.jsonl`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RankMetrics {
+    /// The step, counted from 1.
+    pub step: u64,
+    /// The process, counted from 0.
+    pub rank: u64,
+    /// Language loss plus weighted distillation loss of the samples of this process alone.
+    pub loss: f64,
+    /// The language loss, mean over the supervised tokens (or pairs) of this process.
+    pub loss_lm: f64,
+    /// The cosine loss, mean over the image tokens of this process; absent without a teacher or a picture.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_distill: Option<f64>,
+    /// Samples of this process.
+    pub samples: u64,
+    /// Their tokens, image tokens included.
+    pub tokens: u64,
+    /// Seconds that the step took here.
+    pub step_time: f64,
+    /// Of them, those in which it waited for other processes and for the network; not what went on beside a backward pass.
+    pub wait: f64,
+    /// Of them, those in which it waited for data.
+    pub data_wait: f64,
+    /// Bytes of memory held, as in [`StepMetrics::memory`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<u64>,
+    /// The most that it was so far.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_memory: Option<u64>,
+}
+
+impl RankMetrics {
+    /// The name of the file of a process's lines.
+    pub fn file_name(rank: usize) -> String {
+        format!("{RANK_METRICS}{rank}.jsonl")
+    }
+}
+
+/// What the names of such files begin with.
+pub(crate) const RANK_METRICS: &str = "metrics-rank-";
+
+/// A line of a log, which knows its step.
+pub trait Logged: Serialize + DeserializeOwned {
+    /// Whether a run that goes on after `step` has this in its past.
+    fn is_before(&self, step: u64) -> bool;
+}
+
+impl Logged for Line {
+    /// The evaluation that follows a checkpoint is made again.
     fn is_before(&self, step: u64) -> bool {
         match self {
             Self::Eval(eval) => eval.step < step,
@@ -142,14 +191,21 @@ impl Line {
     }
 }
 
-/// The open `metrics.jsonl` of a run.
-#[derive(Debug)]
-pub struct MetricsLog {
-    path: PathBuf,
-    file: File,
+impl Logged for RankMetrics {
+    fn is_before(&self, step: u64) -> bool {
+        self.step <= step
+    }
 }
 
-impl MetricsLog {
+/// The open `metrics.jsonl` of a run, or that of one of its processes.
+#[derive(Debug)]
+pub struct MetricsLog<L = Line> {
+    path: PathBuf,
+    file: File,
+    lines: PhantomData<L>,
+}
+
+impl<L: Logged> MetricsLog<L> {
     /// Opens the log of a run that goes on after `step` (0: from its start). Lines of later steps, which the run will
     /// write again, and a line that a crash left half written are cut off.
     ///
@@ -163,26 +219,28 @@ impl MetricsLog {
         let keep: usize = text
             .split_inclusive('\n')
             .take_while(|line| {
-                line.ends_with('\n') && serde_json::from_str::<Line>(line).is_ok_and(|line| line.is_before(step))
+                line.ends_with('\n') && serde_json::from_str::<L>(line).is_ok_and(|line| line.is_before(step))
             })
             .map(str::len)
             .sum();
         file.set_len(keep as u64).with_context(what)?;
         file.seek(SeekFrom::End(0)).with_context(what)?;
-        Ok(Self { path: path.to_owned(), file })
+        Ok(Self { path: path.to_owned(), file, lines: PhantomData })
     }
 
     /// Writes one line.
     ///
     /// # Errors
     /// Where the file cannot be written.
-    pub fn write(&mut self, line: &Line) -> Result<()> {
+    pub fn write(&mut self, line: &L) -> Result<()> {
         let mut text = serde_json::to_string(line)?;
         text.push('\n');
         self.file.write_all(text.as_bytes()).with_context(|| format!("cannot write {}", self.path.display()))
     }
+}
 
-    /// All lines of a log.
+impl MetricsLog {
+    /// All lines of a run's log.
     ///
     /// # Errors
     /// Where the file cannot be read, and the number of the first line that is none of a log.
@@ -239,7 +297,7 @@ mod tests {
         let lines = MetricsLog::read(&path).unwrap();
         assert_eq!(lines, [step(1), step(2), step(3), step(4)]);
 
-        MetricsLog::open(&path, 0).unwrap();
+        MetricsLog::<Line>::open(&path, 0).unwrap();
         assert!(MetricsLog::read(&path).unwrap().is_empty());
     }
 

@@ -1,27 +1,19 @@
 //! A Chameleon to train: an LLM whose vocabulary gets the codes of an image tokenizer, and all of whose weights learn.
 
-use std::path::PathBuf;
-
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 use vora_llm::LlmConfig;
 use vora_model::{Chameleon, VQMODEL};
-use vora_recipe::{TrainConfig, VqTraining};
+use vora_recipe::VqTraining;
 use vora_torch::checkpoint::Checkpoint;
 use vora_torch::weights::Weights;
 
-use crate::pictures::Pictures;
+use crate::opening::Opening;
 use crate::{Student, StudentParts};
 
 /// Opens the LLM, widens its vocabulary, and puts a new image tokenizer before it.
-pub(crate) fn student(
-    config: &TrainConfig,
-    vqmodel: &VqTraining,
-    llm_folder: PathBuf,
-    pictures: Pictures,
-    device: Device,
-    kind: Kind,
-) -> Result<Student> {
+pub(crate) fn student(opening: Opening<'_>, vqmodel: &VqTraining) -> Result<Student> {
+    let Opening { config, llm_folder, pictures, device, kind, .. } = opening;
     let section = &config.model;
     let vq = vqmodel.config(section.image_size);
     let llm_config = LlmConfig::open(&llm_folder)?;

@@ -25,13 +25,13 @@
 mod batch;
 mod chameleon;
 mod distill;
-mod few_bits;
 mod fitted;
 mod gemma4;
 pub mod heads;
 mod llava;
 mod logits;
 mod open;
+mod opening;
 pub mod parts;
 mod pictures;
 mod preference;

@@ -183,6 +183,35 @@ impl Student {
         self.is_outline
     }
 
+    /// What `make` makes where others of the processes that share its weights ([`Student::sharded`]) may make more passes
+    /// through the model, or fewer, forward alone: all call it, and each waits for the others at the end. A student of this
+    /// process alone makes it and nothing more.
+    ///
+    /// # Errors
+    /// That of `make`, and where one of the processes is gone.
+    pub fn apart<T>(&self, make: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.begin_apart();
+        let made = make();
+        self.end_apart()?;
+        made
+    }
+
+    /// Where [`Student::apart`] begins.
+    pub fn begin_apart(&self) {
+        if let Some(shards) = self.model.llm().decoder().shards() {
+            shards.part();
+        }
+    }
+
+    /// Where [`Student::apart`] ends.
+    ///
+    /// # Errors
+    /// Where one of the processes is gone.
+    pub fn end_apart(&self) -> Result<()> {
+        let decoder = self.model.llm().decoder();
+        decoder.shards().map_or(Ok(()), |shards| shards.meet(|| decoder.gather_forward()))
+    }
+
     /// What stands in place of the LLM's own chat template.
     pub fn chat_template(&self) -> Option<&str> {
         self.chat_template.as_deref()

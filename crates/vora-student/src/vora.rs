@@ -8,35 +8,28 @@ use tch::{Device, Kind, Tensor};
 use vora_image::Aspect;
 use vora_llm::{LlmConfig, VisionAttention};
 use vora_model::{VisionEmbedding, VisionEmbeddingType, VisionLanguageModel, Vora, VoraConfig};
-use vora_recipe::{DataPreprocess, ModelConfig, TeacherStart, TrainConfig};
+use vora_recipe::{DataPreprocess, ModelConfig, TeacherStart};
 use vora_torch::weights::Weights;
 use vora_vision::{Encoder, EncoderConfig, PositionTable};
 
 use vora_model::Resolve;
 
-use crate::few_bits::in_few_bits;
-use crate::pictures::Pictures;
+use crate::opening::Opening;
 use crate::{Student, StudentParts, parts};
 
 /// Channels of the patch embedding where nothing says otherwise, as in the published model.
 const EMBED_DIM: i64 = 1536;
 
 /// Opens LLM and teacher, and what was trained before; makes what is new: adapters, patch embedding, heads.
-pub(crate) fn student(
-    config: &TrainConfig,
-    llm_folder: PathBuf,
-    pictures: Pictures,
-    device: Device,
-    kind: Kind,
-    resolve: &Resolve<'_>,
-) -> Result<Student> {
+pub(crate) fn student(opening: Opening<'_>) -> Result<Student> {
+    let Opening { config, ref llm_folder, ref pictures, device, kind, resolve, .. } = opening;
     let section = &config.model;
     let (llm, image_size) = (&section.llm, section.image_size);
     let patch_size = pictures.patch_size;
     let keeps_shape = matches!(pictures.processor.aspect(), Aspect::Keep(_));
     let teacher_folder = section.aux_vision.as_deref().map(resolve).transpose().context("model.aux_vision")?;
-    let open_teacher = |folder: &PathBuf| Encoder::open(folder, device, kind).context("model.aux_vision");
-    let teacher = teacher_folder.as_ref().map(open_teacher).transpose()?;
+    let is_outline = opening.is_outline(&teacher_folder);
+    let teacher = teacher_folder.as_ref().map(|folder| opening.teacher(folder, is_outline)).transpose()?;
     if let Some(teacher) = &teacher {
         ensure!(
             image_size % teacher.patch_size() == 0,
@@ -57,7 +50,7 @@ pub(crate) fn student(
             folder.display()
         );
     }
-    let llm_config = LlmConfig::open(&llm_folder)?;
+    let llm_config = LlmConfig::open(llm_folder)?;
     let open_pretrained = |name: &String| Pretrained::open(name, section, &llm_config, resolve);
     let pretrained = section.pretrained.as_ref().map(open_pretrained).transpose().context("model.pretrained")?;
     let before = pretrained.as_ref().map(|pretrained| &pretrained.config);
@@ -107,18 +100,19 @@ pub(crate) fn student(
             let is_trained = |name: &str| is_whole || !pretrained.config.has_layer_bias(name);
             Weights::from_tensors(pretrained.llm().filter(|(name, _)| is_trained(name)), device, kind)
         }
-        _ => Weights::open(&llm_folder, device, kind)?,
+        _ => opening.llm(is_outline)?,
     };
-    let source = if is_whole { weights.trained() } else { in_few_bits(&weights, section)? };
-    let trained = Weights::random(config.seed, device, kind);
+    let source = if is_whole { weights.trained() } else { opening.frozen(&weights)? };
+    let trained = opening.new_weights(is_outline);
     let model = Vora::assemble(vora, &source, &trained)?;
     weights.finish().with_context(|| format!("loading the LLM in {}", llm_folder.display()))?;
 
-    if let (VisionEmbedding::Gemma4Unified(embedder), None) = (model.vision_embedding(), &pretrained) {
+    let is_new = pretrained.is_none() && !is_outline;
+    if let (VisionEmbedding::Gemma4Unified(embedder), true) = (model.vision_embedding(), is_new) {
         embedder.scale_to(word_embedding_rms(&model));
     }
-    if let (VisionEmbedding::Aimv2(embedding), Some(teacher), true, None) =
-        (model.vision_embedding(), &teacher, section.starts_from_teacher(), &pretrained)
+    if let (VisionEmbedding::Aimv2(embedding), Some(teacher), true) =
+        (model.vision_embedding(), &teacher, section.starts_from_teacher() && is_new)
     {
         let is_published = config.data.train.data_preprocess.as_ref().is_some_and(DataPreprocess::is_published);
         let fits = teacher.preprocessor().next().is_some();
@@ -129,8 +123,9 @@ pub(crate) fn student(
         }
     }
     let llm = is_whole.then_some(weights);
+    let Opening { llm_folder, pictures, .. } = opening;
     let parts = StudentParts { model: Box::new(model), trained: trained.clone(), llm, llm_folder, pictures };
-    let mut student = Student { is_whole: lora.is_none(), ..Student::from_parts(parts, config)? };
+    let mut student = Student { is_whole: lora.is_none(), is_outline, ..Student::from_parts(parts, config)? };
     if let Some(teacher) = teacher {
         student = student.taught(Box::new(teacher), config)?;
     }
@@ -138,7 +133,7 @@ pub(crate) fn student(
     {
         distill.keep_features(cache, folder, "", device, kind).context("distill.cache")?;
     }
-    if let Some(pretrained) = &pretrained {
+    if let Some(pretrained) = pretrained.filter(|_| !is_outline) {
         pretrained.start(&trained.parameters()).context("model.pretrained")?;
     }
     Ok(student)

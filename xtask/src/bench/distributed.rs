@@ -1,5 +1,5 @@
 //! `cargo xtask bench distributed`: processes that train together, under the real `torchrun`: killed and frozen ones, how far
-//! two get from one, and what two cost beside one.
+//! two get from one, what two cost beside one, and the memory of each where they share weights.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,7 +10,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use vora_run::metrics::MetricsLog;
+use serde_json::Value;
+use vora_run::metrics::{MetricsLog, RankMetrics};
 use vora_run::side_by_side::steps;
 
 use crate::cmd::{self, Vora};
@@ -35,6 +36,10 @@ struct Options {
     /// Steps of each of those
     #[arg(long, default_value_t = 12)]
     timed_steps: u64,
+    /// Steps after which the memory of each of 1, 2 and 4 processes that share weights is compared with the plan's; 0
+    /// leaves it out
+    #[arg(long, default_value_t = 4)]
+    memory_steps: usize,
 }
 
 const SMOKE: &str = "crates/vora-train/recipes/smoke.yaml";
@@ -64,7 +69,8 @@ pub fn run(args: &[String]) -> Result<()> {
     let options = Options::parse_from([String::new()].iter().chain(args));
     ensure!(options.steps > 8, "--steps is {}, it must be at least 9", options.steps);
     setup::ensure()?;
-    let torchrun = fixtures::python()?.with_file_name("torchrun");
+    let hits = options.kills + options.freezes;
+    let torchrun = if hits > 0 { fixtures::python()?.with_file_name("torchrun") } else { "torchrun".into() };
     let vora = Vora::build()?;
     let folder = tempfile::tempdir()?;
     let at = |name: &str| folder.path().join(name);
@@ -72,10 +78,13 @@ pub fn run(args: &[String]) -> Result<()> {
     let tiny = |run: &Path, more: &[&str]| settings(run, &[&TINY, more].concat());
     let two = ["per_device_train_batch_size=1", &max_steps];
 
-    end(vora.command("train").args(["--nproc", "2"]).args(tiny(&at("whole"), &two)).spawn()?)?;
-    let expected = losses(&at("whole"))?;
+    let mut expected = Vec::new();
+    if hits > 0 {
+        end(vora.command("train").args(["--nproc", "2"]).args(tiny(&at("whole"), &two)).spawn()?)?;
+        expected = losses(&at("whole"))?;
+    }
     let mut random: u64 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.subsec_nanos().into();
-    for number in 0..options.kills + options.freezes {
+    for number in 0..hits {
         let (signal, done) = if number < options.kills { ("KILL", "killed") } else { ("STOP", "frozen") };
         let (step, rank) = (2 + draw(&mut random) % (options.steps - 6), draw(&mut random) % 2);
         let run = at(&format!("{done}-{number}"));
@@ -114,6 +123,75 @@ pub fn run(args: &[String]) -> Result<()> {
     far_from_one(&vora, &at("far"))?;
     if options.rounds > 0 {
         beside_one(&vora, &options, &at("beside"))?;
+    }
+    if options.memory_steps > 0 {
+        memory(&vora, options.memory_steps, &at("memory"))?;
+    }
+    Ok(())
+}
+
+/// What the runs set whose memory is compared: weights in f32, and few samples, so that frozen weights are most of it.
+const SHARED: [&str; 11] = [
+    "zero_stage=3",
+    "gradient_checkpointing=true",
+    "log_on_each_rank=true",
+    "bf16=false",
+    "per_device_train_batch_size=1",
+    "text_anchor=null",
+    "data.eval={}",
+    "evaluation_strategy=no",
+    "save_strategy=no",
+    "report_to=none",
+    "max_steps=100000",
+];
+
+/// A plan may be as far from what is measured.
+const OFF_BY: f64 = 0.15;
+
+/// The memory of each of some processes that share the weights of the default recipe's LLM, planned and measured.
+fn memory(vora: &Vora, steps: usize, folder: &Path) -> Result<()> {
+    for model in train::DEFAULT_MODELS {
+        download::ensure(model)?;
+    }
+    let train = |run: &Path| {
+        let mut train = vora.command("train");
+        train.arg("--config").arg(cmd::root().join(train::SCENES)).env("OMP_NUM_THREADS", "1");
+        let set = SHARED.iter().map(|setting| (*setting).to_owned());
+        for setting in set.chain([format!("output_dir={}", run.display())]) {
+            train.args(["--set", &setting]);
+        }
+        train
+    };
+    let planned = train(&folder.join("plan")).args(["--plan", "--world-size", "4", "--json"]).output()?;
+    ensure!(planned.status.success(), "`vora train --plan` failed ({})", planned.status);
+    let plan: Value = serde_json::from_slice(&planned.stdout).context("the plan is no JSON")?;
+    let rows = plan["scale"]["rows"].as_array().context("the plan has no scale")?;
+    for processes in [1, 2, 4] {
+        let row = rows.iter().find(|row| row["world_size"] == processes && row["zero_stage"] == 3);
+        let planned = row.map_or(&plan["measured"]["peak_memory"], |row| &row["memory"]);
+        let planned = planned.as_f64().context("the plan has no memory")?;
+        let run = folder.join(processes.to_string());
+        let last = |rank: usize| -> Option<RankMetrics> {
+            let text = fs::read_to_string(run.join(RankMetrics::file_name(rank))).ok()?;
+            text.lines().nth(steps - 1).and_then(|line| serde_json::from_str(line).ok())
+        };
+        let mut started = train(&run).args(["--nproc", &processes.to_string()]).stdout(Stdio::null()).spawn()?;
+        wait(&mut started, || (0..processes).all(|rank| last(rank).is_some())).context("waiting for steps")?;
+        cmd::run(Command::new("kill").arg(started.id().to_string()))?;
+        started.wait()?;
+        let measured: Option<Vec<f64>> =
+            (0..processes).map(|rank| last(rank).and_then(|line| line.peak_memory).map(|bytes| bytes as f64)).collect();
+        let measured = measured.context("the system does not tell how much memory a process has")?;
+        let most = measured.iter().copied().fold(0.0, f64::max);
+        let off = planned / most - 1.0;
+        let mebibytes = |bytes: f64| format!("{:.0} MiB", bytes / f64::from(1 << 20));
+        println!(
+            "zero_stage 3, {processes} processes: {} each by the plan, {} at most: {:+.1} %",
+            mebibytes(planned),
+            mebibytes(most),
+            100.0 * off
+        );
+        ensure!(off.abs() < OFF_BY, "the plan is farther from that than {:.0} %", 100.0 * OFF_BY);
     }
     Ok(())
 }

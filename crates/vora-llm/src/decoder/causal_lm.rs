@@ -331,9 +331,9 @@ impl CausalLm {
         Ok(tensors)
     }
 
-    /// As [`CausalLm::tensors`], without the weights that are kept in few bits.
+    /// As [`CausalLm::tensors`], without the weights that are kept in few bits or shared by several processes.
     pub fn plain_tensors(&self) -> Vec<(String, Tensor)> {
-        self.tensors_with(|linear| linear.quantized().is_none().then(|| linear.weight()))
+        self.tensors_with(|linear| linear.plain().map(Tensor::shallow_clone))
     }
 
     /// All tensors, with what `weight` gives for the weights of the linear layers.

@@ -3,6 +3,7 @@
 use anyhow::Result;
 use tch::{Tensor, nn::Module};
 use vora_lora::{Active, Linear};
+use vora_torch::dist::ShardedWeight;
 use vora_torch::nn::RmsNorm;
 use vora_torch::weights::{Init, Weights};
 
@@ -63,6 +64,15 @@ impl Norms {
 
     fn iter(&self) -> impl Iterator<Item = &(&'static str, RmsNorm)> {
         self.before.iter().chain(&self.after)
+    }
+}
+
+/// A layer whose shared weights are whole for as long as this lives: see [`DecoderLayer::gathered`].
+pub(super) struct Gathered<'a>(&'a DecoderLayer);
+
+impl Drop for Gathered<'_> {
+    fn drop(&mut self) {
+        self.0.shared_weights().for_each(ShardedWeight::release);
     }
 }
 
@@ -164,6 +174,16 @@ impl DecoderLayer {
     /// As [`DecoderLayer::forward`].
     pub fn attention_logits(&self, x: &Tensor, cos_sin: &CosSin, keys: &mut SharedKeys) -> Tensor {
         self.self_attn.logits(&self.attention_norms.before(x), cos_sin, keys)
+    }
+
+    /// Brings together the weights that several processes share, all of which call this at once.
+    pub(super) fn gathered(&self) -> Gathered<'_> {
+        ShardedWeight::gather_all(self.shared_weights());
+        Gathered(self)
+    }
+
+    fn shared_weights(&self) -> impl Iterator<Item = &ShardedWeight> {
+        self.linears().into_iter().filter_map(|(_, linear)| linear.sharded())
     }
 
     /// Whether its attention is within the decoder's window.

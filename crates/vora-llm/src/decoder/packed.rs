@@ -78,8 +78,9 @@ impl PackedDecoder {
         })
     }
 
-    /// Packs a model in one width: none where its device, or one of its adapters, is not served, and [`CausalLm::decode_step`] is to go on.
-    /// Served are all architectures but Gemma's on the CPU, and adapters without a magnitude. A head in [`Width::Int4`] is kept in
+    /// Packs a model in one width: none where its device, or one of its adapters, is not served, or processes share its weights, and
+    /// [`CausalLm::decode_step`] is to go on. Served are all architectures but Gemma's on the CPU, and adapters without a magnitude. A head
+    /// in [`Width::Int4`] is kept in
     /// [`Width::Int8`]: a token's logits are more sensitive than what layers do in between.
     ///
     /// # Errors
@@ -101,7 +102,8 @@ impl PackedDecoder {
             .flat_map(DecoderLayer::linears)
             .any(|(_, linear)| linear.adapters().any(|adapter| adapter.magnitude().is_some())); // none by name is one
         let config = llm.config();
-        if llm.device() != Device::Cpu || is_dora || !config.architecture().packs {
+        let is_shared = llm.model.shards().is_some();
+        if llm.device() != Device::Cpu || is_dora || is_shared || !config.architecture().packs {
             return Ok(None);
         }
         let layers = llm.model.layers.iter().enumerate();

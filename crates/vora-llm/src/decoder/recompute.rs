@@ -54,6 +54,8 @@ impl Recompute<'_> {
     pub(super) fn backward(self) -> Result<()> {
         let Self { decoder, inputs_embeds, mut states, shared, seed } = self;
         for (layer_idx, layer) in decoder.layers.iter().enumerate().rev() {
+            // Whether or not a gradient comes that far: other processes may need them.
+            let _gathered = decoder.gathered(layer);
             let (gradient, input) = (states.pop().map(|state| state.grad()), states.last());
             let (Some(gradient), Some(input)) = (gradient.filter(Tensor::defined), input) else { continue };
             let (mut keys, seed) = (SharedKeys::default(), seed.at(layer_idx as u64));

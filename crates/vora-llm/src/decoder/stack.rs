@@ -1,11 +1,14 @@
 //! The decoder without its head: embedding, layers, final norm, and the loop over the layers.
 
+use std::sync::Arc;
+
 use anyhow::Result;
 use tch::{Tensor, nn::Module};
+use vora_torch::dist::Shards;
 use vora_torch::nn::RmsNorm;
 use vora_torch::weights::{Init, Weights};
 
-use super::layer::DecoderLayer;
+use super::layer::{DecoderLayer, Gathered};
 use crate::attention::{AttentionPlan, SharedKeys};
 use crate::config::LlmConfig;
 use crate::kv_cache::Step;
@@ -45,7 +48,8 @@ pub struct Decoder {
     pub(super) layers: Vec<DecoderLayer>,
     pub(super) norm: RmsNorm,
     rotary: Rotary,
-    window: Option<i64>, // of the layers that have one
+    window: Option<i64>,         // of the layers that have one
+    shards: Option<Arc<Shards>>, // where several processes share the layers' frozen weights
 }
 
 impl Decoder {
@@ -67,7 +71,8 @@ impl Decoder {
             .collect::<Result<_>>()?;
         let norm = rms_norm(config, &weights.pp("norm"), config.hidden_size)?;
         let window = (0..config.num_hidden_layers).find_map(|layer_idx| config.window(layer_idx));
-        Ok(Self { embed_tokens, layers, norm, rotary: Rotary::new(config)?, window })
+        let shards = weights.shards().cloned();
+        Ok(Self { embed_tokens, layers, norm, rotary: Rotary::new(config)?, window, shards })
     }
 
     /// `[batch, seq, hidden]` -> [`Output`] with `hidden_states[0..=hidden_layers]`; nothing is dropped.
@@ -83,8 +88,29 @@ impl Decoder {
         &self.layers
     }
 
+    /// What of the weights of its layers other processes have, where several share them ([`Weights::sharded`]). A pass
+    /// through the layers brings each one's together, which all of them do at once.
+    pub fn shards(&self) -> Option<&Arc<Shards>> {
+        self.shards.as_ref()
+    }
+
+    /// What a pass gathers of the layers, without a pass: for a process that has nothing to compute where the others have.
+    pub fn gather_forward(&self) {
+        self.layers.iter().for_each(|layer| drop(self.gathered(layer)));
+    }
+
+    /// The same of the way back of a recomputed pass.
+    pub fn gather_backward(&self) {
+        self.layers.iter().rev().for_each(|layer| drop(self.gathered(layer)));
+    }
+
+    /// The layer with all of its weights, as long as what is returned lives.
+    pub(super) fn gathered<'a>(&self, layer: &'a DecoderLayer) -> Option<Gathered<'a>> {
+        self.shards.as_ref().map(|_| layer.gathered())
+    }
+
     /// Whether some layers attend to keys and values of others.
-    pub(super) fn shares_keys(&self) -> bool {
+    pub fn shares_keys(&self) -> bool {
         self.layers.iter().any(DecoderLayer::borrows_keys)
     }
 
@@ -113,7 +139,11 @@ impl Decoder {
         mut each: impl FnMut(usize, &DecoderLayer, &Tensor) -> Tensor,
     ) -> Tensor {
         let mut x = inputs_embeds.shallow_clone(); // [batch, seq, hidden]
+        if let Some(shards) = &self.shards {
+            shards.begin_pass();
+        }
         for (layer_idx, layer) in self.layers.iter().enumerate() {
+            let _gathered = self.gathered(layer);
             x = each(layer_idx, layer, &x);
         }
         x

@@ -99,17 +99,22 @@ int vora_group_broadcast(Group* group, at::Tensor* tensor, int root) {
   });
 }
 
-// `[..]` of every rank -> `[world_size, ..]`.
-at::Tensor* vora_group_all_gather(Group* group, at::Tensor* tensor) {
-  return guard<at::Tensor*>(nullptr, [&] {
-    auto shape = tensor->sizes().vec();
-    shape.insert(shape.begin(), group->group->getSize());
-    auto gathered = at::empty(shape, tensor->options());
-    auto rows = gathered.unbind(0);
-    std::vector<std::vector<at::Tensor>> outputs{rows};
-    std::vector<at::Tensor> inputs{*tensor};
-    group->waits->wait(group->group->allgather(outputs, inputs));
-    return new at::Tensor(gathered);
+// Of each of `n` tensors `[..]` of every rank -> `[world_size, ..]`, into `gathered`; they are on their way side by side.
+int vora_group_all_gather(Group* group, at::Tensor** tensors, size_t n, at::Tensor** gathered) {
+  return guard(-1, [&] {
+    std::vector<at::Tensor> all;
+    std::vector<c10::intrusive_ptr<c10d::Work>> works;
+    for (size_t i = 0; i < n; i++) {
+      auto shape = tensors[i]->sizes().vec();
+      shape.insert(shape.begin(), group->group->getSize());
+      all.push_back(at::empty(shape, tensors[i]->options()));
+      std::vector<std::vector<at::Tensor>> outputs{all.back().unbind(0)};
+      std::vector<at::Tensor> inputs{*tensors[i]};
+      works.push_back(group->group->allgather(outputs, inputs));
+    }
+    for (auto& work : works) group->waits->wait(work);
+    for (size_t i = 0; i < n; i++) gathered[i] = new at::Tensor(all[i]);
+    return 0;
   });
 }
 

@@ -39,9 +39,17 @@ impl Checkpoint {
     /// # Errors
     /// Name the file and what is wrong with it, see [`CheckpointError`]; pickle files are refused by name.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::of_files(path, &checkpoint_files(path)?)
+    }
+
+    /// Opens files that hold the tensors of one checkpoint together; `path` is what it is known by.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], and where two of them have a tensor of the same name.
+    pub fn of_files(path: &Path, files: &[PathBuf]) -> Result<Self> {
         let mut checkpoint = Self { path: path.to_owned(), files: Vec::new(), entries: BTreeMap::new() };
-        for file in checkpoint_files(path)? {
-            checkpoint.add(&file)?;
+        for file in files {
+            checkpoint.add(file)?;
         }
         Ok(checkpoint)
     }

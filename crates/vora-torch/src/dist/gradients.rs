@@ -60,8 +60,7 @@ impl Gradients {
     /// Where one of the processes is gone.
     pub fn finish(&self) -> Result<()> {
         // SAFETY: a live reducer.
-        let finished = ffi::check(unsafe { dist::vora_gradients_finish(self.reducer) });
-        self.group.explained(finished)
+        self.group.timed(|| ffi::check(unsafe { dist::vora_gradients_finish(self.reducer) }))
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use tch::Tensor;
 
 use super::handle::Handle;
@@ -57,6 +57,7 @@ pub struct ProcessGroup {
     handle: Arc<Handle>,
     store: Store,
     traffic: Mutex<Traffic>,
+    waited: Mutex<Duration>,
 }
 
 impl ProcessGroup {
@@ -90,8 +91,8 @@ impl ProcessGroup {
         }
         let handle = Arc::new(Handle::new(group));
         let watch = Watch::start(world, Arc::clone(&handle), timeout)?;
-        let traffic = Mutex::default();
-        Ok(Arc::new(Self { world: world.clone(), watch: Some(watch), handle, store, traffic }))
+        let (traffic, waited) = Default::default();
+        Ok(Arc::new(Self { world: world.clone(), watch: Some(watch), handle, store, traffic, waited }))
     }
 
     /// This process, from 0.
@@ -116,8 +117,7 @@ impl ProcessGroup {
             Op::Max => 4,
         };
         // SAFETY: a live group and tensor.
-        let reduced = ffi::check(unsafe { dist::vora_group_all_reduce(self.as_ptr(), tensor.as_ptr(), op) });
-        self.explained(reduced)
+        self.timed(|| ffi::check(unsafe { dist::vora_group_all_reduce(self.as_ptr(), tensor.as_ptr(), op) }))
     }
 
     /// Sums of f64 numbers over all processes.
@@ -149,8 +149,7 @@ impl ProcessGroup {
         self.count(|traffic| traffic.broadcast += bytes(tensor));
         let root = i32::try_from(root)?;
         // SAFETY: a live group and tensor.
-        let sent = ffi::check(unsafe { dist::vora_group_broadcast(self.as_ptr(), tensor.as_ptr(), root) });
-        self.explained(sent)
+        self.timed(|| ffi::check(unsafe { dist::vora_group_broadcast(self.as_ptr(), tensor.as_ptr(), root) }))
     }
 
     /// `[..]` of every process -> `[world_size, ..]`.
@@ -158,11 +157,21 @@ impl ProcessGroup {
     /// # Errors
     /// Where one of them is gone.
     pub fn all_gather(&self, tensor: &Tensor) -> Result<Tensor> {
+        self.all_gather_each(&[tensor.shallow_clone()])?.pop().context("one was asked for")
+    }
+
+    /// The same of several tensors, side by side.
+    ///
+    /// # Errors
+    /// As [`Self::all_gather`].
+    pub fn all_gather_each(&self, tensors: &[Tensor]) -> Result<Vec<Tensor>> {
         self.count_collective();
-        self.count(|traffic| traffic.all_gather += bytes(tensor) * self.world_size() as u64);
-        // SAFETY: a live group and tensor.
-        let gathered = ffi::tensor(unsafe { dist::vora_group_all_gather(self.as_ptr(), tensor.as_ptr()) });
-        self.explained(gathered)
+        self.count(|traffic| traffic.all_gather += tensors.iter().map(bytes).sum::<u64>() * self.world_size() as u64);
+        let (pointers, mut gathered) = (ffi::pointers(tensors), vec![std::ptr::null_mut(); tensors.len()]);
+        let (from, to) = (pointers.as_ptr(), gathered.as_mut_ptr());
+        // SAFETY: a live group, live tensors, and room for as many.
+        self.timed(|| ffi::check(unsafe { dist::vora_group_all_gather(self.as_ptr(), from, tensors.len(), to) }))?;
+        gathered.into_iter().map(ffi::tensor).collect()
     }
 
     /// What each process has to say, by rank.
@@ -241,6 +250,12 @@ impl ProcessGroup {
         Traffic { gradients: unsafe { dist::vora_group_reduced(self.as_ptr()) }, ..traffic }
     }
 
+    /// How long this process has waited in collectives so far, for the others and for the network; not what goes on beside a
+    /// backward pass.
+    pub fn waited(&self) -> Duration {
+        *self.waited.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn as_ptr(&self) -> *mut c_void {
         self.handle.group
     }
@@ -251,6 +266,14 @@ impl ProcessGroup {
 
     pub(super) fn count_collective(&self) {
         self.handle.count_collective();
+    }
+
+    /// What `wait` waits for, the time taken; an error of it is explained.
+    pub(super) fn timed<T>(&self, wait: impl FnOnce() -> Result<T>) -> Result<T> {
+        let start = Instant::now();
+        let found = wait();
+        *self.waited.lock().unwrap_or_else(PoisonError::into_inner) += start.elapsed();
+        self.explained(found)
     }
 
     fn count(&self, add: impl FnOnce(&mut Traffic)) {

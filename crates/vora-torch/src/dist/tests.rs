@@ -47,6 +47,47 @@ fn all_get_the_same() {
     assert!(group.traffic().all_reduce > 0 && group.traffic().gradients == 0);
 }
 
+#[test]
+fn a_sharded_weight_is_whole_while_it_is_needed() {
+    if !Ranks::is_one() {
+        return Ranks::of("dist::tests::a_sharded_weight_is_whole_while_it_is_needed", 0..3, 3, &[]).pass();
+    }
+    let group = join(LONG).unwrap();
+    let (rank, shards) = (group.rank(), Shards::new(&group));
+    for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+        let weight = Random::new(7).normal([5, 4]).to_kind(kind);
+        let sharded = ShardedWeight::new(&weight, &shards);
+        assert_eq!((sharded.size(), sharded.num_bytes()), ([5, 4], 7 * kind.elt_size_in_bytes() as u64));
+        let before = group.traffic().all_gather;
+        ShardedWeight::gather_all(std::iter::once(&sharded));
+        for _ in 0..2 {
+            assert!(sharded.whole().equal(&weight), "{kind:?}");
+        }
+        assert_eq!(group.traffic().all_gather - before, 21 * kind.elt_size_in_bytes() as u64);
+        sharded.release();
+        assert!(sharded.whole().equal(&weight)); // gathered anew, by all
+        assert!(group.traffic().all_gather - before > 21 * kind.elt_size_in_bytes() as u64);
+    }
+    // Passes of one process alone: the others gather along.
+    let weights = [0, 1].map(|seed| ShardedWeight::new(&Random::new(seed).normal([2, 3]), &shards));
+    let pass = || {
+        ShardedWeight::gather_all(weights.iter());
+        let whole = weights.each_ref().map(ShardedWeight::whole);
+        weights.iter().for_each(ShardedWeight::release);
+        whole
+    };
+    for passes in [[0, 0, 0], [2, 0, 5], [0, 3, 0]] {
+        shards.part();
+        for _ in 0..passes[rank] {
+            shards.begin_pass();
+            assert!((0..).zip(pass()).all(|(seed, whole)| whole.equal(&Random::new(seed).normal([2, 3]))));
+        }
+        shards.meet(|| drop(pass())).unwrap();
+    }
+    assert!(group.waited() > Duration::ZERO);
+    assert!(!group.any(false).unwrap());
+}
+
 /// Two layers, of which the second is reached by some inputs alone, and one that none reaches.
 fn parameters() -> Vec<Tensor> {
     let random = Random::new(3);

@@ -27,7 +27,12 @@ unsafe extern "C" {
     pub(crate) fn vora_group_free(group: *mut c_void);
     pub(crate) fn vora_group_all_reduce(group: *mut c_void, tensor: *const C_tensor, op: i32) -> i32;
     pub(crate) fn vora_group_broadcast(group: *mut c_void, tensor: *const C_tensor, root: i32) -> i32;
-    pub(crate) fn vora_group_all_gather(group: *mut c_void, tensor: *const C_tensor) -> *mut C_tensor;
+    pub(crate) fn vora_group_all_gather(
+        group: *mut c_void,
+        tensors: *const *const C_tensor,
+        n: usize,
+        gathered: *mut *mut C_tensor,
+    ) -> i32;
     pub(crate) fn vora_group_abort(group: *mut c_void, reason: *const c_char);
     pub(crate) fn vora_group_waiting(group: *mut c_void) -> f64;
     pub(crate) fn vora_group_reduced(group: *mut c_void) -> u64;

@@ -193,7 +193,7 @@ impl Optimizer {
         self.parameters.iter().map(|(_, t)| gradient(t)).collect()
     }
 
-    /// Running means and step, by parameter name; of a sharded one this process's, [`Self::gather_state`] has all.
+    /// The step, then running means by parameter name; of a sharded one this process's.
     pub fn state(&self) -> Vec<(String, Tensor)> {
         let mut state = vec![("step".to_owned(), self.step.shallow_clone())];
         for (i, name) in self.own.iter().map(|&i| &self.parameters[i].0).enumerate() {
@@ -203,11 +203,10 @@ impl Optimizer {
         state
     }
 
-    /// Takes back what [`Self::state`] gave, and a sharded one its share of what [`Self::gather_state`] gave, whatever the
-    /// number of processes was.
+    /// Takes back what [`Self::state`] gave; a sharded one its share of what all processes gave, whatever their number was.
     ///
     /// # Errors
-    /// Where the file holds another optimizer's state, or cannot be read.
+    /// Where the checkpoint holds another optimizer's state, or cannot be read.
     pub fn load_state(&mut self, saved: &Checkpoint) -> Result<()> {
         let expected_len = 1 + 2 * self.parameters.len();
         let saved_len = saved.names().count();

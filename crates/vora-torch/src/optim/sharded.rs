@@ -21,31 +21,6 @@ impl Optimizer {
         Ok(())
     }
 
-    /// The state of all parameters, put together from what each process has: whole on rank 0, which gets it in the memory of
-    /// the host, and empty on the others.
-    ///
-    /// # Errors
-    /// Where one of them is gone.
-    pub fn gather_state(&self, group: &ProcessGroup) -> Result<Vec<(String, Tensor)>> {
-        let mut own = self.state().into_iter();
-        let mut whole: Vec<_> = own.by_ref().take(1).map(|(name, step)| (name, step.copy())).collect();
-        for ((name, parameter), &owner) in self.parameters().iter().zip(&self.owners) {
-            for mean in ["exp_avg", "exp_avg_sq"] {
-                let tensor = match owner == group.rank() {
-                    true => own.next().map(|(_, tensor)| tensor),
-                    false => None,
-                };
-                let tensor = tensor.unwrap_or_else(|| parameter.zeros_like().set_requires_grad(false));
-                group.broadcast(&tensor, owner)?;
-                if group.rank() == 0 {
-                    let host = tensor.to_device(tch::Device::Cpu);
-                    whole.push((format!("{name}.{mean}"), if owner == 0 { host.copy() } else { host }));
-                }
-            }
-        }
-        Ok(if group.rank() == 0 { whole } else { Vec::new() })
-    }
-
     fn owned_by(&self, rank: usize) -> Vec<Tensor> {
         let owned = self.parameters().iter().zip(&self.owners).filter(|(_, owner)| **owner == rank);
         owned.map(|((_, tensor), _)| tensor.detach()).collect()

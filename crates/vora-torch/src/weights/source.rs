@@ -5,11 +5,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::Checkpoint;
+use crate::dist::Shards;
 use crate::error;
 use crate::packed::PackedLinear;
 use crate::weights::init::{Init, new_tensor};
@@ -30,7 +32,7 @@ enum Source {
 #[derive(Debug, Default)]
 struct Ledger {
     parameters: Vec<(String, Tensor)>,
-    asked: BTreeMap<String, ()>,
+    asked: BTreeMap<String, Option<Vec<i64>>>, // with the shapes of those that the model has a use for
     missing: Vec<String>,
     misshapen: Vec<(String, Vec<i64>, Vec<i64>)>,
     aliases: HashMap<String, String>, // names in the checkpoint, by those that are asked for
@@ -54,6 +56,7 @@ pub struct Weights {
     initializer_range: f64,
     quantization: Option<Quantization>,
     keeps_blocks: bool,
+    shards: Option<Arc<Shards>>,
 }
 
 impl Weights {
@@ -70,8 +73,8 @@ impl Weights {
         Self::new(Source::New { seed }, device, kind)
     }
 
-    /// Makes frozen tensors of any name of their shapes alone, over a single zero each: of a model that is counted before its
-    /// weights are there. They take no memory; what is trained of them ([`Weights::parameter`]) does.
+    /// Makes tensors of any name of their shapes alone, over a single zero each: of a model that is counted before its weights
+    /// are there. They take no memory, and nothing can be written to them. What was asked for counts as stored.
     pub fn shapes(kind: Kind) -> Self {
         Self::new(Source::Shapes, Device::Cpu, kind)
     }
@@ -99,6 +102,7 @@ impl Weights {
             initializer_range: 0.02,
             quantization: None,
             keeps_blocks: false,
+            shards: None,
         }
     }
 
@@ -165,6 +169,18 @@ impl Weights {
         self.keeps_blocks
     }
 
+    /// The same source for a model whose linear layers, those that can carry adapters, keep a share of their frozen weights in
+    /// each of several processes ([`ShardedWeight`](crate::dist::ShardedWeight)).
+    #[must_use]
+    pub fn sharded(&self, shards: &Arc<Shards>) -> Self {
+        Self { shards: Some(Arc::clone(shards)), ..self.clone() }
+    }
+
+    /// The processes of [`Weights::sharded`].
+    pub fn shards(&self) -> Option<&Arc<Shards>> {
+        self.shards.as_ref()
+    }
+
     /// The few bits of [`Weights::quantized`].
     pub fn quantization(&self) -> Option<Quantization> {
         self.quantization
@@ -216,14 +232,19 @@ impl Weights {
         }
     }
 
-    /// The names of all tensors that the checkpoint has below this place, from here on; a source of new weights has none.
+    /// The names of all tensors that the checkpoint has below this place, from here on; a source of new weights has none, one
+    /// of shapes those that were asked for.
     pub fn names(&self) -> Vec<String> {
         let below = if self.path.is_empty() { String::new() } else { format!("{}.", self.path) };
         let own = |name: &str| name.strip_prefix(&below).map(str::to_owned);
         let mut names: Vec<String> = match &*self.source {
             Source::File(checkpoint) => checkpoint.names().filter_map(own).collect(),
             Source::Tensors(tensors) => tensors.keys().filter_map(|name| own(name)).collect(),
-            Source::New { .. } | Source::Shapes => Vec::new(),
+            Source::New { .. } => Vec::new(),
+            Source::Shapes => {
+                let ledger = self.ledger();
+                ledger.asked.iter().filter(|(_, shape)| shape.is_some()).filter_map(|(name, _)| own(name)).collect()
+            }
         };
         names.sort();
         names
@@ -239,7 +260,11 @@ impl Weights {
         match &*self.source {
             Source::File(checkpoint) => checkpoint.info(&name).map(|_| checkpoint.tensor(&name)).transpose(),
             Source::Tensors(tensors) => Ok(tensors.get(&name).map(Tensor::shallow_clone)),
-            Source::New { .. } | Source::Shapes => Ok(None),
+            Source::New { .. } => Ok(None),
+            Source::Shapes => {
+                let shape = self.ledger().asked.get(&name).cloned().flatten();
+                shape.map(|shape| stand_in(&shape, self.kind)).transpose()
+            }
         }
     }
 
@@ -259,7 +284,8 @@ impl Weights {
         Ok(stored)
     }
 
-    /// A frozen tensor, in the dtype of this source; a trained one where the source is [`Weights::trained`].
+    /// A frozen tensor, in the dtype of this source; a trained one where the source is [`Weights::trained`]. Of a file in
+    /// another dtype it is a copy, and the memory that the file's own bytes were read into is given back.
     ///
     /// # Errors
     /// Where a tensor cannot be read or made; one that is missing or misshapen is told by [`Weights::finish`].
@@ -267,7 +293,22 @@ impl Weights {
         if self.trained && !self.frozen.contains(&self.full_name(name)) {
             return self.parameter(name, shape, init);
         }
-        Ok(self.find(name, shape, init, self.kind)?.to_kind(self.kind).to_device(self.device))
+        let tensor = self.find(name, shape, init, self.kind)?.to_kind(self.kind).to_device(self.device);
+        if self.is_copied(name) {
+            self.forget(name);
+        }
+        Ok(tensor)
+    }
+
+    /// Whether what is handed out of a tensor is a copy of what the file has.
+    fn is_copied(&self, name: &str) -> bool {
+        match &*self.source {
+            Source::File(checkpoint) => {
+                let kind = checkpoint.info(&self.stored_name(name)).map(|(kind, _)| kind);
+                self.device != Device::Cpu || kind != Some(self.kind)
+            }
+            _ => false,
+        }
     }
 
     /// The weight of this name where the source stores it in groups of few bits, as `compressed-tensors` does, or a GGUF file whose
@@ -306,8 +347,14 @@ impl Weights {
     /// As [`Weights::get`].
     pub fn parameter(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
         let found = self.find(name, shape, init, Kind::Float)?.detach();
+        if !self.has_numbers() {
+            let tensor = found.set_requires_grad(true);
+            self.ledger().parameters.push((self.full_name(name), tensor.shallow_clone()));
+            return Ok(tensor);
+        }
         let tensor = Tensor::empty(shape, (Kind::Float, self.device));
         tch::no_grad(|| tensor.shallow_clone().copy_(&found));
+        self.forget(name);
         let tensor = tensor.set_requires_grad(true);
         self.ledger().parameters.push((self.full_name(name), tensor.shallow_clone()));
         Ok(tensor)
@@ -324,7 +371,7 @@ impl Weights {
     /// Takes a name for known that the model has no use for, so that [`Weights::finish`] lets it pass.
     pub fn ignore(&self, name: &str) {
         let name = self.stored_name(name);
-        self.ledger().asked.insert(name, ());
+        self.ledger().asked.insert(name, None);
     }
 
     /// All trained tensors handed out so far, by full name, in the order of their making.
@@ -386,7 +433,7 @@ impl Weights {
     /// a file's is in `kind`.
     fn find(&self, name: &str, shape: &[i64], init: Init, kind: Kind) -> Result<Tensor> {
         let name = self.stored_name(name);
-        self.ledger().asked.insert(name.clone(), ());
+        self.ledger().asked.insert(name.clone(), Some(shape.to_vec()));
         let found = match &*self.source {
             Source::New { seed } => {
                 return new_tensor(*seed, &name, shape, init, self.initializer_range)
@@ -462,7 +509,14 @@ mod tests {
         let shape = [1 << 20, 1 << 20]; // two TiB
         let tensor = weights.pp("a").get("weight", &shape, Init::Required).unwrap();
         assert_eq!((tensor.size(), tensor.kind(), tensor.numel()), (shape.to_vec(), Kind::BFloat16, 1 << 40));
-        assert!(weights.contains("b") && !weights.has_numbers() && weights.stored().unwrap().is_empty());
+        assert!(weights.contains("b") && !weights.has_numbers());
+        let trained = weights.pp("a").parameter("lora_A", &shape, Init::Required).unwrap();
+        assert!(trained.requires_grad() && trained.is_leaf() && trained.kind() == Kind::Float);
+        assert_eq!((trained.size(), weights.parameters().len()), (shape.to_vec(), 1));
+        weights.ignore("c");
+        let stored = weights.pp("a").stored().unwrap();
+        let stored: Vec<_> = stored.iter().map(|(name, tensor)| (name.as_str(), tensor.numel())).collect();
+        assert_eq!(stored, [("lora_A", 1 << 40), ("weight", 1 << 40)]);
         assert!(weights.quantized(Quantization::Nf4).unwrap_err().to_string().starts_with("few bits are counted"));
         weights.finish().unwrap();
     }

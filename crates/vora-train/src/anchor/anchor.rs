@@ -121,6 +121,8 @@ impl Anchor {
         let held: i64 = all.iter().map(|i| self.frozen[*i].size()[0]).sum();
         let taken: Vec<usize> = all.into_iter().skip(rank).step_by(world_size).collect();
         if taken.is_empty() {
+            llm.decoder().gather_forward(); // as the others do who have texts
+            llm.decoder().gather_backward();
             return Ok(Some(Tensor::zeros([], (Kind::Float, llm.device()))));
         }
         let texts: Vec<&Held> = taken.iter().map(|i| &self.texts[*i]).collect();

@@ -35,25 +35,28 @@ pub(crate) fn evaluate(
         let shares_starts = student.shares_starts();
         let mut tally = Tally::default();
         let mut is_stopped = false;
-        for (start, end) in parts(split.samples, batch_size as u64, ranks) {
-            let walk = LoaderConfig {
-                batch_size,
-                num_workers,
-                start,
-                end: Some(end),
-                shares_starts,
-                ..LoaderConfig::default()
-            };
-            for batch in Loader::new(split.source.clone(), walk)? {
-                is_stopped |= stop.load(Ordering::Relaxed);
-                if is_stopped {
-                    break;
+        student.apart(|| {
+            for (start, end) in parts(split.samples, batch_size as u64, ranks) {
+                let walk = LoaderConfig {
+                    batch_size,
+                    num_workers,
+                    start,
+                    end: Some(end),
+                    shares_starts,
+                    ..LoaderConfig::default()
+                };
+                for batch in Loader::new(split.source.clone(), walk)? {
+                    is_stopped |= stop.load(Ordering::Relaxed);
+                    if is_stopped {
+                        break;
+                    }
+                    ask(student, tokenizer, batch?, &mut tally)?;
+                    done += ranks.world_size();
+                    progress.evaluating(done.min(total), total);
                 }
-                ask(student, tokenizer, batch?, &mut tally)?;
-                done += ranks.world_size();
-                progress.evaluating(done.min(total), total);
             }
-        }
+            Ok(())
+        })?;
         if ranks.any(is_stopped)? {
             return Ok(None);
         }

@@ -13,9 +13,12 @@ use vora_recipe::TrainConfig;
 use vora_torch::runtime::{memory, peak_memory, threads};
 
 use crate::data;
+use crate::run::batch_shape::BatchShape;
+use crate::run::blocks::Blocks;
 use crate::run::dtype;
+use crate::run::parameters::Adapted;
 use crate::run::scale::Scale;
-use crate::run::size::{Adapted, BatchShape, SMALLER, Size, mebibytes};
+use crate::run::size::{SMALLER, Size, mebibytes};
 use crate::run::table::{right, table};
 use crate::run::trainer::{Options, Trainer};
 use vora_student::Student;
@@ -121,7 +124,8 @@ impl Plan {
     #[must_use]
     pub fn with_processes(self, world_size: u64) -> Self {
         let seconds = self.measured.as_ref().map(|measured| measured.seconds_per_step);
-        Self { scale: Some(Scale::new(&self.size, world_size.max(2), seconds)), ..self }
+        let peak_memory = self.measured.as_ref().and_then(|measured| measured.peak_memory);
+        Self { scale: Some(Scale::new(&self.size, world_size.max(2), seconds, peak_memory)), ..self }
     }
 
     /// Opens the model, counts, and closes it; says whether it had shapes alone.
@@ -158,17 +162,27 @@ impl fmt::Display for Plan {
             }
             writeln!(f, "{}", right(adapters))?;
         }
+        if self.scale.is_some() {
+            let mut blocks = table(&["blocks", "alike", "gradient of adapters", "frozen weights"]);
+            let mut first = 0;
+            for Blocks { count, frozen, adapters } in &size.blocks {
+                let name = format!("{first} to {}", first + count - 1);
+                blocks.add_row([name, count.to_string(), mebibytes(*adapters), mebibytes(*frozen)]);
+                first += count;
+            }
+            writeln!(f, "{}", right(blocks))?;
+        }
         let mut memory = table(&["memory", "counted"]);
         for (what, bytes) in size.memory.rows() {
             memory.add_row([what.to_owned(), mebibytes(bytes)]);
         }
         memory.add_row(["all".to_owned(), mebibytes(size.memory.total())]);
         writeln!(f, "{}", right(memory))?;
-        let BatchShape { rows, seq, pictures, image_tokens, targets } = &size.batch;
+        let BatchShape { samples, rows, seq, pictures, image_tokens, targets } = &size.batch;
         let row = if *rows == 1 { "row" } else { "rows" };
         writeln!(
             f,
-            "a batch: {rows} {row} of up to {seq} tokens, {pictures} pictures of {image_tokens} tokens in all, {targets} targets"
+            "a batch: {samples} samples in {rows} {row} of up to {seq} tokens, {pictures} pictures of {image_tokens} tokens in all, {targets} targets"
         )?;
         if let Some(cache) = &size.teacher_cache {
             let all = cache.total.map_or(String::new(), |total| format!(", {} for all data", mebibytes(total)));
@@ -189,7 +203,7 @@ impl fmt::Display for Plan {
                     let (needed, available) = (mebibytes(needed), mebibytes(available));
                     write!(f, "not measured: {needed} are needed, {available} are there; {SMALLER}")
                 }
-                _ => write!(f, "not measured: the folder of model.llm has no weights"),
+                _ => write!(f, "not measured: the folder of model.llm, or of the encoder, has no weights"),
             },
         }?;
         match &self.scale {
@@ -239,8 +253,7 @@ mod tests {
         let measured = plan.measured.as_ref().unwrap();
         assert!(measured.seconds_per_step > 0.0 && plan.size.exceeds().is_none());
         let text = plan.to_string();
-        for part in
-            ["trained: adapters", "optimizer", "a batch: 1 row of", "compute on the CPU, 1 make samples", "s a step"]
+        for part in ["trained: adapters", "optimizer", "in 1 row of", "compute on the CPU, 1 make samples", "s a step"]
         {
             assert!(text.contains(part), "{part} is missing in\n{text}");
         }
@@ -251,13 +264,21 @@ mod tests {
         let plan = measure(&[]).with_processes(24);
         let scale = plan.scale.as_ref().unwrap();
         let found: Vec<_> = scale.rows.iter().map(|row| (row.world_size, row.zero_stage)).collect();
-        assert_eq!(found, [2, 4, 8, 16, 24].map(|n| [(n, 0), (n, 1)]).concat());
-        let (bytes, row) = (plan.size.memory.gradients, &scale.rows[3]); // four processes
-        assert_eq!((row.gradients, row.weights, row.optimizer), (bytes * 3 / 2, bytes * 3 / 4, bytes / 2));
-        assert!(
-            scale.rows.iter().all(|row| row.bandwidth.unwrap() > 0.0 && (row.weights == 0) == (row.zero_stage == 0))
-        );
-        assert!(scale.gradient_per_layer > 0 && plan.to_string().contains("gradients sent a step"), "{plan}");
+        assert_eq!(found, [2, 4, 8, 16, 24].map(|n| [(n, 0), (n, 1), (n, 3)]).concat());
+        let (bytes, row) = (plan.size.memory.gradients, &scale.rows[5]); // four processes that share all
+        let optimizer = (bytes / 2).max(8 * plan.size.parameters.largest);
+        assert_eq!((row.gradients, row.weights, row.optimizer), (bytes * 3 / 2, bytes * 3 / 4, optimizer));
+        // Four blocks, two with adapters; queries and outputs of 32 x 32, keys and values of 16 x 32, an MLP of 64.
+        let [Blocks { count: 2, frozen, adapters }, Blocks { count: 2, adapters: 0, .. }] = plan.size.blocks[..] else {
+            panic!("{:?}", plan.size.blocks)
+        };
+        assert_eq!(frozen, 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64));
+        assert_eq!(row.gathered, plan.size.passes * 2 * 4 * frozen * 3 / 4);
+        assert!(adapters > 0 && 2 * adapters < bytes);
+        let all = plan.measured.as_ref().unwrap().peak_memory.unwrap();
+        assert_eq!(row.memory, all - (2 * bytes - optimizer) - 3 * frozen + 2 * frozen);
+        assert!(scale.rows.iter().all(|row| row.bandwidth > 0.0 && (row.weights == 0) == (row.zero_stage == 0)));
+        assert!(scale.tera_flops.is_none() && plan.to_string().contains("gradients sent a step"), "{plan}");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The processes of a run: this one alone, or those that it trains with.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 use tch::Tensor;
@@ -18,6 +19,11 @@ impl Ranks {
     /// Those of `group`; none: this process alone.
     pub(crate) fn new(group: Option<Arc<ProcessGroup>>) -> Self {
         Self(group.filter(|group| group.world_size() > 1))
+    }
+
+    /// The others with this one; none for one that trains alone.
+    pub(crate) fn group(&self) -> Option<&Arc<ProcessGroup>> {
+        self.0.as_ref()
     }
 
     pub(crate) fn rank(&self) -> usize {
@@ -41,6 +47,11 @@ impl Ranks {
     /// What is done on rank 0 alone, by whom it writes.
     pub(crate) fn first<T>(&self, make: impl FnOnce() -> Result<T>) -> Result<Option<T>> {
         self.is_first().then(make).transpose()
+    }
+
+    /// How long this process has waited for the others so far.
+    pub(crate) fn waited(&self) -> Duration {
+        self.0.as_ref().map_or(Duration::ZERO, |group| group.waited())
     }
 
     /// Leaves word of the step that the run is at.
@@ -117,11 +128,6 @@ impl Ranks {
     /// After a step of a [sharded](Optimizer::sharded) optimizer: all parameters in every process.
     pub(crate) fn gather_parameters(&self, optimizer: &Optimizer) -> Result<()> {
         self.0.as_ref().map_or(Ok(()), |group| optimizer.gather_parameters(group))
-    }
-
-    /// The whole state of an optimizer that is sharded, on rank 0.
-    pub(crate) fn gather_state(&self, optimizer: &Optimizer) -> Result<Vec<(String, Tensor)>> {
-        self.0.as_ref().map_or_else(|| Ok(optimizer.state()), |group| optimizer.gather_state(group))
     }
 
     /// How a loader asks the others.

@@ -7,12 +7,15 @@ use serde::Serialize;
 use super::size::{Size, mebibytes};
 use super::table::{right, table};
 
-/// What a step sends and what a process holds of the optimizer, for numbers of processes that double.
+/// What a step sends and what a process holds, for numbers of processes that double.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Scale {
-    /// Bytes of the gradient of one layer of the LLM with adapters, the first of each module counted; 0 without adapters.
-    pub gradient_per_layer: u64,
+    /// Seconds that a process computes for a step: measured, or those of [`Size::flops`] at `tera_flops`.
+    pub seconds_per_step: f64,
+    /// What each device is taken to compute in a second, in 10^12 operations; none where steps were measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tera_flops: Option<f64>,
     /// One for each number of processes and each strategy.
     pub rows: Vec<Scaled>,
 }
@@ -29,29 +32,45 @@ pub struct Scaled {
     pub gradients: u64,
     /// Bytes of changed weights that a process gets a step: `n (N - 1) / N`.
     pub weights: u64,
-    /// Bytes of AdamW's running means that a process holds.
+    /// Bytes of frozen weights that a process gets a step: `n (N - 1) / N` on the way forward and on the way back, for each of
+    /// `gradient_accumulation_steps`.
+    pub gathered: u64,
+    /// Bytes of AdamW's running means that a process holds: those of one tensor at least.
     pub optimizer: u64,
-    /// Bytes a second below which that takes longer than the computing; none where no step was measured.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bandwidth: Option<f64>,
+    /// Bytes that a process takes in all: as [`Memory`](super::size::Memory) counts them, or, where steps were measured, their
+    /// peak without what other processes hold.
+    pub memory: u64,
+    /// Bytes a second below which what is sent takes longer than the computing.
+    pub bandwidth: f64,
 }
 
+/// What a device is taken to compute where nothing was measured: bandwidths are in proportion.
+const TERA_FLOPS: f64 = 100.0;
+
 impl Scale {
-    /// For 2, 4, 8, .. up to `world_size` processes, each of which takes `seconds_per_step` to compute.
-    pub(super) fn new(size: &Size, world_size: u64, seconds_per_step: Option<f64>) -> Self {
-        let (bytes, means) = (size.memory.gradients, size.memory.optimizer);
+    /// For 2, 4, 8, .. up to `world_size` processes, each of which takes as long for a step as `measured`, and `peak_memory`
+    /// but for what others hold.
+    pub(super) fn new(size: &Size, world_size: u64, measured: Option<f64>, peak_memory: Option<u64>) -> Self {
+        let counted = size.memory.total();
+        let seconds_per_step = measured.unwrap_or(size.flops as f64 / (TERA_FLOPS * 1e12));
+        let trained = size.memory.gradients;
+        let shared: u64 = size.blocks.iter().map(|blocks| blocks.count * blocks.frozen).sum();
+        let stages = if shared > 0 { &[0, 1, 3][..] } else { &[0, 1] };
         let doubled = std::iter::successors(Some(2), |n| Some(2 * n)).take_while(|n| *n < world_size);
         let row = |(n, zero_stage): (u64, u64)| {
             let others = |bytes: u64| (u128::from(bytes) * u128::from(n - 1) / u128::from(n)) as u64;
-            let (gradients, weights) = (others(2 * bytes), if zero_stage == 0 { 0 } else { others(bytes) });
-            let optimizer = if zero_stage == 0 { means } else { means / n };
-            let bandwidth = seconds_per_step.map(|seconds| (gradients + weights) as f64 / seconds);
-            Scaled { world_size: n, zero_stage, gradients, weights, optimizer, bandwidth }
+            let gradients = others(2 * trained);
+            let weights = if zero_stage == 0 { 0 } else { others(trained) };
+            let gathered = if zero_stage == 3 { 2 * size.passes * others(shared) } else { 0 };
+            let memory = size.of_each(n, zero_stage);
+            let (optimizer, memory) = (memory.optimizer, memory.total());
+            let memory = peak_memory.map_or(memory, |peak| (peak + memory).saturating_sub(counted));
+            let bandwidth = (gradients + weights + gathered) as f64 / seconds_per_step;
+            Scaled { world_size: n, zero_stage, gradients, weights, gathered, optimizer, memory, bandwidth }
         };
-        let rows = doubled.chain([world_size]).flat_map(|n| [(n, 0), (n, 1)]).map(row).collect();
-        let of_llm = size.adapters.iter().filter(|adapted| !adapted.part.starts_with("vision"));
-        let gradient_per_layer = of_llm.map(|adapted| 4 * adapted.parameters / adapted.linears.max(1)).sum();
-        Self { gradient_per_layer, rows }
+        let numbers = doubled.chain([world_size]);
+        let rows = numbers.flat_map(|n| stages.iter().map(move |stage| (n, *stage))).map(row).collect();
+        Self { seconds_per_step, tera_flops: measured.is_none().then_some(TERA_FLOPS), rows }
     }
 }
 
@@ -62,20 +81,28 @@ impl fmt::Display for Scale {
             "zero_stage",
             "gradients sent a step",
             "weights got",
+            "frozen got",
             "optimizer of each",
+            "memory of each",
             "bandwidth",
         ]);
-        for Scaled { world_size, zero_stage, gradients, weights, optimizer, bandwidth } in &self.rows {
-            let bandwidth = bandwidth.map_or("-".to_owned(), |bytes| format!("{:.3} GB/s", bytes / 1e9));
+        for Scaled { world_size, zero_stage, gradients, weights, gathered, optimizer, memory, bandwidth } in &self.rows
+        {
             let numbers = [world_size.to_string(), zero_stage.to_string()];
-            rows.add_row(
-                numbers.into_iter().chain([gradients, weights, optimizer].map(|b| mebibytes(*b))).chain([bandwidth]),
-            );
+            let bytes = [gradients, weights, gathered, optimizer, memory].map(|bytes| mebibytes(*bytes));
+            rows.add_row(numbers.into_iter().chain(bytes).chain([format!("{:.3} GB/s", bandwidth / 1e9)]));
         }
         writeln!(f, "{}", right(rows))?;
-        if self.gradient_per_layer > 0 {
-            writeln!(f, "gradients of a layer's adapters: {}", mebibytes(self.gradient_per_layer))?;
+        write!(
+            f,
+            "below that bandwidth of each process a step of {:.3} s waits longer for the network than it computes",
+            { self.seconds_per_step }
+        )?;
+        match self.tera_flops {
+            Some(tera) => {
+                write!(f, "; nothing was measured: each device computes {tera} TFLOP/s, and is in proportion else")
+            }
+            None => Ok(()),
         }
-        write!(f, "below that bandwidth of each process a step waits longer for the network than it computes")
     }
 }

@@ -1,21 +1,23 @@
 //! What a run takes of memory, counted: parameters and what stays from step to step from the model itself, once it is
 //! opened and before anything is made for training; activations from the shapes of its first batch.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 use tch::{Device, Kind};
 use vora_data::{Loader, LoaderConfig, Source};
-use vora_llm::{CausalLm, LayerSizes};
-use vora_lora::in_layer;
+use vora_llm::LayerSizes;
 use vora_model::VisionLanguageModel;
 use vora_recipe::TrainConfig;
 use vora_torch::runtime::{available_memory, memory};
 use vora_torch::weights::QuantizedWeight;
 
+use crate::run::batch_shape::BatchShape;
+use crate::run::blocks::Blocks;
 use crate::run::max_steps::max_steps;
+use crate::run::parameters::{Adapted, Parameters, in_few_bits};
+use crate::run::work;
 use vora_student::{Student, logits_rows};
 
 /// What a run takes.
@@ -27,8 +29,14 @@ pub struct Size {
     /// The linear layers that carry adapters.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<Adapted>,
+    /// The LLM's blocks.
+    pub blocks: Vec<Blocks>,
     /// The first batch: all others are taken to be like it.
     pub batch: BatchShape,
+    /// Passes forward and back in a step: `gradient_accumulation_steps`.
+    pub passes: u64,
+    /// Floating-point operations of the matrix products of a step, counted.
+    pub flops: u64,
     /// Bytes, counted.
     pub memory: Memory,
     /// Bytes that the process may take, those it has among them; none where the system does not tell, or the run is not
@@ -43,53 +51,6 @@ pub struct Size {
     pub teacher_cache: Option<TeacherCacheSize>,
 }
 
-/// Elements of tensors.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[non_exhaustive]
-pub struct Parameters {
-    /// Of the model, as it was and stays.
-    pub frozen: u64,
-    /// Those of them that are kept in few bits.
-    #[serde(skip_serializing_if = "is_zero")]
-    pub quantized: u64,
-    /// Of the teacher.
-    pub teacher: u64,
-    /// Trained ones by part of the model.
-    pub trained: BTreeMap<String, u64>,
-}
-
-/// Linear layers of one name and one rank that carry adapters.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct Adapted {
-    /// The part of the model that they are in, as names in its folder begin: `llm`, `language_model`, `vision_tower`.
-    pub part: String,
-    /// Their name within a layer.
-    pub module: String,
-    /// The rank.
-    pub r: i64,
-    /// How many there are.
-    pub linears: u64,
-    /// Elements of their adapters.
-    pub parameters: u64,
-}
-
-/// One forward pass.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[non_exhaustive]
-pub struct BatchShape {
-    /// Rows.
-    pub rows: u64,
-    /// Tokens of the longest row.
-    pub seq: u64,
-    /// Places that the language loss is summed over.
-    pub targets: u64,
-    /// Pictures.
-    pub pictures: u64,
-    /// Tokens that they become.
-    pub image_tokens: u64,
-}
-
 /// Bytes by what they are for.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
@@ -99,6 +60,9 @@ pub struct Memory {
     /// Weights of the model that are not trained, in the dtype that they are computed with, or in few bits; on the CPU views
     /// of their files, shared with other processes, where those are of that dtype.
     pub weights: u64,
+    /// A block's frozen weights, brought together from several processes while it computes (`zero_stage: 3`), and as much again,
+    /// in which Gloo brings them.
+    pub gathered: u64,
     /// The teacher's.
     pub teacher: u64,
     /// What is trained, in f32.
@@ -157,6 +121,7 @@ impl Size {
             .and_then(|(distill, picture)| distill.cached_bytes(picture.height as i64, picture.width as i64, kind));
         let words = batch.supervised().targets.len() as u64;
         let batch = BatchShape {
+            samples: samples_in_batch,
             rows: batch.batch as u64,
             seq: batch.seq as u64,
             targets: if student.writes_pictures() { words + image_tokens } else { words },
@@ -177,8 +142,25 @@ impl Size {
             let often = if every == 1 { "a step".to_owned() } else { format!("every {every} steps") };
             format!("text_anchor: {taken} of {texts} texts of up to {} tokens {often}", anchor.max_length)
         });
-        let adapters = Adapted::of(&*student.model)?;
-        Ok(Self { parameters, adapters, batch, memory, available, anchor, teacher_cache })
+        let (adapters, blocks) = (Adapted::of(&*student.model)?, Blocks::of(student.model.llm())?);
+        let passes = config.gradient_accumulation_steps as u64;
+        let flops = passes * work::flops(config, student, &parameters, &batch)?;
+        Ok(Self { parameters, adapters, blocks, batch, passes, flops, memory, available, anchor, teacher_cache })
+    }
+
+    /// What each of `world_size` processes takes, of what one alone would: the most that one does, where whole tensors are dealt.
+    pub(crate) fn of_each(&self, world_size: u64, zero_stage: u64) -> Memory {
+        let mut memory = self.memory.clone();
+        if zero_stage > 0 {
+            let least = 8 * self.parameters.largest; // two means of one tensor, in f32
+            memory.optimizer = memory.optimizer.div_ceil(world_size).max(least);
+        }
+        if zero_stage == 3 && world_size > 1 {
+            let shared: u64 = self.blocks.iter().map(|blocks| blocks.count * blocks.frozen).sum();
+            memory.weights = memory.weights - shared + shared.div_ceil(world_size);
+            memory.gathered = 2 * self.blocks.iter().map(|blocks| blocks.frozen).max().unwrap_or(0);
+        }
+        memory
     }
 
     /// The bytes needed, where that is more than there is.
@@ -188,10 +170,17 @@ impl Size {
     }
 }
 
-/// Tells of a run that needs more memory than there is, before anything is made for it.
-pub(crate) fn warn_if_short(config: &TrainConfig, student: &Student, training: &Arc<dyn Source>, program: u64) {
+/// Tells of a run that needs more memory than there is, before anything is made for it; it is one of `world_size` processes.
+pub(crate) fn warn_if_short(
+    config: &TrainConfig,
+    student: &Student,
+    training: &Arc<dyn Source>,
+    program: u64,
+    world_size: usize,
+) {
     // Data that gives no batch is an error of the run itself.
-    let Ok(size) = Size::count(config, student, training, program) else { return };
+    let Ok(mut size) = Size::count(config, student, training, program) else { return };
+    size.memory = size.of_each(world_size as u64, config.zero_stage);
     if let (Some(needed), Some(available)) = (size.exceeds(), size.available) {
         let (needed, available) = (mebibytes(needed), mebibytes(available));
         tracing::warn!("this run takes about {needed} of memory, {available} are there: {SMALLER}");
@@ -213,10 +202,11 @@ impl Memory {
         self.rows().iter().map(|(_, bytes)| bytes).sum()
     }
 
-    pub(crate) fn rows(&self) -> [(&'static str, u64); 10] {
+    pub(crate) fn rows(&self) -> [(&'static str, u64); 11] {
         [
             ("program", self.program),
             ("weights, frozen", self.weights),
+            ("a block's, gathered", self.gathered),
             ("teacher", self.teacher),
             ("masters, f32", self.masters),
             ("gradients", self.gradients),
@@ -226,56 +216,6 @@ impl Memory {
             ("activations", self.activations),
             ("logits", self.logits),
         ]
-    }
-}
-
-impl Adapted {
-    /// Those of a model, in the order of its layers.
-    fn of(model: &dyn VisionLanguageModel) -> Result<Vec<Self>> {
-        let mut all: Vec<Self> = Vec::new();
-        model.linears(&mut |path, linear| {
-            let (part, module) = (path.split('.').next().unwrap_or(path), in_layer(path).1);
-            for adapter in linear.adapters() {
-                let (r, parameters) = (adapter.r(), adapter.num_parameters() as u64);
-                let found = all.iter_mut().find(|known| known.part == part && known.module == module && known.r == r);
-                match found {
-                    Some(known) => {
-                        known.linears += 1;
-                        known.parameters += parameters;
-                    }
-                    None => {
-                        let (part, module) = (part.to_owned(), module.to_owned());
-                        all.push(Self { part, module, r, linears: 1, parameters });
-                    }
-                }
-            }
-            Ok(())
-        })?;
-        Ok(all)
-    }
-}
-
-impl Parameters {
-    fn of(student: &Student) -> Result<Self> {
-        let mut trained = BTreeMap::new();
-        for (name, tensor) in student.parameters() {
-            let part = if name.contains(".lora_") { "adapters" } else { name.split('.').next().unwrap_or(&name) };
-            *trained.entry(part.to_owned()).or_default() += tensor.numel() as u64;
-        }
-        let llm = student.model.llm();
-        let quantized = in_few_bits(llm, |weight| weight.size().iter().product::<i64>() as u64).sum::<u64>();
-        let plain = llm.plain_tensors();
-        let mut frozen: u64 =
-            plain.iter().filter(|(_, tensor)| !tensor.requires_grad()).map(|(_, tensor)| tensor.numel() as u64).sum();
-        frozen += quantized;
-        frozen += student.made().iter().map(|(_, tensor)| tensor.numel() as u64).sum::<u64>();
-        frozen += student.model.encoder_tensors().iter().map(|(_, tensor)| tensor.numel() as u64).sum::<u64>();
-        let teacher = student.distill.as_ref().map_or(0, |distill| distill.teacher().num_parameters());
-        Ok(Self { frozen, quantized, teacher, trained })
-    }
-
-    pub(crate) fn num_trained(&self) -> u64 {
-        self.trained.values().sum()
     }
 }
 
@@ -301,7 +241,7 @@ impl Memory {
         // The anchor's pass follows when nothing of the batch's is left; its logits are there for both models.
         let anchored = config.text_anchor.as_ref().map(|anchor| {
             let (rows, seq) = (anchor.texts_a_step() as u64, anchor.max_length as u64);
-            let batch = BatchShape { rows, seq, targets: rows * seq, pictures: 0, image_tokens: 0 };
+            let batch = BatchShape { samples: rows, rows, seq, targets: rows * seq, pictures: 0, image_tokens: 0 };
             let states = texts * seq * llm.config().hidden_size as u64 * element;
             (activations(config, student, parameters, &batch), 3 * wide(batch.targets), states)
         });
@@ -310,6 +250,7 @@ impl Memory {
             program,
             weights: element * (parameters.frozen - parameters.quantized)
                 + in_few_bits(llm, QuantizedWeight::num_bytes).sum::<u64>(),
+            gathered: 0,
             teacher: element * parameters.teacher,
             masters,
             gradients: masters,
@@ -360,22 +301,6 @@ fn activations(config: &TrainConfig, student: &Student, parameters: &Parameters,
         distill.num_heads() as u64 * batch.image_tokens * 4 * (2 * hidden + 5 * teacher)
     });
     kept + backward + heads + tower_activations(&*student.model, batch)
-}
-
-/// What `count` gives for each weight of the LLM that is kept in few bits.
-fn in_few_bits(llm: &CausalLm, count: impl Fn(&QuantizedWeight) -> u64) -> impl Iterator<Item = u64> {
-    let mut counts = Vec::new();
-    let visited = llm.linears(&mut |_, linear| {
-        counts.extend(linear.quantized().map(&count));
-        Ok(())
-    });
-    debug_assert!(visited.is_ok(), "the visit returns no error");
-    counts.into_iter()
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
-fn is_zero(count: &u64) -> bool {
-    *count == 0
 }
 
 /// Bytes that the encoder's forward pass keeps for its backward pass, where something in it is trained: what goes into and

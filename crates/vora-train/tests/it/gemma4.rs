@@ -193,7 +193,10 @@ fn a_plan_counts_what_a_config_foretells() {
     assert_eq!((&with.size.parameters, &with.size.batch), (&without.size.parameters, &without.size.batch));
     assert_eq!(with.size.memory.weights, without.size.memory.weights);
     assert!(with.measured.is_some() && without.measured.is_none());
-    assert!(without.to_string().contains("not measured: the folder of model.llm has no weights"), "{without}");
+    assert!(
+        without.to_string().contains("not measured: the folder of model.llm, or of the encoder, has no weights"),
+        "{without}"
+    );
     let error = |more: &[&str]| {
         let llm = format!("model.llm={}", folder.path().display());
         let config = recipe(run.path(), &[more, &[&llm]].concat()).unwrap();

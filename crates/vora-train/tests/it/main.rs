@@ -3,6 +3,7 @@
 mod eyes;
 mod gemma4;
 mod official;
+mod outline;
 mod packing;
 mod shaped;
 mod spoken;

@@ -38,6 +38,16 @@ impl Encoder {
         Self::load_whole(&config, &Weights::open(folder, device, kind)?, folder)
     }
 
+    /// The same to be counted, from a folder that may lack the weights: its config gives their shapes ([`Weights::shapes`]), and
+    /// nothing can be computed with it.
+    ///
+    /// # Errors
+    /// As [`Encoder::open`].
+    pub fn outline(folder: &Path, kind: Kind) -> Result<Self> {
+        let config = EncoderConfig::open(folder)?;
+        Self::load_whole(&config, &Weights::shapes(kind), folder)
+    }
+
     /// As [`Encoder::open`], with these tensors in place of its own of the same names ([`Encoder::tensors`]): those that were
     /// trained.
     ///
@@ -250,6 +260,11 @@ mod tests {
 
         let encoder = open().unwrap();
         assert_eq!((encoder.hidden_size(), encoder.num_hidden_layers(), encoder.patch_size()), (16, 3, 4));
+        let outline = Encoder::outline(folder.path(), Kind::Float).unwrap();
+        let shapes = |encoder: &Encoder| -> BTreeMap<String, Vec<i64>> {
+            encoder.tensors().iter().map(|(name, tensor)| (name.clone(), tensor.size())).collect()
+        };
+        assert_eq!(shapes(&outline), shapes(&encoder));
         let stored: Vec<&str> = encoder.tensors().iter().map(|(name, _)| name.as_str()).collect();
         assert!(stored.contains(&"vision_model.post_layernorm.bias"), "{stored:?}");
         assert!(stored.iter().all(|name| name.starts_with("vision_model.")), "{stored:?}");

@@ -1,12 +1,13 @@
 //! Where a run goes on, and what it takes back from there.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use vora_recipe::{Difference, TrainConfig};
 use vora_torch::checkpoint::Checkpoint;
 
-use super::files::{CONFIG, EMA, OPTIMIZER, TEACHER_MEAN};
+use super::files::{CONFIG, EMA, OPTIMIZER, OPTIMIZER_SHARES, TEACHER_MEAN, optimizer_share};
 use crate::run::ranks::Ranks;
 use crate::run::state::TrainerState;
 use crate::step::ema::Ema;
@@ -93,6 +94,30 @@ fn shapes_the_model(key: &str) -> bool {
         || key.starts_with("distill.blocks")
 }
 
+/// The optimizer's state in a checkpoint, which one process wrote or several, a share each.
+pub(super) fn optimizer_state(folder: &Path) -> Result<Checkpoint> {
+    let whole = folder.join(OPTIMIZER);
+    if whole.exists() {
+        return Checkpoint::open(&whole);
+    }
+    let has_shares = |world_size: &usize| folder.join(optimizer_share(0, *world_size)).exists();
+    let world_size = shares_in(folder)?.into_iter().find(has_shares);
+    let world_size = world_size.with_context(|| format!("{} has no {OPTIMIZER}, nor shares", folder.display()))?;
+    let files: Vec<PathBuf> = (0..world_size).map(|rank| folder.join(optimizer_share(rank, world_size))).collect();
+    Checkpoint::of_files(folder, &files)
+}
+
+/// Numbers of processes that a checkpoint has shares of.
+fn shares_in(folder: &Path) -> Result<BTreeSet<usize>> {
+    let mut found = BTreeSet::new();
+    for entry in std::fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        let share = name.strip_prefix(OPTIMIZER_SHARES).and_then(|name| name.strip_suffix(".safetensors"));
+        found.extend(share.and_then(|share| share.split_once("-of-")?.1.parse::<usize>().ok()));
+    }
+    Ok(found)
+}
+
 /// Reads weights, their average, optimizer and the teacher's mean from a checkpoint. An average that the checkpoint
 /// lacks starts anew.
 pub(super) fn restore(
@@ -108,7 +133,7 @@ pub(super) fn restore(
          a program's own again"
     );
     parts::read(student, folder)?;
-    optimizer.load_state(&Checkpoint::open(&folder.join(OPTIMIZER))?)?;
+    optimizer.load_state(&optimizer_state(folder)?)?;
     let averages = folder.join(EMA);
     if let (Some(ema), true) = (ema, averages.exists()) {
         ema.load_state(&Checkpoint::open(&averages)?)?;

@@ -7,8 +7,8 @@ use tch::{Kind, Tensor};
 use vora_data::Batch;
 use vora_llm::DropoutSeed;
 use vora_lora::ActsOn;
-use vora_run::metrics::{EventKind, EventMetrics, Line, RewardMetrics, StepMetrics};
-use vora_torch::runtime::memory;
+use vora_run::metrics::{EventKind, EventMetrics, Line, RankMetrics, RewardMetrics, StepMetrics};
+use vora_torch::runtime::{memory, peak_memory};
 
 use super::not_finite::NotFinite;
 use super::trainer::Trainer;
@@ -34,7 +34,7 @@ impl Trainer {
     /// # Errors
     /// [`NotFinite`] at the third skipped step in a row.
     pub fn train_step(&mut self) -> Result<StepMetrics> {
-        let start = Instant::now();
+        let (start, waited) = (Instant::now(), self.ranks.waited());
         let too_long_before = self.loader.num_too_long();
         let batches = self.next_batches()?;
         let data_wait = start.elapsed().as_secs_f64();
@@ -43,7 +43,8 @@ impl Trainer {
         let uploaded: Vec<DeviceBatch> = batches.iter().map(|batch| DeviceBatch::new(batch, device)).collect();
         let num_targets = uploaded.iter().map(|batch| self.student.num_targets(batch)).sum::<i64>() as f64;
         let num_image_tokens = uploaded.iter().map(DeviceBatch::num_image_tokens).sum::<i64>() as f64;
-        let mut over_all = [num_targets, num_image_tokens];
+        let own = [num_targets, num_image_tokens];
+        let mut over_all = own;
         self.ranks.note_step(self.step + 1);
         self.ranks.sum(&mut over_all)?;
         let [num_targets, num_image_tokens] = over_all;
@@ -122,6 +123,10 @@ impl Trainer {
             read.push(distill_blocks.unwrap_or_else(|| Tensor::zeros([blocks], (Kind::Float, device))));
         }
         let mut read = Vec::<f64>::try_from(Tensor::cat(&read, 0).to_kind(Kind::Double))?;
+        // Of this process's own samples alone.
+        let share = |loss: f64, over_all: f64, own: f64| if own > 0.0 { loss * over_all / own } else { 0.0 };
+        let own_lm = share(read[0], num_targets, own[0]);
+        let own_distill = (own[1] > 0.0 && heads.is_some()).then(|| share(read[1], num_image_tokens, own[1]));
         if rank > 0 {
             read[3] = 0.0; // the norm is that of the sum already, the same in every process
         }
@@ -176,6 +181,7 @@ impl Trainer {
             samples.clone().count() as f64,
             samples.filter(|sample| sample.cut_answers > 0).count() as f64,
         ];
+        let own = counted;
         self.ranks.sum(&mut counted)?;
         let [num_tokens, num_slots, num_samples, truncated] = counted;
         let loss = loss_lm + distill_weight * loss_distill + anchor_weight * loss_anchor.unwrap_or(0.0);
@@ -215,6 +221,22 @@ impl Trainer {
         }
         if step.is_multiple_of(self.config.logging_steps) || step == self.schedule.max_steps {
             self.write(&Line::Step(metrics.clone()))?;
+            if let Some(log) = &mut self.rank_metrics {
+                log.write(&RankMetrics {
+                    step,
+                    rank: rank as u64,
+                    loss: own_lm + distill_weight * own_distill.unwrap_or(0.0),
+                    loss_lm: own_lm,
+                    loss_distill: own_distill,
+                    samples: own[2] as u64,
+                    tokens: own[0] as u64,
+                    step_time: start.elapsed().as_secs_f64(),
+                    wait: (self.ranks.waited() - waited).as_secs_f64(),
+                    data_wait,
+                    memory: metrics.memory,
+                    peak_memory: peak_memory(self.student.device()),
+                })?;
+            }
             if let Some(board) = &mut self.board {
                 board.step(&metrics)?;
             }
@@ -230,11 +252,14 @@ impl Trainer {
         }
     }
 
-    /// Whether a backward pass brings each parameter its gradient at once: not where embeddings are a head as well, and
-    /// layers are computed anew from there, one after the other.
+    /// Whether gradients are summed while the backward pass goes on. Not where it brings a parameter its gradient in two
+    /// parts: where embeddings are a head as well, and layers are computed anew from there, one after the other. Nor where it
+    /// gathers weights on its way: which sums have begun by then depends on what a process's pictures reach, and collectives
+    /// are to come in one order.
     fn sums_on_the_way(&self) -> bool {
-        let in_two_parts = !self.config.model.freezes_llm() && self.student.model.llm().config().tie_word_embeddings;
-        !(self.config.gradient_checkpointing && in_two_parts)
+        let llm = self.student.model.llm();
+        let in_two_parts = !self.config.model.freezes_llm() && llm.config().tie_word_embeddings;
+        !(self.config.gradient_checkpointing && in_two_parts) && llm.decoder().shards().is_none()
     }
 
     /// Counts and tells of a step that is not finite.

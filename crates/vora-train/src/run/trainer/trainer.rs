@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use tch::Tensor;
 use vora_data::{Loader, LoaderConfig, SampleMaker, Source};
 use vora_eval::language::{Side, language};
@@ -12,7 +12,7 @@ use vora_files::write_bytes;
 use vora_recipe::{Schedule, Strategy, TrainConfig};
 use vora_run::eval::EvalReport;
 use vora_run::language::Language;
-use vora_run::metrics::{EvalMetrics, Line, MetricsLog};
+use vora_run::metrics::{EvalMetrics, Line, MetricsLog, RankMetrics};
 use vora_run::plot;
 use vora_run::results::TrainResults;
 use vora_text::Tokenizer;
@@ -40,7 +40,7 @@ use crate::run::{dtype, size, snapshot, vq};
 use crate::step::ema::{Ema, InPlace};
 use crate::step::loss_scale::LossScale;
 use crate::step::optim::sharded;
-use vora_run::checkpoint::{self, RunFolder, Saver};
+use vora_run::checkpoint::{self, RunFolder, Saver, Share};
 use vora_student::{Student, parts};
 
 /// Held-out pictures of each split that are written for asking.
@@ -52,6 +52,7 @@ pub struct Trainer {
     pub(super) ranks: Ranks,
     pub(super) run: Arc<RunFolder>,
     pub(super) saver: Saver,
+    pub(super) share: Option<Share>, // of a checkpoint that several processes are writing
     pub(super) student: Student,
     pub(super) anchor: Option<Anchor>,
     pub(super) gradients: Option<Gradients>, // where several processes train
@@ -64,6 +65,7 @@ pub struct Trainer {
     pub(super) loader: Loader,
     pub(super) held_out: Vec<HeldOut>,
     pub(super) metrics: Option<MetricsLog>, // of rank 0, as the board
+    pub(super) rank_metrics: Option<MetricsLog<RankMetrics>>, // of each, where the run asks for it
     pub(super) board: Option<Board>,
     pub(super) tokenizer: Arc<Tokenizer>,
     pub(super) spikes: SpikeDetector,
@@ -105,7 +107,10 @@ impl Begun {
 
     fn student(&self, options: &Options<'_>) -> Result<Student> {
         let kind = dtype::kind(&self.config, options.device)?;
-        Student::new(&self.config, options.device, kind, options.resolve)
+        match self.ranks.group().filter(|_| self.config.zero_stage == 3) {
+            Some(group) => Student::sharded(&self.config, options.device, kind, options.resolve, group),
+            None => Student::new(&self.config, options.device, kind, options.resolve),
+        }
     }
 }
 
@@ -164,7 +169,11 @@ impl Trainer {
         let source_sha256 = sources.fingerprint(&config)?;
         resume::expect_source(state.as_ref(), source_sha256.as_deref(), &config)?;
         let (training, held_out) = sources.into_parts();
-        size::warn_if_short(&config, &student, &training, program);
+        ensure!(
+            config.zero_stage < 3 || !ranks.are_several() || student.model.llm().decoder().shards().is_some(),
+            "zero_stage is 3, and the student that was given keeps all of its weights: Student::sharded shares them out"
+        );
+        size::warn_if_short(&config, &student, &training, program, ranks.world_size());
 
         let (rank, world_size) = if config.zero_stage == 0 { (0, 1) } else { (ranks.rank(), ranks.world_size()) };
         let mut optimizer = sharded(student.parameters(), &config.optim(), rank, world_size)?;
@@ -190,7 +199,8 @@ impl Trainer {
                 }
                 (None, None) => Texts::written(student.model.llm(), maker.preparation(), anchor, count, config.seed),
             };
-            Texts::from_bytes(&ranks.of_first(|| make()?.to_bytes())?)
+            let made = student.apart(|| ranks.first(|| make()?.to_bytes()));
+            Texts::from_bytes(&ranks.of_first(|| Ok(made?.unwrap_or_default()))?)
         });
         let texts = texts.transpose()?;
         let anchor = config.text_anchor.clone().zip(texts.as_ref());
@@ -234,8 +244,15 @@ impl Trainer {
             Ok((metrics, board))
         })?;
         let (metrics, board) = log.unzip();
+        let rank_metrics = if config.log_on_each_rank {
+            ranks.agree(Ok(()))?; // rank 0 has cleared what was there
+            Some(MetricsLog::open(&run.path().join(RankMetrics::file_name(ranks.rank())), step)?)
+        } else {
+            None
+        };
         Ok(Self {
             saver: Saver::new(run.clone()),
+            share: None,
             ranks,
             gradients,
             student,
@@ -249,6 +266,7 @@ impl Trainer {
             loader,
             held_out,
             metrics,
+            rank_metrics,
             board: board.flatten(),
             tokenizer: maker.preparation().tokenizer.clone(),
             spikes: SpikeDetector::default(),
@@ -290,9 +308,7 @@ impl Trainer {
         while self.step < self.schedule.max_steps && !self.is_stopped()? {
             let metrics = self.train_step()?;
             progress.step(&metrics);
-            if let Some(folder) = self.saver.written()? {
-                progress.saved(&folder);
-            }
+            self.look_after_save(progress)?;
             let due = self.config.save_strategy == Strategy::Steps && self.step.is_multiple_of(self.config.save_steps);
             // Among skipped steps the weights themselves may be what is wrong: the checkpoints before are the better ones.
             let due = due && self.skipped_in_a_row == 0;
@@ -341,13 +357,6 @@ impl Trainer {
         self.ranks.agree(saved)
     }
 
-    pub(super) fn wait_for_save(&mut self, progress: &mut dyn Progress) -> Result<()> {
-        if let Some(folder) = self.saver.wait()? {
-            progress.saved(&folder);
-        }
-        Ok(())
-    }
-
     /// What is left to do once the last step is done and saved.
     fn finish(&mut self, progress: &mut dyn Progress) -> Result<Outcome> {
         let _averaged = self.averaged();
@@ -380,13 +389,24 @@ impl Trainer {
             }
             self.ranks.first(|| self.write_final())?;
         }
-        if !self.ranks.is_first() {
-            return Ok(Outcome::Finished(report));
-        }
+        self.of_first(|this| this.tell_in_the_end(&report, &shown, progress))?;
+        Ok(Outcome::Finished(report))
+    }
+
+    /// What rank 0 alone does, who may ask the model meanwhile.
+    fn of_first(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        self.student.begin_apart();
+        let done = if self.ranks.is_first() { work(self) } else { Ok(()) };
+        self.student.end_apart()?;
+        done
+    }
+
+    /// Scores, and what the model looks like in the end.
+    fn tell_in_the_end(&mut self, report: &EvalReport, shown: &[Shown], progress: &mut dyn Progress) -> Result<()> {
         if !report.0.is_empty() {
             report.save(&self.run.path().join("eval.json"))?;
         }
-        self.show(&shown)?;
+        self.show(shown)?;
         self.plot()?;
         match self.language() {
             Ok(Some(language)) => {
@@ -397,7 +417,7 @@ impl Trainer {
             // The model is there; a template that takes no question without a picture is no reason to lose the run.
             Err(error) => tracing::warn!("what seeing cost in text was not measured: {error:#}"),
         }
-        Ok(Outcome::Finished(report))
+        Ok(())
     }
 
     fn write_final(&self) -> Result<()> {
@@ -458,10 +478,10 @@ impl Trainer {
             if self.step.is_multiple_of(self.config.save_steps) {
                 self.compare(&report)?;
             }
-            if self.ranks.is_first() {
-                self.show(&samples::choose(&self.held_out, SAMPLES))?;
-                self.plot()?;
-            }
+            self.of_first(|this| {
+                this.show(&samples::choose(&this.held_out, SAMPLES))?;
+                this.plot()
+            })?;
         }
         Ok(())
     }

@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 
 use fixtures::Ranks;
+use vora_run::metrics::RankMetrics;
 use vora_torch::dist::{ProcessGroup, World};
 
+use super::super::resume::optimizer_state;
 use super::*;
 
 /// Where the processes of a test find its folder.
@@ -28,6 +30,7 @@ fn cases(folder: &Path) -> Vec<Case> {
     };
     let packed = "data.train.data_preprocess={max_seq_len: 230}";
     let data = format!("data.train={{data_fetch: {{{}}}}}", annotations(folder));
+    let shared = ["zero_stage=3", "gradient_checkpointing=true"];
     let shuffled = case("files, one picture of which is gone", &[&data, "distill.center=false"]);
     vec![
         case("plain", &[]),
@@ -47,6 +50,15 @@ fn cases(folder: &Path) -> Vec<Case> {
             &["model.lora=null", "model.freeze_llm=false", "learning_rate=1e-3", "gradient_checkpointing=true"],
         ),
         case("llava", &[OTHER_SYSTEMS[1], "learning_rates={}", "distill={}"]),
+        case("shared", &[shared[0], shared[1], "gradient_accumulation_steps=2"]),
+        case(
+            "shared, anchored",
+            &[shared[0], shared[1], "text_anchor={texts: 5, tokens: 24, max_length: 12, weight: 0.5}"],
+        ),
+        case("shared, preferred", &[shared[0], shared[1], "loss=dpo", "distill={}"]),
+        case("shared, llava", &[shared[0], shared[1], OTHER_SYSTEMS[1], "learning_rates={}", "distill={}"]),
+        case("shared, files", &[shared[0], shared[1], &data, "distill.center=false"]),
+        Case { skipped: Some(3), ..case("shared, not finite", &shared) },
     ]
 }
 
@@ -86,10 +98,31 @@ fn train(case: &Case, folder: &Path, group: Option<std::sync::Arc<ProcessGroup>>
         let changed = if trainer.config.zero_stage == 0 { 0 } else { steps.len() as u64 };
         assert_eq!(sent.gradients - before.gradients, STEPS * bytes, "{}", case.name);
         assert_eq!(sent.broadcast - before.broadcast, changed * bytes, "{}", case.name);
+        let weights = shared_bytes(&trainer);
+        assert_eq!(weights > 0, trainer.config.zero_stage == 3, "{}", case.name);
+        if case.name == "shared" {
+            // Each micro-batch gathers all, forward and back; records' sizes and errors are words beside that.
+            let (gathered, passes) = (sent.all_gather - before.all_gather, 2 * 2 * STEPS);
+            assert!(
+                (passes * weights..passes * weights + (1 << 16)).contains(&gathered),
+                "{gathered}, {passes} x {weights}"
+            );
+        }
     }
     let ema = trainer.ema.iter().flat_map(|ema| ema.state()).map(|(name, t)| (format!("average {name}"), t));
     let all = trainer.parameters().into_iter().chain(ema).map(|(name, t)| (name, t.detach().copy())).collect();
     (steps, all)
+}
+
+/// Bytes of the weights that the processes share, each rounded up to equal shares.
+fn shared_bytes(trainer: &Trainer) -> u64 {
+    let (llm, mut bytes) = (trainer.student.model.llm(), 0);
+    let visit = &mut |_: &str, linear: &vora_lora::Linear| {
+        bytes += linear.sharded().map_or(0, |weight| weight.num_bytes() * trainer.ranks.world_size() as u64);
+        Ok(())
+    };
+    llm.linears(visit).unwrap();
+    bytes
 }
 
 /// As a rank of a test: every case, compared with what one process found, and the weights with the other ranks'.
@@ -98,8 +131,10 @@ fn compare_as_a_rank() {
     let group = ProcessGroup::join(&World::from_env().unwrap().unwrap(), std::time::Duration::from_secs(300)).unwrap();
     let alone: BTreeMap<String, Vec<[f64; 5]>> =
         serde_json::from_slice(&std::fs::read(folder.join("alone.json")).unwrap()).unwrap();
+    let mut all = BTreeMap::new();
     for case in cases(&folder) {
         let (steps, weights) = train(&case, &folder, Some(group.clone()));
+        all.insert(case.name, steps.clone());
         let expected = &alone[case.name];
         assert_eq!(steps.len(), expected.len());
         for (step, (found, expected)) in steps.iter().zip(expected).enumerate() {
@@ -114,6 +149,8 @@ fn compare_as_a_rank() {
             assert!(same, "{}: {name} is not the same in all processes", case.name);
         }
     }
+    // Weights that are gathered are those that were shared out: digit for digit.
+    assert_eq!(all["shared"], all["recomputed"]);
 }
 
 fn alone_and(test: &str, world_sizes: &[usize]) {
@@ -176,7 +213,7 @@ fn a_run_goes_on_with_another_number_of_processes() {
     };
     let folders = tempfile::tempdir().unwrap();
     let at = |name: &str| folders.path().join(name);
-    let saved = |name: &str| Checkpoint::open(&at(name).join("checkpoints/step-8/optimizer.safetensors")).unwrap();
+    let saved = |name: &str| optimizer_state(&at(name).join("checkpoints/step-8")).unwrap();
     go_on(&at("alone"), NEVER, None);
     ranks(2, &at("two"), &NEVER.to_string());
     // 2 -> 2, 2 -> 1, 1 -> 2, 2 -> 4.
@@ -193,7 +230,11 @@ fn a_run_goes_on_with_another_number_of_processes() {
             let distill = expected.2.unwrap() - found.2.unwrap();
             assert!((expected.1 - found.1).abs() < 1e-5 && distill.abs() < 1e-5, "{name}: {expected:?} {found:?}");
         }
-        // The files are those of one process.
+        let names = std::fs::read_dir(at(name).join("checkpoints/step-8")).unwrap();
+        let names = names.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
+        let shares = names.filter(|name| name.starts_with("optimizer-")).count();
+        assert_eq!(shares, if second == 1 { 0 } else { second }, "{name}");
+        // Together they hold what one process writes.
         let (alone, other) = (saved("alone"), saved(name));
         assert!(alone.names().eq(other.names()));
         for tensor in alone.names() {
@@ -209,10 +250,12 @@ fn a_run_goes_on_with_another_number_of_processes() {
 
 #[test]
 fn whole_runs_end_as_those_of_one_process() {
-    let models = ["seed=0", OTHER_SYSTEMS[3]];
+    let models = ["zero_stage=1", OTHER_SYSTEMS[3], "zero_stage=3"];
     let run = |model: &str, folder: &Path, group: Option<std::sync::Arc<ProcessGroup>>| {
         let batch_size = format!("per_device_train_batch_size={}", if group.is_some() { 1 } else { 2 });
-        let settings = [model, &batch_size, "bf16=false", "max_steps=4", "eval_steps=2", "report_to=none"];
+        let recomputed = format!("gradient_checkpointing={}", model == "zero_stage=3");
+        let settings = [model, &batch_size, &recomputed, "bf16=false", "max_steps=4", "eval_steps=2", "report_to=none"];
+        let settings = [&settings[..], &["log_on_each_rank=true"]].concat();
         let options = Options { group, ..Options::new(Device::Cpu, &resolve) };
         let mut trainer = Trainer::new(config("smoke.yaml", folder, &settings), options).unwrap();
         assert!(matches!(trainer.train(&mut Silent).unwrap(), Outcome::Finished(_)));
@@ -240,8 +283,38 @@ fn whole_runs_end_as_those_of_one_process() {
         assert_eq!(read(&one), read(&two));
         let files = |folder: &Path| {
             let names = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
-            names.collect::<std::collections::BTreeSet<_>>()
+            let names = names.map(|name| name.to_string_lossy().into_owned());
+            names.filter(|name| !name.starts_with("metrics-rank-")).collect::<std::collections::BTreeSet<_>>()
         };
         assert_eq!(files(&one), files(&two));
+        each_tells_of_its_own(&one, &losses(&one), 1);
+        each_tells_of_its_own(&two, &losses(&two), 2);
+    }
+}
+
+/// The lines of each process: the run's loss is a mean of theirs, and what they waited is a part of the step.
+fn each_tells_of_its_own(folder: &Path, losses: &[(u64, f64, Option<f64>, f64)], world_size: usize) {
+    let read = |rank: usize| -> Vec<RankMetrics> {
+        let text = std::fs::read_to_string(folder.join(RankMetrics::file_name(rank))).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let ranks: Vec<Vec<RankMetrics>> = (0..world_size).map(read).collect();
+    assert!(!folder.join(RankMetrics::file_name(world_size)).exists());
+    for (i, (step, loss_lm, loss_distill, _)) in losses.iter().enumerate() {
+        let own: Vec<&RankMetrics> = ranks.iter().map(|lines| &lines[i]).collect();
+        let (samples, between) = (own.iter().map(|line| line.samples).sum::<u64>(), |mean: f64, of: &[f64]| {
+            let (least, most) = of.iter().fold((f64::MAX, f64::MIN), |(a, b), &x| (a.min(x), b.max(x)));
+            least - 1e-6 <= mean && mean <= most + 1e-6
+        });
+        assert_eq!(samples, 4); // two micro-batches of two
+        assert!(between(*loss_lm, &own.iter().map(|line| line.loss_lm).collect::<Vec<_>>()), "{own:?}, {loss_lm}");
+        if let Some(distill) = loss_distill {
+            assert!(between(*distill, &own.iter().map(|line| line.loss_distill.unwrap()).collect::<Vec<_>>()));
+        }
+        for (rank, line) in own.iter().enumerate() {
+            assert_eq!((line.step, line.rank), (*step, rank as u64));
+            assert!((0.0..=line.step_time).contains(&line.wait) && (line.wait > 0.0) == (world_size > 1), "{line:?}");
+            assert!(line.peak_memory >= line.memory && line.tokens > 0, "{line:?}");
+        }
     }
 }
