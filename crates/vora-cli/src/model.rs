@@ -11,7 +11,8 @@ use vora_torch::runtime;
 /// Which model, on which device.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ModelArgs {
-    /// The folder that `vora merge` wrote, a run's final/ or checkpoint, or a model's name in the hub's cache
+    /// The folder that `vora merge` wrote, a run's final/ or checkpoint, a language model's GGUF file, or a model's name in the
+    /// hub's cache
     model: String,
     /// The tokens that adapters act on, where they are apart from the weights: all, with_image or image_tokens; else as
     /// the folder says
