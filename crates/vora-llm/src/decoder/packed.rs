@@ -80,8 +80,7 @@ impl PackedDecoder {
 
     /// Packs a model in one width: none where its device, or one of its adapters, is not served, or processes share its weights, and
     /// [`CausalLm::decode_step`] is to go on. Served are all architectures but Gemma's on the CPU, and adapters without a magnitude. A head
-    /// in [`Width::Int4`] is kept in
-    /// [`Width::Int8`]: a token's logits are more sensitive than what layers do in between.
+    /// in [`Width::Int4`] is kept in [`Width::Int8`]: a token's logits are more sensitive than what layers do in between.
     ///
     /// # Errors
     /// Where a weight cannot be packed.
