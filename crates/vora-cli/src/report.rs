@@ -41,10 +41,12 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    let out = args.out.clone().unwrap_or_else(|| args.run.join("report.html"));
-    let is_page = out.extension().is_some_and(|end| ["html", "htm"].iter().any(|html| end.eq_ignore_ascii_case(html)));
-    ensure!(is_page || !out.exists(), "{} is there and no page (.html); choose another --out", out.display());
-    ensure_apart(&out, &[])?;
+    if let Some(out) = &args.out {
+        let is_page =
+            out.extension().is_some_and(|end| ["html", "htm"].iter().any(|html| end.eq_ignore_ascii_case(html)));
+        ensure!(is_page || !out.exists(), "{} is there and no page (.html); choose another --out", out.display());
+        ensure_apart(out, &[])?;
+    }
     let answers = if args.no_answers {
         Err("--no-answers was given".to_owned())
     } else {
@@ -54,6 +56,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         })
     };
     let page = html(&args.run, answers)?;
+    let out = args.out.clone().unwrap_or_else(|| args.run.join("report.html"));
     write_bytes(&out, page.as_bytes())?;
     writeln!(std::io::stdout(), "report: {}", out.display())?;
     Ok(ExitCode::SUCCESS)
