@@ -279,7 +279,19 @@ fn from_training_to_an_answer() {
     assert!(change < 1e-3, "{said}");
     let places = said.split("the same at ").nth(1).unwrap().split(' ').collect::<Vec<_>>();
     assert!(places[0] == places[2] && places[0] != "0", "{said}");
-    fails(&["merge", &last, "--out", &merged], 1, &["already holds a model"]);
+    fails(&["merge", &last, "--out", &merged], 1, &["already holds a model; choose another --out"]);
+    let fresh = run.join("fresh").to_string_lossy().into_owned();
+    for (there, said) in
+        [(&llm, "already holds a model; choose another --llm"), (&last, "choose another --llm"), (&fresh, "are both")]
+    {
+        fails(&["merge", &last, "--out", &fresh, "--llm", there], 1, &[said]);
+    }
+    assert!(!Path::new(&fresh).exists());
+    let (results, same) = (run.join("eval.json"), run.join("checkpoints/../eval.json"));
+    let (results, same) = (results.to_string_lossy(), same.to_string_lossy());
+    fails(&["eval", &merged, "--data", &results, "--out", &same], 1, &["which is read: choose another file"]);
+    fails(&["eval", &merged, "--data", &results, "--out", "no/folder/x.json"], 1, &["whose folder is not there"]);
+    fails(&["report", &run.to_string_lossy(), "--out", &results], 1, &["is there and no page"]);
 
     let picture = std::fs::read_dir(run.join("samples")).unwrap().flatten().map(|e| e.path());
     let picture = picture.filter(|p| p.extension().is_some_and(|e| e == "png")).min().unwrap();
