@@ -293,7 +293,7 @@ fn what_does_not_open_is_not_kept() {
     tensors.retain(|(name, _)| name != "model.norm.weight");
     save_folder(&peft.at("broken"), &peft.json["bases"]["untied"], &tensors).unwrap();
     let error = format!("{:#}", convert(&peft.at("broken"), &peft.at("out"), None, Path::new("")).unwrap_err());
-    assert!(error.contains("what was written does not open, and is not kept"), "{error}");
+    assert!(error.contains("broken does not open, and is not kept"), "{error}");
     assert!(error.contains("missing    model.norm.weight") && !peft.at("out").exists(), "{error}");
     let mut config = peft.json["bases"]["untied"].clone();
     config["vocab_size"] = json!(31);
