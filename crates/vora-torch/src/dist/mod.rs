@@ -7,8 +7,6 @@ mod group;
 mod handle;
 mod shards;
 mod store;
-#[cfg(test)]
-mod tests;
 mod watch;
 mod world;
 

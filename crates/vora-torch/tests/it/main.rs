@@ -1,0 +1,3 @@
+//! What only shows between processes.
+
+mod dist;
