@@ -338,7 +338,9 @@ fn meet(store: &Store, world: &World, timeout: Duration) -> Result<()> {
         if store.has(END)? {
             bail!("{}", String::from_utf8_lossy(&store.get(END)?));
         }
-        if start.elapsed() >= timeout {
+        // Rank 0 knows who is missing, so the others give it the time to say so.
+        let patience = if world.rank == 0 { timeout } else { timeout.saturating_add(10 * PAUSE) };
+        if start.elapsed() >= patience {
             let who = missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
             let reason = format!(
                 "{} of {} processes came within {} s, ddp_timeout; missing: rank {who}",
@@ -348,7 +350,7 @@ fn meet(store: &Store, world: &World, timeout: Duration) -> Result<()> {
             );
             if world.rank == 0 {
                 store.set(END, reason.as_bytes())?;
-                thread::sleep(2 * PAUSE); // until the others have read it
+                thread::sleep(5 * PAUSE); // until the others have read it
                 bail!(reason);
             }
             bail!("rank 0 did not come within {} s, ddp_timeout", timeout.as_secs());
