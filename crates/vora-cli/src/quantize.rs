@@ -53,8 +53,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     ensure_vacant("--out", &args.out)?;
     // Weights in few bits are packed out of f32 or bf16, and f16 has numbers that bf16 has not.
     let kind = match written_kind(&args.dtype, &folder)? {
-        Kind::BFloat16 => Kind::BFloat16,
-        _ => Kind::Float,
+        Kind::Half if args.dtype == "auto" => Kind::Float,
+        kind => kind,
     };
     let open = || vora_model::open(&folder, Device::Cpu, kind, &vora_hub::resolve);
     let (base, mut model) = (open()?, open()?);
