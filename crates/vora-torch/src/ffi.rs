@@ -10,6 +10,9 @@ use tch::{Kind, Tensor};
 use torch_sys::C_tensor;
 
 unsafe extern "C" {
+    /// glibc's
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    pub(crate) fn malloc_trim(pad: usize) -> i32;
     fn vora_last_error() -> *const c_char;
     pub(crate) fn vora_from_blob(
         data: *mut c_void,

@@ -11,7 +11,9 @@ use anyhow::{Context, Result, anyhow, ensure};
 use tch::{Kind, Tensor};
 use vora_llm::KvPages;
 use vora_model::VisionLanguageModel;
-use vora_torch::runtime::available_memory;
+use vora_torch::checkpoint::forget_files;
+use vora_torch::nn::decode::Width;
+use vora_torch::runtime::{available_memory, release_freed};
 use vora_torch::weights::Quantization;
 
 use super::answer::Answer;
@@ -60,6 +62,9 @@ impl Scheduler {
         if let Some(quantization) = config.width.and_then(Quantization::of_width) {
             model.adapted_mut().quantize(quantization)?;
         }
+        if model.llm().width().is_some_and(Width::is_quantised) {
+            model.llm_mut().narrow_words();
+        }
         let llm = model.llm();
         let page_bytes = KvPages::page_bytes(llm.config(), PAGE_LEN, llm.kind());
         let pages = i32::try_from(config.cache_bytes / page_bytes.max(1)).unwrap_or(i32::MAX);
@@ -77,6 +82,10 @@ impl Scheduler {
         let cache = KvPages::new(llm.config(), i64::from(pages), PAGE_LEN, llm.device(), llm.kind())
             .with_context(|| format!("no memory for {pages} pages of {page_bytes} bytes for keys and values"))?;
         let steps = Steps::new(llm, config.width, &cache)?;
+        if steps.are_of_few_bits() {
+            forget_files();
+        }
+        release_freed();
         counts.cache_pages.store(pages as u64, Ordering::Relaxed);
         let (pool, keys) = (Pool::new(pages), Keys::default());
         Ok(Self { model, prompter, named, config, counts, cache, steps, pool, keys })

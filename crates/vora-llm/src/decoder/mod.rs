@@ -1,6 +1,7 @@
 //! The decoder: layers of attention and MLP around a residual stream, the head that turns it into logits, and the passes
 //! that a training takes through it.
 
+mod cached;
 mod causal_lm;
 mod dropout;
 mod generate;

@@ -9,7 +9,7 @@ mod safetensors;
 mod shards;
 mod write;
 
-pub use crate::map::forget_view;
+pub use crate::map::{forget_files, forget_view};
 pub use error::CheckpointError;
 pub use read::Checkpoint;
 pub use shards::{Shard, Shards};

@@ -40,6 +40,16 @@ pub fn process_size(key: &str) -> Option<u64> {
     Some(kibibytes.trim().parse::<u64>().ok()? * 1024)
 }
 
+/// Gives memory that was freed back to the system, where that is glibc's business: it keeps all of it for what is asked for next
+/// with the settings of [`missing_environment`](super::missing_environment), so what opening a model took stays with the process.
+pub fn release_freed() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        // SAFETY: it touches free memory alone. Whether any was given back makes no difference.
+        let _ = unsafe { ffi::malloc_trim(0) };
+    }
+}
+
 /// Memory of a GPU as libtorch's allocator counts it, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
@@ -94,6 +104,20 @@ mod tests {
     fn memory_is_below_its_peak() {
         let (now, peak) = (memory(Device::Cpu).unwrap(), peak_memory(Device::Cpu).unwrap());
         assert!(now > 1 << 20 && now <= peak, "{now} {peak}");
+    }
+
+    #[test]
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    fn what_was_freed_goes_back() {
+        let anonymous = || process_size("RssAnon:").unwrap();
+        let mut pieces: Vec<Vec<u8>> = (0..4096).map(|_| vec![1; 32 << 10]).collect(); // 128 MiB
+        let last = pieces.pop(); // above all others, so that glibc keeps what lies below
+        drop(pieces);
+        let before = anonymous();
+        release_freed();
+        let after = anonymous();
+        assert!(after + (64 << 20) < before, "{after} bytes of {before}");
+        assert_eq!(last.map(|piece| piece.len()), Some(32 << 10));
     }
 
     #[test]

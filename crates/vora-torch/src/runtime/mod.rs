@@ -10,5 +10,5 @@ pub use crate::map::reserved_zeros;
 pub use available::available_memory;
 pub use device::{device, has_bf16, init, kind, name_of, set_threads, synchronize, threads};
 pub use environment::{Workload, missing_environment};
-pub use memory::{GpuMemory, gpu_memory, machine, memory, peak_memory, process_size};
+pub use memory::{GpuMemory, gpu_memory, machine, memory, peak_memory, process_size, release_freed};
 pub use profile::profiled;
