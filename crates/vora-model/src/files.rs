@@ -97,18 +97,20 @@ pub(crate) fn set_dtype(config: &mut Map<String, Value>, kind: Kind) {
     }
 }
 
-/// The dtype that most of these numbers have, of those that are no integers.
-fn most(tensors: &[(String, Tensor)]) -> Option<Kind> {
-    let numbers =
-        |kind: Kind| tensors.iter().filter(|(_, tensor)| tensor.kind() == kind).map(|(_, t)| t.numel()).sum::<usize>();
-    let kinds = [Kind::Double, Kind::Float, Kind::BFloat16, Kind::Half];
-    kinds.into_iter().max_by_key(|kind| numbers(*kind)).filter(|kind| numbers(*kind) > 0)
+/// The dtype that most numbers have, of those that are no integers: tensors by their dtype and how many numbers they hold.
+pub(crate) fn most(tensors: impl Iterator<Item = (Kind, usize)>) -> Option<Kind> {
+    let mut numbers = [Kind::Double, Kind::Float, Kind::BFloat16, Kind::Half].map(|kind| (kind, 0));
+    for (kind, more) in tensors {
+        numbers.iter_mut().filter(|(known, _)| *known == kind).for_each(|(_, numbers)| *numbers += more);
+    }
+    numbers.into_iter().max_by_key(|(_, numbers)| *numbers).filter(|(_, numbers)| *numbers > 0).map(|(kind, _)| kind)
 }
 
 /// `config.json` and `model.safetensors`, each written beside its place and renamed. The config's dtype is that of the tensors.
 pub(crate) fn save_folder(folder: &Path, config: &Value, tensors: &[(String, Tensor)]) -> Result<()> {
     let mut config = config.clone();
-    if let (Value::Object(config), Some(kind)) = (&mut config, most(tensors)) {
+    let kind = most(tensors.iter().map(|(_, tensor)| (tensor.kind(), tensor.numel())));
+    if let (Value::Object(config), Some(kind)) = (&mut config, kind) {
         set_dtype(config, kind);
     }
     std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;

@@ -182,7 +182,7 @@ impl Conversion {
 
     /// Opens what was written, its weights as views of the files.
     fn open_again(&self, folder: &Path) -> Result<()> {
-        let kind = side_files::most_bytes(&self.steps).unwrap_or(Kind::Float);
+        let kind = side_files::most_written(&self.steps).unwrap_or(Kind::Float);
         match self.to {
             Layout::Llm | Layout::FrozenLlm | Layout::Gguf => {
                 let weights = Weights::open(folder, Device::Cpu, kind)?;

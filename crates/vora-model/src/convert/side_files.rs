@@ -17,7 +17,7 @@ use super::report::{Change, FileReport};
 use super::source::{LLM_PREFIX, Source, read_object};
 use super::step::Step;
 use crate::beside::{CHAT_TEMPLATE, CHAT_TEMPLATES, PROCESSORS, TOKENIZER, is_text_file, tokenizer_files};
-use crate::files::{dtype, keep_auto_map, set_dtype};
+use crate::files::{dtype, keep_auto_map, most, set_dtype};
 use crate::llava::LlavaConfig;
 use crate::vora::{HfFiles, MERGED, VoraConfig};
 
@@ -117,7 +117,7 @@ fn for_hf(folder: &Path, config: Map<String, Value>, steps: &[Step]) -> Result<H
     if !written.any(|name| vora.has_layer_bias(name)) {
         vora.biases = None;
     }
-    HfFiles::new(folder, &vora.to_json()?, most_bytes(steps).unwrap_or(Kind::Float))
+    HfFiles::new(folder, &vora.to_json()?, most_written(steps).unwrap_or(Kind::Float))
 }
 
 /// What the folder of an adapter has itself of tokenizer, chat template and image processor.
@@ -220,7 +220,7 @@ pub(super) fn config(
             config.insert("architectures".into(), json!([class]));
         }
         config.remove("torch_dtype");
-        if let Some(kind) = kind.or_else(|| most_bytes(steps)) {
+        if let Some(kind) = kind.or_else(|| most_written(steps)) {
             config.insert("dtype".into(), dtype(kind).into());
         }
         return Ok(Some(config));
@@ -279,19 +279,16 @@ fn fit_vocabulary(config: &mut Map<String, Value>, steps: &[Step], llm_prefix: &
 }
 
 /// The dtype that most of what is written has.
-pub(super) fn most_bytes(steps: &[Step]) -> Option<Kind> {
-    most(steps, |step| step.kind)
+pub(super) fn most_written(steps: &[Step]) -> Option<Kind> {
+    most_by(steps, |step| step.kind)
 }
 
 /// The same of what is read.
 pub(super) fn most_stored(steps: &[Step]) -> Option<Kind> {
-    most(steps, |step| step.stored_kind)
+    most_by(steps, |step| step.stored_kind)
 }
 
-fn most(steps: &[Step], kind_of: impl Fn(&Step) -> Kind) -> Option<Kind> {
-    let bytes = |kind: Kind| -> u64 {
-        let written = steps.iter().filter(|step| step.to.is_some() && kind_of(step) == kind);
-        written.map(|step| step.shape.iter().product::<i64>() as u64 * kind.elt_size_in_bytes() as u64).sum()
-    };
-    [Kind::Double, Kind::Float, Kind::BFloat16, Kind::Half].into_iter().max_by_key(|kind| bytes(*kind))
+fn most_by(steps: &[Step], kind_of: impl Fn(&Step) -> Kind) -> Option<Kind> {
+    let written = steps.iter().filter(|step| step.to.is_some());
+    most(written.map(|step| (kind_of(step), step.shape.iter().product::<i64>() as usize)))
 }
