@@ -137,7 +137,7 @@ fn a_language_model_becomes_a_gguf_file_and_one_again() {
     fails(
         &["convert", "fixtures/tiny/dinov2", &path("x"), "--to", "gguf"],
         1,
-        &["cannot become gguf, only safetensors"],
+        &["no language model, LLaVA or VoRA", "cannot become gguf"],
     );
     std::fs::create_dir(path("bare")).unwrap();
     for name in ["config.json", "model.safetensors"] {

@@ -94,6 +94,10 @@ impl Layout {
         let targets = self.targets();
         let listed = || targets.iter().map(|to| to.name()).collect::<Vec<_>>().join(" or ");
         if let Some(to) = asked {
+            ensure!(
+                self != Safetensors || to == self,
+                "it is no language model, LLaVA or VoRA: as the safetensors that it is, it cannot become {to}"
+            );
             ensure!(targets.contains(&to), "{self} cannot become {to}, only {}", listed());
             return Ok(to);
         }
