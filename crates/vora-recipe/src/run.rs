@@ -126,7 +126,7 @@ pub struct TrainConfig {
     #[serde(default = "one_u64")]
     pub zero_stage: u64,
     /// HF's: how tensors go between the GPUs of several processes. Absent: `nccl` where there are GPUs and NCCL's library, else
-    /// `gloo`, which takes them by way of the host. With it a process that is one of one, by `WORLD_SIZE=1`, goes the same way.
+    /// `gloo`, which takes them by way of the host. Where it is set and `WORLD_SIZE` is 1, one process goes the ways of several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ddp_backend: Option<DdpBackend>,
     /// HF's: seconds that a process waits for the others, to begin and in a step, before it ends and names who is missing. One

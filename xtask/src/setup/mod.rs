@@ -32,7 +32,8 @@ pub struct Args {
     /// Take torch from this file instead of the package index
     #[arg(long, value_name = "FILE")]
     wheel: Option<PathBuf>,
-    /// Fetch the CUDA libraries too (2 GB more, 3.7 GB unpacked); the default where an NVIDIA driver is found
+    /// Fetch the CUDA libraries too (2 GB more, 3.7 GB unpacked), and build what opens NCCL, in .libtorch/lib; the default where
+    /// an NVIDIA driver is found
     #[arg(long)]
     cuda: bool,
     /// No CUDA libraries, whatever the machine has
