@@ -2,6 +2,7 @@
 
     python benches/gpu.py --part speed --program target/debug/examples/peers --out DIR [--rehearse]
     python benches/gpu.py --part photos --program target/debug/vora --out DIR --llm DIR --teacher DIR --photos DIR --held-out DIR [--seconds 110]
+    python benches/gpu.py --part nccl --program target/debug/vora --out DIR [--rehearse]
 
 `cargo xtask bench gpu --part PART` builds the program and runs this. Where there is no cargo, carry the program (stripped) and
 run this with LD_LIBRARY_PATH at the libraries of a PyTorch 2.11. Part `speed` needs Python's torch, transformers and peft. `--rehearse`
@@ -13,6 +14,11 @@ the published VoRA's size (Qwen2.5-7B, LoRA of rank 1024 on 24 blocks, 1024 pict
 Part `photos`: a VoRA and a LLaVA, each taught for so many seconds by the same captioned photographs (recipes photos.yaml and
 photos-llava.yaml), then asked about held-out ones: CIDEr of captions, and yes/no by contrast, beside blind controls. The folders have
 `captions.jsonl` and what it names; weights are those of SmolLM2-135M-Instruct and DINOv2-small.
+
+Part `nccl`: a process of a group of one, over NCCL, over Gloo and without a group: trained, stopped and resumed, with shared optimizer state
+and shared weights, each step's loss beside the others'; then two processes on one GPU, which NCCL refuses, so more than one on one GPU
+cannot be had. Models are those of fixtures/tiny, seconds are those of tiny steps. `libvora_nccl.so`, which `cargo xtask setup --cuda` puts into
+`.libtorch/lib`, lies there or beside the program. A rehearsal goes over Gloo in place of NCCL.
 """
 
 import argparse
@@ -21,6 +27,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -60,7 +68,7 @@ STEPS = [
 TINY = [("batch 3", "tiny", "tiny", "--tokens 4 --words 8 --batch 3 --rank 4 --blocks 2 --steps 2")]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--part", choices=["speed", "photos"], required=True)
+parser.add_argument("--part", choices=["speed", "photos", "nccl"], required=True)
 parser.add_argument("--program", type=Path, required=True)
 parser.add_argument("--out", type=Path, required=True)
 parser.add_argument("--rehearse", action="store_true")
@@ -239,4 +247,90 @@ def wilson(share, n, z=1.96):
     return [(middle + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
 
 
-{"speed": speed, "photos": photos}[args.part]()
+TAUGHT = {
+    "max_steps": 40, "save_steps": 10, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": "false",
+    "evaluation_strategy": "no", "data.eval": "{}", "report_to": "none", "overwrite_output_dir": "false",
+}  # fmt: skip
+
+
+def ranks(run, number, on, keys, *more):
+    """Starts the processes of a training, each in the environment of a group; 0: one that is in none."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sets = [f"{key}={value}" for key, value in {**TAUGHT, "output_dir": run, **keys}.items()]
+    command = [args.program, "train", "--config", "crates/vora-train/recipes/smoke.yaml", "--device", on, *more]
+    command += [part for pair in sets for part in ("--set", pair)]
+    started = []
+    for rank in range(max(number, 1)):
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        group = {key: str(value) for key, value in group.items()} if number else {}
+        started.append(subprocess.Popen([str(part) for part in command], cwd=HERE.parent, env={**os.environ, **group}, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))  # fmt: skip
+    return started
+
+
+def lines(run):
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def ended(process, *codes):
+    error = process.communicate(timeout=100)[1]
+    if process.returncode not in codes:
+        sys.exit(f"a process ended with {process.returncode}: {error}")
+    return error
+
+
+def nccl():
+    backend = "gloo" if args.rehearse else "nccl"
+    shares = {"zero_stage": 3, "gradient_checkpointing": "true"}
+    ways = [
+        ("no group", 0, {}),
+        ("gloo", 1, {"ddp_backend": "gloo"}),
+        (backend, 1, {"ddp_backend": backend}),
+        (f"{backend}, zero_stage 3", 1, {"ddp_backend": backend, **shares}),
+    ]
+    rows, first = [], None
+    for number, (name, processes, keys) in enumerate(ways):
+        for resumed in (False, True):
+            run = scratch / f"run-{number}-{resumed}"
+            process, stopped = ranks(run, processes, device, keys)[0], 0
+            if resumed:
+                while len(lines(run)) < 15 and process.poll() is None:
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGTERM)
+                ended(process, 128 + signal.SIGTERM)
+                stopped = len(lines(run))
+                process = ranks(run, processes, device, keys, "--resume")[0]
+            error = ended(process, 0)
+            if "by way of the host" in error:
+                sys.exit(error)
+            found = lines(run)
+            losses = [line["loss"] for line in found]
+            first = first or losses
+            if len(losses) != len(first):
+                sys.exit(f"{name}: {len(losses)} steps of {len(first)}")
+            apart = max(abs(a - b) / abs(a) for a, b in zip(first, losses))
+            steps = [after["seconds"] - before["seconds"] for before, after in zip(found[5:], found[6:])]
+            result = json.loads((run / "train_results.json").read_text())
+            row = {"of": name, "stopped_after": stopped, "apart": apart, "step_seconds": statistics.median(steps), "peak_mib": result["peak_memory"] / 2**20}
+            rows.append(row)
+            said(f"{name}{f', stopped after step {stopped} and resumed' if resumed else ''}: losses {apart:.1e} apart")
+    two = [ended(process, 1) for process in ranks(scratch / "two", 2, "cpu" if args.rehearse else "cuda:0", {"ddp_backend": "nccl", "ddp_timeout": 60})]
+    refused = [error.strip().splitlines()[-1] for error in two]
+    said(f"two processes on one: {refused[0]}")
+    if not all(("this run is on Cpu" if args.rehearse else "Duplicate GPU") in line for line in refused):
+        sys.exit(f"two processes on one device were not refused for that: {refused}")
+    table = f"{machine}, f32, fixtures/tiny, {TAUGHT['max_steps']} steps, `benches/gpu.py --part nccl`\n\n"
+    table += "| one process over | stopped and resumed after step | losses from those of no group, at most | s a step | peak MiB |\n| --- | --- | --- | --- | --- |\n"
+    for row in rows:
+        table += f"| {row['of']} | {row['stopped_after'] or '-'} | {row['apart']:.1e} | {row['step_seconds']:.4f} | {row['peak_mib']:.0f} |\n"
+    table += f"\nTwo processes on one device: `{refused[0]}`\n"
+    (args.out / "nccl.json").write_text(json.dumps({"machine": machine, "rows": rows, "two": refused}, indent=1) + "\n")
+    (args.out / "nccl.md").write_text(table)
+    print(table)
+    if max(row["apart"] for row in rows) > 1e-4:
+        sys.exit("the losses are farther apart than 1e-4")
+
+
+{"speed": speed, "photos": photos, "nccl": nccl}[args.part]()

@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use vora_recipe::TrainConfig;
+use tch::Device;
+use vora_recipe::{DdpBackend, TrainConfig};
 use vora_run::language::Language;
 use vora_run::metrics::{EvalMetrics, StepMetrics};
-use vora_torch::dist::{ProcessGroup, World};
+use vora_torch::dist::{Nccl, ProcessGroup, World};
 use vora_torch::runtime;
 use vora_train::Plan;
 use vora_train::{Options, Outcome, Progress, Silent, Trainer};
@@ -77,8 +78,11 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let device = runtime::device(&of_rank(&args.device, world.as_ref()))?;
     // Until all have met, a signal ends the process at once.
     let timeout = Duration::from_secs(config.ddp_timeout);
-    let group =
-        world.filter(|world| world.world_size > 1).map(|world| ProcessGroup::join(&world, timeout)).transpose()?;
+    let are_several = |world: &World| world.world_size > 1 || config.ddp_backend.is_some();
+    let group = world.filter(are_several).map(|world| ProcessGroup::join(&world, timeout)).transpose()?;
+    if let Some(group) = &group {
+        connect(group, config.ddp_backend, device)?;
+    }
     let stop = Arc::new(AtomicBool::new(false));
     let save = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&save))?;
@@ -162,6 +166,29 @@ fn of_rank(device: &str, world: Option<&World>) -> String {
         ("auto", Some(world)) if runtime::device("cuda").is_ok() => format!("cuda:{}", world.local_rank),
         ("cuda", Some(world)) => format!("cuda:{}", world.local_rank),
         _ => device.to_owned(),
+    }
+}
+
+/// Lets GPUs send each other tensors directly, as far as is asked for and there is what it takes.
+fn connect(group: &ProcessGroup, backend: Option<DdpBackend>, device: Device) -> Result<()> {
+    let is_asked_for = backend == Some(DdpBackend::Nccl);
+    ensure!(
+        !is_asked_for || device.is_cuda(),
+        "ddp_backend is nccl, which sends tensors between GPUs, and this run is on {device:?}: gloo serves there, and is \
+         taken where the key is left out"
+    );
+    if backend == Some(DdpBackend::Gloo) || !device.is_cuda() {
+        return Ok(());
+    }
+    match group.agree(Nccl::open()) {
+        Ok(nccl) => group.attach(&nccl, device),
+        Err(error) if is_asked_for => Err(error.context("ddp_backend is nccl")),
+        Err(error) => {
+            if group.rank() == 0 {
+                tracing::warn!("tensors go between the GPUs by way of the host, over Gloo: {error:#}");
+            }
+            Ok(())
+        }
     }
 }
 

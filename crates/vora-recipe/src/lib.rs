@@ -75,5 +75,5 @@ pub use loss::Loss;
 pub use model::{ImageAspectRatio, ModelConfig, ModelType, TeacherStart, VqTraining, Way};
 pub use optim::{LearningRates, OptimConfig};
 pub use overrides::Difference;
-pub use run::{Strategy, TrainConfig, split_of};
+pub use run::{DdpBackend, Strategy, TrainConfig, split_of};
 pub use schedule::{Curve, Ramp, Schedule, SchedulerKwargs};

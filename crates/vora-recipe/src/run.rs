@@ -125,6 +125,10 @@ pub struct TrainConfig {
     /// block gathers while it computes; it needs `gradient_checkpointing`.
     #[serde(default = "one_u64")]
     pub zero_stage: u64,
+    /// HF's: how tensors go between the GPUs of several processes. Absent: `nccl` where there are GPUs and NCCL's library, else
+    /// `gloo`, which takes them by way of the host. Where it is set and `WORLD_SIZE` is 1, one process goes the ways of several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ddp_backend: Option<DdpBackend>,
     /// HF's: seconds that a process waits for the others, to begin and in a step, before it ends and names who is missing. One
     /// that is gone or frozen is found by its silence, within half a minute.
     #[serde(default = "half_an_hour")]
@@ -181,6 +185,16 @@ pub struct TrainConfig {
     /// As `tf32`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deepspeed: Option<String>,
+}
+
+/// What processes send each other tensors by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DdpBackend {
+    /// NCCL, between GPUs; tensors on the host go by Gloo then too.
+    Nccl,
+    /// Gloo, through the host.
+    Gloo,
 }
 
 /// When something is done during a run.
@@ -265,6 +279,7 @@ impl Default for TrainConfig {
             adam_epsilon: optim::adam_epsilon(),
             max_grad_norm: one(),
             zero_stage: one_u64(),
+            ddp_backend: None,
             ddp_timeout: half_an_hour(),
             ema_decay: None,
             logging_steps: one_u64(),

@@ -1,5 +1,6 @@
 //! `cargo xtask bench distributed`: processes that train together, under the real `torchrun`: killed and frozen ones, how far
-//! two get from one, what two cost beside one, and the memory of each where they share weights.
+//! two get from one, what two cost beside one, and the memory of each where they share weights. Two agents of `torchrun` on this host
+//! stand for two machines.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -27,6 +28,10 @@ struct Options {
     /// Times that one is frozen
     #[arg(long, default_value_t = 1)]
     freezes: u64,
+    /// Times that one is killed of two processes, each with a torchrun of its own, as on two machines; before that they train
+    /// unhindered
+    #[arg(long, default_value_t = 2)]
+    nodes: u64,
     /// Steps of each of these runs
     #[arg(long, default_value_t = 40)]
     steps: u64,
@@ -45,7 +50,8 @@ struct Options {
 const SMOKE: &str = "crates/vora-train/recipes/smoke.yaml";
 
 /// What the runs of tiny models set.
-const TINY: [&str; 7] = [
+const TINY: [&str; 8] = [
+    "gradient_checkpointing=true",
     "bf16=false",
     "report_to=none",
     "data.eval={}",
@@ -57,6 +63,9 @@ const TINY: [&str; 7] = [
 
 /// Steps after which two processes are compared with one.
 const COMPARED: &str = "max_steps=50";
+
+/// What the runs of two processes set in turn: shares of the optimizer's state, and of the weights too.
+const STAGES: [&str; 2] = ["zero_stage=1", "zero_stage=3"];
 
 /// A frozen process has to be found within that time.
 const FOUND_WITHIN: Duration = Duration::from_secs(30);
@@ -70,28 +79,33 @@ pub fn run(args: &[String]) -> Result<()> {
     ensure!(options.steps > 8, "--steps is {}, it must be at least 9", options.steps);
     setup::ensure()?;
     let hits = options.kills + options.freezes;
-    let torchrun = if hits > 0 { fixtures::python()?.with_file_name("torchrun") } else { "torchrun".into() };
+    let torchrun =
+        if hits + options.nodes > 0 { fixtures::python()?.with_file_name("torchrun") } else { "torchrun".into() };
     let vora = Vora::build()?;
     let folder = tempfile::tempdir()?;
     let at = |name: &str| folder.path().join(name);
     let max_steps = format!("max_steps={}", options.steps);
     let tiny = |run: &Path, more: &[&str]| settings(run, &[&TINY, more].concat());
-    let two = ["per_device_train_batch_size=1", &max_steps];
+    let two = |stage: usize| ["per_device_train_batch_size=1", &max_steps, STAGES[stage]];
 
     let mut expected = Vec::new();
-    if hits > 0 {
-        end(vora.command("train").args(["--nproc", "2"]).args(tiny(&at("whole"), &two)).spawn()?)?;
-        expected = losses(&at("whole"))?;
+    if hits + options.nodes > 0 {
+        for stage in 0..STAGES.len() {
+            let whole = at(&format!("whole-{stage}"));
+            end(vora.command("train").args(["--nproc", "2"]).args(tiny(&whole, &two(stage))).spawn()?)?;
+            expected.push(losses(&whole)?);
+        }
+        ensure!(expected[0] == expected[1], "{} gives other losses than {}", STAGES[1], STAGES[0]);
     }
     let mut random: u64 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.subsec_nanos().into();
     for number in 0..hits {
         let (signal, done) = if number < options.kills { ("KILL", "killed") } else { ("STOP", "frozen") };
         let (step, rank) = (2 + draw(&mut random) % (options.steps - 6), draw(&mut random) % 2);
-        let run = at(&format!("{done}-{number}"));
+        let (run, stage) = (at(&format!("{done}-{number}")), (number % 2) as usize);
         let stderr = fs::File::create(at("stderr"))?;
         let mut command = Command::new(&torchrun);
         command.args(["--no-python", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]);
-        command.arg(&vora.program).arg("train").args(tiny(&run, &two)).arg("--resume").current_dir(cmd::root());
+        command.arg(&vora.program).arg("train").args(tiny(&run, &two(stage))).arg("--resume").current_dir(cmd::root());
         let started = command.env("OMP_NUM_THREADS", "1").stdout(Stdio::null()).stderr(stderr).spawn();
         let mut started = started.with_context(|| format!("cannot start {}", torchrun.display()))?;
         let reached = wait(&mut started, || losses(&run).is_ok_and(|losses| losses.len() as u64 >= step));
@@ -104,14 +118,16 @@ pub fn run(args: &[String]) -> Result<()> {
         let found = start.elapsed();
         end(started)?;
         ensure!(
-            losses(&run)? == expected,
-            "the run whose rank {rank} was {done} at step {step} ended with other losses"
+            losses(&run)? == expected[stage],
+            "the run whose rank {rank} was {done} at step {step}, {}, ended with other losses",
+            STAGES[stage]
         );
         let said = fs::read_to_string(at("stderr"))?;
         let named = ["has not been heard of", "does not answer"];
         let named = said.lines().find(|line| named.iter().any(|words| line.contains(words))).unwrap_or_default();
         println!(
-            "rank {rank} {done} at step {step}: the other ended after {found:.1?}; gone on to the same losses; {named}"
+            "{}, rank {rank} {done} at step {step}: the other ended after {found:.1?}; gone on to the same losses; {named}",
+            STAGES[stage]
         );
         if signal == "STOP" {
             ensure!(
@@ -119,6 +135,23 @@ pub fn run(args: &[String]) -> Result<()> {
                 "rank {rank} was not found in time: {said}"
             );
         }
+    }
+    let runs = if options.nodes > 0 { options.nodes + 1 } else { 0 }; // the first is left alone
+    for number in 0..runs {
+        let stage = (number % 2) as usize;
+        let hit = (number > 0).then(|| (2 + draw(&mut random) % (options.steps - 6), draw(&mut random) % 2));
+        let run = at(&format!("nodes-{number}"));
+        let start = |node: &str| agent(&torchrun, &vora, &tiny(&run, &two(stage)), &at(node));
+        two_nodes([start("node-0")?, start("node-1")?], &run, hit).with_context(|| {
+            let said = [0, 1].map(|node| fs::read_to_string(at(&format!("node-{node}"))).unwrap_or_default());
+            format!("two agents of torchrun; the first said:\n{}\nthe second:\n{}", said[0], said[1])
+        })?;
+        ensure!(losses(&run)? == expected[stage], "two nodes, {hit:?}, {}, end with other losses", STAGES[stage]);
+        let hit = hit.map_or("unhindered".to_owned(), |(step, rank)| format!("rank {rank} killed at step {step}"));
+        println!(
+            "two nodes of one process each, {}, {hit}: the same losses as two processes of one node",
+            STAGES[stage]
+        );
     }
     far_from_one(&vora, &at("far"))?;
     if options.rounds > 0 {
@@ -128,6 +161,51 @@ pub fn run(args: &[String]) -> Result<()> {
         memory(&vora, options.memory_steps, &at("memory"))?;
     }
     Ok(())
+}
+
+/// Where the agents of torchrun meet.
+const ENDPOINT: &str = "127.0.0.1:29411";
+
+/// An agent of two, with one process, which resumes where it is started again.
+fn agent(torchrun: &Path, vora: &Vora, settings: &[String], stderr: &Path) -> Result<Child> {
+    let mut command = Command::new(torchrun);
+    command.args(["--no-python", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3"]);
+    command.args([
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-id",
+        "17",
+        "--rdzv-endpoint",
+        ENDPOINT,
+        "--local-addr",
+        "127.0.0.1",
+    ]);
+    command.arg(&vora.program).arg("train").args(settings).arg("--resume").current_dir(cmd::root());
+    command.env("OMP_NUM_THREADS", "1").env("GLOO_SOCKET_IFNAME", "lo");
+    let started = command.stdout(Stdio::null()).stderr(fs::File::create(stderr)?).spawn();
+    started.with_context(|| format!("cannot start {}", torchrun.display()))
+}
+
+/// Waits until both agents have ended well; on the way the process of a rank is killed once the run is at a step.
+fn two_nodes(agents: [Child; 2], run: &Path, hit: Option<(u64, u64)>) -> Result<()> {
+    let [mut first, mut second] = agents;
+    let ended = (|| {
+        if let Some((step, rank)) = hit {
+            let reached = wait(&mut first, || losses(run).is_ok_and(|losses| losses.len() as u64 >= step));
+            reached.context("waiting for a step")?;
+            cmd::run(Command::new("kill").args(["-s", "KILL", &ranks(run)?[&rank].to_string()]))?;
+        }
+        for agent in [&mut first, &mut second] {
+            let status = agent.wait()?;
+            ensure!(status.success(), "an agent failed: {status}");
+        }
+        Ok(())
+    })();
+    for agent in [&mut first, &mut second] {
+        let _ = agent.kill();
+        let _ = agent.wait();
+    }
+    ended
 }
 
 /// What the runs set whose memory is compared: weights in f32, and few samples, so that frozen weights are most of it.

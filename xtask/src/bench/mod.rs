@@ -85,6 +85,7 @@ Examples:
   cargo xtask bench gpu --part speed             on a GPU: a step of random models of three sizes of batch and of 7B beside transformers
   cargo xtask bench gpu --part speed -- --rehearse  the same commands with tiny models on the CPU
   cargo xtask bench gpu --part photos -- --photos DIR --held-out DIR  a VoRA and a LLaVA on captioned photographs, five minutes together
+  cargo xtask bench gpu --part nccl              one process of a group of one over NCCL, trained and resumed, beside Gloo and no group
   cargo xtask bench distributed                  two processes under torchrun: killed, frozen, beside one
   cargo xtask bench distributed -- --kills 2 --rounds 0
   cargo xtask bench drift                        what QK-norm and z-loss do to the norms of a small Chameleon
@@ -138,7 +139,7 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     steps: Option<u64>,
     /// Of gpu: what is measured, some minutes each
-    #[arg(long, value_parser = ["speed", "photos"], required_if_eq("name", "gpu"))]
+    #[arg(long, value_parser = ["speed", "photos", "nccl"], required_if_eq("name", "gpu"))]
     part: Option<String>,
     /// Handed to the bench
     #[arg(last = true, value_name = "ARGS", conflicts_with = "train")]

@@ -3,6 +3,7 @@
 //! ```text
 //! torch/{lib,include}  nvidia/      as the wheels have them: libtorch finds the NVIDIA libraries by `../../nvidia`
 //! view/lib/                         links to the CPU half of torch/lib
+//! view/lib/libvora_nccl.so          where CUDA is: what NCCL is reached by
 //! view/{include,build-version}      for torch-sys; `.libtorch` in a clone is a link to view/
 //! ```
 //!
@@ -49,7 +50,8 @@ fn wanted_cuda(name: &str) -> bool {
         || (name.starts_with("nvidia/") && !name.ends_with(".a"))
 }
 
-fn unpack(wheel: &Path, home: &Path, wanted: fn(&str) -> bool) -> Result<()> {
+/// Unpacks into `home` what is wanted of a wheel.
+pub fn unpack(wheel: &Path, home: &Path, wanted: fn(&str) -> bool) -> Result<()> {
     let mut archive = ZipArchive::new(File::open(wheel)?)?;
     for i in 0..archive.len() {
         let mut entry = archive.by_index(i)?;
@@ -144,6 +146,12 @@ pub fn is_complete(home: &Path, cuda: bool) -> bool {
 /// Whether `link` leads to a complete libtorch.
 pub fn is_linked(link: &Path, cuda: bool) -> bool {
     link.canonicalize().is_ok_and(|view| view.parent().is_some_and(|home| is_complete(home, cuda)))
+}
+
+/// The home that `link` leads to.
+pub fn of_link(link: &Path) -> Result<PathBuf> {
+    let view = link.canonicalize().with_context(|| format!("cannot follow {}", link.display()))?;
+    Ok(view.parent().context("a view lies in a home")?.to_owned())
 }
 
 /// Makes `link` lead to the view of `home`, in one step.

@@ -1,6 +1,7 @@
 //! `cargo xtask setup`: finds or fetches libtorch and links it at `.libtorch`, where `.cargo/config.toml` looks.
 
 mod home;
+mod nccl;
 mod wheels;
 
 use std::env;
@@ -18,7 +19,7 @@ const VERSION: &str = "2.11.0";
 const EXAMPLES: &str = "\
 Examples:
   cargo xtask setup                   fetch libtorch with pip, or link what the cache has
-  cargo xtask setup --cuda            with the CUDA libraries, for a machine with an NVIDIA GPU
+  cargo xtask setup --cuda            with the CUDA libraries and NCCL, for a machine with NVIDIA GPUs
   cargo xtask setup --wheel torch-2.11.0-cp311-cp311-manylinux_2_28_x86_64.whl
                                       without a network; the nvidia-* wheels are looked for beside it
   LIBTORCH=/opt/libtorch cargo xtask setup
@@ -31,7 +32,8 @@ pub struct Args {
     /// Take torch from this file instead of the package index
     #[arg(long, value_name = "FILE")]
     wheel: Option<PathBuf>,
-    /// Fetch the CUDA libraries too (2 GB more, 3.7 GB unpacked); the default where an NVIDIA driver is found
+    /// Fetch the CUDA libraries too (2 GB more, 3.7 GB unpacked), and build what opens NCCL, in .libtorch/lib; the default where
+    /// an NVIDIA driver is found
     #[arg(long)]
     cuda: bool,
     /// No CUDA libraries, whatever the machine has
@@ -59,20 +61,25 @@ pub fn run(args: &Args) -> Result<()> {
         bail!(reason);
     }
     let link = cmd::root().join(".libtorch");
+    let cuda = args.cuda || (!args.cpu && nvidia_driver(Path::new("/")));
     let home = match users_libtorch(&cmd::root(), env::var_os("LIBTORCH").map(PathBuf::from)) {
         Some(libtorch) => home::of_user(&cmd::cache()?, &libtorch)?,
-        None => {
-            let cuda = args.cuda || (!args.cpu && nvidia_driver(Path::new("/")));
-            if args.wheel.is_none() && !args.cpu && home::is_linked(&link, cuda) {
-                eprintln!("libtorch {VERSION}: {}", link.display());
-                return Ok(());
-            }
-            cached(&cmd::cache()?, cuda, args.wheel.as_deref(), &Pip::default())?
-        }
+        None if args.wheel.is_none() && !args.cpu && home::is_linked(&link, cuda) => home::of_link(&link)?,
+        None => cached(&cmd::cache()?, cuda, args.wheel.as_deref(), &Pip::default())?,
     };
     home::link(&link, &home)?;
     eprintln!("libtorch {VERSION}: {} -> {}", link.display(), home.display());
-    compiler()
+    compiler()?;
+    if !cuda {
+        return Ok(());
+    }
+    match nccl::build(&home, args.wheel.as_deref(), &Pip::default()).context("NCCL, for several GPUs, is not there") {
+        Err(error) if !args.cuda => {
+            eprintln!("{error:#}");
+            Ok(())
+        }
+        built => built,
+    }
 }
 
 /// Before the other tasks: sets up unless some good libtorch is linked.

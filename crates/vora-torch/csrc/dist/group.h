@@ -1,10 +1,12 @@
 // A group of processes that wait for each other, and for nothing longer than until somebody tells them to stop.
 #pragma once
 
-#define USE_DISTRIBUTED
 #define USE_C10D_GLOO
 
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include "nccl.h"
+
+#include <c10/core/Event.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <atomic>
@@ -14,6 +16,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 // What is being waited for. A collective cannot be called back once it has begun, so nobody waits for it itself, but for a
 // future of ours, which `abort` ends as well.
@@ -41,10 +44,21 @@ class Waits : public std::enable_shared_from_this<Waits> {
     return outer;
   }
 
-  void wait(const c10::intrusive_ptr<c10d::Work>& work) {
+  void wait(const c10::intrusive_ptr<c10d::Work>& work, c10::Device device) {
     auto future = watch(work->getFuture());
     future->wait();
     future->value();  // throws where there is none
+    queued(device);
+  }
+
+  // A GPU is what waits for NCCL, and a process for its GPU: what is queued there by now is being waited for.
+  void queued(c10::Device device) {
+    if (device.is_cpu()) return;
+    c10::Event event(device.type());
+    event.record(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
+    std::lock_guard<std::mutex> lock(mutex_);
+    drop_reached();
+    on_device_.emplace_back(std::move(event), std::chrono::steady_clock::now());
   }
 
   void abort(const std::string& reason) {
@@ -59,8 +73,11 @@ class Waits : public std::enable_shared_from_this<Waits> {
   // For how long the oldest of them has been waited for, in seconds; 0 where there is none.
   double oldest() {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (pending_.empty()) return 0.0;
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - pending_.front().since).count();
+    if (reason_.empty()) drop_reached();
+    auto now = std::chrono::steady_clock::now(), since = now;
+    if (!pending_.empty()) since = std::min(since, pending_.front().since);
+    if (!on_device_.empty()) since = std::min(since, on_device_.front().second);
+    return std::chrono::duration<double>(now - since).count();
   }
 
   bool is_aborted() {
@@ -73,8 +90,13 @@ class Waits : public std::enable_shared_from_this<Waits> {
     c10::intrusive_ptr<Future> future;
     std::chrono::steady_clock::time_point since;
   };
+  void drop_reached() {
+    while (!on_device_.empty() && on_device_.front().first.query()) on_device_.pop_front();
+  }
+
   std::mutex mutex_;
   std::list<Pending> pending_;
+  std::list<std::pair<c10::Event, std::chrono::steady_clock::time_point>> on_device_;
   std::string reason_;
 };
 
@@ -82,4 +104,5 @@ struct Group {
   c10::intrusive_ptr<c10d::ProcessGroup> group;
   std::shared_ptr<Waits> waits;
   std::shared_ptr<std::atomic<uint64_t>> reduced;  // bytes of gradients that were handed to all-reduce
+  c10::intrusive_ptr<c10d::Backend> nccl;          // where it is attached
 };

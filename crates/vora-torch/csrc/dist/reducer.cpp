@@ -23,6 +23,7 @@ class SumHook : public c10d::CppCommHookInterface<Group> {
 };
 
 struct Gradients {
+  std::shared_ptr<Waits> waits;
   std::shared_ptr<c10d::Reducer> reducer;
   std::vector<at::Tensor> parameters;
   std::shared_ptr<std::vector<char>> arrived;  // in the pass that is summed
@@ -46,6 +47,7 @@ struct Gradients {
       zeros.push_back(at::zeros({}, parameters[i].options().requires_grad(false)).expand(parameters[i].sizes()));
     }
     if (!rest.empty()) torch::autograd::backward(rest, zeros);
+    if (!parameters.empty()) waits->queued(parameters[0].device());
   }
 };
 
@@ -57,6 +59,7 @@ extern "C" {
 Gradients* vora_gradients_new(Group* group, at::Tensor* const* tensors, size_t n, int64_t bucket_bytes) {
   return guard<Gradients*>(nullptr, [&] {
     auto gradients = std::make_unique<Gradients>();
+    gradients->waits = group->waits;
     auto& parameters = gradients->parameters;
     for (size_t i = 0; i < n; i++) parameters.push_back(*tensors[i]);
     c10d::verify_params_across_processes(group->group, parameters, std::nullopt);

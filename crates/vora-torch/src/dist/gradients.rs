@@ -10,7 +10,7 @@ use super::group::ProcessGroup;
 use crate::ffi::{self, dist};
 
 /// Bytes of gradients that go over the network together: DDP's `bucket_cap_mb` of 25.
-const BUCKET_BYTES: i64 = 25 << 20;
+pub const BUCKET_BYTES: u64 = 25 << 20;
 
 /// The gradients of some parameters, through c10d's Reducer: those of one backward pass, and what passes before it left,
 /// are summed over all processes in buckets, each as soon as it is whole.
@@ -36,8 +36,9 @@ impl Gradients {
         let pointers = ffi::pointers(parameters);
         let made = || {
             // SAFETY: a live group and a list of live tensors.
-            let reducer =
-                unsafe { dist::vora_gradients_new(group.as_ptr(), pointers.as_ptr(), pointers.len(), BUCKET_BYTES) };
+            let reducer = unsafe {
+                dist::vora_gradients_new(group.as_ptr(), pointers.as_ptr(), pointers.len(), BUCKET_BYTES as i64)
+            };
             if reducer.is_null() { Err(ffi::last_error()) } else { Ok(reducer) }
         };
         Ok(Self { reducer: group.explained(made())?, group: Arc::clone(group) })

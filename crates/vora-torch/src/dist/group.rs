@@ -5,17 +5,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
-use tch::Tensor;
+use anyhow::{Context, Result, anyhow, bail};
+use tch::{Device, Tensor};
 
 use super::handle::Handle;
+use super::meeting::meet;
+use super::nccl::Nccl;
 use super::store::Store;
 use super::watch::{BREAK, END, Watch, beat, is_done};
 use super::world::World;
 use crate::ffi::{self, dist};
 
-/// Gloo's own time-out, which nobody waits for: the watch ends what waits too long.
-const GLOO_TIMEOUT: Duration = Duration::from_secs(7 * 24 * 3600);
+/// The time-out of Gloo and NCCL themselves, which nobody waits for: the watch ends what waits too long.
+const NO_TIMEOUT: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// How long the watch may take to say who is gone, after a connection has broken.
 const EXPLANATION: Duration = Duration::from_secs(12);
@@ -69,15 +71,13 @@ impl ProcessGroup {
     pub fn join(world: &World, timeout: Duration) -> Result<Arc<Self>> {
         let World { rank, world_size, .. } = *world;
         let store = Store::connect(world, rank == 0 && !world.has_agent_store, timeout)?;
-        let here = format!("here/{rank}");
-        ensure!(!store.has(&here)?, "there is another process of rank {rank}: each needs a RANK of its own");
-        store.set(&here, b"")?;
-        meet(&store, world, timeout)?;
+        let attempt = meet(&store, world, timeout)?;
+        let store = store.within(&attempt)?;
         store.set(&beat(rank), b"")?;
 
         let interface = CString::new(std::env::var("GLOO_SOCKET_IFNAME").unwrap_or_default())?;
         let host = CString::new(if world.is_on_one_machine() { world.master_addr.as_str() } else { "" })?;
-        let milliseconds = i64::try_from(GLOO_TIMEOUT.as_millis())?;
+        let milliseconds = i64::try_from(NO_TIMEOUT.as_millis())?;
         let (rank, world_size) = (i32::try_from(rank)?, i32::try_from(world_size)?);
         // SAFETY: a live store, two strings.
         let group = unsafe {
@@ -90,9 +90,35 @@ impl ProcessGroup {
             ));
         }
         let handle = Arc::new(Handle::new(group));
-        let watch = Watch::start(world, Arc::clone(&handle), timeout)?;
+        let watch = Watch::start(world, &attempt, Arc::clone(&handle), timeout)?;
         let (traffic, waited) = Default::default();
         Ok(Arc::new(Self { world: world.clone(), watch: Some(watch), handle, store, traffic, waited }))
+    }
+
+    /// Has collectives of tensors on GPUs go through NCCL, in place of Gloo by way of the host; `device` is this process's. All
+    /// call it, before any tensor on a GPU goes anywhere. Those of tensors on the host stay with Gloo.
+    ///
+    /// A collective has then only been queued where it returns. One that another process does not come to is found all the
+    /// same, by what waits on the GPU, and the next one of any tensor tells.
+    ///
+    /// # Errors
+    /// In every process: the first one's that is on no GPU, that sees none, or that shares one with another.
+    pub fn attach(&self, nccl: &Nccl, device: Device) -> Result<()> {
+        let attached = || {
+            let Device::Cuda(index) = device else {
+                bail!("NCCL sends tensors between GPUs, this process is on {device:?}")
+            };
+            let (index, timeout) = (i32::try_from(index)?, i64::try_from(NO_TIMEOUT.as_millis())?);
+            // SAFETY: a live group and store, and the function that csrc/dist/nccl.h declares.
+            ffi::check(unsafe {
+                dist::vora_group_attach_nccl(self.as_ptr(), self.store.as_ptr(), nccl.attach, index, timeout)
+            })?;
+            Ok(index)
+        };
+        let index = self.agree(attached().with_context(|| format!("NCCL does not serve {device:?}")))?;
+        // SAFETY: a live group.
+        let connected = self.timed(|| ffi::check(unsafe { dist::vora_group_connect_nccl(self.as_ptr(), index) }));
+        self.agree(connected.with_context(|| format!("NCCL does not connect {device:?} of rank {}", self.rank())))
     }
 
     /// This process, from 0.
@@ -316,50 +342,6 @@ impl Drop for ProcessGroup {
         }
     }
 }
-
-/// Waits until all ranks have come; rank 0 counts them.
-fn meet(store: &Store, world: &World, timeout: Duration) -> Result<()> {
-    const ALL_HERE: &str = "all here";
-    let start = Instant::now();
-    let mut missing: Vec<usize> = if world.rank == 0 { (1..world.world_size).collect() } else { vec![0] };
-    loop {
-        let came =
-            |rank: &usize| if world.rank == 0 { store.has(&format!("here/{rank}")) } else { store.has(ALL_HERE) };
-        let mut left = Vec::new();
-        for rank in &missing {
-            if !came(rank)? {
-                left.push(*rank);
-            }
-        }
-        missing = left;
-        if missing.is_empty() {
-            return if world.rank == 0 { store.set(ALL_HERE, b"") } else { Ok(()) };
-        }
-        if store.has(END)? {
-            bail!("{}", String::from_utf8_lossy(&store.get(END)?));
-        }
-        // Rank 0 knows who is missing, so the others give it the time to say so.
-        let patience = if world.rank == 0 { timeout } else { timeout.saturating_add(10 * PAUSE) };
-        if start.elapsed() >= patience {
-            let who = missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-            let reason = format!(
-                "{} of {} processes came within {} s, ddp_timeout; missing: rank {who}",
-                world.world_size - missing.len(),
-                world.world_size,
-                timeout.as_secs()
-            );
-            if world.rank == 0 {
-                store.set(END, reason.as_bytes())?;
-                thread::sleep(5 * PAUSE); // until the others have read it
-                bail!(reason);
-            }
-            bail!("rank 0 did not come within {} s, ddp_timeout", timeout.as_secs());
-        }
-        thread::sleep(PAUSE);
-    }
-}
-
-const PAUSE: Duration = Duration::from_millis(200);
 
 fn bytes(tensor: &Tensor) -> u64 {
     (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64

@@ -45,6 +45,12 @@ impl Handle {
         Duration::from_secs_f64(unsafe { dist::vora_group_waiting(self.group) }.max(0.0))
     }
 
+    /// Whether NCCL has found its connections broken.
+    pub(super) fn is_broken(&self) -> bool {
+        // SAFETY: a live group.
+        unsafe { dist::vora_group_is_broken(self.group) == 1 }
+    }
+
     /// Collectives begun, and the step of the run.
     pub(super) fn progress(&self) -> (u64, u64) {
         (self.collectives.load(Ordering::Relaxed), self.step.load(Ordering::Relaxed))

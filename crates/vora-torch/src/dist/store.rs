@@ -68,6 +68,28 @@ impl Store {
         Ok(Vec::<u8>::try_from(bytes)?)
     }
 
+    /// The same where the key is there.
+    pub(super) fn look(&self, key: &str) -> Result<Option<String>> {
+        let found = self.has(key)?.then(|| self.get(key)).transpose()?;
+        Ok(found.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
+    }
+
+    /// Puts `desired` under a key where `expected` is, "" for nothing; what is there then.
+    pub(super) fn swap(&self, key: &str, expected: &str, desired: &str) -> Result<String> {
+        let (key, expected, desired) = (CString::new(key)?, CString::new(expected)?, CString::new(desired)?);
+        // SAFETY: a live store and three strings.
+        let found = unsafe { dist::vora_store_swap(self.0, key.as_ptr(), expected.as_ptr(), desired.as_ptr()) };
+        Ok(String::from_utf8_lossy(&Vec::<u8>::try_from(ffi::tensor(found)?)?).into_owned())
+    }
+
+    /// The keys that begin with `name/`, without that.
+    pub(super) fn within(&self, name: &str) -> Result<Self> {
+        let name = CString::new(name)?;
+        // SAFETY: a live store and a string.
+        let store = unsafe { dist::vora_store_within(self.0, name.as_ptr()) };
+        if store.is_null() { Err(ffi::last_error()) } else { Ok(Self(store)) }
+    }
+
     pub(super) fn as_ptr(&self) -> *mut c_void {
         self.0
     }
@@ -75,10 +97,9 @@ impl Store {
 
 fn open(world: &World, keeps: bool, timeout: Duration) -> Result<Store> {
     let host = CString::new(world.master_addr.as_str()).context("MASTER_ADDR")?;
-    let prefix = CString::new(format!("vora/attempt_{}", world.restart_count))?;
     let (port, timeout) = (world.master_port, i64::try_from(timeout.as_millis())?);
-    // SAFETY: two strings that outlive the call.
-    let store = unsafe { dist::vora_store_new(host.as_ptr(), port, i32::from(keeps), prefix.as_ptr(), timeout) };
+    // SAFETY: a string that outlives the call.
+    let store = unsafe { dist::vora_store_new(host.as_ptr(), port, i32::from(keeps), timeout) };
     if store.is_null() { Err(ffi::last_error()) } else { Ok(Store(store)) }
 }
 

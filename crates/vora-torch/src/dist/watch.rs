@@ -20,6 +20,9 @@ const SILENCE: Duration = Duration::from_secs(15);
 /// The same once a connection of the network has broken.
 const SILENCE_AFTER_A_BREAK: Duration = Duration::from_secs(5);
 
+/// Where NCCL's connections broke and all processes are there after so long, the network is what broke.
+const ALL_THERE: Duration = Duration::from_secs(10);
+
 /// Why all are to stop, by whoever knows first.
 pub(super) const END: &str = "end";
 
@@ -44,13 +47,13 @@ pub(super) fn beat(rank: usize) -> String {
 impl Watch {
     /// Starts a thread, with a connection of its own to the store, and one that sees to it that the store answers: a keeper
     /// that is frozen lets whoever asks it wait for ever.
-    pub(super) fn start(world: &World, handle: Arc<Handle>, longest_wait: Duration) -> Result<Self> {
-        let store = Store::connect(world, false, SILENCE)?;
+    pub(super) fn start(world: &World, attempt: &str, handle: Arc<Handle>, longest_wait: Duration) -> Result<Self> {
+        let store = Store::connect(world, false, SILENCE)?.within(attempt)?;
         let stop = Arc::new(AtomicBool::new(false));
         let watched = if world.rank == 0 { (1..world.world_size).collect() } else { vec![0] };
         let seen = watched.into_iter().map(|rank| (rank, (Vec::new(), Instant::now()))).collect();
         let answered = Arc::new(Mutex::new(Instant::now()));
-        let watcher = Watcher { store, world: world.clone(), handle, longest_wait, seen, beats: 0 };
+        let watcher = Watcher { store, world: world.clone(), handle, longest_wait, seen, beats: 0, broke: None };
 
         let (no_store, handle) = (watcher.no_store(), Arc::clone(&watcher.handle));
         let (stopped, last) = (Arc::clone(&stop), Arc::clone(&answered));
@@ -97,6 +100,7 @@ struct Watcher {
     longest_wait: Duration,
     seen: BTreeMap<usize, (Vec<u8>, Instant)>, // last sign of each that is watched, and when it came
     beats: u64,
+    broke: Option<Instant>, // when NCCL's connections were found broken
 }
 
 impl Watcher {
@@ -124,6 +128,10 @@ impl Watcher {
         if self.store.has(END)? {
             return Ok(Some(String::from_utf8_lossy(&self.store.get(END)?).into_owned()));
         }
+        if self.broke.is_none() && self.handle.is_broken() {
+            self.broke = Some(Instant::now());
+            self.store.set(BREAK, b"")?;
+        }
         let silence = if self.store.has(BREAK)? { SILENCE_AFTER_A_BREAK } else { SILENCE };
         for (rank, (last, since)) in &mut self.seen {
             let key = beat(*rank);
@@ -143,12 +151,15 @@ impl Watcher {
                 return Ok(Some(reason));
             }
         }
-        if self.handle.waiting() > self.longest_wait {
-            let reason = self.late()?;
-            self.store.set(END, reason.as_bytes())?;
-            return Ok(Some(reason));
-        }
-        Ok(None)
+        let reason = if self.handle.waiting() > self.longest_wait {
+            self.late()?
+        } else if self.broke.is_some_and(|broke| broke.elapsed() > ALL_THERE) {
+            format!("rank {}: NCCL's connections broke, NCCL_DEBUG=WARN shows where", self.world.rank)
+        } else {
+            return Ok(None);
+        };
+        self.store.set(END, reason.as_bytes())?;
+        Ok(Some(reason))
     }
 
     /// Who has not come to what this process waits in.

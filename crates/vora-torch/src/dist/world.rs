@@ -25,8 +25,6 @@ pub struct World {
     pub master_port: u16,
     /// `TORCHELASTIC_USE_AGENT_STORE`: the store is kept by torchrun's agent, in place of rank 0.
     pub has_agent_store: bool,
-    /// `TORCHELASTIC_RESTART_COUNT`: how often all of them were started again.
-    pub restart_count: u64,
 }
 
 impl World {
@@ -58,7 +56,6 @@ impl World {
             master_addr: value("MASTER_ADDR").unwrap_or_default(),
             master_port: number(&value, "MASTER_PORT", None)?,
             has_agent_store: value("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|value| value == "True"),
-            restart_count: number(&value, "TORCHELASTIC_RESTART_COUNT", Some(0))?,
         };
         let Self { rank, world_size, local_rank, local_world_size, .. } = world;
         ensure!(rank < world_size, "RANK is {rank} and WORLD_SIZE {world_size}: ranks count from 0");
@@ -105,9 +102,8 @@ mod tests {
         assert_eq!((plain.rank, plain.world_size, plain.local_rank, plain.local_world_size), (3, 4, 0, 1));
         assert!(!plain.has_agent_store && !plain.is_on_one_machine());
         let elastic = [("LOCAL_RANK", "3"), ("LOCAL_WORLD_SIZE", "4"), ("TORCHELASTIC_USE_AGENT_STORE", "True")];
-        let all = [&FOUR[..], &elastic, &[("TORCHELASTIC_RESTART_COUNT", "2")]].concat();
-        let found = parse(&all).unwrap().unwrap();
-        assert_eq!((found.has_agent_store, found.restart_count, found.is_on_one_machine()), (true, 2, true));
+        let found = parse(&[&FOUR[..], &elastic].concat()).unwrap().unwrap();
+        assert!(found.has_agent_store && found.is_on_one_machine());
     }
 
     #[test]

@@ -5,17 +5,18 @@ use std::ffi::{c_char, c_void};
 use torch_sys::C_tensor;
 
 unsafe extern "C" {
-    pub(crate) fn vora_store_new(
-        host: *const c_char,
-        port: u16,
-        is_server: i32,
-        prefix: *const c_char,
-        timeout_ms: i64,
-    ) -> *mut c_void;
+    pub(crate) fn vora_store_new(host: *const c_char, port: u16, is_server: i32, timeout_ms: i64) -> *mut c_void;
+    pub(crate) fn vora_store_within(store: *mut c_void, prefix: *const c_char) -> *mut c_void;
     pub(crate) fn vora_store_free(store: *mut c_void);
     pub(crate) fn vora_store_set(store: *mut c_void, key: *const c_char, data: *const u8, len: usize) -> i32;
     pub(crate) fn vora_store_has(store: *mut c_void, key: *const c_char) -> i32;
     pub(crate) fn vora_store_get(store: *mut c_void, key: *const c_char) -> *mut C_tensor;
+    pub(crate) fn vora_store_swap(
+        store: *mut c_void,
+        key: *const c_char,
+        expected: *const c_char,
+        desired: *const c_char,
+    ) -> *mut C_tensor;
     pub(crate) fn vora_group_new(
         store: *mut c_void,
         rank: i32,
@@ -24,6 +25,15 @@ unsafe extern "C" {
         host: *const c_char,
         timeout_ms: i64,
     ) -> *mut c_void;
+    pub(crate) fn vora_group_attach_nccl(
+        group: *mut c_void,
+        store: *mut c_void,
+        attach: *mut c_void,
+        device: i32,
+        timeout_ms: i64,
+    ) -> i32;
+    pub(crate) fn vora_group_connect_nccl(group: *mut c_void, device: i32) -> i32;
+    pub(crate) fn vora_group_is_broken(group: *mut c_void) -> i32;
     pub(crate) fn vora_group_free(group: *mut c_void);
     pub(crate) fn vora_group_all_reduce(group: *mut c_void, tensor: *const C_tensor, op: i32) -> i32;
     pub(crate) fn vora_group_broadcast(group: *mut c_void, tensor: *const C_tensor, root: i32) -> i32;

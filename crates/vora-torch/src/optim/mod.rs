@@ -8,4 +8,4 @@ mod sharded;
 pub use adamw::{AdamW, fused_adamw};
 pub use gradients::{grad_norm, scale};
 pub use optimizer::{Optimizer, OptimizerConfig, Parameter};
-pub use sharded::broadcast;
+pub use sharded::{BROADCAST_BYTES, broadcast};

@@ -6,8 +6,8 @@ use tch::Tensor;
 use super::optimizer::Optimizer;
 use crate::dist::ProcessGroup;
 
-/// Elements that are sent together.
-const CHUNK: usize = 16 << 20;
+/// Bytes of weights that are sent together; more only where one tensor has more.
+pub const BROADCAST_BYTES: u64 = 64 << 20;
 
 impl Optimizer {
     /// After [`Self::step`]: takes over what the other processes made of their parameters.
@@ -34,9 +34,9 @@ impl Optimizer {
 pub fn broadcast(group: &ProcessGroup, tensors: &[Tensor], root: usize) -> Result<()> {
     let mut rest = tensors;
     while !rest.is_empty() {
-        let (mut len, mut elements) = (0, 0);
-        while len < rest.len() && (len == 0 || elements + rest[len].numel() <= CHUNK) {
-            elements += rest[len].numel();
+        let (mut len, mut bytes) = (0, 0);
+        while len < rest.len() && (len == 0 || bytes + 4 * rest[len].numel() as u64 <= BROADCAST_BYTES) {
+            bytes += 4 * rest[len].numel() as u64;
             len += 1;
         }
         let (chunk, after) = rest.split_at(len);

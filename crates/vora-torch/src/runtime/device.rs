@@ -30,6 +30,13 @@ pub fn init() {
 /// come from the same build.
 #[cfg(target_os = "linux")]
 fn cuda_library() -> Option<CString> {
+    let cuda = loaded_libtorch()?.canonicalize().ok()?.with_file_name("libtorch_cuda.so");
+    cuda.exists().then(|| CString::new(cuda.to_string_lossy().as_bytes()).ok())?
+}
+
+/// The `libtorch_cpu.so` that is loaded, by the path that the loader took.
+#[cfg(target_os = "linux")]
+pub(crate) fn loaded_libtorch() -> Option<PathBuf> {
     let mut info = libc::Dl_info {
         dli_fname: std::ptr::null(),
         dli_fbase: std::ptr::null_mut(),
@@ -46,9 +53,7 @@ fn cuda_library() -> Option<CString> {
         return None;
     }
     // SAFETY: dladdr returned a NUL-terminated path.
-    let cpu = PathBuf::from(unsafe { CStr::from_ptr(info.dli_fname) }.to_str().ok()?);
-    let cuda = cpu.canonicalize().ok()?.with_file_name("libtorch_cuda.so");
-    cuda.exists().then(|| CString::new(cuda.to_string_lossy().as_bytes()).ok())?
+    Some(PathBuf::from(unsafe { CStr::from_ptr(info.dli_fname) }.to_str().ok()?))
 }
 
 /// The device that a user asked for: `auto` (a GPU when there is one), `cpu`, `cuda` or `cuda:1`.

@@ -87,6 +87,48 @@ fn a_sharded_weight_is_whole_while_it_is_needed() {
     assert!(!group.any(false).unwrap());
 }
 
+#[test]
+fn nccl_is_opened_where_it_lies_and_says_what_it_lacks() {
+    if !Ranks::is_one() {
+        return Ranks::of("dist::nccl_is_opened_where_it_lies_and_says_what_it_lacks", 0..1, 1, &[]).pass();
+    }
+    let nccl = match Nccl::open() {
+        Ok(nccl) => nccl,
+        Err(error) => {
+            let said = format!("{error:#}");
+            println!("skipped but for this: {said}");
+            assert!(
+                said.starts_with("libvora_nccl.so is not in /") && said.contains("cargo xtask setup --cuda"),
+                "{said}"
+            );
+            return;
+        }
+    };
+    let group = join(LONG).unwrap();
+    let on_the_host = group.attach(&nccl, Device::Cpu).unwrap_err().to_string();
+    assert!(on_the_host.contains("NCCL does not serve Cpu"), "{on_the_host}");
+    if tch::Cuda::is_available() {
+        group.attach(&nccl, Device::Cuda(0)).unwrap();
+        let there = Tensor::from_slice(&[1.5_f32, -2.0]).to_device(Device::Cuda(0));
+        group.all_reduce(&there, Op::Sum).unwrap();
+        group.broadcast(&there, 0).unwrap();
+        let gathered = group.all_gather(&there).unwrap();
+        assert_eq!(
+            (gathered.size(), Vec::<f32>::try_from(gathered.flatten(0, -1)).unwrap()),
+            (vec![1, 2], vec![1.5, -2.0])
+        );
+    } else {
+        let said = format!("{:#}", group.attach(&nccl, Device::Cuda(0)).unwrap_err());
+        println!("{said}");
+        assert!(
+            said.starts_with("NCCL does not serve Cuda(0): libtorch: ") && said.contains("no GPUs found"),
+            "{said}"
+        );
+    }
+    // What is on the host goes on as before.
+    assert_eq!(group.sum(&[2.0]).unwrap(), [2.0]);
+}
+
 /// Two layers, of which the second is reached by some inputs alone, and one that none reaches.
 fn parameters() -> Vec<Tensor> {
     let random = Random::new(3);

@@ -1,3 +1,5 @@
-//! What only shows between processes.
+//! What shows between processes, and layers beside their references.
 
 mod dist;
+mod preference;
+mod rms_norm;

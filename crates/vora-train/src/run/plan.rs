@@ -276,7 +276,8 @@ mod tests {
         assert_eq!(row.gathered, plan.size.passes * 2 * 4 * frozen * 3 / 4);
         assert!(adapters > 0 && 2 * adapters < bytes);
         let all = plan.measured.as_ref().unwrap().peak_memory.unwrap();
-        assert_eq!(row.memory, all - (2 * bytes - optimizer) - 3 * frozen + 2 * frozen);
+        let exchanged = 2 * bytes + bytes / 4; // gradients, less than a bucket, and the masters of one process
+        assert_eq!(row.memory, all - (2 * bytes - optimizer) - 3 * frozen + 2 * frozen + exchanged);
         assert!(scale.rows.iter().all(|row| row.bandwidth > 0.0 && (row.weights == 0) == (row.zero_stage == 0)));
         assert!(scale.tera_flops.is_none() && plan.to_string().contains("gradients sent a step"), "{plan}");
     }

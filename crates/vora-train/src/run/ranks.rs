@@ -18,7 +18,7 @@ pub(crate) struct Ranks(Option<Arc<ProcessGroup>>);
 impl Ranks {
     /// Those of `group`; none: this process alone.
     pub(crate) fn new(group: Option<Arc<ProcessGroup>>) -> Self {
-        Self(group.filter(|group| group.world_size() > 1))
+        Self(group)
     }
 
     /// The others with this one; none for one that trains alone.
@@ -39,7 +39,7 @@ impl Ranks {
         self.rank() == 0
     }
 
-    /// Whether there are others.
+    /// Whether there are others, or a group of this process alone, which goes the ways of several.
     pub(crate) fn are_several(&self) -> bool {
         self.0.is_some()
     }

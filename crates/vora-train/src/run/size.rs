@@ -10,6 +10,8 @@ use vora_data::{Loader, LoaderConfig, Source};
 use vora_llm::LayerSizes;
 use vora_model::VisionLanguageModel;
 use vora_recipe::TrainConfig;
+use vora_torch::dist::BUCKET_BYTES;
+use vora_torch::optim::BROADCAST_BYTES;
 use vora_torch::runtime::{available_memory, memory};
 use vora_torch::weights::QuantizedWeight;
 
@@ -55,7 +57,8 @@ pub struct Size {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Memory {
-    /// The program with its libraries and the data workers, as it was when the counting began; nothing of it on a GPU.
+    /// The program with its libraries and the data workers, as it was when the counting began, and what the first steps
+    /// touch of both; nothing of it on a GPU.
     pub program: u64,
     /// Weights of the model that are not trained, in the dtype that they are computed with, or in few bits; on the CPU views
     /// of their files, shared with other processes, where those are of that dtype.
@@ -63,6 +66,9 @@ pub struct Memory {
     /// A block's frozen weights, brought together from several processes while it computes (`zero_stage: 3`), and as much again,
     /// in which Gloo brings them.
     pub gathered: u64,
+    /// Where several processes train: the weights that one has changed, side by side as it sends them, and what the C library
+    /// keeps of memory that was freed: of buckets of gradients, which are made anew after the first pass, up to twice one.
+    pub exchanged: u64,
     /// The teacher's.
     pub teacher: u64,
     /// What is trained, in f32.
@@ -80,6 +86,9 @@ pub struct Memory {
     /// Logits with their gradient.
     pub logits: u64,
 }
+
+/// Bytes of libtorch and of this program, mapped from their files, that the first steps touch: measured on x86-64.
+const KERNELS: u64 = 48 << 20;
 
 /// What a cache of the teacher's features comes to.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -151,7 +160,12 @@ impl Size {
     /// What each of `world_size` processes takes, of what one alone would: the most that one does, where whole tensors are dealt.
     pub(crate) fn of_each(&self, world_size: u64, zero_stage: u64) -> Memory {
         let mut memory = self.memory.clone();
+        if world_size > 1 {
+            memory.exchanged = 2 * memory.gradients.min(BUCKET_BYTES); // glibc's trim threshold, by the largest that was freed
+        }
         if zero_stage > 0 {
+            memory.exchanged +=
+                if world_size > 1 { memory.masters.div_ceil(world_size).min(BROADCAST_BYTES) } else { 0 };
             let least = 8 * self.parameters.largest; // two means of one tensor, in f32
             memory.optimizer = memory.optimizer.div_ceil(world_size).max(least);
         }
@@ -202,11 +216,12 @@ impl Memory {
         self.rows().iter().map(|(_, bytes)| bytes).sum()
     }
 
-    pub(crate) fn rows(&self) -> [(&'static str, u64); 11] {
+    pub(crate) fn rows(&self) -> [(&'static str, u64); 12] {
         [
             ("program", self.program),
             ("weights, frozen", self.weights),
             ("a block's, gathered", self.gathered),
+            ("sent to others", self.exchanged),
             ("teacher", self.teacher),
             ("masters, f32", self.masters),
             ("gradients", self.gradients),
@@ -247,10 +262,11 @@ impl Memory {
         });
         let (anchor_step, anchor_logits, anchor) = anchored.unwrap_or_default();
         Self {
-            program,
+            program: program + if llm.device() == Device::Cpu { KERNELS } else { 0 },
             weights: element * (parameters.frozen - parameters.quantized)
                 + in_few_bits(llm, QuantizedWeight::num_bytes).sum::<u64>(),
             gathered: 0,
+            exchanged: 0,
             teacher: element * parameters.teacher,
             masters,
             gradients: masters,

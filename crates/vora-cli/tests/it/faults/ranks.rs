@@ -56,6 +56,13 @@ fn is_there(process: u32) -> bool {
     stat.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with('Z'))
 }
 
+/// Step, loss and norm of the gradient.
+fn losses(run: &Run) -> Vec<(u64, f64, f64)> {
+    let lines = MetricsLog::read(&run.path().join("metrics.jsonl")).unwrap().into_iter();
+    let step = |line| if let Line::Step(s) = line { Some((s.step, s.loss, s.grad_norm)) } else { None };
+    lines.filter_map(step).collect()
+}
+
 /// Rank 1 gets a signal in the midst of a run: the others stop in time and name it, and the run goes on to the same losses.
 fn goes_on_after(name: &str, row: &Row, set: &[&str], parts: &[&str]) {
     let set = [&["bf16=false"], set].concat();
@@ -76,11 +83,6 @@ fn goes_on_after(name: &str, row: &Row, set: &[&str], parts: &[&str]) {
     succeeded(&launch(&run, &[&steps]).wait_with_output().unwrap());
     let whole = Run::with(&set);
     succeeded(&launch(&whole, &[&steps]).wait_with_output().unwrap());
-    let losses = |run: &Run| {
-        let lines = MetricsLog::read(&run.path().join("metrics.jsonl")).unwrap().into_iter();
-        let step = |line| if let Line::Step(s) = line { Some((s.step, s.loss, s.grad_norm)) } else { None };
-        lines.filter_map(step).collect::<Vec<_>>()
-    };
     assert_eq!(losses(&run), losses(&whole)); // digit for digit
     assert!(trained(&whole.path()) == trained(&run.path()), "the resumed run ended with other weights");
 }
@@ -168,9 +170,28 @@ fn processes_that_do_not_fit_each_other_are_told() {
     let taken: &[(&str, &str)] = &[("MASTER_PORT", &port)];
     let in_use = by_hand(&run, [(&[], taken), (&[], taken)], "");
     both_say(&in_use, [&format!("port {port} is in use on this machine"), "no store answers at 127.0.0.1"]);
+    // GPUs where there are none.
+    let nccl: &[&str] = &["ddp_backend=nccl"];
+    let told = "ddp_backend is nccl, which sends tensors between GPUs, and this run is on Cpu: gloo serves there";
+    both_say(&by_hand(&run, [(nccl, &[("VORA_DEVICE", "cpu")]), (nccl, &[("VORA_DEVICE", "cpu")])], ""), [told, told]);
     // One that never comes.
     let alone = by_hand(&run, [(&[], &[]), (&[], &[("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "9")])], "");
     both_say(&alone, ["1 of 2 processes came within 8 s, ddp_timeout; missing: rank 1", "RANK is 1 and WORLD_SIZE 1"]);
+}
+
+#[test]
+fn a_group_of_one_learns_what_a_process_alone_learns() {
+    let found = [&[][..], &["ddp_backend=gloo"], &["ddp_backend=gloo", "zero_stage=3"]].map(|set: &[&str]| {
+        let run = Run::with(&["bf16=false", "gradient_checkpointing=true"]);
+        let mut command = run.train(&[set, &["max_steps=4"]].concat());
+        if !set.is_empty() {
+            command.envs(fixtures::environment(0, 1, fixtures::free_port()));
+        }
+        succeeded(&command.env("OMP_NUM_THREADS", "1").output().unwrap());
+        losses(&run)
+    });
+    assert_eq!(found[0].len(), 4);
+    assert!(found.iter().all(|losses| *losses == found[0]), "{found:?}");
 }
 
 #[test]
