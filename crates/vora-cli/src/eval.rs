@@ -17,7 +17,7 @@ use vora_image::ImageProcessor;
 use vora_infer::{Assistant, Engine, Width};
 use vora_llm::{CausalLm, LlmConfig};
 use vora_lora::ActsOn;
-use vora_model::VisionLanguageModel;
+use vora_model::{VisionLanguageModel, named};
 use vora_run::plot::{Measured, draw_measured};
 use vora_text::{ChatTemplate, Tokenizer};
 use vora_torch::runtime;
@@ -221,10 +221,11 @@ fn on_language(args: &Args, folder: &Path, device: Device, kind: Kind) -> Result
     let found = if model.lora().is_some() && args.base.is_none() {
         language(Side::frozen(model.llm()), this, &tokenizer, &chat)?
     } else {
-        let config = model.config_json()?;
-        let name = args.base.as_deref().or_else(|| config.get("llm")?.as_str()).filter(|name| !name.is_empty());
-        let name = name.with_context(|| format!("{} does not name the LLM that it was: give --base", args.model))?;
-        let base = vora_hub::resolve(name).context("--base")?;
+        let base = match &args.base {
+            Some(name) => vora_hub::resolve(name).context("--base")?,
+            None => named::find(folder, "llm", &vora_hub::resolve)
+                .with_context(|| format!("the LLM that {} was, which --base names", args.model))?,
+        };
         let base = vora_model::open(&base, device, kind, &vora_hub::resolve).context("--base")?; // an LLM, or a Gemma 4
         language(Side::whole(base.llm()), this, &tokenizer, &chat)?
     };

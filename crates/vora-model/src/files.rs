@@ -39,8 +39,18 @@ pub enum FolderError {
     },
 }
 
-/// The object in `config.json`, or what a GGUF file says in its place.
+/// The key of `config.json` that has the ways from its folder to the models that it names: no model's own.
+pub(crate) const FROM_HERE: &str = "paths_from_here";
+
+/// The object in `config.json`, or what a GGUF file says in its place, as far as it is of the model.
 pub(crate) fn read_config(folder: &Path) -> Result<Map<String, Value>> {
+    let mut config = read_raw_config(folder)?;
+    config.remove(FROM_HERE);
+    Ok(config)
+}
+
+/// All of it.
+pub(crate) fn read_raw_config(folder: &Path) -> Result<Map<String, Value>> {
     let config: Option<_> = vora_gguf::folder::read_json(folder, "config.json")?;
     let missing = || FolderError::NoConfig { path: folder.join("config.json"), source: io::ErrorKind::NotFound.into() };
     Ok(config.ok_or_else(missing)?)

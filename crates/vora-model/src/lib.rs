@@ -40,6 +40,7 @@ mod folder;
 mod gemma4;
 mod llava;
 mod model;
+pub mod named;
 mod plain;
 pub mod trained;
 mod vora;

@@ -160,8 +160,11 @@ pub struct DataPreprocess {
     pub frames_key: String,
     /// A record's key for its conversation.
     pub label_key: String,
-    /// A sample with more tokens is refused.
-    pub max_seq_len: usize,
+    /// The most tokens of a sample, pictures included, or of a row with `packing`: a longer one loses turns at its end, or is
+    /// left out where not even its first answer fits. More than the LLM's context (`max_position_embeddings`) is refused,
+    /// but for `packing`. Absent: 2048, and a sample beyond the context is told of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_seq_len: Option<usize>,
     /// Taken from published recipes, without effect here: the tokenizer is the LLM's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<String>,
@@ -185,7 +188,7 @@ impl Default for DataPreprocess {
         Self {
             frames_key: "frames".into(),
             label_key: "conversations".into(),
-            max_seq_len: 2048,
+            max_seq_len: None,
             tokenizer: None,
             max_prompt_len: None,
             vqa_processor_params: None,
@@ -196,6 +199,11 @@ impl Default for DataPreprocess {
 }
 
 impl DataPreprocess {
+    /// The most tokens of a sample, or of a row with `packing`.
+    pub fn max_length(&self) -> usize {
+        self.max_seq_len.unwrap_or(2048)
+    }
+
     /// Whether it has keys that only recipes for the published code have.
     pub fn is_published(&self) -> bool {
         self.vqa_processor_params.is_some() || self.frames_ops.is_some()

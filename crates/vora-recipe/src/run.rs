@@ -15,7 +15,7 @@ use crate::distill::{DistillConfig, Pairing};
 use crate::loss::{BETA, Loss};
 use crate::model::{ModelConfig, ModelType};
 use crate::optim::{self, LearningRates, OptimConfig};
-use crate::overrides::{Difference, compare, from_yaml, set};
+use crate::overrides::{Difference, compare, from_yaml, no_two_names, set};
 use crate::schedule::{Curve, Schedule, SchedulerKwargs};
 
 /// One run.
@@ -24,7 +24,7 @@ use crate::schedule::{Curve, Schedule, SchedulerKwargs};
 pub struct TrainConfig {
     /// The run folder.
     pub output_dir: PathBuf,
-    /// Whether a new run may take a folder that holds another one's checkpoints.
+    /// Whether a new run may take a folder that holds another one's checkpoints or `final/`, which are then removed.
     #[serde(default)]
     pub overwrite_output_dir: bool,
     /// What stands over the plot.
@@ -301,7 +301,7 @@ impl TrainConfig {
     /// # Errors
     /// Names the key, with the line or the override that it is in.
     pub fn parse(text: &str, overrides: &[String]) -> Result<Self> {
-        let as_written = from_yaml::<Self>(text);
+        let as_written = one_of_each(text).and_then(|()| from_yaml::<Self>(text));
         let config = if overrides.is_empty() { as_written? } else { overridden(text, as_written, overrides)? };
         config.checked()
     }
@@ -357,7 +357,7 @@ impl TrainConfig {
     /// Tokens of a row that samples are packed into; none where each has a row of its own.
     pub fn packed_row_len(&self) -> Option<usize> {
         let preprocess = self.data.train.data_preprocess.clone().unwrap_or_default();
-        self.data.train.packing.then_some(preprocess.max_seq_len)
+        self.data.train.packing.then_some(preprocess.max_length())
     }
 
     /// Where the teacher's features are kept, for data that comes again.
@@ -404,9 +404,18 @@ pub fn split_of(metric: &str) -> Option<&str> {
     metric.strip_prefix("eval_").unwrap_or(metric).strip_suffix("_exact_match")
 }
 
+/// An error where a file gives one key by two names.
+fn one_of_each(text: &str) -> Result<()> {
+    match from_yaml::<Value>(text) {
+        Ok(tree) => no_two_names(&tree),
+        Err(_) => Ok(()), // which its types tell better
+    }
+}
+
 /// The run file's tree of values with the overrides set in it, typed after each so that a wrong one is named.
 fn overridden(text: &str, as_written: Result<TrainConfig>, overrides: &[String]) -> Result<TrainConfig> {
     let mut tree: Value = from_yaml(text)?;
+    no_two_names(&tree)?;
     let mut typed = as_written;
     for entry in overrides {
         set(&mut tree, entry)?;
@@ -624,6 +633,33 @@ data:
         let list = ["data.train.data_fetch.data_paths.2.image_folder=pictures".to_owned()];
         let config = TrainConfig::parse(&published("pretrain_I30M_T6M"), &list).unwrap();
         assert_eq!(config.data.train.data_fetch.unwrap().data_paths[2].image_folder, Path::new("pictures"));
+    }
+
+    #[test]
+    fn a_key_of_two_names_is_one_key() {
+        let small = SMALL.replace("max_steps: 10", "max_steps: 10\nevaluation_strategy: steps");
+        let small = small.replace("  llm:", "  vision_attention_mask: causal\n  llm:");
+        let set = |entries: &[&str]| {
+            let entries: Vec<String> = entries.iter().map(|&entry| entry.to_owned()).collect();
+            TrainConfig::parse(&small, &entries)
+        };
+        let of = |config: &TrainConfig| (config.evaluation_strategy, config.model.vision_attention);
+        let (causal, both) = (Some(VisionAttention::Causal), Some(VisionAttention::Bidirectional));
+        assert_eq!(of(&set(&[]).unwrap()), (Strategy::Steps, causal));
+        for names in [["eval_strategy", "vision_attention"], ["evaluation_strategy", "vision_attention_mask"]] {
+            let [strategy, attention] = [format!("{}=no", names[0]), format!("model.{}=bidirectional", names[1])];
+            assert_eq!(of(&set(&[&strategy, &attention]).unwrap()), (Strategy::No, both), "{names:?}");
+        }
+        let last = set(&["eval_strategy=no", "evaluation_strategy=steps", "eval_strategy=no"]).unwrap();
+        assert_eq!(last.evaluation_strategy, Strategy::No);
+        // In the file itself it is a mistake, which no override hides.
+        let twice = small.replace("max_steps: 10", "max_steps: 10\neval_strategy: no");
+        for entries in [vec![], vec!["seed=1".to_owned()], vec!["eval_strategy=no".to_owned()]] {
+            let said = ["`evaluation_strategy` and `eval_strategy` are two names of one key"];
+            fails(TrainConfig::parse(&twice, &entries), &said);
+        }
+        let twice = small.replace("  llm:", "  vision_attention: causal\n  llm:");
+        fails(TrainConfig::parse(&twice, &[]), &["`model.vision_attention` and `model.vision_attention_mask` are"]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod acts_on;
 mod data;
 mod download;
+mod elsewhere;
 mod eval;
 mod exports;
 mod faults;

@@ -62,7 +62,7 @@ pub(super) struct PeftConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     layers_pattern: Option<OneOrMany<String>>,
     #[serde(default)]
-    modules_to_save: Option<Vec<String>>,
+    pub(super) modules_to_save: Option<Vec<String>>,
     #[serde(default = "none")]
     pub(super) bias: String,
     #[serde(default)]

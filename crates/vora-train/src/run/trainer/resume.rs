@@ -11,7 +11,7 @@ use super::files::{CONFIG, EMA, OPTIMIZER, OPTIMIZER_SHARES, TEACHER_MEAN, optim
 use crate::run::ranks::Ranks;
 use crate::run::state::TrainerState;
 use crate::step::ema::Ema;
-use vora_run::checkpoint::{self, RunFolder};
+use vora_run::checkpoint::{self, FINAL, RunFolder};
 use vora_student::heads::TeacherMean;
 use vora_student::{Student, parts};
 use vora_torch::optim::Optimizer;
@@ -29,9 +29,20 @@ fn last_checkpoint(run: &RunFolder, config: &TrainConfig, resume: bool) -> Resul
                 run.path().display()
             );
         }
+        ensure!(
+            !run.has_final(),
+            "{} already holds the {FINAL}/ of a run; choose another output_dir, or set overwrite_output_dir=true",
+            run.path().display()
+        );
         return Ok(None);
     }
     let Some(folder) = checkpoint::latest(run.path())? else {
+        ensure!(
+            config.overwrite_output_dir || !run.has_final(),
+            "{} holds the {FINAL}/ of a run without a checkpoint to go on from: choose another output_dir, or set \
+             overwrite_output_dir=true to begin again in its place",
+            run.path().display()
+        );
         tracing::warn!("{} has no checkpoint: the run begins at its start", run.path().display());
         return Ok(None);
     };

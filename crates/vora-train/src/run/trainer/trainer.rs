@@ -40,7 +40,7 @@ use crate::run::{dtype, size, snapshot, vq};
 use crate::step::ema::{Ema, InPlace};
 use crate::step::loss_scale::LossScale;
 use crate::step::optim::sharded;
-use vora_run::checkpoint::{self, RunFolder, Saver, Share};
+use vora_run::checkpoint::{self, FINAL, RunFolder, Saver, Share};
 use vora_student::{Student, parts};
 
 /// Held-out pictures of each split that are written for asking.
@@ -421,7 +421,7 @@ impl Trainer {
     }
 
     fn write_final(&self) -> Result<()> {
-        self.run.save_folder("final", |folder| snapshot::Snapshot::of(&self.student)?.write(folder)).map(|_| ())
+        self.run.save_folder(FINAL, |folder| snapshot::Snapshot::of(&self.student)?.write(folder)).map(|_| ())
     }
 
     fn tell_of_records(&self) {
