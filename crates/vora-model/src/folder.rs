@@ -171,7 +171,8 @@ const NORMS: [&str; 5] = [
 /// # Errors
 /// Where the config names no LLM, `resolve` does not find it, or it has no norm to tell the dtype by.
 pub fn stored_kind(folder: &Path, resolve: &Resolve<'_>) -> Result<Kind> {
-    let path = if trained::is_whole(folder) { folder.to_owned() } else { llm_path(folder, resolve)? };
+    let is_whole = trained::is_whole(folder) || vora_gguf::folder::find(folder)?.is_some();
+    let path = if is_whole { folder.to_owned() } else { llm_path(folder, resolve)? };
     let checkpoint = Checkpoint::open(&path)?;
     let norm = NORMS.into_iter().find_map(|name| checkpoint.info(name));
     let kind = norm.map(|(kind, _)| kind);
