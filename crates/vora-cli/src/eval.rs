@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tch::{Device, Kind};
 use vora_eval::language::{Side, language};
 use vora_eval::{Answered, Asking, Budgets, Perplexity, QuestionSet, Report, Task, answer, engine_config, perplexity};
-use vora_files::write_bytes;
+use vora_files::{read_text, write_bytes};
 use vora_image::ImageProcessor;
 use vora_infer::{Assistant, Engine, Width};
 use vora_llm::{CausalLm, LlmConfig};
@@ -164,7 +164,7 @@ fn on_text(args: &Args, path: &Path, folder: &Path, device: Device, kind: Kind) 
         "--text has a perplexity and no {}: give --data",
         args.task
     );
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = read_text(path)?;
     let input_ids = Tokenizer::open(folder)?.encode_whole(&text)?;
     let measure = |llm: &CausalLm, acts_on| {
         let context = usize::try_from(llm.config().max_position_embeddings)?;

@@ -90,7 +90,7 @@ impl SampleMaker {
             let ends: Vec<_> = tokens.answers().map(|answer| answer.end).collect();
             let fitting = ends.iter().take_while(|end| **end - 1 <= self.preparation.max_length).count();
             let first_end = *ends.first().context("the chat template shows no answer")?;
-            ensure!(fitting > 0, TooLong { tokens: first_end, max_length: self.preparation.max_length });
+            ensure!(fitting > 0, TooLong { tokens: first_end - 1, max_length: self.preparation.max_length });
             if fitting < ends.len() {
                 let keep =
                     messages.iter().enumerate().filter(|(_, message)| message.role == "assistant").nth(fitting - 1);
@@ -434,6 +434,19 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn the_limit_counts_what_a_row_holds() {
+        let with = |length: usize| SampleMaker::new(preparation::tests::tiny().with_max_length(length));
+        let make = |length: usize| with(length).conversation(&record(&["What is it?", "a star"], 0), &[]);
+        let len = make(200).unwrap().input_ids.len();
+        assert_eq!(make(len).unwrap().input_ids.len(), len);
+        let error = format!("{:#}", make(len - 1).unwrap_err());
+        assert!(
+            error.ends_with(&format!("it has {len} tokens up to its first answer, max_seq_len allows {}", len - 1)),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn a_sample_beyond_the_models_context_is_noted() {
         let with = |positions: usize| preparation::tests::tiny().with_max_positions(positions);
         let turns = ["What is it?", "a star"];
@@ -507,7 +520,7 @@ pub(crate) mod tests {
                 )
                 .unwrap_err()
         );
-        assert!(message.starts_with("sample p: it has ") && message.contains("are allowed"), "{message}");
+        assert!(message.starts_with("sample p: it has ") && message.contains("max_seq_len allows"), "{message}");
     }
 
     #[test]

@@ -60,7 +60,7 @@ pub fn find(folder: &Path, key: &str, resolve: &Resolve<'_>) -> Result<PathBuf> 
 pub(crate) fn locate(folder: &Path, name: &str, from_here: Option<&str>, resolve: &Resolve<'_>) -> Result<PathBuf> {
     let error = match resolve(name) {
         Ok(found) => return Ok(found),
-        Err(error) if name.is_empty() => return Err(error.context("it names no model")),
+        Err(error) if name.is_empty() => return Err(error),
         Err(error) => error,
     };
     let places = [Some(name), from_here].into_iter().flatten().map(|path| folder.join(path));

@@ -141,9 +141,10 @@ pub struct DataFetch {
 #[serde(deny_unknown_fields)]
 pub struct DataPath {
     /// A file, a folder of shards or a pattern such as `train-*.parquet`: JSON lines or one JSON array, parquet with
-    /// the pictures' bytes, WebDataset's tar, plain or gzip; what it is, its content says.
+    /// the pictures' bytes, WebDataset's tar; what it is, its content says. Of compressed files tar.gz alone is read: others, as
+    /// `.jsonl.gz` and `.tar.zst`, are named with what decompresses them.
     pub anno_path: PathBuf,
-    /// Where its pictures are; empty for text alone.
+    /// Where its pictures are: records name them from there, or by whole paths into it. Empty for text alone.
     #[serde(default)]
     pub image_folder: PathBuf,
     /// Its share of the samples, as a part of the sum of all weights: of every source or of none. The data then never

@@ -1,20 +1,44 @@
 //! A run file as a tree of values: reading it, setting one by its dotted key, comparing two.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fmt;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use serde_saphyr::{DefaultMessageFormatter, MessageFormatter};
 
 /// Reads YAML. Only `true` and `false` are booleans, as in YAML 1.2: `no` is a word. Errors carry line, column and the
 /// lines around.
 pub(crate) fn from_yaml<T: DeserializeOwned>(text: &str) -> Result<T> {
     let options = serde_saphyr::options! { strict_booleans: true };
     serde_saphyr::from_str_with_options(text, options).map_err(|error| {
-        let text = error.to_string();
+        let text = error.render_with_formatter(&Words);
         anyhow!("{}", text.strip_prefix("error: ").unwrap_or(&text))
     })
+}
+
+/// What is wrong with YAML, in words for whoever wrote it.
+struct Words;
+
+impl MessageFormatter for Words {
+    fn format_message<'a>(&self, error: &'a serde_saphyr::Error) -> Cow<'a, str> {
+        match error {
+            serde_saphyr::Error::DuplicateMappingKey { key: Some(key), .. } => {
+                format!("`{key}` is there twice: leave one of them out").into()
+            }
+            serde_saphyr::Error::NonFiniteFloat { value, .. } => format!("`{value}` is not a finite number").into(),
+            _ => DefaultMessageFormatter.format_message(error),
+        }
+    }
+}
+
+/// The same entry with its value as text, where that is a number or a boolean: `run_name=2024`.
+pub(crate) fn as_text(entry: &str) -> Option<String> {
+    let (key, raw) = entry.split_once('=')?;
+    let is_scalar = matches!(from_yaml(raw).ok()?, Value::Number(_) | Value::Bool(_));
+    is_scalar.then(|| format!("{key}={}", Value::from(raw)))
 }
 
 /// Keys of two names, by their places: serde's `alias` of each is here.

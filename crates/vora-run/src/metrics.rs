@@ -125,7 +125,7 @@ pub struct EventMetrics {
 
 /// One line of `metrics.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a line of a step, an evaluation or an event")]
 pub enum Line {
     /// A line with `eval` in it.
     Eval(EvalMetrics),

@@ -38,6 +38,21 @@ fn opens_from_anywhere(model: &str, models: &[&str]) {
         assert!(!config.contains("paths_from_here"), "{config}");
     };
     merges("../work/runs/x/final", "from-elsewhere");
+    // The whole model is counted, and what of it is trained.
+    let counted = |path: &str| -> serde_json::Value {
+        serde_json::from_str(&succeeded(&vora_in(&other, &["inspect", path, "--json"]))).unwrap()
+    };
+    let number = |counted: &serde_json::Value, key: &str| counted["groups"]["total"][key].as_i64().unwrap();
+    let (run, llm) = (counted("../work/runs/x/final"), counted("../work/models/llm"));
+    let adapter = counted("../work/runs/x/final/adapter_model.safetensors");
+    let vision = counted("../work/runs/x/final/vision.safetensors");
+    let trained = number(&adapter, "parameters") + number(&vision, "parameters");
+    let tower = model.contains("vision_tower").then(|| number(&counted("../work/models/dinov2"), "parameters"));
+    let frozen = number(&llm, "parameters") + tower.unwrap_or(0);
+    assert_eq!((number(&run, "parameters"), number(&run, "trained")), (frozen + trained, trained));
+    assert_eq!(run["groups"]["model.layers"]["trained"], 0);
+    let table = succeeded(&vora_in(&other, &["inspect", "../work/runs/x/final"]));
+    assert!(table.contains("trained") && table.contains("model.embed_tokens"), "{table}");
     // PEFT takes the LLM by the whole path.
     let adapter = text(&std::fs::read(work.join("runs/x/final/adapter_config.json")).unwrap());
     let base = format!("\"base_model_name_or_path\": {:?}", work.join("models/llm").to_str().unwrap());

@@ -9,6 +9,7 @@ mod exports;
 mod faults;
 mod gemma4;
 mod memory;
+mod mistaken;
 mod serve;
 mod told_once;
 

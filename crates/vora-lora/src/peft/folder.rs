@@ -54,8 +54,10 @@ impl AdapterFolder {
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join(CONFIG);
         let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let peft: PeftConfig =
-            serde_json::from_slice(&text).with_context(|| format!("{} is not a LoRA's", path.display()))?;
+        let peft: PeftConfig = serde_json::from_slice(&text)
+            .map_err(Into::into)
+            .and_then(|json| vora_files::object(&json))
+            .with_context(|| format!("{} is not a LoRA's", path.display()))?;
         let in_file = || format!("in {}", path.display());
         peft.refuse_variants().with_context(in_file)?;
         let (file, pickle) = (folder.join(ADAPTER_TENSORS), folder.join("adapter_model.bin"));

@@ -48,8 +48,15 @@ fn last_checkpoint(run: &RunFolder, config: &TrainConfig, resume: bool) -> Resul
     };
     let text = std::fs::read_to_string(folder.join(CONFIG))?;
     let saved = TrainConfig::parse(&text, &[]).with_context(|| format!("in {}", folder.join(CONFIG).display()))?;
+    let differences = saved.differences(config)?;
+    ensure!(
+        saved.text_anchor.is_some() || config.text_anchor.is_none(),
+        "cannot resume from {}: text_anchor is given and was not when the run began, before whose first step its texts are \
+         made: leave it out, or begin a new run",
+        folder.display()
+    );
     let (refused, changed): (Vec<_>, Vec<_>) =
-        saved.differences(config)?.into_iter().partition(|difference| shapes_the_model(&difference.key));
+        differences.into_iter().partition(|difference| shapes_the_model(&difference.key));
     let list = |differences: &[Difference]| differences.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
     ensure!(refused.is_empty(), "cannot resume from {}: {}", folder.display(), list(&refused));
     if !changed.is_empty() {

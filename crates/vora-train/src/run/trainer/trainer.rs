@@ -425,12 +425,12 @@ impl Trainer {
     }
 
     fn tell_of_records(&self) {
+        let too_long = match self.loader.num_too_long() {
+            0 => String::new(),
+            long => format!(", {long} of them as not even their first answer fits into max_seq_len"),
+        };
         if self.loader.num_skipped() > 0 {
-            tracing::warn!(
-                "{} bad records were left out, {} of them as not even their first answer fits into max_seq_len",
-                self.loader.num_skipped(),
-                self.loader.num_too_long()
-            );
+            tracing::warn!("{} bad records were left out{too_long}", self.loader.num_skipped());
         }
         if self.truncated > 0 {
             tracing::warn!("{} samples lost turns at their end, to fit into max_seq_len", self.truncated);

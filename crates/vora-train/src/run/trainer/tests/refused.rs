@@ -10,6 +10,10 @@ fn another_rank_is_refused_with_both_values() {
     let error = format!("{:#}", try_new(changed, true).err().unwrap());
     assert!(error.contains("cannot resume from") && error.contains("step-1"), "{error}");
     assert!(error.contains("model.lora.layers was 2, is 3; model.lora.r was 4, is 8"), "{error}");
+    // An anchor's texts are made before the first step.
+    let anchored = config("smoke.yaml", folder.path(), &["max_steps=2", "text_anchor={}"]);
+    let error = format!("{:#}", try_new(anchored, true).err().unwrap());
+    assert!(error.contains("step-1: text_anchor is given and was not when the run began"), "{error}");
     // Other settings may change.
     let changed = config("smoke.yaml", folder.path(), &["max_steps=2", "learning_rate=1e-4"]);
     assert_eq!(try_new(changed, true).unwrap().step(), 1);
