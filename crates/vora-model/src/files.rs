@@ -12,6 +12,9 @@ use vora_llm::MODEL_TYPES;
 use vora_lora::{ADAPTER_TENSORS, AdapterFolder, LoraConfig};
 use vora_torch::checkpoint::save;
 
+/// Finds the folder of a model by the name that a config knows it by.
+pub type Resolve<'a> = dyn Fn(&str) -> Result<PathBuf> + 'a;
+
 /// Why a folder is not opened as a model.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

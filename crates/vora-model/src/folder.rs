@@ -14,7 +14,7 @@ use vora_vision::Encoder;
 
 use crate::chameleon::{Chameleon, VQMODEL};
 use crate::few_bits::tell_of_whole_weights;
-use crate::files::{FolderError, read_config};
+use crate::files::{FolderError, Resolve, read_config};
 use crate::gemma4::{Gemma4Unified, Gemma4UnifiedConfig};
 use crate::llava::{Llava, LlavaConfig};
 use crate::model::VisionLanguageModel;
@@ -22,9 +22,6 @@ use crate::named;
 use crate::plain::PlainLlm;
 use crate::trained::{self, LLM, Parts, VISION};
 use crate::vora::{Vora, VoraConfig};
-
-/// Finds the folder of a model by the name that a config knows it by.
-pub type Resolve<'a> = dyn Fn(&str) -> Result<PathBuf> + 'a;
 
 /// The models known here, by the `model_type` of their `config.json`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
-use crate::files::{FROM_HERE, read_raw_config};
-use crate::folder::Resolve;
+use crate::files::{FROM_HERE, Resolve, read_raw_config};
 
 /// The keys of `config.json` that name such models.
 const KEYS: [&str; 3] = ["llm", "mm_vision_tower", "aux_vision"];

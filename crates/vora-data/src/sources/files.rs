@@ -283,37 +283,6 @@ mod tests {
         assert!(error(fixtures::root().join("images")).contains("has no shards"));
     }
 
-    /// Whatever they are called, and in a folder beside others too.
-    #[test]
-    fn compressed_files_are_read_or_refused_by_name() {
-        let folder = tempfile::tempdir().unwrap();
-        let line = r#"{"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "Number 0."}]}"#;
-        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-        std::io::Write::write_all(&mut gzip, line.as_bytes()).unwrap();
-        let gzip = gzip.finish().unwrap();
-        fs::write(folder.path().join("a.jsonl"), line).unwrap();
-        assert_eq!(open(folder.path().to_owned()).unwrap().len(), 1);
-        for (name, bytes, said) in [
-            ("b.jsonl.gz", &gzip[..], "(gzip), and of compressed files only tar.gz is read"),
-            ("b.json", &gzip, "b.json is compressed (gzip)"),
-            ("b.jsonl.xz", b"\xfd7zXZ\0\0", "(xz), and of compressed files only tar.gz is read"),
-            ("b.tar.zst", b"\x28\xb5\x2f\xfd\0", "(Zstandard)"),
-            ("b.tar.bz2", b"BZh91AY&SY", "`bunzip2 "),
-            ("b.jsonl.zip", b"PK\x03\x04..", "(zip)"),
-        ] {
-            let path = folder.path().join(name);
-            fs::write(&path, bytes).unwrap();
-            for opened in [path.clone(), folder.path().to_owned()] {
-                let error = format!("{:#}", open(opened).err().unwrap());
-                assert!(error.contains(name) && error.contains(said), "{error}");
-            }
-            // An evaluation reads JSON alone.
-            let error = format!("{:#}", crate::Conversations::open(&path, Path::new("")).unwrap_err());
-            assert!(error.contains("is compressed (") && error.contains("JSON is read as it is"), "{error}");
-            fs::remove_file(path).unwrap();
-        }
-    }
-
     #[test]
     fn broken_files_are_refused_by_name_wherever_they_end() {
         for name in ["conversations.parquet", "shard.tar", "shard.tar.gz"] {
