@@ -54,6 +54,9 @@ pub(crate) struct Args {
     json: bool,
 }
 
+/// Requests at once at most: each is a prompt and a stream of its own.
+const MOST_AT_ONCE: usize = 4096;
+
 /// Words that most tokenizers have a token for.
 const WORDS: [&str; 12] =
     [" red", " blue", " green", " the", " a", " ring", " left", " right", " top", " of", " and", " is"];
@@ -71,7 +74,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let most = args.batch.iter().copied().max().unwrap_or(0);
     ensure!(!args.batch.contains(&0) && most > 0, "--batch has a 0: no request would be asked");
     ensure!(args.new > 1, "--new is {}, it must be 2 or more", args.new);
-    ensure!(args.rounds > 0, "--rounds is 0, it must be 1 or more");
+    ensure!(most <= MOST_AT_ONCE, "--batch is {most}, it must be {MOST_AT_ONCE} or less");
+    ensure!((1..=1000).contains(&args.rounds), "--rounds is {}, it must be 1 to 1000", args.rounds);
     let mut config = EngineConfig::default();
     (config.max_batch, config.max_waiting) = (most, most);
     config.width = args.weights;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
-use vora_files::write_bytes;
+use vora_files::{read_text, write_bytes};
 
 use crate::model::ensure_apart;
 
@@ -48,7 +48,7 @@ struct Captioned {
 impl Contrast {
     pub(crate) fn run(&self) -> Result<ExitCode> {
         ensure_apart(&self.out, &[&self.file])?;
-        let read = || anyhow::Ok(captioned(&std::fs::read_to_string(&self.file)?)?);
+        let read = || captioned(&read_text(&self.file)?);
         let pictures = read().with_context(|| self.file.display().to_string())?;
         let questions = questions(&pictures, usize::try_from(self.captions)?, self.seed)
             .with_context(|| self.file.display().to_string())?;

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use comfy_table::{Table, presets};
 use tch::Kind;
@@ -130,6 +130,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         .with_hf(args.hf);
     let base = |name: &str| match &args.base {
         Some(base) => Ok(base.clone()),
+        None if name.is_empty() => {
+            bail!("adapter_config.json names no base_model_name_or_path: --base DIR says which it is")
+        }
         None => vora_hub::resolve(name).context("--base DIR says where it lies"),
     };
     let conversion = Conversion::plan(&src, &options, &base)?;

@@ -12,12 +12,12 @@ use serde_json::{Value, json};
 use tch::{Device, Kind};
 use vora_eval::language::{Side, language};
 use vora_eval::{Answered, Asking, Budgets, Perplexity, QuestionSet, Report, Task, answer, engine_config, perplexity};
-use vora_files::write_bytes;
+use vora_files::{read_text, write_bytes};
 use vora_image::ImageProcessor;
 use vora_infer::{Assistant, Engine, Width};
 use vora_llm::{CausalLm, LlmConfig};
 use vora_lora::ActsOn;
-use vora_model::VisionLanguageModel;
+use vora_model::{VisionLanguageModel, named};
 use vora_run::plot::{Measured, draw_measured};
 use vora_text::{ChatTemplate, Tokenizer};
 use vora_torch::runtime;
@@ -164,7 +164,7 @@ fn on_text(args: &Args, path: &Path, folder: &Path, device: Device, kind: Kind) 
         "--text has a perplexity and no {}: give --data",
         args.task
     );
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = read_text(path)?;
     let input_ids = Tokenizer::open(folder)?.encode_whole(&text)?;
     let measure = |llm: &CausalLm, acts_on| {
         let context = usize::try_from(llm.config().max_position_embeddings)?;
@@ -221,10 +221,11 @@ fn on_language(args: &Args, folder: &Path, device: Device, kind: Kind) -> Result
     let found = if model.lora().is_some() && args.base.is_none() {
         language(Side::frozen(model.llm()), this, &tokenizer, &chat)?
     } else {
-        let config = model.config_json()?;
-        let name = args.base.as_deref().or_else(|| config.get("llm")?.as_str()).filter(|name| !name.is_empty());
-        let name = name.with_context(|| format!("{} does not name the LLM that it was: give --base", args.model))?;
-        let base = vora_hub::resolve(name).context("--base")?;
+        let base = match &args.base {
+            Some(name) => vora_hub::resolve(name).context("--base")?,
+            None => named::find(folder, "llm", &vora_hub::resolve)
+                .with_context(|| format!("the LLM that {} was, which --base names", args.model))?,
+        };
         let base = vora_model::open(&base, device, kind, &vora_hub::resolve).context("--base")?; // an LLM, or a Gemma 4
         language(Side::whole(base.llm()), this, &tokenizer, &chat)?
     };

@@ -4,10 +4,11 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind};
 use vora_eval::language::{Side, language};
-use vora_infer::Width;
+use vora_image::ImageProcessor;
+use vora_infer::{Width, not_finite};
 use vora_model::{VisionLanguageModel, beside};
 use vora_text::{ChatTemplate, Tokenizer};
 use vora_torch::weights::Quantization;
@@ -65,6 +66,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         folder.display()
     );
     ensure!(base.adapted().quantization().is_none(), "the weights of {} are in few bits already", folder.display());
+    if let Some(name) = not_finite(&*base) {
+        bail!("the weight `{name}` of {} has numbers that are not finite", folder.display());
+    }
     model.adapted_mut().quantize(args.weights)?;
     model.save(&args.out)?;
     beside::copy_beside(&folder, &args.out)?;
@@ -80,12 +84,15 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 
 /// What the few bits cost, a line for text and one for pictures, as far as the model has either.
 fn costs(folder: &Path, base: &dyn VisionLanguageModel, model: &dyn VisionLanguageModel) -> Result<Vec<String>> {
-    let mut lines = Vec::new();
-    if let (Ok(chat), Ok(tokenizer)) = (ChatTemplate::open(folder), Tokenizer::open(folder)) {
-        let side = |model| Side::whole(VisionLanguageModel::llm(model));
-        lines.push(language(side(base), side(model), &tokenizer, &chat)?.to_string());
-    }
-    if model.sees() {
+    let (chat, tokenizer) = match ChatTemplate::open(folder).and_then(|chat| Ok((chat, Tokenizer::open(folder)?))) {
+        Ok(words) => words,
+        Err(error) => return Ok(vec![format!("what the few bits cost is not measured: {error:#}")]),
+    };
+    let side = |model| Side::whole(VisionLanguageModel::llm(model));
+    let mut lines = vec![language(side(base), side(model), &tokenizer, &chat)?.to_string()];
+    if model.sees() && !ImageProcessor::is_stored(folder)? {
+        lines.push(format!("nothing is asked about pictures: {} has no image processor", folder.display()));
+    } else if model.sees() {
         let prompts = prompts(folder, model)?;
         if let (Some(before), Some(after)) = (logits(base, &prompts)?, logits(model, &prompts)?) {
             lines.push(format!(

@@ -47,6 +47,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         ensure!(is_page || !out.exists(), "{} is there and no page (.html); choose another --out", out.display());
         ensure_apart(out, &[])?;
     }
+    let log = args.run.join("metrics.jsonl");
+    ensure!(log.is_file(), "{} is no folder of a run: there is no {}", args.run.display(), log.display());
     let answers = if args.no_answers {
         Err("--no-answers was given".to_owned())
     } else {

@@ -248,17 +248,7 @@ impl Progress for Terminal {
     }
 
     fn step(&mut self, metrics: &StepMetrics) {
-        let distill = metrics.loss_distill.map_or(String::new(), |loss| {
-            let baseline = metrics.baseline_distill.map_or(String::new(), |baseline| format!(" of {baseline:.3}"));
-            format!(" + distill {loss:.3}{baseline}")
-        });
-        let anchor = metrics.loss_anchor.map_or(String::new(), |loss| format!(" + anchor {loss:.3}"));
-        let margin = metrics.rewards.map_or(String::new(), |rewards| format!(", margin {:.3}", rewards.margins));
-        let words = if metrics.rewards.is_some() { "dpo" } else { "lm" };
-        let line = format!(
-            "loss {:.3} = {words} {:.3}{distill}{anchor}{margin}, {:.1} samples/s",
-            metrics.loss, metrics.loss_lm, metrics.samples_per_second
-        );
+        let line = losses(metrics);
         self.bar.set_position(metrics.step);
         self.bar.set_message(line.clone());
         let due = metrics.step == 1 || metrics.step.is_multiple_of(STEPS_PER_LINE) || metrics.step == self.max_steps;
@@ -290,9 +280,39 @@ impl Progress for Terminal {
     }
 }
 
+/// The losses of a step; that of the teacher with its weight where a schedule changes it.
+fn losses(metrics: &StepMetrics) -> String {
+    let distill = metrics.loss_distill.map_or(String::new(), |loss| {
+        let baseline = metrics.baseline_distill.map_or(String::new(), |baseline| format!(" of {baseline:.3}"));
+        let weight = metrics.distill_weight.map_or(String::new(), |weight| format!("{weight:.3} x "));
+        format!(" + {weight}distill {loss:.3}{baseline}")
+    });
+    let anchor = metrics.loss_anchor.map_or(String::new(), |loss| format!(" + anchor {loss:.3}"));
+    let margin = metrics.rewards.map_or(String::new(), |rewards| format!(", margin {:.3}", rewards.margins));
+    let words = if metrics.rewards.is_some() { "dpo" } else { "lm" };
+    format!(
+        "loss {:.3} = {words} {:.3}{distill}{anchor}{margin}, {:.1} samples/s",
+        metrics.loss, metrics.loss_lm, metrics.samples_per_second
+    )
+}
+
 #[cfg(test)]
 mod tests {
-    use super::computing;
+    use super::{StepMetrics, computing, losses};
+
+    #[test]
+    fn a_weight_that_changes_stands_in_the_line() {
+        let line = |more: &str| {
+            let json = format!(
+                r#"{{"step": 1, "loss": 2.5, "loss_lm": 2, "loss_distill": 1, "baseline_distill": 0.9, "lr": 1, "grad_norm": 1,
+                "samples_per_second": 8, "tokens_per_second": 1, "data_wait": 0, "seconds": 1{more}}}"#
+            );
+            losses(&serde_json::from_str::<StepMetrics>(&json).unwrap())
+        };
+        assert_eq!(line(""), "loss 2.500 = lm 2.000 + distill 1.000 of 0.900, 8.0 samples/s");
+        let scheduled = line(r#", "distill_weight": 0.5"#);
+        assert_eq!(scheduled, "loss 2.500 = lm 2.000 + 0.500 x distill 1.000 of 0.900, 8.0 samples/s");
+    }
 
     #[test]
     fn threads_that_make_samples_get_cores_from_the_second_on() {

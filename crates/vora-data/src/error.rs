@@ -39,7 +39,7 @@ impl DataError {
 /// Why a sample cannot be made: not even its first answer fits, so nothing of it would be learned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[non_exhaustive]
-#[error("it has {tokens} tokens up to its first answer, at most {max_length} are allowed")]
+#[error("it has {tokens} tokens up to its first answer, max_seq_len allows {max_length}")]
 pub struct TooLong {
     /// Tokens up to the end of its first answer.
     pub tokens: usize,

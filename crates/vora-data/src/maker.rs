@@ -90,7 +90,7 @@ impl SampleMaker {
             let ends: Vec<_> = tokens.answers().map(|answer| answer.end).collect();
             let fitting = ends.iter().take_while(|end| **end - 1 <= self.preparation.max_length).count();
             let first_end = *ends.first().context("the chat template shows no answer")?;
-            ensure!(fitting > 0, TooLong { tokens: first_end, max_length: self.preparation.max_length });
+            ensure!(fitting > 0, TooLong { tokens: first_end - 1, max_length: self.preparation.max_length });
             if fitting < ends.len() {
                 let keep =
                     messages.iter().enumerate().filter(|(_, message)| message.role == "assistant").nth(fitting - 1);
@@ -99,6 +99,7 @@ impl SampleMaker {
                 tokens = self.tokens(&messages, &images)?;
             }
             let mut sample = Sample { cut_answers: ends.len() - fitting, ..tokens.into_sample(record, images)? };
+            sample.notes.extend(self.beyond_context(sample.input_ids.len()));
             sample.notes.extend(record.rejected.as_ref().map(|_| NOT_REJECTED.to_owned()));
             Ok(sample)
         };
@@ -115,7 +116,9 @@ impl SampleMaker {
             anyhow::Ok(Asked { chat, kind: "turn", question, answer: shown(answer), is_rejected })
         };
         let branches = [asked(chosen, false)?, asked(rejected, true)?];
-        Ok(Sample { id: record.id.clone(), notes: record.notes.clone(), ..self.pack(&branches, images)? })
+        let mut sample = Sample { id: record.id.clone(), ..self.pack(&branches, images)? };
+        sample.notes.splice(0..0, record.notes.iter().cloned());
+        Ok(sample)
     }
 
     /// A record of a shard, whose images came with it.
@@ -199,7 +202,21 @@ impl SampleMaker {
         }
         let len = sample.input_ids.len();
         ensure!(len <= self.preparation.max_length, TooLong { tokens: len, max_length: self.preparation.max_length });
+        // A branch goes on where the trunk ends.
+        let longest = branches.iter().filter_map(|Asked { chat, .. }| Some(chat.last_answer().ok()?.end - 1)).max();
+        sample.notes.extend(longest.and_then(|longest| self.beyond_context(longest)));
         Ok(sample)
+    }
+
+    /// What is noted of a conversation of so many tokens, where the model was made for fewer.
+    fn beyond_context(&self, tokens: usize) -> Option<String> {
+        let context = self.preparation.max_positions;
+        (tokens > context).then(|| {
+            format!(
+                "it has more tokens than the {context} that the LLM was made for (its max_position_embeddings), which \
+                 data_preprocess.max_seq_len keeps samples within"
+            )
+        })
     }
 
     fn pixels(&self, idx: usize, image: &RgbImage) -> Result<Pixels> {
@@ -417,6 +434,45 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn the_limit_counts_what_a_row_holds() {
+        let with = |length: usize| SampleMaker::new(preparation::tests::tiny().with_max_length(length));
+        let make = |length: usize| with(length).conversation(&record(&["What is it?", "a star"], 0), &[]);
+        let len = make(200).unwrap().input_ids.len();
+        assert_eq!(make(len).unwrap().input_ids.len(), len);
+        let error = format!("{:#}", make(len - 1).unwrap_err());
+        assert!(
+            error.ends_with(&format!("it has {len} tokens up to its first answer, max_seq_len allows {}", len - 1)),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_sample_beyond_the_models_context_is_noted() {
+        let with = |positions: usize| preparation::tests::tiny().with_max_positions(positions);
+        let turns = ["What is it?", "a star"];
+        let whole = SampleMaker::new(with(200)).conversation(&record(&turns, 0), &[]).unwrap();
+        let len = whole.input_ids.len();
+        let said = format!("more tokens than the {} that the LLM was made for", len - 1);
+        let noted = |sample: &Sample| sample.notes.iter().filter(|note| note.contains(&said)).count();
+        for (positions, expected) in [(len, 0), (len - 1, 1)] {
+            let plain = SampleMaker::new(with(positions)).conversation(&record(&turns, 0), &[]).unwrap();
+            let pair = SampleMaker::of_pairs(with(positions)).conversation(&preference(&turns, "a", 0), &[]).unwrap();
+            assert_eq!((noted(&plain), noted(&pair)), (expected, expected), "{positions}");
+        }
+        // Questions about one picture share its tokens, and each goes on from there: the longest counts, not the row.
+        let asked = || (0..5).map(|_| question("Which colour?", "red")).collect();
+        let row = SampleMaker::new(with(200)).packed("row".to_owned(), &picture(), asked()).unwrap();
+        let one =
+            SampleMaker::new(with(200)).packed("one".to_owned(), &picture(), vec![question("Which colour?", "red")]);
+        let longest = one.unwrap().input_ids.len();
+        assert!(row.input_ids.len() > longest + 5);
+        for (positions, expected) in [(longest, 0), (longest - 1, 1)] {
+            let row = SampleMaker::new(with(positions)).packed("row".to_owned(), &picture(), asked()).unwrap();
+            assert_eq!(row.notes.len(), expected);
+        }
+    }
+
+    #[test]
     fn pairs_need_both_answers_and_room_for_them() {
         let maker = SampleMaker::of_pairs(preparation::tests::tiny());
         let error = maker.conversation(&record(&["What?", "a star"], 0), &[]).unwrap_err();
@@ -464,7 +520,7 @@ pub(crate) mod tests {
                 )
                 .unwrap_err()
         );
-        assert!(message.starts_with("sample p: it has ") && message.contains("are allowed"), "{message}");
+        assert!(message.starts_with("sample p: it has ") && message.contains("max_seq_len allows"), "{message}");
     }
 
     #[test]

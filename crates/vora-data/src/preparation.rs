@@ -23,6 +23,8 @@ pub struct Preparation {
     pub image_marks: Option<(i64, i64)>,
     /// A sample has no more tokens than this, patches included.
     pub max_length: usize,
+    /// The tokens that the model was made for, its `max_position_embeddings`: of a sample with more that is noted.
+    pub max_positions: usize,
 }
 
 impl Preparation {
@@ -46,7 +48,15 @@ impl Preparation {
             chat.encode_chat(&tokenizer, &turns).context("the chat template")?;
         }
         let (tokenizer, chat) = (Arc::new(tokenizer), Arc::new(chat));
-        Ok(Self { tokenizer, chat, processor, patch_size, image_marks: None, max_length: usize::MAX })
+        Ok(Self {
+            tokenizer,
+            chat,
+            processor,
+            patch_size,
+            image_marks: None,
+            max_length: usize::MAX,
+            max_positions: usize::MAX,
+        })
     }
 
     /// The same with tokens before and after every picture.
@@ -59,6 +69,12 @@ impl Preparation {
     #[must_use]
     pub fn with_max_length(self, max_length: usize) -> Self {
         Self { max_length, ..self }
+    }
+
+    /// The same for a model that was made for so many tokens.
+    #[must_use]
+    pub fn with_max_positions(self, max_positions: usize) -> Self {
+        Self { max_positions, ..self }
     }
 }
 

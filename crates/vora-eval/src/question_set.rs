@@ -16,6 +16,9 @@ use crate::task::{Task, task_of};
 /// How many scenes are asked about unless `--limit` says.
 const SCENES: u64 = 100;
 
+/// How many may be asked about: each has some questions, all of which are made first.
+const MOST_SCENES: u64 = 100_000;
+
 /// Questions, and where their pictures are.
 #[derive(Debug)]
 pub struct QuestionSet {
@@ -39,7 +42,7 @@ impl QuestionSet {
     /// `scenes:test`, `scenes:unseen` and `scenes:shaped`.
     ///
     /// # Errors
-    /// Where the data cannot be read, name a picture that is not there, or ask nothing.
+    /// Where the data cannot be read, name a picture that is not there, or ask nothing; where the limit is more scenes than can be asked about.
     pub fn open(data: &str, images: Option<&Path>, limit: Option<u64>) -> Result<Self> {
         match data.strip_prefix("scenes:") {
             Some(split) => Self::scenes(split, limit.unwrap_or(SCENES)),
@@ -54,6 +57,7 @@ impl QuestionSet {
             "shaped" => Split::Shaped,
             other => bail!("unknown split `{other}`: use scenes:test, scenes:unseen or scenes:shaped"),
         };
+        ensure!(limit <= MOST_SCENES, "a limit of {limit} pictures, of scenes it is {MOST_SCENES} or less");
         let scenes = Scenes::new(ScenesConfig::default(), split)?;
         let mut questions = Vec::new();
         for index in 0..limit {

@@ -19,7 +19,7 @@ pub(crate) struct Asked {
 
 /// An answer: text or a number, alone or as VQAv2 has it.
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected an answer: text, a number, or an object with `answer`")]
 enum Answer {
     Text(String),
     Number(serde_json::Number),
@@ -27,7 +27,7 @@ enum Answer {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected one or a list of them, each text, a number, or an object with `answer`")]
 enum OneOrMore<T> {
     One(T),
     More(Vec<T>),

@@ -13,11 +13,13 @@
 //! ```
 
 pub mod checksums;
+mod compressed;
 mod error;
 mod notes;
 mod object;
 mod write;
 
+pub use compressed::{read_text, refuse_compressed};
 pub use error::FilesError;
 pub use notes::tell_once;
 pub use object::object;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::cache::CONFIGS;
 use crate::{Cache, HubError, MAIN};
@@ -11,13 +11,17 @@ use crate::{Cache, HubError, MAIN};
 /// clients. Nothing is downloaded.
 ///
 /// # Errors
-/// [`HubError::Name`] where it is neither a folder nor a model's name, [`HubError::NotCached`] where the cache has no such
+/// Where it is another file; [`HubError::Name`] where it is neither a folder nor a model's name, [`HubError::NotCached`] where the cache has no such
 /// model, and where no cache is known.
 pub fn resolve(name: &str) -> Result<PathBuf> {
     let folder = Path::new(name);
     if folder.is_dir() || folder.is_file() && folder.extension().is_some_and(|extension| extension == "gguf") {
         return Ok(folder.to_owned());
     }
+    ensure!(
+        !folder.is_file(),
+        "`{name}` is a file: a model is a folder with config.json in it, or a .gguf file; an archive has to be unpacked first"
+    );
     in_cache(&Cache::from_env()?, name)
 }
 
@@ -37,6 +41,10 @@ mod tests {
     fn a_folder_goes_before_the_cache() {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(resolve(folder.path().to_str().unwrap()).unwrap(), folder.path());
+        let file = folder.path().join("model.tar.gz");
+        fs::write(&file, b"\x1f\x8b").unwrap();
+        let error = resolve(file.to_str().unwrap()).unwrap_err().to_string();
+        assert!(error.contains("model.tar.gz` is a file: a model is a folder"), "{error}");
     }
 
     #[test]

@@ -311,7 +311,7 @@ impl Keys {
 
 /// A number a channel, or one for all.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a number, or three of them")]
 enum Channels {
     Same(f64),
     Each([f64; 3]),
@@ -327,7 +327,10 @@ impl Channels {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected a size: a whole number, two of them, or an object with `height` and `width` or `shortest_edge`"
+)]
 enum SizeKeys {
     Number(u32),
     Pair([u32; 2]),

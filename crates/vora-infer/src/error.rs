@@ -14,6 +14,9 @@ pub enum InferError {
         /// The model's `max_position_embeddings`.
         context: i64,
     },
+    /// What the model computed is no number: there is no likeliest token.
+    #[error("the model computed numbers that are not finite")]
+    NotFinite,
     /// A picture that has to be written does not fit.
     #[error("the picture takes {needed} tokens, max_new_tokens and the model's context leave {room}")]
     NoRoomForPicture {

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor};
 use vora_model::{Input, VisionLanguageModel};
 
+use crate::finite::blamed;
 use crate::sequence::Sequence;
 use crate::{Constraint, FinishReason, Generated, OutputModality, SamplingParams};
 
@@ -88,7 +89,8 @@ fn run(
             let mut of_rows = Vec::<f32>::try_from(logits.to_kind(Kind::Float).contiguous().view([-1]))?;
             let going = rows.iter_mut().zip(of_rows.chunks_mut(vocab)).enumerate();
             for (i, (row, logits)) in going.filter(|(_, (row, _))| row.finish_reason().is_none()) {
-                if row.step(logits, stop)?.is_some_and(|token| !on_token(i, token)) {
+                let token = row.step(logits, stop).map_err(|error| blamed(error, model))?;
+                if token.is_some_and(|token| !on_token(i, token)) {
                     row.end(FinishReason::Cancelled);
                 }
             }

@@ -57,8 +57,10 @@ impl<'a> Sequence<'a> {
     /// Takes the next token by the logits of all tokens; none where that is one of `stop`, which ends it.
     ///
     /// # Errors
-    /// Where a grammar is too large to go on with.
+    /// [`InferError::NotFinite`]; where a grammar is too large to go on with.
     pub(crate) fn step(&mut self, logits: &mut [f32], stop: &[i64]) -> Result<Option<i64>> {
+        let is_number = |logit: &f32| !logit.is_nan() && *logit < f32::INFINITY;
+        ensure!(logits.iter().all(is_number), InferError::NotFinite);
         if let Some(grammar) = &mut self.grammar {
             grammar.mask(logits)?;
         }

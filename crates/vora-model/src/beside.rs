@@ -68,13 +68,21 @@ pub fn copy_beside(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Copies those of the named text files that `from` has. Special tokens that it has by the class of its tokenizer alone are
+/// Copies those of the named text files that `from` has; what a GGUF file says in place of a tokenizer's is written as such. Special tokens that it has by the class of its tokenizer alone are
 /// named in the copy: in a folder of another model the same files may stand for another class.
 ///
 /// # Errors
 /// Names the file that cannot be read or written.
 pub fn copy_text_files(names: impl Iterator<Item = &'static str>, from: &Path, to: &Path) -> Result<()> {
     copy_files(names, from, to)?;
+    if !from.join(TOKENIZER).exists()
+        && let Some((tokenizer, config)) = vora_gguf::folder::tokenizer(from)?
+    {
+        write_bytes(&to.join(TOKENIZER), &serde_json::to_vec_pretty(&tokenizer)?)?;
+        if !from.join(TOKENIZER_CONFIG).exists() {
+            write_bytes(&to.join(TOKENIZER_CONFIG), &serde_json::to_vec_pretty(&config)?)?;
+        }
+    }
     let tokens = special_tokens_by_class(from)?;
     if tokens.is_empty() {
         return Ok(());

@@ -9,8 +9,11 @@ use serde_json::{Map, Value};
 use tch::{Kind, Tensor};
 use vora_files::write_bytes;
 use vora_llm::MODEL_TYPES;
-use vora_lora::LoraConfig;
+use vora_lora::{ADAPTER_TENSORS, AdapterFolder, LoraConfig};
 use vora_torch::checkpoint::save;
+
+/// Finds the folder of a model by the name that a config knows it by.
+pub type Resolve<'a> = dyn Fn(&str) -> Result<PathBuf> + 'a;
 
 /// Why a folder is not opened as a model.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +26,18 @@ pub enum FolderError {
         path: PathBuf,
         /// Why it cannot be read.
         source: io::Error,
+    },
+    /// It is a PEFT adapter's, without what a run writes beside it.
+    #[error(
+        "{} is an adapter without its model{}: `vora convert` merges the two, and ask, chat and serve take it with the model, as --lora-modules NAME=FOLDER",
+        folder.display(),
+        base.as_ref().map_or_else(String::new, |base| format!(", {base}"))
+    )]
+    AdapterAlone {
+        /// The folder.
+        folder: PathBuf,
+        /// The model that it names.
+        base: Option<String>,
     },
     /// Its `config.json` names no model known here.
     #[error(
@@ -39,9 +54,23 @@ pub enum FolderError {
     },
 }
 
-/// The object in `config.json`, or what a GGUF file says in its place.
+/// The key of `config.json` that has the ways from its folder to the models that it names: no model's own.
+pub(crate) const FROM_HERE: &str = "paths_from_here";
+
+/// The object in `config.json`, or what a GGUF file says in its place, as far as it is of the model.
 pub(crate) fn read_config(folder: &Path) -> Result<Map<String, Value>> {
+    let mut config = read_raw_config(folder)?;
+    config.remove(FROM_HERE);
+    Ok(config)
+}
+
+/// All of it.
+pub(crate) fn read_raw_config(folder: &Path) -> Result<Map<String, Value>> {
     let config: Option<_> = vora_gguf::folder::read_json(folder, "config.json")?;
+    if config.is_none() && folder.join(ADAPTER_TENSORS).exists() {
+        let base = AdapterFolder::open(folder)?.base_model().map(str::to_owned);
+        return Err(FolderError::AdapterAlone { folder: folder.to_owned(), base }.into());
+    }
     let missing = || FolderError::NoConfig { path: folder.join("config.json"), source: io::ErrorKind::NotFound.into() };
     Ok(config.ok_or_else(missing)?)
 }

@@ -14,16 +14,14 @@ use vora_vision::Encoder;
 
 use crate::chameleon::{Chameleon, VQMODEL};
 use crate::few_bits::tell_of_whole_weights;
-use crate::files::{FolderError, read_config};
+use crate::files::{FolderError, Resolve, read_config};
 use crate::gemma4::{Gemma4Unified, Gemma4UnifiedConfig};
 use crate::llava::{Llava, LlavaConfig};
 use crate::model::VisionLanguageModel;
+use crate::named;
 use crate::plain::PlainLlm;
 use crate::trained::{self, LLM, Parts, VISION};
 use crate::vora::{Vora, VoraConfig};
-
-/// Finds the folder of a model by the name that a config knows it by.
-pub type Resolve<'a> = dyn Fn(&str) -> Result<PathBuf> + 'a;
 
 /// The models known here, by the `model_type` of their `config.json`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,7 +90,7 @@ fn open_part(
     resolve: &Resolve<'_>,
 ) -> Result<Box<dyn VisionLanguageModel>> {
     let new = Weights::random(0, device, kind);
-    let llm = || Weights::open(&llm_path(folder, config, resolve)?, device, kind);
+    let llm = || Weights::open(&llm_path(folder, resolve)?, device, kind);
     let finished = |llm: &Weights| llm.finish().with_context(|| format!("loading the LLM of {}", folder.display()));
     let model: Box<dyn VisionLanguageModel> = match model_type {
         ModelType::Vora => {
@@ -104,7 +102,7 @@ fn open_part(
         ModelType::Llava => {
             let llm = llm()?;
             let config = LlavaConfig::open(folder)?;
-            let encoder = resolve(&config.mm_vision_tower)
+            let encoder = named::find(folder, "mm_vision_tower", resolve)
                 .and_then(|tower| Encoder::open_with(&tower, trained::vision_tower(folder)?, device, kind))
                 .with_context(|| format!("the encoder of {}", folder.display()))?;
             let model = Llava::assemble(config, &llm, encoder, &new)?;
@@ -170,8 +168,8 @@ const NORMS: [&str; 5] = [
 /// # Errors
 /// Where the config names no LLM, `resolve` does not find it, or it has no norm to tell the dtype by.
 pub fn stored_kind(folder: &Path, resolve: &Resolve<'_>) -> Result<Kind> {
-    let path =
-        if trained::is_whole(folder) { folder.to_owned() } else { llm_path(folder, &read_config(folder)?, resolve)? };
+    let is_whole = trained::is_whole(folder) || vora_gguf::folder::find(folder)?.is_some();
+    let path = if is_whole { folder.to_owned() } else { llm_path(folder, resolve)? };
     let checkpoint = Checkpoint::open(&path)?;
     let norm = NORMS.into_iter().find_map(|name| checkpoint.info(name));
     let kind = norm.map(|(kind, _)| kind);
@@ -179,14 +177,12 @@ pub fn stored_kind(folder: &Path, resolve: &Resolve<'_>) -> Result<Kind> {
 }
 
 /// Where the LLM's weights lie: those that were trained, else the folder that the run took it from.
-fn llm_path(folder: &Path, config: &Map<String, Value>, resolve: &Resolve<'_>) -> Result<PathBuf> {
+fn llm_path(folder: &Path, resolve: &Resolve<'_>) -> Result<PathBuf> {
     let trained = folder.join(LLM);
     if trained.exists() {
         return Ok(trained);
     }
-    let name = config.get("llm").and_then(Value::as_str);
-    let name = name.with_context(|| format!("config.json of {} has no `llm`", folder.display()))?;
-    resolve(name).with_context(|| format!("the LLM of {}", folder.display()))
+    named::find(folder, "llm", resolve).with_context(|| format!("the LLM of {}", folder.display()))
 }
 
 #[cfg(test)]

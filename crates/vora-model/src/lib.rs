@@ -40,14 +40,15 @@ mod folder;
 mod gemma4;
 mod llava;
 mod model;
+pub mod named;
 mod plain;
 pub mod trained;
 mod vora;
 
 pub use adapted::AdaptedLlm;
 pub use chameleon::{Chameleon, VQMODEL, VocabularyMapping, image_token_name};
-pub use files::FolderError;
-pub use folder::{Resolve, is_vision_language_model, llm_config, open, stored_kind};
+pub use files::{FolderError, Resolve};
+pub use folder::{is_vision_language_model, llm_config, open, stored_kind};
 pub use gemma4::{Gemma4Unified, Gemma4UnifiedConfig};
 pub use llava::{ALL_LINEAR, Llava, LlavaConfig, MmProjectorType};
 pub use model::{ImageWriter, Input, VisionLanguageModel};

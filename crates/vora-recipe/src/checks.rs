@@ -30,6 +30,15 @@ impl TrainConfig {
         for (key, value) in at_least_one {
             ensure!(value >= 1, "{key} is {value}, it must be at least 1");
         }
+        // What is made at once: more of it ends in memory that there is not.
+        for (key, value, most) in [
+            ("per_device_train_batch_size", self.per_device_train_batch_size, 65_536),
+            ("per_device_eval_batch_size", self.per_device_eval_batch_size, 65_536),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps, 65_536),
+            ("dataloader_num_workers", self.dataloader_num_workers, 1024),
+        ] {
+            ensure!(value <= most, "{key} is {value}, it must be {most} or less");
+        }
         self.validate_zero_stage()?;
         // Those of parts that only another type of model has, too.
         OptimConfig { learning_rates: self.learning_rates.clone(), ..self.optim() }.validate()?;
@@ -224,7 +233,14 @@ mod tests {
 
     #[test]
     fn values_out_of_range_name_their_key() {
-        let cases: [(&str, &str); 23] = [
+        let cases: [(&str, &str); 27] = [
+            (
+                "per_device_train_batch_size=99999999999",
+                "per_device_train_batch_size is 99999999999, it must be 65536 or",
+            ),
+            ("per_device_eval_batch_size=65537", "per_device_eval_batch_size is 65537, it must be 65536 or less"),
+            ("gradient_accumulation_steps=1000000", "gradient_accumulation_steps is 1000000, it must be"),
+            ("dataloader_num_workers=100000", "dataloader_num_workers is 100000, it must be 1024 or less"),
             ("model.lora.r=0", "model.lora.r is 0, it must be at least 1"),
             ("model.image_size=50", "model.image_size is 50, it must be a multiple of model.patch_size, 14"),
             ("model.vision_embedding=CLIP", "model.vision_embedding=CLIP"),

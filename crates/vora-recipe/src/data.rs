@@ -141,9 +141,10 @@ pub struct DataFetch {
 #[serde(deny_unknown_fields)]
 pub struct DataPath {
     /// A file, a folder of shards or a pattern such as `train-*.parquet`: JSON lines or one JSON array, parquet with
-    /// the pictures' bytes, WebDataset's tar, plain or gzip; what it is, its content says.
+    /// the pictures' bytes, WebDataset's tar; what it is, its content says. Of compressed files tar.gz alone is read: others, as
+    /// `.jsonl.gz` and `.tar.zst`, are named with what decompresses them.
     pub anno_path: PathBuf,
-    /// Where its pictures are; empty for text alone.
+    /// Where its pictures are: records name them from there, or by whole paths into it. Empty for text alone.
     #[serde(default)]
     pub image_folder: PathBuf,
     /// Its share of the samples, as a part of the sum of all weights: of every source or of none. The data then never
@@ -160,8 +161,11 @@ pub struct DataPreprocess {
     pub frames_key: String,
     /// A record's key for its conversation.
     pub label_key: String,
-    /// A sample with more tokens is refused.
-    pub max_seq_len: usize,
+    /// The most tokens of a sample, pictures included, or of a row with `packing`: a longer one loses turns at its end, or is
+    /// left out where not even its first answer fits. More than the LLM's context (`max_position_embeddings`) is refused,
+    /// but for `packing`. Absent: 2048, and a sample beyond the context is told of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_seq_len: Option<usize>,
     /// Taken from published recipes, without effect here: the tokenizer is the LLM's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<String>,
@@ -185,7 +189,7 @@ impl Default for DataPreprocess {
         Self {
             frames_key: "frames".into(),
             label_key: "conversations".into(),
-            max_seq_len: 2048,
+            max_seq_len: None,
             tokenizer: None,
             max_prompt_len: None,
             vqa_processor_params: None,
@@ -196,6 +200,11 @@ impl Default for DataPreprocess {
 }
 
 impl DataPreprocess {
+    /// The most tokens of a sample, or of a row with `packing`.
+    pub fn max_length(&self) -> usize {
+        self.max_seq_len.unwrap_or(2048)
+    }
+
     /// Whether it has keys that only recipes for the published code have.
     pub fn is_published(&self) -> bool {
         self.vqa_processor_params.is_some() || self.frames_ops.is_some()

@@ -1,27 +1,82 @@
 //! A run file as a tree of values: reading it, setting one by its dotted key, comparing two.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fmt;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use serde_saphyr::{DefaultMessageFormatter, MessageFormatter};
 
 /// Reads YAML. Only `true` and `false` are booleans, as in YAML 1.2: `no` is a word. Errors carry line, column and the
 /// lines around.
 pub(crate) fn from_yaml<T: DeserializeOwned>(text: &str) -> Result<T> {
     let options = serde_saphyr::options! { strict_booleans: true };
     serde_saphyr::from_str_with_options(text, options).map_err(|error| {
-        let text = error.to_string();
+        let text = error.render_with_formatter(&Words);
         anyhow!("{}", text.strip_prefix("error: ").unwrap_or(&text))
     })
 }
 
-/// Sets `a.b=c` in a tree, where `c` is YAML; numbers step into lists.
+/// What is wrong with YAML, in words for whoever wrote it.
+struct Words;
+
+impl MessageFormatter for Words {
+    fn format_message<'a>(&self, error: &'a serde_saphyr::Error) -> Cow<'a, str> {
+        match error {
+            serde_saphyr::Error::DuplicateMappingKey { key: Some(key), .. } => {
+                format!("`{key}` is there twice: leave one of them out").into()
+            }
+            serde_saphyr::Error::NonFiniteFloat { value, .. } => format!("`{value}` is not a finite number").into(),
+            _ => DefaultMessageFormatter.format_message(error),
+        }
+    }
+}
+
+/// The same entry with its value as text, where that is a number or a boolean: `run_name=2024`.
+pub(crate) fn as_text(entry: &str) -> Option<String> {
+    let (key, raw) = entry.split_once('=')?;
+    let is_scalar = matches!(from_yaml(raw).ok()?, Value::Number(_) | Value::Bool(_));
+    is_scalar.then(|| format!("{key}={}", Value::from(raw)))
+}
+
+/// Keys of two names, by their places: serde's `alias` of each is here.
+const NAMES: [[&str; 2]; 2] =
+    [["evaluation_strategy", "eval_strategy"], ["model.vision_attention", "model.vision_attention_mask"]];
+
+/// What stands in a tree at a dotted key.
+fn at<'a>(tree: &'a Value, key: &str) -> Option<&'a Value> {
+    key.split('.').try_fold(tree, |place, part| place.get(part))
+}
+
+/// An error where a tree has one key by two names.
+pub(crate) fn no_two_names(tree: &Value) -> Result<()> {
+    for [name, other] in NAMES {
+        ensure!(
+            at(tree, name).is_none() || at(tree, other).is_none(),
+            "`{name}` and `{other}` are two names of one key: leave one of them out"
+        );
+    }
+    Ok(())
+}
+
+/// Takes out of a tree what stands there by the other name of `key`.
+fn take_other_name(tree: &mut Value, key: &str) {
+    let other = NAMES.iter().find_map(|[a, b]| if *a == key { Some(b) } else { (*b == key).then_some(a) });
+    let Some(other) = other else { return };
+    let (parent, last) = other.rsplit_once('.').unwrap_or(("", other));
+    let place = if parent.is_empty() { Some(tree) } else { tree.get_mut(parent) };
+    if let Some(Value::Object(map)) = place {
+        map.remove(last);
+    }
+}
+
+/// Sets `a.b=c` in a tree, where `c` is YAML; numbers step into lists. A key of two names loses what stands by the other.
 pub(crate) fn set(tree: &mut Value, entry: &str) -> Result<()> {
     let (key, value) = entry.split_once('=').with_context(|| format!("--set {entry}: it must be key.key=value"))?;
     let value: Value = from_yaml(value).with_context(|| format!("--set {entry}"))?;
-    let mut place = tree;
+    let mut place = &mut *tree;
     for part in key.split('.') {
         ensure!(!part.is_empty(), "--set {entry}: the key has an empty part");
         if place.is_null() {
@@ -40,6 +95,7 @@ pub(crate) fn set(tree: &mut Value, entry: &str) -> Result<()> {
         };
     }
     *place = value;
+    take_other_name(tree, key);
     Ok(())
 }
 
@@ -92,6 +148,26 @@ mod tests {
             "text": "3",
         });
         assert_eq!(tree, expected);
+    }
+
+    /// A new alias has to be known here.
+    #[test]
+    fn every_alias_has_its_other_name() {
+        let src = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+        let (mut folders, mut aliases) = (vec![src], 0);
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    folders.push(path);
+                    continue;
+                }
+                let text = std::fs::read_to_string(path).unwrap();
+                aliases +=
+                    text.lines().filter(|line| line.trim().starts_with("#[serde(") && line.contains("alias =")).count();
+            }
+        }
+        assert_eq!(aliases, NAMES.len());
     }
 
     #[test]

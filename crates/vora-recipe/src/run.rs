@@ -15,7 +15,7 @@ use crate::distill::{DistillConfig, Pairing};
 use crate::loss::{BETA, Loss};
 use crate::model::{ModelConfig, ModelType};
 use crate::optim::{self, LearningRates, OptimConfig};
-use crate::overrides::{Difference, compare, from_yaml, set};
+use crate::overrides::{Difference, as_text, compare, from_yaml, no_two_names, set};
 use crate::schedule::{Curve, Schedule, SchedulerKwargs};
 
 /// One run.
@@ -24,7 +24,7 @@ use crate::schedule::{Curve, Schedule, SchedulerKwargs};
 pub struct TrainConfig {
     /// The run folder.
     pub output_dir: PathBuf,
-    /// Whether a new run may take a folder that holds another one's checkpoints.
+    /// Whether a new run may take a folder that holds another one's checkpoints or `final/`, which are then removed.
     #[serde(default)]
     pub overwrite_output_dir: bool,
     /// What stands over the plot.
@@ -316,7 +316,7 @@ impl TrainConfig {
     /// # Errors
     /// Names the key, with the line or the override that it is in.
     pub fn parse(text: &str, overrides: &[String]) -> Result<Self> {
-        let as_written = from_yaml::<Self>(text);
+        let as_written = as_written(text);
         let config = if overrides.is_empty() { as_written? } else { overridden(text, as_written, overrides)? };
         config.checked()
     }
@@ -372,7 +372,7 @@ impl TrainConfig {
     /// Tokens of a row that samples are packed into; none where each has a row of its own.
     pub fn packed_row_len(&self) -> Option<usize> {
         let preprocess = self.data.train.data_preprocess.clone().unwrap_or_default();
-        self.data.train.packing.then_some(preprocess.max_seq_len)
+        self.data.train.packing.then_some(preprocess.max_length())
     }
 
     /// Where the teacher's features are kept, for data that comes again.
@@ -419,13 +419,34 @@ pub fn split_of(metric: &str) -> Option<&str> {
     metric.strip_prefix("eval_").unwrap_or(metric).strip_suffix("_exact_match")
 }
 
-/// The run file's tree of values with the overrides set in it, typed after each so that a wrong one is named.
+/// A run file as it stands.
+fn as_written(text: &str) -> Result<TrainConfig> {
+    let tree = from_yaml::<Value>(text);
+    tree.as_ref().map_or(Ok(()), no_two_names)?;
+    // Of what is wrong, types tell more than a tree; it tells of numbers that are not finite.
+    let config = from_yaml(text)?;
+    tree.map(|_| config)
+}
+
+/// The run file with the overrides set in it, typed after each so that a wrong one is named.
 fn overridden(text: &str, as_written: Result<TrainConfig>, overrides: &[String]) -> Result<TrainConfig> {
-    let mut tree: Value = from_yaml(text)?;
+    let mut tree: Value = match &as_written {
+        Ok(config) => serde_json::to_value(config)?, // a name that is written as a number is text by now
+        Err(_) => from_yaml(text)?,
+    };
+    no_two_names(&tree)?;
     let mut typed = as_written;
     for entry in overrides {
         set(&mut tree, entry)?;
-        typed = match (typed, serde_json::from_value(tree.clone())) {
+        let found = serde_json::from_value(tree.clone()).or_else(|error| {
+            let Some(as_text) = as_text(entry) else { return Err(error) };
+            let mut with_text = tree.clone();
+            let is_set = set(&mut with_text, &as_text).is_ok();
+            let found = serde_json::from_value(with_text.clone()).ok().filter(|_| is_set).ok_or(error)?;
+            tree = with_text;
+            Ok(found)
+        });
+        typed = match (typed, found) {
             (_, Ok(config)) => Ok(config),
             // The file itself is incomplete or wrong, and this override did not mend it: that error has a line.
             (Err(error), Err(_)) => Err(error),
@@ -607,10 +628,18 @@ data:
         );
         fails(
             TrainConfig::parse(&SMALL.replace("    r: 4", "    r: 4\n    r: 5"), &[]),
-            &["duplicate", "r", "line 10"],
+            &["`r` is there twice", "line 10"],
         );
         fails(TrainConfig::parse(&SMALL.replace("  llm: somewhere\n", ""), &[]), &["missing field `llm`"]);
         fails(TrainConfig::parse(&SMALL.replace("r: 4", "r: four"), &[]), &["line 9", "column 8"]);
+        for rate in [".inf", ".nan", "-.inf"] {
+            let text = format!("{SMALL}learning_rate: {rate}\n");
+            for overrides in [vec![], vec!["seed=1".to_owned()]] {
+                let said = [&format!("`{rate}` is not a finite number"), "line 13", "learning_rate: "];
+                fails(TrainConfig::parse(&text, &overrides), &said);
+            }
+            fails(set(&[&format!("learning_rate={rate}")]), &["--set learning_rate=", "is not a finite number"]);
+        }
         fails(TrainConfig::parse("output_dir: [", &[]), &["line 1"]);
         fails(TrainConfig::open(Path::new("nope/run.yaml"), &[]), &["cannot read nope/run.yaml", "--config"]);
     }
@@ -639,6 +668,49 @@ data:
         let list = ["data.train.data_fetch.data_paths.2.image_folder=pictures".to_owned()];
         let config = TrainConfig::parse(&published("pretrain_I30M_T6M"), &list).unwrap();
         assert_eq!(config.data.train.data_fetch.unwrap().data_paths[2].image_folder, Path::new("pictures"));
+    }
+
+    #[test]
+    fn a_name_may_be_written_as_a_number() {
+        for name in ["2024", "1.50", "true"] {
+            let text = SMALL.replace("runs/x", name).replace("max_steps", &format!("run_name: {name}\nmax_steps"));
+            for overrides in [vec![], vec!["seed=1".to_owned()]] {
+                let config = TrainConfig::parse(&text, &overrides).unwrap();
+                assert_eq!((config.run_name.as_deref(), &config.output_dir), (Some(name), &PathBuf::from(name)));
+            }
+            let entries = [&format!("run_name={name}"), &format!("model.llm={name}"), "seed=7"];
+            let config = set(&entries).unwrap();
+            assert_eq!((config.run_name.as_deref(), config.model.llm.as_str(), config.seed), (Some(name), name, 7));
+        }
+        // A number where there is no text stays one.
+        fails(set(&["save_strategy=5"]), &["--set save_strategy=5: invalid type: integer `5`"]);
+    }
+
+    #[test]
+    fn a_key_of_two_names_is_one_key() {
+        let small = SMALL.replace("max_steps: 10", "max_steps: 10\nevaluation_strategy: steps");
+        let small = small.replace("  llm:", "  vision_attention_mask: causal\n  llm:");
+        let set = |entries: &[&str]| {
+            let entries: Vec<String> = entries.iter().map(|&entry| entry.to_owned()).collect();
+            TrainConfig::parse(&small, &entries)
+        };
+        let of = |config: &TrainConfig| (config.evaluation_strategy, config.model.vision_attention);
+        let (causal, both) = (Some(VisionAttention::Causal), Some(VisionAttention::Bidirectional));
+        assert_eq!(of(&set(&[]).unwrap()), (Strategy::Steps, causal));
+        for names in [["eval_strategy", "vision_attention"], ["evaluation_strategy", "vision_attention_mask"]] {
+            let [strategy, attention] = [format!("{}=no", names[0]), format!("model.{}=bidirectional", names[1])];
+            assert_eq!(of(&set(&[&strategy, &attention]).unwrap()), (Strategy::No, both), "{names:?}");
+        }
+        let last = set(&["eval_strategy=no", "evaluation_strategy=steps", "eval_strategy=no"]).unwrap();
+        assert_eq!(last.evaluation_strategy, Strategy::No);
+        // In the file itself it is a mistake, which no override hides.
+        let twice = small.replace("max_steps: 10", "max_steps: 10\neval_strategy: no");
+        for entries in [vec![], vec!["seed=1".to_owned()], vec!["eval_strategy=no".to_owned()]] {
+            let said = ["`evaluation_strategy` and `eval_strategy` are two names of one key"];
+            fails(TrainConfig::parse(&twice, &entries), &said);
+        }
+        let twice = small.replace("  llm:", "  vision_attention: causal\n  llm:");
+        fails(TrainConfig::parse(&twice, &[]), &["`model.vision_attention` and `model.vision_attention_mask` are"]);
     }
 
     #[test]

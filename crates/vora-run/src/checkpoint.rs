@@ -15,9 +15,12 @@ use crate::metrics::RANK_METRICS;
 /// Where the trainer stands: the file that every checkpoint has.
 pub const TRAINER_STATE: &str = "trainer_state.json";
 
+/// The folder of what a run trained, once it is through.
+pub const FINAL: &str = "final";
+
 /// What a run writes beside its checkpoints, its log and its events.
 const RESULTS: [&str; 7] =
-    ["final", "samples", "block_maps", "eval.json", "train_results.json", "loss.svg", "report.html"];
+    [FINAL, "samples", "block_maps", "eval.json", "train_results.json", "loss.svg", "report.html"];
 
 /// A run's folder that no other trainer may write to while this lives.
 #[derive(Debug)]
@@ -67,6 +70,11 @@ impl RunFolder {
     /// The folder itself.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether a run came to its end here, or something else lies where it would write what it trained.
+    pub fn has_final(&self) -> bool {
+        fs::read_dir(self.path.join(FINAL)).is_ok_and(|mut entries| entries.next().is_some())
     }
 
     /// Removes what the last run left here: a new run takes the folder. Files that no run writes stay.

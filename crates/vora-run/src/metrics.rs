@@ -23,6 +23,9 @@ pub struct StepMetrics {
     /// Cosine loss, mean over the blocks; absent without a teacher or a picture.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_distill: Option<f64>,
+    /// What that was multiplied with in this step; absent where the run has no `distill.weight_schedule`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distill_weight: Option<f64>,
     /// The cosine loss of each block, whose mean is `loss_distill`; empty where that is absent.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub distill_blocks: Vec<f64>,
@@ -122,7 +125,7 @@ pub struct EventMetrics {
 
 /// One line of `metrics.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a line of a step, an evaluation or an event")]
 pub enum Line {
     /// A line with `eval` in it.
     Eval(EvalMetrics),
@@ -263,6 +266,7 @@ mod tests {
             loss: 1.5,
             loss_lm: 1.0,
             loss_distill: Some(0.5),
+            distill_weight: None,
             distill_blocks: vec![0.4, 0.6],
             baseline_distill: None,
             loss_anchor: None,

@@ -357,6 +357,7 @@ mod tests {
                 loss: 0.0,
                 loss_lm: 0.3 + 2.5 * (-x / 60.0).exp() + wiggle,
                 loss_distill: Some(0.55 + 0.45 * (-x / 150.0).exp() + wiggle * 0.1),
+                distill_weight: None,
                 distill_blocks: vec![0.5 + 0.4 * (-x / 90.0).exp(), 0.6 + 0.4 * (-x / 200.0).exp()],
                 baseline_distill: Some(0.98),
                 loss_anchor: None,

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use vora_data::Preparation;
 use vora_model::{Resolve, llm_config};
 use vora_recipe::{ModelType, TrainConfig};
@@ -41,7 +41,16 @@ pub(crate) fn preparation_over(
         None => ChatTemplate::open(llm_folder)?,
     };
     let tokenizer = Tokenizer::open(llm_folder)?.for_processor(has_processor);
-    let max_length = config.data.train.data_preprocess.clone().unwrap_or_default().max_seq_len;
+    let preprocess = config.data.train.data_preprocess.clone().unwrap_or_default();
+    let context = usize::try_from(llm.max_position_embeddings)?;
+    if let Some(given) = preprocess.max_seq_len.filter(|_| !config.data.train.packing) {
+        ensure!(
+            given <= context,
+            "data.train.data_preprocess.max_seq_len is {given}, but the LLM was made for {context} tokens \
+             (max_position_embeddings of {}): set it to {context} or less",
+            llm_folder.display()
+        );
+    }
     let preparation = Preparation::new(
         tokenizer,
         chat,
@@ -49,5 +58,8 @@ pub(crate) fn preparation_over(
         pictures.processor.clone(),
         usize::try_from(pictures.patch_size)?,
     )?;
-    Ok(preparation.with_image_marks(pictures.image_marks).with_max_length(max_length))
+    Ok(preparation
+        .with_image_marks(pictures.image_marks)
+        .with_max_length(preprocess.max_length())
+        .with_max_positions(context))
 }

@@ -102,13 +102,15 @@ impl Tokenizer {
             };
             ids.push((name, id));
         }
-        let around = Around::of(&json["post_processor"]).context("post_processor")?;
+        let around = Around::of(&json["post_processor"]).context("post_processor");
+        let around = around.map_err(|error| by_part(error, &json))?;
         let specials = Specials::new(literals);
         specials.rename(&mut json);
         let begins_with_space = begins_with_space(&json);
 
         // Back to text, which the library's own parser wants.
-        let inner = tokenizers::Tokenizer::from_bytes(serde_json::to_vec(&json)?).map_err(|e| anyhow!(e))?;
+        let inner =
+            tokenizers::Tokenizer::from_bytes(serde_json::to_vec(&json)?).map_err(|e| by_part(anyhow!(e), &json))?;
         for (name, id) in ids {
             let found = inner.token_to_id(&name).map(u64::from);
             ensure!(
@@ -358,6 +360,27 @@ fn eos_ids(path: &Path, named: Option<i64>) -> Result<Vec<i64>> {
     Ok(found)
 }
 
+/// Parts of `tokenizer.json`, by what the library calls the types that it reads them into.
+const PARTS: [(&str, &str); 6] = [
+    ("ModelUntagged", "model"),
+    ("NormalizerUntagged", "normalizer"),
+    ("PreTokenizerUntagged", "pre_tokenizer"),
+    ("PostProcessorWrapper", "post_processor"),
+    ("DecoderUntagged", "decoder"),
+    ("MergeType", "model.merges"),
+];
+
+/// An error by the part of the file that it is in, where the library names a type of its own.
+fn by_part(error: anyhow::Error, json: &Value) -> anyhow::Error {
+    let said = format!("{error:#}");
+    let part = PARTS.iter().find(|(name, _)| said.contains(&format!("untagged enum {name}")));
+    let Some((_, part)) = part else { return error };
+    match json[*part]["type"].as_str() {
+        Some(name) => anyhow!("`{part}` of type `{name}` is not as that is known here"),
+        None => anyhow!("`{part}` is none that is known here"),
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use std::fs;
@@ -550,6 +573,15 @@ pub(crate) mod tests {
             fs::write(folder.path().join("tokenizer.json"), broken).unwrap();
             let error = format!("{:#}", Tokenizer::open(folder.path()).unwrap_err());
             assert!(error.contains("tokenizer.json"), "{broken}: {error}");
+        }
+        // Not by the names that types have in the library.
+        let whole = fs::read(fixtures::root().join("tiny/tokenizer/tokenizer.json")).unwrap();
+        for part in ["model", "normalizer", "pre_tokenizer", "post_processor", "decoder"] {
+            let mut json: Value = serde_json::from_slice(&whole).unwrap();
+            json[part]["type"] = "Odd".into();
+            fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+            let error = format!("{:#}", Tokenizer::open(folder.path()).unwrap_err());
+            assert!(error.ends_with(&format!("`{part}` of type `Odd` is not as that is known here")), "{error}");
         }
     }
 }

@@ -15,7 +15,7 @@ pub struct FeatureSelection {
 
 /// Indices of hidden states: 0 is what goes into the first block, `n` the output of the nth block, -1 that of the last.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected the number of a layer, or a list of them")]
 pub enum VisionFeatureLayer {
     /// One hidden state; -2 in LLaVA.
     One(i64),

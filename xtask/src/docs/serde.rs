@@ -41,7 +41,12 @@ impl Serde {
                         // These change no key, or how one is written only.
                         ("deny_unknown_fields" | "transparent", None)
                         | (
-                            "with" | "deserialize_with" | "serialize_with" | "skip_serializing_if" | "try_from",
+                            "with"
+                            | "deserialize_with"
+                            | "serialize_with"
+                            | "skip_serializing_if"
+                            | "try_from"
+                            | "expecting",
                             Some(_),
                         ) => {}
                         _ => return Err(meta.error(format!("`cargo xtask docs` does not know serde's `{name}`"))),

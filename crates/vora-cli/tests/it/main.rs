@@ -3,11 +3,13 @@
 mod acts_on;
 mod data;
 mod download;
+mod elsewhere;
 mod eval;
 mod exports;
 mod faults;
 mod gemma4;
 mod memory;
+mod mistaken;
 mod serve;
 mod told_once;
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, ensure};
+use vora_files::refuse_compressed;
 
 use super::image_folder::ImageFolder;
 use super::keys::RecordKeys;
@@ -50,6 +51,8 @@ impl Conversations {
             blank: Vec::new(),
         };
         let mut file = BufReader::with_capacity(1 << 20, file);
+        let head = file.fill_buf().with_context(|| format!("cannot read {shown}"))?;
+        refuse_compressed(annotation, head, "JSON is read as it is")?;
         let start = skip_mark(&mut file).with_context(|| format!("cannot read {shown}"))?;
         found.is_array = is_array(&mut file).with_context(|| format!("cannot read {shown}"))?;
         if found.is_array {
@@ -346,6 +349,18 @@ mod tests {
         let error = |frame: &str| format!("{:#}", found.image(frame).unwrap_err());
         for frame in ["../a.png", "sub/../../a.png", "/etc/hosts", ""] {
             assert!(error(frame).contains("does not lie in the image folder"), "{}", error(frame));
+        }
+        // A whole path is one of the folder's too, where it leads there.
+        let whole = |frame: &str| folder.path().join(frame).to_string_lossy().into_owned();
+        assert_eq!(found.image(&whole("sub/a.png")).unwrap(), b"png");
+        assert_eq!(found.image(&whole("sub/../sub/a.png")).unwrap(), b"png");
+        let beside = tempfile::NamedTempFile::new_in(folder.path().parent().unwrap()).unwrap();
+        for frame in [whole("gone.png"), whole("sub"), beside.path().to_string_lossy().into_owned()] {
+            assert!(
+                error(&frame).contains("is a whole path and does not lie in the image folder"),
+                "{}",
+                error(&frame)
+            );
         }
         assert!(error("b.png").contains("cannot read image `b.png`"));
         let missing = found.image("b.png").unwrap_err();

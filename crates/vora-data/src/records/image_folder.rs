@@ -26,7 +26,7 @@ impl ImageFolder {
     /// Reads the file of a record's image, undecoded.
     ///
     /// # Errors
-    /// Where the path leaves the image folder, by `..`, by its root or by a link; where the file is missing, no
+    /// Where the path leaves the image folder, by `..`, by a root elsewhere or by a link; where the file is missing, no
     /// ordinary file, or larger than an image may be. Links may lead to what lies beside the image folder, and to what
     /// the hub's client keeps.
     pub(crate) fn read(&self, frame: &str) -> Result<Vec<u8>> {
@@ -52,10 +52,22 @@ impl ImageFolder {
 
     fn path(&self, frame: &str) -> Result<PathBuf> {
         let shown = short_name(frame);
+        let is_whole = Path::new(frame).is_absolute();
         let inside = Path::new(frame).components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
-        ensure!(inside && !frame.is_empty(), "image `{shown}` does not lie in the image folder");
+        ensure!(is_whole || inside && !frame.is_empty(), "image `{shown}` does not lie in the image folder");
         let folder = self.0.as_ref();
         let folder = folder.with_context(|| format!("image `{shown}` of a source without an image folder"))?;
+        if is_whole {
+            // Of what lies elsewhere not even whether it is there is told.
+            let path = fs::canonicalize(frame).ok().filter(|path| path.starts_with(folder) && path.is_file());
+            return path.with_context(|| {
+                format!(
+                    "image `{shown}` is a whole path and does not lie in the image folder {}: name it from there, or give a \
+                     folder above it as image folder",
+                    folder.display()
+                )
+            });
+        }
         let path = fs::canonicalize(folder.join(frame)).map_err(|source| {
             let (name, folder) = (shown.to_string(), folder.clone());
             DataError::NoImage { name, folder, source }

@@ -36,7 +36,7 @@ pub struct Record {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a name or a list of them")]
 enum OneOrMore {
     One(String),
     More(Vec<String>),

@@ -27,7 +27,7 @@ pub(super) struct RawTurn {
 
 /// What a turn says, whole or in parts.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected text or a list of parts")]
 pub(super) enum RawText {
     Whole(String),
     Parts(Vec<Map<String, Value>>),

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
+use flate2::read::MultiGzDecoder;
+use vora_files::refuse_compressed;
 
 use super::conversations::ConversationSource;
 use super::shards::ShardStream;
@@ -16,6 +18,12 @@ use crate::records::{Conversations, GzipTar, RecordKeys, Shard, TarIndex, row_gr
 
 /// What a shard's name ends in, in a folder of shards.
 const SUFFIXES: [&str; 6] = [".json", ".jsonl", ".parquet", ".tar", ".tar.gz", ".tgz"];
+
+/// What the names of compressed files end in.
+const COMPRESSED: [&str; 7] = [".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z"];
+
+/// What is read of compressed files.
+const READ: &str = "of compressed files only tar.gz is read";
 
 /// Where records are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,7 +41,7 @@ impl RecordFiles {
     /// (parquet, compressed tar).
     ///
     /// # Errors
-    /// Where a file cannot be read or is none of these; where the path names none.
+    /// Where a file cannot be read or is none of these, by its compression where it has one; where the path names none.
     pub fn open(&self, maker: &Arc<SampleMaker>) -> Result<Vec<Arc<dyn Source>>> {
         let mut sources: Vec<Arc<dyn Source>> = Vec::new();
         let mut shards: Vec<Box<dyn Shard>> = Vec::new();
@@ -77,7 +85,10 @@ impl RecordFiles {
             for entry in fs::read_dir(&self.path).with_context(|| format!("cannot list {shown}"))? {
                 let path = entry.with_context(|| format!("cannot list {shown}"))?.path();
                 let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
-                if path.is_file() && SUFFIXES.iter().any(|suffix| name.ends_with(suffix)) {
+                let plain = COMPRESSED.iter().find_map(|suffix| name.strip_suffix(suffix));
+                let is_shard = |name: &str| SUFFIXES.iter().any(|suffix| name.ends_with(suffix));
+                // One that is compressed is not passed over: opening it says why it is not read.
+                if path.is_file() && (is_shard(&name) || plain.is_some_and(is_shard)) {
                     files.push(path);
                 }
             }
@@ -115,11 +126,22 @@ impl Format {
         read.with_context(|| format!("cannot read {}", path.display()))?;
         Ok(match &start[..] {
             [b'P', b'A', b'R', b'1', ..] => Self::Parquet,
-            [0x1f, 0x8b, ..] => Self::GzipTar,
+            [0x1f, 0x8b, ..] if holds_tar(path) => Self::GzipTar,
             start if start.get(257..262) == Some(b"ustar") => Self::Tar,
-            _ => Self::Json,
+            start => {
+                refuse_compressed(path, start, READ)?;
+                Self::Json
+            }
         })
     }
+}
+
+/// Whether what is compressed in a file begins as tar does, by the checksum of its header; so does what cannot be read, which is told
+/// as a tar's fault.
+fn holds_tar(path: &Path) -> bool {
+    let mut header = Vec::new();
+    let read = File::open(path).and_then(|file| MultiGzDecoder::new(file).take(512).read_to_end(&mut header));
+    read.is_err() || header.get(148..154).is_some_and(|sum| sum.iter().all(|byte| b"01234567 \0".contains(byte)))
 }
 
 #[cfg(test)]

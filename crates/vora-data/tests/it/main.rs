@@ -1,5 +1,6 @@
-//! Loaders over sources whose samples are told apart by their numbers.
+//! Loaders over sources whose samples are told apart by their numbers, and files that cannot be read as they are.
 
+mod compressed;
 mod loader;
 mod shared;
 

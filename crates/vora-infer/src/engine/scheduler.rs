@@ -27,6 +27,7 @@ use super::stats::Counts;
 use super::steps::Steps;
 use crate::adapters::NamedAdapter;
 use crate::error::InferError;
+use crate::finite::blamed;
 use crate::prompter::Prompter;
 use crate::{Constraint, FinishReason, OutputModality};
 
@@ -289,6 +290,7 @@ impl<'a> Turn<'a> {
         let vocab = (numbers.len() / answers.len()).max(1);
         for (mut answer, logits) in answers.into_iter().zip(numbers.chunks_mut(vocab)) {
             let taken = guarded(|| answer.take_token(logits));
+            let taken = taken.map_err(|error| blamed(error, &*self.loaded.model));
             self.counts.generated_tokens.fetch_add(1, Ordering::Relaxed);
             match taken {
                 Ok(None) => self.queue.decoding.push(answer),

@@ -200,7 +200,7 @@ pub struct LayerOverrides {
 
 /// One token id or several: configs have both.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a token id, or a list of them")]
 pub enum TokenIds {
     /// A single id.
     One(i64),
@@ -281,7 +281,11 @@ impl LlmConfig {
     /// Names the file and the key that is missing, of another type, or not supported.
     pub fn open(path: &Path) -> Result<Self> {
         let (json, origin) = open_json(path, "config.json")?;
-        let config: Self = serde_json::from_value(json).with_context(|| format!("in {}", origin.display()))?;
+        // Before its keys: those of other models than language models are others.
+        if let Some(model_type) = json.get("model_type").and_then(Value::as_str) {
+            Architecture::find(model_type).with_context(|| format!("in {}", origin.display()))?;
+        }
+        let config: Self = vora_files::object(&json).with_context(|| format!("in {}", origin.display()))?;
         config.validate().with_context(|| format!("in {}", origin.display()))?;
         Ok(config)
     }

@@ -62,7 +62,7 @@ pub(super) struct PeftConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     layers_pattern: Option<OneOrMany<String>>,
     #[serde(default)]
-    modules_to_save: Option<Vec<String>>,
+    pub(super) modules_to_save: Option<Vec<String>>,
     #[serde(default = "none")]
     pub(super) bias: String,
     #[serde(default)]
@@ -277,7 +277,7 @@ fn patterns(ranks: &BTreeMap<String, Rank>, r: i64, lora_alpha: f64) -> (BTreeMa
 
 /// Names of modules, or one regular expression for whole paths; `all-linear` is neither.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected names of modules, or an expression")]
 enum Modules {
     Expression(String),
     Names(Vec<String>),
@@ -299,7 +299,7 @@ impl Modules {
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected one value, or a list of them")]
 enum OneOrMany<T> {
     One(T),
     Many(Vec<T>),

@@ -50,12 +50,14 @@ impl AdapterFolder {
     ///
     /// # Errors
     /// Names the file and the key or tensor: not LoRA, a variant other than DoRA, a tensor of a module that the configuration leaves out or of another rank
-    /// than it says.
+    /// than it says, a module that `modules_to_save` lists without a tensor of it.
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join(CONFIG);
         let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let peft: PeftConfig =
-            serde_json::from_slice(&text).with_context(|| format!("{} is not a LoRA's", path.display()))?;
+        let peft: PeftConfig = serde_json::from_slice(&text)
+            .map_err(Into::into)
+            .and_then(|json| vora_files::object(&json))
+            .with_context(|| format!("{} is not a LoRA's", path.display()))?;
         let in_file = || format!("in {}", path.display());
         peft.refuse_variants().with_context(in_file)?;
         let (file, pickle) = (folder.join(ADAPTER_TENSORS), folder.join("adapter_model.bin"));
@@ -96,7 +98,16 @@ impl AdapterFolder {
         let config = peft.lora_config(&ranks);
         config.validate().with_context(in_file)?;
         let whole = tensors.names().filter_map(|name| name.strip_prefix(PEFT_PREFIX));
-        let saved_whole = whole.filter(|name| adapted_module(name).is_none()).map(str::to_owned).collect();
+        let saved_whole: Vec<String> = whole.filter(|name| adapted_module(name).is_none()).map(str::to_owned).collect();
+        for module in peft.modules_to_save.iter().flatten() {
+            ensure!(
+                saved_whole.iter().any(|name| is_within(name, module)),
+                "`modules_to_save` of {} lists `{module}`, which was trained as a whole, but {} has no tensor of it: save the \
+                 adapter again with it, or take it from the list if the base has no such module",
+                path.display(),
+                file.display()
+            );
+        }
         let (bias, base_model, is_dora) = (peft.bias, peft.base_model_name_or_path, peft.use_dora);
         Ok(Self { path: folder.to_owned(), config, modules, embeddings, saved_whole, is_dora, bias, base_model })
     }
@@ -225,6 +236,13 @@ impl AdapterFolder {
         weights.finish_allowing(|name| adapted_module(name).is_none()).with_context(doing)?;
         Ok(attached)
     }
+}
+
+/// Whether a tensor lies in a module that `modules_to_save` calls so: PEFT compares the ends of paths. What its wrapper keeps of
+/// the base is no part of it.
+fn is_within(tensor: &str, module: &str) -> bool {
+    let ends = tensor.match_indices('.').map(|(end, _)| &tensor[..end]);
+    !tensor.contains(".original_module.") && ends.into_iter().any(|path| path.ends_with(module))
 }
 
 /// The paths of all modules that have an adapter.

@@ -461,10 +461,17 @@ fn errors_name_file_and_key() {
         ("r", 4.into(), "`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` is [2, 8], but r is 4 in"),
         ("r", 0.into(), "lora.r is 0"),
         ("r", "two".into(), "is not a LoRA's"),
+        ("modules_to_save", json(r#"["norm", "lm_head"]"#), "lists `lm_head`, which was trained as a whole, but"),
+        ("modules_to_save", json(r#"["layers.1.norm"]"#), "lists `layers.1.norm`"),
     ];
     for (key, value, expected) in cases {
         write(key, value);
         assert!(open().contains(expected) && open().contains("adapter_"), "{key}: {}", open());
+    }
+    // PEFT's rule: the end of a module's path.
+    for named in ["norm", "model.norm", "orm"] {
+        write("modules_to_save", json(&format!(r#"["{named}"]"#)));
+        assert!(AdapterFolder::open(folder.path()).is_ok(), "{named}");
     }
     // Without a list, the tensors tell how many layers; rank-stabilised scaling is alpha over the root of r.
     write("layers_to_transform", Value::Null);

@@ -11,6 +11,7 @@ use vora_torch::checkpoint::Checkpoint;
 use vora_vision::EncoderConfig;
 
 use super::layout::Layout;
+use crate::named;
 use crate::trained::VISION;
 use crate::vora::VoraConfig;
 
@@ -120,12 +121,15 @@ impl Source {
         if !matches!(self.layout, Layout::Peft | Layout::PeftLlm) {
             return Ok(());
         }
-        let name = match &self.vora {
-            Some(vora) => vora.llm_name.clone(),
-            None => AdapterFolder::open(&self.path)?.base_model().unwrap_or_default().to_owned(),
-        };
         let doing = || format!("the model below the adapter {}", self.path.display());
-        let base = resolve(&name).with_context(doing)?;
+        let base = match &self.vora {
+            Some(_) => named::find(&self.path, "llm", resolve),
+            None => {
+                let adapter = AdapterFolder::open(&self.path)?;
+                named::locate(&self.path, adapter.base_model().unwrap_or_default(), None, resolve)
+            }
+        };
+        let base = base.with_context(doing)?;
         if self.layout == Layout::PeftLlm {
             self.config = vora_gguf::folder::config(&base)?
                 .map_or_else(|| read_object(&base.join("config.json")), |c| Ok(Some(c)))?;

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use vora_files::object;
 use vora_llm::{LlmConfig, VisionAttention, absent_sizes};
 use vora_lora::LoraConfig;
 use vora_vision::Gemma4VisionConfig;
@@ -92,19 +93,19 @@ impl Gemma4UnifiedConfig {
         let vision = part("vision_config").context(
             "vision_config is missing: such a model sees nothing; the decoder alone is a \"gemma4_unified_text\"",
         )?;
-        let keys: Keys = serde_json::from_value(Value::Object(json))?;
-        let object = text.as_object_mut().context("text_config is no JSON object")?;
-        let model_type = object.entry("model_type").or_insert_with(|| json!("gemma4_unified_text")).clone();
+        let keys: Keys = object(&Value::Object(json))?;
+        let in_text = text.as_object_mut().context("text_config is no JSON object")?;
+        let model_type = in_text.entry("model_type").or_insert_with(|| json!("gemma4_unified_text")).clone();
         if let Value::Object(absent) = absent_sizes(model_type.as_str().unwrap_or_default()) {
             for (key, value) in absent {
-                object.entry(key).or_insert(value);
+                in_text.entry(key).or_insert(value);
             }
         }
-        object.entry("use_bidirectional_attention").or_insert_with(|| json!("vision"));
-        let mut llm: LlmConfig = serde_json::from_value(text).context("text_config")?;
+        in_text.entry("use_bidirectional_attention").or_insert_with(|| json!("vision"));
+        let mut llm: LlmConfig = object(&text).context("text_config")?;
         llm.tie_word_embeddings |= keys.tie_word_embeddings; // either place ties them, as in transformers
         llm.validate().context("text_config")?;
-        let vision: Gemma4VisionConfig = serde_json::from_value(vision).context("vision_config")?;
+        let vision: Gemma4VisionConfig = object(&vision).context("vision_config")?;
         vision.validate().context("vision_config")?;
         let Keys { image_token_id, boi_token_id, eoi_token_id, llm: llm_name, lora, extra, .. } = keys;
         for (key, id) in [("boi_token_id", boi_token_id), ("eoi_token_id", eoi_token_id)] {

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use vora_files::tell_once;
+use vora_files::{object, tell_once};
 use vora_llm::{LlmConfig, absent_sizes};
 use vora_lora::LoraConfig;
 use vora_vision::{EncoderConfig, FeatureSelection, VisionFeatureSelectStrategy};
@@ -159,13 +159,13 @@ impl LlavaConfig {
         if let Some(id) = half("image_token_id") {
             json.insert("image_token_index".to_owned(), id);
         }
-        let keys: Keys = serde_json::from_value(Value::Object(json))?;
+        let keys: Keys = object(&Value::Object(json))?;
         let act = &keys.projector_hidden_act;
         ensure!(act == "gelu", "projector_hidden_act is `{act}`, known is gelu");
 
         text_config = with_model_type(text_config, "llama").context("text_config")?;
         fill(&mut text_config);
-        let mut llm: LlmConfig = serde_json::from_value(text_config).context("text_config")?;
+        let mut llm: LlmConfig = object(&text_config).context("text_config")?;
         // As in transformers, either place ties them.
         llm.tie_word_embeddings |= keys.tie_word_embeddings.unwrap_or(false);
         llm.validate().context("text_config")?;

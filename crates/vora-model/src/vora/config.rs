@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use vora_files::object;
 use vora_llm::{LlmConfig, VisionAttention};
 use vora_lora::LoraConfig;
 use vora_vision::{PatchEmbedConfig, PositionTable};
@@ -122,7 +123,7 @@ impl VoraConfig {
             lora.retain(|key, _| PUBLISHED_LORA.contains(&key.as_str()));
             lora.entry("r").or_insert(PUBLISHED_RANK.into());
         }
-        let keys: VisionKeys = serde_json::from_value(Value::Object(json.clone()))?;
+        let keys: VisionKeys = object(&Value::Object(json.clone()))?;
         let vision_attention = match keys.vision_attention_mask {
             VisionAttention::Bidirectional if keys.fuse_adjacent_images.unwrap_or(published) => {
                 VisionAttention::BidirectionalFused
@@ -141,7 +142,7 @@ impl VoraConfig {
             !vision.contains_key(key)
                 && !["lora", "architectures", IMAGE_TOKEN_ID, QUANTIZATION_CONFIG].contains(&key.as_str())
         });
-        let llm: LlmConfig = serde_json::from_value(Value::Object(json))?;
+        let llm: LlmConfig = object(&Value::Object(json))?;
         llm.validate()?;
         let adapted = keys.lora.map(|lora| lora.over(llm.num_hidden_layers));
         let biases = adapted.clone().filter(|_| keys.lora_layer_bias.unwrap_or(published));
@@ -309,9 +310,8 @@ mod tests {
             "model_type": "vora", "vision_embedding_intermediate_size": 12, "patch_size": 4, "image_size": 8,
             "pos_embed": "flat",
         })));
-        assert!(
-            error.unwrap_err().to_string().contains("unknown variant `flat`, expected `interpolate` or `first_rows`")
-        );
+        let error = format!("{:#}", error.unwrap_err());
+        assert_eq!(error, "`pos_embed`: unknown variant `flat`, expected `interpolate` or `first_rows`");
     }
 
     #[test]

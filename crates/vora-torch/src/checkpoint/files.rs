@@ -57,6 +57,14 @@ pub(super) fn checkpoint_files(path: &Path) -> Result<Vec<PathBuf>> {
     if let Some(name) = pickles.first() {
         bail!("{} holds only pickled weights ({}): convert them to safetensors first", path.display(), name.display());
     }
+    let files = std::fs::read_dir(path).with_context(|| format!("cannot list {}", path.display()))?;
+    let mut names: Vec<String> = files.flatten().map(|file| file.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    let packed =
+        names.iter().find(|name| [".safetensors.", ".gguf.", ".tar", ".zip"].iter().any(|part| name.contains(part)));
+    if let Some(name) = packed {
+        bail!("{} holds weights only in {name}: unpack it first", path.display());
+    }
     bail!("{} has neither model.safetensors nor model.safetensors.index.json nor a .gguf file", path.display())
 }
 

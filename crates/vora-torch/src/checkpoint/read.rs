@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use memmap2::MmapMut;
 use tch::{Kind, Tensor};
+use vora_files::refuse_compressed;
 use vora_gguf::{Llm, TensorKind};
 
 use crate::checkpoint::entry::Entry;
@@ -61,7 +62,10 @@ impl Checkpoint {
         let gguf = is_gguf.then(|| gguf::open(&map)).transpose().with_context(in_file)?;
         let entries = match &gguf {
             Some(model) => gguf::entries(model).with_context(in_file)?,
-            None => safetensors::entries(&map).with_context(|| CheckpointError::Broken(path.to_owned()))?,
+            None => safetensors::entries(&map)
+                // By chance a whole file may begin like a compressed one.
+                .or_else(|error| refuse_compressed(path, &map, "weights are read as they are").and(Err(error)))
+                .with_context(|| CheckpointError::Broken(path.to_owned()))?,
         };
         let file_idx = self.files.len();
         for (name, entry) in entries {
@@ -247,7 +251,7 @@ mod tests {
                 "dtype F8_E4M3 is not supported",
             ),
             (file("not json", 0), "JSON"),
-            (b"PK\x03\x04 a zip of pickles".to_vec(), "header too large"),
+            (b"PK\x03\x04 a zip of pickles".to_vec(), "x.safetensors is compressed (zip), and weights are"),
         ];
         for (i, (bytes, says)) in cases.iter().enumerate() {
             std::fs::write(&path, bytes).unwrap();

@@ -36,6 +36,7 @@ impl Board {
         let mut values = vec![("train/loss".to_owned(), metrics.loss), ("train/loss_lm".to_owned(), metrics.loss_lm)];
         let optional = [
             ("train/loss_distill", metrics.loss_distill),
+            ("train/distill_weight", metrics.distill_weight),
             ("train/baseline_distill", metrics.baseline_distill),
             ("train/loss_anchor", metrics.loss_anchor),
             ("train/rewards/chosen", metrics.rewards.map(|rewards| rewards.chosen)),

@@ -13,6 +13,7 @@ use tch::{Device, Tensor};
 use vora_files::write_bytes;
 use vora_lora::{BaseModel, LoraConfig, save_adapter};
 use vora_model::beside::{CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, copy_text_files, text_files};
+use vora_model::named;
 use vora_model::trained::{LLM, MODEL, Parts, VISION};
 use vora_torch::checkpoint::save;
 
@@ -57,8 +58,8 @@ impl Snapshot {
     /// Where a file cannot be read from the LLM's folder or not be written.
     pub fn write(&self, folder: &Path) -> Result<()> {
         if let Some(config) = &self.adapter {
-            let llm = self.llm_name.as_str();
-            let base = if self.adapts_llm_alone { BaseModel::causal_lm(llm) } else { BaseModel::new(llm) };
+            let llm = named::whole_path(&self.llm_name);
+            let base = if self.adapts_llm_alone { BaseModel::causal_lm(&llm) } else { BaseModel::new(&llm) };
             save_adapter(folder, config, base, &self.parts.adapter)?;
         }
         let parts = &self.parts;
@@ -67,7 +68,9 @@ impl Snapshot {
                 save(&folder.join(file), tensors, &[])?;
             }
         }
-        write_json(&folder.join(CONFIG), &self.config)?;
+        let mut config = self.config.clone();
+        named::name_paths(&mut config, folder);
+        write_json(&folder.join(CONFIG), &config)?;
         write_json(&folder.join(PREPROCESSOR), &self.preprocessor)?;
         if let Some(source) = &self.chat_template {
             // Read before whatever else a folder says of templates.

@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer};
 /// Both sides of a square: `14` or `[14, 14]`.
 pub(crate) fn square<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
     #[derive(Deserialize)]
-    #[serde(untagged)]
+    #[serde(untagged, expecting = "expected a size: a whole number, or two alike")]
     enum Side {
         One(i64),
         Two([i64; 2]),

@@ -11,7 +11,7 @@ use super::files::{CONFIG, EMA, OPTIMIZER, OPTIMIZER_SHARES, TEACHER_MEAN, optim
 use crate::run::ranks::Ranks;
 use crate::run::state::TrainerState;
 use crate::step::ema::Ema;
-use vora_run::checkpoint::{self, RunFolder};
+use vora_run::checkpoint::{self, FINAL, RunFolder};
 use vora_student::heads::TeacherMean;
 use vora_student::{Student, parts};
 use vora_torch::optim::Optimizer;
@@ -29,16 +29,34 @@ fn last_checkpoint(run: &RunFolder, config: &TrainConfig, resume: bool) -> Resul
                 run.path().display()
             );
         }
+        ensure!(
+            !run.has_final(),
+            "{} already holds the {FINAL}/ of a run; choose another output_dir, or set overwrite_output_dir=true",
+            run.path().display()
+        );
         return Ok(None);
     }
     let Some(folder) = checkpoint::latest(run.path())? else {
+        ensure!(
+            config.overwrite_output_dir || !run.has_final(),
+            "{} holds the {FINAL}/ of a run without a checkpoint to go on from: choose another output_dir, or set \
+             overwrite_output_dir=true to begin again in its place",
+            run.path().display()
+        );
         tracing::warn!("{} has no checkpoint: the run begins at its start", run.path().display());
         return Ok(None);
     };
     let text = std::fs::read_to_string(folder.join(CONFIG))?;
     let saved = TrainConfig::parse(&text, &[]).with_context(|| format!("in {}", folder.join(CONFIG).display()))?;
+    let differences = saved.differences(config)?;
+    ensure!(
+        saved.text_anchor.is_some() || config.text_anchor.is_none(),
+        "cannot resume from {}: text_anchor is given and was not when the run began, before whose first step its texts are \
+         made: leave it out, or begin a new run",
+        folder.display()
+    );
     let (refused, changed): (Vec<_>, Vec<_>) =
-        saved.differences(config)?.into_iter().partition(|difference| shapes_the_model(&difference.key));
+        differences.into_iter().partition(|difference| shapes_the_model(&difference.key));
     let list = |differences: &[Difference]| differences.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
     ensure!(refused.is_empty(), "cannot resume from {}: {}", folder.display(), list(&refused));
     if !changed.is_empty() {

@@ -199,6 +199,8 @@ impl Trainer {
             loss,
             loss_lm,
             loss_distill: (!distill_blocks.is_empty()).then_some(loss_distill),
+            distill_weight: (self.config.distill.weight_schedule.is_some() && !distill_blocks.is_empty())
+                .then_some(distill_weight),
             distill_blocks,
             baseline_distill: self.student.distill.as_ref().and_then(|d| d.mean()).map(TeacherMean::baseline),
             loss_anchor,

@@ -40,7 +40,7 @@ use crate::run::{dtype, size, snapshot, vq};
 use crate::step::ema::{Ema, InPlace};
 use crate::step::loss_scale::LossScale;
 use crate::step::optim::sharded;
-use vora_run::checkpoint::{self, RunFolder, Saver, Share};
+use vora_run::checkpoint::{self, FINAL, RunFolder, Saver, Share};
 use vora_student::{Student, parts};
 
 /// Held-out pictures of each split that are written for asking.
@@ -421,16 +421,16 @@ impl Trainer {
     }
 
     fn write_final(&self) -> Result<()> {
-        self.run.save_folder("final", |folder| snapshot::Snapshot::of(&self.student)?.write(folder)).map(|_| ())
+        self.run.save_folder(FINAL, |folder| snapshot::Snapshot::of(&self.student)?.write(folder)).map(|_| ())
     }
 
     fn tell_of_records(&self) {
+        let too_long = match self.loader.num_too_long() {
+            0 => String::new(),
+            long => format!(", {long} of them as not even their first answer fits into max_seq_len"),
+        };
         if self.loader.num_skipped() > 0 {
-            tracing::warn!(
-                "{} bad records were left out, {} of them as not even their first answer fits into max_seq_len",
-                self.loader.num_skipped(),
-                self.loader.num_too_long()
-            );
+            tracing::warn!("{} bad records were left out{too_long}", self.loader.num_skipped());
         }
         if self.truncated > 0 {
             tracing::warn!("{} samples lost turns at their end, to fit into max_seq_len", self.truncated);

@@ -10,6 +10,10 @@ fn another_rank_is_refused_with_both_values() {
     let error = format!("{:#}", try_new(changed, true).err().unwrap());
     assert!(error.contains("cannot resume from") && error.contains("step-1"), "{error}");
     assert!(error.contains("model.lora.layers was 2, is 3; model.lora.r was 4, is 8"), "{error}");
+    // An anchor's texts are made before the first step.
+    let anchored = config("smoke.yaml", folder.path(), &["max_steps=2", "text_anchor={}"]);
+    let error = format!("{:#}", try_new(anchored, true).err().unwrap());
+    assert!(error.contains("step-1: text_anchor is given and was not when the run began"), "{error}");
     // Other settings may change.
     let changed = config("smoke.yaml", folder.path(), &["max_steps=2", "learning_rate=1e-4"]);
     assert_eq!(try_new(changed, true).unwrap().step(), 1);
@@ -44,6 +48,31 @@ fn a_run_is_not_written_over_by_mistake() {
         assert!(!folder.path().join(gone).exists(), "{gone}");
     }
     assert!(folder.path().join("notes.txt").exists());
+}
+
+/// Its checkpoints may be gone, to save space: what was trained is still a run's.
+#[test]
+fn what_was_trained_is_not_written_over_without_checkpoints_either() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |resume: bool, overwrite: &str| {
+        try_new(config("smoke.yaml", folder.path(), &["max_steps=1", overwrite]), resume)
+    };
+    trainer(config("smoke.yaml", folder.path(), &["max_steps=1"])).train(&mut Silent).unwrap();
+    std::fs::remove_dir_all(folder.path().join("checkpoints")).unwrap();
+    let before = std::fs::read(folder.path().join("final/SHA256SUMS")).unwrap();
+    for (resume, expected) in
+        [(false, "already holds the final/ of a run"), (true, "without a checkpoint to go on from")]
+    {
+        let error = at(resume, "overwrite_output_dir=false").err().unwrap().to_string();
+        assert!(error.contains(expected) && error.contains("overwrite_output_dir=true"), "{error}");
+        assert_eq!(std::fs::read(folder.path().join("final/SHA256SUMS")).unwrap(), before);
+    }
+    assert_eq!(at(true, "overwrite_output_dir=true").unwrap().step(), 0);
+    at(false, "overwrite_output_dir=true").unwrap();
+    assert!(!folder.path().join("final").exists());
+    // An empty folder of that name is nobody's.
+    std::fs::create_dir(folder.path().join("final")).unwrap();
+    at(false, "overwrite_output_dir=false").unwrap();
 }
 
 #[test]
@@ -95,6 +124,17 @@ fn what_does_not_fit_is_named() {
     fails(&["distill.blocks={0: 9}"], &["distill.blocks gives block 0 the teacher's 9"]);
     fails(&["fp16=true", "bf16=false"], &["fp16", "needs a GPU"]);
     fails(&["model.vision_embedding_intermediate_size=32"], &["32 channels", "teacher of 24"]);
+    fails(
+        &["data.train.data_preprocess={max_seq_len: 513}"],
+        &[
+            "data_preprocess.max_seq_len is 513",
+            "made for 512 tokens (max_position_embeddings of ",
+            "set it to 512 or less",
+        ],
+    );
     fails(&["learning_rates={lora_C: 1}"], &["learning_rates.lora_C"]);
+    // Rows hold several samples, each within it.
+    let packed = ["data.train.data_preprocess={max_seq_len: 513}", "data.train.packing=true"];
+    drop(try_new(config("smoke.yaml", folder.path(), &packed), false).unwrap());
     fails(&["model.pretrained=x"], &["model.pretrained", "x/config.json"]);
 }

@@ -340,6 +340,9 @@ fn teachers_of_other_grids_and_blocks_are_learned_from() {
     let run = |settings: &[&str]| {
         let mut trainer = trainer(config("smoke.yaml", folder.path(), settings));
         let metrics = trainer.train_step().unwrap();
+        // The weight is told where it changes.
+        let scheduled = settings.iter().any(|setting| setting.contains("weight_schedule"));
+        assert_eq!(metrics.distill_weight, scheduled.then_some(1.0));
         (metrics.loss_distill.unwrap(), metrics.distill_blocks, trainer.parameters())
     };
     let (loss, blocks, _) = run(&["model.patch_size=7"]);
