@@ -153,21 +153,6 @@ mod tests {
     }
 
     #[test]
-    #[cfg(target_os = "linux")]
-    fn files_that_are_forgotten_take_no_memory() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("x.safetensors");
-        let value = Tensor::ones([96 << 18], (Kind::Float, Device::Cpu)); // 96 MiB
-        save(&path, &[("w".into(), value)], &[]).unwrap();
-        let view = Checkpoint::open(&path).unwrap().tensor("w").unwrap();
-        assert_eq!(view.sum(Kind::Float).double_value(&[]), f64::from(96 << 18));
-        let read = process_size("RssFile:").unwrap();
-        forget_files();
-        let left = process_size("RssFile:").unwrap();
-        assert!(left + (64 << 20) < read, "{left} of {read} bytes are left");
-    }
-
-    #[test]
     fn what_is_reserved_is_zeros_that_take_no_memory() {
         #[cfg(target_os = "linux")]
         let before = process_size("RssAnon:").unwrap();

@@ -1,5 +1,6 @@
-//! What shows between processes, and layers beside their references.
+//! What shows in a process and between several, and layers beside their references.
 
 mod dist;
+mod memory;
 mod preference;
 mod rms_norm;
