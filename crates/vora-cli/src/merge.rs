@@ -26,10 +26,12 @@ Examples:
 
 A VoRA folder has the layout and tensor names of the published models, a LLaVA folder those of HF's
 LlavaForConditionalGeneration. With --llm the language model inside it is written as well, as a plain
-checkpoint that any tool reads. With --hf transformers opens the folder:
+checkpoint that any tool reads. With --hf transformers opens the whole of a VoRA:
 
   AutoModelForCausalLM.from_pretrained(\"merged\", trust_remote_code=True)
-  AutoProcessor.from_pretrained(\"merged\", trust_remote_code=True)")]
+  AutoProcessor.from_pretrained(\"merged\", trust_remote_code=True)
+
+and of a LLaVA, in its own class; vLLM serves that folder too.")]
 pub(crate) struct Args {
     /// A run's final/ folder, or one of its checkpoints
     trained: PathBuf,
@@ -39,7 +41,8 @@ pub(crate) struct Args {
     /// Also write the LLM alone, without pictures, into this folder
     #[arg(long)]
     llm: Option<PathBuf>,
-    /// Also write what HF transformers opens a VoRA's folder with: the code of its classes, and their settings
+    /// Also write what HF transformers shows pictures with: of a VoRA the code of its classes and their settings, of a LLaVA the
+    /// settings of its processor, with a token for pictures that tokenizer, embedding and head get where they have none
     #[arg(long)]
     hf: bool,
     /// Ask about pictures before and after, and print how far the logits moved; where the answers change, nothing is
@@ -106,7 +109,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if let (Some(before), Some(after)) = (before, logits(&*model, &prompts)?) {
         check(&before, &after, kind, &mut out)?;
     }
-    let hf = args.hf.then(|| HfFiles::new(&args.trained, &model.config_json()?, kind)).transpose()?;
+    let hf = args.hf.then(|| hf_files(args, &mut *model, kind)).transpose()?;
     model.save(&args.out)?;
     beside::copy_beside(&args.trained, &args.out)?;
     if let Some(hf) = hf {
@@ -118,6 +121,15 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     }
     writeln!(out, "merged model: {}", args.out.display())?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What transformers needs beside the weights, for which a LLaVA's are given a row where they have none for a picture.
+fn hf_files(args: &Args, model: &mut dyn VisionLanguageModel, kind: Kind) -> Result<HfFiles> {
+    let config = model.config_json()?;
+    if config["model_type"] == "llava" {
+        return HfFiles::of_llava(&args.trained, model);
+    }
+    HfFiles::new(&args.trained, &config, kind)
 }
 
 /// What becomes of the adapters: without a word those that act on every token are folded in, and others left as they are.

@@ -110,6 +110,22 @@ impl CausalLm {
         self.stored_head = None;
     }
 
+    /// Gives embedding and head rows of zeros up to this number, for tokens behind those that it knows; nothing happens where they have as
+    /// many already.
+    pub fn extend_words(&mut self, rows: i64) {
+        let more = rows - self.config.vocab_size;
+        if more <= 0 {
+            return;
+        }
+        let extended = |words: &Tensor| {
+            let zeros = words.new_zeros([more, self.config.hidden_size], (words.kind(), words.device()));
+            Tensor::cat(&[words, &zeros], 0).detach()
+        };
+        let (embedding, head) = (extended(&self.model.embed_tokens), self.lm_head.as_ref().map(extended));
+        (self.model.embed_tokens, self.lm_head, self.stored_head) = (embedding, head, None);
+        self.config.vocab_size = rows;
+    }
+
     /// Keeps the embedding in bf16, where every one of its numbers is one in bf16 too: half the memory, for a decoder in f32 whose head
     /// is read from blocks of few bits. Embeddings of words are what they were.
     pub fn narrow_words(&mut self) {
@@ -524,6 +540,25 @@ pub(super) mod tests {
         let weights = Weights::from_tensors(tensors, Device::Cpu, Kind::Float);
         CausalLm::load(&LlmConfig::tiny(64), &weights).unwrap();
         weights.finish().unwrap();
+    }
+
+    #[test]
+    fn words_are_added_behind_the_others() {
+        for tied in [true, false] {
+            let config = LlmConfig { tie_word_embeddings: tied, ..LlmConfig::tiny(64) };
+            let mut llm = CausalLm::load(&config, &Weights::random(3, Device::Cpu, Kind::Float)).unwrap();
+            let hidden = fixtures::Random::new(4).normal([3, 32]);
+            let before = llm.logits(&hidden);
+            llm.extend_words(60);
+            assert_eq!(llm.config().vocab_size, 64);
+            llm.extend_words(66);
+            let logits = llm.logits(&hidden);
+            assert_eq!((llm.config().vocab_size, logits.size()), (66, vec![3, 66]));
+            assert!(
+                logits.narrow(1, 0, 64).equal(&before) && logits.narrow(1, 64, 2).abs().max().double_value(&[]) == 0.0
+            );
+            assert_eq!(llm.embed(&Tensor::from_slice(&[65i64])).abs().max().double_value(&[]), 0.0);
+        }
     }
 
     #[test]

@@ -26,9 +26,9 @@ const CODE: [(&str, &str); 3] = [
     ("processing_vora.py", include_str!("hf/processing_vora.py")),
 ];
 
-/// The files that a VoRA's folder gets for HF transformers, by name.
+/// The files that a model's folder gets for HF transformers, by name.
 #[derive(Debug)]
-pub struct HfFiles(Vec<(&'static str, Vec<u8>)>);
+pub struct HfFiles(pub(crate) Vec<(&'static str, Vec<u8>)>);
 
 impl HfFiles {
     /// The files for a merged VoRA of this `config.json`, whose LLM is stored as `kind`; tokenizer, chat template and image
@@ -42,7 +42,7 @@ impl HfFiles {
         let model_type = config.get("model_type").and_then(Value::as_str).unwrap_or_default();
         ensure!(
             model_type == "vora",
-            "{} is a `{model_type}`: transformers has its class already, --hf is for a VoRA",
+            "{} is a `{model_type}`: transformers has its class already, --hf is for a VoRA or a LLaVA",
             folder.display()
         );
         let eyes = config.get("vision_embedding").and_then(Value::as_str).unwrap_or_default();
@@ -70,11 +70,7 @@ impl HfFiles {
                 folder.display()
             );
         }
-        let mut generation = generation(folder)?;
-        let eos_ids = tokenizer.eos_ids();
-        ensure!(!eos_ids.is_empty(), "{} names no token that ends an answer (eos_token_id)", folder.display());
-        generation.insert("eos_token_id".into(), json!(eos_ids));
-        generation.entry("pad_token_id").or_insert_with(|| json!(eos_ids[0]));
+        let generation = generation(folder, &tokenizer)?;
         // A width that no layer follows here would be followed by classes that ask for nothing else.
         let llm = VoraConfig::from_json(config.clone())?.llm;
         if (0..llm.num_hidden_layers).all(|layer_idx| llm.window(layer_idx).is_none()) {
@@ -152,14 +148,20 @@ fn auto_map() -> Value {
     })
 }
 
-/// What the folder says about generation already.
-fn generation(folder: &Path) -> Result<Map<String, Value>> {
+/// What the folder says about generation already, and which tokens end and pad an answer.
+pub(crate) fn generation(folder: &Path, tokenizer: &Tokenizer) -> Result<Map<String, Value>> {
     let path = folder.join(GENERATION);
-    if !path.exists() {
-        return Ok(Map::new());
-    }
-    let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_slice(&bytes).with_context(|| format!("{} is not a JSON object", path.display()))
+    let mut generation: Map<String, Value> = if path.exists() {
+        let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        serde_json::from_slice(&bytes).with_context(|| format!("{} is not a JSON object", path.display()))?
+    } else {
+        Map::new()
+    };
+    let eos_ids = tokenizer.eos_ids();
+    ensure!(!eos_ids.is_empty(), "{} names no token that ends an answer (eos_token_id)", folder.display());
+    generation.insert("eos_token_id".into(), json!(eos_ids));
+    generation.entry("pad_token_id").or_insert_with(|| json!(eos_ids[0]));
+    Ok(generation)
 }
 
 #[cfg(test)]
@@ -244,7 +246,10 @@ mod tests {
         config["vision_embedding"] = "gemma4_unified".into();
         assert!(refused(&config).contains("go through Gemma 4's embedder"));
         config["model_type"] = "llava".into();
-        assert!(refused(&config).contains("is a `llava`: transformers has its class already, --hf is for a VoRA"));
+        assert!(
+            refused(&config)
+                .contains("is a `llava`: transformers has its class already, --hf is for a VoRA or a LLaVA")
+        );
     }
 
     #[test]

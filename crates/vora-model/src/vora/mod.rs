@@ -9,6 +9,7 @@ mod vision_embedding_type;
 pub(crate) use config::MERGED;
 pub use config::VoraConfig;
 pub use hf::HfFiles;
+pub(crate) use hf::generation;
 pub use model::Vora;
 pub use vision_embedding::VisionEmbedding;
 pub use vision_embedding_type::VisionEmbeddingType;

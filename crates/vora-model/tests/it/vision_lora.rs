@@ -7,16 +7,13 @@ use fixtures::{Golden, assert_close_to};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use vora_lora::{AdapterFolder, BaseModel, LoraConfig, PEFT_PREFIX, save_adapter};
+use vora_model::convert::{Conversion, Layout, Options};
+use vora_model::trained::Parts;
+use vora_model::{ALL_LINEAR, Input, Llava, LlavaConfig, VisionLanguageModel};
 use vora_text::{Span, Spans};
 use vora_torch::checkpoint::{Checkpoint, save};
 use vora_torch::weights::Weights;
 use vora_vision::{Encoder, EncoderConfig};
-
-use super::{ALL_LINEAR, Llava, LlavaConfig};
-use crate::convert::{Conversion, Layout, Options};
-use crate::files::save_folder;
-use crate::model::{Input, VisionLanguageModel};
-use crate::trained::Parts;
 
 const CASES: [&str; 3] = ["clip", "siglip", "dinov2"];
 
@@ -25,13 +22,21 @@ fn json() -> Value {
 }
 
 fn config(name: &str) -> LlavaConfig {
-    LlavaConfig::from_json(json()[name]["config"].as_object().unwrap().clone()).unwrap()
+    let folder = tempfile::tempdir().unwrap();
+    save_folder(folder.path(), &json()[name]["config"], &[]);
+    LlavaConfig::open(folder.path()).unwrap()
+}
+
+fn save_folder(folder: &Path, config: &Value, tensors: &[(String, Tensor)]) {
+    std::fs::create_dir_all(folder);
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    save(&folder.join("model.safetensors"), tensors, &[]).unwrap();
 }
 
 /// The encoder's folder.
 fn tower(golden: &Golden, name: &str, folder: &Path) {
     let tensors = golden.under(&format!("{name}.weights.vision_tower."));
-    save_folder(folder, &json()[name]["config"]["vision_config"], &tensors).unwrap();
+    save_folder(folder, &json()[name]["config"]["vision_config"], &tensors);
 }
 
 fn llm(golden: &Golden, name: &str) -> Weights {
