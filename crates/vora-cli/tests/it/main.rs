@@ -272,7 +272,7 @@ fn from_training_to_an_answer() {
     let out = run.join("page.html").to_string_lossy().into_owned();
     succeeded(&vora(&["report", &run_dir, "--no-answers", "--out", &out]));
     assert!(std::fs::read_to_string(&out).unwrap().contains("<h2>Questions"));
-    fails(&["report", "no/run"], 1, &["no/run/metrics.jsonl; vora report takes the folder of a run"]);
+    fails(&["report", "no/run"], 1, &["no/run is no folder of a run: there is no no/run/metrics.jsonl"]);
 
     let last = run.join("final").to_string_lossy().into_owned();
     let said = succeeded(&vora(&["merge", &last, "--out", &merged, "--llm", &llm, "--check"]));
