@@ -48,6 +48,51 @@ fn a_merged_folder_for_transformers_answers_as_the_plain_one() {
     assert!(!folder.path().join("x").exists());
 }
 
+/// The tiny vocabulary has 512 tokens and none for a picture, which the processor of HF's LLaVA cannot do without.
+#[test]
+fn a_llava_for_transformers_has_a_token_for_pictures() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let (run, last) = (path("run"), path("run/final"));
+    let model = "model={type: llava, llm: fixtures/tiny/llm, image_size: 56, vision_tower: fixtures/tiny/dinov2}";
+    let (smoke, output) = ("crates/vora-train/recipes/smoke.yaml", format!("output_dir={run}"));
+    let set = ["--set", model, "--set", "distill={}", "--set", "max_steps=1", "--set", &output];
+    succeeded(&vora(&[&["train", "--config", smoke][..], &set].concat()));
+    succeeded(&vora(&["merge", &last, "--out", &path("plain")]));
+    succeeded(&vora(&["merge", &last, "--out", &path("hf"), "--hf"]));
+    let json = |file: &str| -> Value {
+        serde_json::from_slice(&std::fs::read(folder.path().join("hf").join(file)).unwrap()).unwrap()
+    };
+    let config = json("config.json");
+    assert_eq!((&config["image_token_index"], &config["text_config"]["vocab_size"]), (&512.into(), &513.into()));
+    let tokenizer = json("tokenizer.json");
+    let added = tokenizer["added_tokens"].as_array().unwrap().last().unwrap();
+    assert_eq!((&added["content"], &added["id"], &added["special"]), (&"<image>".into(), &512.into(), &true.into()));
+    let processor = json("processor_config.json");
+    let expected =
+        [("image_token", "<image>".into()), ("patch_size", 14.into()), ("num_additional_image_tokens", 1.into())];
+    assert!(expected.iter().all(|(key, value)| processor[key] == *value), "{processor}");
+    let rows = |name: &str| {
+        let checkpoint = Checkpoint::open(&folder.path().join(name)).unwrap();
+        checkpoint.info("language_model.model.embed_tokens.weight").unwrap().1.to_vec()
+    };
+    assert_eq!((rows("plain")[0], rows("hf")[0]), (512, 513));
+    let picture = format!("{run}/samples/test-0.png");
+    for question in [&[picture.as_str(), "What color?"][..], &["What color?"]] {
+        let ask = |name: &str| {
+            succeeded(&vora(&[&["ask", &path(name)], question, &["--json", "--max-new-tokens", "4"]].concat()))
+        };
+        assert_eq!(ask("hf"), ask("plain"), "{question:?}");
+    }
+    // A folder that has the token keeps it.
+    succeeded(&vora(&["merge", &path("hf"), "--out", &path("again"), "--hf"]));
+    let files = ["tokenizer.json", "config.json", "chat_template.jinja", "model.safetensors"];
+    for file in files {
+        let read = |name: &str| std::fs::read(folder.path().join(name).join(file)).unwrap();
+        assert!(read("again") == read("hf"), "{file}");
+    }
+}
+
 #[test]
 fn a_model_in_few_bits_runs_as_it_did() {
     let folder = tempfile::tempdir().unwrap();
