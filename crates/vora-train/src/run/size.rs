@@ -87,7 +87,8 @@ pub struct Memory {
     pub logits: u64,
 }
 
-/// Bytes of libtorch and of this program, mapped from their files, that the first steps touch: measured on x86-64.
+/// Bytes of libtorch and of this program, mapped from their files, that the first steps touch: what the pages of one debug run on x86-64
+/// came to.
 const KERNELS: u64 = 48 << 20;
 
 /// What a cache of the teacher's features comes to.
