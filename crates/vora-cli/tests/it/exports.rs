@@ -69,7 +69,7 @@ fn a_llava_for_transformers_has_a_token_for_pictures() {
     let added = tokenizer["added_tokens"].as_array().unwrap().last().unwrap();
     assert_eq!((&added["content"], &added["id"], &added["special"]), (&"<image>".into(), &512.into(), &true.into()));
     let processor = json("processor_config.json");
-    let expected =
+    let expected: [(&str, Value); 3] =
         [("image_token", "<image>".into()), ("patch_size", 14.into()), ("num_additional_image_tokens", 1.into())];
     assert!(expected.iter().all(|(key, value)| processor[key] == *value), "{processor}");
     let rows = |name: &str| {
