@@ -28,7 +28,7 @@ fn config(name: &str) -> LlavaConfig {
 }
 
 fn save_folder(folder: &Path, config: &Value, tensors: &[(String, Tensor)]) {
-    std::fs::create_dir_all(folder);
+    std::fs::create_dir_all(folder).unwrap();
     std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
     save(&folder.join("model.safetensors"), tensors, &[]).unwrap();
 }
@@ -57,11 +57,9 @@ fn with_projection(golden: &Golden, name: &str, new: &Weights) {
 fn adapted(golden: &Golden, name: &str, folder: &Path) -> (Llava, Weights) {
     let new = Weights::random(1, Device::Cpu, Kind::Float);
     let encoder = Encoder::open(folder, Device::Cpu, Kind::Float).unwrap();
-    let config = LlavaConfig {
-        lora: Some(LoraConfig { lora_alpha: Some(3.0), ..LoraConfig::new(2, 2) }),
-        vision_lora: Some(LoraConfig { lora_alpha: Some(1.5), ..LoraConfig::of_modules(3, [ALL_LINEAR]) }),
-        ..config(name)
-    };
+    let mut config = config(name);
+    config.lora = Some(LoraConfig { lora_alpha: Some(3.0), ..LoraConfig::new(2, 2) });
+    config.vision_lora = Some(LoraConfig { lora_alpha: Some(1.5), ..LoraConfig::of_modules(3, [ALL_LINEAR]) });
     let model = Llava::assemble(config, &llm(golden, name), encoder, &new).unwrap();
     with_projection(golden, name, &new);
     for (parameter, tensor) in new.parameters().iter().filter(|(parameter, _)| parameter.contains(".lora_")) {
@@ -242,7 +240,8 @@ fn what_matches_nothing_in_the_tower_is_told() {
     let folder = tempfile::tempdir().unwrap();
     tower(&golden, "clip", folder.path());
     let refuse = |lora: LoraConfig, change: &dyn Fn(&mut LlavaConfig)| {
-        let mut config = LlavaConfig { vision_lora: Some(lora), ..config("clip") };
+        let mut config = config("clip");
+        config.vision_lora = Some(lora);
         change(&mut config);
         let encoder = Encoder::open(folder.path(), Device::Cpu, Kind::Float).unwrap();
         let new = Weights::random(1, Device::Cpu, Kind::Float);
