@@ -1,7 +1,6 @@
 //! Files that somebody compressed, known by what they begin with.
 
-use std::fs::File;
-use std::io::Read;
+use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -39,8 +38,7 @@ pub fn refuse_compressed(path: &Path, start: &[u8], instead: &str) -> Result<()>
 /// Where the file cannot be read, is compressed, or is not UTF-8.
 pub fn read_text(path: &Path) -> Result<String> {
     let cannot = || format!("cannot read {}", path.display());
-    let mut bytes = Vec::new();
-    File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)).with_context(cannot)?;
+    let bytes = fs::read(path).with_context(cannot)?;
     refuse_compressed(path, &bytes, "text is read as it is")?;
     String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
@@ -57,7 +55,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.txt");
         let said = |bytes: &[u8]| {
-            std::fs::write(&path, bytes).unwrap();
+            fs::write(&path, bytes).unwrap();
             read_text(&path).map_err(|error| format!("{error:#}"))
         };
         for (magic, name, command) in KINDS {

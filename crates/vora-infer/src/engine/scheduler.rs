@@ -63,7 +63,8 @@ impl Scheduler {
         if let Some(quantization) = config.width.and_then(Quantization::of_width) {
             model.adapted_mut().quantize(quantization)?;
         }
-        if model.llm().width().is_some_and(Width::is_quantised) {
+        let has_few_bits = model.llm().width().is_some_and(Width::is_quantised);
+        if has_few_bits {
             model.llm_mut().narrow_words();
         }
         let llm = model.llm();
@@ -83,8 +84,8 @@ impl Scheduler {
         let cache = KvPages::new(llm.config(), i64::from(pages), PAGE_LEN, llm.device(), llm.kind())
             .with_context(|| format!("no memory for {pages} pages of {page_bytes} bytes for keys and values"))?;
         let steps = Steps::new(llm, config.width, &cache)?;
-        if steps.are_of_few_bits() {
-            forget_files();
+        if has_few_bits {
+            forget_files(); // blocks lie in memory of their own
         }
         release_freed();
         counts.cache_pages.store(pages as u64, Ordering::Relaxed);

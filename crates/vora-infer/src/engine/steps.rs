@@ -39,11 +39,6 @@ impl Steps {
         Ok(Self::Packed(Box::new(packed), cache.packed()?))
     }
 
-    /// Whether the layers are read from blocks of few bits, which lie in memory of their own.
-    pub(super) fn are_of_few_bits(&self) -> bool {
-        matches!(self, Self::Packed(packed, _) if packed.width().is_quantised())
-    }
-
     /// A part of a prompt: the embeddings `[1, part, hidden]` of what `plan` is of, which goes on where `row` ends -> logits of the
     /// last token `[1, vocab]`. `ends` says for each token how many of the prompt's it attends to.
     ///
